@@ -1,0 +1,3 @@
+//! The dataplane: moves frames between guests and the host, and asks when it does not know.
+
+pub mod message;

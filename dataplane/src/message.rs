@@ -1,0 +1,289 @@
+//! What passes between a guest's driver and the rest of its dataplane, off the packet path.
+//!
+//! Drivers send [`Report`]s towards the session; the session and the network send [`Input`]s back.
+//! Both are plain values of the checked model: no generated type, no payload of a flow.
+
+use std::collections::BTreeMap;
+use std::net::{IpAddr, SocketAddr};
+use std::time::{Duration, SystemTime};
+
+use vnet_proto::model::{
+    CommandId, Epoch, FlowId, FlowSubject, Miss, MissId, Mode, Name, Reason, Subject, Verdict,
+    VerdictAction, VmId,
+};
+
+/// From a guest's driver to the session. The session mirrors what a reconnect must say again: VMs,
+/// held misses, live flows.
+#[derive(Debug)]
+pub enum Report {
+    /// A guest attached.
+    VmUp(VmUp),
+    /// Something about a guest changed.
+    VmStatus(VmStatus),
+    /// A guest's link is gone for good; its misses and flows are gone with it.
+    VmDown(VmId),
+    /// The cache does not answer this.
+    Miss(Miss),
+    /// A miss no longer waits.
+    MissEnded {
+        /// Which.
+        miss: MissId,
+        /// Why.
+        end: MissEnd,
+    },
+    /// A flow opened.
+    FlowOpened(FlowOpened),
+    /// A flow ended.
+    FlowClosed {
+        /// Which.
+        flow: FlowId,
+        /// Why.
+        end: FlowEnd,
+        /// Bytes from the guest.
+        bytes_up: u64,
+        /// Bytes to the guest.
+        bytes_down: u64,
+    },
+    /// Counts of live flows that changed: flow, bytes up, bytes down, each in all.
+    FlowStats(Vec<(FlowId, u64, u64)>),
+    /// Flows or lookups were answered without a miss of their own.
+    Decided {
+        /// Whose.
+        vm: VmId,
+        /// What.
+        subject: Subject,
+        /// What was done.
+        action: VerdictAction,
+        /// Why.
+        reason: Reason,
+        /// How many since the last such report.
+        count: u64,
+        /// Observe mode let through what would have been denied.
+        would_deny: bool,
+    },
+    /// A lookup taught addresses.
+    Binding {
+        /// Whose.
+        vm: VmId,
+        /// The name that was asked for.
+        name: Name,
+        /// What it stands for.
+        addresses: Vec<IpAddr>,
+        /// For how long.
+        expires_in: Duration,
+    },
+    /// A Revoke or Cut is done in this guest. The session acknowledges when every guest has said so.
+    Done {
+        /// Which guest.
+        vm: VmId,
+        /// Which command.
+        command: CommandId,
+        /// Flows that it cut here.
+        cut: u64,
+    },
+}
+
+/// A guest attached.
+#[derive(Debug, Clone, PartialEq)]
+pub struct VmUp {
+    /// Its handle.
+    pub vm: VmId,
+    /// The name it should go by.
+    pub name: String,
+    /// Labels, from the host's side.
+    pub labels: BTreeMap<String, String>,
+    /// `qemu`, `vfkit`, `tap` ...
+    pub transport: &'static str,
+    /// The policy it brought along.
+    pub own_policy: Option<OwnPolicy>,
+    /// The mode it brought along.
+    pub mode: Option<Mode>,
+    /// How long its resolver waits.
+    pub resolver_patience: Duration,
+    /// When it attached.
+    pub attached_at: SystemTime,
+}
+
+/// A policy that a VM brings along, as text; the dataplane does not read it.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct OwnPolicy {
+    /// The YAML document; may be empty.
+    pub document: String,
+    /// Where it came from.
+    pub source: String,
+    /// Rules placed before the document's, as `allow tcp 10.0.0.1:80`.
+    pub rules: Vec<String>,
+}
+
+/// What changes about an attached guest.
+#[derive(Debug, Clone, PartialEq)]
+pub struct VmStatus {
+    /// Its handle.
+    pub vm: VmId,
+    /// Addresses bound to its link.
+    pub addresses: Vec<IpAddr>,
+    /// Its MAC address, as it claims; text.
+    pub mac: String,
+    /// Its DHCP host name, as it claims.
+    pub claimed_hostname: String,
+    /// Frames not delivered so far, by drop reason.
+    pub dropped_frames: BTreeMap<String, u64>,
+    /// Whether its link is there.
+    pub attached: bool,
+}
+
+/// Why a miss no longer waits.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum MissEnd {
+    /// Its deadline passed; the guest was refused.
+    HoldExpired,
+    /// The guest gave up.
+    GuestGaveUp,
+    /// The guest's link is gone.
+    VmDown,
+    /// A limit was reached.
+    Evicted,
+    /// Another verdict covered it.
+    Covered,
+}
+
+/// A flow opened.
+#[derive(Debug, Clone, PartialEq)]
+pub struct FlowOpened {
+    /// Its id.
+    pub flow: FlowId,
+    /// Whose.
+    pub vm: VmId,
+    /// Opened from the host's side through a forward.
+    pub ingress: bool,
+    /// What it is. For ingress, `key.guest` is the guest and `key.peer` the client as the guest sees it.
+    pub subject: FlowSubject,
+    /// The epoch of the verdict behind it; `None` for ingress.
+    pub epoch: Option<Epoch>,
+    /// The grant it rests on; empty for none.
+    pub grant: String,
+    /// Why it was let through.
+    pub reason: Reason,
+    /// Observe mode let through what would have been denied.
+    pub would_deny: bool,
+    /// When.
+    pub opened_at: SystemTime,
+    /// The miss that it was; `None` for a hit.
+    pub miss: Option<MissId>,
+}
+
+/// Why a flow ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum FlowEnd {
+    /// Both sides finished.
+    Finished,
+    /// The guest reset it.
+    GuestReset,
+    /// The other side reset it.
+    HostReset,
+    /// Nothing happened for its idle time.
+    Idle,
+    /// It was cut.
+    Cut,
+    /// The guest's link is gone.
+    VmDown,
+    /// It was evicted at a limit.
+    Evicted,
+    /// Its grant's expiry or budget ended it.
+    GrantEnded,
+    /// The destination refused it or could not be reached.
+    Unreachable,
+}
+
+/// From the session to every guest's driver, or to the one that a miss belongs to.
+#[derive(Debug, Clone)]
+pub enum Order {
+    /// Answers a miss.
+    Verdict(Box<Verdict>),
+    /// A miss waits for a person, and may be held so long from now.
+    Held {
+        /// Which.
+        miss: MissId,
+        /// How long from now.
+        hold: Duration,
+    },
+    /// Every verdict older than this epoch is void. Answer with [`Report::Done`].
+    Revoke {
+        /// `None` when it comes with a Welcome, and needs no answer.
+        command: Option<CommandId>,
+        /// The epoch in force.
+        epoch: Epoch,
+    },
+    /// Cut these flows. Answer with [`Report::Done`].
+    Cut {
+        /// For the answer.
+        command: CommandId,
+        /// Which; unknown ones are ignored.
+        flows: Vec<FlowId>,
+    },
+    /// Cached verdicts of this epoch hold for so long from now.
+    Lease {
+        /// The epoch in force.
+        epoch: Epoch,
+        /// How long from now.
+        lease: Duration,
+    },
+    /// How this VM is treated.
+    Settings(Settings),
+    /// Addresses that the host owns changed; every cached verdict is void.
+    GuardsChanged,
+}
+
+/// How a VM is treated, as far as the dataplane must know.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Settings {
+    /// The name it goes by.
+    pub name: String,
+    /// Other guests may be reached by plain switching.
+    pub switch_open: bool,
+    /// Forwards into it are cut and refused.
+    pub forwards_closed: bool,
+    /// How long its lookups may be held.
+    pub lookup_hold: Duration,
+    /// How long its flows may be held when nothing else is said.
+    pub hold: Duration,
+}
+
+/// Everything that reaches a guest's driver from the rest of its dataplane.
+#[derive(Debug)]
+pub enum Input {
+    /// From the session.
+    Order(Order),
+    /// An upstream DNS answer, or `None` when none could be had.
+    Resolved {
+        /// Which query, as the engine numbered it.
+        query: u64,
+        /// The whole message as the upstream sent it, with the id that was asked with.
+        answer: Option<Vec<u8>>,
+    },
+    /// A forward accepted a TCP connection for this guest.
+    Ingress {
+        /// The accepted connection, non-blocking.
+        stream: std::net::TcpStream,
+        /// Where in the guest it leads.
+        target: SocketAddr,
+    },
+    /// A UDP forward leads to this guest: its socket, non-blocking, to be read from now on.
+    IngressUdp {
+        /// Where it listens; its identity.
+        listen: SocketAddr,
+        /// The socket.
+        socket: std::net::UdpSocket,
+        /// Where in the guest it leads.
+        target: SocketAddr,
+    },
+    /// A forward is closed: cut its flows.
+    IngressClosed {
+        /// TCP (false) or UDP (true).
+        udp: bool,
+        /// Where it listened.
+        listen: SocketAddr,
+    },
+    /// End the driver; its link closes.
+    Stop,
+}

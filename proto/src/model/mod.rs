@@ -1,0 +1,99 @@
+//! The checked model: what flows, matches and verdicts are, once past the wire.
+//!
+//! Everything here is plain data without clock, I/O or generated types in its fields. Conversions
+//! from generated messages are `TryFrom` and answer [`Malformed`]; conversions to them are `From`.
+
+mod addr;
+mod flow;
+mod id;
+mod matching;
+mod name;
+mod verdict;
+
+#[cfg(test)]
+mod tests;
+
+pub use addr::{address_from_bytes, address_to_bytes, parse_prefix};
+pub use flow::{FlowKey, FlowSubject, Guard, GuardSet, LookupSubject, Miss, Mode, Protocol, Subject};
+pub use id::{CommandId, Epoch, FlowId, MissId, VmId};
+pub use matching::{FlowMatch, LookupMatch, PortRange};
+pub use name::{Name, NameError, NamePattern};
+pub use verdict::{Budget, Match, Reason, Verdict, VerdictAction};
+
+/// Why a message was refused. Each variant names the field and what was found.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum Malformed {
+    /// A field that must be set is not.
+    #[error("{field} is not set")]
+    Missing {
+        /// The field.
+        field: &'static str,
+    },
+    /// An enum value is unspecified or unknown.
+    #[error("{field} has value {value}, which is not one that may be sent")]
+    Enum {
+        /// The field.
+        field: &'static str,
+        /// What was found.
+        value: i32,
+    },
+    /// An address field is not 4 or 16 bytes.
+    #[error("{field} is {length} bytes long (expected 4 or 16)")]
+    AddressLength {
+        /// The field.
+        field: &'static str,
+        /// What was found.
+        length: usize,
+    },
+    /// Two addresses that belong together are of different families.
+    #[error("{field} is of another address family than the address beside it")]
+    MixedFamilies {
+        /// The field.
+        field: &'static str,
+    },
+    /// A prefix is too long for its address, or has bits set beyond its length.
+    #[error("prefix {prefix} is not canonical")]
+    Prefix {
+        /// What was found.
+        prefix: String,
+    },
+    /// A port or range is out of order or out of range.
+    #[error("{field} has ports {first} to {last} (expected 1 to 65535 in order, or none for ICMP)")]
+    Ports {
+        /// The field.
+        field: &'static str,
+        /// First port found.
+        first: u32,
+        /// Last port found.
+        last: u32,
+    },
+    /// A number does not fit its meaning.
+    #[error("{field} is {value}, which is out of range")]
+    Range {
+        /// The field.
+        field: &'static str,
+        /// What was found.
+        value: u64,
+    },
+    /// A name is not a canonical DNS name.
+    #[error("{field} is not a canonical name")]
+    Name {
+        /// The field.
+        field: &'static str,
+        /// What is wrong with it.
+        #[source]
+        source: NameError,
+    },
+    /// An allow that consulted names is wider than one address.
+    #[error("match {found} rests on names but covers more than one address")]
+    WideNameMatch {
+        /// What was found.
+        found: String,
+    },
+    /// A verdict's match is for another kind of subject than expected.
+    #[error("{field} does not fit what was asked")]
+    Mismatch {
+        /// The field.
+        field: &'static str,
+    },
+}

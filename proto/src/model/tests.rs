@@ -1,0 +1,137 @@
+//! Behaviour of the model at its edges.
+
+use std::net::SocketAddr;
+
+use super::*;
+use crate::v1;
+
+fn key(protocol: Protocol, peer: &str) -> FlowKey {
+    let peer: SocketAddr = peer.parse().unwrap();
+    let guest = if peer.is_ipv4() { "192.168.127.2:40000" } else { "[fd00::2]:40000" };
+    FlowKey { protocol, guest: guest.parse().unwrap(), peer }
+}
+
+#[test]
+fn wildcard_covers_names_below_and_not_the_apex() {
+    let pattern: NamePattern = "*.Example.COM.".parse().unwrap();
+    for (name, covered) in [
+        ("a.example.com", true),
+        ("a.b.example.com", true),
+        ("example.com", false),
+        ("evil-example.com", false),
+        ("example.com.evil.test", false),
+    ] {
+        assert_eq!(pattern.matches(&name.parse().unwrap()), covered, "{name}");
+    }
+}
+
+#[test]
+fn typed_names_become_one_canonical_form_or_are_refused() {
+    assert_eq!("EXAMPLE.com.".parse::<Name>().unwrap().as_str(), "example.com");
+    assert_eq!("bücher.example".parse::<Name>().unwrap().as_str(), "xn--bcher-kva.example");
+    for bad in ["", ".", "a..b", "a b", "10.0.0.1", "::1", "0x7f.1", "2130706433", "*.*.a", "a\0b", "a\\.b"] {
+        assert!(bad.parse::<NamePattern>().is_err(), "{bad:?} was taken");
+    }
+    let long = format!("{}.test", "a".repeat(64));
+    assert!(long.parse::<Name>().is_err());
+}
+
+#[test]
+fn wire_names_keep_odd_bytes_apart() {
+    let dotted = Name::from_labels([b"a.b".as_slice(), b"test"].into_iter()).unwrap();
+    assert_eq!(dotted.as_str(), "a\\046b.test");
+    assert_eq!(Name::from_canonical(dotted.as_str()).unwrap(), dotted);
+    assert!(!dotted.is_below(&"b.test".parse().unwrap()));
+    assert!(Name::from_canonical("A.test").is_err());
+    assert!(Name::from_canonical("a\\04.test").is_err());
+}
+
+#[test]
+fn prefixes_say_what_they_mean() {
+    assert_eq!(parse_prefix("10.0.0.0/8").unwrap().to_string(), "10.0.0.0/8");
+    assert_eq!(parse_prefix("192.0.2.7").unwrap().to_string(), "192.0.2.7/32");
+    assert_eq!(parse_prefix("fe80::1").unwrap().to_string(), "fe80::1/128");
+    for bad in ["10.0.0.1/8", "10.0.0.0/33", "10.0.0.0/", "010.0.0.1", "10.0.0.0/+8", "::ffff:10.0.0.1", "x"] {
+        assert!(parse_prefix(bad).is_err(), "{bad} was taken");
+    }
+}
+
+#[test]
+fn ports_parse_strictly() {
+    assert_eq!("443".parse::<PortRange>().unwrap(), PortRange::one(443));
+    assert_eq!("8000-8999".parse::<PortRange>().unwrap().to_string(), "8000-8999");
+    for bad in ["0", "65536", "2-1", "+80", "80-", "-80", "", "http"] {
+        assert!(bad.parse::<PortRange>().is_err(), "{bad} was taken");
+    }
+}
+
+#[test]
+fn epochs_of_another_incarnation_never_stand() {
+    let one = Epoch { incarnation: 1, counter: 9 };
+    assert!(one.stands_under(one));
+    assert!(one.next().stands_under(one));
+    assert!(!one.stands_under(one.next()));
+    assert!(!one.stands_under(Epoch { incarnation: 2, counter: 1 }));
+}
+
+#[test]
+fn flow_match_covers_protocol_prefix_and_ports_only() {
+    let found = FlowMatch {
+        protocol: Protocol::Tcp,
+        prefix: parse_prefix("10.0.0.0/8").unwrap(),
+        ports: "80-90".parse().unwrap(),
+        names_consulted: false,
+    };
+    assert!(found.matches(&key(Protocol::Tcp, "10.9.9.9:85")));
+    assert!(!found.matches(&key(Protocol::Udp, "10.9.9.9:85")));
+    assert!(!found.matches(&key(Protocol::Tcp, "11.9.9.9:85")));
+    assert!(!found.matches(&key(Protocol::Tcp, "10.9.9.9:91")));
+    assert!(!found.matches(&key(Protocol::Tcp, "[fd00::1]:85")));
+}
+
+#[test]
+fn subject_survives_the_wire() {
+    let subject = FlowSubject {
+        key: key(Protocol::Tcp, "192.168.127.254:8080"),
+        dialled: "127.0.0.1".parse().unwrap(),
+        names: vec!["host.containers.internal".parse().unwrap()],
+        guards: [Guard::Host].into_iter().collect(),
+        peer_vm: None,
+    };
+    let miss = Miss {
+        id: MissId(7),
+        vm: VmId(1),
+        subject: Subject::Flow(subject),
+        hold: std::time::Duration::from_millis(1500),
+        held: 1,
+    };
+    assert_eq!(Miss::try_from(miss.to_message(None)).unwrap(), miss);
+}
+
+#[test]
+fn malformed_messages_are_refused_with_their_reason() {
+    let good = v1::FlowMatch {
+        protocol: v1::Protocol::Tcp.into(),
+        prefix: vec![10, 0, 0, 0],
+        prefix_length: 8,
+        first_port: 1,
+        last_port: 65535,
+        names_consulted: false,
+    };
+    assert!(FlowMatch::try_from(good.clone()).is_ok());
+    let refused = |change: &dyn Fn(&mut v1::FlowMatch)| {
+        let mut message = good.clone();
+        change(&mut message);
+        FlowMatch::try_from(message).unwrap_err()
+    };
+    assert!(matches!(refused(&|m| m.protocol = 0), Malformed::Enum { .. }));
+    assert!(matches!(refused(&|m| m.protocol = 99), Malformed::Enum { .. }));
+    assert!(matches!(refused(&|m| m.prefix = vec![1; 5]), Malformed::AddressLength { length: 5, .. }));
+    assert!(matches!(refused(&|m| m.prefix_length = 33), Malformed::Prefix { .. }));
+    assert!(matches!(refused(&|m| m.prefix = vec![10, 0, 0, 1]), Malformed::Prefix { .. }));
+    assert!(matches!(refused(&|m| m.first_port = 0), Malformed::Ports { .. }));
+    assert!(matches!(refused(&|m| m.last_port = 65536), Malformed::Ports { .. }));
+    assert!(matches!(refused(&|m| m.protocol = v1::Protocol::Icmp.into()), Malformed::Ports { .. }));
+    assert!(matches!(refused(&|m| m.names_consulted = true), Malformed::WideNameMatch { .. }));
+    assert!(matches!(Verdict::try_from(v1::Verdict::default()), Err(Malformed::Enum { .. })));
+}

@@ -1,0 +1,192 @@
+//! Verdicts: what was decided, where it holds, and until when.
+
+use std::fmt;
+use std::time::Duration;
+
+use crate::model::flow::{duration_from_wire, duration_to_wire};
+use crate::model::{Epoch, FlowMatch, LookupMatch, Malformed, MissId};
+use crate::v1;
+
+/// What a verdict does. Asking is never a verdict.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum VerdictAction {
+    /// Let it through.
+    Allow,
+    /// Refuse it and tell the guest.
+    Deny,
+    /// Refuse it in silence.
+    Drop,
+}
+
+impl fmt::Display for VerdictAction {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Allow => "allow",
+            Self::Deny => "deny",
+            Self::Drop => "drop",
+        })
+    }
+}
+
+impl From<VerdictAction> for v1::Action {
+    fn from(action: VerdictAction) -> Self {
+        match action {
+            VerdictAction::Allow => Self::Allow,
+            VerdictAction::Deny => Self::Deny,
+            VerdictAction::Drop => Self::Drop,
+        }
+    }
+}
+
+/// Why a verdict came out as it did.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Hash)]
+pub struct Reason {
+    /// The step of the evaluation order that answered.
+    pub step: String,
+    /// The rule, grant or guard; empty where there is none.
+    pub subject: String,
+    /// One sentence for people.
+    pub text: String,
+}
+
+impl Reason {
+    /// From its parts.
+    pub fn new(step: impl Into<String>, subject: impl Into<String>, text: impl Into<String>) -> Self {
+        Self { step: step.into(), subject: subject.into(), text: text.into() }
+    }
+}
+
+impl fmt::Display for Reason {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.text)
+    }
+}
+
+impl From<v1::Reason> for Reason {
+    fn from(message: v1::Reason) -> Self {
+        Self { step: message.step, subject: message.subject, text: message.text }
+    }
+}
+
+impl From<&Reason> for v1::Reason {
+    fn from(reason: &Reason) -> Self {
+        Self { step: reason.step.clone(), subject: reason.subject.clone(), text: reason.text.clone() }
+    }
+}
+
+/// Limits that end a grant when used up; zero is no such limit.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Hash)]
+pub struct Budget {
+    /// Flows opened.
+    pub connections: u64,
+    /// Bytes from the guest.
+    pub bytes_up: u64,
+    /// Bytes to the guest.
+    pub bytes_down: u64,
+}
+
+impl From<v1::Budget> for Budget {
+    fn from(message: v1::Budget) -> Self {
+        Self { connections: message.connections, bytes_up: message.bytes_up, bytes_down: message.bytes_down }
+    }
+}
+
+impl From<Budget> for v1::Budget {
+    fn from(budget: Budget) -> Self {
+        Self { connections: budget.connections, bytes_up: budget.bytes_up, bytes_down: budget.bytes_down }
+    }
+}
+
+/// Where a verdict holds.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub enum Match {
+    /// Flows.
+    Flow(FlowMatch),
+    /// Lookups.
+    Lookup(LookupMatch),
+}
+
+impl fmt::Display for Match {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Flow(flow) => flow.fmt(f),
+            Self::Lookup(lookup) => lookup.fmt(f),
+        }
+    }
+}
+
+/// Answers a miss, and every later flow or lookup inside its match.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Verdict {
+    /// The miss that it answers.
+    pub miss: MissId,
+    /// What is done.
+    pub action: VerdictAction,
+    /// Where it holds.
+    pub found: Match,
+    /// When it was made.
+    pub epoch: Epoch,
+    /// When it ends whatever heartbeats say, from now.
+    pub expires_in: Option<Duration>,
+    /// For the miss itself only, never cached.
+    pub once: bool,
+    /// What is left of its grant's budget.
+    pub budget: Option<Budget>,
+    /// The grant that it rests on; empty for none.
+    pub grant: String,
+    /// Why.
+    pub reason: Reason,
+    /// Observe mode let through what would have been denied.
+    pub would_deny: bool,
+}
+
+impl TryFrom<v1::Verdict> for Verdict {
+    type Error = Malformed;
+
+    fn try_from(message: v1::Verdict) -> Result<Self, Malformed> {
+        let action = match v1::Action::try_from(message.action) {
+            Ok(v1::Action::Allow) => VerdictAction::Allow,
+            Ok(v1::Action::Deny) => VerdictAction::Deny,
+            Ok(v1::Action::Drop) => VerdictAction::Drop,
+            Ok(v1::Action::Ask | v1::Action::Unspecified) | Err(_) => {
+                return Err(Malformed::Enum { field: "verdict.action", value: message.action });
+            }
+        };
+        let found = match message.r#match.ok_or(Malformed::Missing { field: "verdict.match" })? {
+            v1::verdict::Match::Flow(flow) => Match::Flow(flow.try_into()?),
+            v1::verdict::Match::Lookup(lookup) => Match::Lookup(lookup.try_into()?),
+        };
+        Ok(Self {
+            miss: MissId(message.miss_id),
+            action,
+            found,
+            epoch: message.epoch.ok_or(Malformed::Missing { field: "verdict.epoch" })?.try_into()?,
+            expires_in: duration_from_wire("verdict.expires_in", message.expires_in)?,
+            once: message.once,
+            budget: message.budget.map(Into::into),
+            grant: message.grant_id,
+            reason: message.reason.map(Into::into).unwrap_or_default(),
+            would_deny: message.would_deny,
+        })
+    }
+}
+
+impl From<&Verdict> for v1::Verdict {
+    fn from(verdict: &Verdict) -> Self {
+        Self {
+            miss_id: verdict.miss.0,
+            action: v1::Action::from(verdict.action).into(),
+            r#match: Some(match &verdict.found {
+                Match::Flow(flow) => v1::verdict::Match::Flow(flow.into()),
+                Match::Lookup(lookup) => v1::verdict::Match::Lookup(lookup.into()),
+            }),
+            epoch: Some(verdict.epoch.into()),
+            expires_in: verdict.expires_in.and_then(duration_to_wire),
+            once: verdict.once,
+            budget: verdict.budget.map(Into::into),
+            grant_id: verdict.grant.clone(),
+            reason: Some((&verdict.reason).into()),
+            would_deny: verdict.would_deny,
+        }
+    }
+}
