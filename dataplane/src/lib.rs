@@ -1,3 +1,6 @@
 //! The dataplane: moves frames between guests and the host, and asks when it does not know.
 
+pub mod forward;
+pub mod guards;
 pub mod message;
+pub mod metrics;
