@@ -26,11 +26,11 @@ pub mod gateway;
 pub mod held;
 mod inbound;
 mod lookup;
-mod reply;
+pub mod reply;
 pub mod ring;
 pub mod stack;
 mod tally;
-mod tcp;
+pub mod tcp;
 mod timer;
 pub mod transmit;
 mod verdict;
@@ -44,7 +44,7 @@ use ipnet::Ipv4Net;
 use rand::rngs::StdRng;
 use rand::SeedableRng as _;
 use vnet_proto::model::{
-    FlowKey, FlowSubject, Guard, GuardSet, Reason, Subject, VerdictAction, VmId,
+    FlowKey, FlowSubject, Guard, GuardSet, Protocol, Reason, Subject, VerdictAction, VmId,
 };
 
 use crate::engine::bindings::Bindings;
@@ -111,12 +111,14 @@ pub struct EngineConfig {
 pub trait Surroundings: Send + Sync {
     /// Whether `address` is this guest's from now on: it was free, or its own already.
     fn claim(&self, vm: VmId, mac: Mac, address: Ipv4Addr, now: Time) -> bool;
+    /// Whether `mac` is this guest's from now on: no other guest has it.
+    fn learn_mac(&self, vm: VmId, mac: Mac) -> bool;
     /// Answers a DHCP message.
     fn dhcp(&self, vm: VmId, mac: Mac, message: &[u8], now: Time) -> DhcpOutcome;
     /// The guest that owns an address of the subnet.
     fn guest_at(&self, address: IpAddr) -> Option<VmId>;
     /// The guards that a destination is under, judged on what would really be dialled.
-    fn guards(&self, dialled: SocketAddr, udp: bool) -> GuardSet;
+    fn guards(&self, dialled: SocketAddr, protocol: Protocol) -> GuardSet;
     /// The local zones.
     fn zones(&self) -> Arc<crate::engine::gateway::dns::zones::Zones>;
 }
@@ -294,7 +296,10 @@ impl Engine {
     fn check_station(&mut self, source: Mac) -> Result<(), DropReason> {
         match self.mac {
             Some(mac) if mac == source => {}
-            None if source.is_unicast() && source != self.config.gateway_mac => {
+            None if source.is_unicast()
+                && source != self.config.gateway_mac
+                && self.surroundings.learn_mac(self.config.vm, source) =>
+            {
                 self.mac = Some(source);
                 self.status_changed = true;
             }
@@ -375,7 +380,7 @@ impl Engine {
 
     /// The cache's answer for a new flow; `None` is a miss.
     fn decide(&self, now: Time, key: &FlowKey, dialled: SocketAddr) -> Option<Arc<Decision>> {
-        let guards = self.surroundings.guards(dialled, key.protocol == vnet_proto::model::Protocol::Udp);
+        let guards = self.surroundings.guards(dialled, key.protocol);
         if guards.contains(Guard::Daemon) {
             return Some(Arc::new(Decision {
                 action: VerdictAction::Deny,
@@ -392,7 +397,7 @@ impl Engine {
     /// The evidence about a flow.
     fn subject(&mut self, now: Time, key: &FlowKey, dialled: SocketAddr) -> FlowSubject {
         let mut guards =
-            self.surroundings.guards(dialled, key.protocol == vnet_proto::model::Protocol::Udp);
+            self.surroundings.guards(dialled, key.protocol);
         let bound = self.bindings.names_of(now, key.peer.ip());
         if !bound.is_empty() && bindings::is_private_or_special(key.peer.ip()) {
             guards = guards.with(Guard::PrivateFromDns);
@@ -465,10 +470,12 @@ impl Engine {
                     };
                     self.report(Report::MissEnded { miss, end });
                 }
+                self.flows.release(at);
                 return;
             }
             State::Service(_) => {
                 self.dns.handle_closed(flow.id.0);
+                self.flows.release(at);
                 return;
             }
             State::Dialing { .. } | State::Tcp(_) => {}
@@ -547,9 +554,13 @@ impl Engine {
         self.flows.len()
     }
 
-    /// Takes the next event.
+    /// Takes the next event. The place of a [`Event::Close`] is free from then on: act on it at once.
     pub fn poll_event(&mut self) -> Option<Event> {
-        self.events.pop_front()
+        let event = self.events.pop_front()?;
+        if let Event::Close { flow, .. } = event {
+            self.flows.release(flow);
+        }
+        Some(event)
     }
 
     /// Events not yet taken.
