@@ -4,3 +4,4 @@ pub mod forward;
 pub mod guards;
 pub mod message;
 pub mod metrics;
+pub mod session;
