@@ -747,8 +747,11 @@ impl Conversation {
 
     fn check_outbox(&self) -> Result<(), Broken> {
         // Reports stop at OUTBOX_HIGH; only answers to a controlplane that does not read get past it.
-        if self.outbox.len() > OUTBOX_HIGH + OUTBOX_SPARE + self.replay { Err(Broken::Outbox) } else { Ok(()) }
-    }
+        if self.outbox.len() > OUTBOX_HIGH + OUTBOX_SPARE + self.replay {
+            Err(Broken::Outbox)
+        } else {
+            Ok(())
+        }
     }
 
     fn forwards(&self) -> Vec<v1::Forward> {
