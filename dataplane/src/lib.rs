@@ -5,6 +5,7 @@ pub mod config;
 pub mod forward;
 pub mod guards;
 pub mod inherit;
+pub mod mac;
 pub mod message;
 pub mod metrics;
 pub mod session;
