@@ -1,2 +1,3 @@
 //! stub
-#[derive(Clone)] pub struct Zones;
+#[derive(Clone, Default)]
+pub struct Zones;
