@@ -1,11 +1,6 @@
-//! The dataplane: moves frames between guests and the host, and asks when it does not know.
-
-mod driver;
+//! local
 pub mod egress;
 pub mod engine;
-pub mod forward;
-pub mod guards;
-pub mod link;
+pub mod leases;
 pub mod mac;
 pub mod message;
-pub mod metrics;

@@ -1,3 +1,2 @@
-//! `vnet-dataplane`: flags to configuration to a running dataplane; errors to exit codes; nothing else.
-
+//! local
 fn main() {}
