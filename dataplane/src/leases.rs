@@ -68,11 +68,18 @@ pub struct Leases {
     config: LeaseConfig,
     reserved: AHashSet<Ipv4Addr>,
     fixed_by_address: AHashMap<Ipv4Addr, Mac>,
-    pinned: AHashMap<VmId, Ipv4Addr>,
+    pinned: AHashMap<VmId, Pin>,
     held: BTreeMap<Ipv4Addr, Holding>,
     remembered: AHashMap<(VmId, Mac), Ipv4Addr>,
     remembered_order: VecDeque<(VmId, Mac)>,
     counts: LeaseCounts,
+}
+
+/// The address kept for a VM, and for which of its MAC addresses (`None`: any).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Pin {
+    mac: Option<Mac>,
+    address: Ipv4Addr,
 }
 
 /// Who holds an address, and how.
@@ -131,15 +138,15 @@ impl Leases {
         }
     }
 
-    /// Keeps an address for one VM, which then gets no other by DHCP. `false`, and nothing is changed, when
+    /// Keeps an address for one VM (of its MAC addresses for the given one), which then gets no other by DHCP. `false`, and nothing is changed, when
     /// the address is outside the pool, another VM's pin, or held by another VM.
-    pub fn pin(&mut self, vm: VmId, address: Ipv4Addr) -> bool {
-        let taken = self.pinned.iter().any(|(other, pinned)| *pinned == address && *other != vm)
+    pub fn pin(&mut self, vm: VmId, mac: Option<Mac>, address: Ipv4Addr) -> bool {
+        let taken = self.is_pinned_elsewhere(vm, address)
             || self.held.get(&address).is_some_and(|h| h.vm != vm);
         if !self.is_in_pool(address) || taken {
             return false;
         }
-        self.pinned.insert(vm, address);
+        self.pinned.insert(vm, Pin { mac, address });
         true
     }
 
@@ -287,7 +294,7 @@ impl Leases {
 
     /// The one address that this client gets by DHCP, if one is kept for it.
     fn kept_for(&self, vm: VmId, mac: Mac, now: Time) -> Option<Ipv4Addr> {
-        let pinned = self.pinned.get(&vm).copied();
+        let pinned = self.pinned.get(&vm).filter(|pin| pin.mac.is_none_or(|m| m == mac)).map(|pin| pin.address);
         // Two guests may have the same MAC address; what is kept for it goes to the first.
         let fixed = || self.config.fixed.get(&mac).copied().filter(|a| self.is_available(vm, mac, *a, now));
         pinned.or_else(fixed)
@@ -297,13 +304,16 @@ impl Leases {
         self.config.subnet.contains(&address) && !self.reserved.contains(&address)
     }
 
+    fn is_pinned_elsewhere(&self, vm: VmId, address: Ipv4Addr) -> bool {
+        self.pinned.iter().any(|(other, pin)| pin.address == address && *other != vm)
+    }
+
     /// Whether this client may have an address now.
     fn is_available(&self, vm: VmId, mac: Mac, address: Ipv4Addr, now: Time) -> bool {
-        let pinned_elsewhere = || self.pinned.iter().any(|(other, a)| *a == address && *other != vm);
-        let own_pin = self.pinned.get(&vm) == Some(&address);
+        let own_pin = |pin: &Pin| pin.address == address && pin.mac.is_none_or(|m| m == mac);
         self.is_in_pool(address)
-            && !pinned_elsewhere()
-            && (own_pin || self.fixed_by_address.get(&address).is_none_or(|kept| *kept == mac))
+            && !self.is_pinned_elsewhere(vm, address)
+            && (self.pinned.get(&vm).is_some_and(own_pin) || self.fixed_by_address.get(&address).is_none_or(|kept| *kept == mac))
             && self.held.get(&address).is_none_or(|h| h.is_over(now) || h.is_for(vm, mac, now))
     }
 
@@ -414,8 +424,8 @@ mod tests {
 
         let pinned = VmId(3);
         let mac = Mac([2, 0, 0, 0, 0, 3]);
-        assert!(leases.pin(pinned, ip(50)));
-        assert!(!leases.pin(A, ip(50)) && !leases.pin(A, ip(1)));
+        assert!(leases.pin(pinned, Some(mac), ip(50)));
+        assert!(!leases.pin(A, None, ip(50)) && !leases.pin(A, None, ip(1)));
         assert_eq!(leases.offer(A, MAC_A, Some(ip(50)), at(0)), Some(ip(3)));
         assert_eq!(leases.offer(pinned, mac, None, at(0)), Some(ip(50)));
         assert!(leases.claim(pinned, mac, ip(50), at(0)));

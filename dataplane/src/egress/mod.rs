@@ -1,1 +1,4 @@
-//! local
+//! Host sockets: where allowed flows go on as ordinary sockets of the host.
+
+pub mod resolver;
+pub mod sockets;

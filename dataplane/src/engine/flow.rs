@@ -82,7 +82,9 @@ pub struct Waiting {
 
 /// Every flow of one VM.
 pub struct FlowTable {
-    flows: Slab<Flow>,
+    /// `None` marks a place whose host socket is not closed yet: it must not be taken again before.
+    flows: Slab<Option<Flow>>,
+    live: usize,
     by_key: HashMap<FlowKey, usize>,
     by_id: HashMap<FlowId, usize>,
     /// Where the last packet went: bulk traffic comes in runs.
@@ -95,6 +97,7 @@ impl FlowTable {
     pub fn new(capacity: usize) -> Self {
         Self {
             flows: Slab::new(),
+            live: 0,
             by_key: HashMap::default(),
             by_id: HashMap::default(),
             last: None,
@@ -104,17 +107,17 @@ impl FlowTable {
 
     /// Whether another flow fits.
     pub fn has_room(&self) -> bool {
-        self.flows.len() < self.capacity
+        self.live < self.capacity
     }
 
     /// Flows in the table.
     pub fn len(&self) -> usize {
-        self.flows.len()
+        self.live
     }
 
     /// Whether there is none.
     pub fn is_empty(&self) -> bool {
-        self.flows.is_empty()
+        self.live == 0
     }
 
     /// The place of a flow.
@@ -142,38 +145,52 @@ impl FlowTable {
     /// Adds a flow; its place.
     pub fn insert(&mut self, flow: Flow) -> usize {
         let (key, id) = (flow.key, flow.id);
-        let at = self.flows.insert(flow);
+        let at = self.flows.insert(Some(flow));
+        self.live += 1;
         self.by_key.insert(key, at);
         self.by_id.insert(id, at);
         at
     }
 
-    /// Takes a flow out.
+    /// Takes a flow out. Its place stays taken until [`Self::release`].
     pub fn remove(&mut self, at: usize) -> Option<Flow> {
-        let flow = self.flows.try_remove(at)?;
+        let flow = self.flows.get_mut(at)?.take()?;
+        self.live -= 1;
         self.by_key.remove(&flow.key);
         self.by_id.remove(&flow.id);
         self.last = None;
         Some(flow)
     }
 
+    /// The place of a flow that was taken out may be taken again.
+    pub fn release(&mut self, at: usize) {
+        if self.flows.get(at).is_some_and(Option::is_none) {
+            self.flows.remove(at);
+        }
+    }
+
     /// A flow by its place.
     pub fn get(&self, at: usize) -> Option<&Flow> {
-        self.flows.get(at)
+        self.flows.get(at)?.as_ref()
     }
 
     /// A flow by its place.
     pub fn get_mut(&mut self, at: usize) -> Option<&mut Flow> {
-        self.flows.get_mut(at)
+        self.flows.get_mut(at)?.as_mut()
     }
 
     /// The places of all flows.
     pub fn places(&self) -> Vec<usize> {
-        self.flows.iter().map(|(at, _)| at).collect()
+        self.flows.iter().filter(|(_, flow)| flow.is_some()).map(|(at, _)| at).collect()
     }
 
     /// The flow of one kind that has been idle longest. Linear: for limits only.
     pub fn longest_idle(&self, of: impl Fn(&State) -> bool) -> Option<usize> {
-        self.flows.iter().filter(|(_, f)| of(&f.state)).min_by_key(|(_, f)| f.last_active).map(|(at, _)| at)
+        self.flows
+            .iter()
+            .filter_map(|(at, flow)| Some((at, flow.as_ref()?)))
+            .filter(|(_, flow)| of(&flow.state))
+            .min_by_key(|(_, flow)| flow.last_active)
+            .map(|(at, _)| at)
     }
 }

@@ -190,6 +190,7 @@ impl Engine {
         let at = self.new_flow(now, key, dialled, State::Held(placeholder));
         let Some((miss, count, hold)) = self.held.join_flow(&key, at) else {
             self.flows.remove(at);
+            self.flows.release(at);
             return false;
         };
         if let Some(flow) = self.flows.get_mut(at)
@@ -317,6 +318,27 @@ impl Engine {
         self.report_opened(now, at, None);
         self.mark_dirty(at);
         Some(at)
+    }
+
+    /// Notes the forward that an ingress flow came through.
+    pub fn note_listener(&mut self, at: usize, listen: Option<SocketAddr>) {
+        if let (Some(flow), Some(listen)) = (self.flows.get_mut(at), listen) {
+            flow.dialled = listen;
+        }
+    }
+
+    /// A forward is closed: cut the flows that came through it.
+    pub fn close_listener(&mut self, now: Time, listen: SocketAddr) {
+        for at in self.flows.places() {
+            let through = |flow: &super::flow::Flow| {
+                flow.ingress
+                    && flow.dialled.port() == listen.port()
+                    && (listen.ip().is_unspecified() || flow.dialled.ip() == listen.ip())
+            };
+            if self.flows.get(at).is_some_and(through) {
+                self.cut(now, at, FlowEnd::Cut);
+            }
+        }
     }
 
     /// A port of the gateway that no flow to this target uses (RFC 6335 §6: dynamic ports).

@@ -155,6 +155,7 @@ impl Engine {
             (VerdictAction::Drop, _) => {
                 self.count_drop(DropReason::Denied);
                 self.flows.remove(at);
+                self.flows.release(at);
             }
         }
     }

@@ -96,7 +96,7 @@ struct Changes {
 impl Changes {
     fn new(watcher: Watcher) -> io::Result<Self> {
         Ok(Self {
-            netlink: tokio::io::unix::AsyncFd::register(watcher.netlink)?,
+            netlink: tokio::io::unix::AsyncFd::new(watcher.netlink)?,
         })
     }
 
