@@ -125,7 +125,11 @@ impl Leases {
         if config.subnet.prefix_len() < 31 {
             reserved.extend([config.subnet.network(), config.subnet.broadcast()]);
         }
-        let fixed_by_address = config.fixed.iter().map(|(mac, address)| (*address, *mac)).collect();
+        let fixed_by_address = config
+            .fixed
+            .iter()
+            .map(|(mac, address)| (*address, *mac))
+            .collect();
         Self {
             config,
             reserved,
@@ -141,8 +145,8 @@ impl Leases {
     /// Keeps an address for one VM (of its MAC addresses for the given one), which then gets no other by DHCP. `false`, and nothing is changed, when
     /// the address is outside the pool, another VM's pin, or held by another VM.
     pub fn pin(&mut self, vm: VmId, mac: Option<Mac>, address: Ipv4Addr) -> bool {
-        let taken = self.is_pinned_elsewhere(vm, address)
-            || self.held.get(&address).is_some_and(|h| h.vm != vm);
+        let taken =
+            self.is_pinned_elsewhere(vm, address) || self.held.get(&address).is_some_and(|h| h.vm != vm);
         if !self.is_in_pool(address) || taken {
             return false;
         }
@@ -152,25 +156,32 @@ impl Leases {
 
     /// Chooses an address for a client and keeps it for [`OFFER_TIME`]: the one kept for it, else the one
     /// it asks for, else the one it has or had last, else the lowest that is free. `None` when there is none.
-    pub fn offer(
-        &mut self,
-        vm: VmId,
-        mac: Mac,
-        asked: Option<Ipv4Addr>,
-        now: Time,
-    ) -> Option<Ipv4Addr> {
+    pub fn offer(&mut self, vm: VmId, mac: Mac, asked: Option<Ipv4Addr>, now: Time) -> Option<Ipv4Addr> {
         let chosen = self.choose(vm, mac, asked, now);
         let Some(address) = chosen else {
             self.counts.exhausted += 1;
             return None;
         };
         let until = now.saturating_add(OFFER_TIME);
-        let current = self.held.get(&address).filter(|h| !h.is_over(now)).map(|h| h.hold);
+        let current = self
+            .held
+            .get(&address)
+            .filter(|h| !h.is_over(now))
+            .map(|h| h.hold);
         match current {
             Some(Hold::Leased { .. } | Hold::Claimed) => Some(address),
             _ => {
                 self.withdraw(vm, mac);
-                self.hold(address, Holding { vm, mac, hold: Hold::Offered { until } }, now).then_some(address)
+                self.hold(
+                    address,
+                    Holding {
+                        vm,
+                        mac,
+                        hold: Hold::Offered { until },
+                    },
+                    now,
+                )
+                .then_some(address)
             }
         }
     }
@@ -185,12 +196,24 @@ impl Leases {
             return None;
         }
         let until = now.saturating_add(self.config.lease_time);
-        if !self.hold(address, Holding { vm, mac, hold: Hold::Leased { until } }, now) {
+        if !self.hold(
+            address,
+            Holding {
+                vm,
+                mac,
+                hold: Hold::Leased { until },
+            },
+            now,
+        ) {
             return None;
         }
         self.withdraw(vm, mac);
         let leased = |h: &Holding| h.vm == vm && h.mac == mac && matches!(h.hold, Hold::Leased { .. });
-        let before = self.held.iter().find(|(a, h)| **a != address && leased(h)).map(|(a, _)| *a);
+        let before = self
+            .held
+            .iter()
+            .find(|(a, h)| **a != address && leased(h))
+            .map(|(a, _)| *a);
         if let Some(before) = before {
             self.held.remove(&before);
         }
@@ -200,9 +223,8 @@ impl Leases {
 
     /// Takes back what was offered to a client that chose another server.
     pub fn withdraw(&mut self, vm: VmId, mac: Mac) {
-        self.held.retain(|_, h| {
-            !(h.vm == vm && h.mac == mac && matches!(h.hold, Hold::Offered { .. }))
-        });
+        self.held
+            .retain(|_, h| !(h.vm == vm && h.mac == mac && matches!(h.hold, Hold::Offered { .. })));
     }
 
     /// A client gives its lease back. Whether it was its own.
@@ -224,10 +246,18 @@ impl Leases {
         }
         self.counts.declined += 1;
         self.remembered.remove(&(vm, mac));
-        let declined = |h: &&Holding| h.vm == vm && matches!(h.hold, Hold::Declined { .. }) && !h.is_over(now);
+        let declined =
+            |h: &&Holding| h.vm == vm && matches!(h.hold, Hold::Declined { .. }) && !h.is_over(now);
         if self.held.values().filter(declined).count() < DECLINED_PER_VM_MAX {
             let until = now.saturating_add(DECLINE_TIME);
-            self.held.insert(address, Holding { vm, mac, hold: Hold::Declined { until } });
+            self.held.insert(
+                address,
+                Holding {
+                    vm,
+                    mac,
+                    hold: Hold::Declined { until },
+                },
+            );
         }
         true
     }
@@ -242,7 +272,15 @@ impl Leases {
             return true;
         }
         let claimed = self.is_available(vm, mac, address, now)
-            && self.hold(address, Holding { vm, mac, hold: Hold::Claimed }, now);
+            && self.hold(
+                address,
+                Holding {
+                    vm,
+                    mac,
+                    hold: Hold::Claimed,
+                },
+                now,
+            );
         if !claimed {
             self.counts.claims_refused += 1;
         }
@@ -283,7 +321,10 @@ impl Leases {
         let available = |address: &Ipv4Addr| self.is_available(vm, mac, *address, now);
         let current = || {
             let own = |h: &Holding| h.vm == vm && h.mac == mac && matches!(h.hold, Hold::Leased { .. });
-            self.held.iter().find(|(_, h)| own(h)).map(|(address, _)| *address)
+            self.held
+                .iter()
+                .find(|(_, h)| own(h))
+                .map(|(address, _)| *address)
         };
         asked
             .filter(available)
@@ -294,9 +335,19 @@ impl Leases {
 
     /// The one address that this client gets by DHCP, if one is kept for it.
     fn kept_for(&self, vm: VmId, mac: Mac, now: Time) -> Option<Ipv4Addr> {
-        let pinned = self.pinned.get(&vm).filter(|pin| pin.mac.is_none_or(|m| m == mac)).map(|pin| pin.address);
+        let pinned = self
+            .pinned
+            .get(&vm)
+            .filter(|pin| pin.mac.is_none_or(|m| m == mac))
+            .map(|pin| pin.address);
         // Two guests may have the same MAC address; what is kept for it goes to the first.
-        let fixed = || self.config.fixed.get(&mac).copied().filter(|a| self.is_available(vm, mac, *a, now));
+        let fixed = || {
+            self.config
+                .fixed
+                .get(&mac)
+                .copied()
+                .filter(|a| self.is_available(vm, mac, *a, now))
+        };
         pinned.or_else(fixed)
     }
 
@@ -305,7 +356,9 @@ impl Leases {
     }
 
     fn is_pinned_elsewhere(&self, vm: VmId, address: Ipv4Addr) -> bool {
-        self.pinned.iter().any(|(other, pin)| pin.address == address && *other != vm)
+        self.pinned
+            .iter()
+            .any(|(other, pin)| pin.address == address && *other != vm)
     }
 
     /// Whether this client may have an address now.
@@ -313,8 +366,15 @@ impl Leases {
         let own_pin = |pin: &Pin| pin.address == address && pin.mac.is_none_or(|m| m == mac);
         self.is_in_pool(address)
             && !self.is_pinned_elsewhere(vm, address)
-            && (self.pinned.get(&vm).is_some_and(own_pin) || self.fixed_by_address.get(&address).is_none_or(|kept| *kept == mac))
-            && self.held.get(&address).is_none_or(|h| h.is_over(now) || h.is_for(vm, mac, now))
+            && (self.pinned.get(&vm).is_some_and(own_pin)
+                || self
+                    .fixed_by_address
+                    .get(&address)
+                    .is_none_or(|kept| *kept == mac))
+            && self
+                .held
+                .get(&address)
+                .is_none_or(|h| h.is_over(now) || h.is_for(vm, mac, now))
     }
 
     /// Writes a holding, within the limits.
@@ -377,7 +437,11 @@ mod tests {
         assert_eq!(leases.lease(A, MAC_A, ip(2), at(1)), Some(None));
         assert_eq!(leases.owner(ip(2)), Some(A));
         assert_eq!(leases.offer(A, MAC_A, None, at(9_000)), Some(ip(2)));
-        assert_eq!(leases.offer(B, MAC_B, None, at(9_000)), Some(ip(3)), "a lapsed lease stays its VM's");
+        assert_eq!(
+            leases.offer(B, MAC_B, None, at(9_000)),
+            Some(ip(3)),
+            "a lapsed lease stays its VM's"
+        );
     }
 
     #[test]
@@ -386,7 +450,11 @@ mod tests {
         assert_eq!(leases.offer(A, MAC_A, Some(ip(77)), at(0)), Some(ip(77)));
         assert_eq!(leases.offer(B, MAC_B, Some(ip(77)), at(0)), Some(ip(2)));
         for nobodys in [ip(0), ip(1), ip(254), ip(255), Ipv4Addr::new(10, 0, 0, 9)] {
-            assert_eq!(leases.offer(B, MAC_B, Some(nobodys), at(0)), Some(ip(2)), "{nobodys}");
+            assert_eq!(
+                leases.offer(B, MAC_B, Some(nobodys), at(0)),
+                Some(ip(2)),
+                "{nobodys}"
+            );
             assert_eq!(leases.lease(B, MAC_B, nobodys, at(0)), None, "{nobodys}");
             assert!(!leases.claim(B, MAC_B, nobodys, at(0)), "{nobodys}");
         }
@@ -420,7 +488,11 @@ mod tests {
         assert_eq!(leases.offer(A, MAC_A, Some(ip(2)), at(0)), Some(ip(3)));
         assert!(!leases.claim(A, MAC_A, ip(2), at(0)));
         assert_eq!(leases.offer(B, MAC_B, Some(ip(9)), at(0)), Some(ip(2)));
-        assert_eq!(leases.lease(B, MAC_B, ip(9), at(0)), None, "another one is kept for it");
+        assert_eq!(
+            leases.lease(B, MAC_B, ip(9), at(0)),
+            None,
+            "another one is kept for it"
+        );
 
         let pinned = VmId(3);
         let mac = Mac([2, 0, 0, 0, 0, 3]);
@@ -470,10 +542,18 @@ mod tests {
             assert!(leases.decline(B, MAC_B, address, at(0)));
         }
         assert_eq!(leases.counts().declined, 50);
-        let aside = leases.held.values().filter(|h| matches!(h.hold, Hold::Declined { .. })).count();
+        let aside = leases
+            .held
+            .values()
+            .filter(|h| matches!(h.hold, Hold::Declined { .. }))
+            .count();
         assert_eq!(aside, DECLINED_PER_VM_MAX);
         assert_eq!(leases.offer(B, MAC_B, Some(ip(2)), at(599)), Some(ip(6)));
-        assert_eq!(leases.offer(B, MAC_B, Some(ip(2)), at(600)), Some(ip(2)), "no longer set aside");
+        assert_eq!(
+            leases.offer(B, MAC_B, Some(ip(2)), at(600)),
+            Some(ip(2)),
+            "no longer set aside"
+        );
     }
 
     #[test]
@@ -483,7 +563,11 @@ mod tests {
         assert!(!leases.release(B, MAC_B, ip(2)) && !leases.decline(B, MAC_B, ip(2), at(0)));
         assert!(leases.release(A, MAC_A, ip(2)));
         assert_eq!(leases.owner(ip(2)), None);
-        assert_eq!(leases.offer(A, MAC_A, None, at(1)), Some(ip(2)), "its last one again");
+        assert_eq!(
+            leases.offer(A, MAC_A, None, at(1)),
+            Some(ip(2)),
+            "its last one again"
+        );
     }
 
     #[test]

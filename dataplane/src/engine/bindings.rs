@@ -68,16 +68,25 @@ impl Bindings {
     pub fn learn(&mut self, now: Time, name: &Name, addresses: &[IpAddr], lifetime: Duration) -> Vec<IpAddr> {
         let mut changed = Vec::new();
         let expires_at = now.saturating_add(lifetime);
-        for address in addresses.iter().take(ADDRESSES_PER_ANSWER_MAX).map(IpAddr::to_canonical) {
+        for address in addresses
+            .iter()
+            .take(ADDRESSES_PER_ANSWER_MAX)
+            .map(IpAddr::to_canonical)
+        {
             if self.learn_one(now, name, address, expires_at) {
                 changed.push(address);
             }
-            let crowded = self.by_address.get(&address).filter(|names| names.len() > NAMES_PER_ADDRESS_MAX);
+            let crowded = self
+                .by_address
+                .get(&address)
+                .filter(|names| names.len() > NAMES_PER_ADDRESS_MAX);
             if let Some(oldest) = crowded.and_then(|names| names.first()).map(|b| b.serial) {
                 self.evict(oldest);
             }
             while self.by_age.len() > self.capacity {
-                let Some((&oldest, _)) = self.by_age.first_key_value() else { break };
+                let Some((&oldest, _)) = self.by_age.first_key_value() else {
+                    break;
+                };
                 changed.extend(self.evict(oldest));
             }
         }
@@ -126,7 +135,8 @@ impl Bindings {
                 *expires_in = (*expires_in).max(b.expires_at - now);
             }
         }
-        all.values_mut().for_each(|(addresses, _)| addresses.sort_unstable());
+        all.values_mut()
+            .for_each(|(addresses, _)| addresses.sort_unstable());
         all
     }
 
@@ -150,9 +160,18 @@ impl Bindings {
         let serial = self.next;
         self.next += 1;
         let bound = self.by_address.entry(address).or_default();
-        let known = bound.iter().position(|b| b.name == *name).map(|at| bound.remove(at));
-        let expires_at = known.as_ref().map_or(expires_at, |b| b.expires_at.max(expires_at));
-        bound.push(Bound { name: name.clone(), serial, expires_at });
+        let known = bound
+            .iter()
+            .position(|b| b.name == *name)
+            .map(|at| bound.remove(at));
+        let expires_at = known
+            .as_ref()
+            .map_or(expires_at, |b| b.expires_at.max(expires_at));
+        bound.push(Bound {
+            name: name.clone(),
+            serial,
+            expires_at,
+        });
         if let Some(old) = &known {
             self.by_age.remove(&old.serial);
             self.by_expiry.remove(&(old.expires_at, old.serial));
@@ -246,8 +265,15 @@ mod tests {
         let address = ip("203.0.113.7");
         bindings.learn(at(0), &name("a.test"), &[address], at(60));
         bindings.learn(at(1), &name("b.test"), &[address], at(10));
-        assert_eq!(bindings.names_of(at(2), address), [name("b.test"), name("a.test")]);
-        assert_eq!(bindings.names_of(at(11), address), [name("a.test")], "ended, though not swept");
+        assert_eq!(
+            bindings.names_of(at(2), address),
+            [name("b.test"), name("a.test")]
+        );
+        assert_eq!(
+            bindings.names_of(at(11), address),
+            [name("a.test")],
+            "ended, though not swept"
+        );
         assert_eq!(bindings.next_expiry(), Some(at(11)));
         assert_eq!(bindings.expire(at(11)), [address]);
         assert_eq!(bindings.expire(at(60)), [address]);
@@ -262,7 +288,11 @@ mod tests {
         assert_eq!(bindings.learn(at(0), &name("a.test"), &[one], at(100)), [one]);
         assert_eq!(bindings.learn(at(1), &name("a.test"), &[two, one], at(5)), [two]);
         assert_eq!(bindings.names_of(at(50), one), [name("a.test")]);
-        assert_eq!(bindings.learn(at(200), &name("a.test"), &[one], at(5)), [one], "it had ended meanwhile");
+        assert_eq!(
+            bindings.learn(at(200), &name("a.test"), &[one], at(5)),
+            [one],
+            "it had ended meanwhile"
+        );
     }
 
     #[test]
@@ -278,7 +308,10 @@ mod tests {
         let [one, two, three] = [1, 2, 3].map(|n| IpAddr::from([203, 0, 113, n]));
         bindings.learn(at(0), &name("a.test"), &[one, two], at(60));
         bindings.learn(at(1), &name("a.test"), &[one], at(60));
-        assert_eq!(bindings.learn(at(2), &name("b.test"), &[three], at(60)), [two, three]);
+        assert_eq!(
+            bindings.learn(at(2), &name("b.test"), &[three], at(60)),
+            [two, three]
+        );
         assert_eq!((bindings.len(), bindings.evicted()), (2, 1));
         assert!(bindings.names_of(at(3), two).is_empty());
     }
@@ -288,7 +321,10 @@ mod tests {
         let mut bindings = Bindings::default();
         let address = ip("203.0.113.1");
         for n in 0..=NAMES_PER_ADDRESS_MAX {
-            assert_eq!(bindings.learn(at(0), &name(&format!("n{n}.test")), &[address], at(60)), [address]);
+            assert_eq!(
+                bindings.learn(at(0), &name(&format!("n{n}.test")), &[address], at(60)),
+                [address]
+            );
         }
         let names = bindings.names_of(at(1), address);
         assert_eq!(names.len(), NAMES_PER_ADDRESS_MAX);
@@ -299,9 +335,17 @@ mod tests {
     #[test]
     fn what_is_in_force_is_listed_by_name() {
         let mut bindings = Bindings::default();
-        bindings.learn(at(0), &name("a.test"), &[ip("203.0.113.2"), ip("203.0.113.1")], at(60));
+        bindings.learn(
+            at(0),
+            &name("a.test"),
+            &[ip("203.0.113.2"), ip("203.0.113.1")],
+            at(60),
+        );
         let all = bindings.in_force(at(10));
-        assert_eq!(all[&name("a.test")], (vec![ip("203.0.113.1"), ip("203.0.113.2")], at(50)));
+        assert_eq!(
+            all[&name("a.test")],
+            (vec![ip("203.0.113.1"), ip("203.0.113.2")], at(50))
+        );
         assert!(bindings.in_force(at(60)).is_empty());
     }
 

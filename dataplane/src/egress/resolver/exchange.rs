@@ -47,7 +47,9 @@ impl Exchange<'_> {
     /// Asks one server, waiting so long for each step.
     pub(super) async fn ask(&self, server: SocketAddr, patience: Duration) -> io::Result<Outcome> {
         let asked = timeout(patience, self.ask_udp(server, self.query)).await;
-        let Ok(answer) = asked else { return Ok(Outcome::Silence) };
+        let Ok(answer) = asked else {
+            return Ok(Outcome::Silence);
+        };
         let mut answer = answer?;
         // A server from before EDNS refuses the form (RFC 6891 §7); without it, it knows the question.
         if matches!(code(&answer), FORMERR | NOTIMP)
@@ -87,7 +89,10 @@ impl Exchange<'_> {
             }
             self.counts.mismatched.fetch_add(1, Relaxed);
         }
-        Err(io::Error::new(io::ErrorKind::InvalidData, format!("{server} sent only answers to other questions")))
+        Err(io::Error::new(
+            io::ErrorKind::InvalidData,
+            format!("{server} sent only answers to other questions"),
+        ))
     }
 
     async fn ask_tcp(&self, server: SocketAddr) -> io::Result<Vec<u8>> {
@@ -103,7 +108,10 @@ impl Exchange<'_> {
             return Ok(answer);
         }
         self.counts.mismatched.fetch_add(1, Relaxed);
-        Err(io::Error::new(io::ErrorKind::InvalidData, format!("{server} answered another question")))
+        Err(io::Error::new(
+            io::ErrorKind::InvalidData,
+            format!("{server} answered another question"),
+        ))
     }
 
     /// A response, under the id that was sent, to the question that was sent.
@@ -129,6 +137,6 @@ fn code(answer: &[u8]) -> u8 {
 
 fn with_random_id(query: &[u8]) -> io::Result<Vec<u8>> {
     let mut bytes = query.to_vec();
-    getrandom::fill(&mut bytes[..2]).map_err(io::Error::other)?;
+    getrandom::fill(&mut bytes[..2]).map_err(|error| io::Error::other(error.to_string()))?;
     Ok(bytes)
 }

@@ -58,7 +58,10 @@ fn server(text: &str) -> Option<SocketAddr> {
     }
     let (address, zone) = text.split_once('%')?;
     let address: Ipv6Addr = address.parse().ok()?;
-    let scope = zone.parse().ok().or_else(|| nix::net::if_::if_nametoindex(zone).ok())?;
+    let scope = zone
+        .parse()
+        .ok()
+        .or_else(|| nix::net::if_::if_nametoindex(zone).ok())?;
     Some(SocketAddrV6::new(address, DNS_PORT, 0, scope).into())
 }
 
@@ -73,12 +76,20 @@ pub(super) struct ResolvConf {
 
 impl ResolvConf {
     pub(super) fn new(path: PathBuf) -> Self {
-        Self { path, servers: Vec::new(), checked_at: None, stamp: None }
+        Self {
+            path,
+            servers: Vec::new(),
+            checked_at: None,
+            stamp: None,
+        }
     }
 
     pub(super) fn servers(&mut self) -> &[SocketAddr] {
         let now = Instant::now();
-        if self.checked_at.is_none_or(|at| now.duration_since(at) >= CHECK_INTERVAL) {
+        if self
+            .checked_at
+            .is_none_or(|at| now.duration_since(at) >= CHECK_INTERVAL)
+        {
             self.checked_at = Some(now);
             self.check();
         }
@@ -88,10 +99,13 @@ impl ResolvConf {
     /// Reads the file if it is another than the last time. A file that is gone or cannot be read for a moment,
     /// as while it is replaced, leaves the servers as they are.
     fn check(&mut self) {
-        let Ok(found) = std::fs::metadata(&self.path) else { return };
+        let Ok(found) = std::fs::metadata(&self.path) else {
+            return;
+        };
         let stamp = found.modified().ok().map(|modified| (modified, found.len()));
         // Times of files are coarse: one that changed just now may change again without showing it.
-        let fresh = stamp.is_some_and(|(modified, _)| modified.elapsed().is_ok_and(|age| age < CHECK_INTERVAL * 2));
+        let fresh =
+            stamp.is_some_and(|(modified, _)| modified.elapsed().is_ok_and(|age| age < CHECK_INTERVAL * 2));
         if stamp.is_none() || stamp != self.stamp || fresh {
             self.stamp = stamp;
             self.servers = HostResolver::read(&self.path).servers;

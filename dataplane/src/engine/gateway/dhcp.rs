@@ -89,7 +89,12 @@ pub fn handle(
 ) -> DhcpOutcome {
     let request = match Request::parse(payload, mac) {
         Ok(request) => request,
-        Err(why) => return DhcpOutcome { ignored: Some(why), ..DhcpOutcome::default() },
+        Err(why) => {
+            return DhcpOutcome {
+                ignored: Some(why),
+                ..DhcpOutcome::default()
+            };
+        }
     };
     let client = Client { vm, mac, now };
     let mut outcome = match request.kind {
@@ -111,14 +116,23 @@ struct Client {
 }
 
 fn ignored(why: DhcpIgnored) -> DhcpOutcome {
-    DhcpOutcome { ignored: Some(why), ..DhcpOutcome::default() }
+    DhcpOutcome {
+        ignored: Some(why),
+        ..DhcpOutcome::default()
+    }
 }
 
 fn discover(leases: &mut Leases, config: &DhcpConfig, client: Client, request: &Request<'_>) -> DhcpOutcome {
     let asked = request.address_option(OPT_REQUESTED_ADDRESS);
     match leases.offer(client.vm, client.mac, asked, client.now) {
         Some(address) => DhcpOutcome {
-            reply: Some(Answer { kind: OFFER, yours: address }.reply(config, client.mac, request)),
+            reply: Some(
+                Answer {
+                    kind: OFFER,
+                    yours: address,
+                }
+                .reply(config, client.mac, request),
+            ),
             ..DhcpOutcome::default()
         },
         None => ignored(DhcpIgnored::NoAddress),
@@ -146,14 +160,24 @@ fn request_address(
     };
     match leases.lease(client.vm, client.mac, wanted, client.now) {
         Some(released) => DhcpOutcome {
-            reply: Some(Answer { kind: ACK, yours: wanted }.reply(config, client.mac, request)),
+            reply: Some(
+                Answer {
+                    kind: ACK,
+                    yours: wanted,
+                }
+                .reply(config, client.mac, request),
+            ),
             bound: Some(wanted),
             released,
             ..DhcpOutcome::default()
         },
         None => DhcpOutcome {
             reply: Some(
-                Answer { kind: NAK, yours: Ipv4Addr::UNSPECIFIED }.reply(config, client.mac, request),
+                Answer {
+                    kind: NAK,
+                    yours: Ipv4Addr::UNSPECIFIED,
+                }
+                .reply(config, client.mac, request),
             ),
             ..DhcpOutcome::default()
         },
@@ -161,7 +185,10 @@ fn request_address(
 }
 
 fn give_up(leases: &mut Leases, config: &DhcpConfig, client: Client, request: &Request<'_>) -> DhcpOutcome {
-    if request.address_option(OPT_SERVER).is_some_and(|server| server != config.gateway) {
+    if request
+        .address_option(OPT_SERVER)
+        .is_some_and(|server| server != config.gateway)
+    {
         return ignored(DhcpIgnored::OtherServer);
     }
     let (address, done) = if request.kind == RELEASE {
@@ -171,10 +198,16 @@ fn give_up(leases: &mut Leases, config: &DhcpConfig, client: Client, request: &R
         let Some(address) = request.address_option(OPT_REQUESTED_ADDRESS) else {
             return ignored(DhcpIgnored::Unexpected);
         };
-        (address, leases.decline(client.vm, client.mac, address, client.now))
+        (
+            address,
+            leases.decline(client.vm, client.mac, address, client.now),
+        )
     };
     match done {
-        true => DhcpOutcome { released: Some(address), ..DhcpOutcome::default() },
+        true => DhcpOutcome {
+            released: Some(address),
+            ..DhcpOutcome::default()
+        },
         false => ignored(DhcpIgnored::NoAddress),
     }
 }
@@ -186,7 +219,13 @@ fn inform(leases: &mut Leases, config: &DhcpConfig, client: Client, request: &Re
         return ignored(DhcpIgnored::NoAddress);
     }
     DhcpOutcome {
-        reply: Some(Answer { kind: ACK, yours: Ipv4Addr::UNSPECIFIED }.reply(config, client.mac, request)),
+        reply: Some(
+            Answer {
+                kind: ACK,
+                yours: Ipv4Addr::UNSPECIFIED,
+            }
+            .reply(config, client.mac, request),
+        ),
         bound: Some(address),
         ..DhcpOutcome::default()
     }
@@ -204,7 +243,9 @@ struct Request<'a> {
 
 impl<'a> Request<'a> {
     fn parse(payload: &'a [u8], mac: Mac) -> Result<Self, DhcpIgnored> {
-        let (header, rest) = payload.split_at_checked(HEADER_BYTES).ok_or(DhcpIgnored::Malformed)?;
+        let (header, rest) = payload
+            .split_at_checked(HEADER_BYTES)
+            .ok_or(DhcpIgnored::Malformed)?;
         let options = rest.strip_prefix(&MAGIC).ok_or(DhcpIgnored::Malformed)?;
         if header[..3] != [BOOT_REQUEST, HTYPE_ETHERNET, 6] {
             return Err(DhcpIgnored::Malformed);
@@ -226,21 +267,31 @@ impl<'a> Request<'a> {
     }
 
     fn address_option(&self, code: u8) -> Option<Ipv4Addr> {
-        self.options.get(&code).filter(|data| data.len() == 4).and_then(|data| address_at(data, 0))
+        self.options
+            .get(&code)
+            .filter(|data| data.len() == 4)
+            .and_then(|data| address_at(data, 0))
     }
 
     /// Never matched against anything, but printed on terminals.
     fn claimed_hostname(&self) -> Option<String> {
         let bytes = self.options.get(&OPT_HOST_NAME)?;
         let visible = |b: &u8| if b.is_ascii_graphic() { char::from(*b) } else { '?' };
-        let name: String = bytes.iter().take(HOST_NAME_BYTES_MAX).filter(|b| **b != 0).map(visible).collect();
+        let name: String = bytes
+            .iter()
+            .take(HOST_NAME_BYTES_MAX)
+            .filter(|b| **b != 0)
+            .map(visible)
+            .collect();
         Some(name).filter(|name| !name.is_empty())
     }
 
     /// Room for the DHCP message, from the largest IP packet that the client takes (RFC 2132 §9.10).
     fn room_bytes(&self, mtu_bytes: u16) -> usize {
         let taken = match self.options.get(&OPT_MAX_SIZE).map(Vec::as_slice) {
-            Some([a, b]) => u16::from_be_bytes([*a, *b]).clamp(MESSAGE_BYTES_MIN, mtu_bytes.max(MESSAGE_BYTES_MIN)),
+            Some([a, b]) => {
+                u16::from_be_bytes([*a, *b]).clamp(MESSAGE_BYTES_MIN, mtu_bytes.max(MESSAGE_BYTES_MIN))
+            }
             _ => MESSAGE_BYTES_MIN,
         };
         usize::from(taken) - IP_UDP_BYTES
@@ -255,8 +306,12 @@ fn parse_options(mut bytes: &[u8]) -> BTreeMap<u8, Vec<u8>> {
             OPT_PAD => bytes = rest,
             OPT_END => break,
             _ => {
-                let Some((&length, rest)) = rest.split_first() else { break };
-                let Some((data, rest)) = rest.split_at_checked(usize::from(length)) else { break };
+                let Some((&length, rest)) = rest.split_first() else {
+                    break;
+                };
+                let Some((data, rest)) = rest.split_at_checked(usize::from(length)) else {
+                    break;
+                };
                 options.entry(code).or_default().extend_from_slice(data);
                 bytes = rest;
             }
@@ -266,7 +321,10 @@ fn parse_options(mut bytes: &[u8]) -> BTreeMap<u8, Vec<u8>> {
 }
 
 fn address_at(bytes: &[u8], at: usize) -> Option<Ipv4Addr> {
-    bytes.get(at..at + 4).and_then(|b| <[u8; 4]>::try_from(b).ok()).map(Ipv4Addr::from)
+    bytes
+        .get(at..at + 4)
+        .and_then(|b| <[u8; 4]>::try_from(b).ok())
+        .map(Ipv4Addr::from)
 }
 
 /// A server's message before it is written.
@@ -288,7 +346,11 @@ impl Answer {
         } else {
             (self.yours, mac)
         };
-        DhcpReply { payload: self.payload(config, request), to, to_mac }
+        DhcpReply {
+            payload: self.payload(config, request),
+            to,
+            to_mac,
+        }
     }
 
     fn payload(&self, config: &DhcpConfig, request: &Request<'_>) -> Vec<u8> {
@@ -305,7 +367,10 @@ impl Answer {
         if self.kind != NAK {
             header[SIADDR..SIADDR + 4].copy_from_slice(&config.gateway.octets());
         }
-        let mut message = Writer { bytes: header.to_vec(), room: request.room_bytes(config.mtu_bytes) - 1 };
+        let mut message = Writer {
+            bytes: header.to_vec(),
+            room: request.room_bytes(config.mtu_bytes) - 1,
+        };
         message.bytes.extend_from_slice(&MAGIC);
         message.option(OPT_MESSAGE_TYPE, &[self.kind]);
         message.option(OPT_SERVER, &config.gateway.octets());
@@ -316,7 +381,10 @@ impl Answer {
         };
         echo(&mut message, OPT_CLIENT_ID);
         // RFC 3046 §2.1: relay information is the last; what comes before leaves it room.
-        let relay = request.options.get(&OPT_RELAY_INFORMATION).map_or(0, |data| encoded_bytes(data.len()));
+        let relay = request
+            .options
+            .get(&OPT_RELAY_INFORMATION)
+            .map_or(0, |data| encoded_bytes(data.len()));
         if self.kind != NAK {
             message.room = message.room.saturating_sub(relay);
             self.configuration(config, &mut message);
@@ -341,7 +409,12 @@ impl Answer {
         }
         message.option(OPT_SUBNET_MASK, &config.subnet.netmask().octets());
         message.option(OPT_ROUTER, &config.gateway.octets());
-        let dns: Vec<u8> = config.dns.iter().take(DNS_SERVERS_MAX).flat_map(|d| d.octets()).collect();
+        let dns: Vec<u8> = config
+            .dns
+            .iter()
+            .take(DNS_SERVERS_MAX)
+            .flat_map(|d| d.octets())
+            .collect();
         message.option(OPT_DNS, &dns);
         message.option(OPT_MTU, &config.mtu_bytes.to_be_bytes());
         message.option(OPT_BROADCAST, &config.subnet.broadcast().octets());

@@ -30,7 +30,9 @@ impl Server {
                 subnet,
                 dns: vec![gateway],
                 mtu_bytes: 1500,
-                search_domains: ["corp.example.com", "example.com", "test"].map(|n| n.parse().unwrap()).to_vec(),
+                search_domains: ["corp.example.com", "example.com", "test"]
+                    .map(|n| n.parse().unwrap())
+                    .to_vec(),
                 lease_time: LEASE_TIME,
             },
             now: Time::ZERO,
@@ -38,14 +40,23 @@ impl Server {
     }
 
     fn send(&mut self, message: &Message) -> DhcpOutcome {
-        handle(&mut self.leases, &self.config, VM, MAC, &message.bytes(), self.now)
+        handle(
+            &mut self.leases,
+            &self.config,
+            VM,
+            MAC,
+            &message.bytes(),
+            self.now,
+        )
     }
 
     /// Goes through DISCOVER and REQUEST.
     fn bind(&mut self) -> Ipv4Addr {
         let offer = self.send(&Message::new(DISCOVER)).reply.unwrap();
         let offered = yours(&offer.payload);
-        let selecting = Message::new(REQUEST).option(OPT_SERVER, ip(1)).option(OPT_REQUESTED_ADDRESS, offered);
+        let selecting = Message::new(REQUEST)
+            .option(OPT_SERVER, ip(1))
+            .option(OPT_REQUESTED_ADDRESS, offered);
         assert_eq!(self.send(&selecting).bound, Some(offered));
         offered
     }
@@ -63,7 +74,13 @@ struct Message {
 
 impl Message {
     fn new(kind: u8) -> Self {
-        Self { kind, mac: MAC, client_address: Ipv4Addr::UNSPECIFIED, flags: 0, options: Vec::new() }
+        Self {
+            kind,
+            mac: MAC,
+            client_address: Ipv4Addr::UNSPECIFIED,
+            flags: 0,
+            options: Vec::new(),
+        }
     }
 
     fn from(mut self, address: Ipv4Addr) -> Self {
@@ -126,16 +143,28 @@ fn discover_is_offered_everything_a_guest_needs() {
     assert_eq!(yours(&reply.payload), ip(2));
     let options = options(&reply.payload);
     assert_eq!(options[&OPT_MESSAGE_TYPE], [OFFER]);
-    for (option, address) in [(OPT_ROUTER, ip(1)), (OPT_SERVER, ip(1)), (OPT_DNS, ip(1)), (OPT_BROADCAST, ip(255))] {
+    for (option, address) in [
+        (OPT_ROUTER, ip(1)),
+        (OPT_SERVER, ip(1)),
+        (OPT_DNS, ip(1)),
+        (OPT_BROADCAST, ip(255)),
+    ] {
         assert_eq!(options[&option], address.octets(), "{option}");
     }
     assert_eq!(options[&OPT_SUBNET_MASK], [255, 255, 255, 0]);
-    for (option, seconds) in [(OPT_LEASE_TIME, 3600_u32), (OPT_RENEWAL_TIME, 1800), (OPT_REBINDING_TIME, 3150)] {
+    for (option, seconds) in [
+        (OPT_LEASE_TIME, 3600_u32),
+        (OPT_RENEWAL_TIME, 1800),
+        (OPT_REBINDING_TIME, 3150),
+    ] {
         assert_eq!(options[&option], seconds.to_be_bytes(), "{option}");
     }
     assert_eq!(options[&OPT_MTU], 1500_u16.to_be_bytes());
     assert_eq!(options[&OPT_DOMAIN_NAME], b"corp.example.com");
-    assert_eq!(options[&OPT_SEARCH], b"\x04corp\x07example\x03com\x00\xc0\x05\x04test\x00", "compressed");
+    assert_eq!(
+        options[&OPT_SEARCH], b"\x04corp\x07example\x03com\x00\xc0\x05\x04test\x00",
+        "compressed"
+    );
 }
 
 #[test]
@@ -147,9 +176,16 @@ fn selecting_binds_and_renewing_renews() {
     let outcome = server.send(&Message::new(REQUEST).from(address));
     assert_eq!(outcome.bound, Some(address));
     let reply = outcome.reply.unwrap();
-    assert_eq!((reply.to, reply.to_mac), (address, MAC), "to the address that it has");
+    assert_eq!(
+        (reply.to, reply.to_mac),
+        (address, MAC),
+        "to the address that it has"
+    );
     assert_eq!(options(&reply.payload)[&OPT_MESSAGE_TYPE], [ACK]);
-    assert_eq!((yours(&reply.payload), address_at(&reply.payload, CIADDR)), (address, Some(address)));
+    assert_eq!(
+        (yours(&reply.payload), address_at(&reply.payload, CIADDR)),
+        (address, Some(address))
+    );
 }
 
 #[test]
@@ -167,7 +203,10 @@ fn init_reboot_gets_its_address_again_and_nak_for_a_wrong_one() {
         assert_eq!((reply.to, reply.to_mac), (Ipv4Addr::BROADCAST, Mac::BROADCAST));
         let options = options(&reply.payload);
         assert_eq!(options[&OPT_MESSAGE_TYPE], [NAK]);
-        assert_eq!(options.keys().copied().collect::<Vec<_>>(), [OPT_MESSAGE_TYPE, OPT_SERVER, OPT_CLIENT_ID]);
+        assert_eq!(
+            options.keys().copied().collect::<Vec<_>>(),
+            [OPT_MESSAGE_TYPE, OPT_SERVER, OPT_CLIENT_ID]
+        );
     }
 }
 
@@ -183,9 +222,15 @@ fn a_new_address_gives_up_the_old_one() {
 fn a_request_to_another_server_is_left_to_it() {
     let mut server = Server::new();
     server.send(&Message::new(DISCOVER)).reply.unwrap();
-    let elsewhere = Message::new(REQUEST).option(OPT_SERVER, ip(200)).option(OPT_REQUESTED_ADDRESS, ip(2));
+    let elsewhere = Message::new(REQUEST)
+        .option(OPT_SERVER, ip(200))
+        .option(OPT_REQUESTED_ADDRESS, ip(2));
     assert_eq!(server.send(&elsewhere), ignored(DhcpIgnored::OtherServer));
-    assert_eq!(server.leases.offer(OTHER_VM, OTHER_MAC, Some(ip(2)), Time::ZERO), Some(ip(2)), "no longer offered");
+    assert_eq!(
+        server.leases.offer(OTHER_VM, OTHER_MAC, Some(ip(2)), Time::ZERO),
+        Some(ip(2)),
+        "no longer offered"
+    );
 }
 
 #[test]
@@ -193,11 +238,19 @@ fn release_and_decline_give_the_address_up() {
     let mut server = Server::new();
     let address = server.bind();
     let outcome = server.send(&Message::new(RELEASE).from(address).option(OPT_SERVER, ip(1)));
-    assert_eq!(outcome, DhcpOutcome { released: Some(address), ..DhcpOutcome::default() });
+    assert_eq!(
+        outcome,
+        DhcpOutcome {
+            released: Some(address),
+            ..DhcpOutcome::default()
+        }
+    );
     assert_eq!(server.leases.owner(address), None);
 
     let address = server.bind();
-    let decline = Message::new(DECLINE).option(OPT_SERVER, ip(1)).option(OPT_REQUESTED_ADDRESS, address);
+    let decline = Message::new(DECLINE)
+        .option(OPT_SERVER, ip(1))
+        .option(OPT_REQUESTED_ADDRESS, address);
     assert_eq!(server.send(&decline).released, Some(address));
     assert_ne!(server.bind(), address, "set aside");
     let foreign = Message::new(RELEASE).from(ip(99));
@@ -240,7 +293,9 @@ fn another_clients_mac_is_ignored() {
 #[test]
 fn identifiers_come_back_and_relay_information_is_last() {
     let mut server = Server::new();
-    let message = Message::new(DISCOVER).data(OPT_RELAY_INFORMATION, b"\x01\x02ab").data(OPT_CLIENT_ID, b"\xffme");
+    let message = Message::new(DISCOVER)
+        .data(OPT_RELAY_INFORMATION, b"\x01\x02ab")
+        .data(OPT_CLIENT_ID, b"\xffme");
     let payload = server.send(&message).reply.unwrap().payload;
     assert_eq!(options(&payload)[&OPT_CLIENT_ID], b"\xffme");
     let end = payload.iter().rposition(|b| *b == OPT_END).unwrap();
@@ -250,13 +305,23 @@ fn identifiers_come_back_and_relay_information_is_last() {
 #[test]
 fn a_long_search_list_is_cut_to_what_the_client_takes() {
     let mut server = Server::new();
-    server.config.search_domains = (0..100).map(|n| format!("domain-{n}.test").parse().unwrap()).collect();
+    server.config.search_domains = (0..100)
+        .map(|n| format!("domain-{n}.test").parse().unwrap())
+        .collect();
     let small = server.send(&Message::new(DISCOVER)).reply.unwrap().payload;
     assert!(small.len() <= 548, "{}", small.len());
     assert!(options(&small)[&OPT_SEARCH].starts_with(b"\x08domain-0\x04test\x00\x08domain-1\xc0\x09"));
-    let large = server.send(&Message::new(DISCOVER).data(OPT_MAX_SIZE, &1500_u16.to_be_bytes())).reply.unwrap().payload;
+    let large = server
+        .send(&Message::new(DISCOVER).data(OPT_MAX_SIZE, &1500_u16.to_be_bytes()))
+        .reply
+        .unwrap()
+        .payload;
     assert!(large.len() > 1200 && large.len() <= 1472, "{}", large.len());
-    assert_eq!(options(&large)[&OPT_SEARCH].len(), 14 + 9 * 11 + 90 * 12, "in parts of 255 bytes (RFC 3396)");
+    assert_eq!(
+        options(&large)[&OPT_SEARCH].len(),
+        14 + 9 * 11 + 90 * 12,
+        "in parts of 255 bytes (RFC 3396)"
+    );
 }
 
 #[test]
@@ -268,7 +333,10 @@ fn an_exhausted_pool_offers_nothing() {
         fixed: BTreeMap::new(),
         lease_time: LEASE_TIME,
     });
-    assert_eq!(server.send(&Message::new(DISCOVER)), ignored(DhcpIgnored::NoAddress));
+    assert_eq!(
+        server.send(&Message::new(DISCOVER)),
+        ignored(DhcpIgnored::NoAddress)
+    );
     assert_eq!(server.leases.counts().exhausted, 1);
 }
 
@@ -288,11 +356,20 @@ impl Random {
 fn no_bytes_make_it_panic_and_every_answer_fits() {
     let mut random = Random(0x9e37_79b9_7f4a_7c15);
     let mut server = Server::new();
-    let codes = [OPT_REQUESTED_ADDRESS, OPT_SERVER, OPT_MAX_SIZE, OPT_HOST_NAME, OPT_CLIENT_ID, OPT_RELAY_INFORMATION];
+    let codes = [
+        OPT_REQUESTED_ADDRESS,
+        OPT_SERVER,
+        OPT_MAX_SIZE,
+        OPT_HOST_NAME,
+        OPT_CLIENT_ID,
+        OPT_RELAY_INFORMATION,
+    ];
     for round in 0..20_000 {
         let mut message = Message::new(u8::try_from(random.next(10)).unwrap());
         for _ in 0..random.next(5) {
-            let data: Vec<u8> = (0..random.next(8)).map(|_| u8::try_from(random.next(256)).unwrap()).collect();
+            let data: Vec<u8> = (0..random.next(8))
+                .map(|_| u8::try_from(random.next(256)).unwrap())
+                .collect();
             message = message.data(codes[random.next(codes.len())], &data);
         }
         if random.next(2) == 0 {

@@ -88,12 +88,17 @@ impl ExtendedError {
 
     /// From its parts.
     pub fn new(code: u16, text: impl Into<String>) -> Self {
-        Self { code, text: text.into() }
+        Self {
+            code,
+            text: text.into(),
+        }
     }
 
     fn option(&self) -> EdnsOption {
         let mut data = self.code.to_be_bytes().to_vec();
-        let end = (0..=ERROR_TEXT_BYTES_MAX.min(self.text.len())).rev().find(|at| self.text.is_char_boundary(*at));
+        let end = (0..=ERROR_TEXT_BYTES_MAX.min(self.text.len()))
+            .rev()
+            .find(|at| self.text.is_char_boundary(*at));
         data.extend_from_slice(&self.text.as_bytes()[..end.unwrap_or(0)]);
         EdnsOption::Unknown(EXTENDED_ERROR, data)
     }
@@ -104,7 +109,9 @@ impl ExtendedError {
 /// # Errors
 /// [`Refusal`] for everything but one question of class IN.
 pub fn read_query(bytes: &[u8]) -> Result<Question, Refusal> {
-    let Some((header, _)) = bytes.split_at_checked(HEADER_BYTES) else { return Err(Refusal::Ignored) };
+    let Some((header, _)) = bytes.split_at_checked(HEADER_BYTES) else {
+        return Err(Refusal::Ignored);
+    };
     let (id, flags) = (u16_at(header, 0).unwrap_or_default(), header[2]);
     if flags & 0x80 != 0 {
         return Err(Refusal::Ignored);
@@ -116,7 +123,10 @@ pub fn read_query(bytes: &[u8]) -> Result<Question, Refusal> {
     }
     let message = Message::from_vec(bytes).map_err(|_| refuse(ResponseCode::FormErr))?;
     let end = uncompressed_name_end(bytes, HEADER_BYTES).map(|end| end + 4);
-    let ([query], Some(wire)) = (&message.queries[..], end.and_then(|end| bytes.get(HEADER_BYTES..end))) else {
+    let ([query], Some(wire)) = (
+        &message.queries[..],
+        end.and_then(|end| bytes.get(HEADER_BYTES..end)),
+    ) else {
         return Err(refuse(ResponseCode::FormErr));
     };
     let name = query.name.iter().len() > 0;
@@ -162,7 +172,12 @@ impl Question {
     }
 
     /// The gateway's own answer with authority over the name.
-    pub fn local_answer(&self, code: ResponseCode, answers: Vec<Record>, authority: Option<Record>) -> Vec<u8> {
+    pub fn local_answer(
+        &self,
+        code: ResponseCode,
+        answers: Vec<Record>,
+        authority: Option<Record>,
+    ) -> Vec<u8> {
         let mut message = self.answer();
         message.metadata.response_code = code;
         message.metadata.authoritative = true;
@@ -248,7 +263,17 @@ impl Question {
         let payload = u16::try_from(UDP_BYTES_MAX).unwrap_or(u16::MAX).to_be_bytes();
         let dnssec_ok = u8::from(self.edns.is_some_and(|e| e.dnssec_ok)) << 7;
         let [high, low] = OPT.to_be_bytes();
-        let mut record = vec![0, high, low, payload[0], payload[1], upstream.code_high, 0, dnssec_ok, 0];
+        let mut record = vec![
+            0,
+            high,
+            low,
+            payload[0],
+            payload[1],
+            upstream.code_high,
+            0,
+            dnssec_ok,
+            0,
+        ];
         record.extend_from_slice(&u16::try_from(upstream.extended_errors.len()).ok()?.to_be_bytes());
         record.extend_from_slice(&upstream.extended_errors);
         Some(record)
@@ -355,14 +380,20 @@ impl<'a> Upstream<'a> {
             .collect();
         let mut current = name.clone();
         for _ in 0..=ALIASES_MAX {
-            for (_, record) in owned.iter().filter(|(owner, r)| *owner == current && r.kind != CNAME) {
+            for (_, record) in owned
+                .iter()
+                .filter(|(owner, r)| *owner == current && r.kind != CNAME)
+            {
                 if let Some(address) = self.address(record) {
                     addresses.push(address);
                     ttl = ttl.min(record.ttl);
                 }
             }
-            let alias = owned.iter().find(|(owner, r)| *owner == current && r.kind == CNAME);
-            let Some((target, record)) = alias.and_then(|(_, r)| Some((name_at(self.bytes, r.data)?, r))) else {
+            let alias = owned
+                .iter()
+                .find(|(owner, r)| *owner == current && r.kind == CNAME);
+            let Some((target, record)) = alias.and_then(|(_, r)| Some((name_at(self.bytes, r.data)?, r)))
+            else {
                 break;
             };
             ttl = ttl.min(record.ttl);
@@ -384,9 +415,14 @@ impl<'a> Upstream<'a> {
 
     fn read_opt(&mut self, record: &RawRecord) {
         self.code_high = record.ttl.to_be_bytes()[0];
-        let mut options = self.bytes.get(record.data..record.data + record.data_bytes).unwrap_or_default();
+        let mut options = self
+            .bytes
+            .get(record.data..record.data + record.data_bytes)
+            .unwrap_or_default();
         while let (Some(code), Some(length)) = (u16_at(options, 0), u16_at(options, 2)) {
-            let Some((option, rest)) = options.split_at_checked(4 + usize::from(length)) else { break };
+            let Some((option, rest)) = options.split_at_checked(4 + usize::from(length)) else {
+                break;
+            };
             if code == EXTENDED_ERROR && self.extended_errors.len() + option.len() <= UDP_BYTES_PLAIN / 2 {
                 self.extended_errors.extend_from_slice(option);
             }
@@ -428,7 +464,11 @@ pub fn same_question(one: &[u8], other: &[u8]) -> bool {
 /// The question of a message that has exactly one, without compression.
 pub fn question_of(bytes: &[u8]) -> Option<&[u8]> {
     let end = uncompressed_name_end(bytes, HEADER_BYTES)? + 4;
-    if u16_at(bytes, 4) == Some(1) { bytes.get(HEADER_BYTES..end) } else { None }
+    if u16_at(bytes, 4) == Some(1) {
+        bytes.get(HEADER_BYTES..end)
+    } else {
+        None
+    }
 }
 
 fn name_at(bytes: &[u8], at: usize) -> Option<Name> {

@@ -211,13 +211,27 @@ impl Dns {
         }
         let Some(name) = question.name.clone() else {
             // No verdict is about the root, so nothing can allow it.
-            let why = ExtendedError::new(ExtendedError::PROHIBITED, "the root of the DNS is not looked up here");
-            self.reply(client, transport, question.error(ResponseCode::Refused, Some(&why)));
+            let why = ExtendedError::new(
+                ExtendedError::PROHIBITED,
+                "the root of the DNS is not looked up here",
+            );
+            self.reply(
+                client,
+                transport,
+                question.error(ResponseCode::Refused, Some(&why)),
+            );
             return;
         };
         let query_type = question.query_type;
         let deadline = now.saturating_add(self.hold);
-        let query = Query { client, transport, question, name: name.clone(), state: State::Held, deadline };
+        let query = Query {
+            client,
+            transport,
+            question,
+            name: name.clone(),
+            state: State::Held,
+            deadline,
+        };
         if self.queries.insert(query) {
             self.events.push_back(Event::Ask { name, query_type });
         }
@@ -264,19 +278,31 @@ impl Dns {
     /// A verdict on a name: all its held queries go on, or are refused.
     pub fn handle_name_verdict(&mut self, now: Time, name: &Name, action: VerdictAction, reason: &Reason) {
         let keys = self.queries.take_held(name);
-        let Some(query_type) = keys.first().and_then(|key| self.queries.get(*key)).map(|q| q.question.query_type)
+        let Some(query_type) = keys
+            .first()
+            .and_then(|key| self.queries.get(*key))
+            .map(|q| q.question.query_type)
         else {
             return;
         };
         let count = u64::try_from(keys.len()).unwrap_or(u64::MAX);
-        self.events.push_back(Event::Decided { name: name.clone(), query_type, action, count });
+        self.events.push_back(Event::Decided {
+            name: name.clone(),
+            query_type,
+            action,
+            count,
+        });
         for key in keys {
             match action {
                 VerdictAction::Allow => self.ask_upstream(now, key),
                 VerdictAction::Deny => {
                     // A person's no is the client's own filter, anything else the operator's.
                     let by_person = reason.step == "grant";
-                    let code = if by_person { ExtendedError::FILTERED } else { ExtendedError::BLOCKED };
+                    let code = if by_person {
+                        ExtendedError::FILTERED
+                    } else {
+                        ExtendedError::BLOCKED
+                    };
                     let why = ExtendedError::new(code, &*reason.text);
                     self.finish_with(key, ResponseCode::Refused, &why);
                 }
@@ -299,15 +325,21 @@ impl Dns {
 
     /// An upstream's answer to a query, or `None` when there is none.
     pub fn handle_upstream(&mut self, query: u64, answer: Option<&[u8]>) {
-        let Some(key) = self.queries.key_of_upstream(query) else { return };
-        let Some(query) = self.queries.remove(key) else { return };
+        let Some(key) = self.queries.key_of_upstream(query) else {
+            return;
+        };
+        let Some(query) = self.queries.remove(key) else {
+            return;
+        };
         let (question, transport) = (&query.question, query.transport);
         let upstream = answer.and_then(Upstream::read);
         let room = match transport {
             Transport::Udp => Some(question.edns.map_or(UDP_BYTES_PLAIN, |e| e.udp_bytes)),
             Transport::Tcp(_) => None,
         };
-        let relayed = upstream.as_ref().and_then(|upstream| question.relay(upstream, room));
+        let relayed = upstream
+            .as_ref()
+            .and_then(|upstream| question.relay(upstream, room));
         let (Some(upstream), Some(relayed)) = (upstream, relayed) else {
             self.counts.upstream_failed += 1;
             let why = ExtendedError::new(ExtendedError::NETWORK_ERROR, "no upstream DNS server answered");
@@ -319,7 +351,11 @@ impl Dns {
             let (addresses, ttl) = upstream.addresses_of(&query.name);
             if !addresses.is_empty() {
                 let expires_in = ttl.clamp(BINDING_TIME_MIN, BINDING_TIME_MAX) + BINDING_GRACE;
-                self.events.push_back(Event::Bind { name: query.name.clone(), addresses, expires_in });
+                self.events.push_back(Event::Bind {
+                    name: query.name.clone(),
+                    addresses,
+                    expires_in,
+                });
             }
         }
         self.counts.relayed += 1;
@@ -334,11 +370,18 @@ impl Dns {
                 self.counts.hold_ended += 1;
                 let text = format!("{} awaits approval; ask again once it is approved", query.name);
                 let name = query.name.clone();
-                self.finish_with(key, ResponseCode::ServFail, &ExtendedError::new(ExtendedError::OTHER, text));
+                self.finish_with(
+                    key,
+                    ResponseCode::ServFail,
+                    &ExtendedError::new(ExtendedError::OTHER, text),
+                );
                 self.note_unasked(name, Unasked::HoldEnded);
             } else {
                 self.counts.upstream_failed += 1;
-                let why = ExtendedError::new(ExtendedError::NETWORK_ERROR, "no upstream DNS server answered in time");
+                let why = ExtendedError::new(
+                    ExtendedError::NETWORK_ERROR,
+                    "no upstream DNS server answered in time",
+                );
                 self.finish_with(key, ResponseCode::ServFail, &why);
             }
         }
@@ -378,25 +421,38 @@ impl Dns {
             self.finish_with(key, ResponseCode::ServFail, &why);
             return;
         }
-        let Some(bytes) = self.queries.get(key).map(|q| q.question.upstream_query()) else { return };
+        let Some(bytes) = self.queries.get(key).map(|q| q.question.upstream_query()) else {
+            return;
+        };
         let query = self.queries.send_upstream(key, now.saturating_add(UPSTREAM_TIME));
         self.events.push_back(Event::Upstream { query, bytes });
     }
 
     fn refuse_held(&mut self, key: u64) {
         self.counts.held_full += 1;
-        let why = ExtendedError::new(ExtendedError::OTHER, "too many lookups await approval; answer some first");
+        let why = ExtendedError::new(
+            ExtendedError::OTHER,
+            "too many lookups await approval; answer some first",
+        );
         self.finish_with(key, ResponseCode::ServFail, &why);
     }
 
     fn finish_with(&mut self, key: u64, code: ResponseCode, why: &ExtendedError) {
-        let Some(query) = self.queries.remove(key) else { return };
-        let bytes = fitted(&query.question, query.transport, query.question.error(code, Some(why)));
+        let Some(query) = self.queries.remove(key) else {
+            return;
+        };
+        let bytes = fitted(
+            &query.question,
+            query.transport,
+            query.question.error(code, Some(why)),
+        );
         self.reply(query.client, query.transport, bytes);
     }
 
     fn give_up(&mut self, key: u64, why: Unasked) {
-        let Some(query) = self.queries.remove(key) else { return };
+        let Some(query) = self.queries.remove(key) else {
+            return;
+        };
         if query.state == State::Held {
             self.note_unasked(query.name, why);
         }
@@ -414,7 +470,11 @@ impl Dns {
             Transport::Tcp(_) => framed(&bytes),
         };
         if let Some(bytes) = bytes {
-            self.events.push_back(Event::Reply { client, transport, bytes });
+            self.events.push_back(Event::Reply {
+                client,
+                transport,
+                bytes,
+            });
         }
     }
 }

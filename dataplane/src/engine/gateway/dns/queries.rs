@@ -54,7 +54,8 @@ impl Queries {
     pub(super) fn insert(&mut self, query: Query) -> bool {
         let key = self.next;
         self.next += 1;
-        self.by_identity.insert(identity(query.client, query.transport, &query.question), key);
+        self.by_identity
+            .insert(identity(query.client, query.transport, &query.question), key);
         self.by_deadline.insert((query.deadline, key));
         if let Transport::Tcp(connection) = query.transport {
             self.by_connection.entry(connection).or_default().insert(key);
@@ -74,7 +75,8 @@ impl Queries {
     /// Takes a query out, whatever it waits for.
     pub(super) fn remove(&mut self, key: u64) -> Option<Query> {
         let query = self.by_key.remove(&key)?;
-        self.by_identity.remove(&identity(query.client, query.transport, &query.question));
+        self.by_identity
+            .remove(&identity(query.client, query.transport, &query.question));
         self.by_deadline.remove(&(query.deadline, key));
         if let Transport::Tcp(connection) = query.transport
             && let Some(keys) = self.by_connection.get_mut(&connection)
@@ -93,7 +95,8 @@ impl Queries {
 
     /// Whether the same client already waits for the same answer.
     pub(super) fn is_open(&self, client: SocketAddr, transport: Transport, question: &Question) -> bool {
-        self.by_identity.contains_key(&identity(client, transport, question))
+        self.by_identity
+            .contains_key(&identity(client, transport, question))
     }
 
     /// The queries that are held for a name, oldest first. They are in the table still, but no longer
@@ -118,12 +121,21 @@ impl Queries {
 
     /// The query that went upstream under this number, if it still waits.
     pub(super) fn key_of_upstream(&self, query: u64) -> Option<u64> {
-        self.by_key.get(&query).filter(|q| q.state == State::Upstream).map(|_| query)
+        self.by_key
+            .get(&query)
+            .filter(|q| q.state == State::Upstream)
+            .map(|_| query)
     }
 
     /// Draws out the deadline of every query held for a name.
     pub(super) fn extend_held(&mut self, name: &Name, deadline: Time) {
-        let keys: Vec<u64> = self.held_by_name.get(name).into_iter().flatten().copied().collect();
+        let keys: Vec<u64> = self
+            .held_by_name
+            .get(name)
+            .into_iter()
+            .flatten()
+            .copied()
+            .collect();
         for key in keys {
             self.set_deadline(key, deadline);
         }
@@ -131,7 +143,10 @@ impl Queries {
 
     /// A query whose time is over.
     pub(super) fn overdue(&self, now: Time) -> Option<u64> {
-        self.by_deadline.first().filter(|(deadline, _)| *deadline <= now).map(|(_, key)| *key)
+        self.by_deadline
+            .first()
+            .filter(|(deadline, _)| *deadline <= now)
+            .map(|(_, key)| *key)
     }
 
     pub(super) fn next_deadline(&self) -> Option<Time> {
@@ -163,7 +178,12 @@ impl Queries {
     }
 
     pub(super) fn keys_of_connection(&self, connection: u64) -> Vec<u64> {
-        self.by_connection.get(&connection).into_iter().flatten().copied().collect()
+        self.by_connection
+            .get(&connection)
+            .into_iter()
+            .flatten()
+            .copied()
+            .collect()
     }
 
     fn set_deadline(&mut self, key: u64, deadline: Time) {

@@ -59,8 +59,8 @@ impl Zones {
         if zone.records.len() > RECORDS_MAX {
             return Err(ZoneError::TooLarge(zone.records.len()));
         }
-        match self.zones.iter_mut().find(|z| z.name == zone.name) {
-            Some(place) => *place = zone,
+        match self.zones.iter().position(|z| z.name == zone.name) {
+            Some(place) => self.zones[place] = zone,
             None if self.zones.len() >= ZONES_MAX => return Err(ZoneError::TooMany),
             None => self.zones.push(zone),
         }
@@ -100,12 +100,19 @@ impl Zones {
         };
         let owner = wire_name(&question.wire)?;
         let apex = wire_of(apex);
-        let mut answers: Vec<Record> =
-            found.iter().flatten().filter_map(|a| address_record(&owner, *a, question.query_type)).collect();
+        let mut answers: Vec<Record> = found
+            .iter()
+            .flatten()
+            .filter_map(|a| address_record(&owner, *a, question.query_type))
+            .collect();
         if below.is_empty() {
             answers.extend(apex_record(&owner, &apex, question.query_type));
         }
-        let code = if found.is_some() { ResponseCode::NoError } else { ResponseCode::NXDomain };
+        let code = if found.is_some() {
+            ResponseCode::NoError
+        } else {
+            ResponseCode::NXDomain
+        };
         let authority = answers.is_empty().then(|| soa(&apex, &apex));
         Some(question.local_answer(code, answers, authority))
     }
@@ -125,9 +132,16 @@ impl Zones {
             return None;
         }
         let owner = wire_name(&question.wire)?;
-        let address = owner.parse_arpa_name().ok().filter(|net| net.prefix_len() == net.max_prefix_len())?.addr();
+        let address = owner
+            .parse_arpa_name()
+            .ok()
+            .filter(|net| net.prefix_len() == net.max_prefix_len())?
+            .addr();
         let (zone, name) = self.zones.iter().find_map(|zone| {
-            zone.records.iter().find(|(_, a)| *a == address).map(|(name, _)| (zone, name.as_ref()))
+            zone.records
+                .iter()
+                .find(|(_, a)| *a == address)
+                .map(|(name, _)| (zone, name.as_ref()))
         })?;
         let apex = wire_of(zone.name.as_ref());
         let target = wire_of(name).append_domain(&apex).ok()?;
@@ -147,10 +161,17 @@ enum Found {
 /// `below` is the name without the zone's, empty for the zone itself.
 fn find(zone: &Zone, below: &str) -> Found {
     let is_it = |name: &Option<Name>| name.as_ref().map_or("", Name::as_str) == below;
-    let own: Vec<IpAddr> = zone.records.iter().filter(|(n, _)| is_it(n)).map(|(_, a)| *a).collect();
+    let own: Vec<IpAddr> = zone
+        .records
+        .iter()
+        .filter(|(n, _)| is_it(n))
+        .map(|(_, a)| *a)
+        .collect();
     let above_another = || {
         zone.records.iter().flat_map(|(name, _)| name).any(|name| {
-            name.as_str().strip_suffix(below).is_some_and(|rest| rest.ends_with('.'))
+            name.as_str()
+                .strip_suffix(below)
+                .is_some_and(|rest| rest.ends_with('.'))
         })
     };
     match (own.is_empty(), zone.default_address) {
@@ -184,7 +205,11 @@ fn address_record(owner: &WireName, address: IpAddr, query_type: u16) -> Option<
 fn apex_record(owner: &WireName, apex: &WireName, query_type: u16) -> Option<Record> {
     match RecordType::from(query_type) {
         RecordType::SOA => Some(soa(owner, apex)),
-        RecordType::NS => Some(Record::from_rdata(owner.clone(), LOCAL_TTL, RData::NS(NS(apex.clone())))),
+        RecordType::NS => Some(Record::from_rdata(
+            owner.clone(),
+            LOCAL_TTL,
+            RData::NS(NS(apex.clone())),
+        )),
         _ => None,
     }
 }
@@ -211,10 +236,18 @@ pub fn default_zones(gateway: Ipv4Addr, host_alias: Option<Ipv4Addr>) -> Zones {
     let label = |text: &str| text.parse::<Name>().ok();
     let mut records = vec![(label("gateway"), IpAddr::V4(gateway))];
     records.extend(host_alias.map(|host| (label("host"), IpAddr::V4(host))));
-    let zones = ["containers.internal", "docker.internal"].into_iter().filter_map(|name| {
-        Some(Zone { name: Some(name.parse().ok()?), records: records.clone(), default_address: None })
-    });
-    Zones { zones: zones.collect() }
+    let zones = ["containers.internal", "docker.internal"]
+        .into_iter()
+        .filter_map(|name| {
+            Some(Zone {
+                name: Some(name.parse().ok()?),
+                records: records.clone(),
+                default_address: None,
+            })
+        });
+    Zones {
+        zones: zones.collect(),
+    }
 }
 
 #[cfg(test)]
@@ -235,7 +268,10 @@ mod tests {
     }
 
     fn default() -> Zones {
-        default_zones(Ipv4Addr::new(192, 168, 127, 1), Some(Ipv4Addr::new(192, 168, 127, 254)))
+        default_zones(
+            Ipv4Addr::new(192, 168, 127, 1),
+            Some(Ipv4Addr::new(192, 168, 127, 254)),
+        )
     }
 
     fn data(message: &Message) -> Vec<String> {
@@ -245,7 +281,10 @@ mod tests {
     fn zone(name: Option<&str>, records: &[(&str, &str)], default: Option<&str>) -> Zone {
         Zone {
             name: name.map(|n| n.parse().unwrap()),
-            records: records.iter().map(|(n, a)| (n.parse().ok(), a.parse().unwrap())).collect(),
+            records: records
+                .iter()
+                .map(|(n, a)| (n.parse().ok(), a.parse().unwrap()))
+                .collect(),
             default_address: default.map(|a| a.parse().unwrap()),
         }
     }
@@ -254,7 +293,11 @@ mod tests {
     fn names_of_a_zone_are_answered_in_any_case() {
         let answer = ask(&default(), "HOST.Containers.Internal.", RecordType::A).unwrap();
         assert_eq!(data(&answer), ["192.168.127.254"]);
-        assert_eq!(answer.answers[0].name.to_ascii(), "HOST.Containers.Internal.", "in the case it was asked in");
+        assert_eq!(
+            answer.answers[0].name.to_ascii(),
+            "HOST.Containers.Internal.",
+            "in the case it was asked in"
+        );
         let answer = ask(&default(), "gateway.docker.internal.", RecordType::ANY).unwrap();
         assert_eq!(data(&answer), ["192.168.127.1"]);
     }
@@ -262,14 +305,34 @@ mod tests {
     #[test]
     fn other_types_are_nodata_and_other_names_nxdomain_with_a_soa() {
         for (name, kind, code) in [
-            ("host.containers.internal.", RecordType::AAAA, ResponseCode::NoError),
-            ("host.containers.internal.", RecordType::HTTPS, ResponseCode::NoError),
+            (
+                "host.containers.internal.",
+                RecordType::AAAA,
+                ResponseCode::NoError,
+            ),
+            (
+                "host.containers.internal.",
+                RecordType::HTTPS,
+                ResponseCode::NoError,
+            ),
             ("containers.internal.", RecordType::A, ResponseCode::NoError),
-            ("nobody.containers.internal.", RecordType::A, ResponseCode::NXDomain),
-            ("a.host.containers.internal.", RecordType::A, ResponseCode::NXDomain),
+            (
+                "nobody.containers.internal.",
+                RecordType::A,
+                ResponseCode::NXDomain,
+            ),
+            (
+                "a.host.containers.internal.",
+                RecordType::A,
+                ResponseCode::NXDomain,
+            ),
         ] {
             let answer = ask(&default(), name, kind).unwrap();
-            assert_eq!((answer.metadata.response_code, answer.answers.len()), (code, 0), "{name} {kind}");
+            assert_eq!(
+                (answer.metadata.response_code, answer.answers.len()),
+                (code, 0),
+                "{name} {kind}"
+            );
             assert_eq!(answer.authorities[0].record_type(), RecordType::SOA);
             assert_eq!(answer.authorities[0].name.to_ascii(), "containers.internal.");
         }
@@ -285,24 +348,62 @@ mod tests {
     #[test]
     fn a_default_address_stands_for_every_other_name() {
         let mut zones = Zones::new();
-        zones.set(zone(Some("apps.test"), &[("six", "2001:db8::6")], Some("192.168.127.254"))).unwrap();
+        zones
+            .set(zone(
+                Some("apps.test"),
+                &[("six", "2001:db8::6")],
+                Some("192.168.127.254"),
+            ))
+            .unwrap();
         for name in ["any.apps.test.", "a.b.apps.test.", "apps.test."] {
-            assert_eq!(data(&ask(&zones, name, RecordType::A).unwrap()), ["192.168.127.254"], "{name}");
+            assert_eq!(
+                data(&ask(&zones, name, RecordType::A).unwrap()),
+                ["192.168.127.254"],
+                "{name}"
+            );
         }
         let six = ask(&zones, "six.apps.test.", RecordType::A).unwrap();
-        assert_eq!((six.metadata.response_code, six.answers.len()), (ResponseCode::NoError, 0), "a record is not defaulted");
-        assert_eq!(data(&ask(&zones, "six.apps.test.", RecordType::AAAA).unwrap()), ["2001:db8::6"]);
+        assert_eq!(
+            (six.metadata.response_code, six.answers.len()),
+            (ResponseCode::NoError, 0),
+            "a record is not defaulted"
+        );
+        assert_eq!(
+            data(&ask(&zones, "six.apps.test.", RecordType::AAAA).unwrap()),
+            ["2001:db8::6"]
+        );
     }
 
     #[test]
     fn the_apex_has_its_records_and_names_between_exist() {
         let mut zones = Zones::new();
-        zones.set(zone(Some("my.test"), &[("", "10.0.0.1"), ("a.b", "10.0.0.2"), ("a.b", "10.0.0.3")], None)).unwrap();
-        assert_eq!(data(&ask(&zones, "my.test.", RecordType::A).unwrap()), ["10.0.0.1"]);
+        zones
+            .set(zone(
+                Some("my.test"),
+                &[("", "10.0.0.1"), ("a.b", "10.0.0.2"), ("a.b", "10.0.0.3")],
+                None,
+            ))
+            .unwrap();
+        assert_eq!(
+            data(&ask(&zones, "my.test.", RecordType::A).unwrap()),
+            ["10.0.0.1"]
+        );
         assert_eq!(ask(&zones, "my.test.", RecordType::SOA).unwrap().answers.len(), 1);
-        assert_eq!(data(&ask(&zones, "my.test.", RecordType::NS).unwrap()), ["my.test."]);
-        assert_eq!(ask(&zones, "b.my.test.", RecordType::A).unwrap().metadata.response_code, ResponseCode::NoError);
-        assert_eq!(data(&ask(&zones, "a.b.my.test.", RecordType::A).unwrap()), ["10.0.0.2", "10.0.0.3"]);
+        assert_eq!(
+            data(&ask(&zones, "my.test.", RecordType::NS).unwrap()),
+            ["my.test."]
+        );
+        assert_eq!(
+            ask(&zones, "b.my.test.", RecordType::A)
+                .unwrap()
+                .metadata
+                .response_code,
+            ResponseCode::NoError
+        );
+        assert_eq!(
+            data(&ask(&zones, "a.b.my.test.", RecordType::A).unwrap()),
+            ["10.0.0.2", "10.0.0.3"]
+        );
     }
 
     #[test]
@@ -311,8 +412,14 @@ mod tests {
         zones.set(zone(None, &[], Some("10.9.9.9"))).unwrap();
         zones.set(zone(Some("test"), &[], Some("10.0.0.1"))).unwrap();
         zones.set(zone(Some("a.test"), &[], Some("10.0.0.2"))).unwrap();
-        assert_eq!(data(&ask(&zones, "x.a.test.", RecordType::A).unwrap()), ["10.0.0.1"]);
-        assert_eq!(data(&ask(&zones, "example.com.", RecordType::A).unwrap()), ["10.9.9.9"]);
+        assert_eq!(
+            data(&ask(&zones, "x.a.test.", RecordType::A).unwrap()),
+            ["10.0.0.1"]
+        );
+        assert_eq!(
+            data(&ask(&zones, "example.com.", RecordType::A).unwrap()),
+            ["10.9.9.9"]
+        );
     }
 
     #[test]
@@ -326,10 +433,27 @@ mod tests {
     #[test]
     fn setting_replaces_merging_prepends_removing_removes() {
         let mut zones = default();
-        zones.merge(zone(Some("docker.internal"), &[("host", "10.0.0.9")], Some("10.0.0.1"))).unwrap();
-        assert_eq!(data(&ask(&zones, "host.docker.internal.", RecordType::A).unwrap()), ["10.0.0.9", "192.168.127.254"]);
-        zones.set(zone(Some("docker.internal"), &[("only", "10.0.0.9")], None)).unwrap();
-        assert_eq!(ask(&zones, "host.docker.internal.", RecordType::A).unwrap().metadata.response_code, ResponseCode::NXDomain);
+        zones
+            .merge(zone(
+                Some("docker.internal"),
+                &[("host", "10.0.0.9")],
+                Some("10.0.0.1"),
+            ))
+            .unwrap();
+        assert_eq!(
+            data(&ask(&zones, "host.docker.internal.", RecordType::A).unwrap()),
+            ["10.0.0.9", "192.168.127.254"]
+        );
+        zones
+            .set(zone(Some("docker.internal"), &[("only", "10.0.0.9")], None))
+            .unwrap();
+        assert_eq!(
+            ask(&zones, "host.docker.internal.", RecordType::A)
+                .unwrap()
+                .metadata
+                .response_code,
+            ResponseCode::NXDomain
+        );
         assert!(zones.remove(Some(&"docker.internal".parse().unwrap())).is_some());
         assert!(zones.remove(None).is_none());
         assert!(ask(&zones, "host.docker.internal.", RecordType::A).is_none());
@@ -341,9 +465,15 @@ mod tests {
         for n in 0..ZONES_MAX {
             zones.set(zone(Some(&format!("z{n}.test")), &[], None)).unwrap();
         }
-        assert_eq!(zones.set(zone(Some("more.test"), &[], None)), Err(ZoneError::TooMany));
+        assert_eq!(
+            zones.set(zone(Some("more.test"), &[], None)),
+            Err(ZoneError::TooMany)
+        );
         let many = vec![("a", "10.0.0.1"); RECORDS_MAX + 1];
-        assert_eq!(zones.set(zone(Some("z0.test"), &many, None)), Err(ZoneError::TooLarge(RECORDS_MAX + 1)));
+        assert_eq!(
+            zones.set(zone(Some("z0.test"), &many, None)),
+            Err(ZoneError::TooLarge(RECORDS_MAX + 1))
+        );
         assert!(zones.list()[0].records.is_empty());
     }
 }
