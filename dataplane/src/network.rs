@@ -179,7 +179,11 @@ impl Network {
             lookup_hold: spec.resolver_patience,
             seed,
         };
-        let engine = Engine::new(config, Arc::clone(self) as Arc<dyn Surroundings>, spec.name.clone());
+        let engine = Engine::new(
+            config,
+            Arc::clone(self) as Arc<dyn Surroundings>,
+            spec.name.clone(),
+        );
         let transport = link.transport();
         let frames = Arc::new(FrameQueue::new(PEER_FRAMES_MAX));
         let (inputs, receiver) = std::sync::mpsc::channel();
@@ -197,7 +201,12 @@ impl Network {
         if let Some(address) = spec.pinned_address {
             self.lock_leases().pin(vm, spec.pinned_mac, address);
         }
-        let guest = Guest { inputs, waker, frames, switch_open: AtomicBool::new(false) };
+        let guest = Guest {
+            inputs,
+            waker,
+            frames,
+            switch_open: AtomicBool::new(false),
+        };
         self.write_guests().by_vm.insert(vm, guest);
         let name = spec.name.clone();
         let up = VmUp {
@@ -211,22 +220,24 @@ impl Network {
             attached_at: SystemTime::now(),
         };
         let network = Arc::clone(self);
-        let thread = thread::Builder::new().name(format!("guest-{vm}")).spawn(move || {
-            tracing::info!(vm = %name, transport, "guest attached");
-            let _ = network.reports.blocking_send(Report::VmUp(up));
-            // A bug that a guest finds is contained in its own thread: it loses its link.
-            let result = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| driver.run()));
-            network.detach(vm);
-            match result {
-                Ok(Ok(())) => tracing::info!(vm = %name, "guest detached"),
-                Ok(Err(error)) => {
-                    tracing::info!(vm = %name, reason = %DisplayChain(&error), "guest detached");
+        let thread = thread::Builder::new()
+            .name(format!("guest-{vm}"))
+            .spawn(move || {
+                tracing::info!(vm = %name, transport, "guest attached");
+                let _ = network.reports.blocking_send(Report::VmUp(up));
+                // A bug that a guest finds is contained in its own thread: it loses its link.
+                let result = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| driver.run()));
+                network.detach(vm);
+                match result {
+                    Ok(Ok(())) => tracing::info!(vm = %name, "guest detached"),
+                    Ok(Err(error)) => {
+                        tracing::info!(vm = %name, reason = %DisplayChain(&error), "guest detached");
+                    }
+                    Err(_) => tracing::error!(vm = %name, "guest's driver failed; its link is closed"),
                 }
-                Err(_) => tracing::error!(vm = %name, "guest's driver failed; its link is closed"),
-            }
-            let _ = network.reports.blocking_send(Report::VmDown(vm));
-            then();
-        })?;
+                let _ = network.reports.blocking_send(Report::VmDown(vm));
+                then();
+            })?;
         Ok(thread)
     }
 
@@ -277,12 +288,19 @@ impl Network {
             if !guest.switch_open.load(Ordering::Relaxed) {
                 return Err(DropReason::GuestToGuest);
             }
-            guest.frames.push(frame.into()).map_err(|_| DropReason::PeerQueueFull)?;
+            guest
+                .frames
+                .push(frame.into())
+                .map_err(|_| DropReason::PeerQueueFull)?;
             let _ = guest.waker.wake();
             Ok(())
         };
         if to.is_unicast() {
-            let vm = guests.by_mac.get(&to).filter(|vm| **vm != from).ok_or(DropReason::UnknownStation)?;
+            let vm = guests
+                .by_mac
+                .get(&to)
+                .filter(|vm| **vm != from)
+                .ok_or(DropReason::UnknownStation)?;
             return guests.by_vm.get(vm).map_or(Err(DropReason::UnknownStation), pass);
         }
         for (vm, guest) in &guests.by_vm {
@@ -352,7 +370,9 @@ impl Surroundings for Network {
 impl Router for Network {
     fn send(&self, vm: VmId, input: Input) -> bool {
         let guests = self.guests.read().unwrap_or_else(PoisonError::into_inner);
-        let Some(guest) = guests.by_vm.get(&vm) else { return false };
+        let Some(guest) = guests.by_vm.get(&vm) else {
+            return false;
+        };
         if let Input::Order(Order::Settings(settings)) = &input {
             guest.switch_open.store(settings.switch_open, Ordering::Relaxed);
         }
@@ -362,11 +382,20 @@ impl Router for Network {
     }
 
     fn broadcast(&self, order: &Order) -> Vec<VmId> {
-        self.vms().into_iter().filter(|vm| self.send(*vm, Input::Order(order.clone()))).collect()
+        self.vms()
+            .into_iter()
+            .filter(|vm| self.send(*vm, Input::Order(order.clone())))
+            .collect()
     }
 
     fn vms(&self) -> Vec<VmId> {
-        self.guests.read().unwrap_or_else(PoisonError::into_inner).by_vm.keys().copied().collect()
+        self.guests
+            .read()
+            .unwrap_or_else(PoisonError::into_inner)
+            .by_vm
+            .keys()
+            .copied()
+            .collect()
     }
 
     fn guest_at(&self, address: IpAddr) -> Option<VmId> {
