@@ -1,4 +1,3 @@
-<<<<<<< HEAD
 //! Asks upstream DNS servers what guests were allowed to look up (RFC 1035 §7.2, RFC 5452, RFC 7766).
 //!
 //! Each question goes out on a fresh connected UDP socket (the kernel picks a random port) under a fresh
@@ -258,13 +257,3 @@ const BREATH: Duration = Duration::from_millis(100);
 
 #[cfg(test)]
 mod tests;
-=======
-//! stub
-#[derive(Clone)]
-pub struct Resolver;
-impl Resolver {
-    pub async fn resolve(&self, _q: Vec<u8>) -> Result<Vec<u8>, std::io::Error> {
-        Ok(vec![])
-    }
-}
->>>>>>> main

@@ -1,4 +1,3 @@
-<<<<<<< HEAD
 //! What one VM's own lookups taught: name to addresses and back, each with an expiry.
 //!
 //! Owns the table and its limits. Where an answer comes from, and for how long it teaches, is
@@ -366,19 +365,4 @@ mod tests {
             assert!(!is_private_or_special(ip(text)), "{text}");
         }
     }
-=======
-//! stub
-use crate::engine::Time;
-use std::net::IpAddr;
-use vnet_proto::model::Name;
-#[derive(Default)]
-pub struct Bindings;
-impl Bindings {
-    pub fn names_of(&self, _n: Time, _a: IpAddr) -> Vec<Name> {
-        vec![]
-    }
-}
-pub fn is_private_or_special(_a: IpAddr) -> bool {
-    false
->>>>>>> main
 }

@@ -1,4 +1,3 @@
-<<<<<<< HEAD
 //! DHCP towards guests (RFC 2131, RFC 2132): one message in, at most one answer out.
 //!
 //! Owns the protocol; which address is whose is [`crate::leases`]'s. The guest meets the only server of
@@ -540,28 +539,3 @@ const OPT_END: u8 = 255;
 #[cfg(test)]
 #[path = "dhcp_tests.rs"]
 mod tests;
-=======
-//! stub
-use crate::engine::Time;
-use crate::leases::Leases;
-use crate::mac::Mac;
-use std::net::Ipv4Addr;
-use vnet_proto::model::VmId;
-#[derive(Debug, Clone)]
-pub struct DhcpConfig;
-pub struct DhcpReply {
-    pub payload: Vec<u8>,
-    pub to: Ipv4Addr,
-    pub to_mac: Mac,
-}
-#[derive(Default)]
-pub struct DhcpOutcome {
-    pub reply: Option<DhcpReply>,
-    pub bound: Option<Ipv4Addr>,
-    pub released: Option<Ipv4Addr>,
-    pub claimed_hostname: Option<String>,
-}
-pub fn handle(_l: &mut Leases, _c: &DhcpConfig, _vm: VmId, _m: Mac, _p: &[u8], _n: Time) -> DhcpOutcome {
-    DhcpOutcome::default()
-}
->>>>>>> main

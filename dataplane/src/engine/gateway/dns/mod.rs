@@ -18,7 +18,6 @@ pub mod message;
 mod queries;
 pub mod stream;
 pub mod zones;
-<<<<<<< HEAD
 
 use std::collections::VecDeque;
 use std::net::{IpAddr, SocketAddr};
@@ -497,13 +496,3 @@ const TYPE_AAAA: u16 = 28;
 
 #[cfg(test)]
 mod tests;
-=======
-pub struct Dns;
-impl Dns {
-    pub fn new(_h: std::time::Duration) -> Self {
-        Self
-    }
-    pub fn set_hold(&mut self, _h: std::time::Duration) {}
-    pub fn handle_closed(&mut self, _t: u64) {}
-}
->>>>>>> main

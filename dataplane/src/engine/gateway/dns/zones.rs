@@ -1,4 +1,3 @@
-<<<<<<< HEAD
 //! Local zones: names that the gateway answers itself, before and without any verdict (RFC 1034 §4.3.2).
 //!
 //! Owns which zone a name is in and what the zone says of it. Zones have an order, and the first that a
@@ -478,8 +477,3 @@ mod tests {
         assert!(zones.list()[0].records.is_empty());
     }
 }
-=======
-//! stub
-#[derive(Clone, Default)]
-pub struct Zones;
->>>>>>> main
