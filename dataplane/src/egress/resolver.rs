@@ -3,7 +3,8 @@
 //! Each question goes out on a fresh connected UDP socket (the kernel picks a random port) under a fresh
 //! random id, and only an answer with that id to the identical question is taken. A truncated answer is
 //! fetched again over TCP, whatever the guest came over; the gateway cuts it to what the guest takes. Servers
-//! are tried in order, more patiently in the second round, all within [`TOTAL_TIME`].
+//! are tried in order, more patiently in the second round, all within
+//! [`ResolverConfig::total_time`].
 //!
 //! Owns the upstreams and the exchanges. Which names may be asked for is decided before; nothing is
 //! cached here. Which servers those are is in [`host`].
@@ -23,14 +24,10 @@ use crate::egress::resolver::exchange::{Exchange, Outcome};
 use crate::egress::resolver::host::ResolvConf;
 use crate::engine::gateway::dns::message::question_of;
 
-/// The time in which a question is answered or given up.
+/// The time in which a question is answered or given up, unless configured otherwise.
 pub const TOTAL_TIME: Duration = Duration::from_secs(10);
-/// How long each server is waited for, by round.
-const ROUND_TIMES: [Duration; 3] = [
-    Duration::from_millis(1_500),
-    Duration::from_secs(3),
-    Duration::from_secs(5),
-];
+/// How long each server is waited for, by round, in hundredths of the whole time.
+const ROUND_SHARES: [u32; 3] = [15, 30, 50];
 /// Questions under way at once, unless configured otherwise. Each has one socket.
 pub const IN_FLIGHT_MAX: usize = 512;
 /// Servers asked at most, in order; those beyond are left out.
@@ -45,6 +42,20 @@ pub struct ResolverConfig {
     pub never: Vec<IpAddr>,
     /// Questions under way at once.
     pub in_flight_max: usize,
+    /// The time in which a question is answered or given up.
+    pub total_time: Duration,
+}
+
+impl ResolverConfig {
+    /// With the usual limits.
+    pub fn new(upstreams: Upstreams, never: Vec<IpAddr>) -> Self {
+        Self {
+            upstreams,
+            never,
+            in_flight_max: IN_FLIGHT_MAX,
+            total_time: TOTAL_TIME,
+        }
+    }
 }
 
 /// Which servers.
@@ -69,10 +80,12 @@ pub enum ResolveError {
     #[error("the query is not one question")]
     Malformed,
     /// Nobody answered in time.
-    #[error("none of {servers} DNS servers answered within {seconds} s", seconds = TOTAL_TIME.as_secs())]
+    #[error("none of {servers} DNS servers answered within {within:?}")]
     NoAnswer {
-        /// How many were asked.
+        /// How many there are.
         servers: usize,
+        /// For how long they were asked.
+        within: Duration,
         /// What went wrong last, if it was more than silence.
         #[source]
         last: Option<std::io::Error>,
@@ -106,6 +119,7 @@ struct Shared {
     never: Vec<IpAddr>,
     in_flight: Semaphore,
     in_flight_max: usize,
+    total_time: Duration,
     counts: ResolverCounts,
 }
 
@@ -128,6 +142,7 @@ impl Resolver {
                 never: config.never,
                 in_flight: Semaphore::new(config.in_flight_max),
                 in_flight_max: config.in_flight_max,
+                total_time: config.total_time,
                 counts: ResolverCounts::default(),
             }),
         }
@@ -162,10 +177,10 @@ impl Resolver {
             question,
             counts: &shared.counts,
         };
-        let deadline = Instant::now() + TOTAL_TIME;
+        let deadline = Instant::now() + shared.total_time;
+        let rounds = ROUND_SHARES.map(|share| shared.total_time * share / 100);
         let mut attempt = Attempt::default();
-        // The futures of one exchange are a few hundred bytes, and only one is alive.
-        let _ = timeout_at(deadline, attempt.run(&exchange, &servers)).await;
+        let _ = timeout_at(deadline, attempt.run(&exchange, &servers, rounds)).await;
         match attempt.best {
             Some(mut answer) => {
                 answer[..2].copy_from_slice(&query[..2]);
@@ -173,8 +188,10 @@ impl Resolver {
             }
             None => {
                 shared.counts.unanswered.fetch_add(1, Relaxed);
+                let (servers, within) = (servers.len(), shared.total_time);
                 Err(ResolveError::NoAnswer {
-                    servers: servers.len(),
+                    servers,
+                    within,
                     last: attempt.last_error,
                 })
             }
@@ -209,8 +226,8 @@ struct Attempt {
 
 impl Attempt {
     /// Asks the servers in order, round by round, until one gives an answer that stands.
-    async fn run(&mut self, exchange: &Exchange<'_>, servers: &[SocketAddr]) {
-        for patience in ROUND_TIMES {
+    async fn run(&mut self, exchange: &Exchange<'_>, servers: &[SocketAddr], rounds: [Duration; 3]) {
+        for patience in rounds {
             for server in servers {
                 match exchange.ask(*server, patience).await {
                     Ok(Outcome::Answer(answer)) => {

@@ -137,6 +137,6 @@ fn code(answer: &[u8]) -> u8 {
 
 fn with_random_id(query: &[u8]) -> io::Result<Vec<u8>> {
     let mut bytes = query.to_vec();
-    getrandom::fill(&mut bytes[..2]).map_err(io::Error::other)?;
+    getrandom::fill(&mut bytes[..2]).map_err(|error| io::Error::other(error.to_string()))?;
     Ok(bytes)
 }

@@ -59,8 +59,8 @@ impl Zones {
         if zone.records.len() > RECORDS_MAX {
             return Err(ZoneError::TooLarge(zone.records.len()));
         }
-        match self.zones.iter_mut().find(|z| z.name == zone.name) {
-            Some(place) => *place = zone,
+        match self.zones.iter().position(|z| z.name == zone.name) {
+            Some(place) => self.zones[place] = zone,
             None if self.zones.len() >= ZONES_MAX => return Err(ZoneError::TooMany),
             None => self.zones.push(zone),
         }
