@@ -235,6 +235,12 @@ mod tests {
     #[cfg(target_os = "linux")]
     #[test]
     fn a_new_address_is_guarded_at_once_and_a_removed_one_no_more() {
+        // In a thread of its own, whose network namespace ends with it.
+        std::thread::spawn(guarded_in_a_namespace_of_its_own).join().unwrap();
+    }
+
+    #[cfg(target_os = "linux")]
+    fn guarded_in_a_namespace_of_its_own() {
         use nix::sched::{CloneFlags, unshare};
         use std::process::Command;
         use vnet_proto::model::{Guard, Protocol};
