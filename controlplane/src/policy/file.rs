@@ -438,6 +438,7 @@ fn read_name(reader: &mut Reader, node: &Node, key: &str) -> Option<NamePattern>
 }
 
 fn read_selector(reader: &mut Reader, node: &Node, key: &str) -> Option<VmSelector> {
+    let before = reader.problem_count();
     let mut fields = reader.fields(node, key, &["name", "labels"]);
     if !fields.are_a_mapping() {
         return None;
@@ -456,7 +457,7 @@ fn read_selector(reader: &mut Reader, node: &Node, key: &str) -> Option<VmSelect
         None => Default::default(),
     };
     let selector = VmSelector::new(name.map(|(_, name)| name.to_owned()), labels);
-    if selector.is_none() {
+    if selector.is_none() && reader.problem_count() == before {
         let text = format!("{key} selects by neither name nor labels; leave {key} out, or write name: \"*\"");
         reader.problem(node, text);
     }

@@ -29,6 +29,10 @@ impl Reader {
         !self.problems.is_empty()
     }
 
+    pub(crate) fn problem_count(&self) -> usize {
+        self.problems.len() + self.more
+    }
+
     /// Everything that is wrong, in order of position.
     pub(crate) fn into_errors(mut self) -> PolicyErrors {
         self.problems

@@ -94,7 +94,7 @@ fn bad_actions_modes_and_protocols_name_what_was_meant() {
         &["\"block\"", "did you mean deny?"],
     );
     refused("defaultAction: ask", "1:16", &["mode: ask"]);
-    refused("defaultAction:", "1:15", &["nothing", "allow or deny"]);
+    refused("defaultAction:", "1:14", &["nothing", "allow or deny"]);
     refused(
         "rules:\n  - action: block",
         "2:13",
@@ -204,7 +204,7 @@ fn repeated_keys_and_names_are_refused() {
     );
     refused(
         "rules:\n  - {action: deny, cidr: 1.0.0.0/8, cidrs: [2.0.0.0/8]}",
-        "2:46",
+        "2:44",
         &["put all of them in cidrs"],
     );
 }
@@ -259,9 +259,9 @@ fn an_empty_list_in_a_rule_is_refused_and_in_dns_means_nothing() {
         "default",
         "deny",
     );
-    refused("rules:", "1:7", &["rules is nothing", "expected a list"]);
+    refused("rules:", "1:6", &["rules is nothing", "expected a list"]);
     refused("rules: {}", "1:8", &["rules is a mapping"]);
-    refused("dns:", "1:5", &["dns is nothing"]);
+    refused("dns:", "1:4", &["dns is nothing"]);
 }
 
 #[test]

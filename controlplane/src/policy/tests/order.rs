@@ -655,7 +655,8 @@ fn a_lookups_match_reaches_as_far_as_the_verdict_and_no_further() {
     assert_eq!(found("api.github.com"), "*.github.com");
     assert_eq!(found("github.com"), "github.com");
     assert_eq!(found("www.example.com"), "*.example.com");
-    assert_eq!(found("a.b.example.org"), "*.org");
+    assert_eq!(found("www.example.net"), "*.net");
+    assert_eq!(found("a.b.example.org"), "*.example.org");
     assert_eq!(found("x.malware.example"), "*.malware.example");
     assert_eq!(found("malware.example"), "malware.example");
     let open = effective(None, None);

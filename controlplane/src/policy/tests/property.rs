@@ -114,11 +114,11 @@ impl World {
         }
         if address == alias || host.contains(&address) || inside("127.0.0.0/8") || inside("0.0.0.0/8") {
             guards.push(Guard::Host);
-            if port == 8080 {
+            if protocol == Protocol::Tcp && port == 8080 {
                 guards.push(Guard::Daemon);
             }
         }
-        if inside("192.168.127.0/24") && address != alias && port % 2 == 0 {
+        if address == "192.168.127.3".parse::<IpAddr>().unwrap() {
             guards.push(Guard::Guest);
         }
         let private = [
