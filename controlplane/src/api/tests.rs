@@ -316,3 +316,34 @@ fn pages_go_on_where_the_last_one_ended() {
     // "b" may be gone by then, and "c" come.
     assert_eq!(super::page(vec!["a", "c", "d"], 2, &token, key), (vec!["c", "d"], String::new()));
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+#[ignore = "a measurement: cargo test --release -p vnet-controlplane --lib -- --ignored --nocapture misses"]
+async fn misses_are_answered_quickly() {
+    const MISSES: u64 = 20_000;
+    let served = Served::start(false).await;
+    served.rig.apply("defaultAction: deny\nrules:\n  - {action: allow, ports: [443], protocol: tcp}\n");
+    let (say, mut told) = served.session(hello(1, vec![vm_up(1, "web")])).await;
+    next(&mut told).await;
+    let mut one_by_one = Vec::new();
+    for id in 1..=2_000 {
+        let asked = std::time::Instant::now();
+        say.send(miss(id, &flow("192.0.2.7:443", &[]))).await.unwrap();
+        let Told::Verdict(_) = next(&mut told).await else { panic!("no verdict") };
+        one_by_one.push(asked.elapsed());
+    }
+    one_by_one.sort();
+    let started = std::time::Instant::now();
+    let sender = tokio::spawn(async move {
+        for id in 0..MISSES {
+            say.send(miss(10_000 + id, &flow("192.0.2.7:443", &[]))).await.unwrap();
+        }
+        say
+    });
+    for _ in 0..MISSES {
+        let Told::Verdict(_) = next(&mut told).await else { panic!("no verdict") };
+    }
+    let rate = MISSES as f64 / started.elapsed().as_secs_f64();
+    drop(sender.await.unwrap());
+    println!("p50 {:?} p99 {:?}, {rate:.0} misses/s", one_by_one[1_000], one_by_one[1_980]);
+}

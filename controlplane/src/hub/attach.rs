@@ -184,7 +184,13 @@ impl State {
         }
         let mut settings = Vec::new();
         for up in ups {
-            settings.push(self.vm_up(now, number, up)?);
+            match self.vm_up(now, number, up) {
+                Ok(one) => settings.push(one),
+                Err(status) => {
+                    self.session_lost(now, number);
+                    return Err(status);
+                }
+            }
         }
         self.send(number, v1::session_response::Message::Welcome(v1::Welcome {
             epoch: Some(self.epoch.into()),
@@ -230,8 +236,15 @@ impl State {
                 self.count_malformed(|state| state.handle_binding(now, number, binding));
             }
             Message::VmUp(up) => {
-                let settings = self.vm_up(now, number, VmFacts::read(up)?)?;
+                let facts = VmFacts::read(up)?;
+                let again = self.fleet.vm_of(number, facts.handle).is_some();
+                let settings = self.vm_up(now, number, facts)?;
+                let name = settings.name.clone();
                 self.send(number, v1::session_response::Message::VmSettings(settings));
+                if again {
+                    // It may have brought another policy, mode or labels than before.
+                    self.change(now, None, |vm| vm.view.name == name, "the VM attached anew");
+                }
             }
             Message::VmStatus(status) => self.vm_status(now, number, status),
             Message::VmDown(down) => self.vm_down(now, number, VmId(down.vm)),
@@ -329,12 +342,12 @@ impl State {
             bindings,
             denied,
         };
-        let vm = Vm { grants: self.grants.for_vm(&vm.view), ..vm };
+        let effective = Arc::new(self.compose(&vm));
+        let vm = Vm { grants: self.grants.for_vm(&vm.view), effective, ..vm };
         self.fleet.vms.insert(name.clone(), vm);
         if let Some(dataplane) = self.fleet.dataplanes.get_mut(&number) {
             dataplane.vms.insert(up.handle, name.clone());
         }
-        self.recompose(&name);
         if known.is_none() {
             self.event(now, about(v1::EventKind::VmAttached, &name, format!("{name} attached")));
         }

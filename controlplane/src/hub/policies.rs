@@ -120,7 +120,8 @@ impl State {
         changed || mode_changed
     }
 
-    fn compose(&self, vm: &Vm) -> Effective {
+    /// What a VM is under.
+    pub(super) fn compose(&self, vm: &Vm) -> Effective {
         let own = vm.own_policy.as_deref();
         let loaded = self.policies.iter().filter_map(|(n, p)| Some((n.as_str(), p.parsed.as_deref()?)));
         let claims = claimants(&vm.view, loaded);
