@@ -1,1 +1,5 @@
-//! x
+//! The controlplane: decides, remembers and asks people; never touches a packet.
+
+pub mod approval;
+pub mod grant;
+pub mod policy;
