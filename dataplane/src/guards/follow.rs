@@ -95,9 +95,10 @@ struct Changes {
 #[cfg(target_os = "linux")]
 impl Changes {
     fn new(watcher: Watcher) -> io::Result<Self> {
-        Ok(Self {
-            netlink: tokio::io::unix::AsyncFd::register(watcher.netlink)?,
-        })
+        // SAFETY: an OwnedFd is open and is the same descriptor for as long as it lives, and it lives
+        // inside the AsyncFd until that is dropped.
+        let netlink = unsafe { tokio::io::unix::AsyncFd::register(watcher.netlink) }?;
+        Ok(Self { netlink })
     }
 
     /// Returns at the first notice, and not again within [`SETTLE`], so that a host that makes a hundred
