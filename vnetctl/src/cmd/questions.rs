@@ -1,8 +1,9 @@
 //! The questions of one run: which are open, which one is at the prompt, what was said of each.
 //!
-//! A plain state machine: changes and keys in, [`Act`]s out. It asks one question at a time and takes
-//! it back when somebody else answers or the guest gives up. A guest can raise questions faster than
-//! a person reads, so what is said is bounded.
+//! A plain state machine: changes and keys in, [`Act`]s out. Where there is a prompt it asks one question
+//! at a time, and takes it back when somebody else answers or the guest gives up; where there is none
+//! it says each in a line. A guest can raise questions faster than a person reads, so what is said is
+//! bounded.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::time::SystemTime;
@@ -16,7 +17,7 @@ use crate::output::words;
 /// Something to do for a question.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Act {
-    /// Print a line to stderr.
+    /// Print a line.
     Say(String),
     /// Put this question at the prompt.
     Ask {
@@ -101,24 +102,24 @@ impl Questions {
         asked.map(|id| Act::Withdraw { id, why: "the controlplane went away".to_owned() }).into_iter().collect()
     }
 
-    /// What was typed at the prompt for a question. An answer to one that is gone does nothing.
-    pub fn typed(&mut self, id: &str, typed: &str, now: SystemTime) -> Vec<Act> {
+    /// A key was pressed at the prompt for a question. One that is gone is not answered by it.
+    pub fn pressed(&mut self, id: &str, key: char, now: SystemTime) -> Vec<Act> {
         if self.asked.as_deref() != Some(id) {
             return Vec::new();
         }
         let Some(request) = self.open.get(id).cloned() else { return Vec::new() };
-        let answer = match typed.trim().to_ascii_lowercase().as_str() {
-            "y" | "yes" => Answer::Yes,
-            "o" | "once" => Answer::Once,
-            "n" | "no" => Answer::No,
-            "d" | "details" => {
+        let answer = match key.to_ascii_lowercase() {
+            'y' => Answer::Yes,
+            'o' => Answer::Once,
+            'n' => Answer::No,
+            'd' => {
                 let lines = details(&request, now);
                 let mut acts: Vec<Act> =
                     lines.iter().map(|(name, value)| Act::Say(format!("  {name}: {}", safe(value)))).collect();
-                acts.push(Act::Ask { id: request.id.clone(), text: prompt(&request) });
+                acts.push(self.ask(&request));
                 return acts;
             }
-            _ => return vec![Act::Ask { id: request.id.clone(), text: prompt(&request) }],
+            _ => return vec![self.ask(&request)],
         };
         // It stays open until the controlplane says that it is not: the answer may be refused.
         self.asked = None;
@@ -144,10 +145,8 @@ impl Questions {
             let changed = known.etag != request.etag;
             *known = request.clone();
             if changed && self.asked.as_deref() == Some(id) {
-                return vec![
-                    Act::Withdraw { id: id.clone(), why: "what it asks has changed".to_owned() },
-                    Act::Ask { id: id.clone(), text: prompt(request) },
-                ];
+                let why = "what it asks has changed".to_owned();
+                return vec![Act::Withdraw { id: id.clone(), why }, self.ask(request)];
             }
             return Vec::new();
         }
@@ -155,18 +154,15 @@ impl Questions {
             return self.overflow();
         }
         self.open.insert(id.clone(), request.clone());
-        let mut acts = Vec::new();
-        if self.said < SAID_MAX {
-            self.said += 1;
-            acts.push(Act::Say(self.line(request)));
-        } else {
-            acts.extend(self.overflow());
-        }
         if self.prompts {
             self.waiting.push_back(id.clone());
-            acts.extend(self.next());
+            return self.next().into_iter().collect();
         }
-        acts
+        if self.said >= SAID_MAX {
+            return self.overflow();
+        }
+        self.said += 1;
+        vec![Act::Say(self.line(request))]
     }
 
     fn ended(&mut self, request: &v1::PendingRequest) -> Vec<Act> {
@@ -180,7 +176,8 @@ impl Questions {
         let mut acts = Vec::new();
         if self.asked.as_deref() == Some(&request.id) {
             self.asked = None;
-            acts.push(Act::Withdraw { id: request.id.clone(), why: why_ended(request) });
+            let why = format!("{}: {}", safe(&asks(request)), why_ended(request));
+            acts.push(Act::Withdraw { id: request.id.clone(), why });
             acts.extend(self.next());
         }
         acts
@@ -193,8 +190,9 @@ impl Questions {
         }
         while let Some(id) = self.waiting.pop_front() {
             if let Some(request) = self.open.get(&id) {
-                self.asked = Some(id.clone());
-                return Some(Act::Ask { id, text: prompt(request) });
+                let ask = self.ask(request);
+                self.asked = Some(id);
+                return Some(ask);
             }
         }
         None
@@ -207,10 +205,21 @@ impl Questions {
         vec![Act::Say(format!("vnet: more is asked than is shown here; see: {} pending list", self.command))]
     }
 
+    /// For those who have no prompt.
     fn line(&self, request: &v1::PendingRequest) -> String {
         let Self { command, .. } = self;
         let id = safe(&request.id);
         format!("vnet: {} (answer: {command} approve {id}, or {command} deny {id})", question(request))
+    }
+
+    fn ask(&self, request: &v1::PendingRequest) -> Act {
+        let Self { command, .. } = self;
+        let id = safe(&request.id);
+        let text = format!(
+            "vnet: {}; [y]es until it stops, [o]nce, [n]o, [d]etails (or elsewhere: {command} approve {id})? ",
+            question(request)
+        );
+        Act::Ask { id: request.id.clone(), text }
     }
 }
 
@@ -223,14 +232,10 @@ fn question(request: &v1::PendingRequest) -> String {
     safe(&format!("{} asks for {}{names}{guards}", request.vm, asks(request))).into_owned()
 }
 
-fn prompt(request: &v1::PendingRequest) -> String {
-    format!("{}? [y]es until it stops, [o]nce, [n]o, [d]etails: ", question(request))
-}
-
 fn why_ended(request: &v1::PendingRequest) -> String {
     match request.state() {
-        v1::PendingState::Approved => "approved".to_owned(),
-        v1::PendingState::Denied => "denied".to_owned(),
+        v1::PendingState::Approved => "approved elsewhere".to_owned(),
+        v1::PendingState::Denied => "denied elsewhere".to_owned(),
         v1::PendingState::Expired => "nobody answered in time".to_owned(),
         v1::PendingState::Cancelled => "the command gave up".to_owned(),
         v1::PendingState::Decided => "a rule or a grant decided it".to_owned(),
@@ -308,16 +313,30 @@ mod tests {
         let (first, second) = (request("p1", "10.0.0.1"), request("p2", "10.0.0.2"));
 
         let acts = questions.change(&added(&first));
-        assert!(matches!(&acts[..], [Act::Say(_), Act::Ask { id, .. }] if id == "p1"), "{acts:?}");
-        let acts = questions.change(&added(&second));
-        assert!(matches!(&acts[..], [Act::Say(_)]), "{acts:?}");
+        assert!(matches!(&acts[..], [Act::Ask { id, .. }] if id == "p1"), "{acts:?}");
+        assert_eq!(questions.change(&added(&second)), [], "it waits its turn");
 
-        let acts = questions.typed("p1", "y\n", now());
+        let acts = questions.pressed("p1", 'y', now());
         let expected = Act::Answer { request: Box::new(first.clone()), answer: Answer::Yes };
         assert_eq!(acts, [expected]);
         assert_eq!(questions.change(&removed(&first, v1::PendingState::Approved)), []);
         let acts = questions.answered("p1", None);
         assert!(matches!(&acts[..], [Act::Ask { id, .. }] if id == "p2"), "{acts:?}");
+    }
+
+    #[test]
+    fn a_prompt_says_what_is_asked_and_how_to_answer_in_one_line() {
+        let mut asked = request("p1", "10.0.0.1");
+        asked.names = vec!["a\u{202e}.example".to_owned()];
+
+        let acts = questions(true).change(&added(&asked));
+
+        let Act::Ask { text, .. } = &acts[0] else { panic!("{acts:?}") };
+        assert_eq!(
+            text,
+            "vnet: web asks for tcp 10.0.0.1:80 (a\\u{202e}.example); [y]es until it stops, [o]nce, [n]o, \
+             [d]etails (or elsewhere: vnetctl approve p1)? "
+        );
     }
 
     #[test]
@@ -328,8 +347,8 @@ mod tests {
 
         let acts = questions.change(&removed(&asked, v1::PendingState::Denied));
 
-        assert_eq!(acts, [Act::Withdraw { id: "p1".to_owned(), why: "denied".to_owned() }]);
-        assert_eq!(questions.typed("p1", "y", now()), [], "a late key answers nothing");
+        assert_eq!(acts, [Act::Withdraw { id: "p1".to_owned(), why: "tcp 10.0.0.1:80: denied elsewhere".to_owned() }]);
+        assert_eq!(questions.pressed("p1", 'y', now()), [], "a late key answers nothing");
     }
 
     #[test]
@@ -342,7 +361,7 @@ mod tests {
         let acts = questions.change(&added(&changed));
         assert!(matches!(&acts[..], [Act::Withdraw { .. }, Act::Ask { .. }]), "{acts:?}");
 
-        let acts = questions.typed("p1", "n", now());
+        let acts = questions.pressed("p1", 'N', now());
         assert_eq!(acts, [Act::Answer { request: Box::new(changed), answer: Answer::No }]);
     }
 
@@ -351,7 +370,7 @@ mod tests {
         let mut questions = questions(true);
         let asked = request("p1", "10.0.0.1");
         questions.change(&added(&asked));
-        questions.typed("p1", "y", now());
+        questions.pressed("p1", 'y', now());
 
         let acts = questions.answered("p1", Some("it changed since".to_owned()));
 
@@ -363,7 +382,7 @@ mod tests {
         let mut questions = questions(true);
         questions.change(&added(&request("p1", "10.0.0.1")));
 
-        let acts = questions.typed("p1", "d", now());
+        let acts = questions.pressed("p1", 'd', now());
 
         assert!(matches!(acts.last(), Some(Act::Ask { id, .. }) if id == "p1"), "{acts:?}");
         assert!(acts.contains(&Act::Say("  Asks: tcp 10.0.0.1:80".to_owned())), "{acts:?}");

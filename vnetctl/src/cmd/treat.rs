@@ -1,16 +1,13 @@
 //! How a guest is to be treated: the options that `run` and `up` share. What they say applies to that
-//! dataplane's VMs alone.
+//! dataplane's VMs alone, never to the policy `default`.
 
-use std::collections::BTreeMap;
-use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
 
 use clap::{ArgMatches, Args, FromArgMatches};
 use vnet_proto::model::Mode;
 
-use super::select::label;
 use crate::failure::Failure;
-use crate::launch::{self, Document, ForwardSpec};
+use crate::launch::{self, Document};
 
 /// The options.
 #[derive(Debug, Clone, Default, Args)]
@@ -27,16 +24,6 @@ pub struct TreatArgs {
     /// enforce, ask, observe, block or quarantine
     #[arg(long, value_name = "MODE")]
     pub mode: Option<Mode>,
-    /// A label; may be repeated
-    #[arg(long = "label", value_name = "K=V", value_parser = label)]
-    pub labels: Vec<(String, String)>,
-    /// Open a port of the host that leads into the guest:
-    /// [ADDRESS:]PORT:[GUEST:]PORT[/tcp|/udp]; may be repeated
-    #[arg(short = 'p', long = "publish", value_name = "HOST:GUEST")]
-    pub publish: Vec<ForwardSpec>,
-    /// Where lookups are forwarded, rather than to the host's resolvers; may be repeated
-    #[arg(long, value_name = "ADDRESS[:PORT]", value_parser = resolver)]
-    pub dns: Vec<SocketAddr>,
 }
 
 /// What a guest brings along, checked.
@@ -48,47 +35,31 @@ pub struct Treatment {
     pub rules: Vec<String>,
     /// A mode.
     pub mode: Option<Mode>,
-    /// Labels.
-    pub labels: BTreeMap<String, String>,
-    /// What a person should know of the document.
+    /// What a person should know of the document, a line each.
     pub warnings: Vec<String>,
 }
 
 impl TreatArgs {
-    /// Reads and checks everything that can be wrong, and says all of it at once.
-    ///
-    /// # Errors
-    /// Every problem, a line each.
-    pub fn check(&self) -> Result<Treatment, Failure> {
-        let mut problems = Vec::new();
+    /// Reads and checks everything that can be wrong, and adds what is to the problems.
+    pub fn check(&self, problems: &mut Vec<String>) -> Treatment {
+        let mut told = |problem: Failure| problems.push(problem.to_string());
         let document = match self.network_policy.as_deref().map(launch::read_document).transpose() {
             Ok(document) => document,
             Err(problem) => {
-                problems.push(problem.to_string());
+                told(problem);
                 None
             }
         };
-        let mut labels = BTreeMap::new();
-        for (key, value) in &self.labels {
-            if let Some(other) = labels.insert(key.clone(), value.clone())
-                && other != *value
-            {
-                problems.push(format!("--label {key} is given twice, as {other:?} and {value:?}"));
-            }
-        }
         let mut warnings = Vec::new();
         match launch::check_own(document.as_ref(), &self.rules.0) {
             Ok(found) => {
                 let source = document.as_ref().map_or("", |d| &d.source);
                 warnings = launch::warning_lines(source, &found);
             }
-            Err(problem) => problems.push(problem.to_string()),
-        }
-        if !problems.is_empty() {
-            return Err(Failure::Failed(problems.join("\n  ")));
+            Err(problem) => told(problem),
         }
         let mode = if self.secure_mode { Some(Mode::Ask) } else { self.mode };
-        Ok(Treatment { document, rules: self.rules.0.clone(), mode, labels, warnings })
+        Treatment { document, rules: self.rules.0.clone(), mode, warnings }
     }
 }
 
@@ -129,13 +100,10 @@ impl FromArgMatches for RuleArgs {
     }
 }
 
-fn resolver(text: &str) -> Result<SocketAddr, String> {
-    let bare = text.parse::<IpAddr>().map(|address| SocketAddr::new(address, DNS_PORT));
-    bare.or_else(|_| text.parse())
-        .map_err(|_| format!("{text:?} is not a resolver's address (expected one as 192.0.2.53 or [2001:db8::53]:5353)"))
+/// A failure that says every problem, one a line.
+pub fn all(problems: Vec<String>) -> Result<(), Failure> {
+    if problems.is_empty() { Ok(()) } else { Err(Failure::Failed(problems.join("\n  "))) }
 }
-
-const DNS_PORT: u16 = 53;
 
 #[cfg(test)]
 mod tests {
@@ -153,6 +121,12 @@ mod tests {
         Line::try_parse_from(std::iter::once("x").chain(words.iter().copied())).map(|line| line.treat)
     }
 
+    fn check(words: &[&str]) -> (Treatment, Vec<String>) {
+        let mut problems = Vec::new();
+        let treatment = parse(words).unwrap().check(&mut problems);
+        (treatment, problems)
+    }
+
     #[test]
     fn rules_keep_the_order_they_were_typed_in() {
         let args = parse(&["--deny", "tcp 10.0.0.1:22", "--allow", "any 10.0.0.0/8", "--deny", "any 0.0.0.0/0"]).unwrap();
@@ -162,31 +136,21 @@ mod tests {
 
     #[test]
     fn secure_mode_is_mode_ask_and_takes_no_other() {
-        let treatment = parse(&["--secure-mode"]).unwrap().check().unwrap();
-        assert_eq!(treatment.mode, Some(Mode::Ask));
+        assert_eq!(check(&["--secure-mode"]).0.mode, Some(Mode::Ask));
         assert!(parse(&["--secure-mode", "--mode", "block"]).is_err());
-        assert_eq!(parse(&["--mode", "observe"]).unwrap().check().unwrap().mode, Some(Mode::Observe));
+        assert_eq!(check(&["--mode", "observe"]).0.mode, Some(Mode::Observe));
+        assert_eq!(check(&[]).0, Treatment::default());
     }
 
     #[test]
     fn every_problem_is_said_at_once() {
-        let args = parse(&[
-            "--network-policy", "/nonexistent/policy.yaml", "--allow", "tcp", "--deny", "icmp 10.0.0.1:80",
-            "--label", "a=1", "--label", "a=2",
-        ])
-        .unwrap();
+        let (_, problems) =
+            check(&["--network-policy", "/nonexistent/policy.yaml", "--allow", "tcp", "--deny", "icmp 10.0.0.1:80"]);
 
-        let problems = args.check().unwrap_err().to_string();
+        let text = all(problems).unwrap_err().to_string();
 
-        for part in ["/nonexistent/policy.yaml", "--allow: ", "--deny: ", "--label a is given twice"] {
-            assert!(problems.contains(part), "{part} is missing in {problems}");
+        for part in ["/nonexistent/policy.yaml", "--allow: ", "--deny: "] {
+            assert!(text.contains(part), "{part} is missing in {text}");
         }
-    }
-
-    #[test]
-    fn resolvers_have_port_53_unless_they_say() {
-        assert_eq!(resolver("192.0.2.53"), Ok("192.0.2.53:53".parse().unwrap()));
-        assert_eq!(resolver("[2001:db8::1]:5353"), Ok("[2001:db8::1]:5353".parse().unwrap()));
-        assert!(resolver("dns.example").unwrap_err().contains("expected one as"));
     }
 }

@@ -32,9 +32,9 @@ pub fn own_server() -> Result<Server, Failure> {
 }
 
 /// Where dataplanes connect to the controlplane that serves its API at `server`: beside it.
-pub fn session_socket(server: &Server) -> PathBuf {
+pub fn session_url(server: &Server) -> String {
     let Server::Unix(path) = server;
-    path.with_file_name(paths::SESSION_SOCKET)
+    format!("unix://{}", path.with_file_name(paths::SESSION_SOCKET).display())
 }
 
 /// Starts the user's own controlplane, unless somebody else just did, and connects to it.
@@ -241,6 +241,6 @@ mod tests {
     #[test]
     fn sessions_are_served_beside_the_api() {
         let server = Server::Unix("/run/user/7/vnet/control.sock".into());
-        assert_eq!(session_socket(&server), Path::new("/run/user/7/vnet/session.sock"));
+        assert_eq!(session_url(&server), "unix:///run/user/7/vnet/session.sock");
     }
 }

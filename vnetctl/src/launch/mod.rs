@@ -13,9 +13,11 @@ mod documents;
 use std::ffi::OsString;
 use std::path::PathBuf;
 
+pub use vnet_dataplane::args::Args as DataplaneArgs;
+pub use vnet_dataplane::config::{Config as DataplaneConfig, ListenAt, Transport};
 pub use vnet_dataplane::forward::ForwardSpec;
 
-pub use self::controlplane::{controlplane, own_server, session_socket};
+pub use self::controlplane::{controlplane, own_server, session_url};
 pub use self::dataplane::{Dataplane, DataplaneError, Settings};
 pub use self::documents::{Document, check_document, check_own, read_document, warning_lines};
 

@@ -95,8 +95,8 @@ enum_words! {
 /// A reason as `rule rules[2]: sentence`.
 pub fn reason(reason: Option<&v1::Reason>) -> String {
     let Some(reason) = reason else { return text::NONE.to_owned() };
-    let head = [reason.step.as_str(), reason.subject.as_str()].iter().filter(|s| !s.is_empty()).copied();
-    let head = head.collect::<Vec<_>>().join(" ");
+    let head = [reason.step.as_str(), reason.subject.as_str()];
+    let head = head.into_iter().filter(|part| !part.is_empty()).collect::<Vec<_>>().join(" ");
     match (head.is_empty(), reason.text.is_empty()) {
         (false, false) => format!("{head}: {}", reason.text),
         (true, false) => reason.text.clone(),
