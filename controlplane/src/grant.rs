@@ -8,7 +8,7 @@ use std::fmt;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
-use vnet_proto::model::{Budget, Protocol, Target, VmSelector};
+use vnet_proto::model::{Budget, Target, VmSelector};
 
 use crate::policy::{FlowTest, NameSet, ProtocolSet};
 
@@ -427,7 +427,7 @@ pub(crate) struct ReadyGrant {
 }
 
 impl ReadyGrant {
-    fn new(grant: Arc<Grant>) -> Self {
+    pub(crate) fn new(grant: Arc<Grant>) -> Self {
         let unset = match grant.action {
             GrantAction::Allow => ProtocolSet::TCP_UDP,
             GrantAction::Deny => ProtocolSet::ALL,
@@ -480,9 +480,4 @@ impl ReadyGrant {
             flows,
         }
     }
-}
-
-/// Which protocol a target of a grant names, for messages.
-pub(crate) fn protocol_word(protocol: Option<Protocol>) -> String {
-    protocol.map_or_else(|| "any protocol".to_owned(), |p| p.to_string())
 }

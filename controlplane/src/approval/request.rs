@@ -124,6 +124,8 @@ pub struct Request {
     pub last_asked_at: SystemTime,
     /// When it goes away unanswered.
     pub expires_at: SystemTime,
+    /// When it was answered or went away; `None`: it is open.
+    pub ended_at: Option<SystemTime>,
     /// What is held for it.
     pub held: Vec<HeldMiss>,
     /// The grant that answered it.
@@ -131,6 +133,8 @@ pub struct Request {
     /// Something that was held for it was refused for want of an answer: the guest may try again, and
     /// a late yes serves that.
     pub(crate) hold_ran_out: bool,
+    /// Its entry among the table's wakes.
+    pub(crate) wakes_at: SystemTime,
 }
 
 impl Request {

@@ -37,6 +37,18 @@ impl GuardedRanges {
         self.ranges.iter().any(|(_, net)| net.contains(&address))
     }
 
+    /// The guards that an address is under, as a dataplane would report them; `from_dns`: a name is
+    /// bound to it.
+    pub fn guards_of(&self, address: IpAddr, from_dns: bool) -> GuardSet {
+        let guards = self.ranges.iter().filter(|(_, net)| net.contains(&address)).map(|(guard, _)| *guard);
+        let guards: GuardSet = guards.collect();
+        if from_dns && is_inside_private(IpNet::from(address)) {
+            guards.with(Guard::PrivateFromDns)
+        } else {
+            guards
+        }
+    }
+
     /// All of them.
     pub(crate) fn iter(&self) -> impl Iterator<Item = IpNet> + '_ {
         self.ranges.iter().map(|(_, net)| *net)

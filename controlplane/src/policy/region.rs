@@ -69,9 +69,9 @@ pub struct FlowTest {
 }
 
 impl FlowTest {
-    /// Whether it covers every flow that `other` does (and asks no name, or only names that `other`
-    /// demands too). False negatives are possible, false positives are not.
-    pub fn covers(&self, other: &FlowTest) -> bool {
+    /// Whether, names aside, it covers every flow that `other` does. It may say no where several of its
+    /// parts together would; it never says yes where one flow is left out.
+    pub fn covers_but_for_names(&self, other: &FlowTest) -> bool {
         let prefixes = self.prefixes.is_empty()
             || !other.prefixes.is_empty()
                 && other
@@ -85,7 +85,7 @@ impl FlowTest {
                         .iter()
                         .any(|o| o.first() <= inner.first() && inner.last() <= o.last())
                 });
-        self.protocols.has_all(other.protocols) && prefixes && ports && self.names.is_none()
+        self.protocols.has_all(other.protocols) && prefixes && ports
     }
 }
 
@@ -186,9 +186,7 @@ impl Region {
             .min_by_key(|p| p.prefix_len());
         match widest {
             Some(prefix) => {
-                if prefix.prefix_len() > self.prefix.prefix_len() {
-                    self.prefix = prefix.trunc();
-                }
+                self.limit(*prefix);
                 true
             }
             None => {
@@ -224,6 +222,18 @@ impl Region {
         if let Ok(prefix) = IpNet::new(address, length) {
             self.prefix = prefix.trunc();
         }
+    }
+
+    /// Narrows the region to a prefix that contains the flow's address.
+    pub(crate) fn limit(&mut self, prefix: IpNet) {
+        if prefix.prefix_len() > self.prefix.prefix_len() {
+            self.prefix = prefix.trunc();
+        }
+    }
+
+    /// Whether names were read.
+    pub(crate) fn names_consulted(&self) -> bool {
+        self.names_consulted
     }
 
     /// The match.

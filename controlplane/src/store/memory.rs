@@ -75,7 +75,12 @@ impl Store for MemoryStore {
                 && query.start.is_none_or(|start| time.is_some_and(|t| t >= start))
                 && query.end.is_none_or(|end| time.is_some_and(|t| t < end))
         };
-        Ok(self.events.iter().rev().filter(fits).take(query.limit).cloned().collect())
+        let fitting = self.events.iter().filter(fits);
+        Ok(if query.oldest_first {
+            fitting.take(query.limit).cloned().collect()
+        } else {
+            fitting.rev().take(query.limit).cloned().collect()
+        })
     }
 
     fn last_sequence(&mut self) -> Result<u64, StoreError> {

@@ -158,7 +158,7 @@ pub enum Write {
     PutVm(String, Option<StoredVm>),
 }
 
-/// Which events to read back, newest first.
+/// Which events to read back.
 #[derive(Debug, Clone, Default)]
 pub struct EventQuery {
     /// Only those before this sequence number; zero: from the newest.
@@ -171,7 +171,9 @@ pub struct EventQuery {
     pub start: Option<SystemTime>,
     /// Only those before this time.
     pub end: Option<SystemTime>,
-    /// At most this many are looked at.
+    /// The oldest first, rather than the newest.
+    pub oldest_first: bool,
+    /// At most this many.
     pub limit: usize,
 }
 
@@ -207,7 +209,7 @@ pub trait Store: Send + 'static {
     /// [`StoreError`].
     fn append_events(&mut self, events: &[v1::Event]) -> Result<(), StoreError>;
 
-    /// Events, newest first.
+    /// Events, in the query's order.
     ///
     /// # Errors
     /// [`StoreError`].

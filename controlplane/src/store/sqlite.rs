@@ -189,7 +189,7 @@ impl Store for SqliteStore {
             let kinds: Vec<String> = query.kinds.iter().map(ToString::to_string).collect();
             sql.push_str(&format!(" AND kind IN ({})", kinds.join(",")));
         }
-        sql.push_str(" ORDER BY sequence DESC LIMIT ?");
+        sql.push_str(if query.oldest_first { " ORDER BY sequence LIMIT ?" } else { " ORDER BY sequence DESC LIMIT ?" });
         values.push(Value::from(number(query.limit as u64)));
         let mut statement = self.connection.prepare_cached(&sql)?;
         let mut rows = statement.query(params_from_iter(values))?;

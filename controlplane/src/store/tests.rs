@@ -78,6 +78,8 @@ fn check(store: &mut dyn Store) {
     assert_eq!(found(store, EventQuery { limit: 2, ..all.clone() }), [9, 8]);
     assert_eq!(found(store, EventQuery { before: 3, ..all.clone() }), [2, 1]);
     assert_eq!(found(store, EventQuery { after: 7, ..all.clone() }), [9, 8]);
+    let oldest_first = EventQuery { after: 7, oldest_first: true, limit: 1, ..all.clone() };
+    assert_eq!(found(store, oldest_first), [8]);
     assert_eq!(found(store, EventQuery { start: at(3), end: at(5), ..all.clone() }), [4, 3]);
     let kinds = vec![v1::EventKind::FlowOpened.into()];
     assert_eq!(found(store, EventQuery { kinds, ..all }), [8, 6, 4, 2]);
