@@ -4,6 +4,5 @@ use std::process::ExitCode;
 
 fn main() -> ExitCode {
     let arguments: Vec<_> = std::env::args_os().collect();
-    // Roles come first: a helper in a guest's namespaces must not have started a thread.
-    ExitCode::from(vnetctl::launch::role(&arguments).unwrap_or_else(|| vnetctl::cli::main(arguments)))
+    vnetctl::launch::role(&arguments).unwrap_or_else(|| vnetctl::cli::main(arguments).into())
 }

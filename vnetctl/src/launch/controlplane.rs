@@ -10,7 +10,7 @@ use std::io::{self, Read as _, Seek as _, SeekFrom};
 use std::os::unix::fs::OpenOptionsExt as _;
 use std::os::unix::process::CommandExt as _;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, Command, ExitCode, Stdio};
 use std::time::{Duration, Instant};
 
 use nix::fcntl::{Flock, FlockArg};
@@ -74,8 +74,8 @@ pub async fn controlplane(server: &Server) -> Result<Client, Failure> {
 }
 
 /// This process as the controlplane.
-pub(super) fn main(arguments: Vec<OsString>) -> u8 {
-    vnet_controlplane::main(arguments)
+pub(super) fn main(arguments: Vec<OsString>) -> ExitCode {
+    super::parsed(arguments, vnet_controlplane::main)
 }
 
 /// A controlplane that was just started, and where its words go.

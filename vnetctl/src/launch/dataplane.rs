@@ -8,13 +8,13 @@ use std::ffi::OsString;
 use std::io::{self, Write as _};
 use std::os::fd::{AsRawFd as _, OwnedFd};
 use std::os::unix::process::CommandExt as _;
-use std::process::{ExitStatus, Stdio};
+use std::process::{ExitCode, ExitStatus, Stdio};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use tokio::io::AsyncReadExt as _;
 use tokio::process::{Child, Command};
-use vnet_dataplane::args::Args;
+use vnet_dataplane::args::{Args, Cli};
 use vnet_dataplane::config::{Config, OwnPolicySettings, VmSettings, default_name};
 
 use super::descriptors::inherit_only;
@@ -242,8 +242,8 @@ fn flags(args: &Args) -> Vec<OsString> {
 }
 
 /// This process as the dataplane.
-pub(super) fn main(arguments: Vec<OsString>) -> u8 {
-    vnet_dataplane::main(arguments)
+pub(super) fn main(arguments: Vec<OsString>) -> ExitCode {
+    super::parsed(arguments, |cli: Cli| vnet_dataplane::main(cli.args))
 }
 
 /// How long it may take to end in good order: sockets removed, the last counts sent.
@@ -255,8 +255,6 @@ const SAID_LINES_MAX: usize = 5;
 #[cfg(test)]
 mod tests {
     use clap::Parser as _;
-    use vnet_dataplane::args::Cli;
-
     use super::*;
 
     #[test]

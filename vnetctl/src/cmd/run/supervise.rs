@@ -9,7 +9,6 @@
 use std::future::Future;
 use std::path::PathBuf;
 use std::pin::Pin;
-use std::process::ExitCode;
 use std::time::{Duration, SystemTime};
 
 use nix::sys::signal::{Signal, raise};
@@ -106,11 +105,6 @@ async fn supervise(plan: Plan, connection: Connection) -> Result<u8, Failure> {
         });
     }
     Ok(exit.code)
-}
-
-/// This process as a guest's helper.
-pub(crate) fn guest_main(arguments: Vec<std::ffi::OsString>) -> ExitCode {
-    sandbox::guest_main(arguments)
 }
 
 /// Waits until the controlplane knows the VM and its link is there; what was seen meanwhile is kept.
