@@ -206,6 +206,13 @@ async fn client_command(command: Command, mut context: Context) -> Result<(), Fa
     }
 }
 
+/// Runs a command of a client as it would be typed, in a context of the test's own.
+#[cfg(test)]
+pub(crate) async fn run_client_command(words: Vec<OsString>, context: Context) -> Result<(), Failure> {
+    let cli = Cli::try_parse_from(words).map_err(|e| Failure::Usage(e.to_string()))?;
+    client_command(cli.command, context).await
+}
+
 /// A runtime on this thread, for a client's few calls.
 ///
 /// # Errors

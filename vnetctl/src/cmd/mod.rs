@@ -17,8 +17,8 @@ pub mod treat;
 pub mod up;
 pub mod vm;
 
-// #[cfg(test)]
-// mod tests;
+#[cfg(test)]
+mod tests;
 
 use crate::client::Connection;
 use crate::failure::Failure;

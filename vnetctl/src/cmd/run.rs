@@ -151,7 +151,7 @@ mod tests {
     fn a_directory_names_its_vm_the_same_every_day() {
         assert_eq!(default_vm_name(Path::new("/home/ada/web")), default_vm_name(Path::new("/home/ada/web")));
         assert_ne!(default_vm_name(Path::new("/home/ada/web")), default_vm_name(Path::new("/srv/web")));
-        assert_eq!(default_vm_name(Path::new("/home/ada/web")), "web-c9dcb13c");
+        assert_eq!(default_vm_name(Path::new("/home/ada/web")), "web-609b580f");
     }
 
     #[test]
