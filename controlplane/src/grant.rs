@@ -481,3 +481,137 @@ impl ReadyGrant {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn at(seconds: u64) -> SystemTime {
+        SystemTime::UNIX_EPOCH + Duration::from_secs(1_800_000_000 + seconds)
+    }
+
+    fn vm(name: &str) -> VmView {
+        VmView {
+            name: name.into(),
+            labels: BTreeMap::new(),
+            instance: VmInstance(format!("boot/{name}")),
+        }
+    }
+
+    fn grant(id: &str, lifetime: Lifetime) -> Grant {
+        let target = "tcp 1.2.3.4:443".parse().unwrap();
+        let (allow, all) = (GrantAction::Allow, VmSelector::all());
+        Grant::new(
+            GrantId(id.into()),
+            allow,
+            target,
+            all,
+            lifetime,
+            Budget::default(),
+            "ann".into(),
+            at(0),
+        )
+    }
+
+    #[test]
+    fn a_grant_ends_at_its_time_and_not_before() {
+        let mut grants = Grants::default();
+        grants
+            .insert(grant("a", Lifetime::For(Duration::from_secs(60))))
+            .unwrap();
+        grants.insert(grant("b", Lifetime::Forever)).unwrap();
+        assert_eq!(grants.next_expiry(), Some(at(60)));
+        assert!(grants.expire(at(59)).is_empty());
+        let generation = grants.generation();
+        assert_eq!(grants.expire(at(60))[0].id, GrantId("a".into()));
+        assert!(grants.generation() > generation);
+        assert_eq!((grants.len(), grants.next_expiry()), (1, None));
+        assert!(Lifetime::For(Duration::MAX).expires_at(at(0)).is_none());
+    }
+
+    #[test]
+    fn once_is_one_flow_and_the_lookups_before_it_and_void_after_a_minute() {
+        let mut grants = Grants::default();
+        grants.insert(grant("a", Lifetime::Once)).unwrap();
+        let id = GrantId("a".into());
+        assert!(grants.record_use(&id, Use::Lookup, at(1)).is_none());
+        assert!(grants.record_use(&id, Use::Lookup, at(1)).is_none());
+        assert_eq!(grants.record_use(&id, Use::Flow, at(2)).unwrap().hits, 3);
+        assert!(grants.is_empty() && grants.record_use(&id, Use::Flow, at(2)).is_none());
+        grants.insert(grant("b", Lifetime::Once)).unwrap();
+        assert_eq!(grants.expire(at(60)).len(), 1);
+    }
+
+    #[test]
+    fn until_the_vm_stops_is_that_attachment_and_no_other() {
+        let mut grants = Grants::default();
+        let instances = BTreeSet::from([vm("a").instance, vm("b").instance]);
+        grants
+            .insert(Grant {
+                instances,
+                ..grant("g", Lifetime::UntilVmStops)
+            })
+            .unwrap();
+        let again = VmView {
+            instance: VmInstance("boot2/a".into()),
+            ..vm("a")
+        };
+        assert_eq!(grants.for_vm(&vm("a")).allow.len(), 1);
+        assert_eq!(grants.for_vm(&again).allow.len(), 0);
+        assert!(grants.vm_stopped(&vm("a").instance).is_empty());
+        assert_eq!(grants.for_vm(&vm("a")).allow.len(), 0);
+        assert_eq!(grants.for_vm(&vm("b")).allow.len(), 1);
+        assert_eq!(grants.vm_stopped(&vm("b").instance).len(), 1);
+    }
+
+    #[test]
+    fn a_budget_that_is_used_up_ends_its_grant() {
+        let mut grants = Grants::default();
+        let budget = Budget {
+            connections: 2,
+            bytes_up: 100,
+            bytes_down: 0,
+        };
+        let id = GrantId("g".into());
+        grants
+            .insert(Grant {
+                budget,
+                ..grant("g", Lifetime::Forever)
+            })
+            .unwrap();
+        assert!(grants.record_use(&id, Use::Flow, at(1)).is_none());
+        assert_eq!(grants.get(&id).unwrap().budget_left().unwrap().connections, 1);
+        assert!(grants.record_bytes(&id, 99, 1 << 40).is_none());
+        let generation = grants.generation();
+        assert!(grants.record_bytes(&id, 1, 0).is_some());
+        assert!(grants.is_empty() && grants.generation() > generation);
+        assert!(grant("x", Lifetime::Forever).budget_left().is_none());
+    }
+
+    #[test]
+    fn grants_are_capped_and_ids_are_unique() {
+        let mut grants = Grants::default();
+        for n in 0..GRANTS_MAX {
+            grants.insert(grant(&format!("g{n}"), Lifetime::Forever)).unwrap();
+        }
+        assert_eq!(
+            grants.insert(grant("more", Lifetime::Forever)),
+            Err(GrantError::Full)
+        );
+        let taken = GrantId("g0".into());
+        assert_eq!(
+            grants.insert(grant("g0", Lifetime::Forever)),
+            Err(GrantError::Exists(taken))
+        );
+        assert!(matches!(
+            grants.find("g"),
+            Err(GrantError::Ambiguous {
+                count: GRANTS_MAX,
+                ..
+            })
+        ));
+        assert_eq!(grants.find("g0").unwrap().id.0, "g0");
+        assert!(matches!(grants.find(""), Err(GrantError::NotFound(_))));
+        assert!(matches!(grants.find("h"), Err(GrantError::NotFound(_))));
+    }
+}

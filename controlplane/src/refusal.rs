@@ -166,7 +166,7 @@ impl From<AnswerError> for Refusal {
             AnswerError::NotOpen { .. } => Self::Precondition { reason: "NOT_OPEN", text },
             AnswerError::Changed { .. } => Self::Changed(text),
             AnswerError::Scope { .. } => Self::field("scope", text),
-            AnswerError::NoName { .. } => Self::field("lookup_only", text),
+            AnswerError::NotALookup { .. } => Self::field("lookup_only", text),
         }
     }
 }

@@ -143,7 +143,13 @@ pub async fn run(config: Config) -> Result<Ended, RunError> {
             },
         }
     };
-    // Sockets go first, so that whoever comes now starts a controlplane of its own; then the calls.
+    // Sockets go first, so that whoever comes now starts a controlplane of its own (which waits for the
+    // locks); then the calls.
+    for endpoint in config.listen.iter().chain(&config.session_listen) {
+        if let Endpoint::Unix(path) = endpoint {
+            let _ = std::fs::remove_file(path);
+        }
+    }
     stop.send_replace(true);
     hub.close();
     let drained = async { while servers.join_next().await.is_some() {} };
@@ -153,6 +159,13 @@ pub async fn run(config: Config) -> Result<Ended, RunError> {
     for (name, value) in metrics.all() {
         tracing::debug!(name, value, "counted");
     }
+    // Sessions' tasks end by themselves; the last to go waits for what is still to be written.
+    let alone = async {
+        while Arc::strong_count(&hub) > 1 {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    };
+    let _ = tokio::time::timeout(DRAIN, alone).await;
     drop(hub);
     drop(locks);
     ended

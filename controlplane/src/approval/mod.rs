@@ -12,6 +12,7 @@ mod tests;
 
 pub use request::{HeldMiss, MissRef, PendingId, PendingState, Request, Scope};
 pub use table::{
-    Answer, AnswerError, Answered, Ask, AskOutcome, Change, Changes, FindError, HOLD_GRACE, HELD_PER_VM_MAX, LIFE, Limit,
-    MissEnd, NAMES_PER_REQUEST_MAX, OPEN_MAX, OPEN_PER_VM_MAX, PendingTable, RECENT_MAX, Released,
+    Answer, AnswerError, Answered, Ask, AskOutcome, Change, Changes, FindError, HELD_PER_VM_MAX, HOLD_GRACE,
+    LIFE, Limit, MissEnd, NAMES_PER_REQUEST_MAX, OPEN_MAX, OPEN_PER_VM_MAX, PendingTable, RECENT_MAX,
+    Released,
 };

@@ -9,7 +9,10 @@ use crate::approval::{Request, Scope};
 /// given. A name comes before the address, since it is what the guest meant. A guarded destination
 /// offers only itself.
 pub(crate) fn offered(request: &Request) -> Vec<Scope> {
-    let below = request.names.first().is_some_and(|name| parent_of(name).is_some());
+    let below = request
+        .names
+        .first()
+        .is_some_and(|name| parent_of(name).is_some());
     let subdomains = below.then_some(Scope::Subdomains);
     match &request.subject {
         Subject::Lookup(_) => std::iter::once(Scope::Name).chain(subdomains).collect(),
@@ -41,7 +44,13 @@ pub(crate) fn target(request: &Request, scope: Scope, lookup_only: bool) -> Opti
     if !offered(request).contains(&scope) {
         return None;
     }
-    let named = |pattern: NamePattern, ports| Some(Target::Name { pattern, ports, lookup_only });
+    let named = |pattern: NamePattern, ports| {
+        Some(Target::Name {
+            pattern,
+            ports,
+            lookup_only,
+        })
+    };
     match (scope, &request.subject) {
         (Scope::HostPort, Subject::Flow(flow)) => Some(Target::of_flow(&flow.key)),
         (Scope::Host, Subject::Flow(flow)) => Some(any_port(&flow.key)),
@@ -56,7 +65,11 @@ pub(crate) fn target(request: &Request, scope: Scope, lookup_only: bool) -> Opti
 }
 
 fn any_port(key: &FlowKey) -> Target {
-    Target::Address { protocol: Some(key.protocol), prefix: IpNet::from(key.peer.ip()), ports: None }
+    Target::Address {
+        protocol: Some(key.protocol),
+        prefix: IpNet::from(key.peer.ip()),
+        ports: None,
+    }
 }
 
 /// The registrable domain (public suffix list) that a name lies below. `None` for that domain itself,

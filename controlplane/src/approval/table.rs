@@ -147,7 +147,10 @@ pub struct Answered {
 
 impl Changes {
     fn of(change: Change) -> Self {
-        Self { changes: vec![change], released: Vec::new() }
+        Self {
+            changes: vec![change],
+            released: Vec::new(),
+        }
     }
 
     /// Adds what another call brought about.
@@ -234,7 +237,12 @@ impl PendingTable {
     /// its hold and is not counted twice.
     pub fn ask(&mut self, now: SystemTime, ask: Ask<'_>) -> (AskOutcome, Changes) {
         let until = now.checked_add(ask.hold).unwrap_or(now);
-        let held = HeldMiss { miss: ask.miss, subject: ask.subject, until, packets: ask.packets };
+        let held = HeldMiss {
+            miss: ask.miss,
+            subject: ask.subject,
+            until,
+            packets: ask.packets,
+        };
         if let Some(id) = self.by_miss.get(&ask.miss).cloned() {
             self.hold(now, &id, held);
             return (AskOutcome::Joined(id.clone()), Changes::of(Change::Updated(id)));
@@ -242,7 +250,11 @@ impl PendingTable {
         let question = Question::of(&ask.vm.instance, &held.subject);
         let known = self.by_question.get(&question).cloned();
         if let Some((limit, text)) = self.limit_reached(&ask.vm.instance, known.is_none()) {
-            let count = self.vms.entry(ask.vm.instance.clone()).or_default().refused(limit);
+            let count = self
+                .vms
+                .entry(ask.vm.instance.clone())
+                .or_default()
+                .refused(limit);
             let reason = Reason::new("limit", limit.to_string(), text);
             return (AskOutcome::Refused { limit, count, reason }, Changes::default());
         }
@@ -288,9 +300,13 @@ impl PendingTable {
     /// A request whose guest gave up, with nothing else held and nothing ever refused for want of an
     /// answer, is cancelled. After a hold ran out it stays: a late yes serves the next attempt.
     pub fn miss_ended(&mut self, now: SystemTime, miss: MissRef, end: MissEnd) -> Changes {
-        let Some(id) = self.by_miss.get(&miss).cloned() else { return Changes::default() };
+        let Some(id) = self.by_miss.get(&miss).cloned() else {
+            return Changes::default();
+        };
         self.let_go(&id, |held| held.miss == miss);
-        let Some(request) = self.open.get_mut(&id) else { return Changes::default() };
+        let Some(request) = self.open.get_mut(&id) else {
+            return Changes::default();
+        };
         match end {
             MissEnd::HoldExpired | MissEnd::Evicted => request.hold_ran_out = true,
             MissEnd::GuestGaveUp | MissEnd::VmDown if request.held.is_empty() && !request.hold_ran_out => {
@@ -364,7 +380,10 @@ impl PendingTable {
         let request = self.get(id).ok_or_else(|| FindError::NotFound(id.0.clone()))?;
         let id = id.clone();
         if !request.is_open() {
-            return Err(AnswerError::NotOpen { id, state: request.state });
+            return Err(AnswerError::NotOpen {
+                id,
+                state: request.state,
+            });
         }
         if etag.is_some_and(|etag| etag != request.etag()) {
             return Err(AnswerError::Changed { id });
@@ -376,7 +395,11 @@ impl PendingTable {
         let wanted = scope.or(offered.first().copied()).unwrap_or(Scope::HostPort);
         scope::target(request, wanted, lookup_only).ok_or_else(|| {
             let offered: Vec<String> = offered.iter().map(ToString::to_string).collect();
-            AnswerError::Scope { id, scope: wanted, offered: offered.join(", ") }
+            AnswerError::Scope {
+                id,
+                scope: wanted,
+                offered: offered.join(", "),
+            }
         })
     }
 
@@ -397,7 +420,11 @@ impl PendingTable {
         grant: GrantId,
     ) -> Result<Answered, AnswerError> {
         let target = self.quote(id, etag, scope, lookup_only)?;
-        let vm = self.get(id).ok_or_else(|| FindError::NotFound(id.0.clone()))?.vm.clone();
+        let vm = self
+            .get(id)
+            .ok_or_else(|| FindError::NotFound(id.0.clone()))?
+            .vm
+            .clone();
         let state = match answer {
             Answer::Approve => PendingState::Approved,
             Answer::Deny => PendingState::Denied,
@@ -417,7 +444,9 @@ impl PendingTable {
         let mut changes = Changes::default();
         let ids: Vec<PendingId> = self.open.keys().cloned().collect();
         for id in ids {
-            let Some(request) = self.open.get(&id) else { continue };
+            let Some(request) = self.open.get(&id) else {
+                continue;
+            };
             if !still_asks(&request.vm, &request.subject) {
                 changes.append(self.close(now, &id, PendingState::Decided, None));
                 continue;
@@ -432,7 +461,9 @@ impl PendingTable {
             if !decided.is_empty() {
                 let vm = request.vm.clone();
                 let released = self.let_go(&id, |held| decided.contains(&held.miss));
-                changes.released.extend(released.into_iter().map(|held| release(held, &vm, &id)));
+                changes
+                    .released
+                    .extend(released.into_iter().map(|held| release(held, &vm, &id)));
                 changes.changes.push(Change::Updated(id));
             }
         }
@@ -441,7 +472,9 @@ impl PendingTable {
 
     /// One by its id, open or lately ended.
     pub fn get(&self, id: &PendingId) -> Option<&Request> {
-        self.open.get(id).or_else(|| self.recent.iter().rev().find(|r| r.id == *id))
+        self.open
+            .get(id)
+            .or_else(|| self.recent.iter().rev().find(|r| r.id == *id))
     }
 
     /// One by its id or a prefix of it that fits it only; open ones come before those that ended.
@@ -453,17 +486,31 @@ impl PendingTable {
         if let Some(request) = self.get(&exact) {
             return Ok(request);
         }
-        let open = self.open.range(exact..).map(|(_, r)| r).take_while(|r| r.id.0.starts_with(prefix));
-        let open: Vec<&Request> = if prefix.is_empty() { Vec::new() } else { open.collect() };
+        let open = self
+            .open
+            .range(exact..)
+            .map(|(_, r)| r)
+            .take_while(|r| r.id.0.starts_with(prefix));
+        let open: Vec<&Request> = if prefix.is_empty() {
+            Vec::new()
+        } else {
+            open.collect()
+        };
         let fitting = if open.is_empty() && !prefix.is_empty() {
-            self.recent.iter().filter(|r| r.id.0.starts_with(prefix)).collect()
+            self.recent
+                .iter()
+                .filter(|r| r.id.0.starts_with(prefix))
+                .collect()
         } else {
             open
         };
         match fitting.as_slice() {
             [] => Err(FindError::NotFound(prefix.to_owned())),
             [one] => Ok(one),
-            many => Err(FindError::Ambiguous { prefix: prefix.to_owned(), count: many.len() }),
+            many => Err(FindError::Ambiguous {
+                prefix: prefix.to_owned(),
+                count: many.len(),
+            }),
         }
     }
 
@@ -486,11 +533,16 @@ impl PendingTable {
 
     /// How many of an attachment's asks were refused for a limit since it was last well below it.
     pub fn refused_count_of(&self, instance: &VmInstance) -> u64 {
-        self.vms.get(instance).map_or(0, |counts| counts.refused.iter().sum())
+        self.vms
+            .get(instance)
+            .map_or(0, |counts| counts.refused.iter().sum())
     }
 
     fn limit_reached(&self, instance: &VmInstance, opens: bool) -> Option<(Limit, String)> {
-        let (open, held) = self.vms.get(instance).map_or((0, 0), |counts| (counts.open, counts.held));
+        let (open, held) = self
+            .vms
+            .get(instance)
+            .map_or((0, 0), |counts| (counts.open, counts.held));
         if opens && open >= OPEN_PER_VM_MAX {
             let text = format!("{OPEN_PER_VM_MAX} requests of this VM await an answer; answer some first");
             return Some((Limit::OpenPerVm, text));
@@ -508,7 +560,9 @@ impl PendingTable {
 
     /// Holds a miss for an open request, or renews its hold, and renews the request's life.
     fn hold(&mut self, now: SystemTime, id: &PendingId, held: HeldMiss) {
-        let Some(request) = self.open.get_mut(id) else { return };
+        let Some(request) = self.open.get_mut(id) else {
+            return;
+        };
         let (names, _) = evidence(&held.subject);
         for name in names {
             if request.names.len() < NAMES_PER_REQUEST_MAX && !request.names.contains(&name) {
@@ -536,7 +590,9 @@ impl PendingTable {
 
     /// Takes misses from an open request.
     fn let_go(&mut self, id: &PendingId, which: impl Fn(&HeldMiss) -> bool) -> Vec<HeldMiss> {
-        let Some(request) = self.open.get_mut(id) else { return Vec::new() };
+        let Some(request) = self.open.get_mut(id) else {
+            return Vec::new();
+        };
         let gone: Vec<HeldMiss> = request.held.extract_if(.., |held| which(held)).collect();
         for held in &gone {
             self.by_miss.remove(&held.miss);
@@ -557,14 +613,20 @@ impl PendingTable {
         grant: Option<GrantId>,
     ) -> Changes {
         let held = self.let_go(id, |_| true);
-        let Some(mut request) = self.open.remove(id) else { return Changes::default() };
+        let Some(mut request) = self.open.remove(id) else {
+            return Changes::default();
+        };
         self.wakes.remove(&(request.wakes_at, id.clone()));
-        self.by_question.remove(&Question::of(&request.vm.instance, &request.subject));
+        self.by_question
+            .remove(&Question::of(&request.vm.instance, &request.subject));
         if let Some(counts) = self.vms.get_mut(&request.vm.instance) {
             counts.open = counts.open.saturating_sub(1);
             counts.forget_refusals();
         }
-        let released = held.into_iter().map(|held| release(held, &request.vm, id)).collect();
+        let released = held
+            .into_iter()
+            .map(|held| release(held, &request.vm, id))
+            .collect();
         request.state = state;
         request.grant = grant;
         request.ended_at = Some(now);
@@ -572,7 +634,10 @@ impl PendingTable {
             self.recent.pop_front();
         }
         self.recent.push_back(request);
-        Changes { changes: vec![Change::Removed(id.clone())], released }
+        Changes {
+            changes: vec![Change::Removed(id.clone())],
+            released,
+        }
     }
 }
 

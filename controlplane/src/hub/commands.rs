@@ -84,7 +84,7 @@ impl Hub {
         self.read(|state, _| {
             let mut all: Vec<_> = state
                 .selected(filter)
-                .flat_map(|vm| vm.denied.iter().map(|((name, kind), denied)| (vm, name, *kind, denied)))
+                .flat_map(|vm| vm.denied.iter().map(move |((name, kind), denied)| (vm, name, *kind, denied)))
                 .collect();
             all.sort_by_key(|(_, _, _, denied)| std::cmp::Reverse(denied.last_at));
             all.into_iter()

@@ -44,11 +44,12 @@ use crate::watch::{Watch, Watchers};
 
 pub use answers::{NewGrant, Reply};
 pub use attach::SessionKey;
+#[cfg(test)]
+pub(crate) use attach::Attachment;
 pub use change::Ticket;
 pub use events::EventFilter;
 pub use policies::{Applied, Candidate};
 pub use vms::VmUpdate;
-pub(crate) use attach::OUTBOX_MAX;
 pub(crate) use policies::DEFAULT;
 
 use change::Change;

@@ -82,7 +82,10 @@ pub fn decide_flow(context: &Context<'_>, flow: &FlowSubject) -> FlowDecision {
     let names_consulted = region.names_consulted();
     let mut found = region.into_match(flow.key.protocol);
     if alone {
-        found = FlowMatch { names_consulted, ..FlowMatch::exact(&flow.key) };
+        found = FlowMatch {
+            names_consulted,
+            ..FlowMatch::exact(&flow.key)
+        };
     }
     answer.into_decision(found)
 }
@@ -92,7 +95,11 @@ pub fn decide_lookup(context: &Context<'_>, lookup: &LookupSubject) -> LookupDec
     let mut region = LookupMatch::Any;
     let answer = lookup_answer(context, &lookup.name, &mut region);
     let alone = answer.outcome == Outcome::Ask || answer.once();
-    let found = if alone { LookupMatch::Exact(lookup.name.clone()) } else { region };
+    let found = if alone {
+        LookupMatch::Exact(lookup.name.clone())
+    } else {
+        region
+    };
     answer.into_decision(found)
 }
 
@@ -129,7 +136,13 @@ fn flow_answer(context: &Context<'_>, flow: &FlowSubject, region: &mut Region) -
     let what = flow.key.to_string();
     if flow.guards.contains(Guard::Daemon) {
         let text = format!("a vnet daemon listens at {what}, which is closed to every guest");
-        return Answer::new(Outcome::Deny, "guard", Guard::Daemon.to_string(), text, String::new());
+        return Answer::new(
+            Outcome::Deny,
+            "guard",
+            Guard::Daemon.to_string(),
+            text,
+            String::new(),
+        );
     }
     if let Some(answer) = blocked_by_mode(context) {
         return answer;
@@ -186,12 +199,20 @@ fn flow_answer(context: &Context<'_>, flow: &FlowSubject, region: &mut Region) -
         let allowed = |name: &&Name| policy.allowed.contains(name) && !policy.blocked.contains(name);
         if let Some(name) = flow.names.iter().find(allowed) {
             let subject = "dns.allowedDomains".to_owned();
-            let text = format!("{} is bound to {name}, which dns.allowedDomains has", flow.key.peer.ip());
+            let text = format!(
+                "{} is bound to {name}, which dns.allowedDomains has",
+                flow.key.peer.ip()
+            );
             return Answer::new(Outcome::Allow, "dns", subject, text, String::new());
         }
     }
 
-    let answer = default_answer(context, policy.default_action(), &what, &Target::of_flow(&flow.key));
+    let answer = default_answer(
+        context,
+        policy.default_action(),
+        &what,
+        &Target::of_flow(&flow.key),
+    );
     // Beside this flow there may be addresses that a guard would have stopped one step before.
     if answer.outcome == Outcome::Allow {
         consult_private(context, flow, region);
@@ -211,8 +232,17 @@ fn lookup_answer(context: &Context<'_>, name: &Name, region: &mut LookupMatch) -
 
     if test(&policy.blocked) {
         let text = format!("dns.blockedDomains has {name}");
-        let remedy = format!("take it from dns.blockedDomains of policy {}", policy.policy_name());
-        return Answer::new(Outcome::Deny, "dns", "dns.blockedDomains".to_owned(), text, remedy);
+        let remedy = format!(
+            "take it from dns.blockedDomains of policy {}",
+            policy.policy_name()
+        );
+        return Answer::new(
+            Outcome::Deny,
+            "dns",
+            "dns.blockedDomains".to_owned(),
+            text,
+            remedy,
+        );
     }
 
     for ready in context.grants.deny.iter().filter(|g| g.lookups) {
@@ -248,14 +278,28 @@ fn lookup_answer(context: &Context<'_>, name: &Name, region: &mut LookupMatch) -
 
     if test(&policy.allowed) {
         let text = format!("dns.allowedDomains has {name}");
-        return Answer::new(Outcome::Allow, "dns", "dns.allowedDomains".to_owned(), text, String::new());
+        return Answer::new(
+            Outcome::Allow,
+            "dns",
+            "dns.allowedDomains".to_owned(),
+            text,
+            String::new(),
+        );
     }
 
-    default_answer(context, policy.lookup_default(), &format!("the lookup of {name}"), &target)
+    default_answer(
+        context,
+        policy.lookup_default(),
+        &format!("the lookup of {name}"),
+        &target,
+    )
 }
 
 fn blocked_by_mode(context: &Context<'_>) -> Option<Answer> {
-    let mode = context.policy.mode().filter(|mode| matches!(mode, Mode::Block | Mode::Quarantine))?;
+    let mode = context
+        .policy
+        .mode()
+        .filter(|mode| matches!(mode, Mode::Block | Mode::Quarantine))?;
     let text = format!("mode {mode} denies everything that {} initiates", context.vm.name);
     let remedy = format!("vnetctl vm mode {} enforce", context.vm.name);
     Some(Answer::new(Outcome::Deny, "mode", mode.to_string(), text, remedy))
@@ -288,7 +332,10 @@ fn opens(
         }
         // Beside this flow there may be private addresses that DNS taught: a prefix inside a private
         // range names those too, a broader one does not.
-        let private = test.prefixes.iter().find(|p| p.contains(&peer) && is_inside_private(**p));
+        let private = test
+            .prefixes
+            .iter()
+            .find(|p| p.contains(&peer) && is_inside_private(**p));
         match private {
             Some(prefix) => region.limit(*prefix),
             None => consult_private(context, flow, region),
@@ -327,7 +374,10 @@ fn guarded(context: &Context<'_>, flow: &FlowSubject, guard: Guard) -> Answer {
     let what = match guard {
         Guard::Metadata => format!("{address} is a link-local or metadata address"),
         Guard::Host if flow.dialled != address => {
-            format!("{address} stands for {}, an address of the host itself", flow.dialled)
+            format!(
+                "{address} stands for {}, an address of the host itself",
+                flow.dialled
+            )
         }
         Guard::Host => format!("{address} is an address of the host itself"),
         Guard::PrivateFromDns => format!("{address} is a private address that was learned from DNS"),
@@ -336,8 +386,11 @@ fn guarded(context: &Context<'_>, flow: &FlowSubject, guard: Guard) -> Answer {
     };
     let text = format!("{what}, which only a rule or grant that names it opens");
     let remedy = format!("vnetctl allow {target} --vm {}", context.vm.name);
-    let outcome =
-        if context.policy.mode() == Some(Mode::Ask) { Outcome::Ask } else { Outcome::Deny };
+    let outcome = if context.policy.mode() == Some(Mode::Ask) {
+        Outcome::Ask
+    } else {
+        Outcome::Deny
+    };
     Answer::new(outcome, "guard", guard.to_string(), text, remedy)
 }
 
@@ -352,17 +405,28 @@ fn default_answer(context: &Context<'_>, default: DefaultAction, what: &str, tar
     match (default, policy.mode()) {
         (DefaultAction::Allow, None) => {
             let text = "no policy and no mode is given, so that the network is open".to_owned();
-            answer(Outcome::Allow, text, format!("vnetctl vm mode {} ask", context.vm.name))
+            answer(
+                Outcome::Allow,
+                text,
+                format!("vnetctl vm mode {} ask", context.vm.name),
+            )
         }
-        (DefaultAction::Allow, Some(_)) => {
-            answer(Outcome::Allow, format!("the default action{name} allows {what}"), String::new())
-        }
-        (DefaultAction::Deny, Some(Mode::Ask)) => {
-            answer(Outcome::Ask, format!("nothing allows {what}, and mode ask asks"), remedy())
-        }
+        (DefaultAction::Allow, Some(_)) => answer(
+            Outcome::Allow,
+            format!("the default action{name} allows {what}"),
+            String::new(),
+        ),
+        (DefaultAction::Deny, Some(Mode::Ask)) => answer(
+            Outcome::Ask,
+            format!("nothing allows {what}, and mode ask asks"),
+            remedy(),
+        ),
         (DefaultAction::Deny, Some(Mode::Observe)) => {
             let text = format!("mode observe allows {what}, which the default action{name} would deny");
-            Answer { would_deny: true, ..answer(Outcome::Allow, text, remedy()) }
+            Answer {
+                would_deny: true,
+                ..answer(Outcome::Allow, text, remedy())
+            }
         }
         (DefaultAction::Deny, _) => {
             let text = format!("nothing allows {what}, and the default action{name} denies");
@@ -390,16 +454,33 @@ struct Answer {
 
 impl Answer {
     fn new(outcome: Outcome, step: &str, subject: String, text: String, remedy: String) -> Self {
-        Self { outcome, reason: Reason::new(step, subject, text), would_deny: false, grant: None, remedy }
+        Self {
+            outcome,
+            reason: Reason::new(step, subject, text),
+            would_deny: false,
+            grant: None,
+            remedy,
+        }
     }
 
     fn of_grant(outcome: Outcome, grant: &std::sync::Arc<Grant>) -> Self {
-        let done = if outcome == Outcome::Allow { "allows" } else { "denies" };
-        let by = if grant.creator.is_empty() { String::new() } else { format!(" by {}", grant.creator) };
+        let done = if outcome == Outcome::Allow {
+            "allows"
+        } else {
+            "denies"
+        };
+        let by = if grant.creator.is_empty() {
+            String::new()
+        } else {
+            format!(" by {}", grant.creator)
+        };
         let text = format!("grant {}{by} {done} {}", grant.id, grant.target);
         let remedy = format!("vnetctl grants revoke {}", grant.id);
         let answer = Self::new(outcome, "grant", grant.id.to_string(), text, remedy);
-        Self { grant: Some(std::sync::Arc::clone(grant)), ..answer }
+        Self {
+            grant: Some(std::sync::Arc::clone(grant)),
+            ..answer
+        }
     }
 
     fn of_rule(context: &Context<'_>, outcome: Outcome, rule: &Rule) -> Self {
@@ -410,9 +491,19 @@ impl Answer {
             Outcome::Drop => "drops",
             Outcome::Ask => "asks for",
         };
-        let comment = if rule.comment.is_empty() { String::new() } else { format!(" ({})", rule.comment) };
+        let comment = if rule.comment.is_empty() {
+            String::new()
+        } else {
+            format!(" ({})", rule.comment)
+        };
         let text = format!("{place} {done} it{comment}");
-        Self::new(outcome, "rule", rule.label.clone(), text, format!("change {place}"))
+        Self::new(
+            outcome,
+            "rule",
+            rule.label.clone(),
+            text,
+            format!("change {place}"),
+        )
     }
 
     fn asked_by_rule(context: &Context<'_>, rule: &Rule, target: &Target) -> Self {
@@ -420,15 +511,27 @@ impl Answer {
         let remedy = allow_remedy(context, target);
         if context.policy.mode() == Some(Mode::Observe) {
             let text = format!("mode observe allows what {} would ask for", place(context, rule));
-            let reason = Reason { text, ..answer.reason };
-            return Self { outcome: Outcome::Allow, would_deny: true, reason, remedy, ..answer };
+            let reason = Reason {
+                text,
+                ..answer.reason
+            };
+            return Self {
+                outcome: Outcome::Allow,
+                would_deny: true,
+                reason,
+                remedy,
+                ..answer
+            };
         }
         Self { remedy, ..answer }
     }
 
     fn once(&self) -> bool {
         self.outcome == Outcome::Allow
-            && self.grant.as_ref().is_some_and(|g| g.lifetime == crate::grant::Lifetime::Once)
+            && self
+                .grant
+                .as_ref()
+                .is_some_and(|g| g.lifetime == crate::grant::Lifetime::Once)
     }
 
     fn into_decision<M>(self, found: M) -> Decision<M> {
@@ -452,6 +555,11 @@ fn place(context: &Context<'_>, rule: &Rule) -> String {
     if rule.line == 0 {
         rule.label.clone()
     } else {
-        format!("rule {} of policy {} (line {})", rule.label, context.policy.policy_name(), rule.line)
+        format!(
+            "rule {} of policy {} (line {})",
+            rule.label,
+            context.policy.policy_name(),
+            rule.line
+        )
     }
 }

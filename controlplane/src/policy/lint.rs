@@ -14,7 +14,11 @@ const COMPARED_MAX: usize = 1_000;
 pub(crate) fn warnings(policy: &Policy) -> Vec<PolicyWarning> {
     let mut warnings = Vec::new();
     let closed = policy.default_action != Some(DefaultAction::Allow) || policy.mode == Some(Mode::Ask);
-    let at_start = |text: &str| PolicyWarning { line: 1, column: 1, text: text.to_owned() };
+    let at_start = |text: &str| PolicyWarning {
+        line: 1,
+        column: 1,
+        text: text.to_owned(),
+    };
 
     if policy.leaves_lookups_open() && closed && policy.mode != Some(Mode::Ask) {
         warnings.push(at_start(
@@ -30,10 +34,16 @@ pub(crate) fn warnings(policy: &Policy) -> Vec<PolicyWarning> {
         ));
     }
     if policy.mode == Some(Mode::Ask) && policy.default_action == Some(DefaultAction::Allow) {
-        warnings.push(at_start("defaultAction: allow has no effect in mode ask, which asks all the same"));
+        warnings.push(at_start(
+            "defaultAction: allow has no effect in mode ask, which asks all the same",
+        ));
     }
     if let Some(dns) = &policy.dns {
-        for pattern in dns.allowed.patterns().filter(|pattern| dns.blocked.covers(pattern)) {
+        for pattern in dns
+            .allowed
+            .patterns()
+            .filter(|pattern| dns.blocked.covers(pattern))
+        {
             warnings.push(at_start(&format!(
                 "dns.allowedDomains has {pattern}, which dns.blockedDomains refuses all the same"
             )));
@@ -48,13 +58,20 @@ pub(crate) fn warnings(policy: &Policy) -> Vec<PolicyWarning> {
 
     for (index, rule) in policy.rules.iter().enumerate() {
         let mut warn = |text: String| {
-            warnings.push(PolicyWarning { line: rule.line, column: rule.column, text });
+            warnings.push(PolicyWarning {
+                line: rule.line,
+                column: rule.column,
+                text,
+            });
         };
         if rule.action == RuleAction::Allow {
             let names = rule.test.names.iter().flat_map(|names| suffixes(names));
             for pattern in names {
                 let suffix = pattern.name();
-                warn(format!("{}: {suffix} is a public suffix: anyone may own a name below it", rule.label));
+                warn(format!(
+                    "{}: {suffix} is a public suffix: anyone may own a name below it",
+                    rule.label
+                ));
             }
             if rule.test.prefixes.is_empty() && rule.test.names.is_none() && rule.test.ports.is_empty() {
                 warn(format!("{} allows every destination", rule.label));
@@ -102,7 +119,10 @@ fn shadow(earlier: &Rule, rule: &Rule) -> Option<String> {
     if names_cover && earlier.test.covers_but_for_names(&rule.test) {
         let guarded = !earlier.action.refuses() && rule.action != earlier.action;
         let but = if guarded { " but guarded destinations" } else { "" };
-        return Some(format!("{} can never match{but}: {place} matches all of it before", rule.label));
+        return Some(format!(
+            "{} can never match{but}: {place} matches all of it before",
+            rule.label
+        ));
     }
     let allowed_first = rule.action.refuses()
         && !earlier.action.refuses()
@@ -112,7 +132,11 @@ fn shadow(earlier: &Rule, rule: &Rule) -> Option<String> {
     allowed_first.then(|| {
         let all: Vec<String> = rule.test.prefixes.iter().map(ToString::to_string).collect();
         let which = summary(&earlier.test);
-        let does = if earlier.action == RuleAction::Ask { "asks for" } else { "allows" };
+        let does = if earlier.action == RuleAction::Ask {
+            "asks for"
+        } else {
+            "allows"
+        };
         format!(
             "{} does not {} {which} to {}: {place} {does} that before; put {} first if it should",
             rule.label,
@@ -135,7 +159,11 @@ fn lies_strictly_inside(inner: &FlowTest, outer: &FlowTest) -> bool {
 fn overlap_otherwise(a: &FlowTest, b: &FlowTest) -> bool {
     let ports = a.ports.is_empty()
         || b.ports.is_empty()
-        || a.ports.iter().any(|x| b.ports.iter().any(|y| x.first() <= y.last() && y.first() <= x.last()));
+        || a.ports.iter().any(|x| {
+            b.ports
+                .iter()
+                .any(|y| x.first() <= y.last() && y.first() <= x.last())
+        });
     ports && !a.protocols.and(b.protocols).is_empty()
 }
 
@@ -146,6 +174,10 @@ fn summary(test: &FlowTest) -> String {
         .map(|p| p.to_string())
         .collect();
     let ports: Vec<String> = test.ports.iter().map(ToString::to_string).collect();
-    let ports = if ports.is_empty() { String::new() } else { format!(" {}", ports.join(", ")) };
+    let ports = if ports.is_empty() {
+        String::new()
+    } else {
+        format!(" {}", ports.join(", "))
+    };
     format!("{}{ports}", protocols.join("/"))
 }

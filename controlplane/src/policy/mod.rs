@@ -27,7 +27,7 @@ pub use effective::{APPROVAL_TIMEOUT, Effective, Modes, OWN_POLICY, OwnPolicy, P
 pub use eval::{
     Context, Decision, FlowDecision, LookupDecision, Outcome, decide_flow, decide_lookup, overruled_by,
 };
-pub use file::{APPROVAL_TIMEOUT_MAX, LIST_MAX, DOCUMENT_BYTES_MAX, RULES_MAX};
+pub use file::{APPROVAL_TIMEOUT_MAX, DOCUMENT_BYTES_MAX, LIST_MAX, RULES_MAX};
 pub use guard::GuardedRanges;
 pub use names::NameSet;
 pub use region::{FlowTest, ProtocolSet};

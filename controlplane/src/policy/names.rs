@@ -30,8 +30,15 @@ impl NameSet {
     /// All patterns, in no order.
     pub fn patterns(&self) -> impl Iterator<Item = NamePattern> + '_ {
         let read = |text: &str| Name::from_canonical(text).ok();
-        let exact = self.exact.iter().filter_map(move |n| read(n).map(NamePattern::Exact));
-        exact.chain(self.below.iter().filter_map(move |n| read(n).map(NamePattern::Subdomains)))
+        let exact = self
+            .exact
+            .iter()
+            .filter_map(move |n| read(n).map(NamePattern::Exact));
+        exact.chain(
+            self.below
+                .iter()
+                .filter_map(move |n| read(n).map(NamePattern::Subdomains)),
+        )
     }
 
     /// The pattern that covers a name; of several, an exact one, else the longest.

@@ -18,16 +18,25 @@ pub(crate) struct Reader {
 
 impl Reader {
     pub(crate) fn new(source: &str) -> Self {
-        Self { source: source.to_owned(), problems: Vec::new(), more: 0 }
+        Self {
+            source: source.to_owned(),
+            problems: Vec::new(),
+            more: 0,
+        }
     }
 
     pub(crate) fn has_problems(&self) -> bool {
         !self.problems.is_empty()
     }
 
+    pub(crate) fn problem_count(&self) -> usize {
+        self.problems.len() + self.more
+    }
+
     /// Everything that is wrong, in order of position.
     pub(crate) fn into_errors(mut self) -> PolicyErrors {
-        self.problems.sort_by_key(|problem| (problem.line, problem.column));
+        self.problems
+            .sort_by_key(|problem| (problem.line, problem.column));
         if let Some(last) = self.problems.last().filter(|_| self.more > 0) {
             let text = format!("{} more problems are not shown", self.more);
             let more = PolicyError { text, ..last.clone() };
@@ -50,20 +59,36 @@ impl Reader {
             return;
         }
         let Place { line, column } = place;
-        self.problems.push(PolicyError { source_name: self.source.clone(), line, column, text });
+        self.problems.push(PolicyError {
+            source_name: self.source.clone(),
+            line,
+            column,
+            text,
+        });
     }
 
     /// The entries of a mapping, after telling of unknown and repeated keys.
     pub(crate) fn fields<'a>(&mut self, node: &'a Node, what: &str, known: &[&str]) -> Fields<'a> {
         let Value::Map(entries) = &node.value else {
-            let text = format!("{what} is {} (expected a mapping with {})", node.value, choices(known));
+            let text = format!(
+                "{what} is {} (expected a mapping with {})",
+                node.value,
+                choices(known)
+            );
             self.problem(node, text);
-            return Fields { entries: HashMap::new(), mapping: false };
+            return Fields {
+                entries: HashMap::new(),
+                mapping: false,
+            };
         };
         let mut found: HashMap<&str, (&Node, &Node)> = HashMap::new();
         for (key, value) in entries {
             let Value::Text(name) = &key.value else {
-                let text = format!("key {} is not known in {what} (expected {})", key.value, choices(known));
+                let text = format!(
+                    "key {} is not known in {what} (expected {})",
+                    key.value,
+                    choices(known)
+                );
                 self.problem(key, text);
                 continue;
             };
@@ -72,21 +97,33 @@ impl Reader {
                     Some(near) => format!("did you mean {near}?"),
                     None => format!("expected {}", choices(known)),
                 };
-                self.problem(key, format!("key {} is not known in {what} ({remedy})", key.value));
+                self.problem(
+                    key,
+                    format!("key {} is not known in {what} ({remedy})", key.value),
+                );
                 continue;
             }
             match found.get(name.as_str()) {
                 Some((first, _)) => {
                     let line = first.place.line;
-                    self.problem(key, format!("key {name} is given twice in {what}, first in line {line}"));
+                    self.problem(
+                        key,
+                        format!("key {name} is given twice in {what}, first in line {line}"),
+                    );
                 }
                 None => {
                     found.insert(name, (key, value));
                 }
             }
         }
-        let entries = found.into_iter().map(|(name, (_, value))| (name, value)).collect();
-        Fields { entries, mapping: true }
+        let entries = found
+            .into_iter()
+            .map(|(name, (_, value))| (name, value))
+            .collect();
+        Fields {
+            entries,
+            mapping: true,
+        }
     }
 
     /// One of a few words.
@@ -94,15 +131,25 @@ impl Reader {
         let words: Vec<String> = known.iter().map(ToString::to_string).collect();
         let words: Vec<&str> = words.iter().map(String::as_str).collect();
         let Value::Text(text) = &node.value else {
-            self.problem(node, format!("{key} is {} (expected {})", node.value, choices(&words)));
+            self.problem(
+                node,
+                format!("{key} is {} (expected {})", node.value, choices(&words)),
+            );
             return None;
         };
         if let Some(index) = words.iter().position(|word| word == text) {
             return Some(known[index]);
         }
-        let meant = synonym(text).filter(|word| words.contains(word)).or_else(|| nearest(text, &words));
-        let hint = meant.map(|word| format!("; did you mean {word}?")).unwrap_or_default();
-        self.problem(node, format!("{key} is {} (expected {}{hint})", node.value, choices(&words)));
+        let meant = synonym(text)
+            .filter(|word| words.contains(word))
+            .or_else(|| nearest(text, &words));
+        let hint = meant
+            .map(|word| format!("; did you mean {word}?"))
+            .unwrap_or_default();
+        self.problem(
+            node,
+            format!("{key} is {} (expected {}{hint})", node.value, choices(&words)),
+        );
         None
     }
 
@@ -118,7 +165,13 @@ impl Reader {
         if let Value::Text(text) = &node.value {
             return Some(text);
         }
-        self.problem(node, format!("{key} has {} where text is expected; put it in quotes", node.value));
+        self.problem(
+            node,
+            format!(
+                "{key} has {} where text is expected; put it in quotes",
+                node.value
+            ),
+        );
         None
     }
 
@@ -127,11 +180,17 @@ impl Reader {
         match &node.value {
             Value::List(items) if items.len() <= most => items,
             Value::List(items) => {
-                self.problem(node, format!("{key} has {} entries (at most {most})", items.len()));
+                self.problem(
+                    node,
+                    format!("{key} has {} entries (at most {most})", items.len()),
+                );
                 &[]
             }
             other => {
-                self.problem(node, format!("{key} is {other} (expected a list; for none, leave {key} out)"));
+                self.problem(
+                    node,
+                    format!("{key} is {other} (expected a list; for none, leave {key} out)"),
+                );
                 &[]
             }
         }
@@ -155,11 +214,16 @@ impl Reader {
     pub(crate) fn text_map(&mut self, node: &Node, key: &str) -> BTreeMap<String, String> {
         let mut map = BTreeMap::new();
         let Value::Map(entries) = &node.value else {
-            self.problem(node, format!("{key} is {} (expected a mapping, as {{role: agent}})", node.value));
+            self.problem(
+                node,
+                format!("{key} is {} (expected a mapping, as {{role: agent}})", node.value),
+            );
             return map;
         };
         for (name, value) in entries {
-            let (Some(name_text), Some(text)) = (self.text(name, key), self.text(value, key)) else { continue };
+            let (Some(name_text), Some(text)) = (self.text(name, key), self.text(value, key)) else {
+                continue;
+            };
             if name_text.is_empty() {
                 self.problem(name, format!("{key} has an empty key"));
             } else if map.insert(name_text.to_owned(), text.to_owned()).is_some() {
@@ -215,7 +279,10 @@ fn nearest<'a>(found: &str, known: &[&'a str]) -> Option<&'a str> {
         return None;
     }
     let plain = |text: &str| -> Vec<char> {
-        text.chars().filter(|c| !matches!(c, '_' | '-')).flat_map(char::to_lowercase).collect()
+        text.chars()
+            .filter(|c| !matches!(c, '_' | '-'))
+            .flat_map(char::to_lowercase)
+            .collect()
     };
     let found = plain(found);
     let distances = known.iter().map(|word| {
@@ -223,7 +290,10 @@ fn nearest<'a>(found: &str, known: &[&'a str]) -> Option<&'a str> {
         let near = 1 + word_chars.len() / 4;
         (distance(&found, &word_chars), near, *word)
     });
-    distances.filter(|(d, near, _)| d <= near).min_by_key(|(d, _, _)| *d).map(|(_, _, word)| word)
+    distances
+        .filter(|(d, near, _)| d <= near)
+        .min_by_key(|(d, _, _)| *d)
+        .map(|(_, _, word)| word)
 }
 
 /// Edits between two words (Levenshtein).

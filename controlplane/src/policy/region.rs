@@ -8,7 +8,7 @@ use std::net::IpAddr;
 use std::sync::Arc;
 
 use ipnet::IpNet;
-use vnet_proto::model::{FlowMatch, FlowSubject, Name, PortRange, Protocol};
+use vnet_proto::model::{FlowMatch, FlowSubject, PortRange, Protocol};
 
 use crate::policy::{GuardedRanges, NameSet};
 
@@ -134,74 +134,66 @@ impl Region {
         region
     }
 
-    /// Makes a test, and narrows the region to where it comes out the same.
+    /// Makes a test, and narrows the region to where it comes out the same. A test that fails narrows
+    /// by one field that fails it; one that holds, by all.
     pub(crate) fn test(&mut self, test: &FlowTest, flow: &FlowSubject, sides: Sides) -> bool {
-        let address = flow.key.peer.ip();
+        let (address, port) = (flow.key.peer.ip(), flow.key.peer.port());
         // The protocol is part of every region, so that reading it narrows nothing.
         if !test.protocols.contains(flow.key.protocol) {
             return false;
         }
-        self.test_ports(&test.ports, flow.key.peer.port())
-            && self.test_prefixes(&test.prefixes, address, flow.dialled, sides)
-            && test
-                .names
-                .as_ref()
-                .is_none_or(|names| self.test_names(names, &flow.names, address))
-    }
-
-    fn test_ports(&mut self, ranges: &[PortRange], port: u16) -> bool {
-        if ranges.is_empty() {
-            return true;
-        }
-        let (mut first, mut last) = (self.ports.first(), self.ports.last());
-        let found = ranges.iter().find(|r| r.contains(port));
-        match found {
-            Some(range) => {
-                first = first.max(range.first());
-                last = last.min(range.last());
-            }
-            None => {
-                for range in ranges {
-                    if range.last() < port {
-                        first = first.max(range.last() + 1);
-                    } else {
-                        last = last.min(range.first() - 1);
-                    }
-                }
-            }
-        }
-        if let Some(ports) = PortRange::new(first, last) {
-            self.ports = ports;
-        }
-        found.is_some()
-    }
-
-    fn test_prefixes(&mut self, prefixes: &[IpNet], address: IpAddr, dialled: IpAddr, sides: Sides) -> bool {
-        if prefixes.is_empty() {
-            return true;
-        }
-        let widest = prefixes
+        let range = test.ports.iter().find(|range| range.contains(port));
+        let ports = test.ports.is_empty() || range.is_some();
+        let prefix = test
+            .prefixes
             .iter()
             .filter(|p| p.contains(&address))
             .min_by_key(|p| p.prefix_len());
-        match widest {
-            Some(prefix) => {
-                self.limit(*prefix);
-                true
+        // Where the dialled address differs, the region is the flow alone.
+        let dialled = sides == Sides::Either && test.prefixes.iter().any(|p| p.contains(&flow.dialled));
+        let prefixes = test.prefixes.is_empty() || prefix.is_some() || dialled;
+        if !prefixes && (ports || !test.prefixes.iter().any(|p| self.touches(*p))) {
+            for prefix in &test.prefixes {
+                self.exclude(address, *prefix);
             }
-            None => {
-                for prefix in prefixes {
-                    self.exclude(address, *prefix);
-                }
-                // Where the dialled address differs, the region is the flow alone.
-                sides == Sides::Either && prefixes.iter().any(|p| p.contains(&dialled))
+            return false;
+        }
+        if !ports {
+            self.exclude_ports(&test.ports, port);
+            return false;
+        }
+        if let Some(names) = &test.names {
+            self.consult_names(address);
+            if !flow.names.iter().any(|name| names.contains(name)) {
+                return false;
+            }
+        }
+        if let Some(prefix) = prefix {
+            self.limit(*prefix);
+        }
+        if let Some(range) = range {
+            self.limit_ports(range.first(), range.last());
+        }
+        true
+    }
+
+    /// Narrows the ports to the gap around `port` that none of `ranges` has.
+    fn exclude_ports(&mut self, ranges: &[PortRange], port: u16) {
+        for range in ranges {
+            if range.last() < port {
+                self.limit_ports(range.last() + 1, u16::MAX);
+            } else {
+                self.limit_ports(0, range.first().saturating_sub(1));
             }
         }
     }
 
-    fn test_names(&mut self, set: &NameSet, names: &[Name], address: IpAddr) -> bool {
-        self.consult_names(address);
-        names.iter().any(|name| set.contains(name))
+    fn limit_ports(&mut self, first: u16, last: u16) {
+        let narrowed = PortRange::new(self.ports.first().max(first), self.ports.last().min(last));
+        // What has no ports keeps none.
+        if let Some(ports) = narrowed {
+            self.ports = ports;
+        }
     }
 
     /// Something read which names are bound to the address: the region is that address, until its
@@ -214,14 +206,17 @@ impl Region {
     /// Narrows the region to the widest prefix around `address` that does not touch `range`, which
     /// does not contain `address`.
     pub(crate) fn exclude(&mut self, address: IpAddr, range: IpNet) {
-        let touches = self.prefix.contains(&range) || range.contains(&self.prefix);
-        if !touches || range.contains(&address) {
+        if !self.touches(range) || range.contains(&address) {
             return;
         }
         let length = common_bits(address, range.addr()) + 1;
         if let Ok(prefix) = IpNet::new(address, length) {
             self.prefix = prefix.trunc();
         }
+    }
+
+    fn touches(&self, range: IpNet) -> bool {
+        self.prefix.contains(&range) || range.contains(&self.prefix)
     }
 
     /// Narrows the region to a prefix that contains the flow's address.

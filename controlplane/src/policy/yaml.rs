@@ -84,27 +84,35 @@ pub(crate) fn load(source: &str, document: &str) -> Result<Node, PolicyError> {
             max_replay_stack_depth: DEPTH_MAX,
         },
     };
-    serde_saphyr::from_str_with_options::<Spanned<Value>>(document, options).map(node).map_err(|error| {
-        let place = error.location().map_or(Place { line: 1, column: 1 }, place_of);
-        let text = error.without_snippet().to_string();
-        // The place stands before the text already.
-        let text = text.split(" at line ").next().unwrap_or(&text);
-        PolicyError {
-            source_name: source.to_owned(),
-            line: place.line,
-            column: place.column,
-            text: format!("not valid YAML: {text}"),
-        }
-    })
+    serde_saphyr::from_str_with_options::<Spanned<Value>>(document, options)
+        .map(node)
+        .map_err(|error| {
+            let place = error.location().map_or(Place { line: 1, column: 1 }, place_of);
+            let text = error.without_snippet().to_string();
+            // The place stands before the text already.
+            let text = text.split(" at line ").next().unwrap_or(&text);
+            PolicyError {
+                source_name: source.to_owned(),
+                line: place.line,
+                column: place.column,
+                text: format!("not valid YAML: {text}"),
+            }
+        })
 }
 
 fn node(spanned: Spanned<Value>) -> Node {
-    Node { place: place_of(spanned.referenced), value: spanned.value }
+    Node {
+        place: place_of(spanned.referenced),
+        value: spanned.value,
+    }
 }
 
 fn place_of(location: serde_saphyr::Location) -> Place {
     let number = |n: u64| u32::try_from(n.max(1)).unwrap_or(u32::MAX);
-    Place { line: number(location.line()), column: number(location.column()) }
+    Place {
+        line: number(location.line()),
+        column: number(location.column()),
+    }
 }
 
 impl<'de> Deserialize<'de> for Value {

@@ -16,10 +16,10 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use ipnet::Ipv4Net;
-use smoltcp::wire::EthernetAddress;
 use vnet_proto::model::{Mode, Name};
 
 use crate::args::Args;
+use crate::mac::Mac;
 use crate::message::{Forward, OwnPolicy, Zone};
 use url::{ListenUrl, Schemes, socket_path};
 
@@ -30,7 +30,7 @@ pub use url::{ListenAt, UrlError};
 /// The subnet of guests.
 pub const SUBNET_DEFAULT: Ipv4Net = Ipv4Net::new_assert(Ipv4Addr::new(192, 168, 127, 0), 24);
 /// The gateway's MAC address.
-pub const GATEWAY_MAC_DEFAULT: EthernetAddress = EthernetAddress([0x5a, 0x94, 0xef, 0xe4, 0x0c, 0xdd]);
+pub const GATEWAY_MAC_DEFAULT: Mac = Mac([0x5a, 0x94, 0xef, 0xe4, 0x0c, 0xdd]);
 /// MTU of guests' links, in bytes.
 pub const MTU_BYTES_DEFAULT: u16 = 1500;
 /// The least MTU: what every IPv4 host must take (RFC 791 §3.1).
@@ -92,7 +92,7 @@ pub struct NetworkConfig {
     /// The gateway.
     pub gateway: Ipv4Addr,
     /// The gateway's MAC address.
-    pub gateway_mac: EthernetAddress,
+    pub gateway_mac: Mac,
     /// Leads to the host's 127.0.0.1.
     pub host_alias: Option<Ipv4Addr>,
     /// What the first guest is given; forwards that name no guest lead there.
@@ -106,7 +106,7 @@ pub struct NetworkConfig {
     /// Local zones, in order of precedence: those of flags, then the default ones.
     pub zones: Vec<Zone>,
     /// Addresses that DHCP keeps for a MAC address.
-    pub static_leases: Vec<(EthernetAddress, Ipv4Addr)>,
+    pub static_leases: Vec<(Mac, Ipv4Addr)>,
 }
 
 /// How frames are framed on a socket.
@@ -143,7 +143,7 @@ pub struct VmConfig {
     /// How long its resolver waits.
     pub resolver_patience: Duration,
     /// The only MAC address that it may have.
-    pub mac: Option<EthernetAddress>,
+    pub mac: Option<Mac>,
     /// The only IPv4 address that it may have; DHCP gives it.
     pub address: Option<Ipv4Addr>,
 }
@@ -422,18 +422,10 @@ fn label_problem(key: &str, value: &str) -> Option<&'static str> {
     (!is_name(value)).then_some("has a value that is not 1 to 63 of letters, digits, '.', '_' and '-'")
 }
 
-/// Reads a unicast MAC address, six pairs of hex digits with colons.
-fn parse_mac(text: &str) -> Option<EthernetAddress> {
-    let mut bytes = [0; 6];
-    let mut parts = text.split(':');
-    for byte in &mut bytes {
-        let part = parts
-            .next()
-            .filter(|p| p.len() == 2 && p.bytes().all(|b| b.is_ascii_hexdigit()))?;
-        *byte = u8::from_str_radix(part, 16).ok()?;
-    }
-    let mac = EthernetAddress(bytes);
-    (parts.next().is_none() && mac.is_unicast()).then_some(mac)
+/// Reads a unicast MAC address.
+fn parse_mac(text: &str) -> Option<Mac> {
+    let hex = text.bytes().all(|b| b.is_ascii_hexdigit() || b == b':');
+    text.parse().ok().filter(|mac: &Mac| hex && mac.is_unicast())
 }
 
 /// The known word that `found` was perhaps meant to be.

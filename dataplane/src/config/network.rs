@@ -3,7 +3,6 @@
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 
 use ipnet::Ipv4Net;
-use smoltcp::wire::EthernetAddress;
 use vnet_proto::model::{Name, NameError};
 
 use crate::args::Args;
@@ -13,6 +12,7 @@ use crate::config::{
     parse_mac,
 };
 use crate::forward::{FORWARDS_MAX, ForwardSpec};
+use crate::mac::Mac;
 use crate::message::{Forward, Zone};
 
 /// Checks everything about the network. What is wrong is replaced by a default, so that the rest can be
@@ -166,13 +166,9 @@ pub(super) fn check_guest_address(
     });
 }
 
-fn leases(
-    args: &Args,
-    network: &NetworkConfig,
-    problems: &mut Vec<Problem>,
-) -> Vec<(EthernetAddress, Ipv4Addr)> {
+fn leases(args: &Args, network: &NetworkConfig, problems: &mut Vec<Problem>) -> Vec<(Mac, Ipv4Addr)> {
     const FLAG: &str = "--static-lease";
-    let mut leases: Vec<(EthernetAddress, Ipv4Addr)> = Vec::new();
+    let mut leases: Vec<(Mac, Ipv4Addr)> = Vec::new();
     for text in &args.static_leases {
         let Some((mac_text, address_text)) = text.split_once('=') else {
             problems.push(Problem::Lease(text.clone()));
@@ -194,7 +190,7 @@ fn leases(
             problems.push(Problem::LeaseTwice(mac_text.to_owned()));
         }
         if let Some((owner, _)) = leases.iter().find(|(_, other)| *other == found) {
-            let owner = mac_text_of(*owner);
+            let owner = owner.to_string();
             problems.push(Problem::AddressTaken {
                 flag: FLAG,
                 found,
@@ -204,10 +200,6 @@ fn leases(
         leases.push((mac, found));
     }
     leases
-}
-
-fn mac_text_of(mac: EthernetAddress) -> String {
-    mac.0.map(|byte| format!("{byte:02x}")).join(":")
 }
 
 fn resolvers(args: &Args, gateway: Ipv4Addr, problems: &mut Vec<Problem>) -> Vec<SocketAddr> {

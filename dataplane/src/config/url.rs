@@ -6,9 +6,8 @@
 use std::net::{Ipv4Addr, SocketAddr};
 use std::path::PathBuf;
 
-use smoltcp::wire::EthernetAddress;
-
 use crate::config::{nearest, parse_mac};
+use crate::mac::Mac;
 
 /// What is wrong with a URL.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -87,7 +86,7 @@ impl std::fmt::Display for ListenAt {
 pub(super) struct ListenUrl {
     pub(super) at: ListenAt,
     pub(super) name: Option<String>,
-    pub(super) mac: Option<EthernetAddress>,
+    pub(super) mac: Option<Mac>,
     pub(super) ip: Option<Ipv4Addr>,
 }
 
