@@ -17,3 +17,5 @@ pub mod metrics;
 pub mod network;
 pub mod run;
 pub mod session;
+
+pub use run::main;

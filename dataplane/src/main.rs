@@ -1,5 +1,9 @@
 //! `vnet-dataplane`: flags to configuration to a running dataplane; errors to exit codes; nothing else.
 
-fn main() -> std::process::ExitCode {
-    vnet_dataplane::run::main(std::env::args_os())
+use std::process::ExitCode;
+
+use clap::Parser as _;
+
+fn main() -> ExitCode {
+    vnet_dataplane::main(vnet_dataplane::args::Cli::parse().args)
 }

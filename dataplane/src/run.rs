@@ -6,11 +6,10 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
 
-use clap::Parser as _;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::mpsc;
 
-use crate::args::Cli;
+use crate::args::Args;
 use crate::config::{Config, ControlplaneUrl, ListenAt, Transport, VmConfig, VmSettings, default_name};
 use crate::egress::resolver::{Resolver, ResolverConfig, Upstreams};
 use crate::engine::flow::FLOWS_MAX;
@@ -78,23 +77,14 @@ pub enum RunError {
     Session(SessionEnd),
 }
 
-/// The program `vnet-dataplane`, from its arguments (the program's name first) to its exit status: 0 done,
-/// 1 failed, 2 usage.
-pub fn main(arguments: impl IntoIterator<Item = std::ffi::OsString>) -> ExitCode {
-    let cli = match Cli::try_parse_from(arguments) {
-        Ok(cli) => cli,
-        Err(error) => {
-            // Help and version go to stdout with status 0.
-            let _ = error.print();
-            return ExitCode::from(u8::try_from(error.exit_code()).unwrap_or(2));
-        }
-    };
+/// The program `vnet-dataplane`, from its flags to its exit status: 0 done, 1 failed, 2 usage.
+pub fn main(args: Args) -> ExitCode {
     start_log();
-    let settings = match settings(&cli) {
+    let settings = match settings(&args) {
         Ok(settings) => settings,
         Err(error) => return fail(&*error, 1),
     };
-    let config = match Config::new(&cli.args, settings, &default_name()) {
+    let config = match Config::new(&args, settings, &default_name()) {
         Ok(config) => config,
         Err(problems) => {
             eprintln!("{problems}");
@@ -111,8 +101,8 @@ pub fn main(arguments: impl IntoIterator<Item = std::ffi::OsString>) -> ExitCode
     }
 }
 
-fn settings(cli: &Cli) -> Result<VmSettings, Box<dyn std::error::Error>> {
-    let Some(fd) = cli.args.vm_settings_fd else {
+fn settings(args: &Args) -> Result<VmSettings, Box<dyn std::error::Error>> {
+    let Some(fd) = args.vm_settings_fd else {
         return Ok(VmSettings::default());
     };
     let descriptor = take("--vm-settings-fd", fd)?;
