@@ -5,7 +5,7 @@ use hickory_proto::rr::{Name as WireName, RData};
 
 use super::*;
 
-pub(crate) fn wire(name: &str) -> WireName {
+fn wire(name: &str) -> WireName {
     WireName::from_ascii(name).unwrap()
 }
 
@@ -96,7 +96,11 @@ fn what_is_not_one_question_of_class_in_gets_no_further() {
     let mut version = query("a.test.", RecordType::A, Some((1232, false)));
     let at = version.len() - 5;
     version[at] = 1;
-    assert_eq!(code_of(read_query(&version)), ResponseCode::BADSIG, "16 is BADVERS in an OPT record; hickory reads it so");
+    assert_eq!(
+        code_of(read_query(&version)),
+        ResponseCode::BADSIG,
+        "16 is BADVERS in an OPT record; hickory reads it so"
+    );
 }
 
 #[test]
@@ -262,7 +266,9 @@ fn addresses_are_those_at_the_end_of_the_aliases() {
         |name: &str, to: &str, ttl| Record::from_rdata(wire(name), ttl, RData::CNAME(CNAME(wire(to))));
     let name = question.name.clone().unwrap();
     let find = |records: Vec<Record>| {
-        let raw = upstream(&question, |m| drop(m.add_answers(records)));
+        let raw = upstream(&question, |m| {
+            m.add_answers(records);
+        });
         Upstream::read(&raw).unwrap().addresses_of(&name)
     };
     let (found, ttl) = find(vec![
