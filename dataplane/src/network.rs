@@ -28,7 +28,8 @@ use crate::guards::Guards;
 use crate::leases::Leases;
 use crate::link::Link;
 use crate::mac::Mac;
-use crate::message::{Input, Order, OwnPolicy, Report, Router, VmUp};
+use crate::message::{Input, Order, OwnPolicy, Report, Router, VmUp, Zone};
+use crate::session;
 
 /// Frames of other guests that wait for one guest.
 const PEER_FRAMES_MAX: usize = 1_024;
@@ -86,7 +87,7 @@ pub struct Network {
     runtime: tokio::runtime::Handle,
     guests: RwLock<Guests>,
     reports: Sender<Report>,
-    forwards: std::sync::OnceLock<Arc<Forwards>>,
+    forwards: std::sync::OnceLock<Forwards>,
 }
 
 #[derive(Default)]
@@ -130,7 +131,7 @@ impl Network {
     }
 
     /// Where forwards learn that a guest has an address now. Once.
-    pub fn set_forwards(&self, forwards: Arc<Forwards>) {
+    pub fn set_forwards(&self, forwards: Forwards) {
         // A second call would be a mistake at start; the first stays.
         let _ = self.forwards.set(forwards);
     }
@@ -199,7 +200,9 @@ impl Network {
         })?;
         let waker = Arc::new(waker);
         if let Some(address) = spec.pinned_address {
-            self.lock_leases().pin(vm, spec.pinned_mac, address);
+            if !self.lock_leases().pin(vm, spec.pinned_mac, address) {
+                tracing::warn!(vm = %spec.name, %address, "the address is not free; the VM is given another");
+            }
         }
         let guest = Guest {
             inputs,
@@ -312,8 +315,7 @@ impl Network {
         Ok(())
     }
 
-    /// Replaces the local zones by what `change` makes of them.
-    pub fn change_zones<R>(&self, change: impl FnOnce(&mut Zones) -> R) -> R {
+    fn change_zones<R>(&self, change: impl FnOnce(&mut Zones) -> R) -> R {
         let mut zones = self.zones.write().unwrap_or_else(PoisonError::into_inner);
         let mut next = Zones::clone(&zones);
         let result = change(&mut next);
@@ -400,6 +402,29 @@ impl Router for Network {
 
     fn guest_at(&self, address: IpAddr) -> Option<VmId> {
         Surroundings::guest_at(self, address)
+    }
+}
+
+impl session::Zones for Network {
+    fn zones(&self) -> Vec<Zone> {
+        Surroundings::zones(self).list().to_vec()
+    }
+
+    fn set_zone(&self, zone: Zone) -> Result<(), session::Refusal> {
+        self.change_zones(|zones| zones.set(zone))
+            .map_err(|error| session::Refusal {
+                code: tonic::Code::ResourceExhausted,
+                text: error.to_string(),
+            })
+    }
+
+    fn delete_zone(&self, name: Option<&vnet_proto::model::Name>) -> Result<(), session::Refusal> {
+        self.change_zones(|zones| zones.remove(name))
+            .map(drop)
+            .ok_or_else(|| session::Refusal {
+                code: tonic::Code::NotFound,
+                text: format!("there is no zone {}", name.map_or(".", |n| n.as_str())),
+            })
     }
 }
 

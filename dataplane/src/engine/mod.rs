@@ -211,6 +211,9 @@ pub struct Engine {
     tally: Tally,
     bindings: Bindings,
     dns: Dns,
+    /// When the timers of the two above are set to fire.
+    dns_set: Option<Time>,
+    bindings_set: Option<Time>,
     fragments: Fragments,
     rings: RingPool,
     random: StdRng,
@@ -250,6 +253,8 @@ impl Engine {
             tally: Tally::default(),
             bindings: Bindings::default(),
             dns: Dns::new(config.lookup_hold),
+            dns_set: None,
+            bindings_set: None,
             fragments: Fragments::default(),
             rings: RingPool::default(),
             random: StdRng::from_seed(config.seed),
@@ -494,8 +499,8 @@ impl Engine {
                 return;
             }
             State::Service(_) => {
-                self.dns.handle_closed(flow.id.0);
                 self.flows.release(at);
+                self.close_dns(flow.id.0);
                 return;
             }
             State::Dialing { .. } | State::Tcp(_) => {}

@@ -207,6 +207,11 @@ impl Engine {
     }
 
     fn handle_held(&mut self, now: Time, miss: MissId, hold: Duration) {
+        if let Some(HeldMiss::Lookup { name, .. }) = self.held.get(miss) {
+            let name = name.clone();
+            self.extend_lookup(now, &name, hold);
+            return;
+        }
         for at in self.held.extend(miss, hold).to_vec() {
             if let Some(flow) = self.flows.get_mut(at)
                 && let State::Held(waiting) = &mut flow.state
