@@ -23,7 +23,7 @@ use crate::leases::{LEASE_TIME, LeaseConfig, Leases};
 use crate::link::Link;
 use crate::link::listen::{self, SocketFile};
 use crate::link::packet::PacketLink;
-use crate::message::{Forward, Router as _};
+use crate::message::{Forward, Router};
 use crate::metrics::Metrics;
 use crate::network::{GuestSpec, Network, NetworkConfig};
 use crate::session::{self, Commands, Controlplane, Identity, SessionConfig, SessionEnd};
@@ -173,7 +173,7 @@ pub async fn run(config: Config) -> Result<(), RunError> {
     let (reports, receiver) = mpsc::channel(REPORTS_MAX);
     let network = make_network(&config, Arc::clone(&guards), reports.clone());
     let forwards = Forwards::new(
-        Arc::clone(&network) as Arc<dyn crate::message::Router>,
+        Arc::clone(&network) as Arc<dyn Router>,
         Arc::clone(&metrics),
         tokio::runtime::Handle::current(),
     );
@@ -196,7 +196,7 @@ pub async fn run(config: Config) -> Result<(), RunError> {
             metrics: Arc::clone(&metrics),
         },
         receiver,
-        Arc::clone(&network) as Arc<dyn crate::message::Router>,
+        Arc::clone(&network) as Arc<dyn Router>,
         Commands {
             forwards: forwards.clone(),
             zones: Arc::clone(&network) as Arc<dyn session::Zones>,
@@ -207,7 +207,7 @@ pub async fn run(config: Config) -> Result<(), RunError> {
         guards,
         metrics,
         reports,
-        Arc::clone(&network) as Arc<dyn crate::message::Router>,
+        Arc::clone(&network) as Arc<dyn Router>,
     );
 
     open_forwards(&config.forwards, &forwards)?;
@@ -272,6 +272,7 @@ fn make_network(
         },
         never: vec![net.gateway.into()],
         in_flight_max: crate::egress::resolver::IN_FLIGHT_MAX,
+        total_time: crate::egress::resolver::TOTAL_TIME,
     });
     let shared = NetworkConfig {
         gateway: net.gateway,
