@@ -379,8 +379,8 @@ impl Leases {
 
     /// Writes a holding, within the limits.
     fn hold(&mut self, address: Ipv4Addr, holding: Holding, now: Time) -> bool {
+        self.held.retain(|_, h| !h.is_over(now));
         if !self.held.contains_key(&address) {
-            self.held.retain(|_, h| !h.is_over(now));
             let of_vm = self.held.values().filter(|h| h.vm == holding.vm).count();
             if self.held.len() >= HOLDINGS_MAX || of_vm >= HOLDINGS_PER_VM_MAX {
                 self.counts.limited += 1;

@@ -83,7 +83,8 @@ impl Exchange<'_> {
         let mut buffer = vec![0; DATAGRAM_BYTES_MAX];
         for _ in 0..MISMATCHES_MAX {
             let length = socket.recv(&mut buffer).await?;
-            if self.is_answer(&query, &buffer[..length]) {
+            let answer = &buffer[..length];
+            if self.is_answer(&query, answer) || is_bare_refusal(&query, answer) {
                 buffer.truncate(length);
                 return Ok(buffer);
             }
@@ -129,6 +130,16 @@ impl Exchange<'_> {
         plain[6..HEADER_BYTES].fill(0);
         Some(plain)
     }
+}
+
+/// A header alone that refuses the form of the query: what servers from before EDNS send, question and
+/// all left out. It is never relayed.
+fn is_bare_refusal(query: &[u8], answer: &[u8]) -> bool {
+    answer.len() == HEADER_BYTES
+        && answer[..2] == query[..2]
+        && answer[2] & 0xf8 == 0x80
+        && answer[4..].iter().all(|byte| *byte == 0)
+        && matches!(code(answer), FORMERR | NOTIMP)
 }
 
 fn code(answer: &[u8]) -> u8 {

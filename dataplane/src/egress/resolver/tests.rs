@@ -172,22 +172,27 @@ async fn silence_is_an_error_after_the_total_time() {
 
 #[tokio::test]
 async fn a_server_from_before_edns_is_asked_again_without() {
-    let server = serve(|_, asked| {
-        let mut reply = answer(asked, 1);
-        if reply.edns.take().is_some() {
-            reply.metadata.response_code = ResponseCode::FormErr;
-            reply.answers.clear();
-        }
-        vec![reply.to_vec().unwrap()]
-    })
-    .await;
-    let mut asked = Message::from_vec(&query("a.test.")).unwrap();
-    asked.set_edns(hickory_proto::op::Edns::new());
-    let answered = resolver(&[server])
-        .resolve(asked.to_vec().unwrap())
-        .await
-        .unwrap();
-    assert_eq!(addresses(&answered), ["203.0.113.1"]);
+    for bare in [false, true] {
+        let server = serve(move |_, asked| {
+            let mut reply = answer(asked, 1);
+            if reply.edns.take().is_some() {
+                reply.metadata.response_code = ResponseCode::FormErr;
+                reply.answers.clear();
+                if bare {
+                    reply.queries.clear();
+                }
+            }
+            vec![reply.to_vec().unwrap()]
+        })
+        .await;
+        let mut asked = Message::from_vec(&query("a.test.")).unwrap();
+        asked.set_edns(hickory_proto::op::Edns::new());
+        let answered = resolver(&[server])
+            .resolve(asked.to_vec().unwrap())
+            .await
+            .unwrap();
+        assert_eq!(addresses(&answered), ["203.0.113.1"], "bare: {bare}");
+    }
 }
 
 #[tokio::test]
@@ -307,14 +312,15 @@ impl Dnsmasq {
             .stderr(Stdio::null())
             .spawn()
             .expect("dnsmasq is needed: install the package dnsmasq-base");
-        let address = SocketAddr::from((LOOPBACK, port));
+        // Held from here on, so that it ends with the test whatever happens.
+        let dnsmasq = Self(child, SocketAddr::from((LOOPBACK, port)));
         for _ in 0..200 {
-            if TcpStream::connect(address).await.is_ok() {
-                return Self(child, address);
+            if TcpStream::connect(dnsmasq.1).await.is_ok() {
+                return dnsmasq;
             }
             tokio::time::sleep(Duration::from_millis(20)).await;
         }
-        panic!("dnsmasq does not listen on {address}");
+        panic!("dnsmasq does not listen on {}", dnsmasq.1);
     }
 }
 

@@ -5,7 +5,7 @@ use hickory_proto::rr::{Name as WireName, RData};
 
 use super::*;
 
-pub(crate) fn wire(name: &str) -> WireName {
+fn wire(name: &str) -> WireName {
     WireName::from_ascii(name).unwrap()
 }
 
@@ -266,7 +266,9 @@ fn addresses_are_those_at_the_end_of_the_aliases() {
         |name: &str, to: &str, ttl| Record::from_rdata(wire(name), ttl, RData::CNAME(CNAME(wire(to))));
     let name = question.name.clone().unwrap();
     let find = |records: Vec<Record>| {
-        let raw = upstream(&question, |m| drop(m.add_answers(records)));
+        let raw = upstream(&question, |m| {
+            m.add_answers(records);
+        });
         Upstream::read(&raw).unwrap().addresses_of(&name)
     };
     let (found, ttl) = find(vec![
