@@ -1,13 +1,15 @@
 //! The table of pending requests: open, join, hold, answer, expire, cancel, decide again.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
-use std::fmt;
 use std::net::IpAddr;
 use std::time::{Duration, SystemTime};
 
 use vnet_proto::model::{GuardSet, Name, Protocol, Reason, Subject, Target};
 
-use crate::approval::{HeldMiss, MissRef, PendingId, PendingState, Request, Scope, scope};
+use crate::approval::{
+    Answer, AnswerError, Answered, Ask, AskOutcome, Change, Changes, FindError, HeldMiss, Limit, MissEnd,
+    MissRef, PendingId, PendingState, Released, Request, Scope, scope,
+};
 use crate::grant::{GrantId, VmInstance, VmView};
 
 /// How long a request lives unanswered.
@@ -24,195 +26,6 @@ pub const NAMES_PER_REQUEST_MAX: usize = 16;
 pub const HOLD_GRACE: Duration = Duration::from_secs(2);
 /// Requests kept after their end.
 pub const RECENT_MAX: usize = 1_024;
-
-/// A miss for which a person is to be asked.
-#[derive(Debug, Clone)]
-pub struct Ask<'a> {
-    /// The id to use if this opens a request.
-    pub id: PendingId,
-    /// Who asks.
-    pub vm: &'a VmView,
-    /// What for.
-    pub subject: Subject,
-    /// Why a person is asked.
-    pub reason: Reason,
-    /// The miss.
-    pub miss: MissRef,
-    /// How long it may be held from now.
-    pub hold: Duration,
-    /// Packets or queries held for it.
-    pub packets: u32,
-}
-
-/// What became of an ask.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum AskOutcome {
-    /// It opened this request.
-    Opened(PendingId),
-    /// It joined this request.
-    Joined(PendingId),
-    /// It is to be denied: a limit is reached.
-    Refused {
-        /// Which limit.
-        limit: Limit,
-        /// How many asks of this VM were refused so far for it. The first of each is worth an event.
-        count: u64,
-        /// What to tell.
-        reason: Reason,
-    },
-}
-
-/// A limit of the table.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub enum Limit {
-    /// [`OPEN_PER_VM_MAX`].
-    OpenPerVm,
-    /// [`OPEN_MAX`].
-    Open,
-    /// [`HELD_PER_VM_MAX`].
-    HeldPerVm,
-}
-
-/// Why a miss no longer waits.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub enum MissEnd {
-    /// Its deadline passed and it was refused.
-    HoldExpired,
-    /// The guest gave up.
-    GuestGaveUp,
-    /// The guest's link is gone.
-    VmDown,
-    /// A limit of held misses was reached.
-    Evicted,
-    /// Another verdict covered it.
-    Covered,
-}
-
-/// What happened to a request; [`PendingTable::get`] has it as it is now.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Change {
-    /// It was opened.
-    Added(PendingId),
-    /// Its count, its held packets or its names changed.
-    Updated(PendingId),
-    /// It is no longer open; its state says why.
-    Removed(PendingId),
-}
-
-/// A miss that no request holds any more: decide it again and answer it.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Released {
-    /// The miss.
-    pub miss: MissRef,
-    /// Whose it is.
-    pub vm: VmView,
-    /// What it is about.
-    pub subject: Subject,
-    /// When its hold ends.
-    pub until: SystemTime,
-    /// Packets or queries behind it.
-    pub packets: u32,
-    /// The request that held it.
-    pub request: PendingId,
-}
-
-/// What a call brought about, in order.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct Changes {
-    /// What happened to requests.
-    pub changes: Vec<Change>,
-    /// Misses to answer now.
-    pub released: Vec<Released>,
-}
-
-/// A person's answer.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Answer {
-    /// Yes.
-    Approve,
-    /// No.
-    Deny,
-}
-
-/// An answer that was taken.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Answered {
-    /// What the grant is for.
-    pub target: Target,
-    /// The VM that asked.
-    pub vm: VmView,
-    /// What it brought about.
-    pub changes: Changes,
-}
-
-impl Changes {
-    fn of(change: Change) -> Self {
-        Self {
-            changes: vec![change],
-            released: Vec::new(),
-        }
-    }
-
-    /// Adds what another call brought about.
-    pub fn append(&mut self, mut other: Self) {
-        self.changes.append(&mut other.changes);
-        self.released.append(&mut other.released);
-    }
-}
-
-/// Why no request was found.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-pub enum FindError {
-    /// None has this id or prefix.
-    #[error("no pending request has an id that begins with {0:?}; list them with: vnetctl pending list")]
-    NotFound(String),
-    /// Several have ids that begin so.
-    #[error("{count} pending requests have ids that begin with {prefix:?}; give more of the id")]
-    Ambiguous {
-        /// What was given.
-        prefix: String,
-        /// How many fit.
-        count: usize,
-    },
-}
-
-/// Why an answer was not taken.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-pub enum AnswerError {
-    /// No such request.
-    #[error(transparent)]
-    Find(#[from] FindError),
-    /// It is no longer open.
-    #[error("pending request {id} is no longer open: it is {state}")]
-    NotOpen {
-        /// The request.
-        id: PendingId,
-        /// Its state.
-        state: PendingState,
-    },
-    /// It changed since it was shown.
-    #[error("pending request {id} changed since it was shown; look again with: vnetctl pending list")]
-    Changed {
-        /// The request.
-        id: PendingId,
-    },
-    /// The scope is not one of those offered.
-    #[error("scope {scope} cannot answer pending request {id} (expected one of: {offered})")]
-    Scope {
-        /// The request.
-        id: PendingId,
-        /// What was asked for.
-        scope: Scope,
-        /// What is offered.
-        offered: String,
-    },
-    /// "Lookup only" was asked for of a connection.
-    #[error("pending request {id} is about a connection, not a lookup; answer it without lookup-only")]
-    NotALookup {
-        /// The request.
-        id: PendingId,
-    },
-}
 
 /// All pending requests: those open, and the last that ended.
 #[derive(Debug, Default)]
@@ -691,16 +504,6 @@ impl VmCounts {
         if self.open < OPEN_PER_VM_MAX / 2 && self.held < HELD_PER_VM_MAX / 2 {
             self.refused = [0; 3];
         }
-    }
-}
-
-impl fmt::Display for Limit {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Self::OpenPerVm => "pending-per-vm",
-            Self::Open => "pending",
-            Self::HeldPerVm => "held-per-vm",
-        })
     }
 }
 

@@ -90,7 +90,7 @@ pub(crate) fn load(source: &str, document: &str) -> Result<Node, PolicyError> {
             let place = error.location().map_or(Place { line: 1, column: 1 }, place_of);
             let text = error.without_snippet().to_string();
             // The place stands before the text already.
-            let text = text.split(" at line ").next().unwrap_or(&text);
+            let text = plain(text.split(" at line ").next().unwrap_or(&text));
             PolicyError {
                 source_name: source.to_owned(),
                 line: place.line,
@@ -98,6 +98,19 @@ pub(crate) fn load(source: &str, document: &str) -> Result<Node, PolicyError> {
                 text: format!("not valid YAML: {text}"),
             }
         })
+}
+
+/// The parser's words for its limits and options, in ours.
+fn plain(text: &str) -> &str {
+    if text.contains("Documents {") {
+        "there is more than one document (expected one; remove what follows the second ---)"
+    } else if text.contains("merge keys") {
+        "merge keys (<<) are not taken; write the keys out"
+    } else if text.contains("budget breached") || text.contains("alias replay limit") {
+        "it nests too deep, or has too many values or aliases"
+    } else {
+        text
+    }
 }
 
 fn node(spanned: Spanned<Value>) -> Node {

@@ -386,6 +386,8 @@ fn what_is_not_yaml_is_told_with_its_place() {
             "{found:?}"
         );
     }
+    assert!(problems("--- {}\n--- {}")[0].contains("more than one document"));
+    assert!(problems("rules:\n  - {<<: {action: deny}}")[0].contains("write the keys out"));
     for document in ["", "# nothing", "{}", "[]", "deny", "12"] {
         assert!(problems(document)[0].starts_with("p.yaml:1:"), "{document:?}");
     }
@@ -422,7 +424,7 @@ fn alias_bombs_are_bounded_and_honest_aliases_work() {
         ));
         last = name;
     }
-    assert_eq!(problems(&bomb).len(), 1);
+    assert!(problems(&bomb)[0].contains("too many values or aliases"));
     let deep = format!("rules: {}{}", "[".repeat(200), "]".repeat(200));
     assert_eq!(problems(&deep).len(), 1);
     let honest = "dns:\n  allowedDomains: &names [a.test]\nrules:\n  - {action: allow, domains: *names}";
