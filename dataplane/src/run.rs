@@ -23,7 +23,7 @@ use crate::leases::{LEASE_TIME, LeaseConfig, Leases};
 use crate::link::Link;
 use crate::link::listen::{self, SocketFile};
 use crate::link::packet::PacketLink;
-use crate::message::{Forward, Report};
+use crate::message::{Forward, Report, Router};
 use crate::metrics::Metrics;
 use crate::network::{GuestSpec, Network, NetworkConfig};
 use crate::session::{self, Commands, Controlplane, Identity, SessionConfig, SessionEnd};
@@ -171,7 +171,7 @@ pub async fn run(config: Config) -> Result<(), RunError> {
     let (reports, receiver) = mpsc::channel(REPORTS_MAX);
     let network = make_network(&config, Arc::clone(&guards), reports.clone());
     let forwards = Forwards::new(
-        Arc::clone(&network) as Arc<dyn crate::message::Router>,
+        Arc::clone(&network) as Arc<dyn Router>,
         Arc::clone(&metrics),
         tokio::runtime::Handle::current(),
     );
@@ -194,7 +194,7 @@ pub async fn run(config: Config) -> Result<(), RunError> {
             metrics: Arc::clone(&metrics),
         },
         receiver,
-        Arc::clone(&network) as Arc<dyn crate::message::Router>,
+        Arc::clone(&network) as Arc<dyn Router>,
         Commands {
             forwards: forwards.clone(),
             zones: Arc::clone(&network) as Arc<dyn session::Zones>,
@@ -205,7 +205,7 @@ pub async fn run(config: Config) -> Result<(), RunError> {
         Arc::clone(&guards),
         metrics,
         reports.clone(),
-        Arc::clone(&network) as Arc<dyn crate::message::Router>,
+        Arc::clone(&network) as Arc<dyn Router>,
     );
 
     open_forwards(&config.forwards, &forwards)?;
@@ -262,11 +262,7 @@ async fn lifeline_end(lifeline: Option<std::os::fd::OwnedFd>) {
     }
 }
 
-fn make_network(
-    config: &Config,
-    guards: Arc<Guards>,
-    reports: mpsc::Sender<Report>,
-) -> Arc<Network> {
+fn make_network(config: &Config, guards: Arc<Guards>, reports: mpsc::Sender<Report>) -> Arc<Network> {
     let net = &config.network;
     let mut zones = Zones::new();
     for zone in &net.zones {
@@ -370,7 +366,10 @@ fn open_link(
     let (gone, is_gone) = tokio::sync::oneshot::channel();
     let link = Link::Packet(PacketLink::new(descriptor));
     network
-        .attach_then(link, guest_spec(vm), move || drop(gone.send(())))
+        .attach_then(link, guest_spec(vm), move || {
+            // Nobody waits any more when the dataplane ends first.
+            let _ = gone.send(());
+        })
         .map_err(RunError::System)?;
     Ok(Box::pin(async move {
         let _ = is_gone.await;

@@ -96,7 +96,11 @@ fn what_is_not_one_question_of_class_in_gets_no_further() {
     let mut version = query("a.test.", RecordType::A, Some((1232, false)));
     let at = version.len() - 5;
     version[at] = 1;
-    assert_eq!(code_of(read_query(&version)), ResponseCode::BADSIG, "16 is BADVERS in an OPT record; hickory reads it so");
+    assert_eq!(
+        code_of(read_query(&version)),
+        ResponseCode::BADSIG,
+        "16 is BADVERS in an OPT record; hickory reads it so"
+    );
 }
 
 #[test]
