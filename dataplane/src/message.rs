@@ -152,6 +152,9 @@ pub enum Report {
     },
     /// The host's own addresses changed; the whole list, loopback aside.
     HostAddresses(Vec<IpAddr>),
+    /// The dataplane ends. The session goes on until the guests have said that they are gone, a moment
+    /// at most.
+    End,
 }
 
 /// A guest attached.

@@ -22,7 +22,7 @@ use crate::leases::{LEASE_TIME, LeaseConfig, Leases};
 use crate::link::Link;
 use crate::link::listen::{self, SocketFile};
 use crate::link::packet::PacketLink;
-use crate::message::{Forward, Router};
+use crate::message::{Forward, Report, Router};
 use crate::metrics::Metrics;
 use crate::network::{GuestSpec, Network, NetworkConfig};
 use crate::session::{self, Commands, Controlplane, Identity, SessionConfig, SessionEnd};
@@ -31,6 +31,8 @@ use crate::session::{self, Commands, Controlplane, Identity, SessionConfig, Sess
 const REPORTS_MAX: usize = 65_536;
 /// How long a flow is held before a controlplane has said otherwise.
 const HOLD: std::time::Duration = std::time::Duration::from_secs(30);
+/// How long guests and the session may take to end.
+const LEAVE_PATIENCE: std::time::Duration = std::time::Duration::from_secs(2);
 /// The host's resolver configuration.
 const RESOLV_CONF: &str = "/etc/resolv.conf";
 
@@ -154,11 +156,7 @@ pub async fn run(config: Config) -> Result<(), RunError> {
     // The watch begins before the first look, so that no change falls in between.
     let watcher = Watcher::open().map_err(RunError::Guards)?;
     let host = HostAddresses::enumerate().map_err(RunError::Guards)?;
-    let own_listeners = config.listeners.iter().filter_map(|l| match &l.at {
-        ListenAt::Tcp(address) => Some(*address),
-        ListenAt::Unix(_) => None,
-    });
-    let guards = Arc::new(Guards::new(host, own_listeners));
+    let guards = Arc::new(Guards::new(host, []));
 
     let (reports, receiver) = mpsc::channel(REPORTS_MAX);
     let network = make_network(&config, Arc::clone(&guards), reports.clone());
@@ -194,21 +192,22 @@ pub async fn run(config: Config) -> Result<(), RunError> {
     );
     let follow = follow(
         watcher,
-        guards,
+        Arc::clone(&guards),
         metrics,
-        reports,
+        reports.clone(),
         Arc::clone(&network) as Arc<dyn Router>,
     );
 
     open_forwards(&config.forwards, &forwards)?;
-    let _files = open_listeners(&config, &network)?;
+    let files = open_listeners(&config, &network, &guards)?;
     let link_gone = open_link(&config, &network)?;
 
     let mut terminate = signal(SignalKind::terminate()).map_err(RunError::System)?;
     let mut interrupt = signal(SignalKind::interrupt()).map_err(RunError::System)?;
     tracing::info!(dataplane = %config.name, "ready");
+    let mut session = std::pin::pin!(session);
     let session_end = tokio::select! {
-        end = session => Some(end),
+        end = &mut session => Some(end),
         result = follow => {
             // Stale guards would open the host's new addresses.
             return result.map_err(RunError::Guards);
@@ -218,10 +217,27 @@ pub async fn run(config: Config) -> Result<(), RunError> {
         () = lifeline_end(lifeline) => None,
         _ = link_gone => None,
     };
+    // No new guests; those there are end and say so, and the session ends behind the last of them.
+    drop(files);
     network.stop();
+    let session_end = match session_end {
+        Some(end) => end,
+        None => {
+            let leave = async {
+                // It cannot be closed: the session is still polled here.
+                let _ = reports.send(Report::End).await;
+                std::future::pending().await
+            };
+            tokio::select! {
+                end = session => end,
+                () = leave => SessionEnd::Finished,
+                () = tokio::time::sleep(LEAVE_PATIENCE) => SessionEnd::Finished,
+            }
+        }
+    };
     match session_end {
-        None | Some(SessionEnd::Finished) => Ok(()),
-        Some(end) => Err(RunError::Session(end)),
+        SessionEnd::Finished => Ok(()),
+        end => Err(RunError::Session(end)),
     }
 }
 
@@ -236,11 +252,7 @@ async fn lifeline_end(lifeline: Option<std::os::fd::OwnedFd>) {
     }
 }
 
-fn make_network(
-    config: &Config,
-    guards: Arc<Guards>,
-    reports: mpsc::Sender<crate::message::Report>,
-) -> Arc<Network> {
+fn make_network(config: &Config, guards: Arc<Guards>, reports: mpsc::Sender<Report>) -> Arc<Network> {
     let net = &config.network;
     let mut zones = Zones::new();
     for zone in &net.zones {
@@ -302,7 +314,11 @@ fn open_forwards(wanted: &[Forward], forwards: &Forwards) -> Result<(), RunError
     Ok(())
 }
 
-fn open_listeners(config: &Config, network: &Arc<Network>) -> Result<Vec<SocketFile>, RunError> {
+fn open_listeners(
+    config: &Config,
+    network: &Arc<Network>,
+    guards: &Guards,
+) -> Result<Vec<SocketFile>, RunError> {
     let mut files = Vec::new();
     for listener in &config.listeners {
         let refused = |source| RunError::Listen {
@@ -318,7 +334,8 @@ fn open_listeners(config: &Config, network: &Arc<Network>) -> Result<Vec<SocketF
                 files.push(listen::datagram(network, path, spec).map_err(refused)?);
             }
             (ListenAt::Tcp(address), _) => {
-                drop(listen::stream_tcp(network, *address, spec).map_err(refused)?)
+                // Where it really listens, port 0 replaced: closed to guests.
+                guards.add_listener(listen::stream_tcp(network, *address, spec).map_err(refused)?);
             }
         }
         tracing::info!(at = %listener.at, "waiting for VMs");
@@ -339,7 +356,10 @@ fn open_link(
     let (gone, is_gone) = tokio::sync::oneshot::channel();
     let link = Link::Packet(PacketLink::new(descriptor));
     network
-        .attach_then(link, guest_spec(vm), move || drop(gone.send(())))
+        .attach_then(link, guest_spec(vm), move || {
+            // Nobody waits any more when the dataplane ends first.
+            let _ = gone.send(());
+        })
         .map_err(RunError::System)?;
     Ok(Box::pin(async move {
         let _ = is_gone.await;

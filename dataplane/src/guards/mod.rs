@@ -67,6 +67,14 @@ impl Guards {
         })
     }
 
+    /// The daemon itself listens here too, over TCP.
+    pub fn add_listener(&self, listener: SocketAddr) {
+        self.update(|snapshot| {
+            snapshot.own_listeners.push(canonical_socket(listener));
+            true
+        });
+    }
+
     /// The controlplane listens here now, instead of where it last said. Whether that is a change.
     pub fn set_closed(&self, closed: Vec<SocketAddr>) -> bool {
         let mut closed: Vec<_> = closed.into_iter().map(canonical_socket).collect();
@@ -338,6 +346,9 @@ mod tests {
         let guards = guards();
         assert_eq!(names(&guards, "127.0.0.1", 9000, Protocol::Udp), [Guard::Host]);
         assert_eq!(names(&guards, "127.0.0.1", 0, Protocol::Icmp), [Guard::Host]);
+
+        guards.add_listener("[::1]:9001".parse().unwrap());
+        assert_eq!(names(&guards, "::1", 9001, Protocol::Tcp), [Guard::Host, Guard::Daemon]);
     }
 
     #[test]

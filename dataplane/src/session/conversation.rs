@@ -121,6 +121,11 @@ impl Conversation {
         self.epoch.is_some()
     }
 
+    /// Whether every guest is gone.
+    pub(super) fn has_no_guests(&self) -> bool {
+        self.mirror.is_empty()
+    }
+
     /// Whether reports may be taken from the drivers now. When not, they wait with the drivers.
     pub(super) fn accepts_reports(&self) -> bool {
         self.outbox.len() < OUTBOX_HIGH
@@ -300,7 +305,7 @@ impl Conversation {
             }
             Report::Done { vm, command, cut } => self.done(vm, command, cut),
             // The snapshot of the guards is what the next Hello says.
-            Report::Decided { .. } | Report::HostAddresses(_) => {}
+            Report::Decided { .. } | Report::HostAddresses(_) | Report::End => {}
         }
         self.send(message);
     }

@@ -193,6 +193,11 @@ impl Mirror {
         self.flows.len()
     }
 
+    /// Whether there is no guest.
+    pub(super) fn is_empty(&self) -> bool {
+        self.vms.is_empty()
+    }
+
     /// Guests, by handle.
     pub(super) fn vms(&self) -> impl Iterator<Item = v1::VmUp> {
         self.vms

@@ -93,7 +93,8 @@ pub enum SessionEnd {
     },
 }
 
-/// Carries the session until the senders of `reports` are gone or the controlplane refuses.
+/// Carries the session until [`Report::End`] or the last sender of `reports` is gone, or the controlplane
+/// refuses.
 ///
 /// The channel of `reports` is bounded by the caller. It is read at all times but when the controlplane
 /// does not read in turn; then drivers keep what they have to say.
@@ -121,6 +122,7 @@ pub async fn run(
         conversation,
         reports: Reports {
             receiver: reports,
+            ending: None,
             finished: false,
         },
         metrics,
@@ -136,6 +138,9 @@ struct Runner {
 
 struct Reports {
     receiver: mpsc::Receiver<Report>,
+    /// Guests are given until then to say that they are gone.
+    ending: Option<Instant>,
+    /// Nothing more will be reported.
     finished: bool,
 }
 
@@ -267,6 +272,10 @@ impl Runner {
                     }
                     Ok(())
                 }
+                () = until(self.reports.ending), if !self.reports.finished => {
+                    self.reports.finished = true;
+                    Ok(())
+                }
                 () = tokio::time::sleep_until(deadline.into()) => {
                     self.conversation.handle_timeout(Instant::now())
                 }
@@ -311,6 +320,7 @@ impl Runner {
                         self.take_reports(count, &mut batch);
                         self.conversation.publish();
                     }
+                () = until(self.reports.ending) => self.reports.finished = true,
             }
         }
     }
@@ -321,7 +331,13 @@ impl Runner {
         }
         let now = Instant::now();
         for report in batch.drain(..) {
+            if matches!(report, Report::End) {
+                self.reports.ending = Some(now + LEAVE_PATIENCE);
+            }
             self.conversation.handle_report(report, now);
+        }
+        if self.reports.ending.is_some() && self.conversation.has_no_guests() {
+            self.reports.finished = true;
         }
     }
 
@@ -342,6 +358,14 @@ impl Runner {
         } else {
             Ended::Closed(Some(status))
         }
+    }
+}
+
+/// Returns at a moment, if there is one.
+async fn until(moment: Option<Instant>) {
+    match moment {
+        Some(moment) => tokio::time::sleep_until(moment.into()).await,
+        None => std::future::pending().await,
     }
 }
 

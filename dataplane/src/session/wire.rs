@@ -152,7 +152,7 @@ pub(super) fn report(report: &Report, epoch: Option<Epoch>) -> Option<Message> {
             expires_in,
         } => Message::Binding(binding(*vm, name, addresses, *expires_in)),
         Report::HostAddresses(addresses) => Message::HostAddresses(host_addresses(addresses)),
-        Report::Done { .. } => return None,
+        Report::Done { .. } | Report::End => return None,
     })
 }
 

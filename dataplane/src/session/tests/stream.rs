@@ -325,18 +325,18 @@ async fn at_its_end_the_dataplane_says_what_is_left_to_say() {
     dataplane.reports.send(vm_up(1)).await.unwrap();
     assert!(matches!(stream.next().await, Some(Message::VmUp(_))));
 
+    let Dataplane { reports, session, .. } = dataplane;
     let end = MissEnd::VmDown;
-    dataplane
-        .reports
+    // Guests end a little later than they are told to.
+    reports.send(Report::End).await.unwrap();
+    reports
         .send(Report::MissEnded {
             miss: miss_id(VmId(1), 1),
             end,
         })
         .await
         .unwrap();
-    dataplane.reports.send(Report::VmDown(VmId(1))).await.unwrap();
-    let Dataplane { reports, session, .. } = dataplane;
-    drop(reports);
+    reports.send(Report::VmDown(VmId(1))).await.unwrap();
 
     assert!(matches!(stream.next().await, Some(Message::MissEnded(_))));
     assert!(matches!(stream.next().await, Some(Message::VmDown(_))));
@@ -383,4 +383,14 @@ async fn twenty_thousand_misses_and_verdicts_pass() {
         MISSES as f64 / began.elapsed().as_secs_f64()
     );
     assert_eq!(dataplane.metrics.held_misses.get(), 0);
+}
+
+#[tokio::test]
+async fn a_guest_that_does_not_end_holds_nothing_up() {
+    // There is no controlplane either.
+    let dataplane = start(Controlplane::Unix(Fake::path()));
+    dataplane.reports.send(vm_up(1)).await.unwrap();
+    dataplane.reports.send(Report::End).await.unwrap();
+    let ended = dataplane.ended().await;
+    assert!(matches!(ended, SessionEnd::Finished), "{ended:?}");
 }
