@@ -1,3 +1,8 @@
-//! `vnetctl`: flags to configuration to a running command; errors to exit codes; nothing else.
+//! `vnetctl`: arguments to a role or a command, errors to exit codes; nothing else.
 
-fn main() {}
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    let arguments: Vec<_> = std::env::args_os().collect();
+    vnetctl::launch::role(&arguments).unwrap_or_else(|| vnetctl::cli::main(arguments).into())
+}

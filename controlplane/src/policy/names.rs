@@ -56,7 +56,7 @@ impl NameSet {
     /// Whether a pattern covers a name.
     pub fn contains(&self, name: &Name) -> bool {
         self.exact.contains(name.as_str())
-            || self.below.len() != 0 && name.ancestors().skip(1).any(|parent| self.below.contains(parent))
+            || !self.below.is_empty() && name.ancestors().skip(1).any(|parent| self.below.contains(parent))
     }
 
     /// Whether it covers every name that `pattern` does, by one pattern of its own.

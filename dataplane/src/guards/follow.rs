@@ -162,3 +162,117 @@ const POLL_EVERY: Duration = Duration::from_secs(2);
 /// Room for one notice; what does not fit is cut off, unread anyway.
 #[cfg(target_os = "linux")]
 const NOTICE_BYTES: usize = 4096;
+
+#[cfg(test)]
+mod tests {
+    use std::net::IpAddr;
+    use std::sync::Mutex;
+
+    use vnet_proto::model::VmId;
+
+    use super::*;
+    use crate::message::Input;
+
+    /// Counts how often cached verdicts were voided.
+    #[derive(Default)]
+    struct Voided(Mutex<usize>);
+
+    impl Router for Voided {
+        fn send(&self, _vm: VmId, _input: Input) -> bool {
+            false
+        }
+
+        fn broadcast(&self, order: &Order) -> Vec<VmId> {
+            assert!(matches!(order, Order::GuardsChanged));
+            *self.0.lock().unwrap() += 1;
+            Vec::new()
+        }
+
+        fn vms(&self) -> Vec<VmId> {
+            Vec::new()
+        }
+
+        fn guest_at(&self, _address: IpAddr) -> Option<VmId> {
+            None
+        }
+    }
+
+    /// Follows the host's addresses in whatever network namespace this thread is in.
+    fn followed(act: impl AsyncFnOnce(Arc<Guards>, Arc<Voided>, mpsc::Receiver<Report>)) {
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .build()
+            .unwrap();
+        runtime.block_on(async {
+            let (reports, received) = mpsc::channel(8);
+            let (guards, router) = (Arc::<Guards>::default(), Arc::<Voided>::default());
+            let following = follow(
+                Watcher::open().unwrap(),
+                Arc::clone(&guards),
+                Arc::default(),
+                reports,
+                Arc::clone(&router) as Arc<dyn Router>,
+            );
+            tokio::select! {
+                ended = following => panic!("{ended:?}"),
+                () = act(guards, router, received) => {}
+                () = tokio::time::sleep(Duration::from_secs(10)) => panic!("nothing was reported in time"),
+            }
+        });
+    }
+
+    #[test]
+    fn addresses_that_changed_before_it_began_are_caught() {
+        followed(async |guards, router, mut received| {
+            let Some(Report::HostAddresses(addresses)) = received.recv().await else {
+                panic!()
+            };
+            assert_eq!(addresses, guards.host_addresses());
+            assert_eq!(*router.0.lock().unwrap(), 1);
+        });
+    }
+
+    #[cfg(target_os = "linux")]
+    #[test]
+    fn a_new_address_is_guarded_at_once_and_a_removed_one_no_more() {
+        // In a thread of its own, whose network namespace ends with it.
+        std::thread::spawn(guarded_in_a_namespace_of_its_own)
+            .join()
+            .unwrap();
+    }
+
+    #[cfg(target_os = "linux")]
+    fn guarded_in_a_namespace_of_its_own() {
+        use nix::sched::{CloneFlags, unshare};
+        use std::process::Command;
+        use vnet_proto::model::{Guard, Protocol};
+
+        if unshare(CloneFlags::CLONE_NEWNET).is_err() {
+            eprintln!("skipped: this user may not make a network namespace outside a user namespace");
+            return;
+        }
+        let ip = |arguments: &str| {
+            let status = Command::new("ip")
+                .args(arguments.split(' '))
+                .status()
+                .expect("iproute2 is installed");
+            assert!(status.success(), "ip {arguments}");
+        };
+        ip("link set lo up");
+        followed(async |guards, router, mut received| {
+            let address: IpAddr = "10.1.2.3".parse().unwrap();
+            let host = || guards.classify(address, 80, Protocol::Tcp).contains(Guard::Host);
+            received.recv().await.unwrap();
+            assert!(!host());
+
+            ip("addr add 10.1.2.3/32 dev lo");
+            assert!(matches!(received.recv().await, Some(Report::HostAddresses(a)) if a == [address]));
+            assert!(host());
+
+            ip("addr del 10.1.2.3/32 dev lo");
+            assert!(matches!(received.recv().await, Some(Report::HostAddresses(a)) if a.is_empty()));
+            assert!(!host());
+            assert_eq!(*router.0.lock().unwrap(), 3);
+        });
+    }
+}

@@ -305,7 +305,7 @@ impl Conversation {
         self.send(message);
     }
 
-    /// Brings the gauges up to date; once a batch.
+    /// Brings the gauges up to date; once a wake-up.
     pub(super) fn publish(&self) {
         self.metrics.held_misses.set(self.mirror.misses_len() as u64);
         self.metrics.live_flows.set(self.mirror.flows_len() as u64);

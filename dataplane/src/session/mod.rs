@@ -271,6 +271,7 @@ impl Runner {
                     self.conversation.handle_timeout(Instant::now())
                 }
             };
+            self.conversation.publish();
             if let Err(broken) = done {
                 return Ended::Broken(broken);
             }
@@ -306,7 +307,10 @@ impl Runner {
             tokio::select! {
                 output = &mut awaited => return Some(output),
                 count = self.reports.receiver.recv_many(&mut batch, REPORTS_BATCH),
-                    if self.conversation.accepts_reports() => self.take_reports(count, &mut batch),
+                    if self.conversation.accepts_reports() => {
+                        self.take_reports(count, &mut batch);
+                        self.conversation.publish();
+                    }
             }
         }
     }
@@ -319,7 +323,6 @@ impl Runner {
         for report in batch.drain(..) {
             self.conversation.handle_report(report, now);
         }
-        self.conversation.publish();
     }
 
     /// What a stream's status means. Before Welcome it may be a refusal.
