@@ -208,7 +208,7 @@ impl TryFrom<Args> for Config {
             }
         };
         let store = taken(store);
-        let history = history.map_or_else(|problem| Some(taken(Err(problem))), |location| location);
+        let history = history.unwrap_or_else(|problem| Some(taken(Err(problem))));
         if !problems.is_empty() {
             return Err(ConfigError(problems));
         }

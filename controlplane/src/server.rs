@@ -1,6 +1,5 @@
 //! The running controlplane: store, hub, listeners and signals put together, and taken down in order.
 
-use std::future::Future;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
@@ -363,9 +362,7 @@ pub async fn serve_api(
         .await?)
 }
 
-fn until(mut stopped: watch::Receiver<bool>) -> impl Future<Output = ()> {
-    async move {
-        // The sender being gone means the same.
-        let _ = stopped.wait_for(|stopped| *stopped).await;
-    }
+async fn until(mut stopped: watch::Receiver<bool>) {
+    // The sender being gone means the same.
+    let _ = stopped.wait_for(|stopped| *stopped).await;
 }

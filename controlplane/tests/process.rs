@@ -95,8 +95,10 @@ fn two_first_starts_at_once_end_with_one_that_serves() {
         .map(|one| one.ended().is_some_and(|s| s.success()))
         .collect();
     assert_eq!(ended.iter().filter(|ended| **ended).count(), 1, "{ended:?}");
-    for one in both.iter_mut().filter(|one| one.ended().is_none()) {
-        one.signal(Signal::SIGTERM);
+    for one in &mut both {
+        if one.ended().is_none() {
+            one.signal(Signal::SIGTERM);
+        }
     }
     wait_for("the other to end", || {
         both.iter_mut().all(|one| one.ended().is_some())

@@ -207,6 +207,34 @@ async fn a_session_begins_with_hello_and_one_protocol_version() {
 }
 
 #[tokio::test]
+async fn a_silent_dataplanes_session_ends_and_its_vms_are_lost() {
+    use vnet_proto::v1::dataplane_service_server::DataplaneServiceServer;
+    let served = Served::start(false).await;
+    let path = served.dir.path().join("brief");
+    let listener = Listener::bind(&Listen::Unix(path), &Attached::new(), &served.rig.metrics).unwrap();
+    let brief =
+        crate::session::Sessions::with_heartbeat(Arc::clone(&served.rig.hub), Duration::from_millis(30));
+    let server = tonic::transport::Server::builder().add_service(DataplaneServiceServer::new(brief));
+    tokio::spawn(server.serve_with_incoming(listener));
+    let mut client = DataplaneServiceClient::new(served.channel("brief").await);
+    let hello = request(Message::Hello(hello(1, vec![vm_up(1, "web")])));
+    let said = tokio_stream::iter([hello]).chain(tokio_stream::pending());
+    let mut told = client.session(said).await.unwrap().into_inner();
+    let mut beats = 0;
+    let ended = loop {
+        match told.message().await {
+            Ok(Some(message)) => beats += u32::from(matches!(message.message, Some(Told::Heartbeat(_)))),
+            Ok(None) => panic!("ended without a word"),
+            Err(status) => break status,
+        }
+    };
+    assert_eq!(ended.code(), Code::DeadlineExceeded);
+    assert!(beats >= 1);
+    assert_eq!(served.rig.hub.vm("web").unwrap().state, v1::VmState::Lost as i32);
+    assert_eq!(served.rig.metrics.sessions_silent.get(), 1);
+}
+
+#[tokio::test]
 async fn reflection_lists_and_health_serves_every_service() {
     use tonic_reflection::pb::v1::server_reflection_client::ServerReflectionClient;
     use tonic_reflection::pb::v1::server_reflection_request::MessageRequest;

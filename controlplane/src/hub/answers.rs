@@ -320,7 +320,8 @@ impl State {
     fn grant_made(&mut self, now: Now, grant: &Grant, actor: &str) {
         // One for once is void in a minute; it is not worth a restart's while.
         if grant.lifetime != Lifetime::Once {
-            self.writes.push(Write::PutGrant(convert::to_store(grant)));
+            self.writes
+                .push(Write::PutGrant(Box::new(convert::to_store(grant))));
         }
         let vm = grant.vms.name().unwrap_or_default();
         let text = format!(

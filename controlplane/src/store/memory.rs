@@ -33,7 +33,8 @@ impl Store for MemoryStore {
         for write in writes {
             match write {
                 Write::PutGrant(stored) => {
-                    self.grants.insert(stored.grant.id.clone(), stored.clone());
+                    self.grants
+                        .insert(stored.grant.id.clone(), StoredGrant::clone(stored));
                 }
                 Write::DeleteGrant(id) => {
                     self.grants.remove(id);

@@ -151,7 +151,7 @@ pub struct Snapshot {
 #[derive(Debug, Clone, PartialEq)]
 pub enum Write {
     /// Adds or replaces a grant.
-    PutGrant(StoredGrant),
+    PutGrant(Box<StoredGrant>),
     /// Removes a grant.
     DeleteGrant(String),
     /// Adds a revision of a policy.

@@ -44,8 +44,8 @@ fn vm() -> StoredVm {
 
 fn exercise(store: &mut dyn Store) {
     let writes = [
-        Write::PutGrant(grant("g1")),
-        Write::PutGrant(grant("g2")),
+        Write::PutGrant(Box::new(grant("g1"))),
+        Write::PutGrant(Box::new(grant("g2"))),
         Write::DeleteGrant("g2".to_owned()),
         Write::PutPolicy(policy("default", 1)),
         Write::PutPolicy(policy("default", 2)),
@@ -192,7 +192,7 @@ fn changes_are_made_all_or_none() {
     let mut store = SqliteStore::open(&dir.path().join("s.db")).unwrap();
     store.apply(&[Write::PutPolicy(policy("default", 1))]).unwrap();
     let twice = [
-        Write::PutGrant(grant("g1")),
+        Write::PutGrant(Box::new(grant("g1"))),
         Write::PutPolicy(policy("default", 1)),
     ];
     assert!(store.apply(&twice).is_err(), "a revision is never replaced");
@@ -240,7 +240,7 @@ async fn writer_answers_when_durable_and_reads_what_was_left() {
     .unwrap();
     writer.event(event(1, v1::EventKind::FlowOpened));
     writer
-        .write(vec![Write::PutGrant(grant("g1"))])
+        .write(vec![Write::PutGrant(Box::new(grant("g1")))])
         .wait()
         .await
         .unwrap();
