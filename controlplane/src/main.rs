@@ -1,3 +1,10 @@
 //! `vnet-controlplane`: flags to configuration to a running controlplane; errors to exit codes; nothing else.
 
-fn main() {}
+use std::process::ExitCode;
+
+use clap::Parser as _;
+use vnet_controlplane::Args;
+
+fn main() -> ExitCode {
+    vnet_controlplane::main(Args::parse())
+}

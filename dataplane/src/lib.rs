@@ -1,3 +1,19 @@
 //! The dataplane: moves frames between guests and the host, and asks when it does not know.
 
+pub mod args;
+mod clock;
+pub mod config;
+mod driver;
+pub mod egress;
+pub mod engine;
+pub mod forward;
+pub mod guards;
+pub mod inherit;
+pub mod leases;
+pub mod link;
+pub mod mac;
 pub mod message;
+pub mod metrics;
+pub mod network;
+pub mod run;
+pub mod session;

@@ -5,12 +5,81 @@
 
 use std::collections::BTreeMap;
 use std::net::{IpAddr, SocketAddr};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 use std::time::{Duration, SystemTime};
 
 use vnet_proto::model::{
-    CommandId, Epoch, FlowId, FlowSubject, Miss, MissId, Mode, Name, Reason, Subject, Verdict,
+    CommandId, Epoch, FlowId, FlowSubject, Miss, MissId, Mode, Name, Protocol, Reason, Subject, Verdict,
     VerdictAction, VmId,
 };
+
+/// Bits of a [`MissId`] or [`FlowId`] that count within one guest; those above are its [`VmId`].
+pub const SEQUENCE_BITS: u32 = 40;
+
+/// The `sequence`-th miss of a guest. Sequence numbers wrap after 2^40, which no guest lives to see.
+pub fn miss_id(vm: VmId, sequence: u64) -> MissId {
+    MissId(numbered(vm, sequence))
+}
+
+/// The `sequence`-th flow of a guest.
+pub fn flow_id(vm: VmId, sequence: u64) -> FlowId {
+    FlowId(numbered(vm, sequence))
+}
+
+/// The guest that a miss belongs to. An id made up by the other side names a guest that does not
+/// exist, or one that does not know it; both ignore it.
+pub fn vm_of_miss(miss: MissId) -> VmId {
+    VmId((miss.0 >> SEQUENCE_BITS) as u32)
+}
+
+/// The guest that a flow belongs to.
+pub fn vm_of_flow(flow: FlowId) -> VmId {
+    VmId((flow.0 >> SEQUENCE_BITS) as u32)
+}
+
+fn numbered(vm: VmId, sequence: u64) -> u64 {
+    u64::from(vm.0) << SEQUENCE_BITS | sequence & ((1 << SEQUENCE_BITS) - 1)
+}
+
+/// Hands inputs to guests' drivers. Implemented by the network; used by the session, by forwards and by
+/// whatever watches the host's addresses. No call waits for a driver.
+pub trait Router: Send + Sync {
+    /// Hands an input to one guest; `false` when there is no such guest, and the input is gone.
+    fn send(&self, vm: VmId, input: Input) -> bool;
+
+    /// Hands an order to every guest there is now, and says which those are. A guest that is not in
+    /// the answer was not there; it starts with an empty cache.
+    fn broadcast(&self, order: &Order) -> Vec<VmId>;
+
+    /// The guests there are now.
+    fn vms(&self) -> Vec<VmId>;
+
+    /// The guest whose link an address of the network is bound to.
+    fn guest_at(&self, address: IpAddr) -> Option<VmId>;
+}
+
+/// A port of the host that leads into a guest.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct Forward {
+    /// [`Protocol::Tcp`] or [`Protocol::Udp`].
+    pub protocol: Protocol,
+    /// Address and port on the host.
+    pub listen: SocketAddr,
+    /// Address and port in the network.
+    pub target: SocketAddr,
+}
+
+/// A local DNS zone, as flags and commands give it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Zone {
+    /// Its name; `None` for the root, which answers for every name that no other zone has.
+    pub name: Option<Name>,
+    /// Records. Their names are below the zone, as `host`; `None` for the zone itself.
+    pub records: Vec<(Option<Name>, IpAddr)>,
+    /// The address for names that no record has. `None`: they do not exist.
+    pub default_address: Option<IpAddr>,
+}
 
 /// From a guest's driver to the session. The session mirrors what a reconnect must say again: VMs,
 /// held misses, live flows.
@@ -81,6 +150,8 @@ pub enum Report {
         /// Flows that it cut here.
         cut: u64,
     },
+    /// The host's own addresses changed; the whole list, loopback aside.
+    HostAddresses(Vec<IpAddr>),
 }
 
 /// A guest attached.
@@ -249,6 +320,30 @@ pub struct Settings {
     pub hold: Duration,
 }
 
+/// One of a bounded number of things that wait to be taken on. Dropping it makes room for another.
+#[derive(Debug, Default)]
+pub struct Waiting(Option<Arc<AtomicUsize>>);
+
+impl Waiting {
+    /// Counts one more in `count`, unless `limit` wait already.
+    pub fn enter(count: &Arc<AtomicUsize>, limit: usize) -> Option<Self> {
+        count
+            .fetch_update(Relaxed, Relaxed, |waiting| {
+                (waiting < limit).then_some(waiting + 1)
+            })
+            .ok()
+            .map(|_| Self(Some(Arc::clone(count))))
+    }
+}
+
+impl Drop for Waiting {
+    fn drop(&mut self) {
+        if let Some(count) = &self.0 {
+            count.fetch_sub(1, Relaxed);
+        }
+    }
+}
+
 /// Everything that reaches a guest's driver from the rest of its dataplane.
 #[derive(Debug)]
 pub enum Input {
@@ -267,6 +362,8 @@ pub enum Input {
         stream: std::net::TcpStream,
         /// Where in the guest it leads.
         target: SocketAddr,
+        /// Counts as waiting until it is dropped; drop it when the connection is taken on or refused.
+        waiting: Waiting,
     },
     /// A UDP forward leads to this guest: its socket, non-blocking, to be read from now on.
     IngressUdp {
@@ -286,4 +383,23 @@ pub enum Input {
     },
     /// End the driver; its link closes.
     Stop,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ids_carry_their_guest() {
+        let vm = VmId(0x00ab_cdef);
+        assert_eq!(vm_of_miss(miss_id(vm, 7)), vm);
+        assert_eq!(vm_of_flow(flow_id(vm, (1 << SEQUENCE_BITS) - 1)), vm);
+        assert!(miss_id(vm, 1) < miss_id(vm, 2), "ids of one guest grow");
+    }
+
+    #[test]
+    fn a_sequence_that_wraps_stays_inside_its_guest() {
+        let vm = VmId(3);
+        assert_eq!(miss_id(vm, 1 << SEQUENCE_BITS), miss_id(vm, 0));
+    }
 }

@@ -1,8 +1,17 @@
-//! `vnetctl` as a library: what its own binary, the tests and the demo share.
+//! `vnetctl`: what a user types.
 //!
-//! [`sandbox`] makes guests out of namespaces, [`terminal`] stands between their command and the
-//! user's terminal.
+//! [`cli`] reads the line; [`cmd`] holds the commands, one file per noun, each a client of the
+//! contract (`client`) that prints tables or the contract's JSON ([`output`]). `run` and `up` also
+//! start a dataplane, and the user's controlplane if none answers, by re-executing this binary
+//! ([`launch`]). [`sandbox`] makes `run`'s guest out of namespaces, [`terminal`] stands between its
+//! command and the user's terminal.
 
+pub mod cli;
+pub mod client;
+pub mod cmd;
+pub mod failure;
+pub mod launch;
+pub mod output;
 #[cfg(target_os = "linux")]
 pub mod sandbox;
 pub mod terminal;

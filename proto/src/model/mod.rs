@@ -8,6 +8,8 @@ mod flow;
 mod id;
 mod matching;
 mod name;
+mod selector;
+mod target;
 mod verdict;
 
 #[cfg(test)]
@@ -18,6 +20,8 @@ pub use flow::{FlowKey, FlowSubject, Guard, GuardSet, LookupSubject, Miss, Mode,
 pub use id::{CommandId, Epoch, FlowId, MissId, VmId};
 pub use matching::{FlowMatch, LookupMatch, PortRange};
 pub use name::{Name, NameError, NamePattern};
+pub use selector::VmSelector;
+pub use target::{Target, TargetError};
 pub use verdict::{Budget, Match, Reason, Verdict, VerdictAction};
 
 /// Why a message was refused. Each variant names the field and what was found.
@@ -66,6 +70,14 @@ pub enum Malformed {
         first: u32,
         /// Last port found.
         last: u32,
+    },
+    /// A text does not parse.
+    #[error("{field}: {text}")]
+    Text {
+        /// The field.
+        field: &'static str,
+        /// What was found, and what was expected.
+        text: String,
     },
     /// A number does not fit its meaning.
     #[error("{field} is {value}, which is out of range")]

@@ -1,0 +1,101 @@
+//! `PendingService`: lists and answers pending requests.
+
+use tonic::{Request, Response, Status};
+use vnet_proto::v1;
+use vnet_proto::v1::pending_service_server::PendingService;
+
+use super::{Api, Changes, actor, no_budget, page, saved, selector, stream};
+use crate::approval::Answer;
+use crate::convert;
+use crate::hub::Reply;
+use crate::refusal::Refusal;
+
+#[tonic::async_trait]
+impl PendingService for Api {
+    async fn list_pending(
+        &self,
+        request: Request<v1::ListPendingRequest>,
+    ) -> Result<Response<v1::ListPendingResponse>, Status> {
+        let request = request.into_inner();
+        let requests = self.hub.pending(selector(request.vms)?.as_ref());
+        let key = |r: &v1::PendingRequest| {
+            let created = r.created_at.unwrap_or_default();
+            format!("{:020}.{:09}.{}", created.seconds, created.nanos, r.id)
+        };
+        let mut requests = requests;
+        requests.sort_by_key(key);
+        let (requests, next_page_token) = page(requests, request.page_size, &request.page_token, key);
+        Ok(Response::new(v1::ListPendingResponse {
+            requests,
+            next_page_token,
+        }))
+    }
+
+    async fn get_pending(
+        &self,
+        request: Request<v1::GetPendingRequest>,
+    ) -> Result<Response<v1::GetPendingResponse>, Status> {
+        let found = self.hub.pending_request(&request.into_inner().id)?;
+        Ok(Response::new(v1::GetPendingResponse { request: Some(found) }))
+    }
+
+    type WatchPendingStream = Changes<v1::WatchPendingResponse>;
+
+    async fn watch_pending(
+        &self,
+        request: Request<v1::WatchPendingRequest>,
+    ) -> Result<Response<Self::WatchPendingStream>, Status> {
+        let watch = self.hub.watch_pending(selector(request.into_inner().vms)?)?;
+        let gap = |_| v1::WatchPendingResponse {
+            change: v1::PendingChange::Gap.into(),
+            request: None,
+        };
+        Ok(Response::new(stream(watch, gap)))
+    }
+
+    async fn approve(
+        &self,
+        request: Request<v1::ApproveRequest>,
+    ) -> Result<Response<v1::ApproveResponse>, Status> {
+        let actor = actor(&request);
+        let request = request.into_inner();
+        no_budget(request.budget)?;
+        let (request, grant, durable) = self.hub.reply(&Reply {
+            id: &request.id,
+            etag: &request.etag,
+            answer: Answer::Approve,
+            scope: convert::scope_from(request.scope).map_err(Refusal::from)?,
+            lifetime: convert::lifetime(request.lifetime).map_err(Refusal::from)?,
+            vms: selector(request.vms)?,
+            reason: &request.reason,
+            lookup_only: request.lookup_only,
+            actor: &actor,
+        })?;
+        saved(durable).await?;
+        Ok(Response::new(v1::ApproveResponse {
+            request: Some(request),
+            grant: Some(grant),
+        }))
+    }
+
+    async fn deny(&self, request: Request<v1::DenyRequest>) -> Result<Response<v1::DenyResponse>, Status> {
+        let actor = actor(&request);
+        let request = request.into_inner();
+        let (request, grant, durable) = self.hub.reply(&Reply {
+            id: &request.id,
+            etag: &request.etag,
+            answer: Answer::Deny,
+            scope: convert::scope_from(request.scope).map_err(Refusal::from)?,
+            lifetime: convert::lifetime(request.lifetime).map_err(Refusal::from)?,
+            vms: selector(request.vms)?,
+            reason: &request.reason,
+            lookup_only: false,
+            actor: &actor,
+        })?;
+        saved(durable).await?;
+        Ok(Response::new(v1::DenyResponse {
+            request: Some(request),
+            grant: Some(grant),
+        }))
+    }
+}

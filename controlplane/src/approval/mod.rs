@@ -1,0 +1,18 @@
+//! Approvals: pending requests, from the first ask to the answer.
+//!
+//! [`PendingTable`] is the whole state, and time is an argument. What a miss deserves is decided by
+//! [`crate::policy`]; making and keeping the grant that an answer yields is the caller's.
+
+mod request;
+mod scope;
+mod table;
+
+#[cfg(test)]
+mod tests;
+
+pub use request::{HeldMiss, MissRef, PendingId, PendingState, Request, Scope};
+pub use table::{
+    Answer, AnswerError, Answered, Ask, AskOutcome, Change, Changes, FindError, HELD_PER_VM_MAX, HOLD_GRACE,
+    LIFE, Limit, MissEnd, NAMES_PER_REQUEST_MAX, OPEN_MAX, OPEN_PER_VM_MAX, PendingTable, RECENT_MAX,
+    Released,
+};

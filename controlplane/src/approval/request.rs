@@ -1,0 +1,201 @@
+//! One pending request: what is asked, by whom, since when, and what is held for it.
+
+use std::fmt;
+use std::time::SystemTime;
+
+use vnet_proto::model::{GuardSet, MissId, Name, Reason, Subject, Target};
+
+use crate::approval::scope;
+use crate::grant::{GrantId, VmView};
+
+/// A pending request's id, unique for ever.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct PendingId(pub String);
+
+impl fmt::Display for PendingId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+/// A miss among those of all dataplanes. `dataplane` is the caller's number for one dataplane's life
+/// (the same after a reconnect), so that a miss that is announced again is known again.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct MissRef {
+    /// Which dataplane.
+    pub dataplane: u64,
+    /// Which of its misses.
+    pub miss: MissId,
+}
+
+/// Where a request is in its life.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum PendingState {
+    /// Waiting for an answer.
+    Open,
+    /// Answered yes.
+    Approved,
+    /// Answered no.
+    Denied,
+    /// Nobody answered in its life.
+    Expired,
+    /// The guest gave up, or its VM went away.
+    Cancelled,
+    /// A policy change or a grant decided it.
+    Decided,
+}
+
+impl fmt::Display for PendingState {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Open => "open",
+            Self::Approved => "approved",
+            Self::Denied => "denied",
+            Self::Expired => "expired",
+            Self::Cancelled => "cancelled",
+            Self::Decided => "decided",
+        })
+    }
+}
+
+/// How wide an answer reaches, narrowest kind first for addresses, then for names.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Scope {
+    /// This address and port.
+    HostPort,
+    /// This address, any port.
+    Host,
+    /// This name and port.
+    NamePort,
+    /// This name, any port.
+    Name,
+    /// Every name below this name's registrable domain.
+    Subdomains,
+}
+
+impl fmt::Display for Scope {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::HostPort => "host-port",
+            Self::Host => "host",
+            Self::NamePort => "name-port",
+            Self::Name => "name",
+            Self::Subdomains => "subdomains",
+        })
+    }
+}
+
+/// A miss that is held for a request.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct HeldMiss {
+    /// Which.
+    pub miss: MissRef,
+    /// What it is about; its address may differ from the request's when both share a name.
+    pub subject: Subject,
+    /// When its hold ends.
+    pub until: SystemTime,
+    /// Packets or queries behind it.
+    pub packets: u32,
+}
+
+/// A question to a person.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Request {
+    /// Its id.
+    pub id: PendingId,
+    /// Who asks.
+    pub vm: VmView,
+    /// What is asked for, as it was first asked.
+    pub subject: Subject,
+    /// Names bound to the destination; the first is the one that the narrowest answer is about. Of a
+    /// lookup, its name.
+    pub names: Vec<Name>,
+    /// Guards that the destination is under.
+    pub guards: GuardSet,
+    /// Why it asks.
+    pub reason: Reason,
+    /// Where it is in its life.
+    pub state: PendingState,
+    /// How many misses have asked for it.
+    pub count: u64,
+    /// When it was first asked.
+    pub created_at: SystemTime,
+    /// When it was last asked.
+    pub last_asked_at: SystemTime,
+    /// When it goes away unanswered.
+    pub expires_at: SystemTime,
+    /// When it was answered or went away; `None`: it is open.
+    pub ended_at: Option<SystemTime>,
+    /// What is held for it.
+    pub held: Vec<HeldMiss>,
+    /// The grant that answered it.
+    pub grant: Option<GrantId>,
+    /// Something that was held for it was refused for want of an answer: the guest may try again, and
+    /// a late yes serves that.
+    pub(crate) hold_ran_out: bool,
+    /// Its entry among the table's wakes.
+    pub(crate) wakes_at: SystemTime,
+}
+
+impl Request {
+    /// Changes whenever what is asked does, and not when its count does.
+    pub fn etag(&self) -> String {
+        let mut hash = Fnv::new();
+        hash.text(&self.id.0);
+        hash.text(&self.vm.name);
+        hash.text(&self.target().to_string());
+        for name in &self.names {
+            hash.text(name.as_str());
+        }
+        for guard in self.guards.iter() {
+            hash.text(&guard.to_string());
+        }
+        hash.text(&self.state.to_string());
+        format!("{:016x}", hash.0)
+    }
+
+    /// What is asked for: one address, protocol and port, or a name to look up.
+    pub fn target(&self) -> Target {
+        match &self.subject {
+            Subject::Flow(flow) => Target::of_flow(&flow.key),
+            Subject::Lookup(lookup) => Target::of_name(lookup.name.clone()),
+        }
+    }
+
+    /// Scopes that an answer may have, narrowest first.
+    pub fn scopes(&self) -> Vec<Scope> {
+        scope::offered(self)
+    }
+
+    /// Packets and queries that are held for it.
+    pub fn held_packets(&self) -> u32 {
+        self.held
+            .iter()
+            .fold(0, |sum, held| sum.saturating_add(held.packets))
+    }
+
+    /// When the last of what is held will be refused; `None`: nothing is held.
+    pub fn held_until(&self) -> Option<SystemTime> {
+        self.held.iter().map(|held| held.until).max()
+    }
+
+    /// Whether it waits for an answer.
+    pub fn is_open(&self) -> bool {
+        self.state == PendingState::Open
+    }
+}
+
+/// FNV-1a, 64 bits: the same in every build, and nothing rests on its strength.
+struct Fnv(u64);
+
+impl Fnv {
+    fn new() -> Self {
+        Self(0xcbf2_9ce4_8422_2325)
+    }
+
+    fn text(&mut self, text: &str) {
+        for byte in text.bytes().chain([0]) {
+            self.0 = (self.0 ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3);
+        }
+    }
+}

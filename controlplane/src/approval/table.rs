@@ -1,0 +1,743 @@
+//! The table of pending requests: open, join, hold, answer, expire, cancel, decide again.
+
+use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
+use std::fmt;
+use std::net::IpAddr;
+use std::time::{Duration, SystemTime};
+
+use vnet_proto::model::{GuardSet, Name, Protocol, Reason, Subject, Target};
+
+use crate::approval::{HeldMiss, MissRef, PendingId, PendingState, Request, Scope, scope};
+use crate::grant::{GrantId, VmInstance, VmView};
+
+/// How long a request lives unanswered.
+pub const LIFE: Duration = Duration::from_secs(600);
+/// Open requests of one VM.
+pub const OPEN_PER_VM_MAX: usize = 1_024;
+/// Open requests of all VMs.
+pub const OPEN_MAX: usize = 16_384;
+/// Misses held for one VM's requests.
+pub const HELD_PER_VM_MAX: usize = 8_192;
+/// Names kept of one request.
+pub const NAMES_PER_REQUEST_MAX: usize = 16;
+/// How much longer than its hold a miss is kept here: the dataplane's clock ends it, not this one.
+pub const HOLD_GRACE: Duration = Duration::from_secs(2);
+/// Requests kept after their end.
+pub const RECENT_MAX: usize = 1_024;
+
+/// A miss for which a person is to be asked.
+#[derive(Debug, Clone)]
+pub struct Ask<'a> {
+    /// The id to use if this opens a request.
+    pub id: PendingId,
+    /// Who asks.
+    pub vm: &'a VmView,
+    /// What for.
+    pub subject: Subject,
+    /// Why a person is asked.
+    pub reason: Reason,
+    /// The miss.
+    pub miss: MissRef,
+    /// How long it may be held from now.
+    pub hold: Duration,
+    /// Packets or queries held for it.
+    pub packets: u32,
+}
+
+/// What became of an ask.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum AskOutcome {
+    /// It opened this request.
+    Opened(PendingId),
+    /// It joined this request.
+    Joined(PendingId),
+    /// It is to be denied: a limit is reached.
+    Refused {
+        /// Which limit.
+        limit: Limit,
+        /// How many asks of this VM were refused so far for it. The first of each is worth an event.
+        count: u64,
+        /// What to tell.
+        reason: Reason,
+    },
+}
+
+/// A limit of the table.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Limit {
+    /// [`OPEN_PER_VM_MAX`].
+    OpenPerVm,
+    /// [`OPEN_MAX`].
+    Open,
+    /// [`HELD_PER_VM_MAX`].
+    HeldPerVm,
+}
+
+/// Why a miss no longer waits.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum MissEnd {
+    /// Its deadline passed and it was refused.
+    HoldExpired,
+    /// The guest gave up.
+    GuestGaveUp,
+    /// The guest's link is gone.
+    VmDown,
+    /// A limit of held misses was reached.
+    Evicted,
+    /// Another verdict covered it.
+    Covered,
+}
+
+/// What happened to a request; [`PendingTable::get`] has it as it is now.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Change {
+    /// It was opened.
+    Added(PendingId),
+    /// Its count, its held packets or its names changed.
+    Updated(PendingId),
+    /// It is no longer open; its state says why.
+    Removed(PendingId),
+}
+
+/// A miss that no request holds any more: decide it again and answer it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Released {
+    /// The miss.
+    pub miss: MissRef,
+    /// Whose it is.
+    pub vm: VmView,
+    /// What it is about.
+    pub subject: Subject,
+    /// When its hold ends.
+    pub until: SystemTime,
+    /// Packets or queries behind it.
+    pub packets: u32,
+    /// The request that held it.
+    pub request: PendingId,
+}
+
+/// What a call brought about, in order.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Changes {
+    /// What happened to requests.
+    pub changes: Vec<Change>,
+    /// Misses to answer now.
+    pub released: Vec<Released>,
+}
+
+/// A person's answer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Answer {
+    /// Yes.
+    Approve,
+    /// No.
+    Deny,
+}
+
+/// An answer that was taken.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Answered {
+    /// What the grant is for.
+    pub target: Target,
+    /// The VM that asked.
+    pub vm: VmView,
+    /// What it brought about.
+    pub changes: Changes,
+}
+
+impl Changes {
+    fn of(change: Change) -> Self {
+        Self {
+            changes: vec![change],
+            released: Vec::new(),
+        }
+    }
+
+    /// Adds what another call brought about.
+    pub fn append(&mut self, mut other: Self) {
+        self.changes.append(&mut other.changes);
+        self.released.append(&mut other.released);
+    }
+}
+
+/// Why no request was found.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum FindError {
+    /// None has this id or prefix.
+    #[error("no pending request has an id that begins with {0:?}; list them with: vnetctl pending list")]
+    NotFound(String),
+    /// Several have ids that begin so.
+    #[error("{count} pending requests have ids that begin with {prefix:?}; give more of the id")]
+    Ambiguous {
+        /// What was given.
+        prefix: String,
+        /// How many fit.
+        count: usize,
+    },
+}
+
+/// Why an answer was not taken.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum AnswerError {
+    /// No such request.
+    #[error(transparent)]
+    Find(#[from] FindError),
+    /// It is no longer open.
+    #[error("pending request {id} is no longer open: it is {state}")]
+    NotOpen {
+        /// The request.
+        id: PendingId,
+        /// Its state.
+        state: PendingState,
+    },
+    /// It changed since it was shown.
+    #[error("pending request {id} changed since it was shown; look again with: vnetctl pending list")]
+    Changed {
+        /// The request.
+        id: PendingId,
+    },
+    /// The scope is not one of those offered.
+    #[error("scope {scope} cannot answer pending request {id} (expected one of: {offered})")]
+    Scope {
+        /// The request.
+        id: PendingId,
+        /// What was asked for.
+        scope: Scope,
+        /// What is offered.
+        offered: String,
+    },
+    /// "Lookup only" was asked for of a connection.
+    #[error("pending request {id} is about a connection, not a lookup; answer it without lookup-only")]
+    NotALookup {
+        /// The request.
+        id: PendingId,
+    },
+}
+
+/// All pending requests: those open, and the last that ended.
+#[derive(Debug, Default)]
+pub struct PendingTable {
+    open: BTreeMap<PendingId, Request>,
+    recent: VecDeque<Request>,
+    by_question: HashMap<Question, PendingId>,
+    by_miss: HashMap<MissRef, PendingId>,
+    vms: HashMap<VmInstance, VmCounts>,
+    /// No later than when each open request next has something to end.
+    wakes: BTreeSet<(SystemTime, PendingId)>,
+}
+
+impl PendingTable {
+    /// An empty one.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// A miss asks: joins the open request that asks the same, or opens one. Asking again, by whatever
+    /// miss, begins the request's life anew. A miss that is announced again (after a reconnect) renews
+    /// its hold and is not counted twice.
+    pub fn ask(&mut self, now: SystemTime, ask: Ask<'_>) -> (AskOutcome, Changes) {
+        let until = now.checked_add(ask.hold).unwrap_or(now);
+        let held = HeldMiss {
+            miss: ask.miss,
+            subject: ask.subject,
+            until,
+            packets: ask.packets,
+        };
+        if let Some(id) = self.by_miss.get(&ask.miss).cloned() {
+            self.hold(now, &id, held);
+            return (AskOutcome::Joined(id.clone()), Changes::of(Change::Updated(id)));
+        }
+        let question = Question::of(&ask.vm.instance, &held.subject);
+        let known = self.by_question.get(&question).cloned();
+        if let Some((limit, text)) = self.limit_reached(&ask.vm.instance, known.is_none()) {
+            let count = self
+                .vms
+                .entry(ask.vm.instance.clone())
+                .or_default()
+                .refused(limit);
+            let reason = Reason::new("limit", limit.to_string(), text);
+            return (AskOutcome::Refused { limit, count, reason }, Changes::default());
+        }
+        if let Some(id) = known {
+            if let Some(request) = self.open.get_mut(&id) {
+                request.count = request.count.saturating_add(1);
+                request.last_asked_at = now;
+            }
+            self.hold(now, &id, held);
+            return (AskOutcome::Joined(id.clone()), Changes::of(Change::Updated(id)));
+        }
+        let id = ask.id;
+        let (names, guards) = evidence(&held.subject);
+        let expires_at = now.checked_add(LIFE).unwrap_or(now);
+        let request = Request {
+            id: id.clone(),
+            vm: ask.vm.clone(),
+            subject: held.subject.clone(),
+            names: names.into_iter().take(NAMES_PER_REQUEST_MAX).collect(),
+            guards,
+            reason: ask.reason,
+            state: PendingState::Open,
+            count: 1,
+            created_at: now,
+            last_asked_at: now,
+            expires_at,
+            held: Vec::new(),
+            ended_at: None,
+            grant: None,
+            hold_ran_out: false,
+            wakes_at: expires_at,
+        };
+        self.wakes.insert((expires_at, id.clone()));
+        self.by_question.insert(question, id.clone());
+        self.vms.entry(ask.vm.instance.clone()).or_default().open += 1;
+        self.open.insert(id.clone(), request);
+        self.hold(now, &id, held);
+        (AskOutcome::Opened(id.clone()), Changes::of(Change::Added(id)))
+    }
+
+    /// A miss no longer waits.
+    ///
+    /// A request whose guest gave up, with nothing else held and nothing ever refused for want of an
+    /// answer, is cancelled. After a hold ran out it stays: a late yes serves the next attempt.
+    pub fn miss_ended(&mut self, now: SystemTime, miss: MissRef, end: MissEnd) -> Changes {
+        let Some(id) = self.by_miss.get(&miss).cloned() else {
+            return Changes::default();
+        };
+        self.let_go(&id, |held| held.miss == miss);
+        let Some(request) = self.open.get_mut(&id) else {
+            return Changes::default();
+        };
+        match end {
+            MissEnd::HoldExpired | MissEnd::Evicted => request.hold_ran_out = true,
+            MissEnd::GuestGaveUp | MissEnd::VmDown if request.held.is_empty() && !request.hold_ran_out => {
+                return self.close(now, &id, PendingState::Cancelled, None);
+            }
+            MissEnd::GuestGaveUp | MissEnd::VmDown | MissEnd::Covered => {}
+        }
+        Changes::of(Change::Updated(id))
+    }
+
+    /// A VM's link is gone for good: its requests are cancelled.
+    pub fn vm_stopped(&mut self, now: SystemTime, instance: &VmInstance) -> Changes {
+        let of_vm = self.open.values().filter(|r| r.vm.instance == *instance);
+        let ids: Vec<PendingId> = of_vm.map(|r| r.id.clone()).collect();
+        let mut changes = Changes::default();
+        for id in ids {
+            changes.append(self.close(now, &id, PendingState::Cancelled, None));
+        }
+        self.vms.remove(instance);
+        changes
+    }
+
+    /// Ends requests whose life is over, and lets go of misses whose hold is; the dataplane refuses
+    /// those by its own clock.
+    pub fn expire(&mut self, now: SystemTime) -> Changes {
+        let mut changes = Changes::default();
+        while let Some((_, id)) = self.wakes.first().filter(|(at, _)| *at <= now).cloned() {
+            let Some(request) = self.open.get(&id) else {
+                self.wakes.pop_first();
+                continue;
+            };
+            if request.expires_at <= now {
+                changes.append(self.close(now, &id, PendingState::Expired, None));
+                continue;
+            }
+            let before = request.held.len();
+            self.let_go(&id, |held| grace_end(held) <= now);
+            if let Some(request) = self.open.get_mut(&id) {
+                let next = request.held.iter().map(grace_end).min();
+                let wakes_at = next.map_or(request.expires_at, |end| end.min(request.expires_at));
+                self.wakes.remove(&(request.wakes_at, id.clone()));
+                self.wakes.insert((wakes_at, id.clone()));
+                request.wakes_at = wakes_at;
+                if request.held.len() < before {
+                    request.hold_ran_out = true;
+                    changes.changes.push(Change::Updated(id));
+                }
+            }
+        }
+        changes
+    }
+
+    /// When [`PendingTable::expire`] is next worth calling; it may then have nothing to do.
+    pub fn next_expiry(&self) -> Option<SystemTime> {
+        self.wakes.first().map(|(at, _)| *at)
+    }
+
+    /// What a grant that answers a request would be for; changes nothing.
+    ///
+    /// `scope` `None` is the narrowest. `lookup_only` keeps a name's grant from its connections.
+    ///
+    /// # Errors
+    /// [`AnswerError`]; an etag that is given must be the request's.
+    pub fn quote(
+        &self,
+        id: &PendingId,
+        etag: Option<&str>,
+        scope: Option<Scope>,
+        lookup_only: bool,
+    ) -> Result<Target, AnswerError> {
+        let request = self.get(id).ok_or_else(|| FindError::NotFound(id.0.clone()))?;
+        let id = id.clone();
+        if !request.is_open() {
+            return Err(AnswerError::NotOpen {
+                id,
+                state: request.state,
+            });
+        }
+        if etag.is_some_and(|etag| etag != request.etag()) {
+            return Err(AnswerError::Changed { id });
+        }
+        if lookup_only && matches!(request.subject, Subject::Flow(_)) {
+            return Err(AnswerError::NotALookup { id });
+        }
+        let offered = request.scopes();
+        let wanted = scope.or(offered.first().copied()).unwrap_or(Scope::HostPort);
+        scope::target(request, wanted, lookup_only).ok_or_else(|| {
+            let offered: Vec<String> = offered.iter().map(ToString::to_string).collect();
+            AnswerError::Scope {
+                id,
+                scope: wanted,
+                offered: offered.join(", "),
+            }
+        })
+    }
+
+    /// Takes an answer: the request ends, and what it held is released, to be decided under `grant`,
+    /// which the caller makes for the target that [`PendingTable::quote`] gave for the same arguments.
+    ///
+    /// # Errors
+    /// As [`PendingTable::quote`].
+    #[expect(clippy::too_many_arguments, reason = "an answer has these parts")]
+    pub fn answer(
+        &mut self,
+        now: SystemTime,
+        id: &PendingId,
+        etag: Option<&str>,
+        answer: Answer,
+        scope: Option<Scope>,
+        lookup_only: bool,
+        grant: GrantId,
+    ) -> Result<Answered, AnswerError> {
+        let target = self.quote(id, etag, scope, lookup_only)?;
+        let vm = self
+            .get(id)
+            .ok_or_else(|| FindError::NotFound(id.0.clone()))?
+            .vm
+            .clone();
+        let state = match answer {
+            Answer::Approve => PendingState::Approved,
+            Answer::Deny => PendingState::Denied,
+        };
+        let changes = self.close(now, id, state, Some(grant));
+        Ok(Answered { target, vm, changes })
+    }
+
+    /// Policy, mode or grants changed: `still_asks` says of a VM's subject whether a person is still to
+    /// be asked. A request that is not ends as [`PendingState::Decided`]; a held miss that is not is
+    /// released, to be decided again by the caller.
+    pub fn decide_again(
+        &mut self,
+        now: SystemTime,
+        mut still_asks: impl FnMut(&VmView, &Subject) -> bool,
+    ) -> Changes {
+        let mut changes = Changes::default();
+        let ids: Vec<PendingId> = self.open.keys().cloned().collect();
+        for id in ids {
+            let Some(request) = self.open.get(&id) else {
+                continue;
+            };
+            if !still_asks(&request.vm, &request.subject) {
+                changes.append(self.close(now, &id, PendingState::Decided, None));
+                continue;
+            }
+            let decided: BTreeSet<MissRef> = request
+                .held
+                .iter()
+                .filter(|held| !asks_alike(&held.subject, &request.subject))
+                .filter(|held| !still_asks(&request.vm, &held.subject))
+                .map(|held| held.miss)
+                .collect();
+            if !decided.is_empty() {
+                let vm = request.vm.clone();
+                let released = self.let_go(&id, |held| decided.contains(&held.miss));
+                changes
+                    .released
+                    .extend(released.into_iter().map(|held| release(held, &vm, &id)));
+                changes.changes.push(Change::Updated(id));
+            }
+        }
+        changes
+    }
+
+    /// One by its id, open or lately ended.
+    pub fn get(&self, id: &PendingId) -> Option<&Request> {
+        self.open
+            .get(id)
+            .or_else(|| self.recent.iter().rev().find(|r| r.id == *id))
+    }
+
+    /// One by its id or a prefix of it that fits it only; open ones come before those that ended.
+    ///
+    /// # Errors
+    /// [`FindError`].
+    pub fn find(&self, prefix: &str) -> Result<&Request, FindError> {
+        let exact = PendingId(prefix.to_owned());
+        if let Some(request) = self.get(&exact) {
+            return Ok(request);
+        }
+        let open = self
+            .open
+            .range(exact..)
+            .map(|(_, r)| r)
+            .take_while(|r| r.id.0.starts_with(prefix));
+        let open: Vec<&Request> = if prefix.is_empty() {
+            Vec::new()
+        } else {
+            open.collect()
+        };
+        let fitting = if open.is_empty() && !prefix.is_empty() {
+            self.recent
+                .iter()
+                .filter(|r| r.id.0.starts_with(prefix))
+                .collect()
+        } else {
+            open
+        };
+        match fitting.as_slice() {
+            [] => Err(FindError::NotFound(prefix.to_owned())),
+            [one] => Ok(one),
+            many => Err(FindError::Ambiguous {
+                prefix: prefix.to_owned(),
+                count: many.len(),
+            }),
+        }
+    }
+
+    /// The open requests, oldest first.
+    pub fn open(&self) -> Vec<&Request> {
+        let mut open: Vec<&Request> = self.open.values().collect();
+        open.sort_by(|a, b| a.created_at.cmp(&b.created_at).then_with(|| a.id.cmp(&b.id)));
+        open
+    }
+
+    /// How many are open.
+    pub fn open_count(&self) -> usize {
+        self.open.len()
+    }
+
+    /// How many of an attachment's are open.
+    pub fn open_count_of(&self, instance: &VmInstance) -> usize {
+        self.vms.get(instance).map_or(0, |counts| counts.open)
+    }
+
+    /// How many of an attachment's asks were refused for a limit since it was last well below it.
+    pub fn refused_count_of(&self, instance: &VmInstance) -> u64 {
+        self.vms
+            .get(instance)
+            .map_or(0, |counts| counts.refused.iter().sum())
+    }
+
+    fn limit_reached(&self, instance: &VmInstance, opens: bool) -> Option<(Limit, String)> {
+        let (open, held) = self
+            .vms
+            .get(instance)
+            .map_or((0, 0), |counts| (counts.open, counts.held));
+        if opens && open >= OPEN_PER_VM_MAX {
+            let text = format!("{OPEN_PER_VM_MAX} requests of this VM await an answer; answer some first");
+            return Some((Limit::OpenPerVm, text));
+        }
+        if opens && self.open.len() >= OPEN_MAX {
+            let text = format!("{OPEN_MAX} requests of all VMs await an answer; answer some first");
+            return Some((Limit::Open, text));
+        }
+        if held >= HELD_PER_VM_MAX {
+            let text = format!("{HELD_PER_VM_MAX} flows and lookups of this VM are held for an answer");
+            return Some((Limit::HeldPerVm, text));
+        }
+        None
+    }
+
+    /// Holds a miss for an open request, or renews its hold, and renews the request's life.
+    fn hold(&mut self, now: SystemTime, id: &PendingId, held: HeldMiss) {
+        let Some(request) = self.open.get_mut(id) else {
+            return;
+        };
+        let (names, _) = evidence(&held.subject);
+        for name in names {
+            if request.names.len() < NAMES_PER_REQUEST_MAX && !request.names.contains(&name) {
+                request.names.push(name);
+            }
+        }
+        let end = grace_end(&held);
+        let life = now.checked_add(LIFE).unwrap_or(now);
+        request.expires_at = request.expires_at.max(life).max(end);
+        let wakes_at = request.wakes_at.min(end);
+        if wakes_at != request.wakes_at {
+            self.wakes.remove(&(request.wakes_at, id.clone()));
+            self.wakes.insert((wakes_at, id.clone()));
+            request.wakes_at = wakes_at;
+        }
+        if self.by_miss.insert(held.miss, id.clone()).is_some() {
+            if let Some(known) = request.held.iter_mut().find(|h| h.miss == held.miss) {
+                *known = held;
+            }
+        } else {
+            request.held.push(held);
+            self.vms.entry(request.vm.instance.clone()).or_default().held += 1;
+        }
+    }
+
+    /// Takes misses from an open request.
+    fn let_go(&mut self, id: &PendingId, which: impl Fn(&HeldMiss) -> bool) -> Vec<HeldMiss> {
+        let Some(request) = self.open.get_mut(id) else {
+            return Vec::new();
+        };
+        let gone: Vec<HeldMiss> = request.held.extract_if(.., |held| which(held)).collect();
+        for held in &gone {
+            self.by_miss.remove(&held.miss);
+        }
+        if let Some(counts) = self.vms.get_mut(&request.vm.instance) {
+            counts.held = counts.held.saturating_sub(gone.len());
+            counts.forget_refusals();
+        }
+        gone
+    }
+
+    /// Ends an open request and releases what it held.
+    fn close(
+        &mut self,
+        now: SystemTime,
+        id: &PendingId,
+        state: PendingState,
+        grant: Option<GrantId>,
+    ) -> Changes {
+        let held = self.let_go(id, |_| true);
+        let Some(mut request) = self.open.remove(id) else {
+            return Changes::default();
+        };
+        self.wakes.remove(&(request.wakes_at, id.clone()));
+        self.by_question
+            .remove(&Question::of(&request.vm.instance, &request.subject));
+        if let Some(counts) = self.vms.get_mut(&request.vm.instance) {
+            counts.open = counts.open.saturating_sub(1);
+            counts.forget_refusals();
+        }
+        let released = held
+            .into_iter()
+            .map(|held| release(held, &request.vm, id))
+            .collect();
+        request.state = state;
+        request.grant = grant;
+        request.ended_at = Some(now);
+        if self.recent.len() >= RECENT_MAX {
+            self.recent.pop_front();
+        }
+        self.recent.push_back(request);
+        Changes {
+            changes: vec![Change::Removed(id.clone())],
+            released,
+        }
+    }
+}
+
+/// What makes two misses one question.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+enum Question {
+    /// The name that the guest meant, on a port, whichever of its addresses was picked.
+    NamedFlow(VmInstance, Protocol, Name, u16),
+    /// One address and port.
+    Flow(VmInstance, Protocol, IpAddr, u16),
+    /// A name, whatever the record type: the A/AAAA pair is one question.
+    Lookup(VmInstance, Name),
+}
+
+impl Question {
+    fn of(instance: &VmInstance, subject: &Subject) -> Self {
+        let instance = instance.clone();
+        match subject {
+            Subject::Lookup(lookup) => Self::Lookup(instance, lookup.name.clone()),
+            Subject::Flow(flow) => {
+                let (protocol, peer) = (flow.key.protocol, flow.key.peer);
+                match flow.names.first() {
+                    Some(name) if flow.guards.is_empty() && protocol.has_ports() => {
+                        Self::NamedFlow(instance, protocol, name.clone(), peer.port())
+                    }
+                    _ => Self::Flow(instance, protocol, peer.ip(), peer.port()),
+                }
+            }
+        }
+    }
+}
+
+/// What is counted of one attachment.
+#[derive(Debug, Default)]
+struct VmCounts {
+    open: usize,
+    held: usize,
+    refused: [u64; 3],
+}
+
+impl VmCounts {
+    fn refused(&mut self, limit: Limit) -> u64 {
+        let count = &mut self.refused[limit as usize];
+        *count = count.saturating_add(1);
+        *count
+    }
+
+    /// Well below its limits a VM starts afresh. Not just below, so that a guest which hovers at the
+    /// limit makes no event of each refusal.
+    fn forget_refusals(&mut self) {
+        if self.open < OPEN_PER_VM_MAX / 2 && self.held < HELD_PER_VM_MAX / 2 {
+            self.refused = [0; 3];
+        }
+    }
+}
+
+impl fmt::Display for Limit {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::OpenPerVm => "pending-per-vm",
+            Self::Open => "pending",
+            Self::HeldPerVm => "held-per-vm",
+        })
+    }
+}
+
+fn evidence(subject: &Subject) -> (Vec<Name>, GuardSet) {
+    match subject {
+        Subject::Flow(flow) => (flow.names.clone(), flow.guards),
+        Subject::Lookup(lookup) => (vec![lookup.name.clone()], GuardSet::EMPTY),
+    }
+}
+
+/// Whether two subjects are decided alike: they differ at most in the guest's own port or record type.
+fn asks_alike(a: &Subject, b: &Subject) -> bool {
+    match (a, b) {
+        (Subject::Flow(a), Subject::Flow(b)) => {
+            a.key.protocol == b.key.protocol
+                && a.key.peer == b.key.peer
+                && a.dialled == b.dialled
+                && a.names == b.names
+                && a.guards == b.guards
+                && a.peer_vm == b.peer_vm
+        }
+        (Subject::Lookup(a), Subject::Lookup(b)) => a.name == b.name,
+        (Subject::Flow(_), Subject::Lookup(_)) | (Subject::Lookup(_), Subject::Flow(_)) => false,
+    }
+}
+
+fn grace_end(held: &HeldMiss) -> SystemTime {
+    held.until.checked_add(HOLD_GRACE).unwrap_or(held.until)
+}
+
+fn release(held: HeldMiss, vm: &VmView, request: &PendingId) -> Released {
+    Released {
+        miss: held.miss,
+        vm: vm.clone(),
+        subject: held.subject,
+        until: held.until,
+        packets: held.packets,
+        request: request.clone(),
+    }
+}

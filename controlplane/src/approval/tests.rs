@@ -1,0 +1,543 @@
+//! Pending requests from the first ask to the end, with time as an argument.
+
+use std::collections::BTreeMap;
+use std::net::SocketAddr;
+use std::time::{Duration, SystemTime};
+
+use vnet_proto::model::{FlowKey, FlowSubject, Guard, LookupSubject, MissId, Protocol, Reason, Subject};
+
+use super::*;
+use crate::grant::{GrantId, VmInstance, VmView};
+
+const HOLD: Duration = Duration::from_secs(30);
+
+fn at(seconds: u64) -> SystemTime {
+    SystemTime::UNIX_EPOCH + Duration::from_secs(1_800_000_000 + seconds)
+}
+
+fn vm(name: &str) -> VmView {
+    VmView {
+        name: name.into(),
+        labels: BTreeMap::new(),
+        instance: VmInstance(format!("boot/{name}")),
+    }
+}
+
+fn tcp(peer: &str, names: &[&str]) -> Subject {
+    let peer: SocketAddr = peer.parse().unwrap();
+    Subject::Flow(FlowSubject {
+        key: FlowKey {
+            protocol: Protocol::Tcp,
+            guest: "192.168.127.2:40000".parse().unwrap(),
+            peer,
+        },
+        dialled: peer.ip(),
+        names: names.iter().map(|n| n.parse().unwrap()).collect(),
+        guards: Default::default(),
+        peer_vm: None,
+    })
+}
+
+fn guarded(peer: &str, names: &[&str]) -> Subject {
+    match tcp(peer, names) {
+        Subject::Flow(flow) => Subject::Flow(FlowSubject {
+            guards: flow.guards.with(Guard::PrivateFromDns),
+            ..flow
+        }),
+        lookup => lookup,
+    }
+}
+
+fn lookup(name: &str, query_type: u16) -> Subject {
+    Subject::Lookup(LookupSubject {
+        name: name.parse().unwrap(),
+        query_type,
+    })
+}
+
+fn miss(number: u64) -> MissRef {
+    MissRef {
+        dataplane: 1,
+        miss: MissId(number),
+    }
+}
+
+/// A table whose requests are `p1`, `p2` and so on, by the number of the miss that opened them.
+#[derive(Default)]
+struct Desk {
+    table: PendingTable,
+}
+
+impl Desk {
+    fn ask_of(&mut self, vm: &VmView, now: u64, number: u64, subject: Subject) -> AskOutcome {
+        let ask = Ask {
+            id: PendingId(format!("p{number}")),
+            vm,
+            subject,
+            reason: Reason::new("default", "deny", "nothing allows it"),
+            miss: miss(number),
+            hold: HOLD,
+            packets: 1,
+        };
+        self.table.ask(at(now), ask).0
+    }
+
+    fn ask(&mut self, now: u64, number: u64, subject: Subject) -> AskOutcome {
+        self.ask_of(&vm("web"), now, number, subject)
+    }
+
+    fn approve(&mut self, now: u64, id: &str, scope: Option<Scope>) -> Result<Answered, AnswerError> {
+        let grant = GrantId("g".into());
+        self.table.answer(
+            at(now),
+            &PendingId(id.into()),
+            None,
+            Answer::Approve,
+            scope,
+            false,
+            grant,
+        )
+    }
+
+    fn get(&self, id: &str) -> &Request {
+        self.table.get(&PendingId(id.into())).unwrap()
+    }
+
+    fn quote(&self, id: &str, scope: Scope) -> Result<String, AnswerError> {
+        self.table
+            .quote(&PendingId(id.into()), None, Some(scope), false)
+            .map(|t| t.to_string())
+    }
+}
+
+fn opened(number: u64) -> AskOutcome {
+    AskOutcome::Opened(PendingId(format!("p{number}")))
+}
+
+fn joined(number: u64) -> AskOutcome {
+    AskOutcome::Joined(PendingId(format!("p{number}")))
+}
+
+#[test]
+fn misses_that_ask_the_same_join_one_request() {
+    let mut desk = Desk::default();
+    assert_eq!(desk.ask(0, 1, tcp("1.2.3.4:443", &[])), opened(1));
+    assert_eq!(desk.ask(1, 2, tcp("1.2.3.4:443", &[])), joined(1));
+    assert_eq!(desk.ask(1, 3, tcp("1.2.3.4:80", &[])), opened(3));
+    assert_eq!(desk.ask(1, 4, tcp("1.2.3.5:443", &[])), opened(4));
+    assert_eq!(desk.ask_of(&vm("db"), 1, 5, tcp("1.2.3.4:443", &[])), opened(5));
+    let request = desk.get("p1");
+    assert_eq!(
+        (request.count, request.held_packets(), request.held_until()),
+        (2, 2, Some(at(31)))
+    );
+    assert_eq!(
+        desk.table
+            .open()
+            .iter()
+            .map(|r| r.id.0.as_str())
+            .collect::<Vec<_>>(),
+        ["p1", "p3", "p4", "p5"]
+    );
+    assert_eq!(desk.table.open_count_of(&vm("web").instance), 3);
+}
+
+#[test]
+fn the_a_aaaa_pair_and_rotating_addresses_of_a_name_are_one_question() {
+    let mut desk = Desk::default();
+    assert_eq!(desk.ask(0, 1, lookup("a.test", 1)), opened(1));
+    assert_eq!(desk.ask(0, 2, lookup("a.test", 28)), joined(1));
+    assert_eq!(desk.ask(0, 3, tcp("1.2.3.4:443", &["a.test"])), opened(3));
+    assert_eq!(desk.ask(0, 4, tcp("1.2.3.5:443", &["a.test"])), joined(3));
+    assert_eq!(
+        desk.ask(0, 5, guarded("10.0.0.5:443", &["a.test"])),
+        opened(5),
+        "a guard asks by address"
+    );
+}
+
+#[test]
+fn a_miss_that_is_announced_again_is_not_counted_twice() {
+    let mut desk = Desk::default();
+    desk.ask(0, 1, tcp("1.2.3.4:443", &[]));
+    assert_eq!(desk.ask(10, 1, tcp("1.2.3.4:443", &[])), joined(1));
+    let request = desk.get("p1");
+    assert_eq!(
+        (request.count, request.held.len(), request.held_until()),
+        (1, 1, Some(at(40)))
+    );
+}
+
+#[test]
+fn a_yes_releases_everything_held_and_names_the_grants_target() {
+    let mut desk = Desk::default();
+    desk.ask(0, 1, tcp("1.2.3.4:443", &["a.test"]));
+    desk.ask(0, 2, tcp("1.2.3.5:443", &["a.test"]));
+    let answered = desk.approve(5, "p1", None).unwrap();
+    assert_eq!(
+        answered.target.to_string(),
+        "domain a.test:443",
+        "the narrowest, by name"
+    );
+    assert_eq!(answered.vm, vm("web"));
+    assert_eq!(
+        answered.changes.changes,
+        [Change::Removed(PendingId("p1".into()))]
+    );
+    let misses: Vec<MissRef> = answered.changes.released.iter().map(|r| r.miss).collect();
+    assert_eq!(misses, [miss(1), miss(2)]);
+    let request = desk.get("p1");
+    assert_eq!(
+        (request.state, request.grant.as_ref()),
+        (PendingState::Approved, Some(&GrantId("g".into())))
+    );
+    assert_eq!((desk.table.open_count(), desk.table.next_expiry()), (0, None));
+    assert_eq!(
+        desk.ask(6, 3, tcp("1.2.3.4:443", &["a.test"])),
+        opened(3),
+        "what asks again is a new question"
+    );
+}
+
+#[test]
+fn of_two_clients_that_answer_one_has_effect() {
+    let mut desk = Desk::default();
+    desk.ask(0, 1, tcp("1.2.3.4:443", &[]));
+    let id = PendingId("p1".into());
+    desk.approve(1, "p1", None).unwrap();
+    let no = desk
+        .table
+        .answer(at(1), &id, None, Answer::Deny, None, false, GrantId("h".into()));
+    assert_eq!(
+        no,
+        Err(AnswerError::NotOpen {
+            id,
+            state: PendingState::Approved
+        })
+    );
+    assert_eq!(desk.get("p1").grant, Some(GrantId("g".into())));
+}
+
+#[test]
+fn an_etag_changes_with_what_is_asked_and_not_with_its_count() {
+    let mut desk = Desk::default();
+    desk.ask(0, 1, tcp("1.2.3.4:443", &["a.test"]));
+    let shown = desk.get("p1").etag();
+    desk.ask(1, 2, tcp("1.2.3.4:443", &["a.test"]));
+    assert_eq!(desk.get("p1").etag(), shown);
+    desk.ask(2, 3, tcp("1.2.3.4:443", &["a.test", "b.test"]));
+    assert_ne!(desk.get("p1").etag(), shown);
+    let id = PendingId("p1".into());
+    let old = desk.table.quote(&id, Some(&shown), None, false);
+    assert_eq!(old, Err(AnswerError::Changed { id: id.clone() }));
+    let new = desk.get("p1").etag();
+    assert!(desk.table.quote(&id, Some(&new), None, false).is_ok());
+}
+
+#[test]
+fn scopes_are_offered_narrowest_first_and_yield_their_targets() {
+    let mut desk = Desk::default();
+    desk.ask(0, 1, tcp("1.2.3.4:443", &["www.example.co.uk"]));
+    desk.ask(0, 2, tcp("1.2.3.4:80", &[]));
+    desk.ask(0, 3, guarded("10.0.0.5:443", &["www.example.co.uk"]));
+    desk.ask(0, 4, lookup("a.b.example.com", 1));
+    desk.ask(0, 5, tcp("1.2.3.4:22", &["example.com"]));
+    use Scope::{Host, HostPort, Name, NamePort, Subdomains};
+    assert_eq!(
+        desk.get("p1").scopes(),
+        [NamePort, HostPort, Host, Name, Subdomains]
+    );
+    assert_eq!(desk.get("p2").scopes(), [HostPort, Host]);
+    assert_eq!(
+        desk.get("p3").scopes(),
+        [HostPort],
+        "a guarded destination offers only itself"
+    );
+    assert_eq!(desk.get("p4").scopes(), [Name, Subdomains]);
+    assert_eq!(
+        desk.get("p5").scopes(),
+        [NamePort, HostPort, Host, Name],
+        "*.example.com leaves it out"
+    );
+    for (id, scope, target) in [
+        ("p1", NamePort, "domain www.example.co.uk:443"),
+        ("p1", HostPort, "tcp 1.2.3.4:443"),
+        ("p1", Host, "tcp 1.2.3.4"),
+        ("p1", Name, "domain www.example.co.uk"),
+        ("p1", Subdomains, "domain *.example.co.uk"),
+        ("p3", HostPort, "tcp 10.0.0.5:443"),
+        ("p4", Name, "domain a.b.example.com"),
+        ("p4", Subdomains, "domain *.example.com"),
+    ] {
+        assert_eq!(desk.quote(id, scope).unwrap(), target);
+    }
+    for (id, scope) in [
+        ("p2", Name),
+        ("p3", Host),
+        ("p3", NamePort),
+        ("p4", HostPort),
+        ("p5", Subdomains),
+    ] {
+        assert!(
+            matches!(desk.quote(id, scope), Err(AnswerError::Scope { .. })),
+            "{id} {scope}"
+        );
+    }
+}
+
+#[test]
+fn icmp_is_asked_and_answered_by_address() {
+    let mut desk = Desk::default();
+    let Subject::Flow(flow) = tcp("1.2.3.4:1", &["a.test"]) else {
+        unreachable!()
+    };
+    let peer = "1.2.3.4:0".parse().unwrap();
+    let key = FlowKey {
+        protocol: Protocol::Icmp,
+        peer,
+        ..flow.key
+    };
+    desk.ask(0, 1, Subject::Flow(FlowSubject { key, ..flow }));
+    assert_eq!(desk.get("p1").scopes(), [Scope::HostPort]);
+    assert_eq!(desk.quote("p1", Scope::HostPort).unwrap(), "icmp 1.2.3.4");
+}
+
+#[test]
+fn only_a_lookup_can_be_allowed_alone() {
+    let mut desk = Desk::default();
+    desk.ask(0, 1, lookup("a.test", 1));
+    desk.ask(0, 2, tcp("1.2.3.4:443", &["a.test"]));
+    let quote = |id: &str| desk.table.quote(&PendingId(id.into()), None, None, true);
+    assert_eq!(quote("p1").unwrap().to_string(), "lookup a.test");
+    assert!(matches!(quote("p2"), Err(AnswerError::NotALookup { .. })));
+}
+
+#[test]
+fn a_late_yes_serves_the_next_attempt() {
+    let mut desk = Desk::default();
+    desk.ask(0, 1, tcp("1.2.3.4:443", &[]));
+    let changes = desk.table.miss_ended(at(30), miss(1), MissEnd::HoldExpired);
+    assert_eq!(changes.changes, [Change::Updated(PendingId("p1".into()))]);
+    assert!(desk.get("p1").is_open() && desk.get("p1").held.is_empty());
+    let answered = desk.approve(200, "p1", None).unwrap();
+    assert!(answered.changes.released.is_empty());
+    assert_eq!(answered.target.to_string(), "tcp 1.2.3.4:443");
+}
+
+#[test]
+fn a_request_whose_guest_gave_up_is_cancelled_unless_it_may_come_back() {
+    let mut desk = Desk::default();
+    desk.ask(0, 1, tcp("1.2.3.4:443", &[]));
+    desk.ask(0, 2, tcp("1.2.3.4:443", &[]));
+    desk.table.miss_ended(at(1), miss(1), MissEnd::GuestGaveUp);
+    assert!(desk.get("p1").is_open(), "another attempt still waits");
+    let changes = desk.table.miss_ended(at(2), miss(2), MissEnd::GuestGaveUp);
+    assert_eq!(changes.changes, [Change::Removed(PendingId("p1".into()))]);
+    assert_eq!(desk.get("p1").state, PendingState::Cancelled);
+
+    desk.ask(10, 3, tcp("1.2.3.4:443", &[]));
+    desk.table.miss_ended(at(40), miss(3), MissEnd::HoldExpired);
+    desk.ask(41, 4, tcp("1.2.3.4:443", &[]));
+    desk.table.miss_ended(at(42), miss(4), MissEnd::GuestGaveUp);
+    assert!(
+        desk.get("p3").is_open(),
+        "a hold ran out before: the guest may try again"
+    );
+    assert_eq!(
+        desk.table.miss_ended(at(43), miss(99), MissEnd::GuestGaveUp),
+        Changes::default()
+    );
+}
+
+#[test]
+fn a_request_lives_ten_minutes_from_its_last_ask() {
+    let mut desk = Desk::default();
+    desk.ask(0, 1, tcp("1.2.3.4:443", &[]));
+    assert_eq!(desk.get("p1").expires_at, at(600));
+    assert_eq!(desk.table.next_expiry(), Some(at(32)));
+    assert_eq!(desk.table.expire(at(31)), Changes::default());
+    let changes = desk.table.expire(at(32));
+    assert_eq!(changes.changes, [Change::Updated(PendingId("p1".into()))]);
+    assert!(
+        changes.released.is_empty(),
+        "the dataplane refused it by its own clock"
+    );
+    assert_eq!(desk.table.next_expiry(), Some(at(600)));
+    desk.ask(100, 2, tcp("1.2.3.4:443", &[]));
+    assert_eq!(desk.get("p1").expires_at, at(700));
+    assert!(desk.table.expire(at(699)).changes.len() == 1 && desk.get("p1").is_open());
+    let changes = desk.table.expire(at(700));
+    assert_eq!(changes.changes, [Change::Removed(PendingId("p1".into()))]);
+    assert_eq!(
+        (desk.get("p1").state, desk.table.next_expiry()),
+        (PendingState::Expired, None)
+    );
+    assert!(matches!(
+        desk.approve(701, "p1", None),
+        Err(AnswerError::NotOpen { .. })
+    ));
+}
+
+#[test]
+fn a_vm_that_stops_takes_its_requests_along() {
+    let mut desk = Desk::default();
+    desk.ask(0, 1, tcp("1.2.3.4:443", &[]));
+    desk.ask(0, 2, lookup("a.test", 1));
+    desk.ask_of(&vm("db"), 0, 3, tcp("1.2.3.4:443", &[]));
+    let changes = desk.table.vm_stopped(at(1), &vm("web").instance);
+    assert_eq!((changes.changes.len(), desk.table.open_count()), (2, 1));
+    assert_eq!(desk.get("p1").state, PendingState::Cancelled);
+    assert_eq!(desk.table.open_count_of(&vm("web").instance), 0);
+}
+
+#[test]
+fn what_a_change_decides_is_answered() {
+    let mut desk = Desk::default();
+    desk.ask(0, 1, tcp("1.2.3.4:443", &["a.test"]));
+    desk.ask(0, 2, tcp("1.2.3.5:443", &["a.test"]));
+    desk.ask(0, 3, tcp("9.9.9.9:443", &[]));
+    let asks = |decided: &'static str| {
+        move |_: &VmView, subject: &Subject| match subject {
+            Subject::Flow(flow) => flow.key.peer.ip().to_string() != decided,
+            Subject::Lookup(_) => true,
+        }
+    };
+    let changes = desk.table.decide_again(at(1), asks("9.9.9.9"));
+    assert_eq!(changes.changes, [Change::Removed(PendingId("p3".into()))]);
+    assert_eq!(changes.released[0].miss, miss(3));
+    assert_eq!(desk.get("p3").state, PendingState::Decided);
+
+    let changes = desk.table.decide_again(at(1), asks("1.2.3.5"));
+    assert_eq!(changes.changes, [Change::Updated(PendingId("p1".into()))]);
+    assert_eq!(
+        changes.released.iter().map(|r| r.miss).collect::<Vec<_>>(),
+        [miss(2)]
+    );
+    assert!(desk.get("p1").is_open());
+    assert_eq!(desk.table.decide_again(at(2), |_, _| true), Changes::default());
+}
+
+#[test]
+fn a_vms_requests_are_capped_and_another_vm_is_not_hurt() {
+    let mut desk = Desk::default();
+    let number = |n: usize| u64::try_from(n).unwrap();
+    let subject = |n: usize| tcp(&format!("1.2.{}.{}:443", n / 250, n % 250), &[]);
+    for n in 0..OPEN_PER_VM_MAX {
+        assert_eq!(desk.ask(0, number(n), subject(n)), opened(number(n)));
+    }
+    for (extra, expected) in [(0, 1), (1, 2)] {
+        let n = OPEN_PER_VM_MAX + extra;
+        match desk.ask(0, number(n), subject(n)) {
+            AskOutcome::Refused {
+                limit: Limit::OpenPerVm,
+                count,
+                reason,
+            } => {
+                assert_eq!(count, expected);
+                assert!(reason.text.contains("1024"), "{reason}");
+            }
+            other => panic!("{other:?}"),
+        }
+    }
+    assert_eq!(
+        desk.ask(0, 5_000, subject(0)),
+        joined(0),
+        "what is asked already may join"
+    );
+    assert_eq!(desk.ask_of(&vm("db"), 0, 6_000, subject(9)), opened(6_000));
+    desk.approve(1, "p0", None).unwrap();
+    assert_eq!(desk.ask(1, 7_000, subject(0)), opened(7_000));
+    assert_eq!(desk.table.refused_count_of(&vm("web").instance), 2);
+}
+
+#[test]
+fn requests_of_all_vms_together_are_capped() {
+    let mut desk = Desk::default();
+    let mut number = 0;
+    for index in 0..OPEN_MAX / OPEN_PER_VM_MAX {
+        let vm = vm(&format!("vm{index}"));
+        for n in 0..OPEN_PER_VM_MAX {
+            number += 1;
+            desk.ask_of(
+                &vm,
+                0,
+                number,
+                tcp(&format!("1.2.{}.{}:443", n / 250, n % 250), &[]),
+            );
+        }
+    }
+    assert_eq!(desk.table.open_count(), OPEN_MAX);
+    let refused = desk.ask_of(&vm("late"), 0, number + 1, tcp("1.2.3.4:443", &[]));
+    assert!(matches!(
+        refused,
+        AskOutcome::Refused {
+            limit: Limit::Open,
+            count: 1,
+            ..
+        }
+    ));
+    assert_eq!(desk.table.expire(at(600)).changes.len(), OPEN_MAX);
+    assert_eq!(desk.table.open_count(), 0);
+    let kept = (1..=number)
+        .filter(|n| desk.table.get(&PendingId(format!("p{n}"))).is_some())
+        .count();
+    assert_eq!(kept, RECENT_MAX);
+}
+
+#[test]
+fn what_is_held_for_one_vm_is_capped() {
+    let mut desk = Desk::default();
+    let most = u64::try_from(HELD_PER_VM_MAX).unwrap();
+    for number in 0..most {
+        desk.ask(0, number, tcp("1.2.3.4:443", &[]));
+    }
+    let refused = desk.ask(0, most, tcp("1.2.3.4:443", &[]));
+    assert!(matches!(
+        refused,
+        AskOutcome::Refused {
+            limit: Limit::HeldPerVm,
+            ..
+        }
+    ));
+    desk.table.miss_ended(at(1), miss(3), MissEnd::Evicted);
+    assert_eq!(desk.ask(1, most, tcp("1.2.3.4:443", &[])), joined(0));
+    assert_eq!(desk.get("p0").held.len(), HELD_PER_VM_MAX);
+}
+
+#[test]
+fn names_of_a_request_are_capped() {
+    let mut desk = Desk::default();
+    for number in 0..40 {
+        desk.ask(
+            0,
+            number,
+            tcp("1.2.3.4:443", &["a.test", format!("n{number}.test").as_str()]),
+        );
+    }
+    assert_eq!(desk.get("p0").names.len(), NAMES_PER_REQUEST_MAX);
+    assert_eq!(desk.get("p0").names[0].as_str(), "a.test");
+}
+
+#[test]
+fn ids_are_found_by_a_prefix_that_fits_one() {
+    let mut desk = Desk::default();
+    desk.ask(0, 10, tcp("1.2.3.4:443", &[]));
+    desk.ask(0, 12, tcp("1.2.3.4:80", &[]));
+    let found = |desk: &Desk, prefix: &str| desk.table.find(prefix).map(|r| r.id.0.clone());
+    assert_eq!(found(&desk, "p12").unwrap(), "p12");
+    let many = FindError::Ambiguous {
+        prefix: "p1".into(),
+        count: 2,
+    };
+    assert_eq!(found(&desk, "p1"), Err(many));
+    desk.approve(1, "p12", None).unwrap();
+    assert_eq!(found(&desk, "p1").unwrap(), "p10", "open ones come first");
+    assert_eq!(
+        found(&desk, "p12").unwrap(),
+        "p12",
+        "lately answered ones are found too"
+    );
+    for none in ["", "x"] {
+        assert_eq!(found(&desk, none), Err(FindError::NotFound(none.into())));
+    }
+}

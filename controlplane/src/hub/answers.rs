@@ -1,0 +1,349 @@
+//! People's answers: approvals, denials, and grants made and revoked by themselves.
+
+use vnet_proto::model::{Budget, Target, VmSelector};
+use vnet_proto::v1;
+
+use super::decide::context;
+use super::events::about;
+use super::{Hub, REQUEST_IDS_MAX, State, Ticket, ids};
+use crate::approval::{Answer, Scope};
+use crate::clock::Now;
+use crate::convert;
+use crate::grant::{Grant, GrantAction, GrantId, Lifetime};
+use crate::policy::overruled_by;
+use crate::refusal::Refusal;
+use crate::store::{Durable, Write};
+
+/// Characters kept of a reason.
+const REASON_CHARS_MAX: usize = 1_024;
+
+/// An answer to a pending request.
+#[derive(Debug)]
+pub struct Reply<'a> {
+    /// The request's id or a prefix of it.
+    pub id: &'a str,
+    /// If not empty, the etag of what was shown.
+    pub etag: &'a str,
+    /// Yes or no.
+    pub answer: Answer,
+    /// How wide; `None`: the narrowest.
+    pub scope: Option<Scope>,
+    /// How long; `None`: until the VM stops.
+    pub lifetime: Option<Lifetime>,
+    /// For which VMs; `None`: the one that asked.
+    pub vms: Option<VmSelector>,
+    /// Why.
+    pub reason: &'a str,
+    /// For a name: only the lookup.
+    pub lookup_only: bool,
+    /// Who answers.
+    pub actor: &'a str,
+}
+
+/// A grant to be made.
+#[derive(Debug)]
+pub struct NewGrant<'a> {
+    /// What it does.
+    pub action: GrantAction,
+    /// What it is for.
+    pub target: Target,
+    /// For which VMs; `None`: the only one.
+    pub vms: Option<VmSelector>,
+    /// How long.
+    pub lifetime: Lifetime,
+    /// Why.
+    pub reason: &'a str,
+    /// If not empty, the client's id of the call.
+    pub request_id: &'a str,
+    /// Who makes it.
+    pub actor: &'a str,
+}
+
+impl Hub {
+    /// The open requests of these VMs, oldest first.
+    pub fn pending(&self, filter: Option<&VmSelector>) -> Vec<v1::PendingRequest> {
+        self.read(|state, _| {
+            let open = state.pending.open().into_iter();
+            open.filter(|r| filter.is_none_or(|f| f.matches(&r.vm.name, &r.vm.labels)))
+                .map(convert::request)
+                .collect()
+        })
+    }
+
+    /// One request, open or lately answered.
+    ///
+    /// # Errors
+    /// [`Refusal`] if none, or several, have ids that begin so.
+    pub fn pending_request(&self, prefix: &str) -> Result<v1::PendingRequest, Refusal> {
+        self.read(|state, _| Ok(convert::request(state.pending.find(prefix)?)))
+    }
+
+    /// Answers a request.
+    ///
+    /// # Errors
+    /// [`Refusal`]: nothing changed.
+    pub fn reply(&self, reply: &Reply<'_>) -> Result<(v1::PendingRequest, v1::Grant, Durable), Refusal> {
+        let (result, durable) = self.with(|state, now| state.reply(now, reply));
+        result.map(|(request, grant)| (request, grant, durable))
+    }
+
+    /// Grants in force, newest first, perhaps only those that reach one VM.
+    ///
+    /// # Errors
+    /// [`Refusal::NotFound`] if that VM is not there.
+    pub fn grants(&self, vm: &str) -> Result<Vec<v1::Grant>, Refusal> {
+        self.read(|state, _| {
+            let view = match vm {
+                "" => None,
+                name => Some(
+                    state
+                        .fleet
+                        .vms
+                        .get(name)
+                        .map(|vm| vm.view.clone())
+                        .ok_or_else(|| {
+                            Refusal::NotFound(format!(
+                                "there is no VM {name:?}; list them with: vnetctl vm list"
+                            ))
+                        })?,
+                ),
+            };
+            let all = state.grants.newest_first().into_iter();
+            Ok(all
+                .filter(|g| view.as_ref().is_none_or(|v| g.reaches(v)))
+                .map(|g| convert::grant(g))
+                .collect())
+        })
+    }
+
+    /// Makes a grant. Also says how many open requests it answered; the ticket is unset where the same
+    /// request was made before.
+    ///
+    /// # Errors
+    /// [`Refusal`]: nothing changed.
+    pub fn create_grant(
+        &self,
+        new: NewGrant<'_>,
+    ) -> Result<(v1::Grant, u32, Option<Ticket>, Durable), Refusal> {
+        let (result, durable) = self.with(|state, now| state.create_grant(now, new));
+        result.map(|(grant, answered, ticket)| (grant, answered, ticket, durable))
+    }
+
+    /// Ends a grant.
+    ///
+    /// # Errors
+    /// [`Refusal`] if none, or several, have ids that begin so.
+    pub fn revoke_grant(&self, prefix: &str, actor: &str) -> Result<(v1::Grant, Ticket, Durable), Refusal> {
+        let (result, durable) = self.with(|state, now| {
+            let id = state.grants.find(prefix)?.id.clone();
+            let grant = state
+                .grants
+                .remove(&id)
+                .ok_or_else(|| Refusal::NotFound(id.0.clone()))?;
+            state.grant_ended(now, &grant, "it was revoked", actor);
+            let ticket = state.ticket();
+            state.change(
+                now,
+                Some(&ticket),
+                |vm| grant.reaches(&vm.view),
+                "its grant was revoked",
+            );
+            Ok((convert::grant(&grant), ticket))
+        });
+        result.map(|(grant, ticket)| (grant, ticket, durable))
+    }
+}
+
+impl State {
+    fn reply(&mut self, now: Now, reply: &Reply<'_>) -> Result<(v1::PendingRequest, v1::Grant), Refusal> {
+        let id = self.pending.find(reply.id)?.id.clone();
+        let etag = (!reply.etag.is_empty()).then_some(reply.etag);
+        let target = self.pending.quote(&id, etag, reply.scope, reply.lookup_only)?;
+        let asker = self.pending.find(&id.0)?.vm.clone();
+        let action = match reply.answer {
+            Answer::Approve => GrantAction::Allow,
+            Answer::Deny => GrantAction::Deny,
+        };
+        let mut grant = Grant::new(
+            self.fresh_grant_id(),
+            action,
+            target,
+            reply
+                .vms
+                .clone()
+                .unwrap_or_else(|| VmSelector::named(asker.name.clone())),
+            reply.lifetime.unwrap_or(Lifetime::UntilVmStops),
+            Budget::default(),
+            reply.actor.to_owned(),
+            now.steady,
+        );
+        if !grant.vms.matches(&asker.name, &asker.labels) {
+            let text = format!("{} does not select VM {}, which asks", grant.vms, asker.name);
+            return Err(Refusal::field("vms", text));
+        }
+        grant.reason = shorten(reply.reason);
+        grant.pending_id = id.0.clone();
+        self.bind_to_instances(&mut grant)?;
+        self.check_overruled(&grant)?;
+        let grant_id = grant.id.clone();
+        let grant = self.grants.insert(grant)?;
+        let answered = self.pending.answer(
+            now.steady,
+            &id,
+            etag,
+            reply.answer,
+            reply.scope,
+            reply.lookup_only,
+            grant_id.clone(),
+        );
+        let answered = match answered {
+            Ok(answered) => answered,
+            Err(e) => {
+                self.grants.remove(&grant_id);
+                return Err(e.into());
+            }
+        };
+        self.grant_made(now, &grant, reply.actor);
+        // What was held for this very question comes before others that its grant may decide.
+        self.revoke(None, |vm| grant.reaches(&vm.view));
+        self.cut_disallowed(None, |vm| grant.reaches(&vm.view), "denied");
+        self.take_up(now, answered.changes);
+        self.decide_pending(now);
+        let request = convert::request(self.pending.find(&id.0)?);
+        Ok((
+            request,
+            convert::grant(self.grants.get(&grant_id).unwrap_or(&grant)),
+        ))
+    }
+
+    fn create_grant(
+        &mut self,
+        now: Now,
+        new: NewGrant<'_>,
+    ) -> Result<(v1::Grant, u32, Option<Ticket>), Refusal> {
+        if !new.request_id.is_empty()
+            && let Some((_, grant)) = self.request_ids.iter().find(|(id, _)| id == new.request_id)
+        {
+            return Ok((grant.clone(), 0, None));
+        }
+        let vms = match new.vms {
+            Some(vms) => vms,
+            None => VmSelector::named(self.only_vm("")?),
+        };
+        let mut grant = Grant::new(
+            self.fresh_grant_id(),
+            new.action,
+            new.target,
+            vms,
+            new.lifetime,
+            Budget::default(),
+            new.actor.to_owned(),
+            now.steady,
+        );
+        grant.reason = shorten(new.reason);
+        self.bind_to_instances(&mut grant)?;
+        self.check_overruled(&grant)?;
+        let grant = self.grants.insert(grant)?;
+        let message = convert::grant(&grant);
+        self.grant_made(now, &grant, new.actor);
+        if !new.request_id.is_empty() {
+            if self.request_ids.len() >= REQUEST_IDS_MAX {
+                self.request_ids.pop_front();
+            }
+            self.request_ids
+                .push_back((new.request_id.to_owned(), message.clone()));
+        }
+        let ticket = self.ticket();
+        let reaches = |vm: &crate::fleet::Vm| grant.reaches(&vm.view);
+        let before = self.pending.open_count();
+        self.change(now, Some(&ticket), reaches, "denied");
+        let answered = before.saturating_sub(self.pending.open_count());
+        Ok((message, u32::try_from(answered).unwrap_or(u32::MAX), Some(ticket)))
+    }
+
+    fn fresh_grant_id(&self) -> GrantId {
+        loop {
+            let id = GrantId(ids::random());
+            if self.grants.get(&id).is_none() {
+                return id;
+            }
+        }
+    }
+
+    /// Binds an "until the VM stops" grant to the attachments that it selects now.
+    fn bind_to_instances(&self, grant: &mut Grant) -> Result<(), Refusal> {
+        if grant.lifetime != Lifetime::UntilVmStops {
+            return Ok(());
+        }
+        let selected = self
+            .fleet
+            .vms
+            .values()
+            .filter(|vm| grant.vms.matches(&vm.view.name, &vm.view.labels));
+        grant.instances = selected.map(|vm| vm.view.instance.clone()).collect();
+        if grant.instances.is_empty() {
+            return Err(Refusal::Precondition {
+                reason: "NO_VM",
+                text: format!(
+                    "no VM is attached that {} selects, so none can stop; choose another lifetime",
+                    grant.vms
+                ),
+            });
+        }
+        Ok(())
+    }
+
+    /// Refuses an allow that a rule makes void for every VM that it reaches.
+    fn check_overruled(&mut self, grant: &Grant) -> Result<(), Refusal> {
+        let mut rule = None;
+        for vm in self.fleet.vms.values().filter(|vm| grant.reaches(&vm.view)) {
+            let Some(dataplane) = self.fleet.dataplanes.get(&vm.dataplane) else {
+                continue;
+            };
+            match overruled_by(&context(vm, &dataplane.guarded, None), grant) {
+                Some(found) => rule = Some((found, vm.view.name.clone())),
+                None => return Ok(()),
+            }
+        }
+        match rule {
+            None => Ok(()),
+            Some((rule, vm)) => Err(Refusal::Precondition {
+                reason: "OVERRULED",
+                text: format!(
+                    "{rule} denies {} for VM {vm}, and no grant overrules a rule; change the policy",
+                    grant.target
+                ),
+            }),
+        }
+    }
+
+    fn grant_made(&mut self, now: Now, grant: &Grant, actor: &str) {
+        // One for once is void in a minute; it is not worth a restart's while.
+        if grant.lifetime != Lifetime::Once {
+            self.writes.push(Write::PutGrant(convert::to_store(grant)));
+        }
+        let vm = grant.vms.name().unwrap_or_default();
+        let text = format!(
+            "grant {}: {} {} for {}",
+            grant.id, grant.action, grant.target, grant.vms
+        );
+        let event = about(v1::EventKind::GrantCreated, vm, text);
+        self.event(
+            now,
+            v1::Event {
+                subject: grant.id.0.clone(),
+                actor: actor.to_owned(),
+                action: match grant.action {
+                    GrantAction::Allow => v1::Action::Allow,
+                    GrantAction::Deny => v1::Action::Deny,
+                }
+                .into(),
+                ..event
+            },
+        );
+    }
+}
+
+fn shorten(text: &str) -> String {
+    text.chars().take(REASON_CHARS_MAX).collect()
+}

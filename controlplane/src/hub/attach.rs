@@ -1,0 +1,616 @@
+//! Dataplanes and VMs come and go.
+
+use std::collections::{BTreeMap, HashMap};
+use std::net::IpAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::sync::{mpsc, oneshot};
+use tonic::Status;
+use vnet_proto::model::{Malformed, Miss, Mode, VmId, address_from_bytes};
+use vnet_proto::v1;
+use vnet_proto::v1::session_request::Message;
+
+use super::events::about;
+use super::{HEARTBEAT, Hub, LEASE, State};
+use crate::clock::Now;
+use crate::convert;
+use crate::fleet::{self, DATAPLANES_MAX, Dataplane, DataplaneNo, LOOKUP_HOLD, Link, VMS_MAX, Vm};
+use crate::grant::{VmGrants, VmView};
+use crate::policy::{Effective, GuardedRanges, Modes, OwnPolicy};
+
+/// The version of the session's conversation.
+const PROTOCOL_VERSION: u32 = 1;
+/// Messages that a session may fall behind.
+pub(crate) const OUTBOX_MAX: usize = 65_536;
+/// How long a flow is held where no policy says.
+const HOLD: Duration = Duration::from_secs(30);
+
+/// One session of one dataplane.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct SessionKey {
+    dataplane: DataplaneNo,
+    session: u64,
+}
+
+/// What a session's task holds.
+#[derive(Debug)]
+pub(crate) struct Attachment {
+    /// Which session.
+    pub(crate) key: SessionKey,
+    /// Messages for its dataplane, Welcome first.
+    pub(crate) outbox: mpsc::Receiver<v1::SessionResponse>,
+    /// Says that it is to end, and how.
+    pub(crate) end: oneshot::Receiver<Status>,
+}
+
+impl Hub {
+    /// A dataplane says Hello.
+    pub(crate) fn attach(&self, hello: v1::Hello) -> Result<Attachment, Status> {
+        self.read(|state, now| state.attach(now, hello))
+    }
+
+    /// A dataplane says something else.
+    pub(crate) fn handle(&self, key: SessionKey, message: Message) -> Result<(), Status> {
+        self.read(|state, now| {
+            if !state.is_current(key) {
+                return Err(Status::aborted("another session of the same dataplane took over"));
+            }
+            state.handle(now, key.dataplane, message)
+        })
+    }
+
+    /// Says that the controlplane is there.
+    pub(crate) fn heartbeat(&self, key: SessionKey) {
+        self.read(|state, _| {
+            if state.is_current(key)
+                && let Some(dataplane) = state.fleet.dataplanes.get_mut(&key.dataplane)
+            {
+                let epoch = Some(dataplane.epoch.into());
+                dataplane.send(v1::session_response::Message::Heartbeat(v1::Heartbeat { epoch }));
+            }
+        });
+    }
+
+    /// A session is over.
+    pub(crate) fn detach(&self, key: SessionKey) {
+        self.read(|state, now| {
+            if state.is_current(key) {
+                state.session_lost(now, key.dataplane);
+            }
+        });
+    }
+}
+
+impl State {
+    fn is_current(&self, key: SessionKey) -> bool {
+        let dataplane = self.fleet.dataplanes.get(&key.dataplane);
+        dataplane
+            .and_then(|d| d.link.as_ref())
+            .is_some_and(|link| link.session == key.session)
+    }
+
+    fn attach(&mut self, now: Now, hello: v1::Hello) -> Result<Attachment, Status> {
+        if hello.protocol_version != PROTOCOL_VERSION {
+            return Err(Status::failed_precondition(format!(
+                "protocol version {} is not spoken here (expected {PROTOCOL_VERSION})",
+                hello.protocol_version
+            )));
+        }
+        if hello.boot_id.len() != 16 {
+            let length = hello.boot_id.len();
+            return Err(Status::invalid_argument(format!(
+                "boot_id is {length} bytes long (expected 16)"
+            )));
+        }
+        // Everything is read before anything is changed.
+        let subnet = optional("subnet", &hello.subnet, |t| t.parse::<ipnet::IpNet>().ok())?;
+        let host_alias = optional("host_alias", &hello.host_alias, |t| t.parse::<IpAddr>().ok())?;
+        let host = hello.host_addresses.clone().unwrap_or_default();
+        let host_addresses = host_addresses(&host).map_err(malformed)?;
+        let ups = hello
+            .vms
+            .into_iter()
+            .map(VmFacts::read)
+            .collect::<Result<Vec<_>, _>>()?;
+
+        let known = self
+            .fleet
+            .dataplanes
+            .iter()
+            .find(|(_, d)| d.boot_id == hello.boot_id)
+            .map(|(n, _)| *n);
+        let number = match known {
+            Some(number) => number,
+            None if self.fleet.dataplanes.len() >= DATAPLANES_MAX => {
+                self.metrics.limits_reached.add(1);
+                return Err(Status::resource_exhausted(format!(
+                    "{DATAPLANES_MAX} dataplanes are known, which is the limit"
+                )));
+            }
+            None => {
+                self.last_dataplane += 1;
+                self.last_dataplane
+            }
+        };
+        let taken = |name: &str| {
+            self.fleet
+                .dataplanes
+                .iter()
+                .any(|(n, d)| *n != number && d.name == name)
+        };
+        let mut name = hello.dataplane.clone();
+        let mut suffix = 2;
+        while taken(&name) {
+            name = format!("{}-{suffix}", hello.dataplane);
+            suffix += 1;
+        }
+
+        self.last_session += 1;
+        let key = SessionKey {
+            dataplane: number,
+            session: self.last_session,
+        };
+        let (outbox, messages) = mpsc::channel(OUTBOX_MAX);
+        let (end, ended) = oneshot::channel();
+        let previous = self.fleet.dataplanes.remove(&number);
+        let mut dataplane = Dataplane {
+            name,
+            boot_id: hello.boot_id,
+            network: hello.network,
+            link: Some(Link {
+                session: key.session,
+                outbox,
+                end: Some(end),
+            }),
+            lost_at: None,
+            epoch: self.epoch,
+            subnet,
+            host_alias,
+            guarded: GuardedRanges::new(subnet, host_alias, host_addresses),
+            vms: HashMap::new(),
+            flows: HashMap::new(),
+            forwards: hello.forwards,
+            zones: hello.zones,
+            outstanding: HashMap::new(),
+            last_command: 0,
+        };
+        let mut old_flows = HashMap::new();
+        if let Some(mut previous) = previous {
+            if let Some(end) = previous.link.as_mut().and_then(|link| link.end.take()) {
+                let _ = end.send(Status::aborted("another session of the same dataplane took over"));
+            }
+            dataplane.last_command = previous.last_command;
+            dataplane.vms = std::mem::take(&mut previous.vms);
+            old_flows = std::mem::take(&mut previous.flows);
+            let stranded = Dataplane {
+                vms: HashMap::new(),
+                flows: HashMap::new(),
+                ..previous
+            };
+            self.fleet.dataplanes.insert(number, stranded);
+            self.give_up_outstanding(number);
+        }
+        let gone: Vec<VmId> = dataplane
+            .vms
+            .keys()
+            .copied()
+            .filter(|h| !ups.iter().any(|up| up.handle == *h))
+            .collect();
+        let text = format!("dataplane {} connected", dataplane.name);
+        tracing::info!(
+            dataplane = dataplane.name,
+            network = dataplane.network,
+            "dataplane connected"
+        );
+        self.fleet.dataplanes.insert(number, dataplane);
+        self.event(
+            now,
+            v1::Event {
+                kind: v1::EventKind::DataplaneConnected.into(),
+                text,
+                ..Default::default()
+            },
+        );
+        for handle in gone {
+            self.vm_down(now, number, handle);
+        }
+        // Flows that are still there are told again below, and keep nothing of the old session.
+        for (_, flow) in old_flows {
+            if let Some(vm) = self.fleet.vms.get_mut(&flow.vm) {
+                vm.live_flows = vm.live_flows.saturating_sub(1);
+            }
+            self.publish_flow(v1::FlowChange::Removed, &flow);
+        }
+        let mut settings = Vec::new();
+        for up in ups {
+            match self.vm_up(now, number, up) {
+                Ok(one) => settings.push(one),
+                Err(status) => {
+                    self.session_lost(now, number);
+                    return Err(status);
+                }
+            }
+        }
+        self.send(
+            number,
+            v1::session_response::Message::Welcome(v1::Welcome {
+                epoch: Some(self.epoch.into()),
+                lease: convert::span(LEASE),
+                heartbeat_interval: convert::span(HEARTBEAT),
+                hold: convert::span(HOLD),
+                vms: settings,
+                closed_addresses: Vec::new(),
+            }),
+        );
+        for flow in hello.live_flows {
+            self.count_malformed(|state| state.handle_flow_opened(now, number, flow));
+        }
+        for binding in hello.bindings {
+            self.count_malformed(|state| state.handle_binding(now, number, binding));
+        }
+        Ok(Attachment {
+            key,
+            outbox: messages,
+            end: ended,
+        })
+    }
+
+    fn handle(&mut self, now: Now, number: DataplaneNo, message: Message) -> Result<(), Status> {
+        match message {
+            Message::Hello(_) => return Err(Status::failed_precondition("a second hello")),
+            Message::Miss(miss) => {
+                self.count_malformed(|state| {
+                    let miss = Miss::try_from(miss)?;
+                    state.handle_miss(now, number, miss);
+                    Ok(())
+                });
+            }
+            Message::MissEnded(ended) => self.handle_miss_ended(now, number, ended),
+            Message::FlowOpened(flow) => {
+                let id = vnet_proto::model::FlowId(flow.flow_id);
+                if !self.count_malformed(|state| state.handle_flow_opened(now, number, flow)) {
+                    // What cannot be read cannot be judged.
+                    self.cut(None, number, vec![id], "its report is malformed");
+                }
+            }
+            Message::FlowClosed(flow) => self.handle_flow_closed(now, number, flow),
+            Message::FlowStats(stats) => self.handle_flow_stats(number, stats),
+            Message::Decided(decided) => {
+                self.count_malformed(|state| state.handle_decided(now, number, decided));
+            }
+            Message::Binding(binding) => {
+                self.count_malformed(|state| state.handle_binding(now, number, binding));
+            }
+            Message::VmUp(up) => {
+                let facts = VmFacts::read(up)?;
+                let again = self.fleet.vm_of(number, facts.handle).is_some();
+                let settings = self.vm_up(now, number, facts)?;
+                let name = settings.name.clone();
+                self.send(number, v1::session_response::Message::VmSettings(settings));
+                if again {
+                    // It may have brought another policy, mode or labels than before.
+                    self.change(now, None, |vm| vm.view.name == name, "the VM attached anew");
+                }
+            }
+            Message::VmStatus(status) => self.vm_status(now, number, status),
+            Message::VmDown(down) => self.vm_down(now, number, VmId(down.vm)),
+            Message::HostAddresses(addresses) => {
+                self.count_malformed(|state| state.host_addresses(number, &addresses));
+            }
+            Message::Ack(ack) => self.handle_ack(now, number, ack),
+            Message::Heartbeat(_) => {}
+        }
+        Ok(())
+    }
+
+    /// A malformed message changes nothing and ends nothing: a guest may have had a hand in it.
+    fn count_malformed(&mut self, f: impl FnOnce(&mut Self) -> Result<(), Malformed>) -> bool {
+        match f(self) {
+            Ok(()) => true,
+            Err(e) => {
+                self.metrics.malformed.add(1);
+                tracing::debug!(error = %e, "malformed message of a dataplane");
+                false
+            }
+        }
+    }
+
+    /// The addresses that the host owns changed; the dataplane has voided its cache by itself.
+    fn host_addresses(&mut self, number: DataplaneNo, message: &v1::HostAddresses) -> Result<(), Malformed> {
+        let addresses = host_addresses(message)?;
+        if let Some(dataplane) = self.fleet.dataplanes.get_mut(&number) {
+            dataplane.guarded = GuardedRanges::new(dataplane.subnet, dataplane.host_alias, addresses);
+        }
+        // A verdict made a moment ago may have been widened over what is now guarded.
+        self.revoke(None, |vm| vm.dataplane == number);
+        self.cut_disallowed(None, |vm| vm.dataplane == number, "the host's addresses changed");
+        Ok(())
+    }
+
+    fn vm_up(&mut self, now: Now, number: DataplaneNo, up: VmFacts) -> Result<v1::VmSettings, Status> {
+        let Some(dataplane) = self.fleet.dataplanes.get(&number) else {
+            return Err(Status::aborted("the session is over"));
+        };
+        let instance = fleet::instance(&dataplane.boot_id, up.handle);
+        let known = dataplane.vms.get(&up.handle).cloned();
+        // Whoever had the name and is lost makes room: its dataplane was started again, most likely.
+        if known.is_none()
+            && let Some(lost) = self.fleet.vms.get(&up.name).filter(|vm| vm.lost)
+        {
+            let (number, handle) = (lost.dataplane, lost.handle);
+            self.vm_down(now, number, handle);
+        }
+        if known.is_none() && self.fleet.vms.len() >= VMS_MAX {
+            self.metrics.limits_reached.add(1);
+            return Err(Status::resource_exhausted(format!(
+                "{VMS_MAX} VMs are known, which is the limit"
+            )));
+        }
+        let name = known.clone().unwrap_or_else(|| self.fleet.free_name(&up.name));
+        // All but quarantine was set for one attachment.
+        let set = self.set.get(&name).cloned().unwrap_or_default();
+        let set = if set.instance == instance.0 {
+            set
+        } else {
+            let quarantined = set.mode == v1::Mode::Quarantine;
+            crate::store::StoredVm {
+                mode: if quarantined {
+                    v1::Mode::Quarantine
+                } else {
+                    v1::Mode::Unspecified
+                },
+                ..Default::default()
+            }
+        };
+        if let Some((_, waiting)) = &mut self.restored {
+            waiting.remove(&instance.0);
+        }
+        let labels = Vm::merged_labels(&up.labels, &set);
+        let view = VmView {
+            name: name.clone(),
+            labels,
+            instance,
+        };
+        let old = self.fleet.vms.remove(&name);
+        let (live_flows, bindings, denied) = old
+            .map(|vm| (vm.live_flows, vm.bindings, vm.denied))
+            .unwrap_or_default();
+        let effective = Arc::new(Effective::compose(&view, None, None, Modes::default()));
+        let vm = Vm {
+            view,
+            handle: up.handle,
+            dataplane: number,
+            attached: up.attached,
+            lost: false,
+            host_labels: up.labels,
+            set,
+            own_policy: up.own_policy,
+            own_mode: up.mode,
+            effective,
+            grants: VmGrants::default(),
+            transport: up.transport,
+            lookup_hold: up.lookup_hold,
+            attached_at: up.attached_at,
+            addresses: up.addresses,
+            mac: up.mac,
+            claimed_hostname: String::new(),
+            dropped_frames: BTreeMap::new(),
+            live_flows,
+            bindings,
+            denied,
+        };
+        let effective = Arc::new(self.compose(&vm));
+        let vm = Vm {
+            grants: self.grants.for_vm(&vm.view),
+            effective,
+            ..vm
+        };
+        self.fleet.vms.insert(name.clone(), vm);
+        if let Some(dataplane) = self.fleet.dataplanes.get_mut(&number) {
+            dataplane.vms.insert(up.handle, name.clone());
+        }
+        if known.is_none() {
+            self.event(
+                now,
+                about(v1::EventKind::VmAttached, &name, format!("{name} attached")),
+            );
+        }
+        let change = if known.is_none() {
+            v1::VmChange::Added
+        } else {
+            v1::VmChange::Updated
+        };
+        self.publish_vm(change, &name);
+        self.settings_of(&name)
+            .ok_or_else(|| Status::internal("the VM is not there"))
+    }
+
+    /// What a VM's dataplane must know of how it is treated.
+    pub(super) fn settings_of(&self, name: &str) -> Option<v1::VmSettings> {
+        let vm = self.fleet.vms.get(name)?;
+        Some(v1::VmSettings {
+            vm: vm.handle.0,
+            name: name.to_owned(),
+            switch_open: vm.effective.is_switch_open(),
+            forwards_closed: vm.effective.closes_forwards(),
+            lookup_hold: convert::span(vm.lookup_hold.min(vm.effective.approval_timeout())),
+        })
+    }
+
+    fn vm_status(&mut self, now: Now, number: DataplaneNo, status: v1::VmStatus) {
+        let name = self
+            .fleet
+            .dataplanes
+            .get(&number)
+            .and_then(|d| d.vms.get(&VmId(status.vm)))
+            .cloned();
+        let Some(vm) = name.as_ref().and_then(|name| self.fleet.vms.get_mut(name)) else {
+            self.metrics.stray.add(1);
+            return;
+        };
+        let was_attached = std::mem::replace(&mut vm.attached, status.attached);
+        vm.addresses = status.addresses;
+        vm.mac = status.mac;
+        vm.claimed_hostname = status.claimed_hostname;
+        vm.dropped_frames = status.dropped_frames.into_iter().collect();
+        let name = vm.view.name.clone();
+        match (was_attached, status.attached) {
+            (true, false) => {
+                self.event(
+                    now,
+                    about(v1::EventKind::VmDetached, &name, format!("{name} detached")),
+                );
+            }
+            (false, true) => {
+                self.event(
+                    now,
+                    about(v1::EventKind::VmAttached, &name, format!("{name} attached")),
+                );
+            }
+            _ => {}
+        }
+        self.publish_vm(v1::VmChange::Updated, &name);
+    }
+
+    /// A VM's link is gone for good.
+    fn vm_down(&mut self, now: Now, number: DataplaneNo, handle: VmId) {
+        let Some(dataplane) = self.fleet.dataplanes.get_mut(&number) else {
+            return;
+        };
+        let Some(name) = dataplane.vms.remove(&handle) else {
+            self.metrics.stray.add(1);
+            return;
+        };
+        let flows: Vec<_> = dataplane.flows.extract_if(|_, flow| flow.vm == name).collect();
+        for (_, flow) in flows {
+            self.flow_ended(now, flow, v1::FlowEnd::VmDown);
+        }
+        let Some(instance) = self.fleet.vms.get(&name).map(|vm| vm.view.instance.clone()) else {
+            return;
+        };
+        self.instance_stopped(now, &instance);
+        self.publish_vm(v1::VmChange::Removed, &name);
+        self.fleet.vms.remove(&name);
+        self.event(
+            now,
+            about(v1::EventKind::VmDetached, &name, format!("{name} is gone")),
+        );
+    }
+
+    fn session_lost(&mut self, now: Now, number: DataplaneNo) {
+        let Some(dataplane) = self.fleet.dataplanes.get_mut(&number) else {
+            return;
+        };
+        dataplane.link = None;
+        dataplane.lost_at = Some(now.steady);
+        let name = dataplane.name.clone();
+        let vms: Vec<String> = dataplane.vms.values().cloned().collect();
+        tracing::info!(dataplane = name, "dataplane lost");
+        self.give_up_outstanding(number);
+        for vm in vms {
+            if let Some(vm) = self.fleet.vms.get_mut(&vm) {
+                vm.lost = true;
+            }
+            self.publish_vm(v1::VmChange::Updated, &vm);
+        }
+        self.event(
+            now,
+            v1::Event {
+                kind: v1::EventKind::DataplaneLost.into(),
+                text: format!("the session of dataplane {name} ended"),
+                ..Default::default()
+            },
+        );
+        if self
+            .fleet
+            .dataplanes
+            .get(&number)
+            .is_some_and(|d| d.vms.is_empty())
+        {
+            self.remove_dataplane(now, number);
+        }
+    }
+
+    /// A lost dataplane's time is over.
+    pub(super) fn remove_dataplane(&mut self, now: Now, number: DataplaneNo) {
+        let handles: Vec<VmId> = self
+            .fleet
+            .dataplanes
+            .get(&number)
+            .map(|d| d.vms.keys().copied().collect())
+            .unwrap_or_default();
+        for handle in handles {
+            self.vm_down(now, number, handle);
+        }
+        self.fleet.dataplanes.remove(&number);
+    }
+}
+
+/// What a VmUp says, checked.
+struct VmFacts {
+    handle: VmId,
+    name: String,
+    labels: BTreeMap<String, String>,
+    transport: String,
+    own_policy: Option<Arc<OwnPolicy>>,
+    mode: Option<Mode>,
+    lookup_hold: Duration,
+    attached_at: Option<std::time::SystemTime>,
+    attached: bool,
+    addresses: Vec<String>,
+    mac: String,
+}
+
+impl VmFacts {
+    fn read(up: v1::VmUp) -> Result<Self, Status> {
+        fleet::check_name(&up.name).map_err(Status::invalid_argument)?;
+        let own_policy = up
+            .own_policy
+            .map(|own| OwnPolicy::parse(&own.source, &own.document, &own.rules))
+            .transpose()
+            .map_err(|e| Status::from(crate::refusal::Refusal::Document(e)))?;
+        let mode = v1::Mode::try_from(up.mode)
+            .map_err(|_| Malformed::Enum {
+                field: "vm_up.mode",
+                value: up.mode,
+            })
+            .and_then(Option::<Mode>::try_from)
+            .map_err(malformed)?;
+        let patience = up.resolver_patience.and_then(|p| Duration::try_from(p).ok());
+        Ok(Self {
+            handle: VmId(up.vm),
+            name: up.name,
+            labels: up.labels.into_iter().collect(),
+            transport: up.transport,
+            own_policy: own_policy.map(Arc::new),
+            mode,
+            lookup_hold: patience.unwrap_or(LOOKUP_HOLD),
+            attached_at: convert::time(up.attached_at),
+            attached: up.attached,
+            addresses: up.addresses,
+            mac: up.mac,
+        })
+    }
+}
+
+fn optional<T>(field: &str, text: &str, parse: impl FnOnce(&str) -> Option<T>) -> Result<Option<T>, Status> {
+    if text.is_empty() {
+        return Ok(None);
+    }
+    parse(text)
+        .map(Some)
+        .ok_or_else(|| Status::invalid_argument(format!("hello.{field} is {text:?}, which does not parse")))
+}
+
+fn host_addresses(message: &v1::HostAddresses) -> Result<Vec<IpAddr>, Malformed> {
+    message
+        .addresses
+        .iter()
+        .map(|a| address_from_bytes("host_addresses.addresses", a))
+        .collect()
+}
+
+fn malformed(error: Malformed) -> Status {
+    crate::refusal::Refusal::from(error).into()
+}

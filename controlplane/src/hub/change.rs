@@ -1,0 +1,313 @@
+//! Changes: whatever can alter a decision raises the epoch, revokes what was decided before on every
+//! dataplane concerned, cuts live flows that are no longer allowed, and decides open questions anew.
+
+use std::collections::HashMap;
+
+use tokio::sync::oneshot;
+use vnet_proto::model::{CommandId, FlowId};
+use vnet_proto::v1;
+
+use super::{ACK_WAIT, Hub, State};
+use crate::clock::Now;
+use crate::fleet::{Dataplane, DataplaneNo, OUTSTANDING_MAX, Outstanding, Vm};
+use crate::policy::Outcome;
+
+/// A change that is not yet acknowledged everywhere.
+#[derive(Debug, Default)]
+pub(super) struct Change {
+    waiting: HashMap<DataplaneNo, usize>,
+    acknowledged: u32,
+    silent: Vec<String>,
+    flows: u64,
+    done: Option<oneshot::Sender<()>>,
+}
+
+/// Stands for a change that somebody waits for.
+#[derive(Debug)]
+pub struct Ticket {
+    id: u64,
+    done: oneshot::Receiver<()>,
+}
+
+impl Hub {
+    /// Waits, for a bounded time, until every dataplane concerned has acknowledged a change.
+    pub async fn report(&self, ticket: Ticket) -> v1::CutReport {
+        let in_time = tokio::time::timeout(ACK_WAIT, ticket.done).await.is_ok();
+        if !in_time {
+            self.metrics.changes_unacknowledged.add(1);
+        }
+        self.read(|state, _| {
+            let Some(change) = state.changes.remove(&ticket.id) else {
+                return v1::CutReport::default();
+            };
+            let mut silent = change.silent;
+            let names = change
+                .waiting
+                .keys()
+                .filter_map(|n| state.fleet.dataplanes.get(n));
+            silent.extend(names.map(|d| d.name.clone()));
+            silent.sort();
+            silent.dedup();
+            v1::CutReport {
+                flows: change.flows,
+                dataplanes_acknowledged: change.acknowledged,
+                dataplanes_silent: silent,
+            }
+        })
+    }
+}
+
+impl State {
+    /// Prepares to wait for a change; give the id to [`State::change`].
+    pub(super) fn ticket(&mut self) -> Ticket {
+        let (done, wait) = oneshot::channel();
+        self.last_change += 1;
+        self.changes.insert(
+            self.last_change,
+            Change {
+                done: Some(done),
+                ..Change::default()
+            },
+        );
+        Ticket {
+            id: self.last_change,
+            done: wait,
+        }
+    }
+
+    /// Something that concerns these VMs changed, and everything that it changed is in place.
+    pub(super) fn change(
+        &mut self,
+        now: Now,
+        ticket: Option<&Ticket>,
+        concerns: impl Fn(&Vm) -> bool,
+        text: &str,
+    ) {
+        let id = ticket.map(|t| t.id);
+        self.revoke(id, &concerns);
+        self.cut_disallowed(id, &concerns, text);
+        self.decide_pending(now);
+        if let Some(id) = id {
+            self.finish_if_done(id);
+        }
+    }
+
+    /// Raises the epoch, and voids what was decided before wherever it concerns a VM.
+    pub(super) fn revoke(&mut self, id: Option<u64>, concerns: impl Fn(&Vm) -> bool) {
+        self.epoch = self.epoch.next();
+        let epoch = self.epoch;
+        let vms = &self.fleet.vms;
+        for (number, dataplane) in &mut self.fleet.dataplanes {
+            if !dataplane
+                .vms
+                .values()
+                .filter_map(|name| vms.get(name))
+                .any(&concerns)
+            {
+                continue;
+            }
+            dataplane.epoch = epoch;
+            let command = dataplane.next_command();
+            let message = v1::session_response::Message::Revoke(v1::Revoke {
+                command_id: command.0,
+                epoch: Some(epoch.into()),
+            });
+            let sent = dataplane.send(message);
+            track(&mut self.changes, id, *number, dataplane, command, sent);
+        }
+    }
+
+    /// Cuts live flows of these VMs that are no longer allowed.
+    pub(super) fn cut_disallowed(&mut self, id: Option<u64>, concerns: impl Fn(&Vm) -> bool, text: &str) {
+        let names: Vec<String> = self
+            .fleet
+            .vms
+            .values()
+            .filter(|vm| concerns(vm))
+            .map(|vm| vm.view.name.clone())
+            .collect();
+        for name in &names {
+            self.refresh_grants(name);
+        }
+        let mut cuts: Vec<(DataplaneNo, Vec<FlowId>)> = Vec::new();
+        for (number, dataplane) in &self.fleet.dataplanes {
+            let flows: Vec<FlowId> = dataplane
+                .flows
+                .iter()
+                .filter(|(_, flow)| self.fleet.vms.get(&flow.vm).is_some_and(&concerns))
+                .filter(|(_, flow)| !self.is_allowed(*number, flow))
+                .map(|(id, _)| *id)
+                .collect();
+            if !flows.is_empty() {
+                cuts.push((*number, flows));
+            }
+        }
+        for (number, flows) in cuts {
+            self.cut(id, number, flows, text);
+        }
+    }
+
+    /// Cuts flows.
+    pub(super) fn cut(&mut self, id: Option<u64>, number: DataplaneNo, flows: Vec<FlowId>, text: &str) {
+        let Some(dataplane) = self.fleet.dataplanes.get_mut(&number) else {
+            return;
+        };
+        self.metrics.flows_cut.add(flows.len() as u64);
+        let command = dataplane.next_command();
+        let message = v1::session_response::Message::Cut(v1::Cut {
+            command_id: command.0,
+            flow_ids: flows.iter().map(|f| f.0).collect(),
+            text: text.to_owned(),
+        });
+        let sent = dataplane.send(message);
+        track(&mut self.changes, id, number, dataplane, command, sent);
+    }
+
+    /// Decides open questions anew; whatever is no longer one is answered.
+    pub(super) fn decide_pending(&mut self, now: Now) -> usize {
+        let names: Vec<String> = self.fleet.vms.keys().cloned().collect();
+        for name in &names {
+            self.refresh_grants(name);
+        }
+        let fleet = &self.fleet;
+        let changes = self.pending.decide_again(now.steady, |view, subject| {
+            super::decide::decide(fleet, &view.name, subject)
+                .is_none_or(|decision| decision.outcome == Outcome::Ask)
+        });
+        let closed = changes
+            .changes
+            .iter()
+            .filter(|c| matches!(c, crate::approval::Change::Removed(_)))
+            .count();
+        self.take_up(now, changes);
+        closed
+    }
+
+    /// A dataplane did, or refused, what it was told.
+    pub(super) fn handle_ack(&mut self, now: Now, number: DataplaneNo, ack: v1::Ack) {
+        let Some(dataplane) = self.fleet.dataplanes.get_mut(&number) else {
+            return;
+        };
+        match dataplane.outstanding.remove(&CommandId(ack.command_id)) {
+            None => self.metrics.stray.add(1),
+            Some(Outstanding::Change(None)) => {}
+            Some(Outstanding::Change(Some(id))) => {
+                let refused = ack.error.is_some();
+                let name = dataplane.name.clone();
+                if let Some(change) = self.changes.get_mut(&id) {
+                    change.flows += ack.cut_flows;
+                    if let Some(left) = change.waiting.get_mut(&number) {
+                        *left -= 1;
+                        if *left == 0 {
+                            change.waiting.remove(&number);
+                            if refused {
+                                change.silent.push(name)
+                            } else {
+                                change.acknowledged += 1
+                            }
+                        }
+                    }
+                }
+                self.finish_if_done(id);
+            }
+            Some(Outstanding::Command { command, reply }) => {
+                self.command_done(now, number, command, reply, ack)
+            }
+        }
+    }
+
+    /// A dataplane's session is gone: what it did not acknowledge, it will not.
+    pub(super) fn give_up_outstanding(&mut self, number: DataplaneNo) {
+        let Some(dataplane) = self.fleet.dataplanes.get_mut(&number) else {
+            return;
+        };
+        let name = dataplane.name.clone();
+        let outstanding: Vec<Outstanding> = dataplane.outstanding.drain().map(|(_, o)| o).collect();
+        for item in outstanding {
+            // The waiter of a command sees its sender dropped.
+            if let Outstanding::Change(Some(id)) = item {
+                if let Some(change) = self.changes.get_mut(&id)
+                    && change.waiting.remove(&number).is_some()
+                {
+                    change.silent.push(name.clone());
+                }
+                self.finish_if_done(id);
+            }
+        }
+    }
+
+    fn finish_if_done(&mut self, id: u64) {
+        if let Some(change) = self.changes.get_mut(&id)
+            && change.waiting.is_empty()
+            && let Some(done) = change.done.take()
+        {
+            // Nobody waiting is a client that went away; its entry goes with it.
+            if done.send(()).is_err() {
+                self.changes.remove(&id);
+            }
+        }
+    }
+
+    /// The change whose Revoke a dataplane has yet to acknowledge: a flow that it reports meanwhile
+    /// and that must go counts for it.
+    pub(super) fn open_change_of(&self, number: DataplaneNo) -> Option<u64> {
+        let outstanding = &self.fleet.dataplanes.get(&number)?.outstanding;
+        outstanding
+            .values()
+            .filter_map(|o| {
+                if let Outstanding::Change(id) = o {
+                    *id
+                } else {
+                    None
+                }
+            })
+            .max()
+    }
+}
+
+fn track(
+    changes: &mut HashMap<u64, Change>,
+    id: Option<u64>,
+    number: DataplaneNo,
+    dataplane: &mut Dataplane,
+    command: CommandId,
+    sent: bool,
+) {
+    let change = id.and_then(|id| changes.get_mut(&id));
+    if sent {
+        dataplane.outstanding.insert(command, Outstanding::Change(id));
+        if let Some(change) = change {
+            *change.waiting.entry(number).or_default() += 1;
+        }
+    } else if let Some(change) = change
+        && !change.silent.contains(&dataplane.name)
+    {
+        change.silent.push(dataplane.name.clone());
+    }
+}
+
+impl Dataplane {
+    /// A fresh id for a command.
+    pub(super) fn next_command(&mut self) -> CommandId {
+        self.last_command += 1;
+        CommandId(self.last_command)
+    }
+
+    /// Leaves a message to the session; false if it is lost, or was ended for reading too slowly.
+    pub(super) fn send(&mut self, message: v1::session_response::Message) -> bool {
+        let Some(link) = &mut self.link else { return false };
+        let response = v1::SessionResponse {
+            message: Some(message),
+        };
+        if self.outstanding.len() < OUTSTANDING_MAX && link.outbox.try_send(response).is_ok() {
+            return true;
+        }
+        if let Some(end) = link.end.take() {
+            // Its task may have ended by itself, which is as well.
+            let _ = end.send(tonic::Status::resource_exhausted(
+                "the dataplane reads too slowly",
+            ));
+        }
+        false
+    }
+}

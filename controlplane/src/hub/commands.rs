@@ -1,0 +1,219 @@
+//! Commands to dataplanes, each acknowledged: forwards and zones. And what dataplanes know of names.
+
+use std::time::Duration;
+
+use tokio::sync::oneshot;
+use vnet_proto::model::VmSelector;
+use vnet_proto::v1;
+use vnet_proto::v1::command::Command;
+
+use super::events::about;
+use super::{Hub, State};
+use crate::clock::Now;
+use crate::convert;
+use crate::fleet::{DataplaneNo, Outstanding, Vm};
+use crate::refusal::Refusal;
+
+/// How long a command waits for its acknowledgement.
+const COMMAND_WAIT: Duration = Duration::from_secs(5);
+
+impl Hub {
+    /// Tells a network's dataplane to do something, and waits until it did. Without a name, the only
+    /// network's. What is sent is made of the network's name.
+    ///
+    /// # Errors
+    /// [`Refusal`] if there is none, or it refuses or does not answer.
+    pub async fn command(
+        &self,
+        network: &str,
+        make: impl FnOnce(&str) -> Command,
+    ) -> Result<v1::Ack, Refusal> {
+        let wait = self.read(|state, _| {
+            let number = state.fleet.dataplane_of_network(network)?;
+            state.send_command(number, make)
+        })?;
+        match tokio::time::timeout(COMMAND_WAIT, wait).await {
+            Ok(Ok(answer)) => answer,
+            Ok(Err(_)) => Err(Refusal::Unavailable(
+                "the dataplane was lost before it answered".to_owned(),
+            )),
+            Err(_) => Err(Refusal::Unavailable("the dataplane does not answer".to_owned())),
+        }
+    }
+
+    /// The forwards of a network, or of all.
+    pub fn forwards(&self, network: &str) -> Vec<v1::Forward> {
+        self.read(|state, _| {
+            let mut forwards: Vec<v1::Forward> = state
+                .networks(network)
+                .flat_map(|d| {
+                    d.forwards.iter().map(|f| v1::Forward {
+                        network: d.network.clone(),
+                        ..f.clone()
+                    })
+                })
+                .collect();
+            forwards.sort_by(|a, b| {
+                (&a.network, a.protocol, &a.listen).cmp(&(&b.network, b.protocol, &b.listen))
+            });
+            forwards
+        })
+    }
+
+    /// The zones of a network, or of all, in order of precedence.
+    pub fn zones(&self, network: &str) -> Vec<v1::Zone> {
+        self.read(|state, _| {
+            state
+                .networks(network)
+                .flat_map(|d| {
+                    d.zones.iter().map(|z| v1::Zone {
+                        network: d.network.clone(),
+                        ..z.clone()
+                    })
+                })
+                .collect()
+        })
+    }
+
+    /// What VMs' lookups taught, by VM and name.
+    pub fn bindings(&self, filter: Option<&VmSelector>) -> Vec<v1::Binding> {
+        self.read(|state, _| {
+            let of_vm = |vm: &Vm| -> Vec<v1::Binding> {
+                let message =
+                    |(name, binding): (&vnet_proto::model::Name, &crate::fleet::Binding)| v1::Binding {
+                        vm: vm.view.name.clone(),
+                        name: name.to_string(),
+                        addresses: binding.addresses.iter().map(ToString::to_string).collect(),
+                        expires_at: convert::timestamp(binding.expires_at),
+                    };
+                vm.bindings.iter().map(message).collect()
+            };
+            state.selected(filter).flat_map(of_vm).collect()
+        })
+    }
+
+    /// Denied lookups, newest first.
+    pub fn denied(&self, filter: Option<&VmSelector>) -> Vec<v1::DeniedLookup> {
+        self.read(|state, _| {
+            let mut all: Vec<_> = state
+                .selected(filter)
+                .flat_map(|vm| {
+                    vm.denied
+                        .iter()
+                        .map(move |((name, kind), denied)| (vm, name, *kind, denied))
+                })
+                .collect();
+            all.sort_by_key(|(_, _, _, denied)| std::cmp::Reverse(denied.last_at));
+            all.into_iter()
+                .map(|(vm, name, kind, denied)| v1::DeniedLookup {
+                    vm: vm.view.name.clone(),
+                    name: name.to_string(),
+                    query_type: convert::record_type(kind),
+                    count: denied.count,
+                    last_at: convert::timestamp(denied.last_at),
+                    reason: Some((&denied.reason).into()),
+                })
+                .collect()
+        })
+    }
+}
+
+impl State {
+    fn networks<'a>(&'a self, network: &'a str) -> impl Iterator<Item = &'a crate::fleet::Dataplane> {
+        let fits = move |d: &&crate::fleet::Dataplane| network.is_empty() || d.network == network;
+        self.fleet
+            .dataplanes
+            .values()
+            .filter(|d| d.link.is_some())
+            .filter(fits)
+    }
+
+    fn selected(&self, filter: Option<&VmSelector>) -> impl Iterator<Item = &Vm> {
+        self.fleet
+            .vms
+            .values()
+            .filter(move |vm| filter.is_none_or(|f| f.matches(&vm.view.name, &vm.view.labels)))
+    }
+
+    fn send_command(
+        &mut self,
+        number: DataplaneNo,
+        make: impl FnOnce(&str) -> Command,
+    ) -> Result<oneshot::Receiver<Result<v1::Ack, Refusal>>, Refusal> {
+        let lost = || Refusal::Unavailable("the dataplane is lost".to_owned());
+        let dataplane = self.fleet.dataplanes.get_mut(&number).ok_or_else(lost)?;
+        let command = make(&dataplane.network);
+        let id = dataplane.next_command();
+        let message = v1::Command {
+            command_id: id.0,
+            command: Some(command.clone()),
+        };
+        if !dataplane.send(v1::session_response::Message::Command(message)) {
+            return Err(lost());
+        }
+        let (reply, wait) = oneshot::channel();
+        dataplane
+            .outstanding
+            .insert(id, Outstanding::Command { command, reply });
+        Ok(wait)
+    }
+
+    /// A dataplane did, or refused, a command.
+    pub(super) fn command_done(
+        &mut self,
+        now: Now,
+        number: DataplaneNo,
+        command: Command,
+        reply: oneshot::Sender<Result<v1::Ack, Refusal>>,
+        ack: v1::Ack,
+    ) {
+        let answer = match &ack.error {
+            Some(error) => Err(Refusal::Dataplane {
+                code: error.code,
+                text: error.text.clone(),
+            }),
+            None => {
+                self.command_took_effect(now, number, command, &ack);
+                Ok(ack)
+            }
+        };
+        // A client that went away does not undo what was done.
+        let _ = reply.send(answer);
+    }
+
+    fn command_took_effect(&mut self, now: Now, number: DataplaneNo, command: Command, ack: &v1::Ack) {
+        let Some(dataplane) = self.fleet.dataplanes.get_mut(&number) else {
+            return;
+        };
+        let is = |a: &v1::Forward, b: &v1::Forward| a.protocol == b.protocol && a.listen == b.listen;
+        let text = match command {
+            Command::Expose(asked) => {
+                let forward = ack.forward.clone().unwrap_or(asked);
+                let text = format!("{} leads to {}", forward.listen, forward.target);
+                dataplane.forwards.retain(|f| !is(f, &forward));
+                dataplane.forwards.push(forward);
+                text
+            }
+            Command::Unexpose(forward) => {
+                dataplane.forwards.retain(|f| !is(f, &forward));
+                format!("{} is closed", forward.listen)
+            }
+            Command::SetZone(zone) => {
+                match dataplane.zones.iter_mut().find(|z| z.name == zone.name) {
+                    Some(old) => *old = zone,
+                    None => dataplane.zones.push(zone),
+                }
+                return;
+            }
+            Command::DeleteZone(zone) => {
+                dataplane.zones.retain(|z| z.name != zone.name);
+                return;
+            }
+        };
+        let event = v1::Event {
+            subject: dataplane.network.clone(),
+            ..about(v1::EventKind::ForwardChanged, "", text)
+        };
+        self.event(now, event);
+    }
+}

@@ -1,0 +1,412 @@
+//! Decisions: a miss becomes a verdict, or joins a question.
+
+use vnet_proto::model::{
+    FlowMatch, LookupMatch, Match, Miss, MissId, Mode, Reason, Subject, Verdict, VerdictAction,
+};
+use vnet_proto::v1;
+
+use super::events::{about, on_subject};
+use super::{State, ids};
+use crate::approval::{Ask, AskOutcome, MissRef, PendingId, Released};
+use crate::clock::Now;
+use crate::convert;
+use crate::fleet::{DataplaneNo, Fleet, LiveFlow, Vm};
+use crate::grant::{Grant, GrantId, Lifetime, Use};
+use crate::policy::{Context, Decision, GuardedRanges, Outcome, decide_flow, decide_lookup};
+
+/// Spent grants for once that are remembered.
+const SPENT_MAX: usize = 4_096;
+
+/// What is decided for a subject of a VM; `None` if the VM is not there.
+pub(super) fn decide(fleet: &Fleet, vm: &str, subject: &Subject) -> Option<Decision<Match>> {
+    let vm = fleet.vms.get(vm)?;
+    let dataplane = fleet.dataplanes.get(&vm.dataplane)?;
+    let peer = match subject {
+        Subject::Flow(flow) => flow.peer_vm.and_then(|handle| fleet.vm_of(vm.dataplane, handle)),
+        Subject::Lookup(_) => None,
+    };
+    Some(decide_for(vm, &dataplane.guarded, peer, subject))
+}
+
+pub(super) fn decide_for(
+    vm: &Vm,
+    guarded: &GuardedRanges,
+    peer: Option<&Vm>,
+    subject: &Subject,
+) -> Decision<Match> {
+    let context = context(vm, guarded, peer);
+    match subject {
+        Subject::Flow(flow) => with_match(decide_flow(&context, flow), Match::Flow),
+        Subject::Lookup(lookup) => with_match(decide_lookup(&context, lookup), Match::Lookup),
+    }
+}
+
+pub(super) fn context<'a>(vm: &'a Vm, guarded: &'a GuardedRanges, peer: Option<&Vm>) -> Context<'a> {
+    Context {
+        vm: &vm.view,
+        policy: &vm.effective,
+        grants: &vm.grants,
+        guarded,
+        peer_open: peer.is_some_and(|peer| peer.effective.is_open()),
+    }
+}
+
+fn with_match<M>(decision: Decision<M>, found: impl FnOnce(M) -> Match) -> Decision<Match> {
+    Decision {
+        outcome: decision.outcome,
+        reason: decision.reason,
+        found: found(decision.found),
+        would_deny: decision.would_deny,
+        grant: decision.grant,
+        once: decision.once,
+        budget: decision.budget,
+        expires_at: decision.expires_at,
+        remedy: decision.remedy,
+    }
+}
+
+impl State {
+    /// A dataplane's cache does not answer.
+    pub(super) fn handle_miss(&mut self, now: Now, number: DataplaneNo, miss: Miss) {
+        self.metrics.misses.add(1);
+        let name = self
+            .fleet
+            .dataplanes
+            .get(&number)
+            .and_then(|d| d.vms.get(&miss.vm));
+        let Some(name) = name.cloned() else {
+            self.metrics.stray.add(1);
+            return;
+        };
+        self.refresh_grants(&name);
+        let miss_ref = MissRef {
+            dataplane: number,
+            miss: miss.id,
+        };
+        if let Some(decision) = decide(&self.fleet, &name, &miss.subject) {
+            self.carry_out(now, &name, miss_ref, miss.subject, miss.held, decision);
+        }
+    }
+
+    /// A miss that no request holds any more.
+    pub(super) fn decide_released(&mut self, now: Now, released: Released) {
+        let name = released.vm.name;
+        let here = self
+            .fleet
+            .vms
+            .get(&name)
+            .is_some_and(|vm| vm.view.instance == released.vm.instance);
+        if !here {
+            return;
+        }
+        self.refresh_grants(&name);
+        if let Some(decision) = decide(&self.fleet, &name, &released.subject) {
+            self.carry_out(now, &name, released.miss, released.subject, 1, decision);
+        }
+    }
+
+    fn carry_out(
+        &mut self,
+        now: Now,
+        name: &str,
+        miss: MissRef,
+        subject: Subject,
+        packets: u32,
+        decision: Decision<Match>,
+    ) {
+        let action = match decision.outcome {
+            Outcome::Allow => VerdictAction::Allow,
+            Outcome::Deny => VerdictAction::Deny,
+            Outcome::Drop => VerdictAction::Drop,
+            Outcome::Ask => return self.ask(now, name, miss, subject, packets, decision.reason),
+        };
+        if let Some(id) = &decision.grant {
+            let what = match subject {
+                Subject::Flow(_) => Use::Flow,
+                Subject::Lookup(_) => Use::Lookup,
+            };
+            self.use_grant(now, id, what);
+        }
+        self.decided(
+            now,
+            name,
+            &subject,
+            decision.outcome,
+            &decision.reason,
+            1,
+            decision.would_deny,
+            false,
+        );
+        let expires_in = decision
+            .expires_at
+            .map(|end| end.duration_since(now.steady).unwrap_or_default());
+        self.send_verdict(miss, |epoch| Verdict {
+            miss: miss.miss,
+            action,
+            found: decision.found,
+            epoch,
+            expires_in,
+            once: decision.once,
+            budget: decision.budget,
+            grant: decision.grant.map(|g| g.0).unwrap_or_default(),
+            reason: decision.reason,
+            would_deny: decision.would_deny,
+        });
+    }
+
+    fn ask(&mut self, now: Now, name: &str, miss: MissRef, subject: Subject, packets: u32, reason: Reason) {
+        let Some(vm) = self.fleet.vms.get(name) else {
+            return;
+        };
+        let timeout = vm.effective.approval_timeout();
+        let hold = match &subject {
+            Subject::Flow(_) => timeout,
+            Subject::Lookup(_) => timeout.min(vm.lookup_hold),
+        };
+        let ask = Ask {
+            id: PendingId(ids::random()),
+            vm: &vm.view,
+            subject: subject.clone(),
+            reason,
+            miss,
+            hold,
+            packets,
+        };
+        let (outcome, changes) = self.pending.ask(now.steady, ask);
+        match outcome {
+            AskOutcome::Opened(id) | AskOutcome::Joined(id) => {
+                self.metrics.held.add(1);
+                // Announced again after a reconnect, it keeps the time that it had.
+                let until = self
+                    .pending
+                    .get(&id)
+                    .and_then(|r| r.held.iter().rev().find(|h| h.miss == miss).map(|h| h.until));
+                let hold = until.map_or(hold, |end| end.duration_since(now.steady).unwrap_or_default());
+                self.send(
+                    miss.dataplane,
+                    v1::session_response::Message::Held(v1::Held {
+                        miss_id: miss.miss.0,
+                        pending_id: id.0,
+                        hold: convert::span(hold),
+                    }),
+                );
+            }
+            AskOutcome::Refused {
+                limit: _,
+                count,
+                reason,
+            } => {
+                self.metrics.pending_refused.add(1);
+                if count == 1 {
+                    let event = about(v1::EventKind::LimitReached, name, reason.text.clone());
+                    self.event(now, on_subject(event, &subject));
+                }
+                // For this miss alone: there may be room for the next.
+                self.decided(now, name, &subject, Outcome::Deny, &reason, 1, false, false);
+                self.send_verdict(miss, |epoch| Verdict {
+                    miss: miss.miss,
+                    action: VerdictAction::Deny,
+                    found: exactly(&subject),
+                    epoch,
+                    expires_in: None,
+                    once: true,
+                    budget: None,
+                    grant: String::new(),
+                    reason,
+                    would_deny: false,
+                });
+            }
+        }
+        self.take_up(now, changes);
+    }
+
+    /// Records what became of a flow or lookup. Flows that were let through are recorded when they open.
+    #[expect(clippy::too_many_arguments, reason = "each is a fact of one event")]
+    pub(super) fn decided(
+        &mut self,
+        now: Now,
+        name: &str,
+        subject: &Subject,
+        outcome: Outcome,
+        reason: &Reason,
+        count: u64,
+        would_deny: bool,
+        cached: bool,
+    ) {
+        let allowed = outcome == Outcome::Allow;
+        let kind = match subject {
+            Subject::Flow(_) if allowed => return,
+            Subject::Flow(_) => v1::EventKind::FlowDenied,
+            Subject::Lookup(_) if allowed => v1::EventKind::DnsAllowed,
+            Subject::Lookup(_) => v1::EventKind::DnsDenied,
+        };
+        if let (Subject::Lookup(lookup), false) = (subject, allowed)
+            && let Some(vm) = self.fleet.vms.get_mut(name)
+        {
+            vm.deny(
+                lookup.name.clone(),
+                lookup.query_type,
+                reason.clone(),
+                count,
+                now.wall,
+            );
+        }
+        if !allowed {
+            tracing::debug!(target: "flow", vm = name, reason = %reason, cached, "denied");
+        }
+        let event = on_subject(about(kind, name, reason.text.clone()), subject);
+        self.event(
+            now,
+            v1::Event {
+                action: convert::action(outcome).into(),
+                reason: Some(reason.into()),
+                count: if count > 1 { count } else { 0 },
+                would_deny,
+                ..event
+            },
+        );
+    }
+
+    fn use_grant(&mut self, now: Now, id: &GrantId, what: Use) {
+        if let Some(ended) = self.grants.record_use(id, what, now.steady) {
+            if self.spent.len() >= SPENT_MAX {
+                self.spent.pop_front();
+            }
+            self.spent.push_back(id.clone());
+            self.grant_ended(now, &ended, "it is used up", "");
+        }
+    }
+
+    /// Counts a use of a grant that a cached verdict rests on.
+    pub(super) fn count_cached_use(&mut self, now: Now, id: &str) {
+        let id = GrantId(id.to_owned());
+        if self.grants.get(&id).is_some_and(|g| g.lifetime != Lifetime::Once) {
+            self.use_grant(now, &id, Use::Flow);
+        }
+    }
+
+    /// Whether a live flow may live on.
+    pub(super) fn is_allowed(&self, number: DataplaneNo, flow: &LiveFlow) -> bool {
+        let Some(vm) = self.fleet.vms.get(&flow.vm) else {
+            return false;
+        };
+        if flow.ingress {
+            return !vm.effective.closes_forwards();
+        }
+        let Some(dataplane) = self.fleet.dataplanes.get(&number) else {
+            return false;
+        };
+        let peer = flow
+            .subject
+            .peer_vm
+            .and_then(|handle| self.fleet.vm_of(number, handle));
+        let decision = decide_flow(&context(vm, &dataplane.guarded, peer), &flow.subject);
+        match decision.outcome {
+            Outcome::Allow => true,
+            // Its grant was for this very flow: only what outranks any grant takes it back.
+            Outcome::Ask => flow.once,
+            Outcome::Deny | Outcome::Drop => {
+                let blocked = matches!(vm.effective.mode(), Some(Mode::Block | Mode::Quarantine));
+                let step = decision.reason.step.as_str();
+                flow.once && !blocked && !matches!(step, "mode" | "rule" | "grant")
+            }
+        }
+    }
+
+    /// Whether a grant was for once and is spent.
+    pub(super) fn is_spent(&self, id: &str) -> bool {
+        !id.is_empty() && self.spent.iter().rev().any(|spent| spent.0 == id)
+    }
+
+    /// Brings up to date what a VM is granted.
+    pub(super) fn refresh_grants(&mut self, name: &str) {
+        if let Some(vm) = self.fleet.vms.get_mut(name)
+            && vm.grants.generation() != self.grants.generation()
+        {
+            vm.grants = self.grants.for_vm(&vm.view);
+        }
+    }
+
+    /// Records the end of a grant, and forgets it in the store.
+    pub(super) fn grant_ended(&mut self, now: Now, grant: &Grant, why: &str, actor: &str) {
+        self.writes
+            .push(crate::store::Write::DeleteGrant(grant.id.0.clone()));
+        let vm = grant.vms.name().unwrap_or_default();
+        let text = format!(
+            "grant {} ({} {}) ended: {why}",
+            grant.id, grant.action, grant.target
+        );
+        let event = about(v1::EventKind::GrantEnded, vm, text);
+        self.event(
+            now,
+            v1::Event {
+                subject: grant.id.0.clone(),
+                actor: actor.to_owned(),
+                ..event
+            },
+        );
+    }
+
+    fn send_verdict(&mut self, miss: MissRef, make: impl FnOnce(vnet_proto::model::Epoch) -> Verdict) {
+        let Some(dataplane) = self.fleet.dataplanes.get_mut(&miss.dataplane) else {
+            return;
+        };
+        let verdict = make(dataplane.epoch);
+        self.metrics.verdicts.add(1);
+        dataplane.send(v1::session_response::Message::Verdict((&verdict).into()));
+    }
+
+    pub(super) fn send(&mut self, number: DataplaneNo, message: v1::session_response::Message) {
+        if let Some(dataplane) = self.fleet.dataplanes.get_mut(&number) {
+            dataplane.send(message);
+        }
+    }
+
+    /// A miss no longer waits.
+    pub(super) fn handle_miss_ended(&mut self, now: Now, number: DataplaneNo, ended: v1::MissEnded) {
+        use crate::approval::MissEnd;
+        let end = match v1::MissEnd::try_from(ended.end) {
+            Ok(v1::MissEnd::HoldExpired) => MissEnd::HoldExpired,
+            Ok(v1::MissEnd::GuestGaveUp) => MissEnd::GuestGaveUp,
+            Ok(v1::MissEnd::VmDown) => MissEnd::VmDown,
+            Ok(v1::MissEnd::Evicted) => MissEnd::Evicted,
+            Ok(v1::MissEnd::Covered) => MissEnd::Covered,
+            Ok(v1::MissEnd::Unspecified) | Err(_) => {
+                self.metrics.malformed.add(1);
+                return;
+            }
+        };
+        let miss = MissRef {
+            dataplane: number,
+            miss: MissId(ended.miss_id),
+        };
+        let changes = self.pending.miss_ended(now.steady, miss, end);
+        self.take_up(now, changes);
+    }
+
+    /// Ends what is bound to an attachment of a VM that is gone for good.
+    pub(super) fn instance_stopped(&mut self, now: Now, instance: &crate::grant::VmInstance) {
+        let changes = self.pending.vm_stopped(now.steady, instance);
+        self.take_up(now, changes);
+        for grant in self.grants.vm_stopped(instance) {
+            self.grant_ended(now, &grant, "its VM stopped", "");
+        }
+        let gone: Vec<String> = self
+            .set
+            .iter()
+            .filter(|(_, set)| set.instance == instance.0 && set.mode != v1::Mode::Quarantine)
+            .map(|(name, _)| name.clone())
+            .collect();
+        for name in gone {
+            self.set.remove(&name);
+            self.writes.push(crate::store::Write::PutVm(name, None));
+        }
+    }
+}
+
+fn exactly(subject: &Subject) -> Match {
+    match subject {
+        Subject::Flow(flow) => Match::Flow(FlowMatch::exact(&flow.key)),
+        Subject::Lookup(lookup) => Match::Lookup(LookupMatch::Exact(lookup.name.clone())),
+    }
+}

@@ -1,0 +1,148 @@
+//! Events: numbered once, then to the watchers and the history.
+
+use vnet_proto::model::{Subject, VmSelector};
+use vnet_proto::v1;
+
+use super::{Hub, too_many_watches};
+use crate::approval::{PendingState, Request};
+use crate::clock::Now;
+use crate::convert;
+use crate::fleet::Fleet;
+use crate::metrics::Metrics;
+use crate::refusal::Refusal;
+use crate::watch::{Watch, Watchers};
+
+/// What a reader of events asked for.
+#[derive(Debug, Clone, Default)]
+pub struct EventFilter {
+    /// Which VMs; `None`: all, and events of no VM.
+    pub vms: Option<VmSelector>,
+    /// Which kinds; empty: all.
+    pub kinds: Vec<i32>,
+}
+
+impl EventFilter {
+    /// Whether it lets an event through. Labels are those that the VM has now.
+    fn lets(&self, event: &v1::Event, fleet: &Fleet) -> bool {
+        (self.kinds.is_empty() || self.kinds.contains(&event.kind))
+            && self.vms.as_ref().is_none_or(|selector| {
+                !event.vm.is_empty()
+                    && match fleet.vms.get(&event.vm) {
+                        Some(vm) => selector.matches(&event.vm, &vm.view.labels),
+                        None => selector.matches(&event.vm, &Default::default()),
+                    }
+            })
+    }
+}
+
+/// The numbering, the watchers, and what is still to be recorded.
+#[derive(Debug)]
+pub(super) struct EventLog {
+    sequence: u64,
+    pub(super) watchers: Watchers<EventFilter, v1::Event>,
+    pub(super) unrecorded: Vec<v1::Event>,
+}
+
+impl EventLog {
+    pub(super) fn new(sequence: u64, queue: usize, watches: usize) -> Self {
+        Self {
+            sequence,
+            watchers: Watchers::new(queue, watches),
+            unrecorded: Vec::new(),
+        }
+    }
+
+    pub(super) fn publish(&mut self, now: Now, fleet: &Fleet, metrics: &Metrics, mut event: v1::Event) {
+        self.sequence += 1;
+        event.sequence = self.sequence;
+        event.time = convert::timestamp(now.wall);
+        metrics.events.add(1);
+        if !self.watchers.is_empty() {
+            self.watchers
+                .publish(|filter| filter.lets(&event, fleet).then(|| event.clone()));
+        }
+        self.unrecorded.push(event);
+    }
+}
+
+impl Hub {
+    /// Events from now on, and the number of the last one before.
+    ///
+    /// # Errors
+    /// [`Refusal::Limit`] if too many watch.
+    pub fn watch_events(&self, filter: EventFilter) -> Result<(Watch<v1::Event>, u64), Refusal> {
+        self.read(|state, _| {
+            let sequence = state.events.sequence;
+            let watch = state
+                .events
+                .watchers
+                .add(filter, [])
+                .ok_or_else(too_many_watches)?;
+            Ok((watch, sequence))
+        })
+    }
+
+    /// The events of a list that a filter lets through; gaps always are.
+    pub fn filter_events(&self, filter: &EventFilter, events: Vec<v1::Event>) -> Vec<v1::Event> {
+        let gap = i32::from(v1::EventKind::Gap);
+        let lets = |state: &super::State, e: &v1::Event| e.kind == gap || filter.lets(e, &state.fleet);
+        self.read(|state, _| events.into_iter().filter(|e| lets(state, e)).collect())
+    }
+}
+
+/// An event about a VM.
+pub(super) fn about(kind: v1::EventKind, vm: &str, text: impl Into<String>) -> v1::Event {
+    v1::Event {
+        kind: kind.into(),
+        vm: vm.to_owned(),
+        text: text.into(),
+        ..Default::default()
+    }
+}
+
+/// Adds what a flow or lookup is to an event.
+pub(super) fn on_subject(mut event: v1::Event, subject: &Subject) -> v1::Event {
+    match subject {
+        Subject::Flow(flow) => {
+            event.tuple = Some(convert::tuple(&flow.key));
+            event.names = flow.names.iter().map(ToString::to_string).collect();
+        }
+        Subject::Lookup(lookup) => {
+            event.names = vec![lookup.name.to_string()];
+            event.query_type = convert::record_type(lookup.query_type);
+        }
+    }
+    event
+}
+
+pub(super) fn pending_opened(request: &Request) -> v1::Event {
+    let text = format!("{} asks for {}", request.vm.name, request.target());
+    let event = about(v1::EventKind::PendingOpened, &request.vm.name, text);
+    v1::Event {
+        subject: request.id.0.clone(),
+        reason: Some((&request.reason).into()),
+        action: v1::Action::Ask.into(),
+        ..on_subject(event, &request.subject)
+    }
+}
+
+pub(super) fn pending_closed(request: &Request) -> v1::Event {
+    let text = format!(
+        "{} for {} is {}",
+        request.vm.name,
+        request.target(),
+        request.state
+    );
+    let event = about(v1::EventKind::PendingClosed, &request.vm.name, text);
+    let action = match request.state {
+        PendingState::Approved => v1::Action::Allow,
+        PendingState::Denied => v1::Action::Deny,
+        _ => v1::Action::Unspecified,
+    };
+    v1::Event {
+        subject: request.id.0.clone(),
+        action: action.into(),
+        count: request.count,
+        ..on_subject(event, &request.subject)
+    }
+}

@@ -1,0 +1,373 @@
+//! The hub: the one owner of what the controlplane knows, and the only place where it changes.
+//!
+//! A mutex around plain data, with no await inside: sessions and API handlers call in, and what comes
+//! of a call goes out through bounded queues (sessions' outboxes, watches, the store's writer) that
+//! never make it wait. So nothing waits on one VM or dataplane while holding what another needs.
+//!
+//! - [`attach`](self): dataplanes and VMs come and go.
+//! - `decide`: a miss becomes a verdict or a question.
+//! - `traffic`: what dataplanes report of flows, lookups and bindings.
+//! - `change`: what can alter a decision: the epoch, revocations, cuts.
+//! - `answers`, `policies`, `vms`, `commands`: what people and programs do.
+//! - `events`: what happened.
+
+mod answers;
+mod attach;
+mod change;
+mod commands;
+mod decide;
+mod events;
+mod ids;
+mod policies;
+mod traffic;
+mod vms;
+
+#[cfg(test)]
+mod tests;
+
+use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, SystemTime};
+
+use vnet_proto::model::{Epoch, VmSelector};
+use vnet_proto::v1;
+
+use crate::approval::{Change as PendingChange, PendingTable};
+use crate::clock::{Clock, Now};
+use crate::convert;
+use crate::fleet::{Fleet, LOST_GRACE};
+use crate::grant::{GrantId, Grants};
+use crate::metrics::Metrics;
+use crate::refusal::Refusal;
+use crate::store::{Durable, Snapshot, StoredVm, Write, Writer};
+use crate::watch::{Watch, Watchers};
+
+pub use answers::{NewGrant, Reply};
+#[cfg(test)]
+pub(crate) use attach::Attachment;
+pub use attach::SessionKey;
+pub use change::Ticket;
+pub use events::EventFilter;
+pub(crate) use policies::DEFAULT;
+pub use policies::{Applied, Candidate};
+pub use vms::VmUpdate;
+
+use change::Change;
+use events::EventLog;
+use policies::NamedPolicy;
+
+/// How long a cached allow holds without a heartbeat.
+pub const LEASE: Duration = Duration::from_secs(60);
+/// How often each side of a session says that it is there.
+pub const HEARTBEAT: Duration = Duration::from_secs(20);
+/// How long a change waits for dataplanes to acknowledge it.
+pub const ACK_WAIT: Duration = Duration::from_secs(2);
+/// Changes that a watch may fall behind.
+const WATCH_QUEUE_MAX: usize = 4_096;
+/// Watches of each kind.
+const WATCHES_MAX: usize = 256;
+/// Client-chosen request ids remembered.
+const REQUEST_IDS_MAX: usize = 4_096;
+
+/// The one owner of state. See the module.
+#[derive(Debug)]
+pub struct Hub {
+    state: Mutex<State>,
+    writer: Writer,
+    clock: Clock,
+    metrics: Arc<Metrics>,
+}
+
+#[derive(Debug)]
+struct State {
+    epoch: Epoch,
+    secure_mode: bool,
+    fleet: Fleet,
+    policies: BTreeMap<String, NamedPolicy>,
+    grants: Grants,
+    pending: PendingTable,
+    /// What was set for VMs, by name, attached or not.
+    set: BTreeMap<String, StoredVm>,
+    /// "Until the VM stops" grants of an earlier life wait until then for their VMs to come back.
+    restored: Option<(SystemTime, HashSet<String>)>,
+    changes: HashMap<u64, Change>,
+    last_change: u64,
+    last_session: u64,
+    last_dataplane: u64,
+    last_flow: u64,
+    /// Grants for once that are spent, so that the flow each let through is not cut for want of it.
+    spent: VecDeque<GrantId>,
+    request_ids: VecDeque<(String, v1::Grant)>,
+    events: EventLog,
+    pending_watches: Watchers<Option<VmSelector>, v1::WatchPendingResponse>,
+    vm_watches: Watchers<Option<VmSelector>, v1::WatchVmsResponse>,
+    flow_watches: Watchers<Option<VmSelector>, v1::WatchFlowsResponse>,
+    writes: Vec<Write>,
+    metrics: Arc<Metrics>,
+}
+
+impl Hub {
+    /// Takes up what the store kept. Records that no longer mean anything are left out, with a warning.
+    ///
+    /// # Errors
+    /// [`Refusal`] if there is no randomness to be had.
+    pub fn new(
+        snapshot: Snapshot,
+        last_sequence: u64,
+        writer: Writer,
+        clock: Clock,
+        metrics: Arc<Metrics>,
+        secure_mode: bool,
+    ) -> Result<Self, Refusal> {
+        let now = clock.now();
+        let incarnation =
+            getrandom::u64().map_err(|e| Refusal::Unavailable(format!("no randomness: {e}")))?;
+        let watches = || (WATCH_QUEUE_MAX, WATCHES_MAX);
+        let mut state = State {
+            epoch: Epoch::first(incarnation),
+            secure_mode,
+            fleet: Fleet::default(),
+            policies: BTreeMap::new(),
+            grants: Grants::default(),
+            pending: PendingTable::new(),
+            set: snapshot.vms,
+            restored: None,
+            changes: HashMap::new(),
+            last_change: 0,
+            last_session: 0,
+            last_dataplane: 0,
+            last_flow: 0,
+            spent: VecDeque::new(),
+            request_ids: VecDeque::new(),
+            events: EventLog::new(last_sequence, watches().0, watches().1),
+            pending_watches: Watchers::new(watches().0, watches().1),
+            vm_watches: Watchers::new(watches().0, watches().1),
+            flow_watches: Watchers::new(watches().0, watches().1),
+            writes: Vec::new(),
+            metrics: Arc::clone(&metrics),
+        };
+        state.restore(now, snapshot.grants, snapshot.policies);
+        Ok(Self {
+            state: Mutex::new(state),
+            writer,
+            clock,
+            metrics,
+        })
+    }
+
+    /// The counters.
+    pub fn metrics(&self) -> &Metrics {
+        &self.metrics
+    }
+
+    /// The store's side, for reading.
+    pub fn writer(&self) -> &Writer {
+        &self.writer
+    }
+
+    /// The time.
+    pub fn now(&self) -> Now {
+        self.clock.now()
+    }
+
+    /// Does what time brings: expiries, lost dataplanes' ends. Call it a few times a second.
+    pub fn tick(&self) {
+        self.with(State::tick);
+    }
+
+    /// Ends every watch and session: the controlplane ends.
+    pub fn close(&self) {
+        self.with(|state, _| {
+            state.events.watchers.close();
+            state.pending_watches.close();
+            state.vm_watches.close();
+            state.flow_watches.close();
+            for dataplane in state.fleet.dataplanes.values_mut() {
+                dataplane.link = None;
+            }
+        });
+    }
+
+    /// Every open request, then each change.
+    ///
+    /// # Errors
+    /// [`Refusal::Limit`] if too many watch.
+    pub fn watch_pending(
+        &self,
+        filter: Option<VmSelector>,
+    ) -> Result<Watch<v1::WatchPendingResponse>, Refusal> {
+        self.read(|state, _| {
+            let response = |change: v1::PendingChange, request| v1::WatchPendingResponse {
+                change: change.into(),
+                request,
+            };
+            let mut first: Vec<_> = state
+                .pending
+                .open()
+                .into_iter()
+                .filter(|r| {
+                    filter
+                        .as_ref()
+                        .is_none_or(|f| f.matches(&r.vm.name, &r.vm.labels))
+                })
+                .map(|r| response(v1::PendingChange::Added, Some(convert::request(r))))
+                .collect();
+            first.push(response(v1::PendingChange::Synced, None));
+            state
+                .pending_watches
+                .add(filter, first)
+                .ok_or_else(too_many_watches)
+        })
+    }
+
+    /// Runs `f` on the state and sends off what came of it. What is returned becomes durable with the
+    /// second value.
+    fn with<T>(&self, f: impl FnOnce(&mut State, Now) -> T) -> (T, Durable) {
+        let now = self.clock.now();
+        let mut state = self.lock();
+        let result = f(&mut state, now);
+        // Under the lock, so that the store sees changes in the order in which they were made.
+        for event in state.events.unrecorded.drain(..) {
+            self.writer.event(event);
+        }
+        let writes = std::mem::take(&mut state.writes);
+        let durable = self.writer.write(writes);
+        (result, durable)
+    }
+
+    fn read<T>(&self, f: impl FnOnce(&mut State, Now) -> T) -> T {
+        self.with(f).0
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        // A panic inside left plain data behind, each step of which is safe to go on from.
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl State {
+    fn tick(&mut self, now: Now) {
+        let ended = self.grants.expire(now.steady);
+        if !ended.is_empty() {
+            for grant in &ended {
+                self.grant_ended(now, grant, "its time is over", "");
+            }
+            self.change(
+                now,
+                None,
+                |vm| {
+                    ended
+                        .iter()
+                        .any(|g| g.vms.matches(&vm.view.name, &vm.view.labels))
+                },
+                "a grant ended",
+            );
+        }
+        let changes = self.pending.expire(now.steady);
+        self.take_up(now, changes);
+
+        if self
+            .restored
+            .as_ref()
+            .is_some_and(|(until, _)| *until <= now.steady)
+            && let Some((_, instances)) = self.restored.take()
+        {
+            for instance in instances {
+                self.instance_stopped(now, &crate::grant::VmInstance(instance));
+            }
+        }
+        let lost: Vec<_> = self
+            .fleet
+            .dataplanes
+            .iter()
+            .filter(|(_, d)| d.lost_at.is_some_and(|at| at + LOST_GRACE <= now.steady))
+            .map(|(number, _)| *number)
+            .collect();
+        for number in lost {
+            self.remove_dataplane(now, number);
+        }
+        for vm in self.fleet.vms.values_mut() {
+            vm.bindings.retain(|_, binding| binding.expires_at > now.steady);
+        }
+    }
+
+    fn restore(&mut self, now: Now, grants: Vec<crate::store::StoredGrant>, policies: Vec<v1::Policy>) {
+        let mut instances = HashSet::new();
+        for stored in grants {
+            let id = stored.grant.id.clone();
+            match convert::stored_grant(stored) {
+                Ok(grant) if grant.has_ended(now.steady) => self.writes.push(Write::DeleteGrant(id)),
+                Ok(grant) => {
+                    instances.extend(grant.instances.iter().map(|i| i.0.clone()));
+                    if let Err(e) = self.grants.insert(grant) {
+                        tracing::warn!(grant = id, error = %e, "stored grant left out");
+                    }
+                }
+                Err(e) => tracing::warn!(grant = id, error = %e, "stored grant left out"),
+            }
+        }
+        instances.extend(
+            self.set
+                .values()
+                .map(|set| set.instance.clone())
+                .filter(|i| !i.is_empty()),
+        );
+        if !instances.is_empty() {
+            self.restored = Some((now.steady + LOST_GRACE, instances));
+        }
+        for policy in policies {
+            let name = policy.name.clone();
+            if let Err(e) = self.restore_policy(policy) {
+                tracing::error!(policy = name, error = %e, "stored policy does not load: VMs under it are blocked");
+            }
+        }
+    }
+
+    /// Tells watchers and history what happened to requests, and decides anew what they let go.
+    fn take_up(&mut self, now: Now, changes: crate::approval::Changes) {
+        for change in &changes.changes {
+            self.publish_pending(now, change);
+        }
+        for released in changes.released {
+            self.decide_released(now, released);
+        }
+    }
+
+    fn publish_pending(&mut self, now: Now, change: &PendingChange) {
+        let (kind, id) = match change {
+            PendingChange::Added(id) => (v1::PendingChange::Added, id),
+            PendingChange::Updated(id) => (v1::PendingChange::Updated, id),
+            PendingChange::Removed(id) => (v1::PendingChange::Removed, id),
+        };
+        let Some(request) = self.pending.get(id) else {
+            return;
+        };
+        let (vm, labels) = (&request.vm.name, &request.vm.labels);
+        if !self.pending_watches.is_empty() {
+            let message = convert::request(request);
+            self.pending_watches.publish(|filter| {
+                filter
+                    .as_ref()
+                    .is_none_or(|f| f.matches(vm, labels))
+                    .then(|| v1::WatchPendingResponse {
+                        change: kind.into(),
+                        request: Some(message.clone()),
+                    })
+            });
+        }
+        let event = match change {
+            PendingChange::Added(_) => events::pending_opened(request),
+            PendingChange::Removed(_) => events::pending_closed(request),
+            PendingChange::Updated(_) => return,
+        };
+        self.events.publish(now, &self.fleet, &self.metrics, event);
+    }
+
+    fn event(&mut self, now: Now, event: v1::Event) {
+        self.events.publish(now, &self.fleet, &self.metrics, event);
+    }
+}
+
+fn too_many_watches() -> Refusal {
+    Refusal::Limit(format!("{WATCHES_MAX} clients watch already, which is the limit"))
+}

@@ -1,0 +1,461 @@
+//! Named policies: applied as revisions, given to the VMs that they claim, and explained.
+
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::sync::Arc;
+
+use vnet_proto::model::{
+    FlowKey, FlowSubject, Guard, GuardSet, LookupSubject, Mode, NamePattern, Protocol, Subject, Target,
+};
+use vnet_proto::v1;
+
+use super::decide::decide_for;
+use super::{Hub, State, Ticket};
+use crate::clock::Now;
+use crate::convert;
+use crate::fleet::Vm;
+use crate::policy::{DefaultAction, Effective, Modes, Policy, PolicyErrors, PolicyInForce, claimants};
+use crate::refusal::Refusal;
+use crate::store::{Durable, Write};
+
+/// The policy of VMs that no other claims.
+pub(crate) const DEFAULT: &str = "default";
+/// Named policies.
+const POLICIES_MAX: usize = 256;
+
+/// A policy's revision in force.
+#[derive(Debug)]
+pub(super) struct NamedPolicy {
+    message: v1::Policy,
+    /// `None`: a document that an older version stored and this one refuses.
+    parsed: Option<Arc<Policy>>,
+}
+
+/// A policy that was applied, or only checked.
+#[derive(Debug)]
+pub struct Applied {
+    /// As it is now, or would be.
+    pub policy: v1::Policy,
+    /// What a reader should know of it.
+    pub warnings: Vec<v1::PolicyWarning>,
+    /// Unset where nothing changed.
+    pub ticket: Option<Ticket>,
+    /// When it is saved.
+    pub durable: Durable,
+}
+
+/// What to apply.
+#[derive(Debug, Clone, Copy)]
+pub struct Candidate<'a> {
+    /// The policy's name; empty is `default`.
+    pub name: &'a str,
+    /// The document.
+    pub document: &'a str,
+    /// Where it came from.
+    pub source: &'a str,
+    /// If not empty, the etag that the policy in force must have.
+    pub etag: &'a str,
+    /// Who applies it.
+    pub actor: &'a str,
+    /// Only check.
+    pub validate_only: bool,
+}
+
+impl Hub {
+    /// Checks a document whole and puts it in force as the next revision.
+    ///
+    /// # Errors
+    /// [`Refusal`]: nothing changed.
+    pub fn apply_policy(&self, candidate: Candidate<'_>) -> Result<Applied, Refusal> {
+        let (result, durable) = self.with(|state, now| state.apply_policy(now, candidate));
+        result.map(|(policy, warnings, ticket)| Applied {
+            policy,
+            warnings,
+            ticket,
+            durable,
+        })
+    }
+
+    /// The revision in force; the built-in empty one of `default` if none was applied.
+    ///
+    /// # Errors
+    /// [`Refusal::NotFound`].
+    pub fn policy(&self, name: &str) -> Result<v1::Policy, Refusal> {
+        self.read(|state, _| state.policy_message(name))
+    }
+
+    /// Says what would be decided.
+    ///
+    /// # Errors
+    /// [`Refusal`] if the VM or the target is not one.
+    pub fn explain(&self, vm: &str, target: &Target) -> Result<v1::ExplainResponse, Refusal> {
+        self.read(|state, _| {
+            let name = state.only_vm(vm)?;
+            state.refresh_grants(&name);
+            state.explain(&name, target)
+        })
+    }
+}
+
+impl State {
+    /// Takes up a revision that the store kept.
+    pub(super) fn restore_policy(&mut self, message: v1::Policy) -> Result<(), PolicyErrors> {
+        let parsed = Policy::parse(&message.source, &message.document);
+        let (parsed, result) = match parsed {
+            Ok(policy) => (Some(Arc::new(policy)), Ok(())),
+            Err(e) => (None, Err(e)),
+        };
+        self.policies
+            .insert(message.name.clone(), NamedPolicy { message, parsed });
+        result
+    }
+
+    /// Works out what a VM is under, and tells its dataplane if that must know.
+    pub(super) fn recompose(&mut self, name: &str) -> bool {
+        let before = self.settings_of(name);
+        let Some(vm) = self.fleet.vms.get(name) else {
+            return false;
+        };
+        let effective = Arc::new(self.compose(vm));
+        let mode_changed = effective.mode() != vm.effective.mode();
+        if let Some(vm) = self.fleet.vms.get_mut(name) {
+            vm.effective = effective;
+        }
+        let after = self.settings_of(name);
+        let changed = before != after;
+        if changed && let (Some(settings), Some(vm)) = (after, self.fleet.vms.get(name)) {
+            self.send(vm.dataplane, v1::session_response::Message::VmSettings(settings));
+        }
+        changed || mode_changed
+    }
+
+    /// What a VM is under.
+    pub(super) fn compose(&self, vm: &Vm) -> Effective {
+        let own = vm.own_policy.as_deref();
+        let loaded = self
+            .policies
+            .iter()
+            .filter_map(|(n, p)| Some((n.as_str(), p.parsed.as_deref()?)));
+        let claims = claimants(&vm.view, loaded);
+        let (claimed, conflict) = match claims.as_slice() {
+            [] => (self.policies.get_key_value(DEFAULT), false),
+            [one] => (self.policies.get_key_value(*one), false),
+            // Refused when applied; a VM that came later, or a label, can still bring it about.
+            _ => (None, true),
+        };
+        let unreadable = claimed.is_some_and(|(_, p)| p.parsed.is_none());
+        let claimed = claimed.and_then(|(name, named)| {
+            let policy = named.parsed.as_deref()?;
+            Some(PolicyInForce {
+                name,
+                revision: named.message.revision,
+                policy,
+            })
+        });
+        let own_document = own.and_then(|o| o.document());
+        let document_mode = own_document.or(claimed.map(|c| c.policy)).and_then(|p| p.mode);
+        let secure = self.secure_mode && !matches!(document_mode, Some(Mode::Block | Mode::Quarantine));
+        let set = Option::<Mode>::try_from(vm.set.mode).unwrap_or_default();
+        // Which policy is meant cannot be told: then nothing is let out.
+        let set = if (conflict || unreadable) && own_document.is_none() {
+            set.or(Some(Mode::Block))
+        } else {
+            set
+        };
+        let modes = Modes {
+            set,
+            own: vm.own_mode.or(secure.then_some(Mode::Ask)),
+        };
+        Effective::compose(&vm.view, claimed, own, modes)
+    }
+
+    fn policy_message(&self, name: &str) -> Result<v1::Policy, Refusal> {
+        let name = if name.is_empty() { DEFAULT } else { name };
+        match self.policies.get(name) {
+            Some(named) => Ok(named.message.clone()),
+            None if name == DEFAULT => Ok(v1::Policy {
+                name: DEFAULT.to_owned(),
+                source: "built in".to_owned(),
+                etag: convert::etag("built in"),
+                mode: if self.secure_mode {
+                    v1::Mode::Ask
+                } else {
+                    v1::Mode::Open
+                }
+                .into(),
+                default_action: if self.secure_mode {
+                    v1::Action::Deny
+                } else {
+                    v1::Action::Allow
+                }
+                .into(),
+                ..Default::default()
+            }),
+            None => Err(Refusal::NotFound(format!("there is no policy {name:?}"))),
+        }
+    }
+
+    fn apply_policy(
+        &mut self,
+        now: Now,
+        candidate: Candidate<'_>,
+    ) -> Result<(v1::Policy, Vec<v1::PolicyWarning>, Option<Ticket>), Refusal> {
+        let name = if candidate.name.is_empty() {
+            DEFAULT
+        } else {
+            candidate.name
+        };
+        crate::fleet::check_name(name).map_err(|_| {
+            Refusal::field(
+                "name",
+                format!("{name:?} cannot be a policy's name (expected letters, digits and . _ -)"),
+            )
+        })?;
+        if name == crate::policy::OWN_POLICY {
+            return Err(Refusal::field(
+                "name",
+                "\"own\" is what a VM brings along; choose another name",
+            ));
+        }
+        let source = if candidate.source.is_empty() {
+            name
+        } else {
+            candidate.source
+        };
+        let parsed = Policy::parse(source, candidate.document).map_err(Refusal::Document)?;
+        let current = self.policy_message(name).ok();
+        if !candidate.etag.is_empty() && current.as_ref().is_none_or(|p| p.etag != candidate.etag) {
+            return Err(Refusal::Changed(format!(
+                "policy {name} changed since it was read; read it again"
+            )));
+        }
+        if current.is_none() && self.policies.len() >= POLICIES_MAX {
+            return Err(Refusal::Limit(format!(
+                "{POLICIES_MAX} policies exist, which is the limit"
+            )));
+        }
+        self.check_claims(name, &parsed)?;
+
+        let revision = current.map_or(0, |p| p.revision) + 1;
+        let mode = parsed.mode.unwrap_or(if self.secure_mode {
+            Mode::Ask
+        } else {
+            Mode::Enforce
+        });
+        let allow = parsed.default_action == Some(DefaultAction::Allow)
+            && matches!(mode, Mode::Enforce | Mode::Observe);
+        let message = v1::Policy {
+            name: name.to_owned(),
+            revision,
+            document: candidate.document.to_owned(),
+            source: candidate.source.to_owned(),
+            applied_at: convert::timestamp(now.wall),
+            applied_by: candidate.actor.to_owned(),
+            etag: convert::etag(&format!("{name} {revision} {}", candidate.document)),
+            mode: v1::Mode::from(mode).into(),
+            default_action: if allow {
+                v1::Action::Allow
+            } else {
+                v1::Action::Deny
+            }
+            .into(),
+        };
+        let warnings = parsed
+            .warnings
+            .iter()
+            .map(|w| v1::PolicyWarning {
+                line: w.line,
+                column: w.column,
+                text: w.text.clone(),
+            })
+            .collect();
+        if candidate.validate_only {
+            return Ok((message, warnings, None));
+        }
+        self.writes.push(Write::PutPolicy(message.clone()));
+        let named = NamedPolicy {
+            message: message.clone(),
+            parsed: Some(Arc::new(parsed)),
+        };
+        self.policies.insert(name.to_owned(), named);
+        let text = format!("revision {revision} of policy {name} is in force");
+        self.event(
+            now,
+            v1::Event {
+                kind: v1::EventKind::PolicyApplied.into(),
+                subject: name.to_owned(),
+                actor: candidate.actor.to_owned(),
+                text,
+                ..Default::default()
+            },
+        );
+
+        let vms: Vec<String> = self.fleet.vms.keys().cloned().collect();
+        let mut concerned = std::collections::HashSet::new();
+        for vm in vms {
+            let before = self
+                .fleet
+                .vms
+                .get(&vm)
+                .map(|v| v.effective.policy_name().to_owned());
+            self.recompose(&vm);
+            let Some(now_under) = self.fleet.vms.get(&vm) else {
+                continue;
+            };
+            let brought = now_under.own_policy.is_some();
+            let after = now_under.effective.policy_name();
+            if before.as_deref() != Some(after) || after == name || brought {
+                concerned.insert(vm.clone());
+                self.publish_vm(v1::VmChange::Updated, &vm);
+            }
+        }
+        let ticket = self.ticket();
+        let text = format!("policy {name} changed");
+        self.change(now, Some(&ticket), |vm| concerned.contains(&vm.view.name), &text);
+        Ok((message, warnings, Some(ticket)))
+    }
+
+    fn check_claims(&self, name: &str, candidate: &Policy) -> Result<(), Refusal> {
+        for vm in self.fleet.vms.values() {
+            let others = self
+                .policies
+                .iter()
+                .filter(|(other, _)| *other != name)
+                .filter_map(|(other, p)| Some((other.as_str(), p.parsed.as_deref()?)));
+            let claims = claimants(&vm.view, others.chain([(name, candidate)]));
+            if claims.len() > 1 && claims.contains(&name) {
+                return Err(Refusal::Precondition {
+                    reason: "CLAIMED_TWICE",
+                    text: format!(
+                        "VM {} would be claimed by several policies: {}; narrow one's appliesTo",
+                        vm.view.name,
+                        claims.join(", ")
+                    ),
+                });
+            }
+        }
+        Ok(())
+    }
+
+    fn explain(&self, name: &str, target: &Target) -> Result<v1::ExplainResponse, Refusal> {
+        let (Some(vm), Some(dataplane)) = (
+            self.fleet.vms.get(name),
+            self.fleet
+                .vms
+                .get(name)
+                .and_then(|vm| self.fleet.dataplanes.get(&vm.dataplane)),
+        ) else {
+            return Err(Refusal::NotFound(format!("there is no VM {name:?}")));
+        };
+        let (subject, peer) = match target {
+            Target::Name {
+                pattern: NamePattern::Exact(name),
+                ..
+            } => (
+                Subject::Lookup(LookupSubject {
+                    name: name.clone(),
+                    query_type: 1,
+                }),
+                None,
+            ),
+            Target::Name { .. } => {
+                return Err(Refusal::field("target.name", "is a pattern (expected one name)"));
+            }
+            Target::Address {
+                protocol,
+                prefix,
+                ports,
+            } => {
+                if prefix.prefix_len() != prefix.max_prefix_len() {
+                    return Err(Refusal::field(
+                        "target.prefix",
+                        format!("{prefix} is not one address"),
+                    ));
+                }
+                let protocol = protocol.unwrap_or(Protocol::Tcp);
+                let port = match (ports, protocol.has_ports()) {
+                    (_, false) => 0,
+                    (Some(ports), true) if ports.first() == ports.last() => ports.first(),
+                    _ => return Err(Refusal::field("target.ports", "is not one port")),
+                };
+                let address = prefix.addr();
+                let guest = if address.is_ipv4() {
+                    IpAddr::from(Ipv4Addr::UNSPECIFIED)
+                } else {
+                    IpAddr::from(Ipv6Addr::UNSPECIFIED)
+                };
+                let text = address.to_string();
+                let peer = self
+                    .fleet
+                    .vms
+                    .values()
+                    .find(|other| other.dataplane == vm.dataplane && other.addresses.contains(&text));
+                let names = vm.names_of(address);
+                let dialled = match dataplane.host_alias {
+                    Some(alias) if alias == address => IpAddr::from(Ipv4Addr::LOCALHOST),
+                    _ => address,
+                };
+                let mut guards = dataplane.guarded.guards_of(address, !names.is_empty());
+                if dialled != address {
+                    guards = guards.with(Guard::Host);
+                }
+                let flow = FlowSubject {
+                    key: FlowKey {
+                        protocol,
+                        guest: SocketAddr::new(guest, 0),
+                        peer: SocketAddr::new(address, port),
+                    },
+                    dialled,
+                    names,
+                    guards,
+                    peer_vm: guards
+                        .contains(Guard::Guest)
+                        .then(|| peer.map(|p| p.handle))
+                        .flatten(),
+                };
+                (Subject::Flow(flow), peer)
+            }
+        };
+        let decision = decide_for(vm, &dataplane.guarded, peer, &subject);
+        let (names, guards) = match &subject {
+            Subject::Flow(flow) => (flow.names.iter().map(ToString::to_string).collect(), flow.guards),
+            Subject::Lookup(_) => (Vec::new(), GuardSet::EMPTY),
+        };
+        Ok(v1::ExplainResponse {
+            action: convert::action(decision.outcome).into(),
+            reason: Some((&decision.reason).into()),
+            policy: vm.effective.policy_name().to_owned(),
+            revision: vm.effective.revision(),
+            remedy: decision.remedy,
+            names,
+            guards: guards.iter().map(|g| v1::Guard::from(g).into()).collect(),
+            r#match: decision.found.to_string(),
+        })
+    }
+
+    /// A VM by its name; without a name, the only one there is.
+    pub(super) fn only_vm(&self, name: &str) -> Result<String, Refusal> {
+        if !name.is_empty() {
+            return match self.fleet.vms.contains_key(name) {
+                true => Ok(name.to_owned()),
+                false => Err(Refusal::NotFound(format!(
+                    "there is no VM {name:?}; list them with: vnetctl vm list"
+                ))),
+            };
+        }
+        let mut names = self.fleet.vms.keys();
+        match (names.next(), names.next()) {
+            (Some(only), None) => Ok(only.clone()),
+            (None, _) => Err(Refusal::Precondition {
+                reason: "NO_VM",
+                text: "there is no VM".to_owned(),
+            }),
+            (Some(_), Some(_)) => {
+                let all: Vec<&str> = self.fleet.vms.keys().map(String::as_str).take(20).collect();
+                Err(Refusal::Ambiguous(format!(
+                    "there are several VMs ({}); name one with --vm, or say --all-vms",
+                    all.join(", ")
+                )))
+            }
+        }
+    }
+}

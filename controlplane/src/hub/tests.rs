@@ -1,0 +1,860 @@
+use std::time::Duration;
+
+use vnet_proto::model::{Epoch, MissId, Mode, Target, VmSelector};
+use vnet_proto::v1;
+use vnet_proto::v1::session_request::Message;
+use vnet_proto::v1::session_response::Message as Told;
+
+use super::*;
+use crate::approval::Answer;
+use crate::grant::{GrantAction, Lifetime};
+use crate::store::Location;
+use crate::testing::{FakeDataplane, Rig, TempDir, cuts, flow, hello, lookup, verdicts, vm_up};
+use crate::watch::Next;
+
+const ALLOW: i32 = v1::Action::Allow as i32;
+const DENY: i32 = v1::Action::Deny as i32;
+const WEB: &str = "192.0.2.7:443";
+
+fn reply(id: &str, answer: Answer) -> Reply<'_> {
+    Reply {
+        id,
+        etag: "",
+        answer,
+        scope: None,
+        lifetime: None,
+        vms: None,
+        reason: "",
+        lookup_only: false,
+        actor: "tester",
+    }
+}
+
+fn grant<'a>(action: GrantAction, target: &str, vm: Option<&str>, lifetime: Lifetime) -> NewGrant<'a> {
+    NewGrant {
+        action,
+        target: target.parse::<Target>().unwrap(),
+        vms: vm.map(VmSelector::named),
+        lifetime,
+        reason: "",
+        request_id: "",
+        actor: "tester",
+    }
+}
+
+fn set_mode<'a>(name: &'a str, mode: Mode) -> VmUpdate<'a> {
+    VmUpdate {
+        name,
+        mode: Some(mode),
+        labels: BTreeMap::new(),
+        etag: "",
+        actor: "tester",
+    }
+}
+
+fn epoch_of(verdict: &v1::Verdict) -> Option<Epoch> {
+    verdict.epoch.map(|e| e.try_into().unwrap())
+}
+
+/// Opens an allowed flow, as a dataplane does.
+fn open_allowed(dataplane: &mut FakeDataplane, destination: &str) -> u64 {
+    let verdict = dataplane.verdict(flow(destination, &[]));
+    assert_eq!(verdict.action, ALLOW, "{verdict:?}");
+    dataplane.open(&flow(destination, &[]), epoch_of(&verdict), &verdict.grant_id)
+}
+
+#[test]
+fn without_policy_or_mode_a_miss_is_allowed_under_the_epoch_in_force() {
+    let rig = Rig::open();
+    let mut dp = rig.dataplane("web");
+    let verdict = dp.verdict(flow(WEB, &[]));
+    assert_eq!(verdict.action, ALLOW);
+    assert!(verdict.epoch.is_some() && !verdict.once);
+    assert_eq!(rig.hub.vm("web").unwrap().mode, v1::Mode::Open as i32);
+}
+
+#[test]
+fn an_undecided_miss_is_held_and_a_yes_lets_it_through() {
+    let rig = Rig::secure();
+    let mut dp = rig.dataplane("web");
+    let (miss, id) = dp.held(flow(WEB, &[]));
+    let open = rig.hub.pending(None);
+    assert_eq!(open.len(), 1);
+    assert_eq!(
+        (open[0].id.as_str(), open[0].vm.as_str(), open[0].held),
+        (id.as_str(), "web", 1)
+    );
+
+    let (request, grant, _) = rig.hub.reply(&reply(&id[..4], Answer::Approve)).unwrap();
+    assert_eq!(request.state, v1::PendingState::Approved as i32);
+    assert_eq!(grant.creator, "tester");
+    let told = dp.told();
+    // The revocation comes before the verdict, so that the verdict is not dropped with the old ones.
+    let revoke = told.iter().position(|t| matches!(t, Told::Revoke(_))).unwrap();
+    let verdict = told.iter().position(|t| matches!(t, Told::Verdict(_))).unwrap();
+    assert!(revoke < verdict);
+    let verdict = &verdicts(&told)[0];
+    assert_eq!((verdict.miss_id, verdict.action), (miss.0, ALLOW));
+    assert_eq!(verdict.grant_id, grant.id);
+    assert_eq!(rig.hub.pending(None).len(), 0);
+    assert_eq!(dp.verdict(flow(WEB, &[])).action, ALLOW, "the grant holds");
+    assert_eq!(rig.hub.grants("web").unwrap()[0].hits, 2);
+}
+
+#[test]
+fn a_no_refuses_at_once_and_stays() {
+    let rig = Rig::secure();
+    let mut dp = rig.dataplane("web");
+    let (miss, id) = dp.held(flow(WEB, &[]));
+    rig.hub.reply(&reply(&id, Answer::Deny)).unwrap();
+    let told = verdicts(&dp.told());
+    assert_eq!((told[0].miss_id, told[0].action), (miss.0, DENY));
+    assert_eq!(dp.verdict(flow(WEB, &[])).action, DENY);
+}
+
+#[test]
+fn two_clients_answer_and_exactly_one_has_effect() {
+    let rig = Rig::secure();
+    let mut dp = rig.dataplane("web");
+    let (_, id) = dp.held(flow(WEB, &[]));
+    let shown = rig.hub.pending_request(&id).unwrap().etag;
+    let mut first = reply(&id, Answer::Approve);
+    first.etag = &shown;
+    let mut second = reply(&id, Answer::Deny);
+    second.etag = &shown;
+    rig.hub.reply(&first).unwrap();
+    assert!(rig.hub.reply(&second).is_err());
+    assert_eq!(rig.hub.grants("").unwrap().len(), 1, "the loser left nothing");
+    assert_eq!(verdicts(&dp.told()).len(), 1);
+    let mut stale = reply(&id, Answer::Approve);
+    stale.etag = "0000";
+    assert!(rig.hub.reply(&stale).is_err());
+}
+
+#[test]
+fn the_same_question_is_asked_once_and_both_families_of_a_lookup_join() {
+    let rig = Rig::secure();
+    let mut dp = rig.dataplane("web");
+    let (_, first) = dp.held(flow(WEB, &[]));
+    let (_, again) = dp.held(flow(WEB, &[]));
+    assert_eq!(first, again);
+    let (a, pair) = dp.held(lookup("example.com", 1));
+    let (aaaa, same) = dp.held(lookup("example.com", 28));
+    assert_eq!(pair, same);
+    assert_eq!(rig.hub.pending(None).len(), 2);
+
+    rig.hub.reply(&reply(&pair, Answer::Approve)).unwrap();
+    let answered: Vec<u64> = verdicts(&dp.told()).iter().map(|v| v.miss_id).collect();
+    assert_eq!(answered, [a.0, aaaa.0]);
+    // One intent, one question: the connection to what the lookup taught needs no second yes.
+    assert_eq!(
+        dp.verdict(flow("198.51.100.9:80", &["example.com"])).action,
+        ALLOW
+    );
+}
+
+#[test]
+fn a_late_yes_serves_the_next_attempt() {
+    let rig = Rig::secure();
+    let mut dp = rig.dataplane("web");
+    let (miss, id) = dp.held(flow(WEB, &[]));
+    rig.pass(Duration::from_secs(30));
+    dp.say(Message::MissEnded(v1::MissEnded {
+        miss_id: miss.0,
+        end: v1::MissEnd::HoldExpired.into(),
+    }));
+    assert_eq!(rig.hub.pending(None).len(), 1, "the question outlives the packet");
+    rig.hub.reply(&reply(&id, Answer::Approve)).unwrap();
+    assert_eq!(verdicts(&dp.told()), []);
+    assert_eq!(dp.verdict(flow(WEB, &[])).action, ALLOW);
+}
+
+#[test]
+fn a_guest_that_gives_up_cancels_and_a_request_ends_after_its_life() {
+    let rig = Rig::secure();
+    let mut dp = rig.dataplane("web");
+    let (miss, id) = dp.held(flow(WEB, &[]));
+    dp.say(Message::MissEnded(v1::MissEnded {
+        miss_id: miss.0,
+        end: v1::MissEnd::GuestGaveUp.into(),
+    }));
+    assert_eq!(
+        rig.hub.pending_request(&id).unwrap().state,
+        v1::PendingState::Cancelled as i32
+    );
+    let (_, id) = dp.held(flow(WEB, &[]));
+    rig.pass(Duration::from_secs(601));
+    assert_eq!(
+        rig.hub.pending_request(&id).unwrap().state,
+        v1::PendingState::Expired as i32
+    );
+}
+
+#[test]
+fn a_grant_for_once_lets_one_flow_through_and_keeps_it() {
+    let rig = Rig::secure();
+    let mut dp = rig.dataplane("web");
+    let (_, id) = dp.held(flow(WEB, &[]));
+    let once = Reply {
+        lifetime: Some(Lifetime::Once),
+        ..reply(&id, Answer::Approve)
+    };
+    rig.hub.reply(&once).unwrap();
+    let verdict = verdicts(&dp.told()).remove(0);
+    assert!(verdict.once);
+    dp.open(&flow(WEB, &[]), epoch_of(&verdict), &verdict.grant_id);
+    dp.held(flow(WEB, &[]));
+    assert_eq!(rig.hub.grants("").unwrap().len(), 0);
+    // A later change does not cut the flow for want of the spent grant; an explicit no does.
+    rig.hub
+        .create_grant(grant(
+            GrantAction::Allow,
+            "tcp 192.0.2.8:1",
+            Some("web"),
+            Lifetime::Forever,
+        ))
+        .unwrap();
+    assert!(cuts(&dp.told()).is_empty());
+    rig.hub
+        .create_grant(grant(
+            GrantAction::Deny,
+            "tcp 192.0.2.7:443",
+            Some("web"),
+            Lifetime::Forever,
+        ))
+        .unwrap();
+    assert_eq!(cuts(&dp.told()), [1]);
+}
+
+#[test]
+fn an_unused_grant_for_once_is_void_after_a_minute() {
+    let rig = Rig::secure();
+    let mut dp = rig.dataplane("web");
+    rig.hub
+        .create_grant(grant(
+            GrantAction::Allow,
+            "tcp 192.0.2.7:443",
+            None,
+            Lifetime::Once,
+        ))
+        .unwrap();
+    rig.pass(Duration::from_secs(61));
+    assert_eq!(rig.hub.grants("").unwrap().len(), 0);
+    dp.told();
+    dp.held(flow(WEB, &[]));
+}
+
+#[tokio::test]
+async fn revoking_a_grant_cuts_its_flows_and_says_how_many() {
+    let rig = Rig::secure();
+    let mut dp = rig.dataplane("web");
+    let (made, _, _, _) = rig
+        .hub
+        .create_grant(grant(
+            GrantAction::Allow,
+            "tcp 192.0.2.0/24",
+            None,
+            Lifetime::Forever,
+        ))
+        .unwrap();
+    dp.told();
+    let flows = [open_allowed(&mut dp, WEB), open_allowed(&mut dp, "192.0.2.8:80")];
+    let (_, ticket, _) = rig.hub.revoke_grant(&made.id[..4], "tester").unwrap();
+    let told = dp.told();
+    assert_eq!(cuts(&told), flows);
+    dp.acknowledge(&told);
+    let report = rig.hub.report(ticket).await;
+    assert_eq!((report.flows, report.dataplanes_acknowledged), (2, 1));
+    assert_eq!(report.dataplanes_silent, Vec::<String>::new());
+    dp.held(flow(WEB, &[]));
+}
+
+#[test]
+fn a_grants_expiry_cuts_new_and_live_flows() {
+    let rig = Rig::secure();
+    let mut dp = rig.dataplane("web");
+    let hour = Lifetime::For(Duration::from_secs(3600));
+    rig.hub
+        .create_grant(grant(GrantAction::Allow, "tcp 192.0.2.7:443", None, hour))
+        .unwrap();
+    let flow_id = open_allowed(&mut dp, WEB);
+    dp.told();
+    rig.pass(Duration::from_secs(3599));
+    assert!(cuts(&dp.told()).is_empty());
+    rig.pass(Duration::from_secs(1));
+    assert_eq!(cuts(&dp.told()), [flow_id]);
+    dp.held(flow(WEB, &[]));
+}
+
+#[tokio::test]
+async fn applying_a_policy_revokes_cuts_and_decides_what_is_open() {
+    let rig = Rig::open();
+    let mut dp = rig.dataplane("web");
+    let kept = open_allowed(&mut dp, "192.0.2.7:80");
+    let lost = open_allowed(&mut dp, "192.0.2.7:22");
+    assert_ne!(kept, lost);
+    let applied = rig.apply("defaultAction: deny\nrules:\n  - {action: allow, ports: [80], protocol: tcp}\n");
+    assert_eq!(applied.policy.revision, 1);
+    let told = dp.told();
+    assert_eq!(cuts(&told), [lost]);
+    dp.acknowledge(&told);
+    let report = rig.hub.report(applied.ticket.unwrap()).await;
+    assert_eq!((report.flows, report.dataplanes_acknowledged), (1, 1));
+    assert_eq!(dp.verdict(flow("192.0.2.9:80", &[])).action, ALLOW);
+    assert_eq!(dp.verdict(flow("192.0.2.9:22", &[])).action, DENY);
+    let vm = rig.hub.vm("web").unwrap();
+    assert_eq!((vm.policy.as_str(), vm.revision), ("default", 1));
+}
+
+#[test]
+fn a_policy_decides_open_requests() {
+    let rig = Rig::secure();
+    let mut dp = rig.dataplane("web");
+    let (miss, id) = dp.held(flow(WEB, &[]));
+    rig.apply("rules:\n  - {action: deny, cidr: 192.0.2.0/24}\n");
+    assert_eq!(
+        rig.hub.pending_request(&id).unwrap().state,
+        v1::PendingState::Decided as i32
+    );
+    let verdicts = verdicts(&dp.told());
+    assert_eq!((verdicts[0].miss_id, verdicts[0].action), (miss.0, DENY));
+}
+
+#[test]
+fn a_wrong_policy_changes_nothing_and_an_old_etag_is_refused() {
+    let rig = Rig::open();
+    rig.apply("defaultAction: deny\n");
+    assert!(rig.try_apply("defaultAction: Deny\nruels: []\n").is_err());
+    let policy = rig.hub.policy("").unwrap();
+    assert_eq!(policy.revision, 1);
+    let stale = Candidate {
+        name: "",
+        document: "defaultAction: allow\n",
+        source: "",
+        etag: "not it",
+        actor: "x",
+        validate_only: false,
+    };
+    assert!(matches!(rig.hub.apply_policy(stale), Err(Refusal::Changed(_))));
+    let checked = Candidate {
+        etag: &policy.etag,
+        validate_only: true,
+        ..stale
+    };
+    assert_eq!(rig.hub.apply_policy(checked).unwrap().policy.revision, 2);
+    assert_eq!(rig.hub.policy("").unwrap().revision, 1, "only checked");
+}
+
+#[tokio::test]
+async fn a_flow_that_an_older_epoch_let_through_is_judged_anew() {
+    let rig = Rig::open();
+    let mut dp = rig.dataplane("web");
+    let verdict = dp.verdict(flow("192.0.2.7:22", &[]));
+    let applied = rig.apply("defaultAction: deny\n");
+    let told = dp.told();
+    assert!(cuts(&told).is_empty());
+    // It opened before the Revoke arrived, and is reported before the acknowledgement.
+    let late = dp.open(&flow("192.0.2.7:22", &[]), epoch_of(&verdict), "");
+    let cut = dp.told();
+    assert_eq!(cuts(&cut), [late]);
+    dp.acknowledge(&told);
+    dp.acknowledge(&cut);
+    assert_eq!(rig.hub.report(applied.ticket.unwrap()).await.flows, 1);
+}
+
+#[tokio::test]
+async fn a_dataplane_that_does_not_acknowledge_is_named() {
+    let rig = Rig::open();
+    let one = rig.dataplane("web");
+    let applied = rig.apply("defaultAction: deny\n");
+    one.lose();
+    let report = rig.hub.report(applied.ticket.unwrap()).await;
+    assert_eq!(
+        (report.dataplanes_acknowledged, report.dataplanes_silent),
+        (0, vec!["dp1".to_owned()])
+    );
+
+    rig.dataplane_with(hello(2, vec![vm_up(1, "other")])).lose();
+    let applied = rig.apply("defaultAction: allow\n");
+    let report = rig.hub.report(applied.ticket.unwrap()).await;
+    assert_eq!(report.dataplanes_silent, ["dp1", "dp2"]);
+}
+
+#[test]
+fn only_the_dataplanes_concerned_are_revoked() {
+    let rig = Rig::secure();
+    let mut one = rig.dataplane_with(hello(1, vec![vm_up(1, "a")]));
+    let mut two = rig.dataplane_with(hello(2, vec![vm_up(1, "b")]));
+    rig.hub
+        .create_grant(grant(
+            GrantAction::Allow,
+            "tcp 192.0.2.7:443",
+            Some("a"),
+            Lifetime::Forever,
+        ))
+        .unwrap();
+    assert!(one.told().iter().any(|t| matches!(t, Told::Revoke(_))));
+    assert!(two.told().is_empty());
+}
+
+#[tokio::test]
+async fn modes_take_effect_and_quarantine_sticks_to_the_name() {
+    let rig = Rig::open();
+    let mut dp = rig.dataplane("web");
+    let flow_id = open_allowed(&mut dp, WEB);
+    rig.hub.update_vm(set_mode("web", Mode::Quarantine)).unwrap();
+    let told = dp.told();
+    assert_eq!(cuts(&told), [flow_id]);
+    assert!(
+        told.iter()
+            .any(|t| matches!(t, Told::VmSettings(s) if s.forwards_closed))
+    );
+    assert_eq!(dp.verdict(flow(WEB, &[])).action, DENY);
+    dp.say(Message::VmDown(v1::VmDown { vm: 1 }));
+    assert!(rig.hub.vms(None).is_empty());
+    dp.say(Message::VmUp(vm_up(2, "web")));
+    assert_eq!(rig.hub.vm("web").unwrap().mode, v1::Mode::Quarantine as i32);
+    // Any other mode was set for one attachment.
+    rig.hub.update_vm(set_mode("web", Mode::Block)).unwrap();
+    dp.say(Message::VmDown(v1::VmDown { vm: 2 }));
+    dp.say(Message::VmUp(vm_up(3, "web")));
+    assert_eq!(rig.hub.vm("web").unwrap().mode, v1::Mode::Open as i32);
+}
+
+#[test]
+fn a_taken_name_gets_a_number_and_a_bad_one_is_refused() {
+    let rig = Rig::open();
+    let dp = rig.dataplane_with(hello(1, vec![vm_up(1, "web"), vm_up(2, "web")]));
+    dp.say(Message::VmUp(vm_up(3, "web")));
+    let names: Vec<String> = rig.hub.vms(None).into_iter().map(|vm| vm.name).collect();
+    assert_eq!(names, ["web", "web-2", "web-3"]);
+    assert!(dp.try_say(Message::VmUp(vm_up(4, "a b"))).is_err());
+    assert!(
+        dp.try_say(Message::Hello(hello(1, vec![]))).is_err(),
+        "a second hello"
+    );
+}
+
+#[test]
+fn a_policy_that_a_vm_brings_is_its_own_and_a_wrong_one_ends_the_session() {
+    let rig = Rig::open();
+    let own = |document: &str, rules: &[&str]| v1::VmUp {
+        own_policy: Some(v1::OwnPolicy {
+            document: document.to_owned(),
+            source: "own.yaml".to_owned(),
+            rules: rules.iter().map(|r| (*r).to_owned()).collect(),
+        }),
+        ..vm_up(1, "web")
+    };
+    let mut dp = rig.dataplane_with(hello(1, vec![own("", &["allow tcp 192.0.2.7:443"])]));
+    assert_eq!(dp.verdict(flow(WEB, &[])).action, ALLOW);
+    assert_eq!(dp.verdict(flow("192.0.2.8:443", &[])).action, DENY);
+    assert_eq!(rig.hub.vm("web").unwrap().policy, "own");
+    let refused = rig.hub.attach(hello(2, vec![own("rulse: []", &[])])).unwrap_err();
+    assert_eq!(refused.code(), tonic::Code::InvalidArgument);
+    assert!(refused.message().contains("own.yaml"), "{}", refused.message());
+}
+
+#[test]
+fn a_reconnect_joins_what_is_open_and_keeps_names_and_grants() {
+    let rig = Rig::secure();
+    let mut dp = rig.dataplane("web");
+    rig.hub
+        .create_grant(grant(
+            GrantAction::Allow,
+            "tcp 192.0.2.9:1",
+            Some("web"),
+            Lifetime::UntilVmStops,
+        ))
+        .unwrap();
+    let (miss, id) = dp.held(flow(WEB, &[]));
+    dp.lose();
+    assert_eq!(rig.hub.vm("web").unwrap().state, v1::VmState::Lost as i32);
+    rig.pass(Duration::from_secs(10));
+    let mut dp = rig.dataplane("web");
+    dp.announce(miss, 1, flow(WEB, &[]));
+    let held = dp.told().into_iter().find_map(|t| {
+        if let Told::Held(held) = t {
+            Some(held)
+        } else {
+            None
+        }
+    });
+    assert_eq!(held.unwrap().pending_id, id);
+    assert_eq!(rig.hub.pending(None).len(), 1);
+    assert_eq!(rig.hub.vm("web").unwrap().state, v1::VmState::Attached as i32);
+    assert_eq!(rig.hub.grants("web").unwrap().len(), 1);
+    rig.hub.reply(&reply(&id, Answer::Approve)).unwrap();
+    assert_eq!(verdicts(&dp.told())[0].miss_id, miss.0);
+}
+
+#[test]
+fn a_lost_dataplanes_vms_go_after_the_grace_and_until_vm_stops_with_them() {
+    let rig = Rig::secure();
+    let mut dp = rig.dataplane("web");
+    rig.hub
+        .create_grant(grant(
+            GrantAction::Allow,
+            "tcp 192.0.2.9:1",
+            None,
+            Lifetime::UntilVmStops,
+        ))
+        .unwrap();
+    dp.told();
+    let (_, id) = dp.held(flow(WEB, &[]));
+    dp.lose();
+    rig.pass(LOST_GRACE);
+    assert!(rig.hub.vms(None).is_empty());
+    assert!(rig.hub.grants("").unwrap().is_empty());
+    assert_eq!(
+        rig.hub.pending_request(&id).unwrap().state,
+        v1::PendingState::Cancelled as i32
+    );
+}
+
+#[test]
+fn a_newer_session_of_the_same_dataplane_takes_over() {
+    let rig = Rig::open();
+    let old = rig.dataplane("web");
+    let mut new = rig.dataplane("web");
+    assert!(old.try_say(Message::Heartbeat(v1::Heartbeat::default())).is_err());
+    old.lose();
+    assert_eq!(new.verdict(flow(WEB, &[])).action, ALLOW);
+    assert_eq!(rig.hub.vms(None).len(), 1);
+}
+
+#[test]
+fn a_name_whose_dataplane_is_lost_is_free_for_its_successor() {
+    let rig = Rig::open();
+    rig.dataplane_with(hello(1, vec![vm_up(1, "web")])).lose();
+    let _dp = rig.dataplane_with(hello(2, vec![vm_up(1, "web")]));
+    let vms = rig.hub.vms(None);
+    assert_eq!(vms.len(), 1);
+    assert_eq!((vms[0].name.as_str(), vms[0].dataplane.as_str()), ("web", "dp2"));
+}
+
+#[test]
+fn live_flows_of_a_reconnect_are_judged_under_what_is_in_force() {
+    let rig = Rig::open();
+    let mut dp = rig.dataplane("web");
+    let verdict = dp.verdict(flow("192.0.2.7:22", &[]));
+    dp.open(&flow("192.0.2.7:22", &[]), epoch_of(&verdict), "");
+    dp.lose();
+    rig.apply("defaultAction: deny\n");
+    let vnet_proto::model::Subject::Flow(subject) = flow("192.0.2.7:22", &[]) else {
+        unreachable!()
+    };
+    let again = v1::FlowOpened {
+        flow_id: 1,
+        vm: 1,
+        subject: Some((&subject).into()),
+        epoch: verdict.epoch,
+        ..Default::default()
+    };
+    let attachment = rig
+        .hub
+        .attach(v1::Hello {
+            live_flows: vec![again],
+            ..hello(1, vec![vm_up(1, "web")])
+        })
+        .unwrap();
+    let mut outbox = attachment.outbox;
+    let mut told = Vec::new();
+    while let Ok(response) = outbox.try_recv() {
+        told.extend(response.message);
+    }
+    assert!(matches!(told[0], Told::Welcome(_)), "{:?}", told[0]);
+    assert_eq!(cuts(&told), [1]);
+    assert_eq!(rig.hub.vm("web").unwrap().live_flows, 1);
+}
+
+#[tokio::test]
+async fn grants_policies_and_sequence_survive_a_restart() {
+    let dir = TempDir::new();
+    let location = Location::Sqlite(dir.path().join("s.db"));
+    let last = {
+        let rig = Rig::start(&location, true);
+        let mut dp = rig.dataplane("web");
+        let applied = rig.apply("defaultAction: deny\nmode: ask\n");
+        applied.durable.wait().await.unwrap();
+        for lifetime in [Lifetime::Forever, Lifetime::UntilVmStops, Lifetime::Once] {
+            let made = rig
+                .hub
+                .create_grant(grant(GrantAction::Allow, "tcp 192.0.2.7:443", None, lifetime));
+            made.unwrap().3.wait().await.unwrap();
+        }
+        rig.hub
+            .update_vm(set_mode("web", Mode::Block))
+            .unwrap()
+            .2
+            .wait()
+            .await
+            .unwrap();
+        dp.told();
+        rig.hub.watch_events(EventFilter::default()).unwrap().1
+    };
+    let rig = Rig::start(&location, true);
+    assert_eq!(rig.hub.watch_events(EventFilter::default()).unwrap().1, last);
+    assert_eq!(rig.hub.policy("").unwrap().revision, 1);
+    assert_eq!(
+        rig.hub.grants("").unwrap().len(),
+        2,
+        "one for once is not worth keeping"
+    );
+    // The same attachment comes back: what was set for it holds.
+    let dp = rig.dataplane("web");
+    assert_eq!(rig.hub.vm("web").unwrap().mode, v1::Mode::Block as i32);
+    assert_eq!(rig.hub.grants("web").unwrap().len(), 2);
+    rig.pass(LOST_GRACE);
+    assert_eq!(rig.hub.grants("web").unwrap().len(), 2);
+    drop(dp);
+    drop(rig);
+    // It does not: what was bound to it ends.
+    let rig = Rig::start(&location, true);
+    let _dp = rig.dataplane_with(hello(7, vec![vm_up(1, "web")]));
+    assert_eq!(rig.hub.vm("web").unwrap().mode, v1::Mode::Ask as i32);
+    assert_eq!(rig.hub.grants("web").unwrap().len(), 1);
+    rig.pass(LOST_GRACE);
+    assert_eq!(rig.hub.grants("").unwrap().len(), 1);
+}
+
+#[test]
+fn a_repeated_request_id_makes_one_grant_and_a_missing_vm_is_named() {
+    let rig = Rig::secure();
+    let none = rig.hub.create_grant(grant(
+        GrantAction::Allow,
+        "tcp 192.0.2.7:443",
+        None,
+        Lifetime::Forever,
+    ));
+    assert!(none.is_err(), "no VM at all");
+    let _dp = rig.dataplane_with(hello(1, vec![vm_up(1, "a"), vm_up(2, "b")]));
+    let which = rig.hub.create_grant(grant(
+        GrantAction::Allow,
+        "tcp 192.0.2.7:443",
+        None,
+        Lifetime::Forever,
+    ));
+    assert!(which.unwrap_err().to_string().contains("a, b"));
+    let new = || NewGrant {
+        request_id: "r1",
+        ..grant(
+            GrantAction::Allow,
+            "tcp 192.0.2.7:443",
+            Some("a"),
+            Lifetime::Forever,
+        )
+    };
+    let first = rig.hub.create_grant(new()).unwrap().0;
+    assert_eq!(rig.hub.create_grant(new()).unwrap().0, first);
+    assert_eq!(rig.hub.grants("").unwrap().len(), 1);
+}
+
+#[test]
+fn a_grant_answers_open_requests_and_a_rule_overrules_it() {
+    let rig = Rig::secure();
+    let mut dp = rig.dataplane("web");
+    dp.held(flow("192.0.2.7:1", &[]));
+    dp.held(flow("192.0.2.7:2", &[]));
+    let (_, answered, _, _) = rig
+        .hub
+        .create_grant(grant(
+            GrantAction::Allow,
+            "tcp 192.0.2.7",
+            None,
+            Lifetime::Forever,
+        ))
+        .unwrap();
+    assert_eq!(answered, 2);
+    rig.apply("rules:\n  - {name: no-ssh, action: deny, ports: [22], protocol: tcp}\n");
+    let refused = rig
+        .hub
+        .create_grant(grant(
+            GrantAction::Allow,
+            "tcp 192.0.2.7:22",
+            None,
+            Lifetime::Forever,
+        ))
+        .unwrap_err();
+    assert!(refused.to_string().contains("no-ssh"), "{refused}");
+    assert!(matches!(
+        refused,
+        Refusal::Precondition {
+            reason: "OVERRULED",
+            ..
+        }
+    ));
+}
+
+#[test]
+fn a_slow_watcher_gets_a_gap_and_the_hub_does_not_wait() {
+    let rig = Rig::open();
+    let mut dp = rig.dataplane("web");
+    let (mut watch, _) = rig.hub.watch_events(EventFilter::default()).unwrap();
+    let misses = WATCH_QUEUE_MAX + 10;
+    rig.apply("defaultAction: deny\n");
+    dp.told();
+    for _ in 0..misses {
+        assert_eq!(dp.verdict(flow(WEB, &[])).action, DENY);
+    }
+    let mut seen = 0;
+    let missed = loop {
+        match watch.try_next() {
+            Some(Next::Change(_)) => seen += 1,
+            Some(Next::Gap(missed)) => break missed,
+            other => panic!("{other:?}"),
+        }
+    };
+    assert_eq!((seen, missed), (WATCH_QUEUE_MAX, 11), "one event is the policy's");
+}
+
+#[test]
+fn watches_begin_with_what_is_there() {
+    let rig = Rig::secure();
+    let mut dp = rig.dataplane("web");
+    dp.held(flow(WEB, &[]));
+    let mut watch = rig.hub.watch_pending(None).unwrap();
+    let mut next = || match watch.try_next() {
+        Some(Next::Change(change)) => change.change,
+        other => panic!("{other:?}"),
+    };
+    assert_eq!(next(), v1::PendingChange::Added as i32);
+    assert_eq!(next(), v1::PendingChange::Synced as i32);
+    dp.held(flow("192.0.2.7:1", &[]));
+    assert_eq!(next(), v1::PendingChange::Added as i32);
+    let other = rig
+        .hub
+        .watch_pending(Some(VmSelector::named("other")))
+        .unwrap()
+        .try_next();
+    assert!(matches!(other, Some(Next::Change(c)) if c.change == v1::PendingChange::Synced as i32));
+}
+
+#[test]
+fn malformed_and_stray_messages_are_counted_and_change_nothing() {
+    let rig = Rig::secure();
+    let mut dp = rig.dataplane("web");
+    dp.say(Message::Miss(v1::Miss::default()));
+    dp.announce(MissId(9), 77, flow(WEB, &[]));
+    dp.say(Message::FlowClosed(v1::FlowClosed {
+        flow_id: 9,
+        ..Default::default()
+    }));
+    assert_eq!(dp.told(), []);
+    assert_eq!((rig.metrics.malformed.get(), rig.metrics.stray.get()), (1, 2));
+    // A flow that cannot be read cannot be judged.
+    dp.say(Message::FlowOpened(v1::FlowOpened {
+        flow_id: 5,
+        vm: 1,
+        ..Default::default()
+    }));
+    assert_eq!(cuts(&dp.told()), [5]);
+}
+
+#[test]
+fn bindings_explain_and_denied_lookups_are_listed() {
+    let rig = Rig::open();
+    let mut dp = rig.dataplane("web");
+    rig.apply("defaultAction: deny\ndns:\n  allowedDomains: [good.test]\n");
+    dp.told();
+    dp.say(Message::Binding(v1::BindingLearned {
+        vm: 1,
+        name: "good.test".to_owned(),
+        addresses: vec![vec![192, 0, 2, 7]],
+        expires_in: Some(prost_types::Duration {
+            seconds: 60,
+            nanos: 0,
+        }),
+    }));
+    let explained = rig
+        .hub
+        .explain("", &"tcp 192.0.2.7:443".parse().unwrap())
+        .unwrap();
+    assert_eq!(
+        (explained.action, explained.names),
+        (ALLOW, vec!["good.test".to_owned()])
+    );
+    let metadata = rig
+        .hub
+        .explain("web", &"tcp 169.254.169.254:80".parse().unwrap())
+        .unwrap();
+    assert_eq!(
+        (metadata.action, metadata.guards),
+        (DENY, vec![v1::Guard::Metadata as i32])
+    );
+    assert!(
+        rig.hub
+            .explain("web", &"tcp 10.0.0.0/8:80".parse().unwrap())
+            .is_err()
+    );
+    assert_eq!(dp.verdict(lookup("bad.test", 1)).action, DENY);
+    assert_eq!(dp.verdict(lookup("bad.test", 1)).action, DENY);
+    let denied = rig.hub.denied(None);
+    assert_eq!(
+        (denied.len(), denied[0].name.as_str(), denied[0].count),
+        (1, "bad.test", 2)
+    );
+    assert_eq!(rig.hub.bindings(None).len(), 1);
+    rig.pass(Duration::from_secs(60));
+    assert_eq!(rig.hub.bindings(None).len(), 0);
+}
+
+#[test]
+fn a_dataplane_that_reads_too_slowly_is_ended() {
+    let rig = Rig::secure();
+    let mut dp = rig.dataplane("web");
+    rig.hub
+        .create_grant(grant(
+            GrantAction::Deny,
+            "tcp 192.0.2.7:443",
+            None,
+            Lifetime::Forever,
+        ))
+        .unwrap();
+    for n in 0..=attach::OUTBOX_MAX as u64 {
+        dp.announce(MissId(n), 1, flow(WEB, &[]));
+    }
+    assert!(
+        dp.ended()
+            .is_some_and(|status| status.code() == tonic::Code::ResourceExhausted)
+    );
+}
+
+#[tokio::test]
+async fn commands_are_acknowledged_or_refused_by_the_dataplane() {
+    let rig = Rig::open();
+    let forward = |network: &str| v1::Forward {
+        network: network.to_owned(),
+        protocol: v1::Protocol::Tcp.into(),
+        listen: "127.0.0.1:0".to_owned(),
+        target: "192.168.127.2:80".to_owned(),
+    };
+    let expose = |network: &str| v1::command::Command::Expose(forward(network));
+    assert!(matches!(
+        rig.hub.command("", expose).await,
+        Err(Refusal::Unavailable(_))
+    ));
+    let mut dp = rig.dataplane("web");
+    let hub = std::sync::Arc::clone(&rig.hub);
+    let call = tokio::spawn(async move {
+        hub.command("", |n| v1::command::Command::Expose(forward(n)))
+            .await
+    });
+    let id = loop {
+        tokio::task::yield_now().await;
+        if let Some(Told::Command(command)) = dp.told().pop() {
+            break command.command_id;
+        }
+    };
+    let opened = v1::Forward {
+        listen: "127.0.0.1:4711".to_owned(),
+        ..forward("net1")
+    };
+    dp.say(Message::Ack(v1::Ack {
+        command_id: id,
+        forward: Some(opened.clone()),
+        ..Default::default()
+    }));
+    assert_eq!(call.await.unwrap().unwrap().forward, Some(opened.clone()));
+    assert_eq!(rig.hub.forwards(""), [opened]);
+}

@@ -1,0 +1,378 @@
+//! What dataplanes report of flows, lookups and bindings.
+
+use std::time::SystemTime;
+
+use vnet_proto::model::{
+    FlowId, FlowSubject, Malformed, Name, Reason, Subject, VmId, VmSelector, address_from_bytes,
+};
+use vnet_proto::v1;
+
+use super::events::{about, on_subject};
+use super::{Hub, State, ids, too_many_watches};
+use crate::clock::Now;
+use crate::convert;
+use crate::fleet::{Binding, DataplaneNo, FLOWS_PER_DATAPLANE_MAX, LiveFlow};
+use crate::policy::Outcome;
+use crate::refusal::Refusal;
+use crate::watch::Watch;
+
+impl Hub {
+    /// The live flows of these VMs, newest first, each with the number that it is sorted by.
+    pub fn flows(&self, filter: Option<&VmSelector>) -> Vec<(u64, v1::Flow)> {
+        self.read(|state, _| {
+            let mut flows: Vec<&LiveFlow> = state.live_flows(filter).collect();
+            flows.sort_by_key(|flow| std::cmp::Reverse(flow.number));
+            flows
+                .into_iter()
+                .map(|flow| (flow.number, convert::flow(flow)))
+                .collect()
+        })
+    }
+
+    /// Every live flow, then each change.
+    ///
+    /// # Errors
+    /// [`Refusal::Limit`] if too many watch.
+    pub fn watch_flows(&self, filter: Option<VmSelector>) -> Result<Watch<v1::WatchFlowsResponse>, Refusal> {
+        self.read(|state, _| {
+            let response = |change: v1::FlowChange, flow| v1::WatchFlowsResponse {
+                change: change.into(),
+                flow,
+            };
+            let mut first: Vec<_> = state
+                .live_flows(filter.as_ref())
+                .map(|flow| response(v1::FlowChange::Added, Some(convert::flow(flow))))
+                .collect();
+            first.push(response(v1::FlowChange::Synced, None));
+            state.flow_watches.add(filter, first).ok_or_else(too_many_watches)
+        })
+    }
+
+    /// Tells a flow's dataplane to close it.
+    ///
+    /// # Errors
+    /// [`Refusal`] if no flow, or several, have ids that begin so.
+    pub fn close_flow(&self, prefix: &str, actor: &str) -> Result<v1::Flow, Refusal> {
+        self.read(|state, _| {
+            let mut fitting: Vec<(DataplaneNo, FlowId, &LiveFlow)> = state
+                .fleet
+                .dataplanes
+                .iter()
+                .flat_map(|(number, d)| d.flows.iter().map(|(id, flow)| (*number, *id, flow)))
+                .filter(|(_, _, flow)| !prefix.is_empty() && flow.id.starts_with(prefix))
+                .collect();
+            let (Some((number, id, flow)), true) = (fitting.pop(), fitting.is_empty()) else {
+                return Err(if fitting.is_empty() {
+                    Refusal::NotFound(format!(
+                        "no flow has an id that begins with {prefix:?}; list them with: vnetctl flows list"
+                    ))
+                } else {
+                    let count = fitting.len() + 1;
+                    Refusal::Ambiguous(format!(
+                        "{count} flows have ids that begin with {prefix:?}; give more of the id"
+                    ))
+                });
+            };
+            let flow = convert::flow(flow);
+            if state
+                .fleet
+                .dataplanes
+                .get(&number)
+                .is_none_or(|d| d.link.is_none())
+            {
+                return Err(Refusal::Unavailable(format!(
+                    "the dataplane of flow {} is lost",
+                    flow.id
+                )));
+            }
+            state.cut(None, number, vec![id], &format!("closed by {actor}"));
+            Ok(flow)
+        })
+    }
+}
+
+impl State {
+    fn live_flows(&self, filter: Option<&VmSelector>) -> impl Iterator<Item = &LiveFlow> {
+        let selected = move |flow: &&LiveFlow| {
+            filter.is_none_or(|f| {
+                self.fleet
+                    .vms
+                    .get(&flow.vm)
+                    .is_some_and(|vm| f.matches(&vm.view.name, &vm.view.labels))
+            })
+        };
+        self.fleet
+            .dataplanes
+            .values()
+            .flat_map(|d| d.flows.values())
+            .filter(selected)
+    }
+
+    /// A flow opened. One that an older epoch's verdict let through is judged anew, and cut if need be.
+    pub(super) fn handle_flow_opened(
+        &mut self,
+        now: Now,
+        number: DataplaneNo,
+        message: v1::FlowOpened,
+    ) -> Result<(), Malformed> {
+        let id = FlowId(message.flow_id);
+        let subject: FlowSubject = message
+            .subject
+            .ok_or(Malformed::Missing {
+                field: "flow_opened.subject",
+            })?
+            .try_into()?;
+        let dataplane = self.fleet.dataplanes.get(&number);
+        let name = dataplane.and_then(|d| d.vms.get(&VmId(message.vm))).cloned();
+        let (Some(dataplane), Some(name)) = (dataplane, name) else {
+            self.metrics.stray.add(1);
+            self.cut(None, number, vec![id], "its VM is not known");
+            return Ok(());
+        };
+        let epoch = message
+            .epoch
+            .map(vnet_proto::model::Epoch::try_from)
+            .transpose()?;
+        let stands = message.ingress || epoch.is_some_and(|e| e.stands_under(dataplane.epoch));
+        if dataplane.flows.len() >= FLOWS_PER_DATAPLANE_MAX && !dataplane.flows.contains_key(&id) {
+            self.metrics.limits_reached.add(1);
+            self.cut(None, number, vec![id], "the limit of live flows is reached");
+            let text = format!("{FLOWS_PER_DATAPLANE_MAX} flows are live, which is the limit");
+            self.event(now, about(v1::EventKind::LimitReached, &name, text));
+            return Ok(());
+        }
+        self.last_flow += 1;
+        let flow = LiveFlow {
+            id: ids::counted(self.last_flow),
+            number: self.last_flow,
+            vm: name.clone(),
+            ingress: message.ingress,
+            once: self.is_spent(&message.grant_id),
+            subject,
+            grant: message.grant_id,
+            reason: message.reason.map(Reason::from).unwrap_or_default(),
+            would_deny: message.would_deny,
+            opened_at: convert::time(message.opened_at).unwrap_or(now.wall),
+            bytes_up: message.bytes_up,
+            bytes_down: message.bytes_down,
+        };
+        if message.miss_id == 0 && !flow.grant.is_empty() {
+            self.count_cached_use(now, &flow.grant.clone());
+        }
+        self.refresh_grants(&name);
+        // What a verdict in force let through is allowed; a forward's flow never had one.
+        let allowed = (stands && !flow.ingress) || self.is_allowed(number, &flow);
+        let subject = Subject::Flow(flow.subject.clone());
+        let text = format!("{name} opened {}", flow.subject.key);
+        let event = v1::Event {
+            subject: flow.id.clone(),
+            action: v1::Action::Allow.into(),
+            reason: Some((&flow.reason).into()),
+            would_deny: flow.would_deny,
+            ..on_subject(about(v1::EventKind::FlowOpened, &name, text), &subject)
+        };
+        self.event(now, event);
+        self.publish_flow(v1::FlowChange::Added, &flow);
+        let replaced = self
+            .fleet
+            .dataplanes
+            .get_mut(&number)
+            .and_then(|d| d.flows.insert(id, flow))
+            .is_some();
+        if let Some(vm) = self.fleet.vms.get_mut(&name) {
+            vm.live_flows += u64::from(!replaced);
+        }
+        if !allowed {
+            let change = self.open_change_of(number);
+            self.cut(change, number, vec![id], "no longer allowed");
+        }
+        Ok(())
+    }
+
+    pub(super) fn handle_flow_closed(&mut self, now: Now, number: DataplaneNo, message: v1::FlowClosed) {
+        let id = FlowId(message.flow_id);
+        let Some(flow) = self
+            .fleet
+            .dataplanes
+            .get_mut(&number)
+            .and_then(|d| d.flows.remove(&id))
+        else {
+            self.metrics.stray.add(1);
+            return;
+        };
+        let end = v1::FlowEnd::try_from(message.end).unwrap_or_default();
+        let flow = LiveFlow {
+            bytes_up: message.bytes_up,
+            bytes_down: message.bytes_down,
+            ..flow
+        };
+        self.flow_ended(now, flow, end);
+    }
+
+    /// A flow is gone from its dataplane's table.
+    pub(super) fn flow_ended(&mut self, now: Now, flow: LiveFlow, end: v1::FlowEnd) {
+        if let Some(vm) = self.fleet.vms.get_mut(&flow.vm) {
+            vm.live_flows = vm.live_flows.saturating_sub(1);
+        }
+        self.publish_flow(v1::FlowChange::Removed, &flow);
+        let how = match end {
+            v1::FlowEnd::Unspecified => "ended",
+            v1::FlowEnd::Finished => "finished",
+            v1::FlowEnd::GuestReset => "was reset by the guest",
+            v1::FlowEnd::HostReset => "was reset by the other side",
+            v1::FlowEnd::Idle => "was idle too long",
+            v1::FlowEnd::Cut => "was cut",
+            v1::FlowEnd::VmDown => "ended with its VM",
+            v1::FlowEnd::Evicted => "was evicted at a limit",
+            v1::FlowEnd::GrantEnded => "ended with its grant",
+            v1::FlowEnd::Unreachable => "could not reach its destination",
+        };
+        let duration = now.wall.duration_since(flow.opened_at).unwrap_or_default();
+        tracing::info!(
+            target: "flow",
+            vm = flow.vm, flow = flow.id, to = %flow.subject.key, up = flow.bytes_up, down = flow.bytes_down,
+            ms = u64::try_from(duration.as_millis()).unwrap_or(u64::MAX), end = how, reason = %flow.reason,
+            "flow ended"
+        );
+        let text = format!("{} of {} {how}", flow.subject.key, flow.vm);
+        let subject = Subject::Flow(flow.subject);
+        let event = v1::Event {
+            subject: flow.id,
+            reason: Some((&flow.reason).into()),
+            bytes_up: flow.bytes_up,
+            bytes_down: flow.bytes_down,
+            would_deny: flow.would_deny,
+            ..on_subject(about(v1::EventKind::FlowClosed, &flow.vm, text), &subject)
+        };
+        self.event(now, event);
+    }
+
+    pub(super) fn handle_flow_stats(&mut self, number: DataplaneNo, stats: v1::FlowStats) {
+        for count in stats.counts {
+            let flows = self.fleet.dataplanes.get_mut(&number).map(|d| &mut d.flows);
+            let Some(flow) = flows.and_then(|f| f.get_mut(&FlowId(count.flow_id))) else {
+                // It may have ended while the counts were on their way.
+                continue;
+            };
+            flow.bytes_up = count.bytes_up;
+            flow.bytes_down = count.bytes_down;
+            if !self.flow_watches.is_empty() {
+                let flow = flow.clone();
+                self.publish_flow(v1::FlowChange::Updated, &flow);
+            }
+        }
+    }
+
+    /// The dataplane's cache answered.
+    pub(super) fn handle_decided(
+        &mut self,
+        now: Now,
+        number: DataplaneNo,
+        message: v1::Decided,
+    ) -> Result<(), Malformed> {
+        let subject = match message.subject.ok_or(Malformed::Missing {
+            field: "decided.subject",
+        })? {
+            v1::decided::Subject::Flow(flow) => Subject::Flow(flow.try_into()?),
+            v1::decided::Subject::Lookup(lookup) => Subject::Lookup(lookup.try_into()?),
+        };
+        let outcome = match v1::Action::try_from(message.action) {
+            Ok(v1::Action::Allow) => Outcome::Allow,
+            Ok(v1::Action::Deny) => Outcome::Deny,
+            Ok(v1::Action::Drop) => Outcome::Drop,
+            _ => {
+                return Err(Malformed::Enum {
+                    field: "decided.action",
+                    value: message.action,
+                });
+            }
+        };
+        let name = self
+            .fleet
+            .dataplanes
+            .get(&number)
+            .and_then(|d| d.vms.get(&VmId(message.vm)))
+            .cloned();
+        let Some(name) = name else {
+            self.metrics.stray.add(1);
+            return Ok(());
+        };
+        let reason = message.reason.map(Reason::from).unwrap_or_default();
+        let count = message.count.max(1);
+        self.decided(
+            now,
+            &name,
+            &subject,
+            outcome,
+            &reason,
+            count,
+            message.would_deny,
+            true,
+        );
+        Ok(())
+    }
+
+    pub(super) fn handle_binding(
+        &mut self,
+        now: Now,
+        number: DataplaneNo,
+        message: v1::BindingLearned,
+    ) -> Result<(), Malformed> {
+        let name = Name::from_canonical(&message.name).map_err(|source| Malformed::Name {
+            field: "binding.name",
+            source,
+        })?;
+        let addresses = message
+            .addresses
+            .iter()
+            .map(|bytes| address_from_bytes("binding.addresses", bytes))
+            .collect::<Result<Vec<_>, _>>()?;
+        let expires_in = message.expires_in.ok_or(Malformed::Missing {
+            field: "binding.expires_in",
+        })?;
+        let seconds = expires_in.seconds.unsigned_abs();
+        let expires_in = std::time::Duration::try_from(expires_in).map_err(|_| Malformed::Range {
+            field: "binding.expires_in",
+            value: seconds,
+        })?;
+        let expires_at: SystemTime = now.steady.checked_add(expires_in).unwrap_or(now.steady);
+        let vm = self
+            .fleet
+            .dataplanes
+            .get(&number)
+            .and_then(|d| d.vms.get(&VmId(message.vm)));
+        match vm.cloned().and_then(|vm| self.fleet.vms.get_mut(&vm)) {
+            Some(vm) => vm.bind(
+                name,
+                Binding {
+                    addresses,
+                    expires_at,
+                },
+            ),
+            None => self.metrics.stray.add(1),
+        }
+        Ok(())
+    }
+
+    pub(super) fn publish_flow(&mut self, change: v1::FlowChange, flow: &LiveFlow) {
+        if self.flow_watches.is_empty() {
+            return;
+        }
+        let message = convert::flow(flow);
+        let labels = self
+            .fleet
+            .vms
+            .get(&flow.vm)
+            .map(|vm| vm.view.labels.clone())
+            .unwrap_or_default();
+        self.flow_watches.publish(|filter| {
+            filter
+                .as_ref()
+                .is_none_or(|f| f.matches(&flow.vm, &labels))
+                .then(|| v1::WatchFlowsResponse {
+                    change: change.into(),
+                    flow: Some(message.clone()),
+                })
+        });
+    }
+}

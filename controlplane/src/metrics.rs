@@ -1,0 +1,69 @@
+//! Every counter of the controlplane, in one place.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+
+/// A number that only grows.
+#[derive(Debug, Default)]
+pub struct Counter(AtomicU64);
+
+impl Counter {
+    /// Adds to it.
+    pub fn add(&self, n: u64) {
+        self.0.fetch_add(n, Ordering::Relaxed);
+    }
+
+    /// What it is.
+    pub fn get(&self) -> u64 {
+        self.0.load(Ordering::Relaxed)
+    }
+}
+
+macro_rules! metrics {
+    ($($(#[doc = $doc:literal])+ $name:ident => $metric:literal,)*) => {
+        /// The counters.
+        #[derive(Debug, Default)]
+        pub struct Metrics {
+            $($(#[doc = $doc])+ pub $name: Counter,)*
+        }
+
+        impl Metrics {
+            /// Every counter by its metric's name.
+            pub fn all(&self) -> Vec<(&'static str, u64)> {
+                vec![$(($metric, self.$name.get()),)*]
+            }
+        }
+    };
+}
+
+metrics! {
+    /// Misses received.
+    misses => "vnet_controlplane_misses_total",
+    /// Verdicts sent.
+    verdicts => "vnet_controlplane_verdicts_total",
+    /// Misses that joined a pending request.
+    held => "vnet_controlplane_held_total",
+    /// Misses denied because a limit of pending requests was reached.
+    pending_refused => "vnet_controlplane_pending_refused_total",
+    /// Messages of dataplanes that were refused.
+    malformed => "vnet_controlplane_malformed_messages_total",
+    /// Messages of dataplanes that named a VM or flow that is not there.
+    stray => "vnet_controlplane_stray_messages_total",
+    /// Sessions that were ended because their dataplane read too slowly.
+    sessions_overrun => "vnet_controlplane_sessions_overrun_total",
+    /// Sessions that were ended because their dataplane fell silent.
+    sessions_silent => "vnet_controlplane_sessions_silent_total",
+    /// Flows told to be cut.
+    flows_cut => "vnet_controlplane_flows_cut_total",
+    /// Flows, bindings or VMs that were not recorded because a limit was reached.
+    limits_reached => "vnet_controlplane_limits_reached_total",
+    /// Connections refused because of who made them.
+    peers_refused => "vnet_controlplane_peers_refused_total",
+    /// Events made.
+    events => "vnet_controlplane_events_total",
+    /// Events that the history lost because its writer was behind.
+    events_unrecorded => "vnet_controlplane_events_unrecorded_total",
+    /// Writes to the store that failed.
+    store_failures => "vnet_controlplane_store_failures_total",
+    /// Changes that some dataplane did not acknowledge in time.
+    changes_unacknowledged => "vnet_controlplane_changes_unacknowledged_total",
+}

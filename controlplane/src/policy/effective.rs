@@ -1,0 +1,281 @@
+//! What one VM is under: a document or none, rules of its own, and a mode, put together.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use vnet_proto::model::{Mode, Target};
+
+use crate::grant::VmView;
+use crate::policy::{
+    DefaultAction, NameSet, Policy, PolicyError, PolicyErrors, ProtocolSet, Rule, RuleAction, file,
+};
+
+/// How long a packet is held when no policy says.
+pub const APPROVAL_TIMEOUT: Duration = Duration::from_secs(30);
+
+/// The name that a policy which a VM brought goes by.
+pub const OWN_POLICY: &str = "own";
+
+/// A named policy's revision in force.
+#[derive(Debug, Clone, Copy)]
+pub struct PolicyInForce<'a> {
+    /// Its name.
+    pub name: &'a str,
+    /// Its revision.
+    pub revision: u64,
+    /// Its document.
+    pub policy: &'a Policy,
+}
+
+/// Where a VM's mode may come from.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Modes {
+    /// Set at run time (`vnetctl vm mode`); the strongest.
+    pub set: Option<Mode>,
+    /// Brought by the VM (`--mode`, `--secure-mode`).
+    pub own: Option<Mode>,
+}
+
+/// What a VM brought along: a document, rules before the document's, or both.
+#[derive(Debug, Clone)]
+pub struct OwnPolicy {
+    document: Option<Policy>,
+    rules: Vec<Arc<Rule>>,
+}
+
+impl OwnPolicy {
+    /// Checks what a VM brought. `document` may be empty; each of `rules` is as `allow tcp 192.0.2.7:80`.
+    ///
+    /// # Errors
+    /// Everything that is wrong with either.
+    pub fn parse(source: &str, document: &str, rules: &[String]) -> Result<Self, PolicyErrors> {
+        let mut problems = Vec::new();
+        let parsed = if document.is_empty() {
+            None
+        } else {
+            match Policy::parse(source, document) {
+                Ok(policy) => Some(policy),
+                Err(errors) => {
+                    problems.extend(errors.0);
+                    None
+                }
+            }
+        };
+        if rules.len() > file::RULES_MAX {
+            let text = format!("{} rules are given (at most {})", rules.len(), file::RULES_MAX);
+            problems.push(PolicyError {
+                source_name: "--allow".to_owned(),
+                line: 1,
+                column: 1,
+                text,
+            });
+        }
+        let mut own = Vec::new();
+        for text in rules.iter().take(file::RULES_MAX) {
+            match inline_rule(text) {
+                Ok(rule) => own.push(Arc::new(rule)),
+                Err(problem) => problems.push(problem),
+            }
+        }
+        if problems.is_empty() {
+            Ok(Self {
+                document: parsed,
+                rules: own,
+            })
+        } else {
+            Err(PolicyErrors(problems))
+        }
+    }
+
+    /// The document, if one was brought.
+    pub fn document(&self) -> Option<&Policy> {
+        self.document.as_ref()
+    }
+}
+
+/// Reads `allow TARGET` or `deny TARGET`.
+fn inline_rule(text: &str) -> Result<Rule, PolicyError> {
+    let problem = |source_name: String, text: String| PolicyError {
+        source_name,
+        line: 1,
+        column: 1,
+        text,
+    };
+    let (word, target) = text
+        .trim()
+        .split_once(char::is_whitespace)
+        .unwrap_or((text.trim(), ""));
+    let action = match word {
+        "allow" => RuleAction::Allow,
+        "deny" => RuleAction::Deny,
+        _ => {
+            let text = format!("{word:?} is not the action of an inline rule (expected allow or deny)");
+            return Err(problem("rule".to_owned(), text));
+        }
+    };
+    let target: Target = target
+        .parse()
+        .map_err(|error| problem(format!("--{action}"), format!("{error}")))?;
+    Ok(file::rule_of_target(action, &target))
+}
+
+/// What one VM is under.
+#[derive(Debug, Clone)]
+pub struct Effective {
+    pub(crate) name: String,
+    pub(crate) revision: u64,
+    pub(crate) rules: Vec<Arc<Rule>>,
+    pub(crate) allowed: Arc<NameSet>,
+    pub(crate) blocked: Arc<NameSet>,
+    pub(crate) default_action: DefaultAction,
+    pub(crate) lookup_default: DefaultAction,
+    /// Whether the lookups' default was said, and so is not the mode's to change.
+    pub(crate) lookup_default_stands: bool,
+    pub(crate) mode: Option<Mode>,
+    approval_timeout: Duration,
+}
+
+impl Effective {
+    /// Puts together what a VM is under. `claimed` is the named policy that it falls to, if any.
+    ///
+    /// A document that the VM brought takes the place of the named one; rules that it brought stand
+    /// before either's. Rules that are for other VMs are left out here, once, and not at each decision.
+    pub fn compose(
+        vm: &VmView,
+        claimed: Option<PolicyInForce<'_>>,
+        own: Option<&OwnPolicy>,
+        modes: Modes,
+    ) -> Self {
+        let own_document = own.and_then(OwnPolicy::document);
+        let (name, revision) = match (own, claimed) {
+            (Some(_), _) => (OWN_POLICY.to_owned(), 0),
+            (None, Some(named)) => (named.name.to_owned(), named.revision),
+            (None, None) => (String::new(), 0),
+        };
+        let document = own_document.or(claimed.map(|named| named.policy));
+        let own_rules = own.map_or(&[][..], |own| &own.rules);
+        let mode = modes.set.or(modes.own).or(document.and_then(|d| d.mode));
+        let open = document.is_none() && own_rules.is_empty() && mode.is_none();
+
+        let applies = |rule: &&Arc<Rule>| rule.vms.as_ref().is_none_or(|s| s.matches(&vm.name, &vm.labels));
+        let rules = own_rules
+            .iter()
+            .chain(document.iter().flat_map(|d| &d.rules))
+            .filter(applies)
+            .cloned();
+
+        let fallback = if open {
+            DefaultAction::Allow
+        } else {
+            DefaultAction::Deny
+        };
+        let default_action = document.and_then(|d| d.default_action).unwrap_or(fallback);
+        let dns = document.and_then(|d| d.dns.as_ref());
+        let said = dns.and_then(|dns| dns.default_action);
+        let draft = document.is_some_and(Policy::leaves_lookups_open);
+        let lookup_default = match said {
+            Some(said) => said,
+            None if draft => DefaultAction::Allow,
+            None => default_action,
+        };
+        Self {
+            name,
+            revision,
+            rules: rules.collect(),
+            allowed: dns.map(|dns| Arc::clone(&dns.allowed)).unwrap_or_default(),
+            blocked: dns.map(|dns| Arc::clone(&dns.blocked)).unwrap_or_default(),
+            default_action,
+            lookup_default,
+            lookup_default_stands: said.is_some(),
+            mode: if open {
+                None
+            } else {
+                Some(mode.unwrap_or(Mode::Enforce))
+            },
+            approval_timeout: document
+                .and_then(|d| d.approval_timeout)
+                .unwrap_or(APPROVAL_TIMEOUT),
+        }
+    }
+
+    /// The policy's name; [`OWN_POLICY`] for what the VM brought, empty for none.
+    pub fn policy_name(&self) -> &str {
+        &self.name
+    }
+
+    /// The policy's revision; zero for one that the VM brought, and for none.
+    pub fn revision(&self) -> u64 {
+        self.revision
+    }
+
+    /// The mode in force; `None`: open, since neither a policy nor a mode nor a rule was given.
+    pub fn mode(&self) -> Option<Mode> {
+        self.mode
+    }
+
+    /// Whether nothing was given: open as under gvproxy, but for metadata and link-local addresses.
+    pub fn is_open(&self) -> bool {
+        self.mode.is_none()
+    }
+
+    /// The default action in force, before the mode makes a question of a deny.
+    pub fn default_action(&self) -> DefaultAction {
+        match self.mode {
+            // Secure mode overrides a policy's `allow`.
+            Some(Mode::Ask | Mode::Block | Mode::Quarantine) => DefaultAction::Deny,
+            Some(Mode::Enforce | Mode::Observe) | None => self.default_action,
+        }
+    }
+
+    /// The default action for lookups in force, before the mode makes a question of a deny.
+    pub fn lookup_default(&self) -> DefaultAction {
+        match self.mode {
+            Some(Mode::Block | Mode::Quarantine) => DefaultAction::Deny,
+            Some(Mode::Ask) if !self.lookup_default_stands => DefaultAction::Deny,
+            Some(Mode::Ask | Mode::Enforce | Mode::Observe) | None => self.lookup_default,
+        }
+    }
+
+    /// Whether lookups go out while addresses are closed: worth telling, since DNS carries data.
+    pub fn leaves_dns_open(&self) -> bool {
+        self.lookup_default() == DefaultAction::Allow && self.default_action() == DefaultAction::Deny
+    }
+
+    /// How long a packet is held for an answer.
+    pub fn approval_timeout(&self) -> Duration {
+        self.approval_timeout
+    }
+
+    /// Whether the VM's link may be switched plainly to others of its kind.
+    pub fn is_switch_open(&self) -> bool {
+        self.is_open()
+    }
+
+    /// Whether forwards into the VM are cut.
+    pub fn closes_forwards(&self) -> bool {
+        self.mode == Some(Mode::Quarantine)
+    }
+}
+
+/// The named policies that claim a VM by their `appliesTo`. More than one is an error of the caller's
+/// to report; none means `default`.
+pub fn claimants<'a>(vm: &VmView, policies: impl IntoIterator<Item = (&'a str, &'a Policy)>) -> Vec<&'a str> {
+    policies
+        .into_iter()
+        .filter(|(_, p)| {
+            p.applies_to
+                .as_ref()
+                .is_some_and(|s| s.matches(&vm.name, &vm.labels))
+        })
+        .map(|(name, _)| name)
+        .collect()
+}
+
+/// What an omitted protocol means.
+pub(crate) fn omitted_protocols(action: RuleAction) -> ProtocolSet {
+    if action.refuses() {
+        ProtocolSet::ALL
+    } else {
+        ProtocolSet::TCP_UDP
+    }
+}

@@ -1,0 +1,565 @@
+//! The decision: one pure function for flows and one for lookups, in the design's order.
+//!
+//! First answer wins. For a flow: modes `block` and `quarantine`, grants that deny, rules in order,
+//! grants that allow, a rule that asks, guards, `dns.allowedDomains`, the default action. For a lookup:
+//! `block`, `dns.blockedDomains`, grants that deny, rules with `domains`, grants that allow, a rule that
+//! asks, `dns.allowedDomains`, the lookups' default. Addresses where a vnet daemon listens come before
+//! all of it: nothing opens them.
+
+use std::time::SystemTime;
+
+use vnet_proto::model::{
+    Budget, FlowMatch, FlowSubject, Guard, GuardSet, LookupMatch, LookupSubject, Mode, Name, Reason, Target,
+};
+
+use crate::grant::{Grant, GrantId, ReadyGrant, VmGrants, VmView};
+use crate::policy::guard::{is_inside_private, private_ranges};
+use crate::policy::region::{Region, Sides};
+use crate::policy::{DefaultAction, Effective, FlowTest, GuardedRanges, Rule, RuleAction};
+
+/// What a decision reads beside its subject.
+#[derive(Debug, Clone, Copy)]
+pub struct Context<'a> {
+    /// The VM.
+    pub vm: &'a VmView,
+    /// What it is under.
+    pub policy: &'a Effective,
+    /// The grants that reach it, all in force.
+    pub grants: &'a VmGrants,
+    /// What its dataplane guards.
+    pub guarded: &'a GuardedRanges,
+    /// For a flow to another guest: whether that one, too, is under neither policy nor mode.
+    pub peer_open: bool,
+}
+
+/// What comes of a flow or lookup.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Outcome {
+    /// It goes through.
+    Allow,
+    /// It is refused, and the guest is told.
+    Deny,
+    /// It is refused in silence.
+    Drop,
+    /// A person is asked.
+    Ask,
+}
+
+/// An answer, with what it rests on.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Decision<M> {
+    /// What is done.
+    pub outcome: Outcome,
+    /// The step, subject and sentence behind it.
+    pub reason: Reason,
+    /// Where the same outcome holds. For [`Outcome::Ask`], and under a grant for once, the subject alone.
+    pub found: M,
+    /// Observe mode let through what would have been denied.
+    pub would_deny: bool,
+    /// The grant that it rests on.
+    pub grant: Option<GrantId>,
+    /// It is for this one subject only and never cached: the grant is for once.
+    pub once: bool,
+    /// What is left of the grant's budget.
+    pub budget: Option<Budget>,
+    /// When the grant ends by time.
+    pub expires_at: Option<SystemTime>,
+    /// What would change the answer, in one sentence; empty where nothing would.
+    pub remedy: String,
+}
+
+/// An answer about a flow.
+pub type FlowDecision = Decision<FlowMatch>;
+
+/// An answer about a lookup.
+pub type LookupDecision = Decision<LookupMatch>;
+
+/// Decides a flow.
+pub fn decide_flow(context: &Context<'_>, flow: &FlowSubject) -> FlowDecision {
+    let mut region = Region::around(flow, context.guarded);
+    let answer = flow_answer(context, flow, &mut region);
+    let alone = answer.outcome == Outcome::Ask || answer.once();
+    let names_consulted = region.names_consulted();
+    let mut found = region.into_match(flow.key.protocol);
+    if alone {
+        found = FlowMatch {
+            names_consulted,
+            ..FlowMatch::exact(&flow.key)
+        };
+    }
+    answer.into_decision(found)
+}
+
+/// Decides a lookup.
+pub fn decide_lookup(context: &Context<'_>, lookup: &LookupSubject) -> LookupDecision {
+    let mut region = LookupMatch::Any;
+    let answer = lookup_answer(context, &lookup.name, &mut region);
+    let alone = answer.outcome == Outcome::Ask || answer.once();
+    let found = if alone {
+        LookupMatch::Exact(lookup.name.clone())
+    } else {
+        region
+    };
+    answer.into_decision(found)
+}
+
+/// The rule that makes a grant without effect for a VM, if one does: it refuses all that the grant
+/// would allow, before anything lets it through. A grant that denies is never overruled.
+pub fn overruled_by(context: &Context<'_>, grant: &Grant) -> Option<String> {
+    let ready = ReadyGrant::new(std::sync::Arc::new(grant.clone()));
+    if grant.action == crate::grant::GrantAction::Deny {
+        return None;
+    }
+    let pattern = match &grant.target {
+        Target::Name { pattern, .. } => Some(pattern),
+        Target::Address { .. } => None,
+    };
+    if pattern.is_some_and(|pattern| context.policy.blocked.covers(pattern)) {
+        return Some("dns.blockedDomains".to_owned());
+    }
+    let covers = |rule: &Rule| {
+        let names = match (&rule.test.names, pattern) {
+            (None, _) => true,
+            (Some(names), Some(pattern)) => names.covers(pattern),
+            (Some(_), None) => false,
+        };
+        let flows = ready.flows && !rule.lookup_only && rule.test.covers_but_for_names(&ready.test);
+        let lookups = pattern.is_some() && rule.is_for_lookups() && rule.action.refuses();
+        names && (flows || lookups)
+    };
+    let first = context.policy.rules.iter().find(|rule| covers(rule))?;
+    first.action.refuses().then(|| first.label.clone())
+}
+
+fn flow_answer(context: &Context<'_>, flow: &FlowSubject, region: &mut Region) -> Answer {
+    let policy = context.policy;
+    let what = flow.key.to_string();
+    if flow.guards.contains(Guard::Daemon) {
+        let text = format!("a vnet daemon listens at {what}, which is closed to every guest");
+        return Answer::new(
+            Outcome::Deny,
+            "guard",
+            Guard::Daemon.to_string(),
+            text,
+            String::new(),
+        );
+    }
+    if let Some(answer) = blocked_by_mode(context) {
+        return answer;
+    }
+
+    let denying = context.grants.deny.iter().filter(|g| g.flows);
+    for ready in denying {
+        if region.test(&ready.test, flow, Sides::Either) {
+            return Answer::of_grant(Outcome::Deny, &ready.grant);
+        }
+    }
+
+    let guards = guards_in_force(context, flow);
+    let mut asking: Option<&Rule> = None;
+    for rule in policy.rules.iter().filter(|rule| !rule.lookup_only) {
+        let matches = match rule.action {
+            RuleAction::Deny | RuleAction::Drop => region.test(&rule.test, flow, Sides::Either),
+            RuleAction::Allow | RuleAction::Ask => opens(context, &rule.test, flow, guards, region),
+        };
+        if !matches {
+            continue;
+        }
+        match rule.action {
+            RuleAction::Allow => return Answer::of_rule(context, Outcome::Allow, rule),
+            RuleAction::Deny => return Answer::of_rule(context, Outcome::Deny, rule),
+            RuleAction::Drop => return Answer::of_rule(context, Outcome::Drop, rule),
+            RuleAction::Ask => asking = Some(rule),
+        }
+        break;
+    }
+
+    let allowing = context.grants.allow.iter().filter(|g| g.flows);
+    for ready in allowing {
+        if opens(context, &ready.test, flow, guards, region) {
+            return Answer::of_grant(Outcome::Allow, &ready.grant);
+        }
+    }
+
+    if let Some(rule) = asking {
+        return Answer::asked_by_rule(context, rule, &Target::of_flow(&flow.key));
+    }
+
+    if let Some(guard) = guards.iter().next() {
+        // A name that comes or goes changes this guard.
+        if guards.contains(Guard::PrivateFromDns) {
+            region.consult_names(flow.key.peer.ip());
+        }
+        return guarded(context, flow, guard);
+    }
+
+    let ported = flow.key.protocol.has_ports();
+    if ported && !policy.allowed.is_empty() {
+        region.consult_names(flow.key.peer.ip());
+        let allowed = |name: &&Name| policy.allowed.contains(name) && !policy.blocked.contains(name);
+        if let Some(name) = flow.names.iter().find(allowed) {
+            let subject = "dns.allowedDomains".to_owned();
+            let text = format!(
+                "{} is bound to {name}, which dns.allowedDomains has",
+                flow.key.peer.ip()
+            );
+            return Answer::new(Outcome::Allow, "dns", subject, text, String::new());
+        }
+    }
+
+    let answer = default_answer(
+        context,
+        policy.default_action(),
+        &what,
+        &Target::of_flow(&flow.key),
+    );
+    // Beside this flow there may be addresses that a guard would have stopped one step before.
+    if answer.outcome == Outcome::Allow {
+        consult_private(context, flow, region);
+    }
+    answer
+}
+
+fn lookup_answer(context: &Context<'_>, name: &Name, region: &mut LookupMatch) -> Answer {
+    let policy = context.policy;
+    if let Some(answer) = blocked_by_mode(context) {
+        return answer;
+    }
+    let mut test = |names: &crate::policy::NameSet| {
+        *region = names.narrow(std::mem::replace(region, LookupMatch::Any), name);
+        names.contains(name)
+    };
+
+    if test(&policy.blocked) {
+        let text = format!("dns.blockedDomains has {name}");
+        let remedy = format!(
+            "take it from dns.blockedDomains of policy {}",
+            policy.policy_name()
+        );
+        return Answer::new(
+            Outcome::Deny,
+            "dns",
+            "dns.blockedDomains".to_owned(),
+            text,
+            remedy,
+        );
+    }
+
+    for ready in context.grants.deny.iter().filter(|g| g.lookups) {
+        if ready.test.names.as_ref().is_some_and(|names| test(names)) {
+            return Answer::of_grant(Outcome::Deny, &ready.grant);
+        }
+    }
+
+    let mut asking: Option<&Rule> = None;
+    for rule in policy.rules.iter().filter(|rule| rule.is_for_lookups()) {
+        if !rule.test.names.as_ref().is_some_and(|names| test(names)) {
+            continue;
+        }
+        match rule.action {
+            RuleAction::Allow => return Answer::of_rule(context, Outcome::Allow, rule),
+            RuleAction::Deny => return Answer::of_rule(context, Outcome::Deny, rule),
+            RuleAction::Drop => return Answer::of_rule(context, Outcome::Drop, rule),
+            RuleAction::Ask => asking = Some(rule),
+        }
+        break;
+    }
+
+    for ready in context.grants.allow.iter().filter(|g| g.lookups) {
+        if ready.test.names.as_ref().is_some_and(|names| test(names)) {
+            return Answer::of_grant(Outcome::Allow, &ready.grant);
+        }
+    }
+
+    let target = Target::of_name(name.clone());
+    if let Some(rule) = asking {
+        return Answer::asked_by_rule(context, rule, &target);
+    }
+
+    if test(&policy.allowed) {
+        let text = format!("dns.allowedDomains has {name}");
+        return Answer::new(
+            Outcome::Allow,
+            "dns",
+            "dns.allowedDomains".to_owned(),
+            text,
+            String::new(),
+        );
+    }
+
+    default_answer(
+        context,
+        policy.lookup_default(),
+        &format!("the lookup of {name}"),
+        &target,
+    )
+}
+
+fn blocked_by_mode(context: &Context<'_>) -> Option<Answer> {
+    let mode = context
+        .policy
+        .mode()
+        .filter(|mode| matches!(mode, Mode::Block | Mode::Quarantine))?;
+    let text = format!("mode {mode} denies everything that {} initiates", context.vm.name);
+    let remedy = format!("vnetctl vm mode {} enforce", context.vm.name);
+    Some(Answer::new(Outcome::Deny, "mode", mode.to_string(), text, remedy))
+}
+
+/// The guards that a flow is under and that apply: all of them, but for a VM under neither policy nor
+/// mode only those of metadata and of guests that are not as open themselves.
+fn guards_in_force(context: &Context<'_>, flow: &FlowSubject) -> GuardSet {
+    let in_force = |guard: &Guard| match guard {
+        Guard::Guest => !(context.policy.is_open() && context.peer_open),
+        Guard::Metadata | Guard::Daemon => true,
+        Guard::Host | Guard::PrivateFromDns => !context.policy.is_open(),
+    };
+    flow.guards.iter().filter(in_force).collect()
+}
+
+/// Whether something that allows or asks matches a flow: its test does, and it names every guard that
+/// the flow is under. Narrows the region by what was read.
+fn opens(
+    context: &Context<'_>,
+    test: &FlowTest,
+    flow: &FlowSubject,
+    guards: GuardSet,
+    region: &mut Region,
+) -> bool {
+    let (peer, dialled) = (flow.key.peer.ip(), flow.dialled);
+    if guards.is_empty() {
+        if !region.test(test, flow, Sides::Visible) {
+            return false;
+        }
+        // Beside this flow there may be private addresses that DNS taught: a prefix inside a private
+        // range names those too, a broader one does not.
+        let private = test
+            .prefixes
+            .iter()
+            .find(|p| p.contains(&peer) && is_inside_private(**p));
+        match private {
+            Some(prefix) => region.limit(*prefix),
+            None => consult_private(context, flow, region),
+        }
+        return true;
+    }
+    if guards.contains(Guard::PrivateFromDns) {
+        region.consult_names(peer);
+    }
+    let names_guards = test.prefixes.iter().any(|prefix| {
+        (prefix.contains(&peer) || prefix.contains(&dialled))
+            && context.guarded.names_all(guards, *prefix, peer, dialled)
+    });
+    region.test(test, flow, Sides::Either) && names_guards
+}
+
+/// The answer depends on whether DNS taught the address, if it is private: a private address stands
+/// for itself until its names change, any other region keeps clear of private ranges.
+fn consult_private(context: &Context<'_>, flow: &FlowSubject, region: &mut Region) {
+    if context.policy.is_open() {
+        return;
+    }
+    let address = flow.key.peer.ip();
+    if is_inside_private(address.into()) {
+        region.consult_names(address);
+    } else {
+        for range in private_ranges() {
+            region.exclude(address, *range);
+        }
+    }
+}
+
+fn guarded(context: &Context<'_>, flow: &FlowSubject, guard: Guard) -> Answer {
+    let target = Target::of_flow(&flow.key);
+    let address = flow.key.peer.ip();
+    let what = match guard {
+        Guard::Metadata => format!("{address} is a link-local or metadata address"),
+        Guard::Host if flow.dialled != address => {
+            format!(
+                "{address} stands for {}, an address of the host itself",
+                flow.dialled
+            )
+        }
+        Guard::Host => format!("{address} is an address of the host itself"),
+        Guard::PrivateFromDns => format!("{address} is a private address that was learned from DNS"),
+        Guard::Guest => format!("{address} belongs to another guest"),
+        Guard::Daemon => format!("a vnet daemon listens at {target}"),
+    };
+    let text = format!("{what}, which only a rule or grant that names it opens");
+    let remedy = format!("vnetctl allow {target} --vm {}", context.vm.name);
+    let outcome = if context.policy.mode() == Some(Mode::Ask) {
+        Outcome::Ask
+    } else {
+        Outcome::Deny
+    };
+    Answer::new(outcome, "guard", guard.to_string(), text, remedy)
+}
+
+fn default_answer(context: &Context<'_>, default: DefaultAction, what: &str, target: &Target) -> Answer {
+    let policy = context.policy;
+    let name = match policy.policy_name() {
+        "" => String::new(),
+        name => format!(" of policy {name}"),
+    };
+    let remedy = || allow_remedy(context, target);
+    let answer = |outcome, text, remedy| Answer::new(outcome, "default", default.to_string(), text, remedy);
+    match (default, policy.mode()) {
+        (DefaultAction::Allow, None) => {
+            let text = "no policy and no mode is given, so that the network is open".to_owned();
+            answer(
+                Outcome::Allow,
+                text,
+                format!("vnetctl vm mode {} ask", context.vm.name),
+            )
+        }
+        (DefaultAction::Allow, Some(_)) => answer(
+            Outcome::Allow,
+            format!("the default action{name} allows {what}"),
+            String::new(),
+        ),
+        (DefaultAction::Deny, Some(Mode::Ask)) => answer(
+            Outcome::Ask,
+            format!("nothing allows {what}, and mode ask asks"),
+            remedy(),
+        ),
+        (DefaultAction::Deny, Some(Mode::Observe)) => {
+            let text = format!("mode observe allows {what}, which the default action{name} would deny");
+            Answer {
+                would_deny: true,
+                ..answer(Outcome::Allow, text, remedy())
+            }
+        }
+        (DefaultAction::Deny, _) => {
+            let text = format!("nothing allows {what}, and the default action{name} denies");
+            answer(Outcome::Deny, text, remedy())
+        }
+    }
+}
+
+fn allow_remedy(context: &Context<'_>, target: &Target) -> String {
+    let target = match target {
+        Target::Name { pattern, .. } => format!("domain '{pattern}'"),
+        Target::Address { .. } => target.to_string(),
+    };
+    format!("vnetctl allow {target} --vm {}", context.vm.name)
+}
+
+/// An answer before its match.
+struct Answer {
+    outcome: Outcome,
+    reason: Reason,
+    would_deny: bool,
+    grant: Option<std::sync::Arc<Grant>>,
+    remedy: String,
+}
+
+impl Answer {
+    fn new(outcome: Outcome, step: &str, subject: String, text: String, remedy: String) -> Self {
+        Self {
+            outcome,
+            reason: Reason::new(step, subject, text),
+            would_deny: false,
+            grant: None,
+            remedy,
+        }
+    }
+
+    fn of_grant(outcome: Outcome, grant: &std::sync::Arc<Grant>) -> Self {
+        let done = if outcome == Outcome::Allow {
+            "allows"
+        } else {
+            "denies"
+        };
+        let by = if grant.creator.is_empty() {
+            String::new()
+        } else {
+            format!(" by {}", grant.creator)
+        };
+        let text = format!("grant {}{by} {done} {}", grant.id, grant.target);
+        let remedy = format!("vnetctl grants revoke {}", grant.id);
+        let answer = Self::new(outcome, "grant", grant.id.to_string(), text, remedy);
+        Self {
+            grant: Some(std::sync::Arc::clone(grant)),
+            ..answer
+        }
+    }
+
+    fn of_rule(context: &Context<'_>, outcome: Outcome, rule: &Rule) -> Self {
+        let place = place(context, rule);
+        let done = match outcome {
+            Outcome::Allow => "allows",
+            Outcome::Deny => "denies",
+            Outcome::Drop => "drops",
+            Outcome::Ask => "asks for",
+        };
+        let comment = if rule.comment.is_empty() {
+            String::new()
+        } else {
+            format!(" ({})", rule.comment)
+        };
+        let text = format!("{place} {done} it{comment}");
+        Self::new(
+            outcome,
+            "rule",
+            rule.label.clone(),
+            text,
+            format!("change {place}"),
+        )
+    }
+
+    fn asked_by_rule(context: &Context<'_>, rule: &Rule, target: &Target) -> Self {
+        let answer = Self::of_rule(context, Outcome::Ask, rule);
+        let remedy = allow_remedy(context, target);
+        if context.policy.mode() == Some(Mode::Observe) {
+            let text = format!("mode observe allows what {} would ask for", place(context, rule));
+            let reason = Reason {
+                text,
+                ..answer.reason
+            };
+            return Self {
+                outcome: Outcome::Allow,
+                would_deny: true,
+                reason,
+                remedy,
+                ..answer
+            };
+        }
+        Self { remedy, ..answer }
+    }
+
+    fn once(&self) -> bool {
+        self.outcome == Outcome::Allow
+            && self
+                .grant
+                .as_ref()
+                .is_some_and(|g| g.lifetime == crate::grant::Lifetime::Once)
+    }
+
+    fn into_decision<M>(self, found: M) -> Decision<M> {
+        let once = self.once();
+        let grant = self.grant.as_deref();
+        Decision {
+            outcome: self.outcome,
+            reason: self.reason,
+            found,
+            would_deny: self.would_deny,
+            once,
+            budget: grant.and_then(Grant::budget_left),
+            expires_at: grant.and_then(|g| g.expires_at),
+            grant: grant.map(|g| g.id.clone()),
+            remedy: self.remedy,
+        }
+    }
+}
+
+fn place(context: &Context<'_>, rule: &Rule) -> String {
+    if rule.line == 0 {
+        rule.label.clone()
+    } else {
+        format!(
+            "rule {} of policy {} (line {})",
+            rule.label,
+            context.policy.policy_name(),
+            rule.line
+        )
+    }
+}

@@ -1,0 +1,34 @@
+//! Policy: the file that people write, the rules it holds, and the one pure function that decides.
+//!
+//! - [`Policy::parse`] reads a document, or says everything that is wrong with it.
+//! - [`Effective::compose`] puts together what one VM is under: a document, its own rules, a mode.
+//! - [`decide_flow`] and [`decide_lookup`] answer, with the step and subject behind the answer and the
+//!   widest region in which the same answer holds.
+//!
+//! Nothing here knows a clock, a socket, a store or a generated type.
+
+mod document;
+mod effective;
+mod eval;
+mod file;
+mod guard;
+mod lint;
+mod names;
+mod reader;
+mod region;
+mod rule;
+mod yaml;
+
+#[cfg(test)]
+mod tests;
+
+pub use document::{DefaultAction, DnsPolicy, Policy, PolicyError, PolicyErrors, PolicyWarning};
+pub use effective::{APPROVAL_TIMEOUT, Effective, Modes, OWN_POLICY, OwnPolicy, PolicyInForce, claimants};
+pub use eval::{
+    Context, Decision, FlowDecision, LookupDecision, Outcome, decide_flow, decide_lookup, overruled_by,
+};
+pub use file::{APPROVAL_TIMEOUT_MAX, DOCUMENT_BYTES_MAX, LIST_MAX, RULES_MAX};
+pub use guard::GuardedRanges;
+pub use names::NameSet;
+pub use region::{FlowTest, ProtocolSet};
+pub use rule::{Rule, RuleAction};

@@ -1,0 +1,400 @@
+//! The proof that a match is safe: a second flow inside the first one's match is decided alike.
+//!
+//! Policies, grants and flows are drawn from small pools, so that they meet often. Guards are laid on
+//! as a dataplane does it: by the address really dialled, and on private addresses that names are
+//! bound to. A match that consulted names holds for the names that it was made under.
+
+use std::collections::HashMap;
+use std::net::{IpAddr, SocketAddr};
+
+use vnet_proto::model::{Name, PortRange};
+
+use super::*;
+
+const PAIRS: u32 = 100_000;
+
+/// xorshift64*, seeded: every run draws the same.
+struct Draw(u64);
+
+impl Draw {
+    fn next(&mut self) -> u64 {
+        self.0 ^= self.0 >> 12;
+        self.0 ^= self.0 << 25;
+        self.0 ^= self.0 >> 27;
+        self.0.wrapping_mul(0x2545_f491_4f6c_dd1d)
+    }
+
+    fn below(&mut self, bound: usize) -> usize {
+        usize::try_from(self.next() % bound as u64).unwrap()
+    }
+
+    fn one<'a, T>(&mut self, of: &'a [T]) -> &'a T {
+        &of[self.below(of.len())]
+    }
+
+    fn chance(&mut self, percent: usize) -> bool {
+        self.below(100) < percent
+    }
+}
+
+const PREFIXES: [&str; 18] = [
+    "0.0.0.0/0",
+    "1.0.0.0/8",
+    "1.2.0.0/16",
+    "1.2.3.0/24",
+    "1.2.3.4/32",
+    "10.0.0.0/8",
+    "10.0.0.0/24",
+    "10.0.0.5/32",
+    "10.0.0.9/32",
+    "127.0.0.0/8",
+    "192.168.127.254/32",
+    "192.168.127.0/24",
+    "169.254.0.0/16",
+    "203.0.113.9/32",
+    "::/0",
+    "2001:db8::/32",
+    "fd00::/8",
+    "fe80::/10",
+];
+const ADDRESSES: [&str; 20] = [
+    "1.2.3.4",
+    "1.2.3.5",
+    "1.2.9.9",
+    "1.9.9.9",
+    "2.2.3.4",
+    "10.0.0.5",
+    "10.0.0.6",
+    "10.0.0.9",
+    "10.0.1.1",
+    "172.16.0.1",
+    "192.168.127.254",
+    "192.168.127.3",
+    "192.168.127.9",
+    "169.254.169.254",
+    "203.0.113.9",
+    "203.0.113.8",
+    "2001:db8::1",
+    "2001:db9::1",
+    "fd12::5",
+    "fe80::1",
+];
+const PORTS: [u16; 7] = [1, 22, 80, 443, 444, 8080, 65535];
+const RANGES: [&str; 6] = ["22", "80", "443", "80-443", "400-9000", "1-65535"];
+const NAMES: [&str; 5] = ["a.test", "x.a.test", "b.test", "y.b.test", "c.test"];
+const PATTERNS: [&str; 5] = ["a.test", "*.a.test", "b.test", "*.test", "y.b.test"];
+
+/// Which names are bound to which address, and so which guards hold where.
+struct World {
+    bindings: HashMap<IpAddr, Vec<Name>>,
+}
+
+impl World {
+    fn draw(draw: &mut Draw) -> Self {
+        let mut bindings: HashMap<IpAddr, Vec<Name>> = HashMap::new();
+        for address in ADDRESSES {
+            for _ in 0..draw.below(3) {
+                if draw.chance(60) {
+                    let name = draw.one(&NAMES).parse().unwrap();
+                    bindings.entry(address.parse().unwrap()).or_default().push(name);
+                }
+            }
+        }
+        Self { bindings }
+    }
+
+    fn flow(&self, protocol: Protocol, address: IpAddr, port: u16) -> FlowSubject {
+        let alias: IpAddr = "192.168.127.254".parse().unwrap();
+        let host = ["203.0.113.9", "10.0.0.9", "fd12::9"].map(|a| a.parse::<IpAddr>().unwrap());
+        let inside = |net: &str| net.parse::<ipnet::IpNet>().unwrap().contains(&address);
+        let names = self.bindings.get(&address).cloned().unwrap_or_default();
+        let mut guards = Vec::new();
+        if inside("169.254.0.0/16") || inside("fe80::/10") {
+            guards.push(Guard::Metadata);
+        }
+        if address == alias || host.contains(&address) || inside("127.0.0.0/8") || inside("0.0.0.0/8") {
+            guards.push(Guard::Host);
+            if protocol == Protocol::Tcp && port == 8080 {
+                guards.push(Guard::Daemon);
+            }
+        }
+        if address == "192.168.127.3".parse::<IpAddr>().unwrap() {
+            guards.push(Guard::Guest);
+        }
+        let private = [
+            "10.0.0.0/8",
+            "172.16.0.0/12",
+            "192.168.0.0/16",
+            "fc00::/7",
+            "100.64.0.0/10",
+        ];
+        if !names.is_empty() && address != alias && private.iter().any(|net| inside(net)) {
+            guards.push(Guard::PrivateFromDns);
+        }
+        let guest = if address.is_ipv4() {
+            "192.168.127.2:40000"
+        } else {
+            "[fd00::2]:40000"
+        };
+        let port = if protocol.has_ports() { port } else { 0 };
+        FlowSubject {
+            key: FlowKey {
+                protocol,
+                guest: guest.parse().unwrap(),
+                peer: SocketAddr::new(address, port),
+            },
+            dialled: if address == alias {
+                "127.0.0.1".parse().unwrap()
+            } else {
+                address
+            },
+            names,
+            guards: guards.into_iter().collect(),
+            peer_vm: None,
+        }
+    }
+}
+
+fn protocol(draw: &mut Draw, address: IpAddr) -> Protocol {
+    let icmp = if address.is_ipv4() {
+        Protocol::Icmp
+    } else {
+        Protocol::Icmpv6
+    };
+    *draw.one(&[Protocol::Tcp, Protocol::Tcp, Protocol::Udp, icmp])
+}
+
+fn document(draw: &mut Draw) -> String {
+    let mut text = String::from("version: 1\n");
+    if draw.chance(80) {
+        text += &format!("defaultAction: {}\n", draw.one(&["allow", "deny"]));
+    }
+    if draw.chance(30) {
+        text += &format!("mode: {}\n", draw.one(&["enforce", "ask", "observe"]));
+    }
+    text += "rules:\n";
+    for _ in 0..=draw.below(5) {
+        text += &format!(
+            "  - {{action: {}",
+            draw.one(&["allow", "allow", "deny", "drop", "ask"])
+        );
+        if draw.chance(70) {
+            text += &format!(
+                ", cidrs: [\"{}\", \"{}\"]",
+                draw.one(&PREFIXES),
+                draw.one(&PREFIXES)
+            );
+        }
+        if draw.chance(40) {
+            text += &format!(", ports: [\"{}\", \"{}\"]", draw.one(&RANGES), draw.one(&RANGES));
+        } else if draw.chance(40) {
+            text += &format!(
+                ", protocol: {}",
+                draw.one(&["tcp", "udp", "[tcp, icmp, icmpv6]", "any"])
+            );
+        }
+        if draw.chance(25) {
+            text += &format!(", domains: [\"{}\"]", draw.one(&PATTERNS));
+        }
+        text += "}\n";
+    }
+    if draw.chance(40) {
+        text += &format!("dns: {{allowedDomains: [\"{}\"]", draw.one(&PATTERNS));
+        text += &format!(", blockedDomains: [\"{}\"]}}\n", draw.one(&PATTERNS));
+    }
+    text
+}
+
+fn some_grants(draw: &mut Draw) -> VmGrants {
+    let mut texts = Vec::new();
+    for _ in 0..draw.below(4) {
+        let action = draw.one(&["allow", "allow", "deny"]);
+        let target = if draw.chance(30) {
+            format!("domain {}", draw.one(&PATTERNS))
+        } else {
+            let prefix = draw.one(&PREFIXES);
+            let (address, length) = prefix.split_once('/').unwrap();
+            let address = if address.contains(':') {
+                format!("[{address}]")
+            } else {
+                address.to_owned()
+            };
+            let ports = if draw.chance(50) {
+                format!(":{}", draw.one(&RANGES))
+            } else {
+                String::new()
+            };
+            format!("{} {address}/{length}{ports}", draw.one(&["tcp", "udp", "any"]))
+        };
+        texts.push(format!("{action} {target}"));
+    }
+    grants(texts.iter().map(String::as_str))
+}
+
+/// Another flow, most often inside `found`.
+fn second(draw: &mut Draw, world: &World, found: &vnet_proto::model::FlowMatch) -> FlowSubject {
+    let inside: Vec<IpAddr> = ADDRESSES
+        .iter()
+        .map(|a| a.parse().unwrap())
+        .filter(|a| found.prefix.contains(a))
+        .collect();
+    let address = if draw.chance(50) {
+        *draw.one(&inside)
+    } else {
+        random_inside(draw, found.prefix)
+    };
+    let ports: Vec<u16> = PORTS.into_iter().filter(|p| found.ports.contains(*p)).collect();
+    let port = if found.ports == PortRange::NONE {
+        0
+    } else if draw.chance(50) && !ports.is_empty() {
+        *draw.one(&ports)
+    } else {
+        let span = usize::from(found.ports.last() - found.ports.first()) + 1;
+        found.ports.first() + u16::try_from(draw.below(span)).unwrap()
+    };
+    world.flow(found.protocol, address, port)
+}
+
+fn random_inside(draw: &mut Draw, prefix: ipnet::IpNet) -> IpAddr {
+    match prefix {
+        ipnet::IpNet::V4(net) => {
+            let bits = u32::from(net.hostmask()) & (draw.next() >> 32) as u32;
+            IpAddr::from(std::net::Ipv4Addr::from(u32::from(net.network()) | bits))
+        }
+        ipnet::IpNet::V6(net) => {
+            let random = u128::from(draw.next()) << 64 | u128::from(draw.next());
+            let bits = u128::from(net.hostmask()) & random;
+            IpAddr::from(std::net::Ipv6Addr::from(u128::from(net.network()) | bits))
+        }
+    }
+}
+
+#[test]
+fn a_flow_inside_a_match_is_decided_like_the_flow_that_the_match_is_of() {
+    let mut draw = Draw(0x5eed_1234_abcd_0001);
+    let (vm, guarded) = (vm(), guarded());
+    let mut pairs = 0;
+    let mut outcomes: HashMap<Outcome, u32> = HashMap::new();
+    let mut wide = 0;
+    while pairs < PAIRS {
+        let document = document(&mut draw);
+        let effective = if draw.chance(10) {
+            effective(None, None)
+        } else {
+            effective(Some(&document), None)
+        };
+        let grants = some_grants(&mut draw);
+        let world = World::draw(&mut draw);
+        let context = Context {
+            vm: &vm,
+            policy: &effective,
+            grants: &grants,
+            guarded: &guarded,
+            peer_open: draw.chance(50),
+        };
+        for _ in 0..20 {
+            let address = draw.one(&ADDRESSES).parse().unwrap();
+            let protocol = protocol(&mut draw, address);
+            let first = world.flow(protocol, address, *draw.one(&PORTS));
+            let decision = decide_flow(&context, &first);
+            let found = &decision.found;
+            assert!(found.matches(&first.key), "{found} does not cover {}", first.key);
+            assert!(
+                !found.names_consulted || found.is_one_address(),
+                "{found} rests on names and is wide"
+            );
+            wide += u32::from(!found.is_one_address());
+            *outcomes.entry(decision.outcome).or_default() += 1;
+            if decision.outcome == Outcome::Ask {
+                assert_eq!(
+                    *found.to_string(),
+                    first.key.to_string(),
+                    "an ask is never widened"
+                );
+            }
+            for _ in 0..5 {
+                let second = second(&mut draw, &world, found);
+                assert!(found.matches(&second.key));
+                let again = decide_flow(&context, &second);
+                assert_eq!(
+                    (again.outcome, again.would_deny),
+                    (decision.outcome, decision.would_deny),
+                    "{} of {found} is decided as {} but {second:?} as {}\n{document}\ngrants {grants:?}",
+                    first.key,
+                    decision.reason,
+                    again.reason,
+                );
+                // A region that read no name holds whatever is bound, so long as no guard comes of it.
+                if !found.names_consulted && second.guards.is_empty() {
+                    let bound = FlowSubject {
+                        names: vec!["other.test".parse().unwrap()],
+                        ..second.clone()
+                    };
+                    let again = decide_flow(&context, &bound);
+                    assert_eq!(
+                        again.outcome, decision.outcome,
+                        "{found} read names: {bound:?}\n{document}"
+                    );
+                }
+                pairs += 1;
+            }
+        }
+    }
+    assert!(
+        wide > PAIRS / 50,
+        "only {wide} matches were wider than an address"
+    );
+    for outcome in [Outcome::Allow, Outcome::Deny, Outcome::Drop, Outcome::Ask] {
+        assert!(outcomes[&outcome] > 200, "{outcomes:?}");
+    }
+}
+
+#[test]
+fn a_name_inside_a_match_is_decided_like_the_name_that_the_match_is_of() {
+    let mut draw = Draw(0x5eed_1234_abcd_0002);
+    let (vm, guarded) = (vm(), guarded());
+    let labels = ["a", "b", "c", "x", "y", "test", "com"];
+    let name = |draw: &mut Draw| -> Name {
+        let count = 1 + draw.below(4);
+        let text: Vec<&str> = (0..count).map(|_| *draw.one(&labels)).collect();
+        format!("{}.{}", text.join("."), draw.one(&["test", "com"]))
+            .parse()
+            .unwrap()
+    };
+    let mut pairs = 0;
+    while pairs < PAIRS {
+        let document = document(&mut draw);
+        let effective = effective(Some(&document), None);
+        let grants = some_grants(&mut draw);
+        let context = Context {
+            vm: &vm,
+            policy: &effective,
+            grants: &grants,
+            guarded: &guarded,
+            peer_open: false,
+        };
+        for _ in 0..20 {
+            let first = LookupSubject {
+                name: name(&mut draw),
+                query_type: 1,
+            };
+            let decision = decide_lookup(&context, &first);
+            assert!(decision.found.matches(&first.name));
+            for _ in 0..10 {
+                let second = LookupSubject {
+                    name: name(&mut draw),
+                    query_type: 28,
+                };
+                pairs += 1;
+                if decision.found.matches(&second.name) {
+                    let again = decide_lookup(&context, &second);
+                    assert_eq!(
+                        again.outcome, decision.outcome,
+                        "{first:?} {second:?} {}\n{document}",
+                        decision.found
+                    );
+                }
+            }
+        }
+    }
+}

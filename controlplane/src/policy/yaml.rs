@@ -1,0 +1,192 @@
+//! YAML as a tree in which every key and value knows its place.
+//!
+//! `serde-saphyr` parses; this keeps duplicate keys and positions, so that the loader can report every
+//! problem and not just the first. Aliases count against small budgets: nothing here grows past a
+//! constant factor of the document.
+
+use std::fmt;
+
+use serde::de::{Deserialize, Deserializer, MapAccess, SeqAccess, Visitor};
+use serde_saphyr::{DuplicateKeyPolicy, MergeKeyPolicy, Spanned};
+
+use crate::policy::PolicyError;
+
+/// Nodes of a document, aliases expanded.
+const NODES_MAX: usize = 500_000;
+/// How deep a document may nest; a policy needs five levels.
+const DEPTH_MAX: usize = 32;
+/// Uses of aliases.
+const ALIASES_MAX: usize = 1_000;
+
+/// A value and its place.
+#[derive(Debug, Clone)]
+pub(crate) struct Node {
+    pub(crate) value: Value,
+    pub(crate) place: Place,
+}
+
+/// Line and column, from 1.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) struct Place {
+    pub(crate) line: u32,
+    pub(crate) column: u32,
+}
+
+/// A value.
+#[derive(Debug, Clone)]
+pub(crate) enum Value {
+    Null,
+    Bool(bool),
+    Int(i128),
+    Float(f64),
+    Text(String),
+    List(Vec<Node>),
+    /// In order, duplicates kept.
+    Map(Vec<(Node, Node)>),
+}
+
+impl fmt::Display for Value {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Null => f.write_str("nothing"),
+            Self::Bool(value) => value.fmt(f),
+            Self::Int(value) => value.fmt(f),
+            Self::Float(value) => value.fmt(f),
+            Self::Text(text) if text.chars().count() > 80 => {
+                write!(f, "{:?}...", text.chars().take(80).collect::<String>())
+            }
+            Self::Text(text) => write!(f, "{text:?}"),
+            Self::List(_) => f.write_str("a list"),
+            Self::Map(_) => f.write_str("a mapping"),
+        }
+    }
+}
+
+/// Reads a document.
+///
+/// # Errors
+/// What is wrong with it as YAML: the parser stops at the first such problem.
+pub(crate) fn load(source: &str, document: &str) -> Result<Node, PolicyError> {
+    let options = serde_saphyr::options! {
+        duplicate_keys: DuplicateKeyPolicy::PassThrough,
+        merge_keys: MergeKeyPolicy::Error,
+        strict_booleans: true,
+        with_snippet: false,
+        budget: serde_saphyr::budget! {
+            max_nodes: NODES_MAX,
+            max_depth: DEPTH_MAX,
+            max_aliases: ALIASES_MAX,
+            max_anchors: ALIASES_MAX,
+            max_documents: 1,
+        },
+        alias_limits: serde_saphyr::alias_limits! {
+            max_total_replayed_events: NODES_MAX,
+            max_replay_stack_depth: DEPTH_MAX,
+        },
+    };
+    serde_saphyr::from_str_with_options::<Spanned<Value>>(document, options)
+        .map(node)
+        .map_err(|error| {
+            let place = error.location().map_or(Place { line: 1, column: 1 }, place_of);
+            let text = error.without_snippet().to_string();
+            // The place stands before the text already.
+            let text = text.split(" at line ").next().unwrap_or(&text);
+            PolicyError {
+                source_name: source.to_owned(),
+                line: place.line,
+                column: place.column,
+                text: format!("not valid YAML: {text}"),
+            }
+        })
+}
+
+fn node(spanned: Spanned<Value>) -> Node {
+    Node {
+        place: place_of(spanned.referenced),
+        value: spanned.value,
+    }
+}
+
+fn place_of(location: serde_saphyr::Location) -> Place {
+    let number = |n: u64| u32::try_from(n.max(1)).unwrap_or(u32::MAX);
+    Place {
+        line: number(location.line()),
+        column: number(location.column()),
+    }
+}
+
+impl<'de> Deserialize<'de> for Value {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        deserializer.deserialize_any(ValueVisitor)
+    }
+}
+
+struct ValueVisitor;
+
+impl<'de> Visitor<'de> for ValueVisitor {
+    type Value = Value;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("a YAML value")
+    }
+
+    fn visit_unit<E>(self) -> Result<Value, E> {
+        Ok(Value::Null)
+    }
+
+    fn visit_none<E>(self) -> Result<Value, E> {
+        Ok(Value::Null)
+    }
+
+    fn visit_some<D: Deserializer<'de>>(self, deserializer: D) -> Result<Value, D::Error> {
+        Value::deserialize(deserializer)
+    }
+
+    fn visit_bool<E>(self, value: bool) -> Result<Value, E> {
+        Ok(Value::Bool(value))
+    }
+
+    fn visit_i64<E>(self, value: i64) -> Result<Value, E> {
+        Ok(Value::Int(value.into()))
+    }
+
+    fn visit_u64<E>(self, value: u64) -> Result<Value, E> {
+        Ok(Value::Int(value.into()))
+    }
+
+    fn visit_i128<E>(self, value: i128) -> Result<Value, E> {
+        Ok(Value::Int(value))
+    }
+
+    fn visit_u128<E>(self, value: u128) -> Result<Value, E> {
+        Ok(i128::try_from(value).map_or(Value::Text(value.to_string()), Value::Int))
+    }
+
+    fn visit_f64<E>(self, value: f64) -> Result<Value, E> {
+        Ok(Value::Float(value))
+    }
+
+    fn visit_str<E>(self, text: &str) -> Result<Value, E> {
+        Ok(Value::Text(text.to_owned()))
+    }
+
+    fn visit_string<E>(self, text: String) -> Result<Value, E> {
+        Ok(Value::Text(text))
+    }
+
+    fn visit_seq<A: SeqAccess<'de>>(self, mut items: A) -> Result<Value, A::Error> {
+        let mut list = Vec::new();
+        while let Some(item) = items.next_element::<Spanned<Value>>()? {
+            list.push(node(item));
+        }
+        Ok(Value::List(list))
+    }
+
+    fn visit_map<A: MapAccess<'de>>(self, mut entries: A) -> Result<Value, A::Error> {
+        let mut map = Vec::new();
+        while let Some(key) = entries.next_key::<Spanned<Value>>()? {
+            map.push((node(key), node(entries.next_value::<Spanned<Value>>()?)));
+        }
+        Ok(Value::Map(map))
+    }
+}

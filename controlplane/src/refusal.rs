@@ -1,0 +1,221 @@
+//! Why a request is refused: what the hub says, and the gRPC status with `google.rpc` details that a
+//! client gets.
+
+use std::collections::HashMap;
+
+use tonic::{Code, Status};
+use tonic_types::{ErrorDetails, FieldViolation, StatusExt as _};
+use vnet_proto::model::Malformed;
+
+use crate::approval::{AnswerError, FindError};
+use crate::grant::GrantError;
+use crate::policy::PolicyErrors;
+use crate::store::StoreError;
+
+/// The domain of `google.rpc.ErrorInfo`.
+const DOMAIN: &str = "vnet.v1";
+
+/// Why a request is refused.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum Refusal {
+    /// There is no such thing.
+    #[error("{0}")]
+    NotFound(String),
+    /// What was given fits several things, or none where one is needed.
+    #[error("{0}")]
+    Ambiguous(String),
+    /// A field is wrong.
+    #[error("{field}: {text}")]
+    Field {
+        /// Which.
+        field: String,
+        /// What was found, and what was expected.
+        text: String,
+    },
+    /// A policy document is wrong, in all of these places.
+    #[error("{0}")]
+    Document(PolicyErrors),
+    /// It changed since it was read.
+    #[error("{0}")]
+    Changed(String),
+    /// It is there already.
+    #[error("{0}")]
+    Exists(String),
+    /// The state of things does not allow it.
+    #[error("{text}")]
+    Precondition {
+        /// A constant word, as `OVERRULED`.
+        reason: &'static str,
+        /// One sentence.
+        text: String,
+    },
+    /// A limit is reached.
+    #[error("{0}")]
+    Limit(String),
+    /// The dataplane is not there, or does not answer.
+    #[error("{0}")]
+    Unavailable(String),
+    /// The dataplane refused, with a gRPC code of its own.
+    #[error("{text}")]
+    Dataplane {
+        /// The code.
+        code: u32,
+        /// One sentence.
+        text: String,
+    },
+    /// Not built yet.
+    #[error("{what} is not built yet")]
+    NotBuilt {
+        /// What.
+        what: &'static str,
+    },
+    /// It holds now, and may not after a restart.
+    #[error("{0}")]
+    NotSaved(String),
+    /// The store cannot be read.
+    #[error("{0}")]
+    Store(String),
+}
+
+impl Refusal {
+    /// A wrong field.
+    pub fn field(field: impl Into<String>, text: impl Into<String>) -> Self {
+        Self::Field {
+            field: field.into(),
+            text: text.into(),
+        }
+    }
+
+    fn code(&self) -> Code {
+        match self {
+            Self::NotFound(_) => Code::NotFound,
+            Self::Ambiguous(_) | Self::Field { .. } | Self::Document(_) => Code::InvalidArgument,
+            Self::Changed(_) => Code::Aborted,
+            Self::Exists(_) => Code::AlreadyExists,
+            Self::Precondition { .. } => Code::FailedPrecondition,
+            Self::Limit(_) => Code::ResourceExhausted,
+            Self::Unavailable(_) => Code::Unavailable,
+            Self::Dataplane { code, .. } => match Code::from(i32::try_from(*code).unwrap_or(2)) {
+                Code::Ok => Code::Unknown,
+                code => code,
+            },
+            Self::NotBuilt { .. } => Code::Unimplemented,
+            Self::NotSaved(_) | Self::Store(_) => Code::Internal,
+        }
+    }
+
+    fn reason(&self) -> &'static str {
+        match self {
+            Self::NotFound(_) => "NOT_FOUND",
+            Self::Ambiguous(_) => "AMBIGUOUS",
+            Self::Field { .. } => "INVALID_FIELD",
+            Self::Document(_) => "INVALID_POLICY",
+            Self::Changed(_) => "CHANGED",
+            Self::Exists(_) => "EXISTS",
+            Self::Precondition { reason, .. } => reason,
+            Self::Limit(_) => "LIMIT_REACHED",
+            Self::Unavailable(_) => "DATAPLANE_UNAVAILABLE",
+            Self::Dataplane { .. } => "DATAPLANE_REFUSED",
+            Self::NotBuilt { .. } => "NOT_BUILT_YET",
+            Self::NotSaved(_) => "NOT_SAVED",
+            Self::Store(_) => "STORE_FAILED",
+        }
+    }
+}
+
+impl From<Refusal> for Status {
+    fn from(refusal: Refusal) -> Self {
+        let text = refusal.to_string();
+        let metadata = HashMap::from([("text".to_owned(), text.clone())]);
+        let mut details = ErrorDetails::with_error_info(refusal.reason(), DOMAIN, metadata);
+        match &refusal {
+            Refusal::Field { field, text } => {
+                details.add_bad_request_violation(field, text);
+            }
+            Refusal::Document(errors) => {
+                let violations: Vec<FieldViolation> = errors
+                    .0
+                    .iter()
+                    .map(|e| {
+                        let at = format!("{}:{}:{}", e.source_name, e.line, e.column);
+                        FieldViolation::new(
+                            format!("document:{}:{}", e.line, e.column),
+                            format!("{at}: {}", e.text),
+                        )
+                    })
+                    .collect();
+                details.set_bad_request(violations);
+            }
+            Refusal::Precondition { reason, text } => {
+                details.add_precondition_failure_violation(*reason, "", text);
+            }
+            _ => {}
+        }
+        Status::with_error_details(refusal.code(), text, details)
+    }
+}
+
+impl From<FindError> for Refusal {
+    fn from(error: FindError) -> Self {
+        match error {
+            FindError::NotFound(_) => Self::NotFound(error.to_string()),
+            FindError::Ambiguous { .. } => Self::Ambiguous(error.to_string()),
+        }
+    }
+}
+
+impl From<AnswerError> for Refusal {
+    fn from(error: AnswerError) -> Self {
+        let text = error.to_string();
+        match error {
+            AnswerError::Find(error) => error.into(),
+            AnswerError::NotOpen { .. } => Self::Precondition {
+                reason: "NOT_OPEN",
+                text,
+            },
+            AnswerError::Changed { .. } => Self::Changed(text),
+            AnswerError::Scope { .. } => Self::field("scope", text),
+            AnswerError::NotALookup { .. } => Self::field("lookup_only", text),
+        }
+    }
+}
+
+impl From<GrantError> for Refusal {
+    fn from(error: GrantError) -> Self {
+        let text = error.to_string();
+        match error {
+            GrantError::Full => Self::Limit(text),
+            GrantError::Exists(_) => Self::Exists(text),
+            GrantError::NotFound(_) => Self::NotFound(text),
+            GrantError::Ambiguous { .. } => Self::Ambiguous(text),
+        }
+    }
+}
+
+impl From<Malformed> for Refusal {
+    fn from(error: Malformed) -> Self {
+        let field = match &error {
+            Malformed::Missing { field }
+            | Malformed::Enum { field, .. }
+            | Malformed::AddressLength { field, .. }
+            | Malformed::MixedFamilies { field }
+            | Malformed::Ports { field, .. }
+            | Malformed::Range { field, .. }
+            | Malformed::Name { field, .. }
+            | Malformed::Text { field, .. }
+            | Malformed::Mismatch { field } => field,
+            Malformed::Prefix { .. } => "prefix",
+            Malformed::WideNameMatch { .. } => "match",
+        };
+        let cause = std::error::Error::source(&error)
+            .map(|e| format!(": {e}"))
+            .unwrap_or_default();
+        Self::field(field, format!("{error}{cause}"))
+    }
+}
+
+impl From<StoreError> for Refusal {
+    fn from(error: StoreError) -> Self {
+        Self::Store(error.to_string())
+    }
+}

@@ -1,0 +1,106 @@
+//! `memory:`: a store for throw-away runs, and the reference that SQLite is tested against.
+
+use std::collections::{BTreeMap, VecDeque};
+use std::time::SystemTime;
+
+use vnet_proto::v1;
+
+use super::{EventQuery, HISTORY_EVENTS_MAX, Snapshot, Store, StoreError, StoredGrant, StoredVm, Write};
+
+/// State and history that are gone with the process.
+#[derive(Debug, Default)]
+pub struct MemoryStore {
+    grants: BTreeMap<String, StoredGrant>,
+    policies: BTreeMap<String, BTreeMap<u64, v1::Policy>>,
+    vms: BTreeMap<String, StoredVm>,
+    events: VecDeque<v1::Event>,
+}
+
+impl Store for MemoryStore {
+    fn load(&mut self) -> Result<Snapshot, StoreError> {
+        Ok(Snapshot {
+            grants: self.grants.values().cloned().collect(),
+            policies: self
+                .policies
+                .values()
+                .filter_map(|p| p.values().next_back().cloned())
+                .collect(),
+            vms: self.vms.clone(),
+        })
+    }
+
+    fn apply(&mut self, writes: &[Write]) -> Result<(), StoreError> {
+        for write in writes {
+            match write {
+                Write::PutGrant(stored) => {
+                    self.grants.insert(stored.grant.id.clone(), stored.clone());
+                }
+                Write::DeleteGrant(id) => {
+                    self.grants.remove(id);
+                }
+                Write::PutPolicy(policy) => {
+                    let revisions = self.policies.entry(policy.name.clone()).or_default();
+                    revisions.insert(policy.revision, policy.clone());
+                }
+                Write::PutVm(name, Some(stored)) => {
+                    self.vms.insert(name.clone(), stored.clone());
+                }
+                Write::PutVm(name, None) => {
+                    self.vms.remove(name);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn policy(&mut self, name: &str, revision: u64) -> Result<Option<v1::Policy>, StoreError> {
+        Ok(self.policies.get(name).and_then(|r| r.get(&revision)).cloned())
+    }
+
+    fn revisions(&mut self, name: &str, before: u64, limit: usize) -> Result<Vec<v1::Policy>, StoreError> {
+        let before = if before == 0 { u64::MAX } else { before };
+        let revisions = self
+            .policies
+            .get(name)
+            .into_iter()
+            .flat_map(|r| r.range(..before).rev());
+        Ok(revisions
+            .take(limit)
+            .map(|(_, p)| v1::Policy {
+                document: String::new(),
+                ..p.clone()
+            })
+            .collect())
+    }
+
+    fn append_events(&mut self, events: &[v1::Event]) -> Result<(), StoreError> {
+        self.events.extend(events.iter().cloned());
+        let excess = self
+            .events
+            .len()
+            .saturating_sub(usize::try_from(HISTORY_EVENTS_MAX).unwrap_or(0));
+        self.events.drain(..excess);
+        Ok(())
+    }
+
+    fn events(&mut self, query: &EventQuery) -> Result<Vec<v1::Event>, StoreError> {
+        let fits = |event: &&v1::Event| {
+            let time = event.time.and_then(|t| SystemTime::try_from(t).ok());
+            (query.before == 0 || event.sequence < query.before)
+                && event.sequence > query.after
+                && (query.kinds.is_empty() || query.kinds.contains(&event.kind))
+                && query.start.is_none_or(|start| time.is_some_and(|t| t >= start))
+                && query.end.is_none_or(|end| time.is_some_and(|t| t < end))
+        };
+        let fitting = self.events.iter().filter(fits);
+        Ok(if query.oldest_first {
+            fitting.take(query.limit).cloned().collect()
+        } else {
+            fitting.rev().take(query.limit).cloned().collect()
+        })
+    }
+
+    fn last_sequence(&mut self) -> Result<u64, StoreError> {
+        Ok(self.events.back().map_or(0, |event| event.sequence))
+    }
+}

@@ -1,0 +1,236 @@
+//! The store: what outlives the controlplane.
+//!
+//! Grants, policy revisions, what was set for VMs by name, and the history of events. Records hold the
+//! contract's own messages, encoded: the contract only ever grows, so what an older version wrote a
+//! newer one reads. [`Writer`] is the only one that writes, from a thread of its own, so that a slow
+//! disk delays no decision. Deciding and remembering while running are the hub's.
+
+mod memory;
+mod schema;
+mod sqlite;
+mod writer;
+
+#[cfg(test)]
+mod tests;
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::path::PathBuf;
+use std::str::FromStr;
+use std::time::SystemTime;
+
+use vnet_proto::v1;
+
+pub use memory::MemoryStore;
+pub use sqlite::SqliteStore;
+pub use writer::{Durable, Writer};
+
+/// Events kept in the history; older ones go.
+pub const HISTORY_EVENTS_MAX: u64 = 100_000;
+
+/// Where a store is.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Location {
+    /// A SQLite file.
+    Sqlite(PathBuf),
+    /// Gone with the process.
+    Memory,
+}
+
+impl FromStr for Location {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        if text == "memory:" {
+            Ok(Self::Memory)
+        } else if let Some(file) = text.strip_prefix("sqlite:") {
+            let file = file.strip_prefix("//").unwrap_or(file);
+            if file.is_empty() {
+                return Err(format!("{text:?} names no file (expected sqlite:FILE)"));
+            }
+            Ok(Self::Sqlite(file.into()))
+        } else if text.starts_with("etcd:") {
+            Err("etcd is not built yet as a store (expected sqlite:FILE or memory:)".to_owned())
+        } else {
+            Err(format!(
+                "{text:?} is not a store (expected sqlite:FILE or memory:)"
+            ))
+        }
+    }
+}
+
+impl fmt::Display for Location {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Sqlite(file) => write!(f, "sqlite:{}", file.display()),
+            Self::Memory => f.write_str("memory:"),
+        }
+    }
+}
+
+/// Why a store failed.
+#[derive(Debug, thiserror::Error)]
+pub enum StoreError {
+    /// The directory will not do.
+    #[error(transparent)]
+    Path(#[from] crate::paths::PathError),
+    /// Another controlplane has it.
+    #[error("store {} is in use by another controlplane; stop it, or give --store another file", .0.display())]
+    InUse(PathBuf),
+    /// A newer version wrote it.
+    #[error("store {} has schema version {found} (this program knows up to {known}); use a newer vnet", .file.display())]
+    Newer {
+        /// The file.
+        file: PathBuf,
+        /// Its version.
+        found: u32,
+        /// The newest known.
+        known: u32,
+    },
+    /// The file cannot be opened.
+    #[error("store {} cannot be opened", .file.display())]
+    Open {
+        /// The file.
+        file: PathBuf,
+        /// Why.
+        #[source]
+        source: std::io::Error,
+    },
+    /// SQLite refuses.
+    #[error("the store failed")]
+    Sqlite(#[from] rusqlite::Error),
+    /// A record does not decode.
+    #[error("the store has a damaged record in {table}")]
+    Damaged {
+        /// Where.
+        table: &'static str,
+        /// Why.
+        #[source]
+        source: prost::DecodeError,
+    },
+    /// The thread that writes has ended.
+    #[error("the store is closed")]
+    Closed,
+    /// The queue of writes is full.
+    #[error("the store is too slow: its queue of writes is full")]
+    Busy,
+}
+
+/// A grant as it is kept.
+#[derive(Debug, Clone, PartialEq)]
+pub struct StoredGrant {
+    /// The grant.
+    pub grant: v1::Grant,
+    /// Attachments of VMs that an "until the VM stops" grant is bound to.
+    pub instances: Vec<String>,
+}
+
+/// What was set for a VM by name.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct StoredVm {
+    /// The mode that was set; unspecified for none.
+    pub mode: v1::Mode,
+    /// Labels that were set; an empty value removes one.
+    pub labels: BTreeMap<String, String>,
+    /// The attachment for which it was set. All but quarantine is gone with that.
+    pub instance: String,
+}
+
+/// Everything that a start needs.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct Snapshot {
+    /// Grants not revoked, in no order; some may have ended by time.
+    pub grants: Vec<StoredGrant>,
+    /// The last revision of each policy.
+    pub policies: Vec<v1::Policy>,
+    /// What was set for VMs, by name.
+    pub vms: BTreeMap<String, StoredVm>,
+}
+
+/// One change of the state.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Write {
+    /// Adds or replaces a grant.
+    PutGrant(StoredGrant),
+    /// Removes a grant.
+    DeleteGrant(String),
+    /// Adds a revision of a policy.
+    PutPolicy(v1::Policy),
+    /// Sets, or with `None` forgets, what was set for a VM.
+    PutVm(String, Option<StoredVm>),
+}
+
+/// Which events to read back.
+#[derive(Debug, Clone, Default)]
+pub struct EventQuery {
+    /// Only those before this sequence number; zero: from the newest.
+    pub before: u64,
+    /// Only those after this sequence number.
+    pub after: u64,
+    /// Only those of these kinds; empty: all.
+    pub kinds: Vec<i32>,
+    /// Only those from this time on.
+    pub start: Option<SystemTime>,
+    /// Only those before this time.
+    pub end: Option<SystemTime>,
+    /// The oldest first, rather than the newest.
+    pub oldest_first: bool,
+    /// At most this many.
+    pub limit: usize,
+}
+
+/// A place to keep state and history. Calls block.
+pub trait Store: Send + 'static {
+    /// Everything that a start needs.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    fn load(&mut self) -> Result<Snapshot, StoreError>;
+
+    /// Does all of the changes, or none; they are durable when it returns.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    fn apply(&mut self, writes: &[Write]) -> Result<(), StoreError>;
+
+    /// One revision of a policy.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    fn policy(&mut self, name: &str, revision: u64) -> Result<Option<v1::Policy>, StoreError>;
+
+    /// Revisions of a policy before one (zero: from the newest), newest first, without documents.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    fn revisions(&mut self, name: &str, before: u64, limit: usize) -> Result<Vec<v1::Policy>, StoreError>;
+
+    /// Adds events, oldest first, and lets the oldest go beyond [`HISTORY_EVENTS_MAX`].
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    fn append_events(&mut self, events: &[v1::Event]) -> Result<(), StoreError>;
+
+    /// Events, in the query's order.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    fn events(&mut self, query: &EventQuery) -> Result<Vec<v1::Event>, StoreError>;
+
+    /// The highest sequence number ever given out.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    fn last_sequence(&mut self) -> Result<u64, StoreError>;
+}
+
+/// Opens a store.
+///
+/// # Errors
+/// [`StoreError`]; [`StoreError::InUse`] if another controlplane has it.
+pub fn open(location: &Location) -> Result<Box<dyn Store>, StoreError> {
+    Ok(match location {
+        Location::Sqlite(file) => Box::new(SqliteStore::open(file)?),
+        Location::Memory => Box::new(MemoryStore::default()),
+    })
+}

@@ -1,0 +1,303 @@
+//! `sqlite:FILE`: state and history in one file, safe against kill -9 (write-ahead log).
+//!
+//! The file is 0600 in a directory that only its user may enter. A lock beside it keeps a second
+//! controlplane out; it ends with the process, however that ends.
+
+use std::fs::{self, OpenOptions};
+use std::os::unix::fs::{OpenOptionsExt as _, PermissionsExt as _};
+use std::path::{Path, PathBuf};
+use std::time::SystemTime;
+
+use nix::fcntl::{Flock, FlockArg};
+use prost::Message;
+use rusqlite::{Connection, OptionalExtension as _, params, params_from_iter, types::Value};
+use vnet_proto::v1;
+
+use super::schema::{MIGRATIONS, VERSION};
+use super::{EventQuery, HISTORY_EVENTS_MAX, Snapshot, Store, StoreError, StoredGrant, StoredVm, Write};
+use crate::paths;
+
+/// A SQLite file, and the lock on it.
+#[derive(Debug)]
+pub struct SqliteStore {
+    connection: Connection,
+    _lock: Flock<fs::File>,
+}
+
+impl SqliteStore {
+    /// Opens or makes the file, and brings its schema up to date.
+    ///
+    /// # Errors
+    /// [`StoreError::InUse`] if another controlplane has it, [`StoreError::Newer`] if a newer version
+    /// wrote it.
+    pub fn open(file: &Path) -> Result<Self, StoreError> {
+        let open = |source| StoreError::Open {
+            file: file.to_owned(),
+            source,
+        };
+        let file = std::path::absolute(file).map_err(open)?;
+        if let Some(dir) = file.parent()
+            && (!dir.exists() || paths::state_dir().is_ok_and(|own| own == dir))
+        {
+            paths::ensure_private_dir(dir)?;
+        }
+        let lock = lock(&file)?;
+        // Made here first, because SQLite would make it with the umask's mode.
+        let made = OpenOptions::new()
+            .create(true)
+            .append(true)
+            .mode(0o600)
+            .open(&file)
+            .map_err(open)?;
+        made.set_permissions(fs::Permissions::from_mode(0o600))
+            .map_err(open)?;
+        let mut connection = Connection::open(&file)?;
+        connection.pragma_update(None, "journal_mode", "WAL")?;
+        // Durable at each commit, also against a power cut: answers are given on the strength of it.
+        connection.pragma_update(None, "synchronous", "FULL")?;
+        migrate(&mut connection, &file)?;
+        Ok(Self {
+            connection,
+            _lock: lock,
+        })
+    }
+}
+
+impl Store for SqliteStore {
+    fn load(&mut self) -> Result<Snapshot, StoreError> {
+        let mut snapshot = Snapshot::default();
+        let mut grants = self.connection.prepare("SELECT message, instances FROM grants")?;
+        let mut rows = grants.query([])?;
+        while let Some(row) = rows.next()? {
+            let instances: String = row.get(1)?;
+            snapshot.grants.push(StoredGrant {
+                grant: decode(
+                    "grants",
+                    row.get_ref(0)?.as_blob().map_err(rusqlite::Error::from)?,
+                )?,
+                instances: instances.lines().map(str::to_owned).collect(),
+            });
+        }
+        let mut policies = self.connection.prepare(
+            "SELECT message FROM policies AS p
+             WHERE revision = (SELECT max(revision) FROM policies WHERE name = p.name)",
+        )?;
+        let mut rows = policies.query([])?;
+        while let Some(row) = rows.next()? {
+            snapshot.policies.push(decode(
+                "policies",
+                row.get_ref(0)?.as_blob().map_err(rusqlite::Error::from)?,
+            )?);
+        }
+        let mut vms = self
+            .connection
+            .prepare("SELECT name, mode, labels, instance FROM vms")?;
+        let mut rows = vms.query([])?;
+        while let Some(row) = rows.next()? {
+            let labels: String = row.get(2)?;
+            snapshot.vms.insert(
+                row.get(0)?,
+                StoredVm {
+                    mode: v1::Mode::try_from(row.get::<_, i32>(1)?).unwrap_or_default(),
+                    labels: serde_json::from_str(&labels).unwrap_or_default(),
+                    instance: row.get(3)?,
+                },
+            );
+        }
+        Ok(snapshot)
+    }
+
+    fn apply(&mut self, writes: &[Write]) -> Result<(), StoreError> {
+        let transaction = self.connection.transaction()?;
+        for write in writes {
+            match write {
+                Write::PutGrant(stored) => transaction
+                    .prepare_cached(
+                        "INSERT OR REPLACE INTO grants (id, message, instances) VALUES (?1, ?2, ?3)",
+                    )?
+                    .execute(params![
+                        stored.grant.id,
+                        stored.grant.encode_to_vec(),
+                        stored.instances.join("\n")
+                    ])?,
+                Write::DeleteGrant(id) => transaction
+                    .prepare_cached("DELETE FROM grants WHERE id = ?1")?
+                    .execute([id])?,
+                Write::PutPolicy(policy) => transaction
+                    .prepare_cached("INSERT INTO policies (name, revision, message) VALUES (?1, ?2, ?3)")?
+                    .execute(params![
+                        policy.name,
+                        number(policy.revision),
+                        policy.encode_to_vec()
+                    ])?,
+                Write::PutVm(name, Some(stored)) => transaction
+                    .prepare_cached(
+                        "INSERT OR REPLACE INTO vms (name, mode, labels, instance) VALUES (?1, ?2, ?3, ?4)",
+                    )?
+                    .execute(params![
+                        name,
+                        stored.mode as i32,
+                        serde_json::Value::from_iter(stored.labels.clone()).to_string(),
+                        stored.instance
+                    ])?,
+                Write::PutVm(name, None) => transaction
+                    .prepare_cached("DELETE FROM vms WHERE name = ?1")?
+                    .execute([name])?,
+            };
+        }
+        Ok(transaction.commit()?)
+    }
+
+    fn policy(&mut self, name: &str, revision: u64) -> Result<Option<v1::Policy>, StoreError> {
+        let message: Option<Vec<u8>> = self
+            .connection
+            .prepare_cached("SELECT message FROM policies WHERE name = ?1 AND revision = ?2")?
+            .query_row(params![name, number(revision)], |row| row.get(0))
+            .optional()?;
+        message.map(|bytes| decode("policies", &bytes)).transpose()
+    }
+
+    fn revisions(&mut self, name: &str, before: u64, limit: usize) -> Result<Vec<v1::Policy>, StoreError> {
+        let before = if before == 0 { i64::MAX } else { number(before) };
+        let mut statement = self.connection.prepare_cached(
+            "SELECT message FROM policies WHERE name = ?1 AND revision < ?2
+             ORDER BY revision DESC LIMIT ?3",
+        )?;
+        let mut rows = statement.query(params![name, before, number(limit as u64)])?;
+        let mut found = Vec::new();
+        while let Some(row) = rows.next()? {
+            let policy: v1::Policy = decode(
+                "policies",
+                row.get_ref(0)?.as_blob().map_err(rusqlite::Error::from)?,
+            )?;
+            found.push(v1::Policy {
+                document: String::new(),
+                ..policy
+            });
+        }
+        Ok(found)
+    }
+
+    fn append_events(&mut self, events: &[v1::Event]) -> Result<(), StoreError> {
+        let transaction = self.connection.transaction()?;
+        {
+            let mut insert = transaction.prepare_cached(
+                "INSERT OR REPLACE INTO events (sequence, time_us, kind, message) VALUES (?1, ?2, ?3, ?4)",
+            )?;
+            for event in events {
+                let time = event.time.and_then(|t| SystemTime::try_from(t).ok());
+                let time = time.map_or(0, microseconds);
+                insert.execute(params![
+                    number(event.sequence),
+                    time,
+                    event.kind,
+                    event.encode_to_vec()
+                ])?;
+            }
+        }
+        let newest = events.last().map_or(0, |event| event.sequence);
+        transaction
+            .prepare_cached("DELETE FROM events WHERE sequence <= ?1")?
+            .execute([number(newest.saturating_sub(HISTORY_EVENTS_MAX))])?;
+        Ok(transaction.commit()?)
+    }
+
+    fn events(&mut self, query: &EventQuery) -> Result<Vec<v1::Event>, StoreError> {
+        let mut sql = "SELECT message FROM events WHERE sequence > ?".to_owned();
+        let mut values = vec![Value::from(number(query.after))];
+        let mut also = |clause: &str, value: i64| {
+            sql.push_str(clause);
+            values.push(Value::from(value));
+        };
+        if query.before != 0 {
+            also(" AND sequence < ?", number(query.before));
+        }
+        if let Some(start) = query.start {
+            also(" AND time_us >= ?", microseconds(start));
+        }
+        if let Some(end) = query.end {
+            also(" AND time_us < ?", microseconds(end));
+        }
+        if !query.kinds.is_empty() {
+            // Numbers of an enum, so nothing in it needs quoting.
+            let kinds: Vec<String> = query.kinds.iter().map(ToString::to_string).collect();
+            sql.push_str(&format!(" AND kind IN ({})", kinds.join(",")));
+        }
+        sql.push_str(if query.oldest_first {
+            " ORDER BY sequence LIMIT ?"
+        } else {
+            " ORDER BY sequence DESC LIMIT ?"
+        });
+        values.push(Value::from(number(query.limit as u64)));
+        let mut statement = self.connection.prepare_cached(&sql)?;
+        let mut rows = statement.query(params_from_iter(values))?;
+        let mut found = Vec::new();
+        while let Some(row) = rows.next()? {
+            found.push(decode(
+                "events",
+                row.get_ref(0)?.as_blob().map_err(rusqlite::Error::from)?,
+            )?);
+        }
+        Ok(found)
+    }
+
+    fn last_sequence(&mut self) -> Result<u64, StoreError> {
+        let last: Option<i64> = self
+            .connection
+            .query_row("SELECT max(sequence) FROM events", [], |row| row.get(0))?;
+        Ok(last.map_or(0, |last| u64::try_from(last).unwrap_or(0)))
+    }
+}
+
+fn lock(file: &Path) -> Result<Flock<fs::File>, StoreError> {
+    let mut name = file.as_os_str().to_owned();
+    name.push(".lock");
+    let path = PathBuf::from(name);
+    let open = |source| StoreError::Open {
+        file: path.clone(),
+        source,
+    };
+    let handle = OpenOptions::new()
+        .create(true)
+        .truncate(false)
+        .write(true)
+        .mode(0o600)
+        .open(&path)
+        .map_err(open)?;
+    match Flock::lock(handle, FlockArg::LockExclusiveNonblock) {
+        Ok(lock) => Ok(lock),
+        Err((_, nix::errno::Errno::EWOULDBLOCK)) => Err(StoreError::InUse(file.to_owned())),
+        Err((_, e)) => Err(open(e.into())),
+    }
+}
+
+fn migrate(connection: &mut Connection, file: &Path) -> Result<(), StoreError> {
+    let found: u32 = connection.pragma_query_value(None, "user_version", |row| row.get(0))?;
+    if found > VERSION {
+        return Err(StoreError::Newer {
+            file: file.to_owned(),
+            found,
+            known: VERSION,
+        });
+    }
+    for (version, step) in MIGRATIONS.iter().enumerate().skip(found as usize) {
+        let transaction = connection.transaction()?;
+        transaction.execute_batch(step)?;
+        transaction.pragma_update(None, "user_version", version as u32 + 1)?;
+        transaction.commit()?;
+    }
+    Ok(())
+}
+
+fn decode<M: Message + Default>(table: &'static str, bytes: &[u8]) -> Result<M, StoreError> {
+    M::decode(bytes).map_err(|source| StoreError::Damaged { table, source })
+}
+
+fn number(n: u64) -> i64 {
+    i64::try_from(n).unwrap_or(i64::MAX)
+}
+
+fn microseconds(time: SystemTime) -> i64 {
+    time.duration_since(SystemTime::UNIX_EPOCH)
+        .map_or(0, |d| i64::try_from(d.as_micros()).unwrap_or(i64::MAX))
+}

@@ -1,0 +1,95 @@
+//! The flags of `vnet-dataplane`, as text. What they mean is checked in [`crate::config`], all at once;
+//! `vnetctl up` and `vnetctl run` take the same flags and add their own.
+
+use std::os::fd::RawFd;
+
+/// Flags of a dataplane.
+#[derive(Debug, Clone, Default, clap::Args)]
+pub struct Args {
+    /// Where the controlplane is: unix:///PATH, or fd://N for a connected stream that was inherited.
+    #[arg(long, value_name = "URL")]
+    pub controlplane: Option<String>,
+    /// This dataplane's name among those of its controlplane [default: host name and process id].
+    #[arg(long, value_name = "NAME")]
+    pub name: Option<String>,
+    /// Name of the VM, where its socket gives none; further ones are NAME-2, NAME-3 [default: vm].
+    #[arg(long, value_name = "NAME")]
+    pub vm: Option<String>,
+    /// Label of the VMs; may be repeated.
+    #[arg(long = "label", value_name = "KEY=VALUE")]
+    pub labels: Vec<String>,
+
+    /// Serve QEMU (`-netdev stream`): unix:///PATH or tcp://127.0.0.1:PORT, with ?name= &mac= &ip= .
+    #[arg(long, value_name = "URL")]
+    pub listen_qemu: Vec<String>,
+    /// Serve vfkit (or QEMU's `-netdev dgram`): unixgram:///PATH, with ?name= &mac= &ip= .
+    #[arg(long, value_name = "URL")]
+    pub listen_vfkit: Vec<String>,
+    /// Not built yet.
+    #[arg(long, value_name = "URL", hide = true)]
+    pub listen: Vec<String>,
+    /// Not built yet.
+    #[arg(long, value_name = "URL", hide = true)]
+    pub listen_bess: Vec<String>,
+    /// Not built yet.
+    #[arg(long, value_name = "URL", hide = true)]
+    pub listen_vpnkit: Vec<String>,
+    /// Not built yet.
+    #[arg(long, value_name = "MODE", hide = true)]
+    pub listen_stdio: Vec<String>,
+    /// Serve the guest behind this inherited TAP device or packet socket.
+    #[arg(long, value_name = "N", hide = true)]
+    pub link_fd: Option<RawFd>,
+
+    /// MTU of the guests' links in bytes, 576 to 65520 [default: 1500].
+    #[arg(long, value_name = "BYTES")]
+    pub mtu: Option<String>,
+    /// Subnet of the guests, /29 or larger [default: 192.168.127.0/24].
+    #[arg(long, value_name = "CIDR")]
+    pub subnet: Option<String>,
+    /// Address of the gateway [default: the first of the subnet].
+    #[arg(long, value_name = "ADDRESS")]
+    pub gateway: Option<String>,
+    /// MAC address of the gateway [default: 5a:94:ef:e4:0c:dd].
+    #[arg(long, value_name = "MAC")]
+    pub gateway_mac: Option<String>,
+    /// Address that leads to the host's 127.0.0.1, or none [default: the last of the subnet].
+    #[arg(long, value_name = "ADDRESS")]
+    pub host_alias: Option<String>,
+    /// Address that DHCP gives to this MAC address; may be repeated.
+    #[arg(long = "static-lease", value_name = "MAC=ADDRESS")]
+    pub static_leases: Vec<String>,
+
+    /// Resolver that lookups are forwarded to; may be repeated [default: the host's].
+    #[arg(long, value_name = "ADDRESS[:PORT]")]
+    pub dns: Vec<String>,
+    /// Search domain for guests; may be repeated.
+    #[arg(long, value_name = "DOMAIN")]
+    pub dns_search: Vec<String>,
+    /// Local zone, as example.internal:db=192.168.127.9,*=192.168.127.2; may be repeated.
+    #[arg(long = "zone", value_name = "ZONE:NAME=ADDRESS,...")]
+    pub zones: Vec<String>,
+    /// Forward a port of the host into a guest, as docker does: 8080:80, 127.0.0.1:5353:53/udp.
+    #[arg(short = 'p', long = "publish", value_name = "HOST:GUEST")]
+    pub publish: Vec<String>,
+
+    /// Read what the VMs bring along (policy, mode, labels) from this inherited descriptor.
+    #[arg(long, value_name = "N", hide = true)]
+    pub vm_settings_fd: Option<RawFd>,
+    /// End when the other end of this inherited descriptor is closed.
+    #[arg(long, value_name = "N", hide = true)]
+    pub exit_with_fd: Option<RawFd>,
+}
+
+/// The command line of the program `vnet-dataplane`.
+#[derive(Debug, Clone, clap::Parser)]
+#[command(
+    name = "vnet-dataplane",
+    version,
+    about = "Moves frames between VMs and the host, and asks the controlplane what it does not know"
+)]
+pub struct Cli {
+    /// The flags.
+    #[command(flatten)]
+    pub args: Args,
+}

@@ -1,0 +1,449 @@
+//! Configuration: flags in, one checked [`Config`] out. Every problem is found before anything is done,
+//! and then nothing changes any more. Policy is not configuration; a policy that VMs bring along passes
+//! through unread.
+
+mod network;
+mod problem;
+mod settings;
+#[cfg(test)]
+mod tests;
+mod url;
+
+use std::collections::{BTreeMap, HashMap};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::os::fd::RawFd;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use ipnet::Ipv4Net;
+use vnet_proto::model::{Mode, Name};
+
+use crate::args::Args;
+use crate::mac::Mac;
+use crate::message::{Forward, OwnPolicy, Zone};
+use url::{ListenUrl, Schemes, socket_path};
+
+pub use problem::{Problem, Problems};
+pub use settings::{OwnPolicySettings, SettingsError, VmSettings};
+pub use url::{ListenAt, UrlError};
+
+/// The subnet of guests.
+pub const SUBNET_DEFAULT: Ipv4Net = Ipv4Net::new_assert(Ipv4Addr::new(192, 168, 127, 0), 24);
+/// The gateway's MAC address.
+pub const GATEWAY_MAC_DEFAULT: Mac = Mac([0x5a, 0x94, 0xef, 0xe4, 0x0c, 0xdd]);
+/// MTU of guests' links, in bytes.
+pub const MTU_BYTES_DEFAULT: u16 = 1500;
+/// The least MTU: what every IPv4 host must take (RFC 791 §3.1).
+pub const MTU_BYTES_MIN: u16 = 576;
+/// The greatest MTU: what QEMU's and vfkit's sockets carry in one frame, aligned.
+pub const MTU_BYTES_MAX: u16 = 65_520;
+/// The name of VMs where nobody gives one.
+pub const VM_NAME_DEFAULT: &str = "vm";
+/// How long a VM's resolver waits where nobody says; its lookups are held no longer.
+pub const RESOLVER_PATIENCE_DEFAULT: Duration = Duration::from_secs(4);
+/// The longest resolver patience that is taken.
+pub const RESOLVER_PATIENCE_MAX: Duration = Duration::from_secs(300);
+/// Zones that every network serves, each with `gateway` and `host`.
+pub const ZONES_DEFAULT: [&str; 2] = ["containers.internal", "docker.internal"];
+/// Port of resolvers (RFC 1035 §4.2).
+pub const DNS_PORT: u16 = 53;
+/// Search domains that DHCP hands out at most; resolvers take no more.
+pub const SEARCH_DOMAINS_MAX: usize = 6;
+/// The longest prefix of a subnet: six addresses, of which guests get four.
+pub const SUBNET_PREFIX_MAX: u8 = 29;
+/// The shortest prefix of a subnet.
+pub const SUBNET_PREFIX_MIN: u8 = 8;
+
+/// A checked configuration.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Config {
+    /// Where the controlplane is.
+    pub controlplane: ControlplaneUrl,
+    /// This dataplane's name.
+    pub name: String,
+    /// The network that its guests are on.
+    pub network: NetworkConfig,
+    /// Sockets for guests.
+    pub listeners: Vec<ListenConfig>,
+    /// An inherited link, and its VM.
+    pub link: Option<(RawFd, VmConfig)>,
+    /// Forwards to open at the start.
+    pub forwards: Vec<Forward>,
+    /// The dataplane ends when the other end of this descriptor is closed.
+    pub exit_with_fd: Option<RawFd>,
+}
+
+/// Where the controlplane is, not yet opened.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum ControlplaneUrl {
+    /// Listens at this path.
+    Unix(PathBuf),
+    /// At the other end of this inherited stream.
+    Fd(RawFd),
+}
+
+/// One network.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct NetworkConfig {
+    /// Its name: the dataplane's, as it has one network.
+    pub name: String,
+    /// Subnet of its guests.
+    pub subnet: Ipv4Net,
+    /// The gateway.
+    pub gateway: Ipv4Addr,
+    /// The gateway's MAC address.
+    pub gateway_mac: Mac,
+    /// Leads to the host's 127.0.0.1.
+    pub host_alias: Option<Ipv4Addr>,
+    /// What the first guest is given; forwards that name no guest lead there.
+    pub first_guest: Ipv4Addr,
+    /// MTU of guests' links.
+    pub mtu_bytes: u16,
+    /// Resolvers that lookups are forwarded to; empty for the host's.
+    pub resolvers: Vec<SocketAddr>,
+    /// Search domains for guests.
+    pub search: Vec<Name>,
+    /// Local zones, in order of precedence: those of flags, then the default ones.
+    pub zones: Vec<Zone>,
+    /// Addresses that DHCP keeps for a MAC address.
+    pub static_leases: Vec<(Mac, Ipv4Addr)>,
+}
+
+/// How frames are framed on a socket.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Transport {
+    /// A stream; each frame behind its length.
+    Qemu,
+    /// Datagrams; each one frame.
+    Vfkit,
+}
+
+/// A socket for guests.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ListenConfig {
+    /// Framing.
+    pub transport: Transport,
+    /// Where.
+    pub at: ListenAt,
+    /// The VM that connects.
+    pub vm: VmConfig,
+}
+
+/// A VM, as the host's side knows it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct VmConfig {
+    /// Its name; further guests on one socket are NAME-2, NAME-3.
+    pub name: String,
+    /// Its labels.
+    pub labels: BTreeMap<String, String>,
+    /// A policy that it brings along.
+    pub own_policy: Option<OwnPolicy>,
+    /// A mode that it brings along.
+    pub mode: Option<Mode>,
+    /// How long its resolver waits.
+    pub resolver_patience: Duration,
+    /// The only MAC address that it may have.
+    pub mac: Option<Mac>,
+    /// The only IPv4 address that it may have; DHCP gives it.
+    pub address: Option<Ipv4Addr>,
+}
+
+impl Config {
+    /// Checks flags, and what VMs bring along. `default_name` is this dataplane's name where `--name`
+    /// gives none; see [`default_name`].
+    ///
+    /// # Errors
+    /// Every problem there is.
+    pub fn new(args: &Args, settings: VmSettings, default_name: &str) -> Result<Self, Problems> {
+        let mut problems = Vec::new();
+        let controlplane = controlplane(args, &mut problems);
+        let name = args.name.as_deref().unwrap_or(default_name);
+        if !is_name(name) {
+            problems.push(Problem::Name {
+                flag: "--name",
+                found: name.to_owned(),
+            });
+        }
+        let vm = vm_config(args, settings, &mut problems);
+        let network = network::check(args, name, &mut problems);
+        let listeners = listeners(args, &vm, &network, &mut problems);
+        for (flag, given) in [
+            ("--listen", &args.listen),
+            ("--listen-bess", &args.listen_bess),
+            ("--listen-vpnkit", &args.listen_vpnkit),
+            ("--listen-stdio", &args.listen_stdio),
+        ] {
+            if !given.is_empty() {
+                problems.push(Problem::NotBuilt { flag });
+            }
+        }
+        let asked_for_a_link = args.listen_qemu.len()
+            + args.listen_vfkit.len()
+            + args.listen.len()
+            + args.listen_bess.len()
+            + args.listen_vpnkit.len()
+            + args.listen_stdio.len();
+        if asked_for_a_link == 0 && args.link_fd.is_none() {
+            problems.push(Problem::NoLink);
+        }
+        let forwards = network::forwards(args, &network, &mut problems);
+        descriptors(args, controlplane.as_ref(), &mut problems);
+
+        match (controlplane, problems.is_empty()) {
+            (Some(controlplane), true) => Ok(Self {
+                controlplane,
+                name: name.to_owned(),
+                network,
+                listeners,
+                link: args.link_fd.map(|fd| (fd, vm)),
+                forwards,
+                exit_with_fd: args.exit_with_fd,
+            }),
+            _ => Err(Problems(problems)),
+        }
+    }
+}
+
+/// The name of a dataplane that was given none: host name and process id.
+pub fn default_name() -> String {
+    let host = nix::unistd::gethostname()
+        .ok()
+        .and_then(|name| name.into_string().ok())
+        .unwrap_or_default();
+    let pid = std::process::id();
+    let host: String = host
+        .chars()
+        .filter(|c| is_name_character(*c))
+        .take(NAME_CHARACTERS_MAX - 12)
+        .collect();
+    if host.is_empty() {
+        format!("dataplane-{pid}")
+    } else {
+        format!("{host}-{pid}")
+    }
+}
+
+fn controlplane(args: &Args, problems: &mut Vec<Problem>) -> Option<ControlplaneUrl> {
+    let Some(url) = &args.controlplane else {
+        problems.push(Problem::NoControlplane);
+        return None;
+    };
+    let problem = match url.split_once("://") {
+        Some(("unix", path)) => match socket_path("unix", path) {
+            Ok(path) => return Some(ControlplaneUrl::Unix(path)),
+            Err(source) => Problem::ControlplanePath {
+                found: url.clone(),
+                source,
+            },
+        },
+        Some(("fd", number)) => match number.parse() {
+            Ok(fd) => return Some(ControlplaneUrl::Fd(fd)),
+            Err(_) => Problem::Controlplane(url.clone()),
+        },
+        Some(("https", _)) => Problem::HttpsControlplane(url.clone()),
+        Some(("tcp" | "http", _)) => Problem::TcpControlplane(url.clone()),
+        _ => Problem::Controlplane(url.clone()),
+    };
+    problems.push(problem);
+    None
+}
+
+fn vm_config(args: &Args, settings: VmSettings, problems: &mut Vec<Problem>) -> VmConfig {
+    let name = args.vm.as_deref().unwrap_or(VM_NAME_DEFAULT);
+    if !is_name(name) {
+        problems.push(Problem::Name {
+            flag: "--vm",
+            found: name.to_owned(),
+        });
+    }
+    let patience = settings.resolver_patience();
+    if let Some(patience) = patience
+        && (patience.is_zero() || patience > RESOLVER_PATIENCE_MAX)
+    {
+        problems.push(Problem::Patience(
+            u64::try_from(patience.as_millis()).unwrap_or(u64::MAX),
+        ));
+    }
+    let mode = settings.mode.and_then(|text| match text.parse() {
+        Ok(mode) => Some(mode),
+        Err(_) => {
+            problems.push(Problem::Mode(text));
+            None
+        }
+    });
+    let mut labels: BTreeMap<String, String> = BTreeMap::new();
+    let given = args
+        .labels
+        .iter()
+        .map(|text| text.split_once('=').ok_or(text.clone()));
+    let brought = settings
+        .labels
+        .iter()
+        .map(|(key, value)| Ok((key.as_str(), value.as_str())));
+    for label in given.chain(brought) {
+        let (key, value) = match label {
+            Ok(label) => label,
+            Err(found) => {
+                problems.push(Problem::Label {
+                    found,
+                    why: "has no value (expected KEY=VALUE)",
+                });
+                continue;
+            }
+        };
+        if let Some(why) = label_problem(key, value) {
+            problems.push(Problem::Label {
+                found: format!("{key}={value}"),
+                why,
+            });
+        } else if labels
+            .insert(key.to_owned(), value.to_owned())
+            .is_some_and(|before| before != value)
+        {
+            problems.push(Problem::LabelTwice(key.to_owned()));
+        }
+    }
+    VmConfig {
+        name: name.to_owned(),
+        labels,
+        own_policy: settings.own_policy.map(Into::into),
+        mode,
+        resolver_patience: patience.unwrap_or(RESOLVER_PATIENCE_DEFAULT),
+        mac: None,
+        address: None,
+    }
+}
+
+fn listeners(
+    args: &Args,
+    vm: &VmConfig,
+    network: &NetworkConfig,
+    problems: &mut Vec<Problem>,
+) -> Vec<ListenConfig> {
+    let qemu = args
+        .listen_qemu
+        .iter()
+        .map(|url| ("--listen-qemu", url, Transport::Qemu, Schemes::Stream));
+    let vfkit = args
+        .listen_vfkit
+        .iter()
+        .map(|url| ("--listen-vfkit", url, Transport::Vfkit, Schemes::Datagram));
+    let mut listeners: Vec<ListenConfig> = Vec::new();
+    for (flag, found, transport, schemes) in qemu.chain(vfkit) {
+        let url = match ListenUrl::parse(found, schemes) {
+            Ok(url) => url,
+            Err(source) => {
+                problems.push(Problem::Url {
+                    flag,
+                    found: found.clone(),
+                    source,
+                });
+                continue;
+            }
+        };
+        if listeners
+            .iter()
+            .any(|l| l.at == url.at && !matches!(url.at, ListenAt::Tcp(a) if a.port() == 0))
+        {
+            problems.push(Problem::ListenTwice {
+                flag,
+                found: found.clone(),
+            });
+        }
+        if url.name.as_deref().is_some_and(|name| !is_name(name)) {
+            problems.push(Problem::UrlName {
+                flag,
+                found: found.clone(),
+            });
+        }
+        if let Some(address) = url.ip {
+            network::check_guest_address(flag, address, network, problems);
+            if listeners.iter().any(|l| l.vm.address == Some(address)) {
+                problems.push(Problem::AddressTaken {
+                    flag,
+                    found: address,
+                    owner: "another VM".to_owned(),
+                });
+            }
+        }
+        let vm = VmConfig {
+            name: url.name.unwrap_or_else(|| vm.name.clone()),
+            mac: url.mac,
+            address: url.ip,
+            ..vm.clone()
+        };
+        listeners.push(ListenConfig {
+            transport,
+            at: url.at,
+            vm,
+        });
+    }
+    listeners
+}
+
+fn descriptors(args: &Args, controlplane: Option<&ControlplaneUrl>, problems: &mut Vec<Problem>) {
+    let stream = match controlplane {
+        Some(ControlplaneUrl::Fd(fd)) => Some(*fd),
+        _ => None,
+    };
+    let mut taken: HashMap<RawFd, &'static str> = HashMap::new();
+    for (flag, fd) in [
+        ("--controlplane", stream),
+        ("--link-fd", args.link_fd),
+        ("--vm-settings-fd", args.vm_settings_fd),
+        ("--exit-with-fd", args.exit_with_fd),
+    ] {
+        let Some(found) = fd else { continue };
+        if found < FIRST_INHERITED {
+            problems.push(Problem::Descriptor { flag, found });
+        } else if let Some(other) = taken.insert(found, flag) {
+            problems.push(Problem::DescriptorTwice { flag, found, other });
+        }
+    }
+}
+
+/// Whether a text may name a VM, dataplane or network.
+pub fn is_name(text: &str) -> bool {
+    (1..=NAME_CHARACTERS_MAX).contains(&text.len()) && text.chars().all(is_name_character)
+}
+
+fn is_name_character(c: char) -> bool {
+    c.is_ascii_alphanumeric() || matches!(c, '.' | '_' | '-')
+}
+
+/// What is wrong with a label, if something is.
+fn label_problem(key: &str, value: &str) -> Option<&'static str> {
+    let key_fits = (1..=NAME_CHARACTERS_MAX).contains(&key.len())
+        && key.starts_with(|c: char| c.is_ascii_alphanumeric())
+        && key.chars().all(|c| is_name_character(c) || c == '/');
+    if !key_fits {
+        return Some("has a key that is not 1 to 63 of letters, digits, '.', '_', '-' and '/'");
+    }
+    (!is_name(value)).then_some("has a value that is not 1 to 63 of letters, digits, '.', '_' and '-'")
+}
+
+/// Reads a unicast MAC address.
+fn parse_mac(text: &str) -> Option<Mac> {
+    let hex = text.bytes().all(|b| b.is_ascii_hexdigit() || b == b':');
+    text.parse().ok().filter(|mac: &Mac| hex && mac.is_unicast())
+}
+
+/// The known word that `found` was perhaps meant to be.
+fn nearest(found: &str, known: &[&'static str]) -> Option<&'static str> {
+    known
+        .iter()
+        .map(|word| (strsim::damerau_levenshtein(found, word), *word))
+        .min()
+        .filter(|(distance, word)| *distance * 2 <= word.len().max(found.len()))
+        .map(|(_, word)| word)
+}
+
+/// An address without the mapping that hides its family.
+fn canonical(address: IpAddr) -> IpAddr {
+    address.to_canonical()
+}
+
+/// Characters of a name.
+const NAME_CHARACTERS_MAX: usize = 63;
+/// Below are standard input, output and error.
+const FIRST_INHERITED: RawFd = 3;

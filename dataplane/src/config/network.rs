@@ -1,0 +1,368 @@
+//! The network's part of the configuration: addresses, leases, resolvers, zones, forwards.
+
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+
+use ipnet::Ipv4Net;
+use vnet_proto::model::{Name, NameError};
+
+use crate::args::Args;
+use crate::config::{
+    DNS_PORT, GATEWAY_MAC_DEFAULT, MTU_BYTES_DEFAULT, MTU_BYTES_MAX, MTU_BYTES_MIN, NetworkConfig, Problem,
+    SEARCH_DOMAINS_MAX, SUBNET_DEFAULT, SUBNET_PREFIX_MAX, SUBNET_PREFIX_MIN, ZONES_DEFAULT, canonical,
+    parse_mac,
+};
+use crate::forward::{FORWARDS_MAX, ForwardSpec};
+use crate::mac::Mac;
+use crate::message::{Forward, Zone};
+
+/// Checks everything about the network. What is wrong is replaced by a default, so that the rest can be
+/// checked too.
+pub(super) fn check(args: &Args, name: &str, problems: &mut Vec<Problem>) -> NetworkConfig {
+    let subnet = subnet(args, problems);
+    let gateway =
+        address("--gateway", args.gateway.as_deref(), "", problems).unwrap_or_else(|| nth_usable(subnet, 0));
+    check_usable("--gateway", gateway, subnet, problems);
+    let host_alias = match args.host_alias.as_deref() {
+        Some("none") => None,
+        text => address("--host-alias", text, " (expected one, or none)", problems)
+            .or_else(|| Some(last_usable(subnet, gateway))),
+    };
+    if let Some(alias) = host_alias {
+        check_usable("--host-alias", alias, subnet, problems);
+        if alias == gateway {
+            problems.push(Problem::AddressTaken {
+                flag: "--host-alias",
+                found: alias,
+                owner: "the gateway".to_owned(),
+            });
+        }
+    }
+    let gateway_mac = args.gateway_mac.as_ref().map_or(GATEWAY_MAC_DEFAULT, |text| {
+        parse_mac(text).unwrap_or_else(|| {
+            problems.push(Problem::Mac {
+                flag: "--gateway-mac",
+                found: text.clone(),
+            });
+            GATEWAY_MAC_DEFAULT
+        })
+    });
+    let mtu_bytes = args.mtu.as_ref().map_or(MTU_BYTES_DEFAULT, |text| {
+        text.parse()
+            .ok()
+            .filter(|mtu| (MTU_BYTES_MIN..=MTU_BYTES_MAX).contains(mtu))
+            .unwrap_or_else(|| {
+                problems.push(Problem::Mtu(text.clone()));
+                MTU_BYTES_DEFAULT
+            })
+    });
+    let first_guest = subnet
+        .hosts()
+        .find(|host| *host != gateway && Some(*host) != host_alias)
+        .unwrap_or(gateway);
+    let mut network = NetworkConfig {
+        name: name.to_owned(),
+        subnet,
+        gateway,
+        gateway_mac,
+        host_alias,
+        first_guest,
+        mtu_bytes,
+        resolvers: resolvers(args, gateway, problems),
+        search: search(args, problems),
+        zones: zones(args, gateway, host_alias, problems),
+        static_leases: Vec::new(),
+    };
+    network.static_leases = leases(args, &network, problems);
+    network
+}
+
+fn subnet(args: &Args, problems: &mut Vec<Problem>) -> Ipv4Net {
+    let Some(text) = &args.subnet else {
+        return SUBNET_DEFAULT;
+    };
+    let problem = match text.parse::<Ipv4Net>() {
+        Err(_) => Problem::Subnet(text.clone()),
+        Ok(net) if !(SUBNET_PREFIX_MIN..=SUBNET_PREFIX_MAX).contains(&net.prefix_len()) => {
+            Problem::SubnetSize(net)
+        }
+        Ok(net) if net.trunc() != net => Problem::SubnetBits {
+            found: text.clone(),
+            meant: net.trunc(),
+        },
+        Ok(net) if is_unusable(net) => Problem::SubnetKind(net),
+        Ok(net) => return net,
+    };
+    problems.push(problem);
+    SUBNET_DEFAULT
+}
+
+fn is_unusable(net: Ipv4Net) -> bool {
+    let first = net.network();
+    let link_local = Ipv4Net::new_assert(Ipv4Addr::new(169, 254, 0, 0), 16);
+    first.octets()[0] == 0
+        || first.is_loopback()
+        || first.octets()[0] >= 224
+        || link_local.contains(&first)
+        || net.contains(&link_local.network())
+}
+
+fn nth_usable(subnet: Ipv4Net, n: u32) -> Ipv4Addr {
+    Ipv4Addr::from(u32::from(subnet.network()) + 1 + n)
+}
+
+/// The last address of a subnet but its broadcast address; the one before where the gateway has it.
+fn last_usable(subnet: Ipv4Net, gateway: Ipv4Addr) -> Ipv4Addr {
+    let last = u32::from(subnet.broadcast()) - 1;
+    Ipv4Addr::from(if last == u32::from(gateway) {
+        last - 1
+    } else {
+        last
+    })
+}
+
+fn address(
+    flag: &'static str,
+    text: Option<&str>,
+    or: &'static str,
+    problems: &mut Vec<Problem>,
+) -> Option<Ipv4Addr> {
+    let text = text?;
+    let parsed = text.parse().ok();
+    if parsed.is_none() {
+        problems.push(Problem::Address {
+            flag,
+            found: text.to_owned(),
+            or,
+        });
+    }
+    parsed
+}
+
+fn check_usable(flag: &'static str, found: Ipv4Addr, subnet: Ipv4Net, problems: &mut Vec<Problem>) {
+    if !subnet.contains(&found) || found == subnet.network() || found == subnet.broadcast() {
+        problems.push(Problem::NotInSubnet { flag, found, subnet });
+    }
+}
+
+/// Checks an address that one guest is to have.
+pub(super) fn check_guest_address(
+    flag: &'static str,
+    found: Ipv4Addr,
+    network: &NetworkConfig,
+    problems: &mut Vec<Problem>,
+) {
+    check_usable(flag, found, network.subnet, problems);
+    let owner = if found == network.gateway {
+        "the gateway"
+    } else if Some(found) == network.host_alias {
+        "the host alias"
+    } else {
+        return;
+    };
+    problems.push(Problem::AddressTaken {
+        flag,
+        found,
+        owner: owner.to_owned(),
+    });
+}
+
+fn leases(args: &Args, network: &NetworkConfig, problems: &mut Vec<Problem>) -> Vec<(Mac, Ipv4Addr)> {
+    const FLAG: &str = "--static-lease";
+    let mut leases: Vec<(Mac, Ipv4Addr)> = Vec::new();
+    for text in &args.static_leases {
+        let Some((mac_text, address_text)) = text.split_once('=') else {
+            problems.push(Problem::Lease(text.clone()));
+            continue;
+        };
+        let mac = parse_mac(mac_text);
+        if mac.is_none() {
+            problems.push(Problem::Mac {
+                flag: FLAG,
+                found: mac_text.to_owned(),
+            });
+        }
+        let found = address(FLAG, Some(address_text), "", problems);
+        let (Some(mac), Some(found)) = (mac, found) else {
+            continue;
+        };
+        check_guest_address(FLAG, found, network, problems);
+        if mac == network.gateway_mac || leases.iter().any(|(other, _)| *other == mac) {
+            problems.push(Problem::LeaseTwice(mac_text.to_owned()));
+        }
+        if let Some((owner, _)) = leases.iter().find(|(_, other)| *other == found) {
+            let owner = owner.to_string();
+            problems.push(Problem::AddressTaken {
+                flag: FLAG,
+                found,
+                owner,
+            });
+        }
+        leases.push((mac, found));
+    }
+    leases
+}
+
+fn resolvers(args: &Args, gateway: Ipv4Addr, problems: &mut Vec<Problem>) -> Vec<SocketAddr> {
+    let mut resolvers = Vec::new();
+    for text in &args.dns {
+        let bare = text
+            .strip_prefix('[')
+            .and_then(|t| t.strip_suffix(']'))
+            .unwrap_or(text);
+        let parsed = text.parse::<SocketAddr>().or_else(|_| {
+            bare.parse::<IpAddr>()
+                .map(|address| SocketAddr::new(address, DNS_PORT))
+        });
+        match parsed {
+            Ok(resolver) if resolver.port() == 0 || resolver.ip().is_unspecified() => {
+                problems.push(Problem::Dns(text.clone()));
+            }
+            Ok(resolver) if canonical(resolver.ip()) == IpAddr::V4(gateway) => {
+                problems.push(Problem::DnsLoop(resolver.ip()));
+            }
+            Ok(resolver) => resolvers.push(resolver),
+            Err(_) => problems.push(Problem::Dns(text.clone())),
+        }
+    }
+    resolvers
+}
+
+fn search(args: &Args, problems: &mut Vec<Problem>) -> Vec<Name> {
+    if args.dns_search.len() > SEARCH_DOMAINS_MAX {
+        problems.push(Problem::SearchMany {
+            found: args.dns_search.len(),
+            most: SEARCH_DOMAINS_MAX,
+        });
+    }
+    let mut domains = Vec::new();
+    for text in &args.dns_search {
+        match text.parse() {
+            Ok(domain) => domains.push(domain),
+            Err(source) => problems.push(Problem::Search {
+                found: text.clone(),
+                source,
+            }),
+        }
+    }
+    domains
+}
+
+fn zones(
+    args: &Args,
+    gateway: Ipv4Addr,
+    host_alias: Option<Ipv4Addr>,
+    problems: &mut Vec<Problem>,
+) -> Vec<Zone> {
+    let mut zones: Vec<Zone> = Vec::new();
+    for text in &args.zones {
+        match zone(text) {
+            Ok(zone) if zones.iter().any(|z| z.name == zone.name) => {
+                problems.push(Problem::ZoneTwice(
+                    zone.name.map_or(".".to_owned(), |n| n.to_string()),
+                ));
+            }
+            Ok(zone) => zones.push(zone),
+            Err(problem) => problems.push(problem),
+        }
+    }
+    // A zone of a flag replaces the default one of that name.
+    for name in ZONES_DEFAULT
+        .iter()
+        .filter_map(|name| Name::from_canonical(name).ok())
+    {
+        if zones.iter().all(|zone| zone.name.as_ref() != Some(&name)) {
+            let known = [("gateway", Some(gateway)), ("host", host_alias)];
+            let records = known
+                .into_iter()
+                .filter_map(|(label, address)| Some((Name::from_canonical(label).ok(), IpAddr::V4(address?))))
+                .collect();
+            zones.push(Zone {
+                name: Some(name),
+                records,
+                default_address: None,
+            });
+        }
+    }
+    zones
+}
+
+/// Reads `ZONE:NAME=ADDRESS,...`: `*` stands for every other name, `@` for the zone itself, a zone `.`
+/// for the root.
+fn zone(text: &str) -> Result<Zone, Problem> {
+    let name_of = |part: &str| -> Result<Name, Problem> {
+        match part.parse() {
+            // A record's name is a label or two, and may be a number.
+            Err(NameError::Address(_)) => Name::from_canonical(part),
+            parsed => parsed,
+        }
+        .map_err(|source| Problem::ZoneName {
+            found: text.to_owned(),
+            part: part.to_owned(),
+            source,
+        })
+    };
+    let (name, records) = text
+        .split_once(':')
+        .ok_or_else(|| Problem::Zone(text.to_owned()))?;
+    let name = if name == "." { None } else { Some(name_of(name)?) };
+    let mut zone = Zone {
+        name,
+        records: Vec::new(),
+        default_address: None,
+    };
+    for record in records.split(',') {
+        let (name, address) = record
+            .split_once('=')
+            .ok_or_else(|| Problem::Zone(text.to_owned()))?;
+        let address = address.parse().map_err(|_| Problem::ZoneAddress {
+            found: text.to_owned(),
+            part: address.to_owned(),
+        })?;
+        match name {
+            "*" if zone.default_address.is_some() => return Err(Problem::Zone(text.to_owned())),
+            "*" => zone.default_address = Some(address),
+            "@" => zone.records.push((None, address)),
+            name => zone.records.push((Some(name_of(name)?), address)),
+        }
+    }
+    Ok(zone)
+}
+
+/// Reads `-p`. A forward that names no guest leads to the first.
+pub(super) fn forwards(args: &Args, network: &NetworkConfig, problems: &mut Vec<Problem>) -> Vec<Forward> {
+    let mut forwards: Vec<Forward> = Vec::new();
+    for text in &args.publish {
+        let spec: ForwardSpec = match text.parse() {
+            Ok(spec) => spec,
+            Err(error) => {
+                problems.push(Problem::Publish(error));
+                continue;
+            }
+        };
+        let forward = spec.into_forward(IpAddr::V4(network.first_guest));
+        let guest = forward.target.ip();
+        let mut refused = Vec::new();
+        if let IpAddr::V4(v4) = guest {
+            check_guest_address("--publish", v4, network, &mut refused);
+        }
+        if guest.is_ipv6() || !refused.is_empty() {
+            problems.push(Problem::PublishGuest {
+                found: text.clone(),
+                guest,
+                subnet: network.subnet,
+            });
+        }
+        let same = |other: &Forward| other.protocol == forward.protocol && other.listen == forward.listen;
+        if forward.listen.port() != 0 && forwards.iter().any(same) {
+            problems.push(Problem::PublishTwice(text.clone()));
+        }
+        forwards.push(forward);
+    }
+    if forwards.len() > FORWARDS_MAX {
+        problems.push(Problem::PublishMany {
+            found: forwards.len(),
+            most: FORWARDS_MAX,
+        });
+    }
+    forwards
+}

@@ -1,0 +1,162 @@
+//! What can be wrong with a configuration. Each variant names the flag and what was found.
+
+use std::net::{IpAddr, Ipv4Addr};
+
+use ipnet::Ipv4Net;
+use vnet_proto::model::NameError;
+
+use crate::config::url::UrlError;
+use crate::forward::ForwardSpecError;
+
+/// Everything that is wrong, in the order of the flags' table.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Problems(pub Vec<Problem>);
+
+impl std::fmt::Display for Problems {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        for (index, problem) in self.0.iter().enumerate() {
+            if index > 0 {
+                f.write_str("\n")?;
+            }
+            // A problem's cause belongs to its line.
+            write!(f, "{problem}")?;
+            let mut cause = std::error::Error::source(problem);
+            while let Some(error) = cause {
+                write!(f, ": {error}")?;
+                cause = error.source();
+            }
+        }
+        Ok(())
+    }
+}
+
+impl std::error::Error for Problems {}
+
+/// One thing that is wrong.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[allow(
+    missing_docs,
+    reason = "each message says what the variant and its fields are"
+)]
+pub enum Problem {
+    #[error("--controlplane is not given (expected unix:///PATH of the controlplane's session socket)")]
+    NoControlplane,
+    #[error("--controlplane {0}: https is not built yet; use unix:///PATH")]
+    HttpsControlplane(String),
+    #[error("--controlplane {0}: a session over tcp needs TLS, which is not built yet; use unix:///PATH")]
+    TcpControlplane(String),
+    #[error("--controlplane {0}: expected unix:///PATH or fd://N")]
+    Controlplane(String),
+    #[error("--controlplane {found}")]
+    ControlplanePath {
+        found: String,
+        #[source]
+        source: UrlError,
+    },
+    #[error("{flag} {found:?} is not a name (expected 1 to 63 of letters, digits, '.', '_' and '-')")]
+    Name { flag: &'static str, found: String },
+    #[error("--label {found:?} {why}")]
+    Label { found: String, why: &'static str },
+    #[error("--label {0} is given twice with different values")]
+    LabelTwice(String),
+    #[error("{flag} is not built yet; use --listen-qemu or --listen-vfkit")]
+    NotBuilt { flag: &'static str },
+    #[error("{flag} {found}")]
+    Url {
+        flag: &'static str,
+        found: String,
+        #[source]
+        source: UrlError,
+    },
+    #[error("{flag} {found}: name= is not a name (expected 1 to 63 of letters, digits, '.', '_' and '-')")]
+    UrlName { flag: &'static str, found: String },
+    #[error("{flag} {found}: another --listen flag listens there too")]
+    ListenTwice { flag: &'static str, found: String },
+    #[error("no guest can attach: give --listen-qemu URL or --listen-vfkit URL")]
+    NoLink,
+    #[error("--mtu {0} is out of range (expected 576 to 65520)")]
+    Mtu(String),
+    #[error("--subnet {0} is not an IPv4 subnet (expected one as 192.168.127.0/24)")]
+    Subnet(String),
+    #[error("--subnet {found} has bits set beyond its prefix length (did you mean {meant}?)")]
+    SubnetBits { found: String, meant: Ipv4Net },
+    #[error("--subnet {0} is of no use for guests (expected /8 to /29)")]
+    SubnetSize(Ipv4Net),
+    #[error("--subnet {0} is loopback, link-local or multicast, which guests cannot have")]
+    SubnetKind(Ipv4Net),
+    #[error("{flag} {found} is not an IPv4 address{or}")]
+    Address {
+        flag: &'static str,
+        found: String,
+        or: &'static str,
+    },
+    #[error("{flag} {found} is not a guest address of subnet {subnet}")]
+    NotInSubnet {
+        flag: &'static str,
+        found: Ipv4Addr,
+        subnet: Ipv4Net,
+    },
+    #[error("{flag} {found} is the address of {owner} already")]
+    AddressTaken {
+        flag: &'static str,
+        found: Ipv4Addr,
+        owner: String,
+    },
+    #[error("{flag} {found} is not a unicast MAC address (expected one as 5a:94:ef:00:00:02)")]
+    Mac { flag: &'static str, found: String },
+    #[error("--static-lease {0:?} is not a lease (expected MAC=ADDRESS)")]
+    Lease(String),
+    #[error("--static-lease {0} is given twice for this MAC address")]
+    LeaseTwice(String),
+    #[error(
+        "--dns {0:?} is not an address (expected ADDRESS or ADDRESS:PORT, as 9.9.9.9 or [2620:fe::fe]:53)"
+    )]
+    Dns(String),
+    #[error("--dns {0} is the gateway itself, which would ask itself for ever")]
+    DnsLoop(IpAddr),
+    #[error("--dns-search {found:?} is not a domain")]
+    Search {
+        found: String,
+        #[source]
+        source: NameError,
+    },
+    #[error("--dns-search is given {found} times (at most {most}, which is what resolvers take)")]
+    SearchMany { found: usize, most: usize },
+    #[error("--zone {0:?} is not a zone (expected ZONE:NAME=ADDRESS,... with * for every other name)")]
+    Zone(String),
+    #[error("--zone {found:?}: {part:?} is not a name")]
+    ZoneName {
+        found: String,
+        part: String,
+        #[source]
+        source: NameError,
+    },
+    #[error("--zone {found:?}: {part:?} is not an address")]
+    ZoneAddress { found: String, part: String },
+    #[error("--zone {0} is given twice")]
+    ZoneTwice(String),
+    #[error("--publish is wrong")]
+    Publish(#[source] ForwardSpecError),
+    #[error("--publish {found}: {guest} is not an address of subnet {subnet} that a guest can have")]
+    PublishGuest {
+        found: String,
+        guest: IpAddr,
+        subnet: Ipv4Net,
+    },
+    #[error("--publish {0}: another --publish listens there too")]
+    PublishTwice(String),
+    #[error("--publish is given {found} times (at most {most})")]
+    PublishMany { found: usize, most: usize },
+    #[error("{flag} {found} is not a descriptor that can be inherited (expected 3 or above)")]
+    Descriptor { flag: &'static str, found: i32 },
+    #[error("{flag} {found} is the descriptor of {other} already")]
+    DescriptorTwice {
+        flag: &'static str,
+        found: i32,
+        other: &'static str,
+    },
+    #[error("VM settings: {0:?} is not a mode (expected enforce, ask, observe, block or quarantine)")]
+    Mode(String),
+    #[error("VM settings: a resolver patience of {0} ms is out of range (expected 1 to 300000)")]
+    Patience(u64),
+}

@@ -1,0 +1,554 @@
+//! The golden table of flags: what they come to, and exactly what is said of bad ones.
+
+use clap::Parser as _;
+
+use super::*;
+use crate::args::Cli;
+
+const LINK: [&str; 2] = ["--listen-qemu", "unix:///run/q.sock"];
+const CONTROLPLANE: [&str; 2] = ["--controlplane", "unix:///run/session.sock"];
+
+fn args(flags: &[&str]) -> Args {
+    Cli::try_parse_from(std::iter::once("vnet-dataplane").chain(flags.iter().copied()))
+        .unwrap()
+        .args
+}
+
+/// With a controlplane and a link, so that only what is under test can be wrong.
+fn check(flags: &[&str]) -> Result<Config, Vec<String>> {
+    let flags: Vec<&str> = CONTROLPLANE
+        .into_iter()
+        .chain(LINK)
+        .chain(flags.iter().copied())
+        .collect();
+    check_bare(&flags)
+}
+
+fn check_bare(flags: &[&str]) -> Result<Config, Vec<String>> {
+    check_with(flags, VmSettings::default())
+}
+
+fn check_with(flags: &[&str], settings: VmSettings) -> Result<Config, Vec<String>> {
+    Config::new(&args(flags), settings, "host-1")
+        .map_err(|problems| problems.to_string().lines().map(ToOwned::to_owned).collect())
+}
+
+fn ipv4(text: &str) -> Ipv4Addr {
+    text.parse().unwrap()
+}
+
+#[test]
+fn without_flags_everything_is_as_under_gvproxy() {
+    let config = check(&[]).unwrap();
+    let network = &config.network;
+
+    assert_eq!(
+        config.controlplane,
+        ControlplaneUrl::Unix("/run/session.sock".into())
+    );
+    assert_eq!(
+        (config.name.as_str(), network.name.as_str()),
+        ("host-1", "host-1")
+    );
+    assert_eq!(network.subnet.to_string(), "192.168.127.0/24");
+    assert_eq!(network.gateway, ipv4("192.168.127.1"));
+    assert_eq!(network.gateway_mac.to_string(), "5a:94:ef:e4:0c:dd");
+    assert_eq!(network.host_alias, Some(ipv4("192.168.127.254")));
+    assert_eq!(network.first_guest, ipv4("192.168.127.2"));
+    assert_eq!(network.mtu_bytes, 1500);
+    assert_eq!(
+        (
+            network.resolvers.len(),
+            network.search.len(),
+            network.static_leases.len()
+        ),
+        (0, 0, 0)
+    );
+    let zones: Vec<String> = network.zones.iter().map(describe).collect();
+    assert_eq!(
+        zones,
+        [
+            "containers.internal: gateway=192.168.127.1 host=192.168.127.254",
+            "docker.internal: gateway=192.168.127.1 host=192.168.127.254",
+        ]
+    );
+    let [listener] = &config.listeners[..] else {
+        panic!("{config:?}")
+    };
+    assert_eq!(listener.at, ListenAt::Unix("/run/q.sock".into()));
+    assert_eq!(listener.transport, Transport::Qemu);
+    assert_eq!(listener.vm.name, "vm");
+    assert_eq!(listener.vm.resolver_patience, Duration::from_secs(4));
+    assert!(config.forwards.is_empty());
+}
+
+fn describe(zone: &Zone) -> String {
+    let mut text = zone.name.as_ref().map_or(".".to_owned(), ToString::to_string) + ":";
+    for (name, address) in &zone.records {
+        let name = name.as_ref().map_or("@".to_owned(), ToString::to_string);
+        text.push_str(&format!(" {name}={address}"));
+    }
+    if let Some(address) = zone.default_address {
+        text.push_str(&format!(" *={address}"));
+    }
+    text
+}
+
+#[test]
+fn the_network_follows_its_subnet() {
+    let network = check(&["--subnet", "10.5.0.0/29", "--gateway", "10.5.0.6"])
+        .unwrap()
+        .network;
+    assert_eq!(
+        network.host_alias,
+        Some(ipv4("10.5.0.5")),
+        "the last address is the gateway's"
+    );
+    assert_eq!(network.first_guest, ipv4("10.5.0.1"));
+
+    let network = check(&["--host-alias", "none"]).unwrap().network;
+    assert_eq!(network.host_alias, None);
+    assert_eq!(
+        describe(&network.zones[0]),
+        "containers.internal: gateway=192.168.127.1"
+    );
+}
+
+#[test]
+fn sockets_name_and_pin_their_vms() {
+    let config = check(&[
+        "--vm",
+        "web",
+        "--label",
+        "team=a",
+        "--label",
+        "vnet.io/tier=1",
+        "--listen-qemu",
+        "tcp://[::1]:4444?name=db&mac=5A:94:ef:00:00:02&ip=192.168.127.9",
+        "--listen-vfkit",
+        "unixgram:///run/a%3Fb.sock",
+    ])
+    .unwrap();
+
+    let [first, second, third] = &config.listeners[..] else {
+        panic!("{config:?}")
+    };
+    assert_eq!((first.vm.name.as_str(), second.vm.name.as_str()), ("web", "db"));
+    assert_eq!(second.at, ListenAt::Tcp("[::1]:4444".parse().unwrap()));
+    assert_eq!(second.vm.mac.unwrap().to_string(), "5a:94:ef:00:00:02");
+    assert_eq!(second.vm.address, Some(ipv4("192.168.127.9")));
+    assert_eq!(second.vm.labels["team"], "a");
+    assert_eq!(third.transport, Transport::Vfkit);
+    assert_eq!(third.at, ListenAt::Unix("/run/a?b.sock".into()));
+    assert_eq!(
+        (third.vm.mac, third.vm.address),
+        (None, None),
+        "a pin is for its own socket"
+    );
+}
+
+#[test]
+fn run_hands_everything_over_by_descriptors() {
+    let settings = VmSettings::read(
+        br#"{"own_policy": {"document": "defaultAction: deny\n", "source": "p.yaml", "rules": ["allow tcp 10.0.0.1:80"]},
+             "mode": "ask", "resolver_patience_ms": 30000, "labels": {"run": "1"}}"#
+            .as_slice(),
+    )
+    .unwrap();
+    let config = check_with(
+        &[
+            "--controlplane",
+            "fd://3",
+            "--link-fd",
+            "4",
+            "--exit-with-fd",
+            "5",
+        ],
+        settings,
+    )
+    .unwrap();
+
+    assert_eq!(config.controlplane, ControlplaneUrl::Fd(3));
+    assert_eq!(config.exit_with_fd, Some(5));
+    let (fd, vm) = config.link.unwrap();
+    assert_eq!(
+        (fd, vm.mode, vm.resolver_patience),
+        (4, Some(Mode::Ask), Duration::from_secs(30))
+    );
+    assert_eq!(vm.labels["run"], "1");
+    assert_eq!(vm.own_policy.unwrap().rules, ["allow tcp 10.0.0.1:80"]);
+}
+
+#[test]
+fn zones_resolvers_leases_and_forwards_are_read() {
+    let config = check(&[
+        "--zone",
+        "Docker.internal:db=192.168.127.9,1=192.168.127.8,@=192.168.127.7,*=2001:db8::1",
+        "--dns",
+        "9.9.9.9",
+        "--dns",
+        "[2620:fe::fe]:5353",
+        "--dns",
+        "2620:fe::9",
+        "--dns-search",
+        "Example.COM.",
+        "--static-lease",
+        "5a:94:ef:00:00:02=192.168.127.9",
+        "-p",
+        "8080:80",
+        "-p",
+        "[::1]:5353:192.168.127.9:53/udp",
+    ])
+    .unwrap();
+
+    let zones: Vec<String> = config.network.zones.iter().map(describe).collect();
+    assert_eq!(
+        zones,
+        [
+            "docker.internal: db=192.168.127.9 1=192.168.127.8 @=192.168.127.7 *=2001:db8::1",
+            "containers.internal: gateway=192.168.127.1 host=192.168.127.254",
+        ]
+    );
+    let resolvers: Vec<String> = config.network.resolvers.iter().map(ToString::to_string).collect();
+    assert_eq!(resolvers, ["9.9.9.9:53", "[2620:fe::fe]:5353", "[2620:fe::9]:53"]);
+    assert_eq!(config.network.search[0].as_str(), "example.com");
+    assert_eq!(config.network.static_leases[0].1, ipv4("192.168.127.9"));
+    let forwards: Vec<String> = config
+        .forwards
+        .iter()
+        .map(|f| format!("{} {} {}", f.protocol, f.listen, f.target))
+        .collect();
+    assert_eq!(
+        forwards,
+        [
+            "tcp 127.0.0.1:8080 192.168.127.2:80",
+            "udp [::1]:5353 192.168.127.9:53"
+        ]
+    );
+}
+
+#[test]
+fn bad_flags_are_refused_in_these_words() {
+    let long = format!("unix:///{}", "a".repeat(200));
+    let too_long = format!(
+        "--listen-qemu {long}: the path is 201 bytes long, and a socket's may have {}; use a shorter one",
+        if cfg!(target_os = "linux") { 107 } else { 103 }
+    );
+    let table: &[(&[&str], &str)] = &[
+        (
+            &["--name", "a b"],
+            "--name \"a b\" is not a name (expected 1 to 63 of letters, digits, '.', '_' and '-')",
+        ),
+        (
+            &["--vm", ""],
+            "--vm \"\" is not a name (expected 1 to 63 of letters, digits, '.', '_' and '-')",
+        ),
+        (
+            &["--label", "team"],
+            "--label \"team\" has no value (expected KEY=VALUE)",
+        ),
+        (
+            &["--label", ".x=1"],
+            "--label \".x=1\" has a key that is not 1 to 63 of letters, digits, '.', '_', '-' and '/'",
+        ),
+        (
+            &["--label", "x="],
+            "--label \"x=\" has a value that is not 1 to 63 of letters, digits, '.', '_' and '-'",
+        ),
+        (
+            &["--label", "x=1", "--label", "x=2"],
+            "--label x is given twice with different values",
+        ),
+        (
+            &["--listen", "unix:///a"],
+            "--listen is not built yet; use --listen-qemu or --listen-vfkit",
+        ),
+        (
+            &["--listen-bess", "unixpacket:///a"],
+            "--listen-bess is not built yet; use --listen-qemu or --listen-vfkit",
+        ),
+        (
+            &["--listen-vpnkit", "x"],
+            "--listen-vpnkit is not built yet; use --listen-qemu or --listen-vfkit",
+        ),
+        (
+            &["--listen-stdio", "accept"],
+            "--listen-stdio is not built yet; use --listen-qemu or --listen-vfkit",
+        ),
+        (
+            &["--listen-qemu", "/run/q.sock"],
+            "--listen-qemu /run/q.sock: expected unix:///PATH or tcp://127.0.0.1:PORT",
+        ),
+        (
+            &["--listen-vfkit", "unix:///run/v.sock"],
+            "--listen-vfkit unix:///run/v.sock: expected unixgram:///PATH",
+        ),
+        (
+            &["--listen-qemu", "unix://run/q.sock"],
+            "--listen-qemu unix://run/q.sock: the path must be absolute, as in unix:///run/vm.sock",
+        ),
+        (&["--listen-qemu", &long], &too_long),
+        (
+            &["--listen-qemu", "unix:///a%2"],
+            "--listen-qemu unix:///a%2: \"/a%2\" is not percent-encoded text (write % as %25 and ? as %3F)",
+        ),
+        (
+            &["--listen-qemu", "tcp://localhost:1"],
+            "--listen-qemu tcp://localhost:1: expected an address and a port, as tcp://127.0.0.1:4444",
+        ),
+        (
+            &["--listen-qemu", "tcp://0.0.0.0:1"],
+            "--listen-qemu tcp://0.0.0.0:1: 0.0.0.0:1 is not a loopback address; guests over TCP are served on \
+             loopback only",
+        ),
+        (
+            &["--listen-qemu", "unix:///a?nmae=x"],
+            "--listen-qemu unix:///a?nmae=x: unknown parameter \"nmae\" (did you mean name?)",
+        ),
+        (
+            &["--listen-qemu", "unix:///a?bridge=x"],
+            "--listen-qemu unix:///a?bridge=x: unknown parameter \"bridge\" (expected name, mac or ip)",
+        ),
+        (
+            &["--listen-qemu", "unix:///a?name=x&name=y"],
+            "--listen-qemu unix:///a?name=x&name=y: parameter name is given twice",
+        ),
+        (
+            &["--listen-qemu", "unix:///a?mac=01:00:5e:00:00:01"],
+            "--listen-qemu unix:///a?mac=01:00:5e:00:00:01: mac=01:00:5e:00:00:01 is not a unicast MAC address \
+             (expected one as 5a:94:ef:00:00:02)",
+        ),
+        (
+            &["--listen-qemu", "unix:///a?ip=::1"],
+            "--listen-qemu unix:///a?ip=::1: ip=::1 is not an IPv4 address (expected one as 192.168.127.2)",
+        ),
+        (
+            &["--listen-qemu", "unix:///a?name=%20"],
+            "--listen-qemu unix:///a?name=%20: name= is not a name (expected 1 to 63 of letters, digits, '.', '_' \
+             and '-')",
+        ),
+        (
+            &["--listen-qemu", "unix:///a?ip=192.168.127.1"],
+            "--listen-qemu 192.168.127.1 is the address of the gateway already",
+        ),
+        (
+            &["--listen-qemu", "unix:///run/q.sock?name=x"],
+            "--listen-qemu unix:///run/q.sock?name=x: another --listen flag listens there too",
+        ),
+        (
+            &["--mtu", "575"],
+            "--mtu 575 is out of range (expected 576 to 65520)",
+        ),
+        (
+            &["--mtu", "65521"],
+            "--mtu 65521 is out of range (expected 576 to 65520)",
+        ),
+        (
+            &["--mtu", "big"],
+            "--mtu big is out of range (expected 576 to 65520)",
+        ),
+        (
+            &["--subnet", "10.0.0.0"],
+            "--subnet 10.0.0.0 is not an IPv4 subnet (expected one as 192.168.127.0/24)",
+        ),
+        (
+            &["--subnet", "10.0.0.0/30"],
+            "--subnet 10.0.0.0/30 is of no use for guests (expected /8 to /29)",
+        ),
+        (
+            &["--subnet", "10.0.0.1/24"],
+            "--subnet 10.0.0.1/24 has bits set beyond its prefix length (did you mean 10.0.0.0/24?)",
+        ),
+        (
+            &["--subnet", "169.254.0.0/24"],
+            "--subnet 169.254.0.0/24 is loopback, link-local or multicast, which guests cannot have",
+        ),
+        (&["--gateway", "gw"], "--gateway gw is not an IPv4 address"),
+        (
+            &["--gateway", "10.0.0.1"],
+            "--gateway 10.0.0.1 is not a guest address of subnet 192.168.127.0/24",
+        ),
+        (
+            &["--gateway", "192.168.127.255"],
+            "--gateway 192.168.127.255 is not a guest address of subnet 192.168.127.0/24",
+        ),
+        (
+            &["--host-alias", "off"],
+            "--host-alias off is not an IPv4 address (expected one, or none)",
+        ),
+        (
+            &["--host-alias", "192.168.127.1"],
+            "--host-alias 192.168.127.1 is the address of the gateway already",
+        ),
+        (
+            &["--gateway-mac", "5a:94:ef:e4:0c"],
+            "--gateway-mac 5a:94:ef:e4:0c is not a unicast MAC address (expected one as 5a:94:ef:00:00:02)",
+        ),
+        (
+            &["--static-lease", "x"],
+            "--static-lease \"x\" is not a lease (expected MAC=ADDRESS)",
+        ),
+        (
+            &["--static-lease", "5a:94:ef:00:00:02=192.168.127.254"],
+            "--static-lease 192.168.127.254 is the address of the host alias already",
+        ),
+        (
+            &[
+                "--static-lease",
+                "5a:94:ef:00:00:02=192.168.127.9",
+                "--static-lease",
+                "5a:94:ef:00:00:03=192.168.127.9",
+            ],
+            "--static-lease 192.168.127.9 is the address of 5a:94:ef:00:00:02 already",
+        ),
+        (
+            &[
+                "--static-lease",
+                "5a:94:ef:00:00:02=192.168.127.8",
+                "--static-lease",
+                "5a:94:ef:00:00:02=192.168.127.9",
+            ],
+            "--static-lease 5a:94:ef:00:00:02 is given twice for this MAC address",
+        ),
+        (
+            &["--dns", "dns.example"],
+            "--dns \"dns.example\" is not an address (expected ADDRESS or ADDRESS:PORT, as 9.9.9.9 or \
+             [2620:fe::fe]:53)",
+        ),
+        (
+            &["--dns", "192.168.127.1"],
+            "--dns 192.168.127.1 is the gateway itself, which would ask itself for ever",
+        ),
+        (
+            &["--dns-search", ""],
+            "--dns-search \"\" is not a domain: the name is empty",
+        ),
+        (
+            &["--zone", "a.test"],
+            "--zone \"a.test\" is not a zone (expected ZONE:NAME=ADDRESS,... with * for every other name)",
+        ),
+        (
+            &["--zone", "a.test:x=y"],
+            "--zone \"a.test:x=y\": \"y\" is not an address",
+        ),
+        (
+            &["--zone", "a.test:x y=10.0.0.1"],
+            "--zone \"a.test:x y=10.0.0.1\": \"x y\" is not a name: \"x y\" has a character that a name cannot have",
+        ),
+        (
+            &["--zone", "a.test:x=10.0.0.1", "--zone", "A.test:y=10.0.0.1"],
+            "--zone a.test is given twice",
+        ),
+        (
+            &["-p", "8080"],
+            "--publish is wrong: \"8080\" is not a forward (expected [ADDRESS:]PORT:[GUEST:]PORT[/tcp|/udp], as 8080:80)",
+        ),
+        (
+            &["-p", "80:10.0.0.1:80"],
+            "--publish 80:10.0.0.1:80: 10.0.0.1 is not an address of subnet 192.168.127.0/24 that a guest can have",
+        ),
+        (
+            &["-p", "80:80", "-p", "80:81"],
+            "--publish 80:81: another --publish listens there too",
+        ),
+        (
+            &["--link-fd", "1"],
+            "--link-fd 1 is not a descriptor that can be inherited (expected 3 or above)",
+        ),
+        (
+            &["--link-fd", "5", "--exit-with-fd", "5"],
+            "--exit-with-fd 5 is the descriptor of --link-fd already",
+        ),
+    ];
+    for (flags, message) in table {
+        assert_eq!(check(flags).err(), Some(vec![(*message).to_owned()]), "{flags:?}");
+    }
+}
+
+#[test]
+fn a_controlplane_must_be_given_and_be_one_that_is_built() {
+    for (url, message) in [
+        (
+            "https://cp.example:7443",
+            "--controlplane https://cp.example:7443: https is not built yet; use unix:///PATH",
+        ),
+        (
+            "tcp://127.0.0.1:7443",
+            "--controlplane tcp://127.0.0.1:7443: a session over tcp needs TLS, which is not built yet; use unix:///PATH",
+        ),
+        ("fd://x", "--controlplane fd://x: expected unix:///PATH or fd://N"),
+        (
+            "/run/session.sock",
+            "--controlplane /run/session.sock: expected unix:///PATH or fd://N",
+        ),
+        (
+            "unix://session.sock",
+            "--controlplane unix://session.sock: the path must be absolute, as in unix:///run/vm.sock",
+        ),
+    ] {
+        let flags = ["--controlplane", url, LINK[0], LINK[1]];
+        assert_eq!(check_bare(&flags).err(), Some(vec![message.to_owned()]), "{url}");
+    }
+    assert_eq!(
+        check_bare(&[]).err(),
+        Some(vec![
+            "--controlplane is not given (expected unix:///PATH of the controlplane's session socket)"
+                .to_owned(),
+            "no guest can attach: give --listen-qemu URL or --listen-vfkit URL".to_owned(),
+        ])
+    );
+}
+
+#[test]
+fn every_problem_is_reported_at_once() {
+    let problems = check(&[
+        "--mtu",
+        "1",
+        "--vm",
+        "/",
+        "--subnet",
+        "x",
+        "-p",
+        "y",
+        "--listen-stdio",
+        "accept",
+    ]);
+    assert_eq!(problems.unwrap_err().len(), 5);
+}
+
+#[test]
+fn settings_with_an_unknown_key_or_too_long_are_refused() {
+    let unknown = VmSettings::read(br#"{"modes": "ask"}"#.as_slice()).unwrap_err();
+    let SettingsError::Json(cause) = &unknown else {
+        panic!("{unknown}")
+    };
+    assert!(cause.to_string().contains("unknown field `modes`"), "{cause}");
+
+    let long = format!("{{\"mode\": \"{}\"}}", "a".repeat(2 << 20));
+    assert!(matches!(
+        VmSettings::read(long.as_bytes()),
+        Err(SettingsError::TooLong)
+    ));
+
+    let flags = [CONTROLPLANE[0], CONTROLPLANE[1], LINK[0], LINK[1]];
+    let bad = VmSettings {
+        mode: Some("open".into()),
+        resolver_patience_ms: Some(0),
+        ..VmSettings::default()
+    };
+    assert_eq!(
+        check_with(&flags, bad).err(),
+        Some(vec![
+            "VM settings: a resolver patience of 0 ms is out of range (expected 1 to 300000)".to_owned(),
+            "VM settings: \"open\" is not a mode (expected enforce, ask, observe, block or quarantine)"
+                .to_owned(),
+        ])
+    );
+}
+
+#[test]
+fn a_name_is_made_of_host_and_process() {
+    let name = default_name();
+    assert!(is_name(&name), "{name}");
+    assert!(name.ends_with(&format!("-{}", std::process::id())), "{name}");
+}

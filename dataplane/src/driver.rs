@@ -1,0 +1,611 @@
+//! The only loop of a guest: clock, link, sockets and channels in; engine calls; bytes out.
+//!
+//! One thread a guest, which owns everything of it; no lock and no channel on the path of a packet.
+//! Each turn: read a batch from the link and hand every frame to the engine, do what is due, service
+//! the flows that have something to do, act on the engine's events, write everything out at once.
+
+use std::io;
+use std::net::{SocketAddr, UdpSocket as StdUdpSocket};
+use std::sync::Arc;
+use std::sync::mpsc::Receiver;
+use std::time::Duration;
+
+use ahash::HashMap;
+use mio::net::UdpSocket;
+use mio::{Events, Interest, Poll, Token, Waker};
+use tokio::sync::mpsc::Sender;
+use tokio::sync::mpsc::error::TrySendError;
+use vnet_proto::model::{Protocol, VmId};
+
+use crate::egress::sockets::{HostSocket, Sockets};
+use crate::engine::frame::DropReason;
+use crate::engine::reply::Unreachable;
+use crate::engine::tcp::DialError;
+use crate::engine::{Engine, Event, Outcome, Time};
+use crate::link::{Filled, Link, LinkError};
+use crate::message::{Input, Report};
+use crate::network::{FrameQueue, Network};
+
+const LINK: Token = Token(usize::MAX - 1);
+const WAKE: Token = Token(usize::MAX - 2);
+/// Tokens of UDP forwards' sockets; flows' places are below.
+const FORWARDS: usize = 1 << 40;
+
+const EVENTS_A_TURN: usize = 1024;
+/// Reads of the link before everything else has its turn.
+const READS_A_TURN: usize = 64;
+/// Datagrams taken from one host socket before the others have their turn.
+const DATAGRAMS_A_TURN: usize = 64;
+/// Largest datagram, bytes.
+const DATAGRAM_BYTES_MAX: usize = 65_536;
+/// Room that must be left towards the guest for the link to be read: answers must fit.
+const ROOM_TO_READ: usize = 192 << 10;
+/// Reports that wait for room in the session's queue before new frames are no longer read.
+const BACKLOG_MAX: usize = 65_536;
+/// How often a quiet link is asked whether it is still there.
+const ALIVE_INTERVAL: Duration = Duration::from_secs(1);
+
+/// A guest's loop.
+pub struct Driver {
+    vm: VmId,
+    poll: Poll,
+    link: Link,
+    link_readable: bool,
+    link_writable: bool,
+    link_heard: Time,
+    engine: Engine,
+    sockets: Sockets,
+    forwards: Vec<Option<ForwardSocket>>,
+    /// Places of flows from clients of UDP forwards.
+    clients: HashMap<(usize, SocketAddr), usize>,
+    inputs: Receiver<Input>,
+    frames: Arc<FrameQueue>,
+    reports: Sender<Report>,
+    backlog: std::collections::VecDeque<Report>,
+    network: Arc<Network>,
+    resolver: Box<dyn Fn(u64, Vec<u8>) + Send>,
+    dirty: Vec<usize>,
+    /// Flows that wait for room towards the guest.
+    blocked: Vec<usize>,
+    /// Datagram sockets that have more than their turn took.
+    unread: Vec<usize>,
+    scratch: Box<[u8]>,
+}
+
+struct ForwardSocket {
+    socket: UdpSocket,
+    listen: SocketAddr,
+    target: SocketAddr,
+    unread: bool,
+}
+
+/// What a driver is made with.
+pub struct DriverParts {
+    /// The guest's handle.
+    pub vm: VmId,
+    /// Its link.
+    pub link: Link,
+    /// Its engine.
+    pub engine: Engine,
+    /// From the rest of the dataplane.
+    pub inputs: Receiver<Input>,
+    /// Frames of other guests.
+    pub frames: Arc<FrameQueue>,
+    /// To the session.
+    pub reports: Sender<Report>,
+    /// What guests share.
+    pub network: Arc<Network>,
+    /// Asks an upstream; the answer comes as [`Input::Resolved`].
+    pub resolver: Box<dyn Fn(u64, Vec<u8>) + Send>,
+}
+
+impl Driver {
+    /// A driver, and what wakes it after an input was sent.
+    ///
+    /// # Errors
+    /// The system's poller.
+    pub fn new(parts: DriverParts) -> io::Result<(Self, Waker)> {
+        let poll = Poll::new()?;
+        let waker = Waker::new(poll.registry(), WAKE)?;
+        let mut link = parts.link;
+        link.register(poll.registry(), LINK)?;
+        let driver = Self {
+            vm: parts.vm,
+            poll,
+            link,
+            link_readable: true,
+            link_writable: true,
+            link_heard: Time::ZERO,
+            engine: parts.engine,
+            sockets: Sockets::default(),
+            forwards: Vec::new(),
+            clients: HashMap::default(),
+            inputs: parts.inputs,
+            frames: parts.frames,
+            reports: parts.reports,
+            backlog: std::collections::VecDeque::new(),
+            network: parts.network,
+            resolver: parts.resolver,
+            dirty: Vec::new(),
+            blocked: Vec::new(),
+            unread: Vec::new(),
+            scratch: vec![0; DATAGRAM_BYTES_MAX].into_boxed_slice(),
+        };
+        Ok((driver, waker))
+    }
+
+    /// Runs until the link ends or [`Input::Stop`].
+    ///
+    /// # Errors
+    /// Why the link ended, if not by [`Input::Stop`].
+    pub fn run(mut self) -> Result<(), LinkError> {
+        let result = self.turn_until_over();
+        self.engine.handle_link_down();
+        let now = self.network.now();
+        self.act_on_events(now);
+        self.send_backlog();
+        // The session must hear that the guest is gone, however full its queue is.
+        while let Some(report) = self.backlog.pop_front() {
+            if self.reports.blocking_send(report).is_err() {
+                break;
+            }
+        }
+        result
+    }
+
+    fn turn_until_over(&mut self) -> Result<(), LinkError> {
+        let mut events = Events::with_capacity(EVENTS_A_TURN);
+        loop {
+            let timeout = self.timeout();
+            match self.poll.poll(&mut events, timeout) {
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+                Err(error) => return Err(LinkError::Io(error)),
+                Ok(()) => {}
+            }
+            let now = self.network.now();
+            for event in &events {
+                self.handle_ready(now, event);
+            }
+            if self.take_inputs(now) {
+                return Ok(());
+            }
+            self.take_peer_frames();
+            self.read_link(now)?;
+            self.engine.handle_timeout(now);
+            self.read_datagrams(now);
+            self.service(now);
+            self.act_on_events(now);
+            self.send_backlog();
+            self.write_link()?;
+            self.check_alive(now)?;
+        }
+    }
+
+    fn timeout(&self) -> Option<Duration> {
+        let can_read = self.link_readable && self.may_read();
+        let more = can_read
+            || !self.dirty.is_empty()
+            || self.engine.has_dirty()
+            || (!self.unread.is_empty() && self.engine.transmit.has_room(ROOM_TO_READ));
+        if more {
+            return Some(Duration::ZERO);
+        }
+        let now = self.network.now();
+        let mut until = self.engine.poll_timeout().map(|at| at.saturating_sub(now));
+        let mut sooner = |wait: Duration| until = Some(until.map_or(wait, |u| u.min(wait)));
+        if !self.backlog.is_empty() {
+            sooner(Duration::from_millis(1));
+        }
+        if let Some(retry) = self.link.retry_after_ms() {
+            sooner(Duration::from_millis(retry));
+        }
+        if matches!(self.link, Link::Datagram(_)) {
+            sooner(ALIVE_INTERVAL);
+        }
+        // Round up: a wake-up before the deadline would find nothing due.
+        until.map(|u| Duration::from_millis(u64::try_from(u.as_micros().div_ceil(1000)).unwrap_or(u64::MAX)))
+    }
+
+    fn may_read(&self) -> bool {
+        self.engine.transmit.has_room(ROOM_TO_READ) && self.backlog.len() < BACKLOG_MAX
+    }
+
+    fn handle_ready(&mut self, now: Time, event: &mio::event::Event) {
+        match event.token() {
+            LINK => {
+                self.link_readable |= event.is_readable() || event.is_read_closed() || event.is_error();
+                self.link_writable |= event.is_writable();
+            }
+            WAKE => {}
+            Token(token) if token >= FORWARDS => {
+                if let Some(Some(forward)) = self.forwards.get_mut(token - FORWARDS) {
+                    forward.unread = true;
+                    self.unread.push(token);
+                }
+            }
+            Token(at) => match self.sockets.get_mut(at) {
+                Some(HostSocket::Tcp(tcp)) => {
+                    tcp.handle_ready(event);
+                    if !tcp.dialling {
+                        self.dirty.push(at);
+                        return;
+                    }
+                    match tcp.poll_dial() {
+                        None => {}
+                        Some(Ok(())) => self.engine.handle_dialled(now, at),
+                        Some(Err(error)) => self.engine.handle_refused(now, at, dial_error(&error)),
+                    }
+                }
+                Some(HostSocket::Udp(_) | HostSocket::Echo(_)) => self.unread.push(at),
+                Some(HostSocket::Client { .. }) | None => {}
+            },
+        }
+    }
+
+    /// Takes everything from the rest of the dataplane. True when it says stop.
+    fn take_inputs(&mut self, now: Time) -> bool {
+        while let Ok(input) = self.inputs.try_recv() {
+            match input {
+                Input::Order(order) => self.engine.handle_order(now, order),
+                Input::Resolved { query, answer } => self.engine.handle_resolved(now, query, answer),
+                Input::Ingress {
+                    stream,
+                    target,
+                    waiting: _,
+                } => self.take_ingress(now, stream, target),
+                Input::IngressUdp {
+                    listen,
+                    socket,
+                    target,
+                } => self.take_forward(listen, socket, target),
+                Input::IngressClosed { udp, listen } => self.close_forward(now, udp, listen),
+                Input::Stop => return true,
+            }
+        }
+        false
+    }
+
+    fn take_ingress(&mut self, now: Time, stream: std::net::TcpStream, target: SocketAddr) {
+        let SocketAddr::V4(target) = target else { return };
+        let listen = stream.local_addr().ok();
+        let Some(at) = self.engine.open_ingress(now, target) else {
+            // RST rather than FIN: nobody was there.
+            let _ = socket2::SockRef::from(&stream).set_linger(Some(Duration::ZERO));
+            return;
+        };
+        if self.sockets.accept(self.poll.registry(), at, stream).is_err() {
+            self.engine.handle_host_reset(now, at);
+            return;
+        }
+        self.engine.note_listener(at, listen);
+        self.dirty.push(at);
+    }
+
+    fn take_forward(&mut self, listen: SocketAddr, socket: StdUdpSocket, target: SocketAddr) {
+        let place = self.forwards.iter().position(Option::is_none).unwrap_or_else(|| {
+            self.forwards.push(None);
+            self.forwards.len() - 1
+        });
+        let mut socket = UdpSocket::from_std(socket);
+        let token = Token(FORWARDS + place);
+        match self
+            .poll
+            .registry()
+            .register(&mut socket, token, Interest::READABLE)
+        {
+            Ok(()) => {
+                self.forwards[place] = Some(ForwardSocket {
+                    socket,
+                    listen,
+                    target,
+                    unread: false,
+                })
+            }
+            Err(error) => tracing::warn!(%listen, %error, "udp forward cannot be read"),
+        }
+    }
+
+    fn close_forward(&mut self, now: Time, udp: bool, listen: SocketAddr) {
+        if !udp {
+            self.engine.close_listener(now, listen);
+            return;
+        }
+        let place = self
+            .forwards
+            .iter()
+            .position(|f| f.as_ref().is_some_and(|f| f.listen == listen));
+        let Some(place) = place else { return };
+        self.forwards[place] = None;
+        let gone: Vec<usize> = self
+            .clients
+            .iter()
+            .filter(|((forward, _), _)| *forward == place)
+            .map(|(_, at)| *at)
+            .collect();
+        for at in gone {
+            self.engine.handle_host_reset(now, at);
+        }
+    }
+
+    fn take_peer_frames(&mut self) {
+        while self.engine.transmit.has_room(ROOM_TO_READ)
+            && let Some(frame) = self.frames.pop()
+        {
+            if !self.engine.transmit.frame(&frame) {
+                self.engine.count_drop(DropReason::TransmitQueueFull);
+            }
+        }
+    }
+
+    fn read_link(&mut self, now: Time) -> Result<(), LinkError> {
+        let mut reads = 0;
+        while self.link_readable && reads < READS_A_TURN && self.may_read() {
+            reads += 1;
+            if self.link.fill()? == Filled::Nothing {
+                self.link_readable = false;
+                return Ok(());
+            }
+            self.link_heard = now;
+            while let Some(frame) = self.link.next_frame()? {
+                let io = &mut FrameIo {
+                    poll: &self.poll,
+                    sockets: &mut self.sockets,
+                    forwards: &self.forwards,
+                };
+                match self.engine.handle_frame(now, frame) {
+                    Outcome::Done => {}
+                    Outcome::Datagram { flow, payload } => io.send(now, &mut self.engine, flow, payload),
+                    Outcome::Echo { flow, message } => io.send(now, &mut self.engine, flow, message),
+                    Outcome::Assembled { flow, payload } => io.send(now, &mut self.engine, flow, &payload),
+                    Outcome::Switch(to) => {
+                        if let Err(reason) = self.network.switch(self.vm, to, frame) {
+                            self.engine.count_drop(reason);
+                        }
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Reads datagram sockets that have something, each for its turn.
+    fn read_datagrams(&mut self, now: Time) {
+        if self.unread.is_empty() {
+            return;
+        }
+        let mut unread = std::mem::take(&mut self.unread);
+        unread.sort_unstable();
+        unread.dedup();
+        for token in unread {
+            let more = if token >= FORWARDS {
+                self.read_forward(now, token - FORWARDS)
+            } else {
+                self.read_socket(now, token)
+            };
+            if more {
+                self.unread.push(token);
+            }
+        }
+    }
+
+    /// True when it has more.
+    fn read_socket(&mut self, now: Time, at: usize) -> bool {
+        for _ in 0..DATAGRAMS_A_TURN {
+            if !self.engine.transmit.has_room(ROOM_TO_READ) {
+                return true;
+            }
+            let (socket, is_echo) = match self.sockets.get_mut(at) {
+                Some(HostSocket::Udp(socket)) => (socket, false),
+                Some(HostSocket::Echo(socket)) => (socket, true),
+                _ => return false,
+            };
+            match socket.recv(&mut self.scratch) {
+                Ok(length) if is_echo => {
+                    self.engine
+                        .handle_echo_reply(now, at, &mut self.scratch[..length]);
+                }
+                Ok(length) => self.engine.handle_datagram(now, at, &self.scratch[..length]),
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return false,
+                Err(error) => self.engine.handle_send_error(at, send_error(&error)),
+            }
+        }
+        true
+    }
+
+    fn read_forward(&mut self, now: Time, place: usize) -> bool {
+        for _ in 0..DATAGRAMS_A_TURN {
+            if !self.engine.transmit.has_room(ROOM_TO_READ) {
+                return true;
+            }
+            let Some(Some(forward)) = self.forwards.get_mut(place) else {
+                return false;
+            };
+            match forward.socket.recv_from(&mut self.scratch) {
+                Ok((length, client)) => {
+                    let SocketAddr::V4(target) = forward.target else {
+                        return false;
+                    };
+                    let at = match self.clients.get(&(place, client)) {
+                        Some(at) => *at,
+                        None => {
+                            let Some(at) = self.engine.open_ingress_udp(now, target) else {
+                                continue;
+                            };
+                            self.clients.insert((place, client), at);
+                            self.sockets.put(
+                                at,
+                                HostSocket::Client {
+                                    forward: place,
+                                    address: client,
+                                },
+                            );
+                            at
+                        }
+                    };
+                    self.engine.handle_datagram(now, at, &self.scratch[..length]);
+                }
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                    forward.unread = false;
+                    return false;
+                }
+                Err(_) => {}
+            }
+        }
+        true
+    }
+
+    /// Moves bytes of every flow that has something to do.
+    fn service(&mut self, now: Time) {
+        if !self.blocked.is_empty() && self.engine.transmit.has_room(ROOM_TO_READ) {
+            self.dirty.append(&mut self.blocked);
+        }
+        self.engine.take_dirty(&mut self.dirty);
+        let mut again = Vec::new();
+        for at in std::mem::take(&mut self.dirty) {
+            if let Some(HostSocket::Tcp(tcp)) = self.sockets.get_mut(at)
+                && let Some(connection) = self.engine.connection(at)
+            {
+                let moved = tcp.transfer(connection);
+                if moved.up + moved.down != 0 {
+                    self.engine.count_bytes(now, at, moved.up, moved.down);
+                }
+                if moved.failed {
+                    self.engine.handle_host_reset(now, at);
+                    continue;
+                }
+                if moved.more {
+                    again.push(at);
+                }
+            }
+            if !self.engine.finish_service(now, at) {
+                self.blocked.push(at);
+            }
+        }
+        self.dirty = again;
+    }
+
+    /// Does what the engine asks of sockets and session.
+    fn act_on_events(&mut self, now: Time) {
+        while let Some(event) = self.engine.poll_event() {
+            match event {
+                Event::Report(report) => self.backlog.push_back(report),
+                Event::Dial { flow, to } => {
+                    if let Err(error) = self.sockets.dial(self.poll.registry(), flow, to) {
+                        tracing::debug!(%to, %error, "cannot dial");
+                        self.engine.handle_refused(now, flow, dial_error(&error));
+                    }
+                }
+                Event::Send { flow, packets } => {
+                    let io = &mut FrameIo {
+                        poll: &self.poll,
+                        sockets: &mut self.sockets,
+                        forwards: &self.forwards,
+                    };
+                    for packet in packets {
+                        io.send(now, &mut self.engine, flow, &packet);
+                    }
+                }
+                Event::Close { flow, reset } => {
+                    if let Some(HostSocket::Client { forward, address }) = self.sockets.get_mut(flow) {
+                        self.clients.remove(&(*forward, *address));
+                    }
+                    self.sockets.close(flow, reset);
+                }
+                Event::Resolve { query, bytes } => (self.resolver)(query, bytes),
+            }
+        }
+    }
+
+    fn send_backlog(&mut self) {
+        while let Some(report) = self.backlog.pop_front() {
+            match self.reports.try_send(report) {
+                Ok(()) => {}
+                Err(TrySendError::Full(report)) => {
+                    self.backlog.push_front(report);
+                    return;
+                }
+                // The session is gone; so is the process, in a moment.
+                Err(TrySendError::Closed(_)) => {}
+            }
+        }
+    }
+
+    fn write_link(&mut self) -> Result<(), LinkError> {
+        let retry = self.link.retry_after_ms().is_some();
+        if (self.link_writable || retry) && !self.engine.transmit.is_empty() {
+            self.link_writable = self.link.flush(&mut self.engine.transmit)?;
+        }
+        Ok(())
+    }
+
+    fn check_alive(&mut self, now: Time) -> Result<(), LinkError> {
+        if now >= self.link_heard + ALIVE_INTERVAL {
+            self.link_heard = now;
+            if !self.link.is_alive() {
+                return Err(LinkError::Closed);
+            }
+        }
+        Ok(())
+    }
+}
+
+/// What sending a datagram needs, apart from the engine and the link that lends it.
+struct FrameIo<'a> {
+    poll: &'a Poll,
+    sockets: &'a mut Sockets,
+    forwards: &'a [Option<ForwardSocket>],
+}
+
+impl FrameIo<'_> {
+    /// Sends a datagram or echo on a flow's socket, opening it first if need be.
+    fn send(&mut self, now: Time, engine: &mut Engine, at: usize, payload: &[u8]) {
+        if self.sockets.get_mut(at).is_none()
+            && let Some(flow) = engine.flow(at)
+        {
+            let (to, is_echo) = (flow.dialled, flow.key.protocol != Protocol::Udp);
+            let opened = if is_echo {
+                self.sockets.open_echo(self.poll.registry(), at, to)
+            } else {
+                self.sockets.open_udp(self.poll.registry(), at, to)
+            };
+            if let Err(error) = opened {
+                tracing::debug!(%to, %error, "cannot open a socket");
+                engine.handle_send_error(at, send_error(&error));
+                return;
+            }
+        }
+        let sent = match self.sockets.get_mut(at) {
+            Some(HostSocket::Udp(socket) | HostSocket::Echo(socket)) => socket.send(payload),
+            Some(HostSocket::Client { forward, address }) => match self.forwards.get(*forward) {
+                Some(Some(forward)) => forward.socket.send_to(payload, *address),
+                _ => return,
+            },
+            Some(HostSocket::Tcp(_)) | None => return,
+        };
+        match sent {
+            Ok(_) => engine.count_bytes(now, at, payload.len(), 0),
+            // A full socket buffer loses a datagram, as any network may.
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => engine.handle_send_error(at, None),
+            Err(error) => engine.handle_send_error(at, send_error(&error)),
+        }
+    }
+}
+
+fn dial_error(error: &io::Error) -> DialError {
+    match error.kind() {
+        io::ErrorKind::ConnectionRefused => DialError::Refused,
+        io::ErrorKind::HostUnreachable => DialError::HostUnreachable,
+        io::ErrorKind::NetworkUnreachable | io::ErrorKind::NetworkDown => DialError::NetworkUnreachable,
+        io::ErrorKind::TimedOut => DialError::TimedOut,
+        _ => DialError::Local,
+    }
+}
+
+fn send_error(error: &io::Error) -> Option<Unreachable> {
+    match error.kind() {
+        io::ErrorKind::ConnectionRefused => Some(Unreachable::Port),
+        io::ErrorKind::HostUnreachable => Some(Unreachable::Host),
+        io::ErrorKind::NetworkUnreachable | io::ErrorKind::NetworkDown => Some(Unreachable::Network),
+        _ => None,
+    }
+}

@@ -1,0 +1,4 @@
+//! Host sockets: where allowed flows go on as ordinary sockets of the host.
+
+pub mod resolver;
+pub mod sockets;

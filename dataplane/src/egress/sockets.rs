@@ -1,0 +1,277 @@
+//! The host's sockets of one guest's flows, each in its flow's place.
+//!
+//! Readiness is edge-triggered: a socket is read or written until it would block, and what it is ready
+//! for is remembered in between.
+
+use std::io::{self, Read as _, Write as _};
+use std::net::{Ipv4Addr, Ipv6Addr, Shutdown, SocketAddr};
+use std::time::Duration;
+
+use mio::net::{TcpStream, UdpSocket};
+use mio::{Interest, Registry, Token};
+use socket2::{Domain, Protocol, SockRef, Socket, Type};
+
+use crate::engine::stack::Connection;
+
+/// Bytes moved for one flow before the others have their turn.
+const TURN_BYTES: usize = 1 << 20;
+
+/// Every host socket of one guest.
+#[derive(Default)]
+pub struct Sockets {
+    places: Vec<Option<HostSocket>>,
+}
+
+/// One flow's host socket.
+pub enum HostSocket {
+    /// TCP, dialling or connected.
+    Tcp(TcpSocket),
+    /// UDP, connected.
+    Udp(UdpSocket),
+    /// An unprivileged ping socket, connected.
+    Echo(UdpSocket),
+    /// A client of a UDP forward: its address, and the forward's place.
+    Client {
+        /// The forward's place.
+        forward: usize,
+        /// The client.
+        address: SocketAddr,
+    },
+}
+
+/// A TCP socket and what it is ready for.
+pub struct TcpSocket {
+    stream: TcpStream,
+    /// Not yet connected.
+    pub dialling: bool,
+    readable: bool,
+    writable: bool,
+    /// The other side has finished sending; no further edge will say so.
+    finishing: bool,
+    finished_writing: bool,
+}
+
+/// What moving bytes came to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Moved {
+    /// Bytes from the guest.
+    pub up: usize,
+    /// Bytes to the guest.
+    pub down: usize,
+    /// The host's side failed: reset the guest's.
+    pub failed: bool,
+    /// There is more to move; others first.
+    pub more: bool,
+}
+
+impl Sockets {
+    /// A flow's socket.
+    pub fn get_mut(&mut self, at: usize) -> Option<&mut HostSocket> {
+        self.places.get_mut(at)?.as_mut()
+    }
+
+    /// Puts a socket in a flow's place.
+    pub fn put(&mut self, at: usize, socket: HostSocket) {
+        if self.places.len() <= at {
+            self.places.resize_with(at + 1, || None);
+        }
+        self.places[at] = Some(socket);
+    }
+
+    /// Closes a flow's socket, with RST if asked. Closing takes it out of the poller.
+    pub fn close(&mut self, at: usize, reset: bool) {
+        let Some(socket) = self.places.get_mut(at).and_then(Option::take) else {
+            return;
+        };
+        if let HostSocket::Tcp(tcp) = &socket
+            && reset
+        {
+            // SO_LINGER of zero: the peer sees RST. Failure costs it a FIN instead.
+            let _ = SockRef::from(&tcp.stream).set_linger(Some(Duration::ZERO));
+        }
+    }
+
+    /// Begins to dial a TCP flow's host side.
+    ///
+    /// # Errors
+    /// The host's own refusal; an answer of the network comes later.
+    pub fn dial(&mut self, registry: &Registry, at: usize, to: SocketAddr) -> io::Result<()> {
+        let mut stream = TcpStream::connect(to)?;
+        registry.register(&mut stream, Token(at), Interest::READABLE | Interest::WRITABLE)?;
+        self.put(at, HostSocket::Tcp(TcpSocket::new(stream, true)));
+        Ok(())
+    }
+
+    /// Takes an accepted connection of a forward.
+    ///
+    /// # Errors
+    /// The poller's.
+    pub fn accept(&mut self, registry: &Registry, at: usize, stream: std::net::TcpStream) -> io::Result<()> {
+        stream.set_nonblocking(true)?;
+        let mut stream = TcpStream::from_std(stream);
+        registry.register(&mut stream, Token(at), Interest::READABLE | Interest::WRITABLE)?;
+        let mut socket = TcpSocket::new(stream, false);
+        socket.connected();
+        self.put(at, HostSocket::Tcp(socket));
+        Ok(())
+    }
+
+    /// Opens a UDP flow's socket: a fresh one, connected, so that only its peer can answer.
+    ///
+    /// # Errors
+    /// The host's refusal.
+    pub fn open_udp(&mut self, registry: &Registry, at: usize, to: SocketAddr) -> io::Result<()> {
+        let any: SocketAddr = match to {
+            SocketAddr::V4(_) => (Ipv4Addr::UNSPECIFIED, 0).into(),
+            SocketAddr::V6(_) => (Ipv6Addr::UNSPECIFIED, 0).into(),
+        };
+        let mut socket = UdpSocket::bind(any)?;
+        socket.connect(to)?;
+        registry.register(&mut socket, Token(at), Interest::READABLE)?;
+        self.put(at, HostSocket::Udp(socket));
+        Ok(())
+    }
+
+    /// Opens an echo flow's socket: an unprivileged ping socket, where the host permits them
+    /// (on Linux, `net.ipv4.ping_group_range`).
+    ///
+    /// # Errors
+    /// The host's refusal.
+    pub fn open_echo(&mut self, registry: &Registry, at: usize, to: SocketAddr) -> io::Result<()> {
+        let socket = Socket::new(Domain::IPV4, Type::DGRAM, Some(Protocol::ICMPV4))?;
+        socket.set_nonblocking(true)?;
+        socket.connect(&SocketAddr::new(to.ip(), 0).into())?;
+        // A ping socket is a datagram socket like any other once it is open.
+        let mut socket = UdpSocket::from_std(socket.into());
+        registry.register(&mut socket, Token(at), Interest::READABLE)?;
+        self.put(at, HostSocket::Echo(socket));
+        Ok(())
+    }
+}
+
+impl TcpSocket {
+    fn new(stream: TcpStream, dialling: bool) -> Self {
+        Self {
+            stream,
+            dialling,
+            readable: false,
+            writable: false,
+            finishing: false,
+            finished_writing: false,
+        }
+    }
+
+    /// Notes what the poller said.
+    pub fn handle_ready(&mut self, event: &mio::event::Event) {
+        self.readable |= event.is_readable() || event.is_read_closed();
+        self.writable |= event.is_writable();
+        self.finishing |= event.is_read_closed() || event.is_error();
+    }
+
+    /// What a dial has come to: `None` while it is under way.
+    pub fn poll_dial(&mut self) -> Option<io::Result<()>> {
+        match self.stream.take_error() {
+            Ok(Some(error)) | Err(error) => return Some(Err(error)),
+            Ok(None) => {}
+        }
+        match self.stream.peer_addr() {
+            Ok(_) => {
+                self.connected();
+                Some(Ok(()))
+            }
+            Err(error) if error.kind() == io::ErrorKind::NotConnected => None,
+            Err(error) => Some(Err(error)),
+        }
+    }
+
+    fn connected(&mut self) {
+        self.dialling = false;
+        self.writable = true;
+        // What the guest sends is on its way already in the pieces that it chose.
+        let _ = self.stream.set_nodelay(true);
+    }
+
+    /// Moves bytes both ways between the guest's connection and this socket, as far as both go.
+    pub fn transfer(&mut self, connection: &mut Connection) -> Moved {
+        let mut moved = Moved {
+            up: 0,
+            down: 0,
+            failed: false,
+            more: false,
+        };
+        loop {
+            let before = moved.up + moved.down;
+            if let Err(error) = self
+                .transfer_up(connection, &mut moved)
+                .and_then(|()| self.transfer_down(connection, &mut moved))
+            {
+                tracing::trace!(%error, "host socket failed");
+                moved.failed = true;
+                return moved;
+            }
+            let total = moved.up + moved.down;
+            if total == before {
+                return moved;
+            }
+            if total >= TURN_BYTES {
+                moved.more = true;
+                return moved;
+            }
+        }
+    }
+
+    fn transfer_up(&mut self, connection: &mut Connection, moved: &mut Moved) -> io::Result<()> {
+        if self.writable && connection.has_received() {
+            let mut offered = 0;
+            let written = connection.lend_received(|bytes| {
+                offered = bytes.len();
+                (&self.stream).write(bytes)
+            });
+            match written {
+                Ok(length) => {
+                    moved.up += length;
+                    // A short write means a full buffer; its end will be an edge.
+                    self.writable = length == offered;
+                }
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => self.writable = false,
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => return Err(error),
+            }
+        }
+        if !self.finished_writing && connection.is_received_whole() {
+            self.finished_writing = true;
+            match self.stream.shutdown(Shutdown::Write) {
+                Err(error) if error.kind() != io::ErrorKind::NotConnected => return Err(error),
+                _ => {}
+            }
+        }
+        Ok(())
+    }
+
+    fn transfer_down(&mut self, connection: &mut Connection, moved: &mut Moved) -> io::Result<()> {
+        if !self.readable || !connection.has_room() {
+            return Ok(());
+        }
+        let mut room = 0;
+        let read = connection.lend_room(|bytes| {
+            room = bytes.len();
+            (&self.stream).read(bytes)
+        });
+        match read {
+            Ok(0) if room != 0 => {
+                self.readable = false;
+                connection.close();
+            }
+            Ok(length) => {
+                moved.down += length;
+                // A short read means an empty buffer, and an edge when more comes; but the end that was
+                // announced already will not be announced again.
+                self.readable = length == room || self.finishing;
+            }
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => self.readable = false,
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) => return Err(error),
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,497 @@
+//! The verdict cache: what may pass without asking.
+//!
+//! A verdict holds inside a match: a protocol, a destination prefix and a range of ports. Entries are
+//! kept in one hash table for each shape of match (protocol, prefix length, one port or a range), and
+//! the number of shapes is bounded, so that a lookup costs the same with one entry or a hundred
+//! thousand. A verdict that would need one shape too many is narrowed to the flow that missed. The
+//! hash is keyed at random: a guest cannot aim at its buckets.
+//!
+//! What ends an entry: its own expiry, the lease (for allows), a later epoch, or a change of the names
+//! bound to its address, if they were looked at.
+
+use std::collections::VecDeque;
+use std::net::IpAddr;
+use std::sync::Arc;
+
+use ahash::{HashMap, HashMapExt as _};
+use vnet_proto::model::{
+    Epoch, FlowKey, FlowMatch, LookupMatch, Match, Name, PortRange, Protocol, Reason, Verdict, VerdictAction,
+};
+
+use crate::engine::Time;
+
+/// Flow verdicts kept.
+pub const FLOW_ENTRIES_MAX: usize = 131_072;
+/// Lookup verdicts kept.
+pub const LOOKUP_ENTRIES_MAX: usize = 16_384;
+/// Shapes of match a protocol may have in use beyond the exact one.
+const SHAPES_MAX: usize = 7;
+/// Port ranges kept for one prefix.
+const RANGES_MAX: usize = 64;
+
+/// What was decided, as every flow that rests on it needs it.
+#[derive(Debug)]
+pub struct Decision {
+    /// What is done.
+    pub action: VerdictAction,
+    /// When it was made.
+    pub epoch: Epoch,
+    /// When it ends by itself.
+    pub expires_at: Option<Time>,
+    /// The grant that it rests on; empty for none.
+    pub grant: String,
+    /// Why.
+    pub reason: Reason,
+    /// Observe mode let through what would have been denied.
+    pub would_deny: bool,
+}
+
+impl Decision {
+    /// What a verdict that arrives now decides.
+    pub fn new(now: Time, verdict: &Verdict) -> Self {
+        Self {
+            action: verdict.action,
+            epoch: verdict.epoch,
+            expires_at: verdict.expires_in.map(|d| now.saturating_add(d)),
+            grant: verdict.grant.clone(),
+            reason: verdict.reason.clone(),
+            would_deny: verdict.would_deny,
+        }
+    }
+}
+
+/// The cache of one VM.
+#[derive(Default)]
+pub struct Cache {
+    epoch: Option<Epoch>,
+    lease_until: Time,
+    shapes: Vec<Shape>,
+    /// Keys in the order they came, oldest first, for eviction. May name entries already gone.
+    order: VecDeque<(usize, ShapeKey)>,
+    entries: usize,
+    by_address: HashMap<IpAddr, Vec<(usize, ShapeKey)>>,
+    any_name: Option<Arc<Decision>>,
+    names: HashMap<Name, Arc<Decision>>,
+    below: HashMap<Name, Arc<Decision>>,
+    /// Entries thrown out at a limit.
+    pub evictions: u64,
+}
+
+struct Shape {
+    protocol: Protocol,
+    is_v4: bool,
+    prefix_length: u8,
+    one_port: bool,
+    table: HashMap<ShapeKey, Vec<Region>>,
+}
+
+/// A masked destination, and the port for shapes of one port.
+type ShapeKey = (u128, u16);
+
+struct Region {
+    ports: PortRange,
+    names_consulted: bool,
+    decision: Arc<Decision>,
+}
+
+impl Cache {
+    /// The epoch in force, once a controlplane has said it.
+    pub fn epoch(&self) -> Option<Epoch> {
+        self.epoch
+    }
+
+    /// Everything older than `epoch` is void from now.
+    pub fn revoke(&mut self, epoch: Epoch) {
+        self.epoch = Some(epoch);
+        self.clear();
+    }
+
+    /// Allows of the epoch in force hold until `until`. Ignored for any other epoch.
+    pub fn renew(&mut self, epoch: Epoch, until: Time) {
+        if self.epoch == Some(epoch) {
+            self.lease_until = self.lease_until.max(until);
+        }
+    }
+
+    /// Forgets every verdict.
+    pub fn clear(&mut self) {
+        let (epoch, lease_until, evictions) = (self.epoch, self.lease_until, self.evictions);
+        *self = Self {
+            epoch,
+            lease_until,
+            evictions,
+            ..Self::default()
+        };
+    }
+
+    /// Flow verdicts held.
+    pub fn len(&self) -> usize {
+        self.entries
+    }
+
+    /// Whether no flow verdict is held.
+    pub fn is_empty(&self) -> bool {
+        self.entries == 0
+    }
+
+    /// The decision that covers a flow now, if one does. `None` is a miss.
+    pub fn lookup(&self, now: Time, key: &FlowKey) -> Option<&Arc<Decision>> {
+        let (port, address) = (key.peer.port(), key.peer.ip());
+        self.shapes
+            .iter()
+            .filter(|s| s.protocol == key.protocol && s.is_v4 == address.is_ipv4())
+            .find_map(|shape| {
+                let regions = shape.table.get(&shape.key(address, port))?;
+                let at = regions.partition_point(|r| r.ports.last() < port);
+                let region = regions.get(at).filter(|r| r.ports.contains(port))?;
+                self.holds(now, &region.decision).then_some(&region.decision)
+            })
+    }
+
+    /// The decision that covers a lookup now, if one does.
+    pub fn lookup_name(&self, now: Time, name: &Name) -> Option<&Arc<Decision>> {
+        let found = self.names.get(name).or_else(|| {
+            if self.below.is_empty() {
+                return None;
+            }
+            name.ancestors()
+                .skip(1)
+                .filter_map(|parent| Name::from_canonical(parent).ok())
+                .find_map(|parent| self.below.get(&parent))
+        });
+        found
+            .or(self.any_name.as_ref())
+            .filter(|decision| self.holds(now, decision))
+    }
+
+    fn holds(&self, now: Time, decision: &Decision) -> bool {
+        let leased = decision.action != VerdictAction::Allow || now < self.lease_until;
+        leased && decision.expires_at.is_none_or(|at| now < at)
+    }
+
+    /// Takes a verdict that is not for once. The caller has checked its epoch. `flow` is the flow
+    /// that missed; a match that is too odd to keep is narrowed to it.
+    pub fn install(&mut self, verdict: &Verdict, decision: &Arc<Decision>, flow: Option<&FlowKey>) {
+        match &verdict.found {
+            Match::Flow(found) => self.install_flow(found, decision, flow),
+            Match::Lookup(found) => self.install_lookup(found, decision),
+        }
+    }
+
+    fn install_flow(&mut self, found: &FlowMatch, decision: &Arc<Decision>, flow: Option<&FlowKey>) {
+        let narrowed;
+        let mut found = found;
+        let shape = match self.shape_for(found) {
+            Some(shape) if !self.shapes[shape].is_crowded(found) => shape,
+            _ => {
+                let Some(flow) = flow.filter(|flow| found.matches(flow)) else {
+                    return;
+                };
+                narrowed = FlowMatch {
+                    names_consulted: found.names_consulted,
+                    ..FlowMatch::exact(flow)
+                };
+                found = &narrowed;
+                match self.shape_for(found) {
+                    Some(shape) => shape,
+                    None => return,
+                }
+            }
+        };
+        let key = self.shapes[shape].key(found.prefix.addr(), found.ports.first());
+        let region = Region {
+            ports: found.ports,
+            names_consulted: found.names_consulted,
+            decision: Arc::clone(decision),
+        };
+        let regions = self.shapes[shape].table.entry(key).or_default();
+        // A later verdict of the same epoch agrees with an earlier one where they overlap.
+        let before = regions.len();
+        regions.retain(|r| r.ports.last() < region.ports.first() || r.ports.first() > region.ports.last());
+        let at = regions.partition_point(|r| r.ports.last() < region.ports.first());
+        regions.insert(at, region);
+        self.entries = self.entries + 1 + regions.len() - 1 - before;
+        self.order.push_back((shape, key));
+        if found.names_consulted {
+            self.by_address
+                .entry(found.prefix.addr())
+                .or_default()
+                .push((shape, key));
+        }
+        while self.entries > FLOW_ENTRIES_MAX || self.order.len() > 2 * FLOW_ENTRIES_MAX {
+            let Some((shape, key)) = self.order.pop_front() else {
+                break;
+            };
+            if let Some(gone) = self.shapes[shape].table.remove(&key) {
+                self.entries -= gone.len();
+                self.evictions += gone.len() as u64;
+            }
+        }
+    }
+
+    fn shape_for(&mut self, found: &FlowMatch) -> Option<usize> {
+        let wanted = (
+            found.protocol,
+            found.prefix.addr().is_ipv4(),
+            found.prefix.prefix_len(),
+            found.ports.first() == found.ports.last(),
+        );
+        let same = |s: &Shape| (s.protocol, s.is_v4, s.prefix_length, s.one_port) == wanted;
+        if let Some(index) = self.shapes.iter().position(same) {
+            return Some(index);
+        }
+        let exact = found.is_one_address() && wanted.3;
+        let in_use = self
+            .shapes
+            .iter()
+            .filter(|s| s.protocol == wanted.0 && s.is_v4 == wanted.1 && !s.is_exact())
+            .count();
+        if !exact && in_use >= SHAPES_MAX {
+            return None;
+        }
+        self.shapes.push(Shape {
+            protocol: wanted.0,
+            is_v4: wanted.1,
+            prefix_length: wanted.2,
+            one_port: wanted.3,
+            table: HashMap::new(),
+        });
+        Some(self.shapes.len() - 1)
+    }
+
+    fn install_lookup(&mut self, found: &LookupMatch, decision: &Arc<Decision>) {
+        if self.names.len() + self.below.len() >= LOOKUP_ENTRIES_MAX {
+            self.evictions += (self.names.len() + self.below.len()) as u64;
+            self.names.clear();
+            self.below.clear();
+        }
+        match found {
+            LookupMatch::Exact(name) => drop(self.names.insert(name.clone(), Arc::clone(decision))),
+            LookupMatch::Subdomains(name) => drop(self.below.insert(name.clone(), Arc::clone(decision))),
+            LookupMatch::Any => self.any_name = Some(Arc::clone(decision)),
+        }
+    }
+
+    /// The names bound to an address changed: verdicts that looked at them are void.
+    pub fn forget_address(&mut self, address: IpAddr) {
+        for (shape, key) in self.by_address.remove(&address).unwrap_or_default() {
+            let Some(regions) = self.shapes[shape].table.get_mut(&key) else {
+                continue;
+            };
+            let before = regions.len();
+            regions.retain(|r| !r.names_consulted);
+            self.entries -= before - regions.len();
+            if regions.is_empty() {
+                self.shapes[shape].table.remove(&key);
+            }
+        }
+    }
+}
+
+impl Shape {
+    fn key(&self, address: IpAddr, port: u16) -> ShapeKey {
+        let port = if self.one_port { port } else { 0 };
+        let bits = match address {
+            IpAddr::V4(v4) => u128::from(u32::from(v4)) & mask(self.prefix_length, 32),
+            IpAddr::V6(v6) => u128::from(v6) & mask(self.prefix_length, 128),
+        };
+        (bits, port)
+    }
+
+    fn is_exact(&self) -> bool {
+        self.one_port && self.prefix_length == if self.is_v4 { 32 } else { 128 }
+    }
+
+    fn is_crowded(&self, found: &FlowMatch) -> bool {
+        let key = self.key(found.prefix.addr(), found.ports.first());
+        self.table
+            .get(&key)
+            .is_some_and(|regions| regions.len() >= RANGES_MAX)
+    }
+}
+
+fn mask(length: u8, width: u32) -> u128 {
+    let all = if width == 128 { u128::MAX } else { (1 << width) - 1 };
+    let free = width - u32::from(length);
+    if free >= 128 { 0 } else { all >> free << free }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::net::Ipv4Addr;
+    use std::time::Duration;
+
+    use vnet_proto::model::{MissId, parse_prefix};
+
+    use super::*;
+
+    const EPOCH: Epoch = Epoch {
+        incarnation: 1,
+        counter: 1,
+    };
+
+    fn key(peer: &str) -> FlowKey {
+        FlowKey {
+            protocol: Protocol::Tcp,
+            guest: "192.168.127.2:1".parse().unwrap(),
+            peer: peer.parse().unwrap(),
+        }
+    }
+
+    fn verdict(action: VerdictAction, prefix: &str, ports: &str) -> Verdict {
+        Verdict {
+            miss: MissId(1),
+            action,
+            found: Match::Flow(FlowMatch {
+                protocol: Protocol::Tcp,
+                prefix: parse_prefix(prefix).unwrap(),
+                ports: ports.parse().unwrap(),
+                names_consulted: false,
+            }),
+            epoch: EPOCH,
+            expires_in: None,
+            once: false,
+            budget: None,
+            grant: String::new(),
+            reason: Reason::default(),
+            would_deny: false,
+        }
+    }
+
+    fn put(cache: &mut Cache, verdict: &Verdict, flow: Option<&FlowKey>) {
+        cache.install(verdict, &Arc::new(Decision::new(Time::ZERO, verdict)), flow);
+    }
+
+    fn cache() -> Cache {
+        let mut cache = Cache::default();
+        cache.revoke(EPOCH);
+        cache.renew(EPOCH, Duration::from_secs(60));
+        cache
+    }
+
+    #[test]
+    fn one_verdict_answers_everything_inside_its_match_and_nothing_else() {
+        let mut cache = cache();
+        put(
+            &mut cache,
+            &verdict(VerdictAction::Allow, "10.0.0.0/8", "80-90"),
+            None,
+        );
+        for (peer, hit) in [
+            ("10.1.2.3:80", true),
+            ("10.255.0.1:90", true),
+            ("10.1.2.3:91", false),
+            ("11.0.0.1:80", false),
+        ] {
+            assert_eq!(cache.lookup(Time::ZERO, &key(peer)).is_some(), hit, "{peer}");
+        }
+    }
+
+    #[test]
+    fn an_allow_ends_with_its_lease_and_a_deny_does_not() {
+        let mut cache = cache();
+        put(&mut cache, &verdict(VerdictAction::Allow, "10.0.0.1", "80"), None);
+        put(&mut cache, &verdict(VerdictAction::Deny, "10.0.0.2", "80"), None);
+        let late = Duration::from_secs(61);
+        assert!(cache.lookup(late, &key("10.0.0.1:80")).is_none());
+        assert!(cache.lookup(late, &key("10.0.0.2:80")).is_some());
+        cache.renew(
+            Epoch {
+                incarnation: 2,
+                counter: 1,
+            },
+            Duration::from_secs(99),
+        );
+        assert!(
+            cache.lookup(late, &key("10.0.0.1:80")).is_none(),
+            "another incarnation renews nothing"
+        );
+        cache.renew(EPOCH, Duration::from_secs(99));
+        assert!(cache.lookup(late, &key("10.0.0.1:80")).is_some());
+    }
+
+    #[test]
+    fn revocation_and_expiry_end_entries() {
+        let mut cache = cache();
+        let mut timed = verdict(VerdictAction::Allow, "10.0.0.1", "80");
+        timed.expires_in = Some(Duration::from_secs(5));
+        put(&mut cache, &timed, None);
+        assert!(
+            cache
+                .lookup(Duration::from_millis(4999), &key("10.0.0.1:80"))
+                .is_some()
+        );
+        assert!(
+            cache
+                .lookup(Duration::from_secs(5), &key("10.0.0.1:80"))
+                .is_none()
+        );
+        cache.revoke(EPOCH.next());
+        assert_eq!(cache.len(), 0);
+    }
+
+    #[test]
+    fn a_change_of_names_ends_what_looked_at_them() {
+        let mut cache = cache();
+        let mut named = verdict(VerdictAction::Deny, "10.0.0.1", "80");
+        if let Match::Flow(found) = &mut named.found {
+            found.names_consulted = true;
+        }
+        put(&mut cache, &named, None);
+        put(&mut cache, &verdict(VerdictAction::Deny, "10.0.0.1", "81"), None);
+        cache.forget_address("10.0.0.1".parse().unwrap());
+        assert!(cache.lookup(Time::ZERO, &key("10.0.0.1:80")).is_none());
+        assert!(cache.lookup(Time::ZERO, &key("10.0.0.1:81")).is_some());
+        assert_eq!(cache.len(), 1);
+    }
+
+    #[test]
+    fn too_many_shapes_narrow_to_the_flow_that_missed() {
+        let mut cache = cache();
+        for length in 8..8 + SHAPES_MAX {
+            put(
+                &mut cache,
+                &verdict(VerdictAction::Allow, &format!("10.0.0.0/{length}"), "*"),
+                None,
+            );
+        }
+        let flow = key("172.16.0.1:22");
+        put(
+            &mut cache,
+            &verdict(VerdictAction::Allow, "172.16.0.0/24", "*"),
+            Some(&flow),
+        );
+        assert!(cache.lookup(Time::ZERO, &flow).is_some());
+        assert!(cache.lookup(Time::ZERO, &key("172.16.0.1:23")).is_none());
+        assert!(cache.shapes.len() <= SHAPES_MAX + 1);
+    }
+
+    #[test]
+    fn the_oldest_entries_go_at_the_limit() {
+        let mut cache = cache();
+        for i in 0..FLOW_ENTRIES_MAX as u32 + 10 {
+            let address = Ipv4Addr::from(0x0a00_0000 + i).to_string();
+            put(&mut cache, &verdict(VerdictAction::Deny, &address, "80"), None);
+        }
+        assert_eq!(cache.len(), FLOW_ENTRIES_MAX);
+        assert_eq!(cache.evictions, 10);
+        assert!(cache.lookup(Time::ZERO, &key("10.0.0.0:80")).is_none());
+        assert!(cache.lookup(Time::ZERO, &key("10.0.0.10:80")).is_some());
+    }
+
+    #[test]
+    fn names_are_found_exactly_below_and_at_large() {
+        let mut cache = cache();
+        let mut named = verdict(VerdictAction::Allow, "10.0.0.1", "80");
+        named.found = Match::Lookup(LookupMatch::Subdomains("example.com".parse().unwrap()));
+        put(&mut cache, &named, None);
+        let found =
+            |cache: &Cache, name: &str| cache.lookup_name(Time::ZERO, &name.parse().unwrap()).is_some();
+        assert!(
+            found(&cache, "a.b.example.com") && !found(&cache, "example.com") && !found(&cache, "x.test")
+        );
+        named.found = Match::Lookup(LookupMatch::Any);
+        put(&mut cache, &named, None);
+        assert!(found(&cache, "x.test"));
+    }
+}

@@ -1,0 +1,200 @@
+//! The flow table: every flow of one VM, found by its addresses, its id or its place.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::SystemTime;
+
+use ahash::HashMap;
+use slab::Slab;
+use vnet_proto::model::{FlowId, FlowKey, MissId};
+
+use crate::engine::Time;
+use crate::engine::cache::Decision;
+use crate::engine::stack::Connection;
+
+/// Flows of one VM at once, when nothing else is configured.
+pub const FLOWS_MAX: usize = 32_768;
+
+/// One flow.
+pub struct Flow {
+    /// Its id.
+    pub id: FlowId,
+    /// Its addresses as the guest sees them.
+    pub key: FlowKey,
+    /// Where the host's side goes.
+    pub dialled: SocketAddr,
+    /// Opened from the host's side.
+    pub ingress: bool,
+    /// Where it is in its life.
+    pub state: State,
+    /// What let it through; `None` while held, for ingress and for the gateway's own services.
+    pub decision: Option<Arc<Decision>>,
+    /// When something last passed.
+    pub last_active: Time,
+    /// When it opened, for people.
+    pub opened_at: SystemTime,
+    /// Bytes from the guest.
+    pub bytes_up: u64,
+    /// Bytes to the guest.
+    pub bytes_down: u64,
+    /// When the timer that is set for it fires.
+    pub scheduled: Option<Time>,
+    /// Whether it waits to be serviced.
+    pub dirty: bool,
+    /// Whether its counts changed since they were reported.
+    pub touched: bool,
+}
+
+/// Where a flow is in its life. Each state carries only what it needs.
+pub enum State {
+    /// Nothing is decided; packets wait.
+    Held(Waiting),
+    /// Allowed: the host's side is being dialled, the guest's SYN still unanswered.
+    Dialing {
+        /// The SYN's packet.
+        syn: Box<[u8]>,
+        /// When to give up.
+        deadline: Time,
+    },
+    /// A TCP connection.
+    Tcp(Box<Connection>),
+    /// A TCP connection to the gateway's own DNS.
+    Service(Box<Connection>),
+    /// A UDP association.
+    Udp,
+    /// An ICMP echo session.
+    Echo,
+}
+
+/// What a held flow keeps.
+pub struct Waiting {
+    /// The miss it waits for.
+    pub miss: MissId,
+    /// Its packets: for TCP the SYN as an IP packet; for UDP payloads; for ICMP messages.
+    pub packets: Vec<Box<[u8]>>,
+    /// The first packet whole (headers and eight bytes), for an ICMP refusal.
+    pub quote: Box<[u8]>,
+    /// When it is refused unanswered.
+    pub deadline: Time,
+    /// When the guest has evidently stopped trying (TCP only).
+    pub gives_up_at: Option<Time>,
+}
+
+/// Every flow of one VM.
+pub struct FlowTable {
+    /// `None` marks a place whose host socket is not closed yet: it must not be taken again before.
+    flows: Slab<Option<Flow>>,
+    live: usize,
+    by_key: HashMap<FlowKey, usize>,
+    by_id: HashMap<FlowId, usize>,
+    /// Where the last packet went: bulk traffic comes in runs.
+    last: Option<(FlowKey, usize)>,
+    capacity: usize,
+}
+
+impl FlowTable {
+    /// An empty table for at most `capacity` flows.
+    pub fn new(capacity: usize) -> Self {
+        Self {
+            flows: Slab::new(),
+            live: 0,
+            by_key: HashMap::default(),
+            by_id: HashMap::default(),
+            last: None,
+            capacity,
+        }
+    }
+
+    /// Whether another flow fits.
+    pub fn has_room(&self) -> bool {
+        self.live < self.capacity
+    }
+
+    /// Flows in the table.
+    pub fn len(&self) -> usize {
+        self.live
+    }
+
+    /// Whether there is none.
+    pub fn is_empty(&self) -> bool {
+        self.live == 0
+    }
+
+    /// The place of a flow.
+    pub fn find(&mut self, key: &FlowKey) -> Option<usize> {
+        if let Some((last, at)) = self.last
+            && last == *key
+        {
+            return Some(at);
+        }
+        let at = *self.by_key.get(key)?;
+        self.last = Some((*key, at));
+        Some(at)
+    }
+
+    /// Whether a flow with these addresses exists.
+    pub fn contains(&self, key: &FlowKey) -> bool {
+        self.by_key.contains_key(key)
+    }
+
+    /// The place of a flow by its id.
+    pub fn find_id(&self, id: FlowId) -> Option<usize> {
+        self.by_id.get(&id).copied()
+    }
+
+    /// Adds a flow; its place.
+    pub fn insert(&mut self, flow: Flow) -> usize {
+        let (key, id) = (flow.key, flow.id);
+        let at = self.flows.insert(Some(flow));
+        self.live += 1;
+        self.by_key.insert(key, at);
+        self.by_id.insert(id, at);
+        at
+    }
+
+    /// Takes a flow out. Its place stays taken until [`Self::release`].
+    pub fn remove(&mut self, at: usize) -> Option<Flow> {
+        let flow = self.flows.get_mut(at)?.take()?;
+        self.live -= 1;
+        self.by_key.remove(&flow.key);
+        self.by_id.remove(&flow.id);
+        self.last = None;
+        Some(flow)
+    }
+
+    /// The place of a flow that was taken out may be taken again.
+    pub fn release(&mut self, at: usize) {
+        if self.flows.get(at).is_some_and(Option::is_none) {
+            self.flows.remove(at);
+        }
+    }
+
+    /// A flow by its place.
+    pub fn get(&self, at: usize) -> Option<&Flow> {
+        self.flows.get(at)?.as_ref()
+    }
+
+    /// A flow by its place.
+    pub fn get_mut(&mut self, at: usize) -> Option<&mut Flow> {
+        self.flows.get_mut(at)?.as_mut()
+    }
+
+    /// The places of all flows.
+    pub fn places(&self) -> Vec<usize> {
+        self.flows
+            .iter()
+            .filter(|(_, flow)| flow.is_some())
+            .map(|(at, _)| at)
+            .collect()
+    }
+
+    /// The flow of one kind that has been idle longest. Linear: for limits only.
+    pub fn longest_idle(&self, of: impl Fn(&State) -> bool) -> Option<usize> {
+        self.flows
+            .iter()
+            .filter_map(|(at, flow)| Some((at, flow.as_ref()?)))
+            .filter(|(_, flow)| of(&flow.state))
+            .min_by_key(|(_, flow)| flow.last_active)
+            .map(|(at, _)| at)
+    }
+}

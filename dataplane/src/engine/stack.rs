@@ -1,0 +1,346 @@
+//! One TCP connection of a guest: a smoltcp `Interface` and a one-socket set, behind our own handle.
+//!
+//! One interface per flow keeps the cost of a packet independent of how many flows there are: the
+//! flow table has found the connection before smoltcp sees the segment. What smoltcp leaves open is
+//! closed here and in the flow table: buffer sizes that no guest can turn into a panic, explicit
+//! settings instead of its defaults, an end to states that would last for ever.
+
+use std::net::{Ipv4Addr, SocketAddrV4};
+
+use smoltcp::iface::{Config, Interface, SocketHandle, SocketSet};
+use smoltcp::phy::{Checksum, Device, DeviceCapabilities, Medium, RxToken, TxToken};
+use smoltcp::socket::tcp::{CongestionControl, RecvError, Socket, SocketBuffer, State};
+use smoltcp::time::Instant;
+use smoltcp::wire::{HardwareAddress, IpCidr, IpListenEndpoint, Ipv4Address};
+
+use crate::engine::Time;
+use crate::engine::frame::EtherType;
+use crate::engine::ring::Slot;
+use crate::engine::transmit::Transmit;
+
+/// Beyond this many bytes carried, an idle flow gives ring memory back.
+const SHRINK_AFTER_BYTES: u64 = 16 << 10;
+
+/// One connection's end towards the guest.
+pub struct Connection {
+    interface: Interface,
+    // Before `slot`: what holds the ring slices is dropped first.
+    sockets: SocketSet<'static>,
+    handle: SocketHandle,
+    slot: Slot,
+    mtu_bytes: usize,
+    /// Bytes moved since the rings last gave memory back.
+    since_shrink: u64,
+}
+
+/// What a connection has to do next.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Phase {
+    /// Opening: the handshake with the guest is under way.
+    Opening,
+    /// Open in one or both directions, or closing in order.
+    Open,
+    /// Over: nothing more will be sent or received.
+    Over,
+}
+
+impl Connection {
+    /// Answers a guest's SYN, whose whole packet is `syn`. The caller feeds nothing else before.
+    pub fn accept(
+        now: Time,
+        peer: SocketAddrV4,
+        mtu_bytes: usize,
+        slot: Slot,
+        seed: u64,
+        syn: &[u8],
+        out: &mut Transmit,
+    ) -> Option<Self> {
+        let mut connection = Self::new(now, *peer.ip(), mtu_bytes, slot, seed);
+        let endpoint = IpListenEndpoint {
+            addr: Some((*peer.ip()).into()),
+            port: peer.port(),
+        };
+        connection.socket().listen(endpoint).ok()?;
+        connection.handle_packet(now, syn, out);
+        (connection.state() == State::SynReceived).then_some(connection)
+    }
+
+    /// Opens a connection towards the guest, from `client` as the guest will see it.
+    pub fn connect(
+        now: Time,
+        client: SocketAddrV4,
+        guest: SocketAddrV4,
+        mtu_bytes: usize,
+        slot: Slot,
+        seed: u64,
+    ) -> Option<Self> {
+        let mut connection = Self::new(now, *client.ip(), mtu_bytes, slot, seed);
+        let Self {
+            interface,
+            sockets,
+            handle,
+            ..
+        } = &mut connection;
+        let from = IpListenEndpoint {
+            addr: Some((*client.ip()).into()),
+            port: client.port(),
+        };
+        let to = (smoltcp::wire::IpAddress::from(*guest.ip()), guest.port());
+        sockets
+            .get_mut::<Socket<'_>>(*handle)
+            .connect(interface.context(), to, from)
+            .ok()?;
+        Some(connection)
+    }
+
+    fn new(now: Time, address: Ipv4Addr, mtu_bytes: usize, mut slot: Slot, seed: u64) -> Self {
+        // SAFETY: called once for this slot; `sockets`, which holds the slices, is declared and so
+        // dropped before `slot`.
+        let (receive, send) = unsafe { slot.slices() };
+        let mut socket = Socket::new(SocketBuffer::new(receive), SocketBuffer::new(send));
+        // The link is lossless and in order; the window alone limits what is under way.
+        socket.set_congestion_control(CongestionControl::None);
+        socket.set_nagle_enabled(false);
+        // One acknowledgement per batch of segments, because egress runs once per batch.
+        socket.set_ack_delay(None);
+
+        let mut config = Config::new(HardwareAddress::Ip);
+        config.random_seed = seed;
+        let mut interface = Interface::new(
+            config,
+            &mut Port {
+                mtu_bytes,
+                packet: None,
+                out: None,
+            },
+            instant(now),
+        );
+        interface.update_ip_addrs(|addresses| {
+            // Room for one is always there; the set is new.
+            let _ = addresses.push(IpCidr::new(Ipv4Address::from(address).into(), 32));
+        });
+        let mut sockets = SocketSet::new(Vec::with_capacity(1));
+        let handle = sockets.add(socket);
+        Self {
+            interface,
+            sockets,
+            handle,
+            slot,
+            mtu_bytes,
+            since_shrink: 0,
+        }
+    }
+
+    /// Takes a packet of this connection. Only what must be said at once (a challenge) is queued
+    /// here; everything else leaves with [`Self::poll_transmit`], once for a whole batch.
+    pub fn handle_packet(&mut self, now: Time, packet: &[u8], out: &mut Transmit) {
+        let mut port = Port {
+            mtu_bytes: self.mtu_bytes,
+            packet: Some(packet),
+            out: Some(out),
+        };
+        self.interface
+            .poll_ingress_single(instant(now), &mut port, &mut self.sockets);
+    }
+
+    /// Queues what the connection has to send. False when the queue ran out of room first.
+    pub fn poll_transmit(&mut self, now: Time, out: &mut Transmit) -> bool {
+        let mut port = Port {
+            mtu_bytes: self.mtu_bytes,
+            packet: None,
+            out: Some(out),
+        };
+        loop {
+            let (result, blocked) = {
+                let before = port.queued();
+                let result = self
+                    .interface
+                    .poll_egress(instant(now), &mut port, &mut self.sockets);
+                (result, port.queued() == before)
+            };
+            if matches!(result, smoltcp::iface::PollResult::None) || blocked {
+                return port.has_room();
+            }
+        }
+    }
+
+    /// When it wants [`Self::poll_transmit`] next, if at all.
+    pub fn poll_timeout(&mut self, now: Time) -> Option<Time> {
+        let at = self.interface.poll_at(instant(now), &self.sockets)?;
+        Some(Time::from_micros(u64::try_from(at.total_micros()).unwrap_or(0)))
+    }
+
+    /// Lends what the guest sent, once; `take` says how much of it was taken.
+    pub fn lend_received<E>(&mut self, take: impl FnOnce(&[u8]) -> Result<usize, E>) -> Result<usize, E> {
+        let result = self.socket().recv(|bytes| match take(bytes) {
+            Ok(taken) => (taken.min(bytes.len()), Ok(taken.min(bytes.len()))),
+            Err(error) => (0, Err(error)),
+        });
+        let taken = result.unwrap_or(Ok(0))?;
+        self.since_shrink += taken as u64;
+        Ok(taken)
+    }
+
+    /// Lends room for what goes to the guest, once; `fill` says how much of it was filled.
+    pub fn lend_room<E>(&mut self, fill: impl FnOnce(&mut [u8]) -> Result<usize, E>) -> Result<usize, E> {
+        let result = self.socket().send(|room| {
+            let length = room.len();
+            match fill(room) {
+                Ok(filled) => (filled.min(length), Ok(filled.min(length))),
+                Err(error) => (0, Err(error)),
+            }
+        });
+        let filled = result.unwrap_or(Ok(0))?;
+        self.since_shrink += filled as u64;
+        Ok(filled)
+    }
+
+    /// Whether the guest has sent something not yet taken.
+    pub fn has_received(&mut self) -> bool {
+        self.socket().can_recv()
+    }
+
+    /// Whether the guest has finished sending and everything was taken.
+    pub fn is_received_whole(&mut self) -> bool {
+        matches!(self.socket().peek(0), Err(RecvError::Finished))
+    }
+
+    /// Whether there is room for what goes to the guest.
+    pub fn has_room(&mut self) -> bool {
+        self.socket().can_send()
+    }
+
+    /// Nothing more goes to the guest; FIN follows what is queued.
+    pub fn close(&mut self) {
+        self.socket().close();
+    }
+
+    /// Resets the connection: RST leaves with the next [`Self::poll_transmit`].
+    pub fn abort(&mut self) {
+        self.socket().abort();
+    }
+
+    /// Where the connection is in its life.
+    pub fn phase(&self) -> Phase {
+        match self.state() {
+            State::SynSent | State::SynReceived => Phase::Opening,
+            // A RST in SYN-RECEIVED puts smoltcp's socket back to Listen: nobody is there any more.
+            // TIME-WAIT has no use on a link that neither loses nor reorders.
+            State::Listen | State::Closed | State::TimeWait => Phase::Over,
+            _ => Phase::Open,
+        }
+    }
+
+    /// Whether both sides finished in order, rather than by RST.
+    pub fn is_finished(&self) -> bool {
+        self.state() == State::TimeWait
+    }
+
+    /// Whether both sides have closed and only acknowledgements are missing.
+    pub fn is_closing(&self) -> bool {
+        matches!(
+            self.state(),
+            State::LastAck | State::Closing | State::FinWait1 | State::FinWait2
+        )
+    }
+
+    /// Gives ring memory back, if it carried much and holds nothing.
+    pub fn shrink_if_idle(&mut self) {
+        let socket = self.sockets.get::<Socket<'_>>(self.handle);
+        if self.since_shrink >= SHRINK_AFTER_BYTES && socket.recv_queue() == 0 && socket.send_queue() == 0 {
+            self.slot.shrink();
+            self.since_shrink = 0;
+        }
+    }
+
+    fn state(&self) -> State {
+        self.sockets.get::<Socket<'_>>(self.handle).state()
+    }
+
+    fn socket(&mut self) -> &mut Socket<'static> {
+        self.sockets.get_mut(self.handle)
+    }
+}
+
+impl Drop for Connection {
+    fn drop(&mut self) {
+        if self.since_shrink >= SHRINK_AFTER_BYTES {
+            self.slot.shrink();
+        }
+    }
+}
+
+fn instant(now: Time) -> Instant {
+    Instant::from_micros(i64::try_from(now.as_micros()).unwrap_or(i64::MAX))
+}
+
+/// What smoltcp sees as its network: at most one packet in, and the guest's queue out.
+struct Port<'a> {
+    mtu_bytes: usize,
+    packet: Option<&'a [u8]>,
+    out: Option<&'a mut Transmit>,
+}
+
+impl Port<'_> {
+    fn queued(&self) -> usize {
+        self.out.as_ref().map_or(0, |out| out.bytes().len())
+    }
+
+    fn has_room(&self) -> bool {
+        self.out.as_ref().is_some_and(|out| out.has_room(self.mtu_bytes))
+    }
+}
+
+impl Device for Port<'_> {
+    type RxToken<'t>
+        = Packet<'t>
+    where
+        Self: 't;
+    type TxToken<'t>
+        = Room<'t>
+    where
+        Self: 't;
+
+    fn receive(&mut self, _: Instant) -> Option<(Packet<'_>, Room<'_>)> {
+        Some((Packet(self.packet.take()?), Room(self.out.as_deref_mut())))
+    }
+
+    fn transmit(&mut self, _: Instant) -> Option<Room<'_>> {
+        let room = self.has_room();
+        self.out
+            .as_deref_mut()
+            .filter(|_| room)
+            .map(|out| Room(Some(out)))
+    }
+
+    fn capabilities(&self) -> DeviceCapabilities {
+        let mut capabilities = DeviceCapabilities::default();
+        capabilities.medium = Medium::Ip;
+        capabilities.max_transmission_unit = self.mtu_bytes;
+        capabilities.checksum.ipv4 = Checksum::Tx;
+        capabilities.checksum.tcp = Checksum::Tx;
+        capabilities
+    }
+}
+
+struct Packet<'a>(&'a [u8]);
+
+impl RxToken for Packet<'_> {
+    fn consume<R, F: FnOnce(&[u8]) -> R>(self, f: F) -> R {
+        f(self.0)
+    }
+}
+
+/// Room for one packet.
+struct Room<'a>(Option<&'a mut Transmit>);
+
+impl TxToken for Room<'_> {
+    fn consume<R, F: FnOnce(&mut [u8]) -> R>(self, length: usize, f: F) -> R {
+        match self.0.and_then(|out| out.room(EtherType::Ipv4, length)) {
+            Some(room) => f(room),
+            // Only answers to a packet come here without room (egress checks first); they are lost as
+            // on any network, and the guest repeats.
+            None => f(&mut vec![0; length]),
+        }
+    }
+}

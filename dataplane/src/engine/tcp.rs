@@ -1,0 +1,584 @@
+//! TCP: from a SYN to the end of a connection.
+//!
+//! The host's side is dialled first; only when it answers is the guest's handshake completed, so that
+//! a refused or unreachable destination looks to the guest as on a real network.
+
+use std::net::{SocketAddr, SocketAddrV4};
+use std::sync::Arc;
+use std::time::Duration;
+
+use rand::Rng as _;
+use vnet_proto::model::{FlowKey, Protocol, VerdictAction};
+
+use crate::engine::cache::Decision;
+use crate::engine::flow::{State, Waiting};
+use crate::engine::frame::{DropReason, Ipv4};
+use crate::engine::reply::{self, TcpHeader, Unreachable};
+use crate::engine::stack::{Connection, Phase};
+use crate::engine::timer::Timer;
+use crate::engine::{Engine, Event, Outcome, Time};
+use crate::message::FlowEnd;
+
+/// The gateway's DNS over TCP (RFC 7766).
+const DNS_PORT: u16 = 53;
+/// How long the host's side may take to answer a dial.
+pub const DIAL_PATIENCE: Duration = Duration::from_secs(30);
+/// How long an established connection may be silent (RFC 5382 REQ-5: at least 2 hours 4 minutes).
+pub const TCP_IDLE: Duration = Duration::from_secs(7_500);
+/// How long a connection that both sides have closed may wait for the last acknowledgement.
+const CLOSING_IDLE: Duration = Duration::from_secs(60);
+/// When rings of a quiet connection give memory back.
+const SHRINK_IDLE: Duration = Duration::from_secs(10);
+/// A guest that does not repeat its SYN within this long at first, or within a multiple of its last
+/// interval, has given up. RFC 6298 §5.7 repeats after 1 s, then doubles; some stacks begin at 3 s.
+const FIRST_REPEAT: Duration = Duration::from_secs(4);
+const REPEAT_FACTOR: u32 = 3;
+
+/// Why a dial failed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum DialError {
+    /// The destination answered with RST.
+    Refused,
+    /// No way to the host.
+    HostUnreachable,
+    /// No way to the network.
+    NetworkUnreachable,
+    /// No answer in time.
+    TimedOut,
+    /// The host's own refusal: no sockets or ports left, not permitted.
+    Local,
+}
+
+impl Engine {
+    pub(super) fn handle_tcp<'a>(&mut self, now: Time, ip: Ipv4<'a>) -> Result<Outcome<'a>, DropReason> {
+        let header = TcpHeader::parse(ip.payload()).ok_or(DropReason::Malformed)?;
+        let key = FlowKey {
+            protocol: Protocol::Tcp,
+            guest: SocketAddrV4::new(ip.source, header.source).into(),
+            peer: SocketAddrV4::new(ip.destination, header.destination).into(),
+        };
+        if let Some(at) = self.flows.find(&key) {
+            if let Some(flow) = self.flows.get_mut(at)
+                && let State::Tcp(connection) | State::Service(connection) = &mut flow.state
+                && !header.is_syn()
+            {
+                connection.handle_packet(now, ip.packet, &mut self.transmit);
+                self.mark_dirty(at);
+                return Ok(Outcome::Done);
+            }
+            if !self.handle_opening(now, at, &header) {
+                return Ok(Outcome::Done);
+            }
+        }
+        if !header.is_syn() {
+            reply::reset(&mut self.transmit, ip.source, ip.destination, &header);
+            return Ok(Outcome::Done);
+        }
+        self.open_tcp(now, ip, key, &header)?;
+        Ok(Outcome::Done)
+    }
+
+    /// A segment for a flow that is held, dialling, or gets a SYN. True when the flow made way and
+    /// the segment opens a new one.
+    fn handle_opening(&mut self, now: Time, at: usize, header: &TcpHeader) -> bool {
+        let Some(flow) = self.flows.get_mut(at) else {
+            return true;
+        };
+        match &mut flow.state {
+            State::Held(_) | State::Dialing { .. } if header.is_reset() => {
+                self.end_flow(at, FlowEnd::GuestReset);
+                false
+            }
+            State::Held(waiting) => {
+                if header.is_syn() && same_syn(&waiting.packets, header) {
+                    let silence = now.saturating_sub(flow.last_active);
+                    flow.last_active = now;
+                    waiting.gives_up_at = Some(now + FIRST_REPEAT.max(silence * REPEAT_FACTOR));
+                    self.schedule(now, at);
+                    return false;
+                }
+                header.is_syn() && {
+                    self.end_flow(at, FlowEnd::GuestReset);
+                    true
+                }
+            }
+            State::Dialing { syn, .. } => {
+                let repeated = header.is_syn() && same_syn(std::slice::from_ref(syn), header);
+                header.is_syn() && !repeated && {
+                    self.end_flow(at, FlowEnd::GuestReset);
+                    true
+                }
+            }
+            State::Tcp(connection) | State::Service(connection) => {
+                // A repeated SYN while the SYN-ACK is on its way is answered by its retransmission. Any
+                // other SYN on a live connection comes from a guest that was started anew.
+                if connection.phase() == Phase::Opening {
+                    return false;
+                }
+                self.end_flow(at, FlowEnd::GuestReset);
+                true
+            }
+            State::Udp | State::Echo => false,
+        }
+    }
+
+    fn open_tcp(
+        &mut self,
+        now: Time,
+        ip: Ipv4<'_>,
+        key: FlowKey,
+        header: &TcpHeader,
+    ) -> Result<(), DropReason> {
+        let refuse = |engine: &mut Self, reason| {
+            reply::reset(&mut engine.transmit, ip.source, ip.destination, header);
+            Err(reason)
+        };
+        if header.source == 0 || header.destination == 0 {
+            return Err(DropReason::Malformed);
+        }
+        if !self.flows.has_room() {
+            return refuse(self, DropReason::FlowLimit);
+        }
+        if ip.destination == self.config.gateway {
+            if header.destination != DNS_PORT {
+                return refuse(self, DropReason::GatewayService);
+            }
+            return self.open_service(now, ip, key);
+        }
+        if let Err(reason) = self.check_destination(ip.destination) {
+            if reason == DropReason::UnknownStation {
+                self.refuse_unreachable(&ip, Unreachable::Host);
+            }
+            return Err(reason);
+        }
+        let dialled = self.dialled(key.peer);
+        match self.decide(now, &key, dialled) {
+            Some(decision) => match decision.action {
+                VerdictAction::Allow => {
+                    self.dial(now, key, dialled, ip.packet.into(), decision);
+                    Ok(())
+                }
+                VerdictAction::Deny => {
+                    self.tally(now, &key, dialled, &decision);
+                    refuse(self, DropReason::Denied)
+                }
+                VerdictAction::Drop => {
+                    self.tally(now, &key, dialled, &decision);
+                    Err(DropReason::Denied)
+                }
+            },
+            None => {
+                let waiting = vec![ip.packet.into()];
+                if self.hold(
+                    now,
+                    key,
+                    dialled,
+                    waiting,
+                    Box::default(),
+                    Some(now + FIRST_REPEAT),
+                ) {
+                    Ok(())
+                } else {
+                    refuse(self, DropReason::HeldLimit)
+                }
+            }
+        }
+    }
+
+    /// Puts a flow on hold and asks. False at a limit.
+    pub(super) fn hold(
+        &mut self,
+        now: Time,
+        key: FlowKey,
+        dialled: SocketAddr,
+        packets: Vec<Box<[u8]>>,
+        quote: Box<[u8]>,
+        gives_up_at: Option<Time>,
+    ) -> bool {
+        let placeholder = Waiting {
+            miss: vnet_proto::model::MissId(0),
+            packets,
+            quote,
+            deadline: now,
+            gives_up_at,
+        };
+        let at = self.new_flow(now, key, dialled, State::Held(placeholder));
+        let Some((miss, count, hold)) = self.held.join_flow(&key, at) else {
+            self.flows.remove(at);
+            self.flows.release(at);
+            return false;
+        };
+        if let Some(flow) = self.flows.get_mut(at)
+            && let State::Held(waiting) = &mut flow.state
+        {
+            waiting.miss = miss;
+            waiting.deadline = now + hold;
+        }
+        self.schedule(now, at);
+        self.ask_flow(now, miss, &key, dialled, count, hold);
+        true
+    }
+
+    fn dial(
+        &mut self,
+        now: Time,
+        key: FlowKey,
+        dialled: SocketAddr,
+        syn: Box<[u8]>,
+        decision: Arc<Decision>,
+    ) {
+        let at = self.new_flow(
+            now,
+            key,
+            dialled,
+            State::Dialing {
+                syn,
+                deadline: now + DIAL_PATIENCE,
+            },
+        );
+        self.start_dial(now, at, decision, None);
+    }
+
+    /// Lets a held flow dial.
+    pub(super) fn dial_held(
+        &mut self,
+        now: Time,
+        at: usize,
+        decision: &Arc<Decision>,
+        miss: vnet_proto::model::MissId,
+    ) {
+        let Some(flow) = self.flows.get_mut(at) else {
+            return;
+        };
+        let State::Held(waiting) = &mut flow.state else {
+            return;
+        };
+        let Some(syn) = waiting.packets.pop() else { return };
+        flow.state = State::Dialing {
+            syn,
+            deadline: now + DIAL_PATIENCE,
+        };
+        self.start_dial(now, at, Arc::clone(decision), Some(miss));
+    }
+
+    fn start_dial(
+        &mut self,
+        now: Time,
+        at: usize,
+        decision: Arc<Decision>,
+        miss: Option<vnet_proto::model::MissId>,
+    ) {
+        let Some(flow) = self.flows.get_mut(at) else {
+            return;
+        };
+        flow.decision = Some(decision);
+        let to = flow.dialled;
+        self.report_opened(now, at, miss);
+        self.events.push_back(Event::Dial { flow: at, to });
+        self.schedule(now, at);
+    }
+
+    /// The host's side of a flow is connected: answer the guest's SYN.
+    pub fn handle_dialled(&mut self, now: Time, at: usize) {
+        let seed = self.random.next_u64();
+        let slot = self.rings.take();
+        let mtu_bytes = self.config.mtu_bytes;
+        let Some(flow) = self.flows.get_mut(at) else {
+            return;
+        };
+        let State::Dialing { syn, .. } = &flow.state else {
+            return;
+        };
+        let (Some(slot), SocketAddr::V4(peer)) = (slot, flow.key.peer) else {
+            self.handle_refused(now, at, DialError::Local);
+            return;
+        };
+        let syn = syn.clone();
+        match Connection::accept(now, peer, mtu_bytes, slot, seed, &syn, &mut self.transmit) {
+            Some(connection) => {
+                flow.state = State::Tcp(Box::new(connection));
+                flow.last_active = now;
+                self.mark_dirty(at);
+            }
+            None => self.handle_refused(now, at, DialError::Local),
+        }
+    }
+
+    /// The host's side of a flow cannot be reached: say it to the guest as the network would.
+    pub fn handle_refused(&mut self, now: Time, at: usize, error: DialError) {
+        let Some(flow) = self.flows.get(at) else { return };
+        let State::Dialing { syn, .. } = &flow.state else {
+            return;
+        };
+        let syn = syn.clone();
+        if let Ok(ip) = Ipv4::parse(&syn) {
+            match error {
+                DialError::Refused => {
+                    if let Some(header) = TcpHeader::parse(ip.payload()) {
+                        reply::reset(&mut self.transmit, ip.source, ip.destination, &header);
+                    }
+                }
+                DialError::NetworkUnreachable => self.refuse_unreachable(&ip, Unreachable::Network),
+                DialError::HostUnreachable | DialError::TimedOut | DialError::Local => {
+                    self.refuse_unreachable(&ip, Unreachable::Host);
+                }
+            }
+        }
+        let _ = now;
+        self.end_flow(at, FlowEnd::Unreachable);
+    }
+
+    pub(super) fn refuse_unreachable(&mut self, cause: &Ipv4<'_>, why: Unreachable) {
+        reply::unreachable(&mut self.transmit, self.config.gateway, cause, why);
+    }
+
+    fn open_service(&mut self, now: Time, ip: Ipv4<'_>, key: FlowKey) -> Result<(), DropReason> {
+        let seed = self.random.next_u64();
+        let (Some(slot), SocketAddr::V4(peer)) = (self.rings.take(), key.peer) else {
+            return Err(DropReason::FlowLimit);
+        };
+        let mtu = self.config.mtu_bytes;
+        let connection = Connection::accept(now, peer, mtu, slot, seed, ip.packet, &mut self.transmit)
+            .ok_or(DropReason::Malformed)?;
+        let at = self.new_flow(now, key, key.peer, State::Service(Box::new(connection)));
+        self.mark_dirty(at);
+        Ok(())
+    }
+
+    /// A forward accepted a connection that leads to this guest: open one towards it. Its place, for
+    /// the driver's socket; `None` when it is refused.
+    pub fn open_ingress(&mut self, now: Time, target: SocketAddrV4) -> Option<usize> {
+        if self.settings.forwards_closed || !self.flows.has_room() || !self.is_guest_address(*target.ip()) {
+            return None;
+        }
+        let client = self.free_ingress_port(Protocol::Tcp, target)?;
+        let seed = self.random.next_u64();
+        let slot = self.rings.take()?;
+        let connection = Connection::connect(now, client, target, self.config.mtu_bytes, slot, seed)?;
+        let key = FlowKey {
+            protocol: Protocol::Tcp,
+            guest: target.into(),
+            peer: client.into(),
+        };
+        let at = self.new_flow(now, key, client.into(), State::Tcp(Box::new(connection)));
+        if let Some(flow) = self.flows.get_mut(at) {
+            flow.ingress = true;
+        }
+        self.report_opened(now, at, None);
+        self.mark_dirty(at);
+        Some(at)
+    }
+
+    /// Notes the forward that an ingress flow came through.
+    pub fn note_listener(&mut self, at: usize, listen: Option<SocketAddr>) {
+        if let (Some(flow), Some(listen)) = (self.flows.get_mut(at), listen) {
+            flow.dialled = listen;
+        }
+    }
+
+    /// A forward is closed: cut the flows that came through it.
+    pub fn close_listener(&mut self, now: Time, listen: SocketAddr) {
+        for at in self.flows.places() {
+            let through = |flow: &super::flow::Flow| {
+                flow.ingress
+                    && flow.dialled.port() == listen.port()
+                    && (listen.ip().is_unspecified() || flow.dialled.ip() == listen.ip())
+            };
+            if self.flows.get(at).is_some_and(through) {
+                self.cut(now, at, FlowEnd::Cut);
+            }
+        }
+    }
+
+    /// A port of the gateway that no flow to this target uses (RFC 6335 §6: dynamic ports).
+    pub(super) fn free_ingress_port(
+        &mut self,
+        protocol: Protocol,
+        target: SocketAddrV4,
+    ) -> Option<SocketAddrV4> {
+        const FIRST: u16 = 49_152;
+        const COUNT: u16 = u16::MAX - FIRST + 1;
+        (0..COUNT).find_map(|_| {
+            let port = FIRST + self.next_ingress_port % COUNT;
+            self.next_ingress_port = self.next_ingress_port.wrapping_add(1);
+            let client = SocketAddrV4::new(self.config.gateway, port);
+            let key = FlowKey {
+                protocol,
+                guest: target.into(),
+                peer: client.into(),
+            };
+            (!self.flows.contains(&key)).then_some(client)
+        })
+    }
+
+    /// A TCP flow's connection, to move bytes between its rings and the host's socket.
+    pub fn connection(&mut self, at: usize) -> Option<&mut Connection> {
+        match &mut self.flows.get_mut(at)?.state {
+            State::Tcp(connection) => Some(connection),
+            _ => None,
+        }
+    }
+
+    /// The host's side ended with an error: reset the guest's.
+    pub fn handle_host_reset(&mut self, now: Time, at: usize) {
+        self.reset_guest(now, at);
+        self.end_flow(at, FlowEnd::HostReset);
+    }
+
+    /// Queues RST towards the guest for a TCP flow in any state.
+    pub(super) fn reset_guest(&mut self, now: Time, at: usize) {
+        let Some(flow) = self.flows.get_mut(at) else {
+            return;
+        };
+        match &mut flow.state {
+            State::Tcp(connection) | State::Service(connection) => {
+                connection.abort();
+                connection.poll_transmit(now, &mut self.transmit);
+            }
+            State::Dialing { syn, .. } => {
+                if let Ok(ip) = Ipv4::parse(syn)
+                    && let Some(header) = TcpHeader::parse(ip.payload())
+                {
+                    reply::reset(&mut self.transmit, ip.source, ip.destination, &header);
+                }
+            }
+            State::Held(_) | State::Udp | State::Echo => {}
+        }
+    }
+
+    /// After bytes were moved: sends what the connection has to send, ends it when it is over, sets
+    /// its timer. False when the queue towards the guest ran out of room: come back when it has some.
+    pub fn finish_service(&mut self, now: Time, at: usize) -> bool {
+        if matches!(self.flows.get(at).map(|f| &f.state), Some(State::Service(_))) {
+            self.serve_dns(now, at);
+        }
+        let Some(flow) = self.flows.get_mut(at) else {
+            return true;
+        };
+        let (State::Tcp(connection) | State::Service(connection)) = &mut flow.state else {
+            return true;
+        };
+        let sent_all = connection.poll_transmit(now, &mut self.transmit);
+        if connection.phase() == Phase::Over {
+            let end = if connection.is_finished() {
+                FlowEnd::Finished
+            } else {
+                FlowEnd::GuestReset
+            };
+            let end = if flow.decision.is_none() && !flow.ingress {
+                FlowEnd::Finished
+            } else {
+                end
+            };
+            self.end_flow(at, end);
+            return true;
+        }
+        self.schedule(now, at);
+        sent_all
+    }
+
+    /// When a flow wants attention next.
+    fn flow_deadline(&mut self, now: Time, at: usize) -> Option<Time> {
+        let flow = self.flows.get_mut(at)?;
+        let ends_at = flow.decision.as_ref().and_then(|d| d.expires_at);
+        let own = match &mut flow.state {
+            State::Held(waiting) => waiting
+                .gives_up_at
+                .map_or(waiting.deadline, |g| g.min(waiting.deadline)),
+            State::Dialing { deadline, .. } => *deadline,
+            State::Tcp(connection) | State::Service(connection) => {
+                let quiet = if connection.is_closing() {
+                    CLOSING_IDLE
+                } else if now < flow.last_active + SHRINK_IDLE {
+                    SHRINK_IDLE
+                } else {
+                    TCP_IDLE
+                };
+                let idle = flow.last_active + quiet;
+                connection.poll_timeout(now).map_or(idle, |at| at.min(idle))
+            }
+            State::Udp => flow.last_active + super::datagram::udp_idle(flow.bytes_down),
+            State::Echo => flow.last_active + super::ECHO_IDLE,
+        };
+        Some(ends_at.map_or(own, |ends| ends.min(own)))
+    }
+
+    /// Sets a flow's timer, if it must fire earlier than the one that is set.
+    pub(super) fn schedule(&mut self, now: Time, at: usize) {
+        let Some(deadline) = self.flow_deadline(now, at) else {
+            return;
+        };
+        let Some(flow) = self.flows.get_mut(at) else {
+            return;
+        };
+        if flow.scheduled.is_none_or(|set| deadline < set || set <= now) {
+            flow.scheduled = Some(deadline);
+            self.timers.set(deadline, Timer::Flow(at));
+        }
+    }
+
+    pub(super) fn handle_flow_timeout(&mut self, now: Time, at: usize) {
+        let Some(flow) = self.flows.get_mut(at) else {
+            return;
+        };
+        // A place is taken again by other flows, and deadlines move: only the timer that is set counts.
+        if flow.scheduled.is_none_or(|set| set > now) {
+            return;
+        }
+        flow.scheduled = None;
+        if flow
+            .decision
+            .as_ref()
+            .and_then(|d| d.expires_at)
+            .is_some_and(|ends| ends <= now)
+        {
+            self.cut(now, at, FlowEnd::GrantEnded);
+            return;
+        }
+        match &mut flow.state {
+            State::Held(waiting) => {
+                if waiting.gives_up_at.is_some_and(|g| g <= now) && waiting.deadline > now {
+                    self.end_flow(at, FlowEnd::GuestReset);
+                } else if waiting.deadline <= now {
+                    self.refuse_held(now, at, FlowEnd::Idle);
+                }
+            }
+            State::Dialing { deadline, .. } => {
+                if *deadline <= now {
+                    self.handle_refused(now, at, DialError::TimedOut);
+                }
+            }
+            State::Tcp(connection) | State::Service(connection) => {
+                let quiet = now.saturating_sub(flow.last_active);
+                if quiet >= TCP_IDLE || (connection.is_closing() && quiet >= CLOSING_IDLE) {
+                    self.reset_guest(now, at);
+                    self.end_flow(at, FlowEnd::Idle);
+                    return;
+                }
+                if quiet >= SHRINK_IDLE {
+                    connection.shrink_if_idle();
+                }
+                self.mark_dirty(at);
+            }
+            State::Udp | State::Echo => {
+                let idle = match flow.state {
+                    State::Udp => super::datagram::udp_idle(flow.bytes_down),
+                    _ => super::ECHO_IDLE,
+                };
+                if now.saturating_sub(flow.last_active) >= idle {
+                    self.end_flow(at, FlowEnd::Idle);
+                    return;
+                }
+            }
+        }
+        self.schedule(now, at);
+    }
+}
+
+/// Whether a SYN is the one that is kept.
+fn same_syn(packets: &[Box<[u8]>], header: &TcpHeader) -> bool {
+    packets
+        .first()
+        .and_then(|packet| TcpHeader::parse(Ipv4::parse(packet).ok()?.payload()))
+        .is_some_and(|kept| kept.sequence == header.sequence)
+}

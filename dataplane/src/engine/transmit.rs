@@ -1,0 +1,178 @@
+//! The queue of frames towards a guest: one fixed buffer, filled in place, flushed in one write.
+//!
+//! Each frame stands behind a 4-byte big-endian length, which is QEMU's stream framing as it is;
+//! datagram links and TAPs skip it. Frames are never dropped here: when there is no room, the
+//! producer waits (a TCP flow goes on the blocked list) or drops what it has itself.
+
+use crate::engine::frame::{ETHERNET_BYTES, EtherType};
+use crate::mac::Mac;
+
+/// Room for frames not yet written, bytes. More would outrun the socket buffers behind it.
+pub const QUEUE_BYTES: usize = 1 << 20;
+/// Length prefix in front of each frame, bytes.
+pub const PREFIX_BYTES: usize = 4;
+
+/// Frames towards a guest.
+pub struct Transmit {
+    buffer: Box<[u8]>,
+    start: usize,
+    end: usize,
+    /// Ethernet addresses put in front of every packet: to the guest, from the gateway.
+    pub guest: Mac,
+    gateway: Mac,
+    identification: u16,
+}
+
+impl Transmit {
+    /// An empty queue of frames from `gateway`.
+    pub fn new(gateway: Mac) -> Self {
+        Self {
+            buffer: vec![0; QUEUE_BYTES].into_boxed_slice(),
+            start: 0,
+            end: 0,
+            guest: Mac::BROADCAST,
+            gateway,
+            identification: 0,
+        }
+    }
+
+    /// Whether a packet of so many bytes (without its Ethernet header) fits.
+    pub fn has_room(&self, packet_bytes: usize) -> bool {
+        self.buffer.len() - self.end >= PREFIX_BYTES + ETHERNET_BYTES + packet_bytes
+    }
+
+    /// Queues a packet to the guest's own MAC, written in place by `fill`. `None` when there is no room.
+    pub fn packet<R>(
+        &mut self,
+        ether_type: EtherType,
+        packet_bytes: usize,
+        fill: impl FnOnce(&mut [u8]) -> R,
+    ) -> Option<R> {
+        let guest = self.guest;
+        self.packet_to(guest, ether_type, packet_bytes, fill)
+    }
+
+    /// Queues a packet to a MAC. `None` when there is no room.
+    pub fn packet_to<R>(
+        &mut self,
+        to: Mac,
+        ether_type: EtherType,
+        packet_bytes: usize,
+        fill: impl FnOnce(&mut [u8]) -> R,
+    ) -> Option<R> {
+        self.room_to(to, ether_type, packet_bytes).map(fill)
+    }
+
+    /// Room for a packet to the guest's own MAC, queued as soon as it is taken.
+    pub fn room(&mut self, ether_type: EtherType, packet_bytes: usize) -> Option<&mut [u8]> {
+        self.room_to(self.guest, ether_type, packet_bytes)
+    }
+
+    fn room_to(&mut self, to: Mac, ether_type: EtherType, packet_bytes: usize) -> Option<&mut [u8]> {
+        let from = self.gateway;
+        let frame = self.reserve(ETHERNET_BYTES + packet_bytes)?;
+        frame[..6].copy_from_slice(&to.0);
+        frame[6..12].copy_from_slice(&from.0);
+        frame[12..14].copy_from_slice(&u16::from(ether_type).to_be_bytes());
+        Some(&mut frame[ETHERNET_BYTES..])
+    }
+
+    /// Queues a whole frame, as another guest sent it. False when there is no room.
+    pub fn frame(&mut self, frame: &[u8]) -> bool {
+        match self.reserve(frame.len()) {
+            Some(room) => {
+                room.copy_from_slice(frame);
+                true
+            }
+            None => false,
+        }
+    }
+
+    fn reserve(&mut self, frame_bytes: usize) -> Option<&mut [u8]> {
+        let length = u32::try_from(frame_bytes).ok()?;
+        let next = self
+            .end
+            .checked_add(PREFIX_BYTES + frame_bytes)
+            .filter(|n| *n <= self.buffer.len())?;
+        let room = &mut self.buffer[self.end..next];
+        room[..PREFIX_BYTES].copy_from_slice(&length.to_be_bytes());
+        self.end = next;
+        Some(&mut room[PREFIX_BYTES..])
+    }
+
+    /// A fresh identification for a packet that leaves in fragments (RFC 6864 §4.2).
+    pub fn next_identification(&mut self) -> u16 {
+        self.identification = self.identification.wrapping_add(1);
+        self.identification
+    }
+
+    /// Whether nothing is queued.
+    pub fn is_empty(&self) -> bool {
+        self.start == self.end
+    }
+
+    /// Everything queued, prefixes included: what a stream link writes.
+    pub fn bytes(&self) -> &[u8] {
+        &self.buffer[self.start..self.end]
+    }
+
+    /// The first whole frame queued, without its prefix: what a datagram link writes. Not to be
+    /// mixed with a stream's partial writes.
+    pub fn first_frame(&self) -> Option<&[u8]> {
+        let (prefix, rest) = self.bytes().split_first_chunk::<PREFIX_BYTES>()?;
+        rest.get(..u32::from_be_bytes(*prefix) as usize)
+    }
+
+    /// Takes so many bytes off the front, prefixes included.
+    pub fn consume(&mut self, bytes: usize) {
+        self.start = (self.start + bytes).min(self.end);
+        if self.start == self.end {
+            (self.start, self.end) = (0, 0);
+        } else if self.start > self.buffer.len() / 2 {
+            self.buffer.copy_within(self.start..self.end, 0);
+            (self.start, self.end) = (0, self.end - self.start);
+        }
+    }
+
+    /// Forgets everything queued: the link it was for is gone.
+    pub fn clear(&mut self) {
+        (self.start, self.end) = (0, 0);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn frames_come_out_whole_and_in_order() {
+        let mut queue = Transmit::new(Mac([2, 0, 0, 0, 0, 1]));
+        queue.guest = Mac([2, 0, 0, 0, 0, 2]);
+        queue
+            .packet(EtherType::Ipv4, 3, |room| room.copy_from_slice(b"abc"))
+            .unwrap();
+        assert!(queue.frame(b"whole frame"));
+        assert_eq!(
+            queue.first_frame().unwrap(),
+            b"\x02\0\0\0\0\x02\x02\0\0\0\0\x01\x08\0abc"
+        );
+        queue.consume(PREFIX_BYTES + 17);
+        assert_eq!(queue.first_frame().unwrap(), b"whole frame");
+        queue.consume(PREFIX_BYTES + 11);
+        assert!(queue.is_empty() && queue.first_frame().is_none());
+    }
+
+    #[test]
+    fn a_full_queue_refuses_and_takes_again_once_drained() {
+        let mut queue = Transmit::new(Mac::BROADCAST);
+        let mut taken = 0;
+        while queue.frame(&[7; 65_000]) {
+            taken += 1;
+        }
+        assert_eq!(taken, QUEUE_BYTES / 65_004);
+        assert!(!queue.has_room(65_000) && queue.has_room(10));
+        queue.consume(65_004 * 9);
+        assert!(queue.frame(&[8; 65_000]));
+        assert_eq!(queue.first_frame().unwrap().len(), 65_000);
+    }
+}

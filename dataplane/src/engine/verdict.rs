@@ -1,0 +1,309 @@
+//! What the session says: verdicts, holds, revocations, cuts.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use vnet_proto::model::{
+    Epoch, FlowId, FlowKey, LookupSubject, Match, Miss, MissId, Protocol, Subject, Verdict, VerdictAction,
+};
+
+use crate::engine::cache::Decision;
+use crate::engine::flow::State;
+use crate::engine::frame::{DropReason, Ipv4};
+use crate::engine::held::HeldMiss;
+use crate::engine::reply::{self, TcpHeader, Unreachable};
+use crate::engine::{Engine, Time};
+use crate::message::{FlowEnd, MissEnd, Order, Report};
+
+impl Engine {
+    /// Does what the session orders.
+    pub fn handle_order(&mut self, now: Time, order: Order) {
+        self.clock = now;
+        match order {
+            Order::Verdict(verdict) => self.handle_verdict(now, &verdict),
+            Order::Held { miss, hold } => self.handle_held(now, miss, hold),
+            Order::Revoke { command, epoch } => {
+                if self.cache.epoch() != Some(epoch) {
+                    self.cache.revoke(epoch);
+                }
+                if let Some(command) = command {
+                    self.report(Report::Done {
+                        vm: self.config.vm,
+                        command,
+                        cut: 0,
+                    });
+                }
+            }
+            Order::Cut { command, flows } => {
+                let cut = flows.into_iter().filter(|flow| self.cut_id(now, *flow)).count();
+                self.report(Report::Done {
+                    vm: self.config.vm,
+                    command,
+                    cut: cut as u64,
+                });
+            }
+            Order::Lease { epoch, lease } => self.cache.renew(epoch, now + lease),
+            Order::Settings(settings) => {
+                self.held.hold = settings.hold;
+                self.dns.set_hold(settings.lookup_hold);
+                let close = settings.forwards_closed && !self.settings.forwards_closed;
+                self.settings = settings;
+                if close {
+                    for at in self.flows.places() {
+                        if self.flows.get(at).is_some_and(|f| f.ingress) {
+                            self.cut(now, at, FlowEnd::Cut);
+                        }
+                    }
+                }
+            }
+            Order::GuardsChanged => self.cache.clear(),
+        }
+    }
+
+    fn handle_verdict(&mut self, now: Time, verdict: &Verdict) {
+        let in_force = self.cache.epoch();
+        if !in_force.is_some_and(|epoch| verdict.epoch.stands_under(epoch)) {
+            // Too old to act on: ask again, under the same id.
+            self.ask_again(now, verdict.miss);
+            return;
+        }
+        let flow_key = match self.held.get(verdict.miss) {
+            Some(HeldMiss::Flows { target, flows, .. }) => {
+                let covered = match &verdict.found {
+                    Match::Flow(found) => flows
+                        .first()
+                        .and_then(|at| self.flows.get(*at))
+                        .is_some_and(|flow| found.matches(&flow.key)),
+                    Match::Lookup(_) => false,
+                };
+                if !covered {
+                    // A verdict that does not cover what it answers decides nothing.
+                    return;
+                }
+                let guest = flows
+                    .first()
+                    .and_then(|at| self.flows.get(*at))
+                    .map(|f| f.key.guest);
+                guest.map(|guest| FlowKey {
+                    protocol: target.protocol,
+                    guest,
+                    peer: target.peer,
+                })
+            }
+            Some(HeldMiss::Lookup { name, .. }) => {
+                if !matches!(&verdict.found, Match::Lookup(found) if found.matches(name)) {
+                    return;
+                }
+                None
+            }
+            None => None,
+        };
+        let decision = Arc::new(Decision::new(now, verdict));
+        if verdict.once {
+            self.answer_once(now, verdict.miss, &decision);
+            return;
+        }
+        self.cache.install(verdict, &decision, flow_key.as_ref());
+        self.answer(now, verdict.miss, &decision);
+        if !is_exact(&verdict.found) {
+            for miss in self.held.covered_by(&verdict.found) {
+                self.report(Report::MissEnded {
+                    miss,
+                    end: MissEnd::Covered,
+                });
+                self.answer(now, miss, &decision);
+            }
+        }
+    }
+
+    /// Acts on everything that waits for a miss.
+    fn answer(&mut self, now: Time, miss: MissId, decision: &Arc<Decision>) {
+        match self.held.take(miss) {
+            Some(HeldMiss::Flows { flows, .. }) => {
+                for at in flows {
+                    self.answer_flow(now, at, decision, miss);
+                }
+            }
+            Some(HeldMiss::Lookup { name, .. }) => self.answer_name(now, &name, decision),
+            None => {}
+        }
+    }
+
+    /// Acts on the flow that came first; the others ask anew.
+    fn answer_once(&mut self, now: Time, miss: MissId, decision: &Arc<Decision>) {
+        match self.held.take(miss) {
+            Some(HeldMiss::Flows { flows, .. }) => {
+                let mut flows = flows.into_iter();
+                if let Some(first) = flows.next() {
+                    self.answer_flow(now, first, decision, miss);
+                }
+                for at in flows {
+                    self.hold_again(now, at);
+                }
+            }
+            Some(HeldMiss::Lookup { name, .. }) => self.answer_name(now, &name, decision),
+            None => {}
+        }
+    }
+
+    fn hold_again(&mut self, now: Time, at: usize) {
+        let Some(flow) = self.flows.get(at) else { return };
+        let (key, dialled) = (flow.key, flow.dialled);
+        match self.held.join_flow(&key, at) {
+            Some((miss, count, hold)) => {
+                if let Some(flow) = self.flows.get_mut(at)
+                    && let State::Held(waiting) = &mut flow.state
+                {
+                    waiting.miss = miss;
+                }
+                self.ask_flow(now, miss, &key, dialled, count, hold);
+            }
+            None => self.refuse_held(now, at, FlowEnd::Evicted),
+        }
+    }
+
+    fn answer_flow(&mut self, now: Time, at: usize, decision: &Arc<Decision>, miss: MissId) {
+        let Some(flow) = self.flows.get(at) else { return };
+        match (decision.action, flow.key.protocol) {
+            (VerdictAction::Allow, Protocol::Tcp) => self.dial_held(now, at, decision, miss),
+            (VerdictAction::Allow, _) => self.open_held(now, at, decision, miss),
+            (VerdictAction::Deny, _) => {
+                self.count_drop(DropReason::Denied);
+                self.refuse_held(now, at, FlowEnd::Cut);
+            }
+            (VerdictAction::Drop, _) => {
+                self.count_drop(DropReason::Denied);
+                self.flows.remove(at);
+                self.flows.release(at);
+            }
+        }
+    }
+
+    /// Refuses a held flow so that the guest sees it at once. Its miss may be answered already.
+    pub(super) fn refuse_held(&mut self, _now: Time, at: usize, end: FlowEnd) {
+        let Some(flow) = self.flows.get(at) else { return };
+        let State::Held(waiting) = &flow.state else { return };
+        let packet = if flow.key.protocol == Protocol::Tcp {
+            waiting.packets.first().cloned().unwrap_or_default()
+        } else {
+            waiting.quote.clone()
+        };
+        let is_tcp = flow.key.protocol == Protocol::Tcp;
+        if is_tcp {
+            if let Ok(ip) = Ipv4::parse(&packet)
+                && let Some(header) = TcpHeader::parse(ip.payload())
+            {
+                reply::reset(&mut self.transmit, ip.source, ip.destination, &header);
+            }
+        } else {
+            reply::unreachable_quote(
+                &mut self.transmit,
+                self.config.gateway,
+                &packet,
+                Unreachable::Prohibited,
+            );
+        }
+        self.end_flow(at, end);
+    }
+
+    fn handle_held(&mut self, now: Time, miss: MissId, hold: Duration) {
+        if let Some(HeldMiss::Lookup { name, .. }) = self.held.get(miss) {
+            let name = name.clone();
+            self.extend_lookup(now, &name, hold);
+            return;
+        }
+        for at in self.held.extend(miss, hold).to_vec() {
+            if let Some(flow) = self.flows.get_mut(at)
+                && let State::Held(waiting) = &mut flow.state
+            {
+                waiting.deadline = now + hold;
+                // The timer that is set may be for the old deadline, which was earlier or later.
+                flow.scheduled = None;
+                self.schedule(now, at);
+            }
+        }
+    }
+
+    /// Sends a miss about a flow.
+    pub(super) fn ask_flow(
+        &mut self,
+        now: Time,
+        miss: MissId,
+        key: &FlowKey,
+        dialled: std::net::SocketAddr,
+        count: usize,
+        hold: Duration,
+    ) {
+        let subject = Subject::Flow(self.subject(now, key, dialled));
+        let held = u32::try_from(count).unwrap_or(u32::MAX);
+        self.report(Report::Miss(Miss {
+            id: miss,
+            vm: self.config.vm,
+            subject,
+            hold,
+            held,
+        }));
+    }
+
+    fn ask_again(&mut self, now: Time, miss: MissId) {
+        match self.held.get(miss) {
+            Some(HeldMiss::Flows { flows, hold, .. }) => {
+                let (count, hold) = (flows.len(), *hold);
+                let Some(flow) = flows.first().and_then(|at| self.flows.get(*at)) else {
+                    return;
+                };
+                let (key, dialled) = (flow.key, flow.dialled);
+                self.ask_flow(now, miss, &key, dialled, count, hold);
+            }
+            Some(HeldMiss::Lookup { name, query_type }) => {
+                let subject = LookupSubject {
+                    name: name.clone(),
+                    query_type: *query_type,
+                };
+                self.ask_lookup(miss, subject);
+            }
+            None => {}
+        }
+    }
+
+    pub(super) fn ask_lookup(&mut self, miss: MissId, subject: LookupSubject) {
+        self.report(Report::Miss(Miss {
+            id: miss,
+            vm: self.config.vm,
+            subject: Subject::Lookup(subject),
+            hold: self.settings.lookup_hold,
+            held: 1,
+        }));
+    }
+
+    /// Cuts a flow by its id. False when there is none.
+    fn cut_id(&mut self, now: Time, id: FlowId) -> bool {
+        let Some(at) = self.flows.find_id(id) else {
+            return false;
+        };
+        self.cut(now, at, FlowEnd::Cut);
+        true
+    }
+
+    /// Cuts a flow: both sides see it.
+    pub(super) fn cut(&mut self, now: Time, at: usize, end: FlowEnd) {
+        if matches!(self.flows.get(at).map(|f| &f.state), Some(State::Held(_))) {
+            self.refuse_held(now, at, end);
+            return;
+        }
+        self.reset_guest(now, at);
+        self.end_flow(at, end);
+    }
+
+    /// The epoch in force.
+    pub fn epoch(&self) -> Option<Epoch> {
+        self.cache.epoch()
+    }
+}
+
+fn is_exact(found: &Match) -> bool {
+    match found {
+        Match::Flow(found) => found.is_one_address() && found.ports.first() == found.ports.last(),
+        Match::Lookup(found) => matches!(found, vnet_proto::model::LookupMatch::Exact(_)),
+    }
+}

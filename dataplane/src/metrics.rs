@@ -1,0 +1,269 @@
+//! Every metric of the dataplane, registered in one place.
+//!
+//! Owns the counters and gauges of what happens off the packet path: the session, forwards, guards.
+//! What one guest's engine counts (frames dropped by reason, held flows) stays in that engine and
+//! reaches the controlplane as the VM's status. Names are plane, thing, unit; labels come from closed
+//! sets, never an address or a name. [`Metrics::render`] writes the text exposition format.
+
+use std::fmt::Write as _;
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+
+/// Counts what only grows.
+#[derive(Debug, Default)]
+pub struct Counter(AtomicU64);
+
+impl Counter {
+    /// One more.
+    pub fn increment(&self) {
+        self.add(1);
+    }
+
+    /// So many more.
+    pub fn add(&self, count: u64) {
+        self.0.fetch_add(count, Relaxed);
+    }
+
+    /// The count so far.
+    pub fn get(&self) -> u64 {
+        self.0.load(Relaxed)
+    }
+}
+
+/// Holds what goes up and down.
+#[derive(Debug, Default)]
+pub struct Gauge(AtomicU64);
+
+impl Gauge {
+    /// The value is now this.
+    pub fn set(&self, value: u64) {
+        self.0.store(value, Relaxed);
+    }
+
+    /// The value now.
+    pub fn get(&self) -> u64 {
+        self.0.load(Relaxed)
+    }
+}
+
+/// A closed set of label values.
+pub trait Label: Copy + 'static {
+    /// Every value, in order of declaration, so that `value as usize` is its place.
+    const ALL: &'static [Self];
+
+    /// The label's value in the exposition.
+    fn name(self) -> &'static str;
+
+    /// Its place in [`Self::ALL`].
+    fn index(self) -> usize;
+}
+
+/// One counter for each value of a label.
+#[derive(Debug)]
+pub struct Family<L> {
+    counters: Box<[Counter]>,
+    label: std::marker::PhantomData<L>,
+}
+
+impl<L: Label> Default for Family<L> {
+    fn default() -> Self {
+        Self {
+            counters: L::ALL.iter().map(|_| Counter::default()).collect(),
+            label: std::marker::PhantomData,
+        }
+    }
+}
+
+impl<L: Label> Family<L> {
+    /// The counter of one value.
+    pub fn of(&self, value: L) -> &Counter {
+        &self.counters[value.index()]
+    }
+}
+
+macro_rules! labels {
+    ($(#[$doc:meta])* $name:ident { $($(#[$value_doc:meta])* $value:ident = $text:literal,)* }) => {
+        $(#[$doc])*
+        #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+        pub enum $name { $($(#[$value_doc])* $value,)* }
+
+        impl Label for $name {
+            const ALL: &'static [Self] = &[$(Self::$value,)*];
+
+            fn name(self) -> &'static str {
+                match self { $(Self::$value => $text,)* }
+            }
+
+            fn index(self) -> usize {
+                self as usize
+            }
+        }
+    };
+}
+
+labels! {
+    /// Why a session ended.
+    SessionEndCause {
+        /// The stream or the connection broke, or the controlplane closed it.
+        Lost = "lost",
+        /// Three heartbeat intervals without a word.
+        Silent = "silent",
+        /// The controlplane broke the conversation's rules.
+        Violation = "violation",
+        /// It refused this dataplane.
+        Refused = "refused",
+        /// It could not be reached, or gave no Welcome in time.
+        Unreachable = "unreachable",
+    }
+}
+
+labels! {
+    /// Why a message of the controlplane was not carried out.
+    RefusedMessage {
+        /// Malformed, or not one that may come now.
+        Malformed = "malformed",
+        /// A verdict of an epoch that is no longer in force.
+        StaleVerdict = "stale_verdict",
+        /// A verdict or word about a guest that is gone.
+        NoSuchVm = "no_such_vm",
+        /// A heartbeat of an epoch that is not in force; it renews nothing.
+        StaleHeartbeat = "stale_heartbeat",
+    }
+}
+
+labels! {
+    /// A table of the session's mirror that was full.
+    MirrorTable {
+        /// Held misses: such a miss is not announced again after a reconnect.
+        Misses = "misses",
+        /// Live flows: such a flow is cut.
+        Flows = "flows",
+        /// Bindings: such a binding is not told again after a reconnect.
+        Bindings = "bindings",
+        /// Refusals kept while there is no session: the oldest is forgotten.
+        Refusals = "refusals",
+    }
+}
+
+labels! {
+    /// Why a connection to a forward was closed at once.
+    ForwardRefusal {
+        /// No guest has the target's address.
+        NoGuest = "no_guest",
+        /// Too many new connections at once.
+        Backlog = "backlog",
+        /// The host gave no descriptor or no memory for it.
+        Accept = "accept",
+    }
+}
+
+macro_rules! metrics {
+    ($($kind:ident $field:ident: $type:ty = $name:literal, $help:literal;)*) => {
+        /// Every metric. Shared by reference; each is updated alone and without order.
+        #[derive(Debug, Default)]
+        pub struct Metrics {
+            $(#[doc = $help] pub $field: $type,)*
+        }
+
+        impl Metrics {
+            /// The text exposition: help, type and value of every metric.
+            pub fn render(&self) -> String {
+                let mut out = String::new();
+                $(render!($kind, self.$field, $name, $help, &mut out);)*
+                out
+            }
+        }
+    };
+}
+
+macro_rules! render {
+    (counter, $metric:expr, $name:literal, $help:literal, $out:expr) => {
+        render_one($out, $name, $help, "counter", $metric.get())
+    };
+    (gauge, $metric:expr, $name:literal, $help:literal, $out:expr) => {
+        render_one($out, $name, $help, "gauge", $metric.get())
+    };
+    (by_cause, $metric:expr, $name:literal, $help:literal, $out:expr) => {
+        render_family($out, $name, $help, "cause", &$metric)
+    };
+    (by_table, $metric:expr, $name:literal, $help:literal, $out:expr) => {
+        render_family($out, $name, $help, "table", &$metric)
+    };
+}
+
+metrics! {
+    gauge session_up: Gauge = "vnet_dataplane_session_up", "1 while a controlplane's Welcome is in force.";
+    counter session_welcomes: Counter = "vnet_dataplane_session_welcomes_total", "Sessions that were welcomed.";
+    by_cause session_ends: Family<SessionEndCause> = "vnet_dataplane_session_ends_total", "Sessions and attempts that ended.";
+    counter misses_sent: Counter = "vnet_dataplane_misses_sent_total", "Misses sent, those sent again included.";
+    counter misses_reannounced: Counter = "vnet_dataplane_misses_reannounced_total", "Misses sent again after a reconnect or a stale verdict.";
+    counter verdicts: Counter = "vnet_dataplane_verdicts_total", "Verdicts handed to guests.";
+    counter messages_sent: Counter = "vnet_dataplane_session_messages_sent_total", "Messages to the controlplane.";
+    counter messages_received: Counter = "vnet_dataplane_session_messages_received_total", "Messages from the controlplane.";
+    by_cause messages_refused: Family<RefusedMessage> = "vnet_dataplane_session_messages_refused_total", "Messages of the controlplane that were not carried out.";
+    by_table mirror_full: Family<MirrorTable> = "vnet_dataplane_mirror_full_total", "Entries that found a table of the session full.";
+    gauge held_misses: Gauge = "vnet_dataplane_held_misses", "Misses that wait for an answer.";
+    gauge live_flows: Gauge = "vnet_dataplane_live_flows", "Flows that are open.";
+    gauge host_addresses: Gauge = "vnet_dataplane_host_addresses", "Addresses that the host owns, loopback aside.";
+    counter guard_changes: Counter = "vnet_dataplane_guard_changes_total", "Changes of guarded addresses, each of which voids cached verdicts.";
+    gauge forwards_open: Gauge = "vnet_dataplane_forwards_open", "Forwards that listen.";
+    counter forward_connections: Counter = "vnet_dataplane_forward_connections_total", "Connections that forwards handed to guests.";
+    by_cause forward_refusals: Family<ForwardRefusal> = "vnet_dataplane_forward_refusals_total", "Connections that forwards closed at once.";
+}
+
+fn render_one(out: &mut String, name: &str, help: &str, kind: &str, value: u64) {
+    // Writing to a String cannot fail.
+    let _ = writeln!(out, "# HELP {name} {help}\n# TYPE {name} {kind}\n{name} {value}");
+}
+
+fn render_family<L: Label>(out: &mut String, name: &str, help: &str, label: &str, family: &Family<L>) {
+    let _ = writeln!(out, "# HELP {name} {help}\n# TYPE {name} counter");
+    for value in L::ALL {
+        let _ = writeln!(
+            out,
+            "{name}{{{label}=\"{}\"}} {}",
+            value.name(),
+            family.of(*value).get()
+        );
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_dump_shows_every_value_of_a_label_also_at_zero() {
+        let metrics = Metrics::default();
+        metrics.session_ends.of(SessionEndCause::Silent).add(3);
+        metrics.session_up.set(1);
+
+        let text = metrics.render();
+
+        assert!(
+            text.contains("# TYPE vnet_dataplane_session_up gauge\nvnet_dataplane_session_up 1\n"),
+            "{text}"
+        );
+        assert!(
+            text.contains("vnet_dataplane_session_ends_total{cause=\"silent\"} 3\n"),
+            "{text}"
+        );
+        assert!(
+            text.contains("vnet_dataplane_session_ends_total{cause=\"lost\"} 0\n"),
+            "{text}"
+        );
+    }
+
+    #[test]
+    fn every_metric_is_named_for_its_plane_and_once() {
+        let text = Metrics::default().render();
+        let mut names: Vec<&str> = text
+            .lines()
+            .filter_map(|l| l.strip_prefix("# TYPE ")?.split(' ').next())
+            .collect();
+        assert!(names.iter().all(|n| n.starts_with("vnet_dataplane_")));
+        let all = names.len();
+        names.sort_unstable();
+        names.dedup();
+        assert_eq!(names.len(), all);
+    }
+}

@@ -1,0 +1,444 @@
+//! What guests of one network share, off the fast path: leases, zones, guards, the switch's queues,
+//! and who is there.
+
+use std::collections::HashMap;
+use std::io;
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::Sender as InputSender;
+use std::sync::{Arc, Mutex, PoisonError, RwLock};
+use std::thread;
+use std::time::{Duration, SystemTime};
+
+use crossbeam_queue::ArrayQueue;
+use ipnet::Ipv4Net;
+use mio::Waker;
+use tokio::sync::mpsc::Sender;
+use vnet_proto::model::{GuardSet, Protocol, VmId};
+
+use crate::clock;
+use crate::driver::{Driver, DriverParts};
+use crate::egress::resolver::Resolver;
+use crate::engine::frame::DropReason;
+use crate::engine::gateway::dhcp::{self, DhcpConfig, DhcpOutcome};
+use crate::engine::gateway::dns::zones::Zones;
+use crate::engine::{Engine, EngineConfig, Surroundings, Time};
+use crate::forward::Forwards;
+use crate::guards::Guards;
+use crate::leases::Leases;
+use crate::link::Link;
+use crate::mac::Mac;
+use crate::message::{Input, Order, OwnPolicy, Report, Router, VmUp, Zone};
+use crate::session;
+
+/// Frames of other guests that wait for one guest.
+const PEER_FRAMES_MAX: usize = 1_024;
+
+/// Frames of other guests, for one guest.
+pub type FrameQueue = ArrayQueue<Box<[u8]>>;
+
+/// What a network is made with.
+#[derive(Debug, Clone)]
+pub struct NetworkConfig {
+    /// The gateway's address.
+    pub gateway: Ipv4Addr,
+    /// The gateway's MAC address.
+    pub gateway_mac: Mac,
+    /// The guests' subnet.
+    pub subnet: Ipv4Net,
+    /// The address that stands for the host's loopback.
+    pub host_alias: Option<Ipv4Addr>,
+    /// Largest IP packet towards a guest, bytes.
+    pub mtu_bytes: usize,
+    /// What the DHCP server hands out.
+    pub dhcp: DhcpConfig,
+    /// How long a flow is held before a controlplane has said otherwise.
+    pub hold: Duration,
+    /// Flows of one guest at once.
+    pub flows_max: usize,
+}
+
+/// How a guest attaches.
+#[derive(Debug, Clone, Default)]
+pub struct GuestSpec {
+    /// The name it should go by.
+    pub name: String,
+    /// Labels, from the host's side.
+    pub labels: std::collections::BTreeMap<String, String>,
+    /// The policy it brings along.
+    pub own_policy: Option<OwnPolicy>,
+    /// The mode it brings along.
+    pub mode: Option<vnet_proto::model::Mode>,
+    /// How long its resolver waits.
+    pub resolver_patience: Duration,
+    /// The only MAC address it may have.
+    pub pinned_mac: Option<Mac>,
+    /// The address that is kept for it.
+    pub pinned_address: Option<Ipv4Addr>,
+}
+
+/// One network and its guests.
+pub struct Network {
+    config: NetworkConfig,
+    leases: Mutex<Leases>,
+    zones: RwLock<Arc<Zones>>,
+    guards: Arc<Guards>,
+    resolver: Resolver,
+    runtime: tokio::runtime::Handle,
+    guests: RwLock<Guests>,
+    reports: Sender<Report>,
+    forwards: std::sync::OnceLock<Forwards>,
+}
+
+#[derive(Default)]
+struct Guests {
+    by_vm: HashMap<VmId, Guest>,
+    by_mac: HashMap<Mac, VmId>,
+    next: u32,
+}
+
+struct Guest {
+    /// Unbounded: what comes in are answers to the guest's own misses and queries, which are bounded,
+    /// and orders, none of which may be lost.
+    inputs: InputSender<Input>,
+    waker: Arc<Waker>,
+    frames: Arc<FrameQueue>,
+    switch_open: AtomicBool,
+}
+
+impl Network {
+    /// A network without guests.
+    pub fn new(
+        config: NetworkConfig,
+        leases: Leases,
+        zones: Zones,
+        guards: Arc<Guards>,
+        resolver: Resolver,
+        runtime: tokio::runtime::Handle,
+        reports: Sender<Report>,
+    ) -> Arc<Self> {
+        Arc::new(Self {
+            config,
+            leases: Mutex::new(leases),
+            zones: RwLock::new(Arc::new(zones)),
+            guards,
+            resolver,
+            runtime,
+            guests: RwLock::default(),
+            reports,
+            forwards: std::sync::OnceLock::new(),
+        })
+    }
+
+    /// Where forwards learn that a guest has an address now. Once.
+    pub fn set_forwards(&self, forwards: Forwards) {
+        // A second call would be a mistake at start; the first stays.
+        let _ = self.forwards.set(forwards);
+    }
+
+    /// Time since the process started, counting time suspended.
+    pub fn now(&self) -> Time {
+        clock::now()
+    }
+
+    /// Starts a guest on a link, in a thread of its own. The thread ends with the link and says
+    /// why.
+    ///
+    /// # Errors
+    /// The system's: no thread, no poller.
+    pub fn attach(self: &Arc<Self>, link: Link, spec: GuestSpec) -> io::Result<thread::JoinHandle<()>> {
+        self.attach_then(link, spec, || {})
+    }
+
+    /// As [`Self::attach`]; `then` is called when the guest is gone.
+    ///
+    /// # Errors
+    /// The system's: no thread, no poller.
+    pub fn attach_then(
+        self: &Arc<Self>,
+        link: Link,
+        spec: GuestSpec,
+        then: impl FnOnce() + Send + 'static,
+    ) -> io::Result<thread::JoinHandle<()>> {
+        let vm = {
+            let mut guests = self.write_guests();
+            guests.next += 1;
+            VmId(guests.next)
+        };
+        let mut seed = [0; 32];
+        getrandom::fill(&mut seed).map_err(|error| io::Error::other(error.to_string()))?;
+        let config = EngineConfig {
+            vm,
+            gateway: self.config.gateway,
+            gateway_mac: self.config.gateway_mac,
+            subnet: self.config.subnet,
+            host_alias: self.config.host_alias,
+            mtu_bytes: self.config.mtu_bytes,
+            pinned_mac: spec.pinned_mac,
+            flows_max: self.config.flows_max,
+            hold: self.config.hold,
+            lookup_hold: spec.resolver_patience,
+            seed,
+        };
+        let engine = Engine::new(
+            config,
+            Arc::clone(self) as Arc<dyn Surroundings>,
+            spec.name.clone(),
+        );
+        let transport = link.transport();
+        let frames = Arc::new(FrameQueue::new(PEER_FRAMES_MAX));
+        let (inputs, receiver) = std::sync::mpsc::channel();
+        let (driver, waker) = Driver::new(DriverParts {
+            vm,
+            link,
+            engine,
+            inputs: receiver,
+            frames: Arc::clone(&frames),
+            reports: self.reports.clone(),
+            network: Arc::clone(self),
+            resolver: self.resolve_for(vm),
+        })?;
+        let waker = Arc::new(waker);
+        if let Some(address) = spec.pinned_address {
+            if !self.lock_leases().pin(vm, spec.pinned_mac, address) {
+                tracing::warn!(vm = %spec.name, %address, "the address is not free; the VM is given another");
+            }
+        }
+        let guest = Guest {
+            inputs,
+            waker,
+            frames,
+            switch_open: AtomicBool::new(false),
+        };
+        self.write_guests().by_vm.insert(vm, guest);
+        let name = spec.name.clone();
+        let up = VmUp {
+            vm,
+            name: spec.name,
+            labels: spec.labels,
+            transport,
+            own_policy: spec.own_policy,
+            mode: spec.mode,
+            resolver_patience: spec.resolver_patience,
+            attached_at: SystemTime::now(),
+        };
+        let network = Arc::clone(self);
+        let thread = thread::Builder::new()
+            .name(format!("guest-{vm}"))
+            .spawn(move || {
+                tracing::info!(vm = %name, transport, "guest attached");
+                let _ = network.reports.blocking_send(Report::VmUp(up));
+                // A bug that a guest finds is contained in its own thread: it loses its link.
+                let result = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| driver.run()));
+                network.detach(vm);
+                match result {
+                    Ok(Ok(())) => tracing::info!(vm = %name, "guest detached"),
+                    Ok(Err(error)) => {
+                        tracing::info!(vm = %name, reason = %DisplayChain(&error), "guest detached");
+                    }
+                    Err(_) => tracing::error!(vm = %name, "guest's driver failed; its link is closed"),
+                }
+                let _ = network.reports.blocking_send(Report::VmDown(vm));
+                then();
+            })?;
+        Ok(thread)
+    }
+
+    /// How a guest's engine asks upstream; the answer comes back as an input of its driver.
+    fn resolve_for(self: &Arc<Self>, vm: VmId) -> Box<dyn Fn(u64, Vec<u8>) + Send> {
+        let network = Arc::downgrade(self);
+        let runtime = self.runtime.clone();
+        let resolver = self.resolver.clone();
+        Box::new(move |query, bytes| {
+            let (network, resolver) = (network.clone(), resolver.clone());
+            runtime.spawn(async move {
+                let answer = match resolver.resolve(bytes).await {
+                    Ok(answer) => Some(answer),
+                    Err(error) => {
+                        tracing::debug!(%error, "no upstream answer");
+                        None
+                    }
+                };
+                if let Some(network) = network.upgrade() {
+                    network.send(vm, Input::Resolved { query, answer });
+                }
+            });
+        })
+    }
+
+    fn detach(&self, vm: VmId) {
+        let mut guests = self.write_guests();
+        guests.by_vm.remove(&vm);
+        guests.by_mac.retain(|_, owner| *owner != vm);
+        drop(guests);
+        self.lock_leases().release_vm(vm);
+    }
+
+    /// Ends every guest.
+    pub fn stop(&self) {
+        for vm in self.vms() {
+            self.send(vm, Input::Stop);
+        }
+    }
+
+    /// Passes a frame to the guest that has a MAC address, or to all for broadcast and multicast.
+    ///
+    /// # Errors
+    /// Why it was not passed on, to one that should have had it.
+    pub fn switch(&self, from: VmId, to: Mac, frame: &[u8]) -> Result<(), DropReason> {
+        let guests = self.guests.read().unwrap_or_else(PoisonError::into_inner);
+        let pass = |guest: &Guest| {
+            if !guest.switch_open.load(Ordering::Relaxed) {
+                return Err(DropReason::GuestToGuest);
+            }
+            guest
+                .frames
+                .push(frame.into())
+                .map_err(|_| DropReason::PeerQueueFull)?;
+            let _ = guest.waker.wake();
+            Ok(())
+        };
+        if to.is_unicast() {
+            let vm = guests
+                .by_mac
+                .get(&to)
+                .filter(|vm| **vm != from)
+                .ok_or(DropReason::UnknownStation)?;
+            return guests.by_vm.get(vm).map_or(Err(DropReason::UnknownStation), pass);
+        }
+        for (vm, guest) in &guests.by_vm {
+            if *vm != from {
+                // One guest's closed port or full queue is no reason to keep the frame from the others.
+                let _ = pass(guest);
+            }
+        }
+        Ok(())
+    }
+
+    fn change_zones<R>(&self, change: impl FnOnce(&mut Zones) -> R) -> R {
+        let mut zones = self.zones.write().unwrap_or_else(PoisonError::into_inner);
+        let mut next = Zones::clone(&zones);
+        let result = change(&mut next);
+        *zones = Arc::new(next);
+        result
+    }
+
+    fn lock_leases(&self) -> std::sync::MutexGuard<'_, Leases> {
+        self.leases.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn write_guests(&self) -> std::sync::RwLockWriteGuard<'_, Guests> {
+        self.guests.write().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Surroundings for Network {
+    fn claim(&self, vm: VmId, mac: Mac, address: Ipv4Addr, now: Time) -> bool {
+        let owned = self.lock_leases().claim(vm, mac, address, now);
+        if owned && let Some(forwards) = self.forwards.get() {
+            forwards.guest_attached(vm, address.into());
+        }
+        owned
+    }
+
+    fn dhcp(&self, vm: VmId, mac: Mac, message: &[u8], now: Time) -> DhcpOutcome {
+        let outcome = dhcp::handle(&mut self.lock_leases(), &self.config.dhcp, vm, mac, message, now);
+        if let (Some(address), Some(forwards)) = (outcome.bound, self.forwards.get()) {
+            forwards.guest_attached(vm, address.into());
+        }
+        outcome
+    }
+
+    fn learn_mac(&self, vm: VmId, mac: Mac) -> bool {
+        *self.write_guests().by_mac.entry(mac).or_insert(vm) == vm
+    }
+
+    fn guest_at(&self, address: IpAddr) -> Option<VmId> {
+        match address {
+            IpAddr::V4(v4) => self.lock_leases().owner(v4),
+            IpAddr::V6(_) => None,
+        }
+    }
+
+    fn guards(&self, dialled: SocketAddr, protocol: Protocol) -> GuardSet {
+        self.guards.classify(dialled.ip(), dialled.port(), protocol)
+    }
+
+    fn zones(&self) -> Arc<Zones> {
+        Arc::clone(&self.zones.read().unwrap_or_else(PoisonError::into_inner))
+    }
+}
+
+impl Router for Network {
+    fn send(&self, vm: VmId, input: Input) -> bool {
+        let guests = self.guests.read().unwrap_or_else(PoisonError::into_inner);
+        let Some(guest) = guests.by_vm.get(&vm) else {
+            return false;
+        };
+        if let Input::Order(Order::Settings(settings)) = &input {
+            guest.switch_open.store(settings.switch_open, Ordering::Relaxed);
+        }
+        let sent = guest.inputs.send(input).is_ok();
+        let _ = guest.waker.wake();
+        sent
+    }
+
+    fn broadcast(&self, order: &Order) -> Vec<VmId> {
+        self.vms()
+            .into_iter()
+            .filter(|vm| self.send(*vm, Input::Order(order.clone())))
+            .collect()
+    }
+
+    fn vms(&self) -> Vec<VmId> {
+        self.guests
+            .read()
+            .unwrap_or_else(PoisonError::into_inner)
+            .by_vm
+            .keys()
+            .copied()
+            .collect()
+    }
+
+    fn guest_at(&self, address: IpAddr) -> Option<VmId> {
+        Surroundings::guest_at(self, address)
+    }
+}
+
+impl session::Zones for Network {
+    fn zones(&self) -> Vec<Zone> {
+        Surroundings::zones(self).list().to_vec()
+    }
+
+    fn set_zone(&self, zone: Zone) -> Result<(), session::Refusal> {
+        self.change_zones(|zones| zones.set(zone))
+            .map_err(|error| session::Refusal {
+                code: tonic::Code::ResourceExhausted,
+                text: error.to_string(),
+            })
+    }
+
+    fn delete_zone(&self, name: Option<&vnet_proto::model::Name>) -> Result<(), session::Refusal> {
+        self.change_zones(|zones| zones.remove(name))
+            .map(drop)
+            .ok_or_else(|| session::Refusal {
+                code: tonic::Code::NotFound,
+                text: format!("there is no zone {}", name.map_or(".", |n| n.as_str())),
+            })
+    }
+}
+
+/// An error with its causes, for one line.
+struct DisplayChain<'a>(&'a dyn std::error::Error);
+
+impl std::fmt::Display for DisplayChain<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{}", self.0)?;
+        let mut cause = self.0.source();
+        while let Some(error) = cause {
+            write!(f, ": {error}")?;
+            cause = error.source();
+        }
+        Ok(())
+    }
+}

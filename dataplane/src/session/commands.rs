@@ -1,0 +1,84 @@
+//! Commands: what a controlplane may have done in this dataplane's network, and how it is refused.
+
+use std::sync::Arc;
+
+use tonic::Code;
+use vnet_proto::model::Name;
+
+use crate::forward::{ForwardError, Forwards};
+use crate::message::{Forward, Zone};
+
+/// Why a command was refused; nothing was changed.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Refusal {
+    /// What kind.
+    pub code: Code,
+    /// One sentence for people.
+    pub text: String,
+}
+
+impl Refusal {
+    /// The command is not one that could ever be done.
+    pub fn invalid(text: impl Into<String>) -> Self {
+        Self {
+            code: Code::InvalidArgument,
+            text: text.into(),
+        }
+    }
+}
+
+impl From<ForwardError> for Refusal {
+    fn from(error: ForwardError) -> Self {
+        let code = match error {
+            ForwardError::InUse { .. } => Code::AlreadyExists,
+            ForwardError::NotPermitted { .. } => Code::PermissionDenied,
+            ForwardError::NoSuchAddress { .. } | ForwardError::Protocol(_) | ForwardError::Target(_) => {
+                Code::InvalidArgument
+            }
+            ForwardError::Listen { .. } => Code::Unavailable,
+            ForwardError::NotFound { .. } => Code::NotFound,
+            ForwardError::TooMany { .. } => Code::ResourceExhausted,
+        };
+        let cause = std::error::Error::source(&error)
+            .map(|cause| format!(": {cause}"))
+            .unwrap_or_default();
+        Self {
+            code,
+            text: format!("{error}{cause}"),
+        }
+    }
+}
+
+/// The zones of a network. Implemented by what answers guests' lookups.
+pub trait Zones: Send + Sync {
+    /// The zones served now, in order of precedence.
+    fn zones(&self) -> Vec<Zone>;
+
+    /// Adds a zone, or replaces the one of that name.
+    ///
+    /// # Errors
+    /// [`Refusal`], as at a limit.
+    fn set_zone(&self, zone: Zone) -> Result<(), Refusal>;
+
+    /// Removes a zone; `None` names the root.
+    ///
+    /// # Errors
+    /// [`Refusal`] when there is none of that name.
+    fn delete_zone(&self, name: Option<&Name>) -> Result<(), Refusal>;
+}
+
+/// What commands act on.
+#[derive(Clone)]
+pub struct Commands {
+    /// Forwards of the network.
+    pub forwards: Forwards,
+    /// Zones of the network.
+    pub zones: Arc<dyn Zones>,
+}
+
+impl Commands {
+    pub(super) fn expose(&self, forward: Forward) -> Result<Forward, Refusal> {
+        let listen = self.forwards.expose(forward)?;
+        Ok(Forward { listen, ..forward })
+    }
+}

@@ -1,0 +1,340 @@
+//! Between the dataplane's own types and the session's messages. The model's conversions live in
+//! `vnet_proto::model`; here are those of types that only a dataplane has.
+
+use std::net::{IpAddr, SocketAddr};
+use std::time::{Duration, Instant};
+
+use vnet_proto::model::{Epoch, Malformed, Name, NameError, Protocol, VmId, address_to_bytes};
+use vnet_proto::v1;
+use vnet_proto::v1::session_request::Message;
+
+use crate::message::{FlowEnd, FlowOpened, Forward, MissEnd, OwnPolicy, Report, VmStatus, VmUp, Zone};
+use crate::session::commands::Refusal;
+
+pub(super) fn vm_up(up: &VmUp, status: Option<&VmStatus>) -> v1::VmUp {
+    v1::VmUp {
+        vm: up.vm.0,
+        name: up.name.clone(),
+        labels: up.labels.clone().into_iter().collect(),
+        transport: up.transport.to_owned(),
+        own_policy: up.own_policy.as_ref().map(own_policy),
+        mode: up.mode.map_or(v1::Mode::Unspecified, Into::into).into(),
+        resolver_patience: duration(up.resolver_patience),
+        attached_at: Some(up.attached_at.into()),
+        attached: status.is_none_or(|s| s.attached),
+        addresses: status.map(|s| texts(&s.addresses)).unwrap_or_default(),
+        mac: status.map(|s| s.mac.clone()).unwrap_or_default(),
+    }
+}
+
+fn own_policy(policy: &OwnPolicy) -> v1::OwnPolicy {
+    v1::OwnPolicy {
+        document: policy.document.clone(),
+        source: policy.source.clone(),
+        rules: policy.rules.clone(),
+    }
+}
+
+pub(super) fn vm_status(status: &VmStatus) -> v1::VmStatus {
+    v1::VmStatus {
+        vm: status.vm.0,
+        addresses: texts(&status.addresses),
+        mac: status.mac.clone(),
+        claimed_hostname: status.claimed_hostname.clone(),
+        dropped_frames: status.dropped_frames.clone().into_iter().collect(),
+        attached: status.attached,
+    }
+}
+
+fn texts(addresses: &[IpAddr]) -> Vec<String> {
+    addresses.iter().map(ToString::to_string).collect()
+}
+
+pub(super) fn flow_opened(flow: &FlowOpened, bytes_up: u64, bytes_down: u64) -> v1::FlowOpened {
+    let mut subject = v1::FlowSubject::from(&flow.subject);
+    if flow.ingress {
+        // On the wire the one who opened the flow stands first; here the guest does.
+        std::mem::swap(&mut subject.guest_address, &mut subject.address);
+        std::mem::swap(&mut subject.guest_port, &mut subject.port);
+        subject.dialled.clear();
+    }
+    v1::FlowOpened {
+        flow_id: flow.flow.0,
+        vm: flow.vm.0,
+        ingress: flow.ingress,
+        subject: Some(subject),
+        epoch: flow.epoch.map(Into::into),
+        grant_id: flow.grant.clone(),
+        reason: Some((&flow.reason).into()),
+        would_deny: flow.would_deny,
+        opened_at: Some(flow.opened_at.into()),
+        bytes_up,
+        bytes_down,
+        miss_id: flow.miss.map_or(0, |miss| miss.0),
+    }
+}
+
+pub(super) fn binding(
+    vm: VmId,
+    name: &Name,
+    addresses: &[IpAddr],
+    expires_in: Duration,
+) -> v1::BindingLearned {
+    v1::BindingLearned {
+        vm: vm.0,
+        name: name.to_string(),
+        addresses: addresses.iter().copied().map(address_to_bytes).collect(),
+        expires_in: duration(expires_in),
+    }
+}
+
+pub(super) fn host_addresses(addresses: &[IpAddr]) -> v1::HostAddresses {
+    v1::HostAddresses {
+        addresses: addresses.iter().copied().map(address_to_bytes).collect(),
+    }
+}
+
+/// The message of a report; `None` for what the session answers itself.
+pub(super) fn report(report: &Report, epoch: Option<Epoch>) -> Option<Message> {
+    Some(match report {
+        Report::VmUp(up) => Message::VmUp(vm_up(up, None)),
+        Report::VmStatus(status) => Message::VmStatus(vm_status(status)),
+        Report::VmDown(vm) => Message::VmDown(v1::VmDown { vm: vm.0 }),
+        Report::Miss(miss) => Message::Miss(miss.to_message(epoch)),
+        Report::MissEnded { miss, end } => Message::MissEnded(v1::MissEnded {
+            miss_id: miss.0,
+            end: miss_end(*end).into(),
+        }),
+        Report::FlowOpened(flow) => Message::FlowOpened(flow_opened(flow, 0, 0)),
+        Report::FlowClosed {
+            flow,
+            end,
+            bytes_up,
+            bytes_down,
+        } => Message::FlowClosed(v1::FlowClosed {
+            flow_id: flow.0,
+            end: flow_end(*end).into(),
+            bytes_up: *bytes_up,
+            bytes_down: *bytes_down,
+        }),
+        Report::FlowStats(counts) => Message::FlowStats(v1::FlowStats {
+            counts: counts
+                .iter()
+                .map(|(flow, up, down)| v1::FlowCount {
+                    flow_id: flow.0,
+                    bytes_up: *up,
+                    bytes_down: *down,
+                })
+                .collect(),
+        }),
+        Report::Decided {
+            vm,
+            subject,
+            action,
+            reason,
+            count,
+            would_deny,
+        } => Message::Decided(v1::Decided {
+            vm: vm.0,
+            subject: Some(match subject {
+                vnet_proto::model::Subject::Flow(flow) => v1::decided::Subject::Flow(flow.into()),
+                vnet_proto::model::Subject::Lookup(lookup) => v1::decided::Subject::Lookup(lookup.into()),
+            }),
+            action: v1::Action::from(*action).into(),
+            reason: Some(reason.into()),
+            count: *count,
+            would_deny: *would_deny,
+        }),
+        Report::Binding {
+            vm,
+            name,
+            addresses,
+            expires_in,
+        } => Message::Binding(binding(*vm, name, addresses, *expires_in)),
+        Report::HostAddresses(addresses) => Message::HostAddresses(host_addresses(addresses)),
+        Report::Done { .. } => return None,
+    })
+}
+
+fn miss_end(end: MissEnd) -> v1::MissEnd {
+    match end {
+        MissEnd::HoldExpired => v1::MissEnd::HoldExpired,
+        MissEnd::GuestGaveUp => v1::MissEnd::GuestGaveUp,
+        MissEnd::VmDown => v1::MissEnd::VmDown,
+        MissEnd::Evicted => v1::MissEnd::Evicted,
+        MissEnd::Covered => v1::MissEnd::Covered,
+    }
+}
+
+fn flow_end(end: FlowEnd) -> v1::FlowEnd {
+    match end {
+        FlowEnd::Finished => v1::FlowEnd::Finished,
+        FlowEnd::GuestReset => v1::FlowEnd::GuestReset,
+        FlowEnd::HostReset => v1::FlowEnd::HostReset,
+        FlowEnd::Idle => v1::FlowEnd::Idle,
+        FlowEnd::Cut => v1::FlowEnd::Cut,
+        FlowEnd::VmDown => v1::FlowEnd::VmDown,
+        FlowEnd::Evicted => v1::FlowEnd::Evicted,
+        FlowEnd::GrantEnded => v1::FlowEnd::GrantEnded,
+        FlowEnd::Unreachable => v1::FlowEnd::Unreachable,
+    }
+}
+
+/// A Welcome that can be acted on.
+#[derive(Debug)]
+pub(super) struct Welcome {
+    pub(super) epoch: Epoch,
+    pub(super) lease: Duration,
+    pub(super) heartbeat: Duration,
+    pub(super) hold: Duration,
+    pub(super) vms: Vec<v1::VmSettings>,
+    pub(super) closed: Vec<SocketAddr>,
+}
+
+impl TryFrom<v1::Welcome> for Welcome {
+    type Error = Malformed;
+
+    fn try_from(message: v1::Welcome) -> Result<Self, Malformed> {
+        let closed = message
+            .closed_addresses
+            .iter()
+            // Left out, it would be open: the whole Welcome is refused instead.
+            .map(|text| {
+                text.parse().map_err(|_| Malformed::Mismatch {
+                    field: "welcome.closed_addresses",
+                })
+            })
+            .collect::<Result<_, _>>()?;
+        Ok(Self {
+            epoch: required("welcome.epoch", message.epoch)?.try_into()?,
+            lease: positive("welcome.lease", message.lease, LEASE_MAX)?,
+            heartbeat: positive(
+                "welcome.heartbeat_interval",
+                message.heartbeat_interval,
+                HEARTBEAT_MAX,
+            )?,
+            hold: positive("welcome.hold", message.hold, HOLD_MAX)?,
+            vms: message.vms,
+            closed,
+        })
+    }
+}
+
+pub(super) fn required<T>(field: &'static str, value: Option<T>) -> Result<T, Malformed> {
+    value.ok_or(Malformed::Missing { field })
+}
+
+/// A time that must be given, above zero and at most `most`.
+pub(super) fn positive(
+    field: &'static str,
+    value: Option<prost_types::Duration>,
+    most: Duration,
+) -> Result<Duration, Malformed> {
+    let value = required(field, value)?;
+    let seconds = value.seconds.unsigned_abs();
+    Duration::try_from(value)
+        .ok()
+        .filter(|d| !d.is_zero() && *d <= most)
+        .ok_or(Malformed::Range {
+            field,
+            value: seconds,
+        })
+}
+
+pub(super) fn duration(value: Duration) -> Option<prost_types::Duration> {
+    value.try_into().ok()
+}
+
+/// What is left until `deadline`.
+pub(super) fn remaining(deadline: Instant, now: Instant) -> Duration {
+    deadline.saturating_duration_since(now)
+}
+
+pub(super) fn forward_to_wire(forward: &Forward, network: &str) -> v1::Forward {
+    v1::Forward {
+        network: network.to_owned(),
+        protocol: v1::Protocol::from(forward.protocol).into(),
+        listen: forward.listen.to_string(),
+        target: forward.target.to_string(),
+    }
+}
+
+/// Reads a forward. `target` may be empty where the forward is only to be named.
+pub(super) fn forward_from_wire(
+    message: &v1::Forward,
+) -> Result<(Protocol, SocketAddr, Option<SocketAddr>), Refusal> {
+    let protocol = match message.protocol() {
+        v1::Protocol::Tcp => Protocol::Tcp,
+        v1::Protocol::Udp => Protocol::Udp,
+        _ => return Err(Refusal::invalid("forward.protocol is neither tcp nor udp")),
+    };
+    let place = |field: &str, text: &str| {
+        text.parse().map_err(|_| {
+            Refusal::invalid(format!(
+                "forward.{field} is {text:?} (expected ADDRESS:PORT, as 127.0.0.1:8080)"
+            ))
+        })
+    };
+    let target = if message.target.is_empty() {
+        None
+    } else {
+        Some(place("target", &message.target)?)
+    };
+    Ok((protocol, place("listen", &message.listen)?, target))
+}
+
+pub(super) fn zone_to_wire(zone: &Zone, network: &str) -> v1::Zone {
+    let text = |name: &Option<Name>| name.as_ref().map(ToString::to_string).unwrap_or_default();
+    v1::Zone {
+        network: network.to_owned(),
+        name: text(&zone.name),
+        records: zone
+            .records
+            .iter()
+            .map(|(name, address)| v1::ZoneRecord {
+                name: text(name),
+                address: address.to_string(),
+            })
+            .collect(),
+        default_address: zone.default_address.map(|a| a.to_string()).unwrap_or_default(),
+    }
+}
+
+pub(super) fn zone_from_wire(message: &v1::Zone) -> Result<Zone, Refusal> {
+    let address = |text: &str| -> Result<IpAddr, Refusal> {
+        text.parse()
+            .map_err(|_| Refusal::invalid(format!("zone {}: {text:?} is not an address", message.name)))
+    };
+    Ok(Zone {
+        name: zone_name(&message.name)?,
+        records: message
+            .records
+            .iter()
+            .map(|record| Ok((zone_name(&record.name)?, address(&record.address)?)))
+            .collect::<Result<_, Refusal>>()?,
+        default_address: match message.default_address.as_str() {
+            "" => None,
+            text => Some(address(text)?),
+        },
+    })
+}
+
+/// A zone's or record's name; empty is `None`. A record's may be a number, as no host name is.
+pub(super) fn zone_name(text: &str) -> Result<Option<Name>, Refusal> {
+    if text.is_empty() || text == "." {
+        return Ok(None);
+    }
+    match text.parse() {
+        Err(NameError::Address(_)) => Name::from_canonical(text),
+        parsed => parsed,
+    }
+    .map(Some)
+    .map_err(|error| Refusal::invalid(error.to_string()))
+}
+
+/// The longest lease that is taken. A cached allow never outlives it without a controlplane.
+const LEASE_MAX: Duration = Duration::from_secs(24 * 60 * 60);
+/// The longest heartbeat interval that is taken.
+const HEARTBEAT_MAX: Duration = Duration::from_secs(10 * 60);
+/// The longest hold that is taken.
+pub(super) const HOLD_MAX: Duration = Duration::from_secs(60 * 60);

@@ -1,0 +1,282 @@
+//! `approve`, `deny` and `allow`: a person's answers.
+//!
+//! By id, an answer holds until the VM stops, in the narrowest scope, for the VM that asked; it
+//! carries the etag of what was read, so that a question that changed meanwhile is not answered
+//! unseen. Of a destination, it holds for ever, for the only VM there is or those that were named.
+
+use clap::Args;
+use vnet_proto::model::Target;
+use vnet_proto::v1;
+
+use super::Context;
+use super::grants::sentence;
+use super::select::{LifetimeArgs, VmArgs};
+use crate::client::{Client, unary};
+use crate::failure::Failure;
+use crate::output::words;
+
+/// How wide an answer reaches.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub enum ScopeArg {
+    /// The address and port
+    HostPort,
+    /// The address, any port
+    Host,
+    /// The name and port
+    NamePort,
+    /// The name, any port
+    Name,
+    /// Every name below the name's registrable domain
+    Subdomains,
+}
+
+impl From<ScopeArg> for v1::Scope {
+    fn from(scope: ScopeArg) -> Self {
+        match scope {
+            ScopeArg::HostPort => Self::HostPort,
+            ScopeArg::Host => Self::Host,
+            ScopeArg::NamePort => Self::NamePort,
+            ScopeArg::Name => Self::Name,
+            ScopeArg::Subdomains => Self::Subdomains,
+        }
+    }
+}
+
+/// Options of an answer to a pending request.
+#[derive(Debug, Clone, Args)]
+pub struct AnswerArgs {
+    /// How wide the answer reaches; the narrowest if left out
+    #[arg(long, value_name = "SCOPE")]
+    pub scope: Option<ScopeArg>,
+    /// For how long.
+    #[command(flatten)]
+    pub lifetime: LifetimeArgs,
+    /// For which VMs.
+    #[command(flatten)]
+    pub vms: VmArgs,
+    /// Why, for the record
+    #[arg(long, value_name = "TEXT")]
+    pub reason: Option<String>,
+    /// The etag of what was shown; the answer is refused if it changed since. If left out, that of
+    /// what this command reads
+    #[arg(long, value_name = "ETAG")]
+    pub etag: Option<String>,
+}
+
+/// Arguments of `approve`.
+#[derive(Debug, Args)]
+pub struct ApproveArgs {
+    /// Ids of pending requests, or their beginnings
+    #[arg(value_name = "ID", required = true)]
+    pub ids: Vec<String>,
+    /// The answer.
+    #[command(flatten)]
+    pub answer: AnswerArgs,
+    /// For a name: allow only the lookup, not connections to its addresses
+    #[arg(long)]
+    pub lookup_only: bool,
+}
+
+/// Arguments of `deny`.
+#[derive(Debug, Args)]
+pub struct DenyArgs {
+    /// Ids of pending requests, or a destination as `tcp 192.0.2.7:443`
+    #[arg(value_name = "ID|DESTINATION", required = true)]
+    pub words: Vec<String>,
+    /// The answer.
+    #[command(flatten)]
+    pub answer: AnswerArgs,
+}
+
+/// Arguments of `allow`.
+#[derive(Debug, Args)]
+pub struct AllowArgs {
+    /// tcp|udp|icmp|icmpv6|any ADDRESS[/LENGTH][:PORTS], domain NAME[:PORTS], lookup NAME
+    #[arg(value_name = "DESTINATION", required = true)]
+    pub words: Vec<String>,
+    /// For how long.
+    #[command(flatten)]
+    pub lifetime: LifetimeArgs,
+    /// For which VMs.
+    #[command(flatten)]
+    pub vms: VmArgs,
+    /// Why, for the record
+    #[arg(long, value_name = "TEXT")]
+    pub reason: Option<String>,
+}
+
+impl ApproveArgs {
+    /// Runs it.
+    ///
+    /// # Errors
+    /// What the controlplane refuses.
+    pub async fn execute(self, context: &mut Context) -> Result<(), Failure> {
+        self.answer.check(self.ids.len())?;
+        let lifetime = self.answer.lifetime.message()?;
+        let client = context.connection.open().await?;
+        super::each(self.ids, async |id| {
+            let (id, etag) = shown(&client, id, &self.answer).await?;
+            let request = v1::ApproveRequest {
+                id,
+                etag,
+                scope: self.answer.scope(),
+                lifetime,
+                vms: self.answer.vms.message(),
+                budget: None,
+                reason: self.answer.reason.clone().unwrap_or_default(),
+                lookup_only: self.lookup_only,
+            };
+            let answer = client.pending().approve(unary(request)).await?.into_inner();
+            context.output.done("vnet.v1.ApproveResponse", &answer, || {
+                answered("approved", answer.request.as_ref(), answer.grant.as_ref())
+            })
+        })
+        .await
+    }
+}
+
+impl DenyArgs {
+    /// Runs it.
+    ///
+    /// # Errors
+    /// What makes no sense, and what the controlplane refuses.
+    pub async fn execute(self, context: &mut Context) -> Result<(), Failure> {
+        if is_destination(&self.words) {
+            if self.answer.scope.is_some() || self.answer.etag.is_some() {
+                return Err(Failure::Usage(
+                    "--scope and --etag are for pending requests; a destination is as wide as it is written"
+                        .to_owned(),
+                ));
+            }
+            let AnswerArgs { lifetime, vms, reason, .. } = self.answer;
+            return grant(v1::Action::Deny, &self.words, &lifetime, &vms, reason, context).await;
+        }
+        self.answer.check(self.words.len())?;
+        let lifetime = self.answer.lifetime.message()?;
+        let client = context.connection.open().await?;
+        super::each(self.words, async |id| {
+            let (id, etag) = shown(&client, id, &self.answer).await?;
+            let request = v1::DenyRequest {
+                id,
+                etag,
+                scope: self.answer.scope(),
+                lifetime,
+                vms: self.answer.vms.message(),
+                reason: self.answer.reason.clone().unwrap_or_default(),
+            };
+            let answer = client.pending().deny(unary(request)).await?.into_inner();
+            context.output.done("vnet.v1.DenyResponse", &answer, || {
+                answered("denied", answer.request.as_ref(), answer.grant.as_ref())
+            })
+        })
+        .await
+    }
+}
+
+impl AllowArgs {
+    /// Runs it.
+    ///
+    /// # Errors
+    /// What makes no sense, and what the controlplane refuses.
+    pub async fn execute(self, context: &mut Context) -> Result<(), Failure> {
+        if !is_destination(&self.words) && self.words.len() == 1 {
+            return Err(Failure::Usage(format!(
+                "{:?} is not a destination (expected one as \"tcp 192.0.2.7:443\" or \"domain '*.example.com'\")\n  \
+                 to answer a pending request: vnetctl approve {}",
+                self.words[0], self.words[0]
+            )));
+        }
+        grant(v1::Action::Allow, &self.words, &self.lifetime, &self.vms, self.reason, context).await
+    }
+}
+
+impl AnswerArgs {
+    fn check(&self, ids: usize) -> Result<(), Failure> {
+        if self.etag.is_some() && ids > 1 {
+            return Err(Failure::Usage("--etag is of one request; answer one id at a time with it".to_owned()));
+        }
+        Ok(())
+    }
+
+    fn scope(&self) -> i32 {
+        self.scope.map_or(v1::Scope::Unspecified, Into::into).into()
+    }
+}
+
+/// The whole id and the etag of what is about to be answered.
+async fn shown(client: &Client, id: String, answer: &AnswerArgs) -> Result<(String, String), Failure> {
+    if let Some(etag) = &answer.etag {
+        return Ok((id, etag.clone()));
+    }
+    let read = client.pending().get_pending(unary(v1::GetPendingRequest { id })).await?.into_inner();
+    let request = read.request.unwrap_or_default();
+    Ok((request.id, request.etag))
+}
+
+fn answered(done: &str, request: Option<&v1::PendingRequest>, grant: Option<&v1::Grant>) -> String {
+    let id = request.map_or("", |r| r.id.as_str());
+    match grant {
+        Some(grant) => format!("{done} {id}: {}", sentence(grant)),
+        None => format!("{done} {id}"),
+    }
+}
+
+async fn grant(
+    action: v1::Action,
+    destination: &[String],
+    lifetime: &LifetimeArgs,
+    vms: &VmArgs,
+    reason: Option<String>,
+    context: &mut Context,
+) -> Result<(), Failure> {
+    let target = Target::from_words(destination).map_err(|e| Failure::Usage(e.to_string()))?;
+    let request = v1::CreateGrantRequest {
+        action: action.into(),
+        target: Some((&target).into()),
+        vms: vms.message(),
+        lifetime: lifetime.message()?,
+        budget: None,
+        reason: reason.unwrap_or_default(),
+        request_id: request_id()?,
+    };
+    let client = context.connection.open().await?;
+    let answer = client.grants().create_grant(unary(request)).await?.into_inner();
+    context.output.done("vnet.v1.CreateGrantResponse", &answer, || {
+        let held = match answer.answered {
+            0 => String::new(),
+            1 => "; it answered 1 pending request".to_owned(),
+            n => format!("; it answered {n} pending requests"),
+        };
+        let grant = answer.grant.clone().unwrap_or_default();
+        format!("{}{held}{}", sentence(&grant), words::cut(answer.cut.as_ref()))
+    })
+}
+
+/// Whether the words are a destination rather than ids: what kind it is comes first, always.
+fn is_destination(words: &[String]) -> bool {
+    let first = words.first().and_then(|w| w.split_whitespace().next()).unwrap_or_default();
+    DESTINATION_KINDS.contains(&first)
+}
+
+/// Random, so that a call that is repeated after a lost answer makes one grant.
+fn request_id() -> Result<String, Failure> {
+    let random = getrandom::u64().map_err(|e| Failure::Failed(format!("no randomness to be had: {e}")))?;
+    Ok(format!("{random:016x}"))
+}
+
+const DESTINATION_KINDS: [&str; 7] = ["tcp", "udp", "icmp", "icmpv6", "any", "domain", "lookup"];
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_first_word_tells_a_destination_from_ids() {
+        let words = |text: &[&str]| text.iter().map(|w| (*w).to_owned()).collect::<Vec<_>>();
+
+        assert!(is_destination(&words(&["tcp", "192.0.2.7:443"])));
+        assert!(is_destination(&words(&["domain *.example.com"])));
+        assert!(!is_destination(&words(&["01JABC", "01JABD"])));
+        assert!(!is_destination(&words(&["tcp1"])));
+    }
+}

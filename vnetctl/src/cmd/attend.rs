@@ -1,0 +1,210 @@
+//! Watching one dataplane's VMs and their questions, for as long as `run` or `up` lasts.
+//!
+//! One task follows both watches and passes on what concerns this dataplane. When the controlplane
+//! goes away it connects again (which starts the user's own anew); the dataplane announces what it
+//! still holds, so the questions come back.
+
+use std::collections::HashMap;
+use std::time::Duration;
+
+use tokio::sync::mpsc;
+use tokio::task::AbortHandle;
+use vnet_proto::v1;
+
+use super::questions::{Act, Answer};
+use crate::client::{Client, Connection, Server, unary};
+use crate::failure::{Failure, describe};
+
+/// What was seen.
+#[derive(Debug)]
+pub enum Seen {
+    /// The watches begin: what is listed from here on is what there is.
+    Began,
+    /// A VM of this dataplane, as it is now.
+    Vm(Box<v1::Vm>),
+    /// A change of a pending request of one of its VMs.
+    Pending(Box<v1::WatchPendingResponse>),
+    /// The controlplane does not answer; it is being tried again.
+    Lost(String),
+}
+
+/// The task; it ends when this is dropped.
+#[derive(Debug)]
+pub struct Attendant {
+    seen: mpsc::Receiver<Seen>,
+    task: AbortHandle,
+}
+
+impl Attendant {
+    /// Begins to watch for the dataplane of this name.
+    pub fn start(connection: Connection, dataplane: String) -> Self {
+        let (sender, seen) = mpsc::channel(SEEN_MAX);
+        let task = tokio::spawn(async move {
+            let mut lost = false;
+            loop {
+                let ended = match connection.open().await {
+                    Ok(client) => follow(&client, &dataplane, &sender, &mut lost).await,
+                    Err(failure) => End::Lost(failure.to_string()),
+                };
+                match ended {
+                    End::Dropped => return,
+                    // Said once, however long it takes.
+                    End::Lost(why) if !lost => {
+                        lost = true;
+                        let _ = sender.send(Seen::Lost(why)).await;
+                    }
+                    End::Lost(_) | End::Gap => {}
+                }
+                tokio::time::sleep(RETRY_INTERVAL).await;
+            }
+        });
+        Self { seen, task: task.abort_handle() }
+    }
+
+    /// The next thing seen. Cancel safe.
+    pub async fn next(&mut self) -> Seen {
+        match self.seen.recv().await {
+            Some(seen) => seen,
+            // The task ends only with this.
+            None => std::future::pending().await,
+        }
+    }
+}
+
+impl Drop for Attendant {
+    fn drop(&mut self) {
+        self.task.abort();
+    }
+}
+
+enum End {
+    /// Nobody wants to know any more.
+    Dropped,
+    /// The streams ended.
+    Lost(String),
+    /// Changes were lost on the way; begin again to see all.
+    Gap,
+}
+
+async fn follow(client: &Client, dataplane: &str, sender: &mpsc::Sender<Seen>, lost: &mut bool) -> End {
+    let gone = |status: tonic::Status| End::Lost(describe(&status));
+    let mut vms = match client.vms().watch_vms(v1::WatchVmsRequest::default()).await {
+        Ok(answer) => answer.into_inner(),
+        Err(status) => return gone(status),
+    };
+    let mut pending = match client.pending().watch_pending(v1::WatchPendingRequest::default()).await {
+        Ok(answer) => answer.into_inner(),
+        Err(status) => return gone(status),
+    };
+    *lost = false;
+    if sender.send(Seen::Began).await.is_err() {
+        return End::Dropped;
+    }
+    // Whether each VM is this dataplane's.
+    let mut ours: HashMap<String, bool> = HashMap::new();
+    loop {
+        let seen = tokio::select! {
+            change = vms.message() => match change {
+                Ok(Some(change)) if change.change() == v1::VmChange::Gap => return End::Gap,
+                Ok(Some(v1::WatchVmsResponse { vm: Some(vm), change })) => {
+                    let is_ours = vm.dataplane == dataplane;
+                    if change == i32::from(v1::VmChange::Removed) {
+                        ours.remove(&vm.name);
+                    } else {
+                        ours.insert(vm.name.clone(), is_ours);
+                    }
+                    is_ours.then(|| Seen::Vm(Box::new(vm)))
+                }
+                Ok(Some(_)) => None,
+                Ok(None) => return End::Lost("the controlplane ended the watch".to_owned()),
+                Err(status) => return gone(status),
+            },
+            change = pending.message() => match change {
+                Ok(Some(change)) if change.change() == v1::PendingChange::Gap => return End::Gap,
+                Ok(Some(change)) => {
+                    let vm = change.request.as_ref().map(|r| r.vm.clone()).unwrap_or_default();
+                    let is_ours = match ours.get(&vm) {
+                        Some(known) => *known,
+                        // The two streams are not ordered: the VM may be news still to come.
+                        None => serves(client, dataplane, &vm).await,
+                    };
+                    is_ours.then(|| Seen::Pending(Box::new(change)))
+                }
+                Ok(None) => return End::Lost("the controlplane ended the watch".to_owned()),
+                Err(status) => return gone(status),
+            },
+        };
+        if let Some(seen) = seen
+            && sender.send(seen).await.is_err()
+        {
+            return End::Dropped;
+        }
+    }
+}
+
+async fn serves(client: &Client, dataplane: &str, vm: &str) -> bool {
+    if vm.is_empty() {
+        return false;
+    }
+    let request = v1::GetVmRequest { name: vm.to_owned() };
+    let answer = client.vms().get_vm(unary(request)).await;
+    answer.is_ok_and(|a| a.into_inner().vm.is_some_and(|vm| vm.dataplane == dataplane))
+}
+
+/// Sends an answer given at the prompt. The answer carries the etag of what was shown.
+///
+/// # Errors
+/// What the controlplane refuses.
+pub async fn send_answer(
+    connection: &Connection,
+    request: v1::PendingRequest,
+    answer: Answer,
+) -> Result<(), Failure> {
+    let client = connection.open().await?;
+    let v1::PendingRequest { id, etag, .. } = request;
+    let once = v1::Lifetime { kind: Some(v1::lifetime::Kind::Once(true)) };
+    match answer {
+        Answer::Yes | Answer::Once => {
+            let lifetime = (answer == Answer::Once).then_some(once);
+            let request = v1::ApproveRequest { id, etag, lifetime, ..Default::default() };
+            client.pending().approve(unary(request)).await?;
+        }
+        Answer::No => {
+            let request = v1::DenyRequest { id, etag, ..Default::default() };
+            client.pending().deny(unary(request)).await?;
+        }
+    }
+    Ok(())
+}
+
+/// How `vnetctl` is to be called so that it reaches the same controlplane.
+pub fn command_line(connection: &Connection) -> String {
+    match &connection.named {
+        Some(Server::Unix(path)) => format!("vnetctl --server unix://{}", path.display()),
+        None => "vnetctl".to_owned(),
+    }
+}
+
+/// A name for a dataplane that nobody else has, so that its VMs can be told by it.
+///
+/// # Errors
+/// When the system has no randomness.
+pub fn dataplane_name(what: &str) -> Result<String, Failure> {
+    let random = getrandom::u32().map_err(|e| Failure::Failed(format!("no randomness to be had: {e}")))?;
+    Ok(format!("{what}-{}-{random:08x}", std::process::id()))
+}
+
+/// Lines to stderr of acts that need no terminal; the others are given back.
+pub fn say(acts: Vec<Act>) -> Vec<Act> {
+    let (lines, rest): (Vec<Act>, Vec<Act>) = acts.into_iter().partition(|act| matches!(act, Act::Say(_)));
+    for line in lines {
+        if let Act::Say(line) = line {
+            eprintln!("{line}");
+        }
+    }
+    rest
+}
+
+/// Changes on the way to the one who shows them; more make the watch wait, and then tell of a gap.
+const SEEN_MAX: usize = 64;
+const RETRY_INTERVAL: Duration = Duration::from_millis(500);

@@ -1,0 +1,222 @@
+//! `dns zones|bindings|denied`: local zones, what lookups taught, and what was refused.
+
+use std::net::IpAddr;
+use std::time::SystemTime;
+
+use clap::{Args, Subcommand};
+use vnet_proto::v1;
+
+use super::Context;
+use super::select::ListVmArgs;
+use crate::client::unary;
+use crate::failure::Failure;
+use crate::output::{Row, text, words};
+
+/// Nouns of `dns`.
+#[derive(Debug, Subcommand)]
+pub enum DnsCommand {
+    /// List local zones in order of precedence, or change them
+    #[command(after_help = "Examples:\n  vnetctl dns zones\n  vnetctl dns zones set lab.internal db=192.168.127.9\n  \
+        vnetctl dns zones remove lab.internal")]
+    Zones(ZonesArgs),
+    /// List names and the addresses that VMs' own lookups bound to them
+    #[command(after_help = "Examples:\n  vnetctl dns bindings --vm web")]
+    Bindings(ListVmArgs),
+    /// List denied lookups, newest first
+    #[command(after_help = "Examples:\n  vnetctl dns denied -o json")]
+    Denied(ListVmArgs),
+}
+
+/// Arguments of `dns zones`.
+#[derive(Debug, Args)]
+#[command(args_conflicts_with_subcommands = true)]
+pub struct ZonesArgs {
+    /// What to do; without it, list.
+    #[command(subcommand)]
+    pub command: Option<ZonesCommand>,
+    /// Only this network's
+    #[arg(long, value_name = "NETWORK")]
+    pub network: Option<String>,
+}
+
+/// Verbs of `dns zones`.
+#[derive(Debug, Subcommand)]
+pub enum ZonesCommand {
+    /// List zones
+    List(NetworkArgs),
+    /// Add a zone, or replace the one of that name
+    #[command(after_help = "Examples:\n  vnetctl dns zones set lab.internal db=192.168.127.9 web=192.168.127.10\n  \
+        vnetctl dns zones set apps.internal --default 192.168.127.254")]
+    Set(SetArgs),
+    /// Remove a zone
+    #[command(after_help = "Examples:\n  vnetctl dns zones remove lab.internal")]
+    Remove(RemoveArgs),
+}
+
+/// Which network.
+#[derive(Debug, Args)]
+pub struct NetworkArgs {
+    /// The network; may be left out where there is only one
+    #[arg(long, value_name = "NETWORK")]
+    pub network: Option<String>,
+}
+
+/// Arguments of `dns zones set`.
+#[derive(Debug, Args)]
+pub struct SetArgs {
+    /// The zone's name, as lab.internal
+    #[arg(value_name = "ZONE")]
+    pub name: String,
+    /// A name below the zone and its address; `@` is the zone itself
+    #[arg(value_name = "NAME=ADDRESS", value_parser = record)]
+    pub records: Vec<v1::ZoneRecord>,
+    /// The address of names that no record has; without it they do not exist
+    #[arg(long, value_name = "ADDRESS")]
+    pub default: Option<IpAddr>,
+    /// Which network.
+    #[command(flatten)]
+    pub network: NetworkArgs,
+}
+
+/// Arguments of `dns zones remove`.
+#[derive(Debug, Args)]
+pub struct RemoveArgs {
+    /// The zone's name
+    #[arg(value_name = "ZONE")]
+    pub name: String,
+    /// Which network.
+    #[command(flatten)]
+    pub network: NetworkArgs,
+}
+
+impl DnsCommand {
+    /// Runs it.
+    ///
+    /// # Errors
+    /// What the controlplane refuses.
+    pub async fn execute(self, context: &mut Context) -> Result<(), Failure> {
+        match self {
+            Self::Zones(ZonesArgs { command, network }) => {
+                let command = command.unwrap_or(ZonesCommand::List(NetworkArgs { network }));
+                zones(command, context).await
+            }
+            Self::Bindings(vms) => {
+                let client = context.connection.open().await?;
+                let request = v1::ListBindingsRequest { vms: vms.message() };
+                let answer = client.dns().list_bindings(unary(request)).await?.into_inner();
+                context.output.list(&answer.bindings)
+            }
+            Self::Denied(vms) => {
+                let client = context.connection.open().await?;
+                let request = v1::ListDeniedRequest { vms: vms.message() };
+                let answer = client.dns().list_denied(unary(request)).await?.into_inner();
+                context.output.list(&answer.denied)
+            }
+        }
+    }
+}
+
+async fn zones(command: ZonesCommand, context: &mut Context) -> Result<(), Failure> {
+    let client = context.connection.open().await?;
+    match command {
+        ZonesCommand::List(NetworkArgs { network }) => {
+            let request = v1::ListZonesRequest { network: network.unwrap_or_default() };
+            let answer = client.dns().list_zones(unary(request)).await?.into_inner();
+            context.output.list(&answer.zones)
+        }
+        ZonesCommand::Set(args) => {
+            let zone = v1::Zone {
+                network: args.network.network.unwrap_or_default(),
+                name: args.name,
+                records: args.records,
+                default_address: args.default.map(|a| a.to_string()).unwrap_or_default(),
+            };
+            let request = v1::SetZoneRequest { zone: Some(zone) };
+            let answer = client.dns().set_zone(unary(request)).await?.into_inner();
+            context.output.done("vnet.v1.SetZoneResponse", &answer, || {
+                let zone = answer.zone.clone().unwrap_or_default();
+                format!("zone {} has {} records", zone.name, zone.records.len())
+            })
+        }
+        ZonesCommand::Remove(args) => {
+            let request =
+                v1::DeleteZoneRequest { network: args.network.network.unwrap_or_default(), name: args.name };
+            let answer = client.dns().delete_zone(unary(request)).await?.into_inner();
+            context.output.done("vnet.v1.DeleteZoneResponse", &answer, || {
+                format!("removed zone {}", answer.zone.clone().unwrap_or_default().name)
+            })
+        }
+    }
+}
+
+impl Row for v1::Zone {
+    const NAME: &'static str = "vnet.v1.Zone";
+    const COLUMNS: &'static [&'static str] = &["NETWORK", "ZONE", "RECORDS", "DEFAULT"];
+
+    fn cells(&self, _: SystemTime) -> Vec<String> {
+        let record = |r: &v1::ZoneRecord| {
+            format!("{}={}", if r.name.is_empty() { ZONE_ITSELF } else { &r.name }, r.address)
+        };
+        vec![
+            self.network.clone(),
+            self.name.clone(),
+            text::or_none(self.records.iter().map(record).collect::<Vec<_>>().join(",")),
+            text::or_none(self.default_address.as_str()),
+        ]
+    }
+}
+
+impl Row for v1::Binding {
+    const NAME: &'static str = "vnet.v1.Binding";
+    const COLUMNS: &'static [&'static str] = &["VM", "NAME", "ADDRESSES", "ENDS IN"];
+
+    fn cells(&self, now: SystemTime) -> Vec<String> {
+        vec![
+            self.vm.clone(),
+            self.name.clone(),
+            self.addresses.join(","),
+            text::remaining(now, self.expires_at.as_ref()),
+        ]
+    }
+}
+
+impl Row for v1::DeniedLookup {
+    const NAME: &'static str = "vnet.v1.DeniedLookup";
+    const COLUMNS: &'static [&'static str] = &["VM", "NAME", "TYPE", "COUNT", "LAST", "BECAUSE"];
+
+    fn cells(&self, now: SystemTime) -> Vec<String> {
+        vec![
+            self.vm.clone(),
+            self.name.clone(),
+            self.query_type.clone(),
+            self.count.to_string(),
+            text::age(now, self.last_at.as_ref()),
+            words::reason(self.reason.as_ref()),
+        ]
+    }
+}
+
+fn record(text: &str) -> Result<v1::ZoneRecord, String> {
+    let expected = || format!("{text:?} is not a record (expected NAME=ADDRESS, as db=192.168.127.9)");
+    let (name, address) = text.split_once('=').ok_or_else(expected)?;
+    let address: IpAddr = address.parse().map_err(|_| expected())?;
+    let name = if name == ZONE_ITSELF { "" } else { name };
+    Ok(v1::ZoneRecord { name: name.to_owned(), address: address.to_string() })
+}
+
+const ZONE_ITSELF: &str = "@";
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn records_are_a_name_and_an_address() {
+        let made = |name: &str, address: &str| v1::ZoneRecord { name: name.to_owned(), address: address.to_owned() };
+
+        assert_eq!(record("db=192.168.127.9"), Ok(made("db", "192.168.127.9")));
+        assert_eq!(record("@=2001:DB8::1"), Ok(made("", "2001:db8::1")));
+        assert!(record("db").unwrap_err().contains("NAME=ADDRESS"));
+        assert!(record("db=nine").unwrap_err().contains("NAME=ADDRESS"));
+    }
+}

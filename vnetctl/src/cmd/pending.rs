@@ -1,0 +1,169 @@
+//! `pending list|show|watch`: what is held and waits for a person.
+
+use std::time::SystemTime;
+
+use clap::{Args, Subcommand};
+use vnet_proto::v1;
+
+use super::Context;
+use super::select::ListVmArgs;
+use crate::client::{PAGE_SIZE, pages, unary};
+use crate::failure::Failure;
+use crate::output::{Row, text, words};
+
+/// Verbs of `pending`.
+#[derive(Debug, Subcommand)]
+pub enum PendingCommand {
+    /// List the requests that await an answer, oldest first
+    #[command(after_help = "Examples:\n  vnetctl pending list\n  vnetctl pending list --vm web -o json")]
+    List(ListVmArgs),
+    /// Show one request, open or lately answered
+    #[command(after_help = "Examples:\n  vnetctl pending show \"$(vnetctl pending list -o json | jq -r '.[0].id')\"")]
+    Show(ShowArgs),
+    /// Print requests as they are opened, change and end, until interrupted
+    #[command(after_help = "Examples:\n  vnetctl pending watch\n  vnetctl pending watch -o json | jq .request.id")]
+    Watch(ListVmArgs),
+}
+
+/// Arguments of `pending show`.
+#[derive(Debug, Args)]
+pub struct ShowArgs {
+    /// The id, or the beginning of it
+    #[arg(value_name = "ID")]
+    pub id: String,
+}
+
+impl PendingCommand {
+    /// Runs it.
+    ///
+    /// # Errors
+    /// What the controlplane refuses.
+    pub async fn execute(self, context: &mut Context) -> Result<(), Failure> {
+        let client = context.connection.open().await?;
+        match self {
+            Self::List(vms) => {
+                let requests = pages(|page_token| {
+                    let mut service = client.pending();
+                    let request =
+                        v1::ListPendingRequest { vms: vms.message(), page_size: PAGE_SIZE, page_token };
+                    async move {
+                        let page = service.list_pending(unary(request)).await?.into_inner();
+                        Ok((page.requests, page.next_page_token))
+                    }
+                })
+                .await?;
+                context.output.list(&requests)
+            }
+            Self::Show(ShowArgs { id }) => {
+                let answer = client.pending().get_pending(unary(v1::GetPendingRequest { id })).await?;
+                let request = answer.into_inner().request.unwrap_or_default();
+                let now = context.output.now();
+                context.output.one(v1::PendingRequest::NAME, &request, || details(&request, now))
+            }
+            Self::Watch(vms) => {
+                let request = v1::WatchPendingRequest { vms: vms.message() };
+                let mut changes = client.pending().watch_pending(request).await?.into_inner();
+                context.output.stream_header(WATCH)?;
+                while let Some(change) = changes.message().await? {
+                    watch_line(context, &change)?;
+                }
+                Err(Failure::Failed("the controlplane ended the watch".to_owned()))
+            }
+        }
+    }
+}
+
+fn watch_line(context: &mut Context, change: &v1::WatchPendingResponse) -> Result<(), Failure> {
+    use v1::PendingChange as Change;
+
+    let is_table = context.output.format() == crate::output::Format::Table;
+    match (change.change(), &change.request) {
+        (Change::Gap, _) if is_table => {
+            eprintln!("some changes were missed; `vnetctl pending list` has what is open now");
+            Ok(())
+        }
+        (Change::Synced, _) if is_table => Ok(()),
+        (_, request) => {
+            context.output.stream("vnet.v1.WatchPendingResponse", change, WATCH, |_| {
+                let request = request.clone().unwrap_or_default();
+                let what = match change.change() {
+                    Change::Removed => words::pending_state(request.state),
+                    _ => words::pending_change(change.change),
+                };
+                vec![what, request.id.clone(), request.vm.clone(), asks(&request), names(&request)]
+            })
+        }
+    }
+}
+
+impl Row for v1::PendingRequest {
+    const NAME: &'static str = "vnet.v1.PendingRequest";
+    const COLUMNS: &'static [&'static str] = &["ID", "VM", "ASKS", "NAMES", "COUNT", "HELD", "AGE", "NOTE"];
+
+    fn cells(&self, now: SystemTime) -> Vec<String> {
+        vec![
+            self.id.clone(),
+            self.vm.clone(),
+            asks(self),
+            text::or_none(names(self)),
+            self.count.to_string(),
+            text::remaining(now, self.held_until.as_ref()),
+            text::age(now, self.created_at.as_ref()),
+            text::or_none(guards(self)),
+        ]
+    }
+}
+
+/// What is asked for, as `tcp 10.99.0.1:8080` or `domain example.com`.
+pub fn asks(request: &v1::PendingRequest) -> String {
+    words::target(request.target.as_ref())
+}
+
+/// Names bound to what is asked for, best first, as many as fit a line.
+pub fn names(request: &v1::PendingRequest) -> String {
+    names_of(&request.names)
+}
+
+/// Some of the names, and how many more there are.
+pub(crate) fn names_of(names: &[String]) -> String {
+    let mut shown = names.iter().take(NAMES_SHOWN).cloned().collect::<Vec<_>>().join(",");
+    if names.len() > NAMES_SHOWN {
+        shown.push_str(&format!(" and {} more", names.len() - NAMES_SHOWN));
+    }
+    shown
+}
+
+fn guards(request: &v1::PendingRequest) -> String {
+    let guards: Vec<String> = request.guards.iter().map(|g| words::guard(*g)).collect();
+    if guards.is_empty() { String::new() } else { format!("guarded: {}", guards.join(",")) }
+}
+
+/// Everything a person may want to know before answering.
+pub fn details(request: &v1::PendingRequest, now: SystemTime) -> Vec<(&'static str, String)> {
+    let scopes: Vec<String> = request.scopes.iter().map(|s| words::scope(*s)).collect();
+    let mut lines = vec![
+        ("Id", request.id.clone()),
+        ("VM", request.vm.clone()),
+        ("Labels", text::or_none(words::labels(&request.labels))),
+        ("Asks", asks(request)),
+        ("Names", text::or_none(request.names.join(","))),
+        ("Query type", text::or_none(request.query_type.as_str())),
+        ("State", words::pending_state(request.state)),
+        ("Asked", format!("{} ago, {} times", text::age(now, request.created_at.as_ref()), request.count)),
+        ("Held", match &request.held_until {
+            Some(until) => format!("{} packets, for {} more", request.held, text::remaining(now, Some(until))),
+            None => "nothing now; a yes serves the next attempt".to_owned(),
+        }),
+        ("Expires in", text::remaining(now, request.expires_at.as_ref())),
+        ("Guards", text::or_none(guards(request))),
+        ("Because", words::reason(request.reason.as_ref())),
+        ("Scopes", text::or_none(scopes.join(", "))),
+    ];
+    if !request.grant_id.is_empty() {
+        lines.push(("Grant", request.grant_id.clone()));
+    }
+    lines
+}
+
+const NAMES_SHOWN: usize = 3;
+const WATCH: &[(&str, usize)] = &[("CHANGE", 9), ("ID", 12), ("VM", 20), ("ASKS", 28), ("NAMES", 0)];

@@ -1,0 +1,281 @@
+//! `policy check|show|apply|explain|revisions|rollback`: the documents that decide.
+
+use std::path::PathBuf;
+use std::time::SystemTime;
+
+use clap::{Args, Subcommand};
+use vnet_proto::model::Target;
+use vnet_proto::v1;
+
+use super::Context;
+use crate::client::{PAGE_SIZE, pages, unary};
+use crate::failure::Failure;
+use crate::launch;
+use crate::output::text::safe;
+use crate::output::{Format, Row, text, words};
+
+/// Verbs of `policy`.
+#[derive(Debug, Subcommand)]
+pub enum PolicyCommand {
+    /// Check a policy file whole and report every problem; nothing is applied and no server is asked
+    #[command(after_help = "Examples:\n  vnetctl policy check policy.yaml")]
+    Check(CheckArgs),
+    /// Print a policy in force, or one of its revisions
+    #[command(after_help = "Examples:\n  vnetctl policy show\n  vnetctl policy show --revision 3 > policy.yaml")]
+    Show(ShowArgs),
+    /// Put a policy file in force as the next revision
+    #[command(
+        long_about = "Put a policy file in force as the next revision.\n\n\
+            A file with any error changes nothing. Live flows that the new revision does not allow are cut.",
+        after_help = "Examples:\n  vnetctl policy apply policy.yaml\n  vnetctl policy apply policy.yaml --dry-run\n  \
+            vnetctl policy apply build.yaml --name build"
+    )]
+    Apply(ApplyArgs),
+    /// Say what would be decided for a destination, and why
+    #[command(after_help = "Examples:\n  vnetctl policy explain tcp 192.0.2.7:443\n  \
+        vnetctl policy explain --vm web domain example.com")]
+    Explain(ExplainArgs),
+    /// List a policy's revisions, newest first
+    #[command(after_help = "Examples:\n  vnetctl policy revisions")]
+    Revisions(NameArgs),
+    /// Put an earlier revision in force again, as a new revision
+    #[command(after_help = "Examples:\n  vnetctl policy rollback\n  vnetctl policy rollback 3")]
+    Rollback(RollbackArgs),
+}
+
+/// Arguments of `policy check`.
+#[derive(Debug, Args)]
+pub struct CheckArgs {
+    /// The policy file; `-` is standard input
+    #[arg(value_name = "FILE")]
+    pub file: PathBuf,
+}
+
+/// Which policy.
+#[derive(Debug, Args)]
+pub struct NameArgs {
+    /// The policy's name
+    #[arg(long, value_name = "NAME", default_value = "default")]
+    pub name: String,
+}
+
+/// Arguments of `policy show`.
+#[derive(Debug, Args)]
+pub struct ShowArgs {
+    /// Which policy.
+    #[command(flatten)]
+    pub name: NameArgs,
+    /// A revision's number; that in force if left out
+    #[arg(long, value_name = "N")]
+    pub revision: Option<u64>,
+}
+
+/// Arguments of `policy apply`.
+#[derive(Debug, Args)]
+pub struct ApplyArgs {
+    /// The policy file; `-` is standard input
+    #[arg(value_name = "FILE")]
+    pub file: PathBuf,
+    /// Which policy.
+    #[command(flatten)]
+    pub name: NameArgs,
+    /// Only check it against what is in force
+    #[arg(long)]
+    pub dry_run: bool,
+    /// Refuse unless this is the etag of the policy in force
+    #[arg(long, value_name = "ETAG")]
+    pub etag: Option<String>,
+}
+
+/// Arguments of `policy explain`.
+#[derive(Debug, Args)]
+pub struct ExplainArgs {
+    /// tcp|udp|icmp|icmpv6 ADDRESS[:PORT], domain NAME or lookup NAME
+    #[arg(value_name = "DESTINATION", required = true)]
+    pub words: Vec<String>,
+    /// The VM; may be left out where there is only one
+    #[arg(long, value_name = "NAME")]
+    pub vm: Option<String>,
+}
+
+/// Arguments of `policy rollback`.
+#[derive(Debug, Args)]
+pub struct RollbackArgs {
+    /// The revision to return to; the one before if left out
+    #[arg(value_name = "REVISION")]
+    pub revision: Option<u64>,
+    /// Which policy.
+    #[command(flatten)]
+    pub name: NameArgs,
+}
+
+impl PolicyCommand {
+    /// Runs it.
+    ///
+    /// # Errors
+    /// What is wrong with a file, and what the controlplane refuses.
+    pub async fn execute(self, context: &mut Context) -> Result<(), Failure> {
+        match self {
+            Self::Check(args) => check(&args, context),
+            Self::Show(args) => show(args, context).await,
+            Self::Apply(args) => apply(args, context).await,
+            Self::Explain(args) => explain(args, context).await,
+            Self::Revisions(NameArgs { name }) => revisions(name, context).await,
+            Self::Rollback(args) => rollback(args, context).await,
+        }
+    }
+}
+
+fn check(args: &CheckArgs, context: &mut Context) -> Result<(), Failure> {
+    let document = launch::read_document(&args.file)?;
+    let warnings = launch::check_document(&document)?;
+    let answer = v1::ApplyPolicyResponse {
+        policy: Some(v1::Policy { document: document.text, source: document.source.clone(), ..Default::default() }),
+        warnings: warnings.clone(),
+        cut: None,
+    };
+    context.output.done(APPLIED, &answer, || format!("{} is a valid policy", document.source))?;
+    warn(context, &document.source, &warnings);
+    Ok(())
+}
+
+async fn show(args: ShowArgs, context: &mut Context) -> Result<(), Failure> {
+    let client = context.connection.open().await?;
+    let request =
+        v1::GetPolicyRequest { name: args.name.name, revision: args.revision.unwrap_or_default() };
+    let policy = client.policy().get_policy(unary(request)).await?.into_inner().policy.unwrap_or_default();
+    if context.output.format() != Format::Table {
+        return context.output.one(v1::Policy::NAME, &policy, Vec::new);
+    }
+    // The words go to stderr, so that `policy show > policy.yaml` is the document and nothing else.
+    eprintln!("{}", safe(&header(&policy, context.output.now())));
+    let mut document = policy.document.lines().map(safe).collect::<Vec<_>>().join("\n");
+    if !document.is_empty() {
+        document.push('\n');
+    }
+    context.output.write(&document)
+}
+
+fn header(policy: &v1::Policy, now: SystemTime) -> String {
+    let decides =
+        format!("mode {}, default {}", words::mode(policy.mode), words::action(policy.default_action));
+    if policy.revision == 0 {
+        return format!("policy {}: built in, no file was applied; {decides}", policy.name);
+    }
+    format!(
+        "policy {}, revision {}, applied {} ago by {} from {}; {decides}",
+        policy.name,
+        policy.revision,
+        text::age(now, policy.applied_at.as_ref()),
+        text::or_none(policy.applied_by.as_str()),
+        text::or_none(policy.source.as_str()),
+    )
+}
+
+async fn apply(args: ApplyArgs, context: &mut Context) -> Result<(), Failure> {
+    let document = launch::read_document(&args.file)?;
+    // Told here, a problem is told with its excerpt, and without a server.
+    launch::check_document(&document)?;
+    let client = context.connection.open().await?;
+    let request = v1::ApplyPolicyRequest {
+        name: args.name.name,
+        document: document.text,
+        source: document.source.clone(),
+        etag: args.etag.unwrap_or_default(),
+        validate_only: args.dry_run,
+        confirm_within: None,
+    };
+    let answer = client.policy().apply_policy(unary(request)).await?.into_inner();
+    context.output.done(APPLIED, &answer, || {
+        let policy = answer.policy.clone().unwrap_or_default();
+        if args.dry_run {
+            format!("{} would be accepted as policy {}; nothing was changed", document.source, policy.name)
+        } else {
+            format!(
+                "policy {} is at revision {}{}",
+                policy.name,
+                policy.revision,
+                words::cut(answer.cut.as_ref())
+            )
+        }
+    })?;
+    warn(context, &document.source, &answer.warnings);
+    Ok(())
+}
+
+async fn explain(args: ExplainArgs, context: &mut Context) -> Result<(), Failure> {
+    let target = Target::from_words(&args.words).map_err(|e| Failure::Usage(e.to_string()))?;
+    let client = context.connection.open().await?;
+    let request = v1::ExplainRequest { vm: args.vm.unwrap_or_default(), target: Some((&target).into()) };
+    let answer = client.policy().explain(unary(request)).await?.into_inner();
+    context.output.one("vnet.v1.ExplainResponse", &answer, || {
+        let guards: Vec<String> = answer.guards.iter().map(|g| words::guard(*g)).collect();
+        let mut lines = vec![
+            ("Answer", words::action(answer.action)),
+            ("Because", words::reason(answer.reason.as_ref())),
+            ("Policy", format!("{} (revision {})", text::or_none(answer.policy.as_str()), answer.revision)),
+            ("Same for", text::or_none(answer.r#match.as_str())),
+            ("Names", text::or_none(answer.names.join(", "))),
+            ("Guards", text::or_none(guards.join(", "))),
+        ];
+        if !answer.remedy.is_empty() {
+            lines.push(("To change it", answer.remedy.clone()));
+        }
+        lines
+    })
+}
+
+async fn revisions(name: String, context: &mut Context) -> Result<(), Failure> {
+    let client = context.connection.open().await?;
+    let revisions = pages(|page_token| {
+        let mut service = client.policy();
+        let page_size = PAGE_SIZE.min(REVISIONS_PAGE_MAX);
+        let request = v1::ListRevisionsRequest { name: name.clone(), page_size, page_token };
+        async move {
+            let page = service.list_revisions(unary(request)).await?.into_inner();
+            Ok((page.revisions, page.next_page_token))
+        }
+    })
+    .await?;
+    context.output.list(&revisions)
+}
+
+async fn rollback(args: RollbackArgs, context: &mut Context) -> Result<(), Failure> {
+    let client = context.connection.open().await?;
+    let request =
+        v1::RollbackRequest { name: args.name.name, revision: args.revision.unwrap_or_default() };
+    let answer = client.policy().rollback(unary(request)).await?.into_inner();
+    context.output.done("vnet.v1.RollbackResponse", &answer, || {
+        let policy = answer.policy.clone().unwrap_or_default();
+        format!("policy {} is at revision {}{}", policy.name, policy.revision, words::cut(answer.cut.as_ref()))
+    })
+}
+
+impl Row for v1::Policy {
+    const NAME: &'static str = "vnet.v1.Policy";
+    const COLUMNS: &'static [&'static str] = &["NAME", "REVISION", "APPLIED", "BY", "SOURCE", "MODE", "DEFAULT"];
+
+    fn cells(&self, _: SystemTime) -> Vec<String> {
+        vec![
+            self.name.clone(),
+            self.revision.to_string(),
+            text::time(self.applied_at.as_ref()),
+            text::or_none(self.applied_by.as_str()),
+            text::or_none(self.source.as_str()),
+            words::mode(self.mode),
+            words::action(self.default_action),
+        ]
+    }
+}
+
+/// Says on stderr what a reader of the document should know; programs read it in the message.
+fn warn(context: &Context, source: &str, warnings: &[v1::PolicyWarning]) {
+    if context.output.format() == Format::Table {
+        for line in launch::warning_lines(source, warnings) {
+            eprintln!("{line}");
+        }
+    }
+}
+
+const APPLIED: &str = "vnet.v1.ApplyPolicyResponse";
+const REVISIONS_PAGE_MAX: u32 = 500;

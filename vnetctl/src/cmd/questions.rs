@@ -1,0 +1,406 @@
+//! The questions of one run: which are open, which one is at the prompt, what was said of each.
+//!
+//! A plain state machine: changes and keys in, [`Act`]s out. Where there is a prompt it asks one question
+//! at a time, and takes it back when somebody else answers or the guest gives up; where there is none
+//! it says each in a line. A guest can raise questions faster than a person reads, so what is said is
+//! bounded.
+
+use std::collections::{BTreeMap, VecDeque};
+use std::time::SystemTime;
+
+use vnet_proto::v1;
+
+use super::pending::{asks, details, names};
+use crate::output::text::safe;
+use crate::output::words;
+
+/// Something to do for a question.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Act {
+    /// Print a line.
+    Say(String),
+    /// Put this question at the prompt.
+    Ask {
+        /// The request's id.
+        id: String,
+        /// The prompt's text, one line.
+        text: String,
+    },
+    /// Take the question at the prompt back.
+    Withdraw {
+        /// The request's id.
+        id: String,
+        /// Why, for the person who is looking at it.
+        why: String,
+    },
+    /// Send the answer. It carries the etag of what was shown.
+    Answer {
+        /// What was shown.
+        request: Box<v1::PendingRequest>,
+        /// What was answered.
+        answer: Answer,
+    },
+}
+
+/// What a person answers at the prompt.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Answer {
+    /// Yes, until the VM stops.
+    Yes,
+    /// Yes, this once.
+    Once,
+    /// No, until the VM stops.
+    No,
+}
+
+/// The open questions of one VM.
+#[derive(Debug)]
+pub struct Questions {
+    /// Whether somebody can be asked at a prompt.
+    prompts: bool,
+    /// How `vnetctl` is to be called to answer, as `vnetctl` or `vnetctl --server URL`.
+    command: String,
+    open: BTreeMap<String, v1::PendingRequest>,
+    /// Those still to be asked, oldest first; may name some that are no longer open.
+    waiting: VecDeque<String>,
+    asked: Option<String>,
+    /// Lines said for questions that are still open.
+    said: usize,
+    overflowed: bool,
+}
+
+impl Questions {
+    /// No question yet.
+    pub fn new(prompts: bool, command: String) -> Self {
+        Self {
+            prompts,
+            command,
+            open: BTreeMap::new(),
+            waiting: VecDeque::new(),
+            asked: None,
+            said: 0,
+            overflowed: false,
+        }
+    }
+
+    /// A change of the pending requests.
+    pub fn change(&mut self, change: &v1::WatchPendingResponse) -> Vec<Act> {
+        let Some(request) = &change.request else { return Vec::new() };
+        match change.change() {
+            v1::PendingChange::Added | v1::PendingChange::Updated => self.opened(request),
+            v1::PendingChange::Removed => self.ended(request),
+            v1::PendingChange::Unspecified | v1::PendingChange::Synced | v1::PendingChange::Gap => Vec::new(),
+        }
+    }
+
+    /// The watch begins anew: what it lists from here on is what is open.
+    pub fn begin_again(&mut self) -> Vec<Act> {
+        let asked = self.asked.take();
+        self.open.clear();
+        self.waiting.clear();
+        self.said = 0;
+        asked.map(|id| Act::Withdraw { id, why: "the controlplane went away".to_owned() }).into_iter().collect()
+    }
+
+    /// A key was pressed at the prompt for a question. One that is gone is not answered by it.
+    pub fn pressed(&mut self, id: &str, key: char, now: SystemTime) -> Vec<Act> {
+        if self.asked.as_deref() != Some(id) {
+            return Vec::new();
+        }
+        let Some(request) = self.open.get(id).cloned() else { return Vec::new() };
+        let answer = match key.to_ascii_lowercase() {
+            'y' => Answer::Yes,
+            'o' => Answer::Once,
+            'n' => Answer::No,
+            'd' => {
+                let lines = details(&request, now);
+                let mut acts: Vec<Act> =
+                    lines.iter().map(|(name, value)| Act::Say(format!("  {name}: {}", safe(value)))).collect();
+                acts.push(self.ask(&request));
+                return acts;
+            }
+            _ => return vec![self.ask(&request)],
+        };
+        // It stays open until the controlplane says that it is not: the answer may be refused.
+        self.asked = None;
+        vec![Act::Answer { request: Box::new(request), answer }]
+    }
+
+    /// An answer was sent and taken, or refused with a sentence.
+    pub fn answered(&mut self, id: &str, refused: Option<String>) -> Vec<Act> {
+        let mut acts = Vec::new();
+        if let Some(sentence) = refused {
+            acts.push(Act::Say(format!("vnet: not answered: {sentence}")));
+            if self.open.contains_key(id) {
+                self.waiting.push_front(id.to_owned());
+            }
+        }
+        acts.extend(self.next());
+        acts
+    }
+
+    fn opened(&mut self, request: &v1::PendingRequest) -> Vec<Act> {
+        let id = &request.id;
+        if let Some(known) = self.open.get_mut(id) {
+            let changed = known.etag != request.etag;
+            *known = request.clone();
+            if changed && self.asked.as_deref() == Some(id) {
+                let why = "what it asks has changed".to_owned();
+                return vec![Act::Withdraw { id: id.clone(), why }, self.ask(request)];
+            }
+            return Vec::new();
+        }
+        if self.open.len() >= OPEN_MAX {
+            return self.overflow();
+        }
+        self.open.insert(id.clone(), request.clone());
+        if self.prompts {
+            self.waiting.push_back(id.clone());
+            return self.next().into_iter().collect();
+        }
+        if self.said >= SAID_MAX {
+            return self.overflow();
+        }
+        self.said += 1;
+        vec![Act::Say(self.line(request))]
+    }
+
+    fn ended(&mut self, request: &v1::PendingRequest) -> Vec<Act> {
+        if self.open.remove(&request.id).is_none() {
+            return Vec::new();
+        }
+        if self.open.is_empty() {
+            self.said = 0;
+            self.overflowed = false;
+        }
+        let mut acts = Vec::new();
+        if self.asked.as_deref() == Some(&request.id) {
+            self.asked = None;
+            let why = format!("{}: {}", safe(&asks(request)), why_ended(request));
+            acts.push(Act::Withdraw { id: request.id.clone(), why });
+            acts.extend(self.next());
+        }
+        acts
+    }
+
+    /// Puts the next question at the prompt, if nobody is looking at one.
+    fn next(&mut self) -> Option<Act> {
+        if self.asked.is_some() {
+            return None;
+        }
+        while let Some(id) = self.waiting.pop_front() {
+            if let Some(request) = self.open.get(&id) {
+                let ask = self.ask(request);
+                self.asked = Some(id);
+                return Some(ask);
+            }
+        }
+        None
+    }
+
+    fn overflow(&mut self) -> Vec<Act> {
+        if std::mem::replace(&mut self.overflowed, true) {
+            return Vec::new();
+        }
+        vec![Act::Say(format!("vnet: more is asked than is shown here; see: {} pending list", self.command))]
+    }
+
+    /// For those who have no prompt.
+    fn line(&self, request: &v1::PendingRequest) -> String {
+        let Self { command, .. } = self;
+        let id = safe(&request.id);
+        format!("vnet: {} (answer: {command} approve {id}, or {command} deny {id})", question(request))
+    }
+
+    fn ask(&self, request: &v1::PendingRequest) -> Act {
+        let Self { command, .. } = self;
+        let id = safe(&request.id);
+        let text = format!(
+            "vnet: {}; [y]es until it stops, [o]nce, [n]o, [d]etails (or elsewhere: {command} approve {id})? ",
+            question(request)
+        );
+        Act::Ask { id: request.id.clone(), text }
+    }
+}
+
+/// What is asked, in one line.
+fn question(request: &v1::PendingRequest) -> String {
+    let names = names(request);
+    let names = if names.is_empty() { String::new() } else { format!(" ({names})") };
+    let guards: Vec<String> = request.guards.iter().map(|g| words::guard(*g)).collect();
+    let guards = if guards.is_empty() { String::new() } else { format!(" [guarded: {}]", guards.join(", ")) };
+    safe(&format!("{} asks for {}{names}{guards}", request.vm, asks(request))).into_owned()
+}
+
+fn why_ended(request: &v1::PendingRequest) -> String {
+    match request.state() {
+        v1::PendingState::Approved => "approved elsewhere".to_owned(),
+        v1::PendingState::Denied => "denied elsewhere".to_owned(),
+        v1::PendingState::Expired => "nobody answered in time".to_owned(),
+        v1::PendingState::Cancelled => "the command gave up".to_owned(),
+        v1::PendingState::Decided => "a rule or a grant decided it".to_owned(),
+        v1::PendingState::Open | v1::PendingState::Unspecified => "no longer asked".to_owned(),
+    }
+}
+
+/// Lines said at once for questions that are open together. `pending list` has them all.
+const SAID_MAX: usize = 20;
+/// Questions kept here. The controlplane keeps more; they are listed, and asked when they change.
+const OPEN_MAX: usize = 1000;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn request(id: &str, address: &str) -> v1::PendingRequest {
+        v1::PendingRequest {
+            id: id.to_owned(),
+            etag: format!("{id}-1"),
+            vm: "web".to_owned(),
+            target: Some(v1::Target {
+                kind: Some(v1::target::Kind::Address(v1::AddressTarget {
+                    protocol: v1::Protocol::Tcp.into(),
+                    prefix: address.to_owned(),
+                    ports: Some(v1::PortRange { first: 80, last: 80 }),
+                })),
+            }),
+            state: v1::PendingState::Open.into(),
+            ..Default::default()
+        }
+    }
+
+    fn added(request: &v1::PendingRequest) -> v1::WatchPendingResponse {
+        v1::WatchPendingResponse {
+            change: v1::PendingChange::Added.into(),
+            request: Some(request.clone()),
+        }
+    }
+
+    fn removed(request: &v1::PendingRequest, state: v1::PendingState) -> v1::WatchPendingResponse {
+        let request = v1::PendingRequest { state: state.into(), ..request.clone() };
+        v1::WatchPendingResponse { change: v1::PendingChange::Removed.into(), request: Some(request) }
+    }
+
+    fn questions(prompts: bool) -> Questions {
+        Questions::new(prompts, "vnetctl".to_owned())
+    }
+
+    fn now() -> SystemTime {
+        SystemTime::UNIX_EPOCH
+    }
+
+    #[test]
+    fn without_a_terminal_a_question_is_one_line_that_says_how_to_answer() {
+        let mut questions = questions(false);
+        let mut asked = request("p1", "10.0.0.1");
+        asked.names = vec!["a.example".to_owned()];
+
+        let acts = questions.change(&added(&asked));
+
+        assert_eq!(
+            acts,
+            [Act::Say(
+                "vnet: web asks for tcp 10.0.0.1:80 (a.example) (answer: vnetctl approve p1, or vnetctl deny p1)"
+                    .to_owned()
+            )]
+        );
+        assert_eq!(questions.change(&added(&asked)), [], "said once only");
+    }
+
+    #[test]
+    fn one_question_is_at_the_prompt_at_a_time() {
+        let mut questions = questions(true);
+        let (first, second) = (request("p1", "10.0.0.1"), request("p2", "10.0.0.2"));
+
+        let acts = questions.change(&added(&first));
+        assert!(matches!(&acts[..], [Act::Ask { id, .. }] if id == "p1"), "{acts:?}");
+        assert_eq!(questions.change(&added(&second)), [], "it waits its turn");
+
+        let acts = questions.pressed("p1", 'y', now());
+        let expected = Act::Answer { request: Box::new(first.clone()), answer: Answer::Yes };
+        assert_eq!(acts, [expected]);
+        assert_eq!(questions.change(&removed(&first, v1::PendingState::Approved)), []);
+        let acts = questions.answered("p1", None);
+        assert!(matches!(&acts[..], [Act::Ask { id, .. }] if id == "p2"), "{acts:?}");
+    }
+
+    #[test]
+    fn a_prompt_says_what_is_asked_and_how_to_answer_in_one_line() {
+        let mut asked = request("p1", "10.0.0.1");
+        asked.names = vec!["a\u{202e}.example".to_owned()];
+
+        let acts = questions(true).change(&added(&asked));
+
+        let Act::Ask { text, .. } = &acts[0] else { panic!("{acts:?}") };
+        assert_eq!(
+            text,
+            "vnet: web asks for tcp 10.0.0.1:80 (a\\u{202e}.example); [y]es until it stops, [o]nce, [n]o, \
+             [d]etails (or elsewhere: vnetctl approve p1)? "
+        );
+    }
+
+    #[test]
+    fn a_question_answered_elsewhere_is_taken_back() {
+        let mut questions = questions(true);
+        let asked = request("p1", "10.0.0.1");
+        questions.change(&added(&asked));
+
+        let acts = questions.change(&removed(&asked, v1::PendingState::Denied));
+
+        assert_eq!(acts, [Act::Withdraw { id: "p1".to_owned(), why: "tcp 10.0.0.1:80: denied elsewhere".to_owned() }]);
+        assert_eq!(questions.pressed("p1", 'y', now()), [], "a late key answers nothing");
+    }
+
+    #[test]
+    fn a_question_that_changed_is_shown_again_before_it_can_be_answered() {
+        let mut questions = questions(true);
+        let asked = request("p1", "10.0.0.1");
+        questions.change(&added(&asked));
+        let changed = v1::PendingRequest { etag: "p1-2".to_owned(), ..asked };
+
+        let acts = questions.change(&added(&changed));
+        assert!(matches!(&acts[..], [Act::Withdraw { .. }, Act::Ask { .. }]), "{acts:?}");
+
+        let acts = questions.pressed("p1", 'N', now());
+        assert_eq!(acts, [Act::Answer { request: Box::new(changed), answer: Answer::No }]);
+    }
+
+    #[test]
+    fn a_refused_answer_is_said_and_asked_again() {
+        let mut questions = questions(true);
+        let asked = request("p1", "10.0.0.1");
+        questions.change(&added(&asked));
+        questions.pressed("p1", 'y', now());
+
+        let acts = questions.answered("p1", Some("it changed since".to_owned()));
+
+        assert!(matches!(&acts[..], [Act::Say(said), Act::Ask { .. }] if said.contains("it changed since")), "{acts:?}");
+    }
+
+    #[test]
+    fn details_are_shown_and_the_question_stays() {
+        let mut questions = questions(true);
+        questions.change(&added(&request("p1", "10.0.0.1")));
+
+        let acts = questions.pressed("p1", 'd', now());
+
+        assert!(matches!(acts.last(), Some(Act::Ask { id, .. }) if id == "p1"), "{acts:?}");
+        assert!(acts.contains(&Act::Say("  Asks: tcp 10.0.0.1:80".to_owned())), "{acts:?}");
+    }
+
+    #[test]
+    fn what_is_said_is_bounded_however_much_is_asked() {
+        let mut questions = questions(false);
+        let all: Vec<_> = (0..OPEN_MAX + 5).map(|n| request(&format!("p{n}"), "10.0.0.1")).collect();
+
+        let said: Vec<Act> = all.iter().flat_map(|r| questions.change(&added(r))).collect();
+
+        assert_eq!(said.len(), SAID_MAX + 1);
+        assert!(matches!(&said[SAID_MAX], Act::Say(line) if line.contains("pending list")));
+        assert_eq!(questions.open.len(), OPEN_MAX);
+        let ended: Vec<Act> =
+            all.iter().flat_map(|r| questions.change(&removed(r, v1::PendingState::Expired))).collect();
+        assert_eq!(ended, []);
+        assert!(matches!(&questions.change(&added(&all[0]))[..], [Act::Say(_)]), "said again after the flood");
+    }
+}

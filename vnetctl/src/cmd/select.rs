@@ -1,0 +1,140 @@
+//! Options that several commands share: which VMs, and for how long.
+
+use std::time::Duration;
+
+use clap::Args;
+use vnet_proto::model::VmSelector;
+use vnet_proto::v1;
+
+use crate::failure::Failure;
+
+/// Which VMs a command is about.
+#[derive(Debug, Clone, Default, Args)]
+pub struct VmArgs {
+    /// The VM's name; `*` stands for any run of characters
+    #[arg(long, value_name = "NAME", conflicts_with_all = ["selector", "all_vms"])]
+    pub vm: Option<String>,
+    /// The VMs that carry all of these labels
+    #[arg(short = 'l', long, value_name = "K=V[,K=V...]", conflicts_with = "all_vms")]
+    pub selector: Option<VmSelector>,
+    /// Every VM, those to come included
+    #[arg(long)]
+    pub all_vms: bool,
+}
+
+impl VmArgs {
+    /// The selector, or nothing if none was given.
+    pub fn message(&self) -> Option<v1::VmSelector> {
+        let selector = match (&self.vm, &self.selector, self.all_vms) {
+            (Some(name), _, _) => VmSelector::named(name),
+            (None, Some(selector), _) => selector.clone(),
+            (None, None, true) => VmSelector::all(),
+            (None, None, false) => return None,
+        };
+        Some((&selector).into())
+    }
+}
+
+/// Which VMs a list shows.
+#[derive(Debug, Clone, Default, Args)]
+pub struct ListVmArgs {
+    /// Only this VM; `*` stands for any run of characters
+    #[arg(long, value_name = "NAME", conflicts_with = "selector")]
+    pub vm: Option<String>,
+    /// Only VMs that carry all of these labels
+    #[arg(short = 'l', long, value_name = "K=V[,K=V...]")]
+    pub selector: Option<VmSelector>,
+}
+
+impl ListVmArgs {
+    /// The selector, or nothing for every VM.
+    pub fn message(&self) -> Option<v1::VmSelector> {
+        VmArgs { vm: self.vm.clone(), selector: self.selector.clone(), all_vms: false }.message()
+    }
+}
+
+/// How long an answer holds.
+#[derive(Debug, Clone, Default, Args)]
+pub struct LifetimeArgs {
+    /// For this long, as `10m`, `1h` or `2days`
+    #[arg(long = "for", value_name = "TIME", value_parser = duration, conflicts_with_all = ["once", "forever"])]
+    pub duration: Option<Duration>,
+    /// For one connection or lookup
+    #[arg(long, conflicts_with = "forever")]
+    pub once: bool,
+    /// Until it is revoked
+    #[arg(long)]
+    pub forever: bool,
+}
+
+impl LifetimeArgs {
+    /// The lifetime, or nothing if none was given.
+    ///
+    /// # Errors
+    /// A time under the contract's least.
+    pub fn message(&self) -> Result<Option<v1::Lifetime>, Failure> {
+        let kind = match (self.duration, self.once, self.forever) {
+            (Some(duration), _, _) if duration < LIFETIME_MIN => {
+                return Err(Failure::Usage("--for is under one second (expected at least 1s)".to_owned()));
+            }
+            (Some(duration), _, _) => v1::lifetime::Kind::Duration(
+                prost_types::Duration::try_from(duration)
+                    .map_err(|e| Failure::Usage(format!("--for is out of range: {e}")))?,
+            ),
+            (None, true, _) => v1::lifetime::Kind::Once(true),
+            (None, _, true) => v1::lifetime::Kind::Forever(true),
+            _ => return Ok(None),
+        };
+        Ok(Some(v1::Lifetime { kind: Some(kind) }))
+    }
+}
+
+/// Parses `K=V`.
+///
+/// # Errors
+/// One sentence that says what was expected.
+pub fn label(text: &str) -> Result<(String, String), String> {
+    match text.split_once('=') {
+        Some((key, value)) if !key.is_empty() && !value.is_empty() => Ok((key.to_owned(), value.to_owned())),
+        _ => Err(format!("{text:?} is not a label (expected KEY=VALUE)")),
+    }
+}
+
+/// Parses a span of time, as `90s`, `10m`, `1h 30m`, `2days`.
+///
+/// # Errors
+/// What is wrong with it.
+pub fn duration(text: &str) -> Result<Duration, String> {
+    humantime::parse_duration(text).map_err(|e| format!("{e} (expected a time as 90s, 10m or 1h)"))
+}
+
+const LIFETIME_MIN: Duration = Duration::from_secs(1);
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn no_option_is_no_selector() {
+        assert_eq!(VmArgs::default().message(), None);
+        let all = VmArgs { all_vms: true, ..Default::default() };
+        assert_eq!(all.message(), Some(v1::VmSelector { all: true, ..Default::default() }));
+    }
+
+    #[test]
+    fn lifetimes_under_a_second_are_refused() {
+        let short = LifetimeArgs { duration: Some(Duration::from_millis(10)), ..Default::default() };
+        assert!(short.message().unwrap_err().to_string().contains("at least 1s"));
+        let hour = LifetimeArgs { duration: Some(Duration::from_secs(3600)), ..Default::default() };
+        let kind = hour.message().unwrap().unwrap().kind;
+        assert_eq!(kind, Some(v1::lifetime::Kind::Duration(prost_types::Duration { seconds: 3600, nanos: 0 })));
+    }
+
+    #[test]
+    fn labels_have_a_key_and_a_value() {
+        assert_eq!(label("env=prod"), Ok(("env".to_owned(), "prod".to_owned())));
+        for bad in ["env", "=prod", "env="] {
+            assert!(label(bad).unwrap_err().contains("KEY=VALUE"), "{bad}");
+        }
+    }
+}

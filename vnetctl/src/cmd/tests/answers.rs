@@ -1,0 +1,245 @@
+//! Answers and other changes: what is sent, what is said, and what a refusal looks like.
+
+use tonic::{Code, Status};
+use tonic_types::{ErrorDetails, StatusExt as _};
+use vnet_proto::v1;
+
+use super::scripted::Scripted;
+use super::{domain, named, run, run_all, tcp, until_vm_stops};
+use crate::output::Format;
+
+fn shown(id: &str) -> v1::GetPendingResponse {
+    let request = v1::PendingRequest {
+        id: id.to_owned(),
+        etag: format!("etag-of-{id}"),
+        vm: "web".to_owned(),
+        target: tcp("10.99.0.1", 8080),
+        ..Default::default()
+    };
+    v1::GetPendingResponse { request: Some(request) }
+}
+
+fn grant(action: v1::Action, target: Option<v1::Target>) -> Option<v1::Grant> {
+    Some(v1::Grant {
+        id: "g1".to_owned(),
+        action: action.into(),
+        target,
+        vms: named("web"),
+        lifetime: until_vm_stops(),
+        ..Default::default()
+    })
+}
+
+#[tokio::test]
+async fn approve_sends_the_etag_of_what_it_read() {
+    let server = Scripted::start();
+    server.answer("PendingService/GetPending", &shown("01abcd"));
+    server.answer(
+        "PendingService/Approve",
+        &v1::ApproveResponse { request: shown("01abcd").request, grant: grant(v1::Action::Allow, tcp("10.99.0.1", 8080)) },
+    );
+
+    let said = run(&server, Format::Table, &["approve", "01ab", "--reason", "package upgrade"]).await.unwrap();
+
+    assert_eq!(said, "approved 01abcd: allow tcp 10.99.0.1:8080 for web, until the VM stops (grant g1)\n");
+    let asked: Vec<v1::ApproveRequest> = server.asked("PendingService/Approve");
+    let expected = v1::ApproveRequest {
+        id: "01abcd".to_owned(),
+        etag: "etag-of-01abcd".to_owned(),
+        reason: "package upgrade".to_owned(),
+        ..Default::default()
+    };
+    assert_eq!(asked, [expected], "narrowest scope, that VM, until it stops: all unset");
+}
+
+#[tokio::test]
+async fn approve_passes_scope_lifetime_and_vms_on() {
+    let server = Scripted::start();
+    server.answer("PendingService/GetPending", &shown("01abcd"));
+    server.answer("PendingService/Approve", &v1::ApproveResponse::default());
+
+    let words = ["approve", "01ab", "--scope", "subdomains", "--for", "1h", "--all-vms"];
+    run(&server, Format::Json, &words).await.unwrap();
+
+    let asked: Vec<v1::ApproveRequest> = server.asked("PendingService/Approve");
+    assert_eq!(asked[0].scope(), v1::Scope::Subdomains);
+    assert_eq!(
+        asked[0].lifetime.and_then(|l| l.kind),
+        Some(v1::lifetime::Kind::Duration(prost_types::Duration { seconds: 3600, nanos: 0 }))
+    );
+    assert!(asked[0].vms.as_ref().unwrap().all);
+}
+
+#[tokio::test]
+async fn one_id_that_fails_does_not_keep_the_others_from_being_answered() {
+    let server = Scripted::start();
+    server.refuse("PendingService/GetPending", Status::not_found("no pending request has an id that begins with 02"));
+    server.answer("PendingService/GetPending", &shown("01abcd"));
+    server.answer(
+        "PendingService/Deny",
+        &v1::DenyResponse { request: shown("01abcd").request, grant: grant(v1::Action::Deny, tcp("10.99.0.1", 8080)) },
+    );
+
+    let (said, result) = run_all(&server, Format::Table, &["deny", "02", "01ab"]).await;
+
+    assert!(said.starts_with("denied 01abcd: deny tcp 10.99.0.1:8080 for web"), "{said}");
+    assert_eq!(result.unwrap_err().exit_code(), 1);
+}
+
+#[tokio::test]
+async fn deny_of_a_destination_makes_a_grant() {
+    let server = Scripted::start();
+    let answer = v1::CreateGrantResponse {
+        grant: grant(v1::Action::Deny, domain("*.malware.example")),
+        answered: 1,
+        cut: Some(v1::CutReport { flows: 2, ..Default::default() }),
+    };
+    server.answer("GrantService/CreateGrant", &answer);
+
+    let said = run(&server, Format::Table, &["deny", "domain", "*.malware.example", "--vm", "web"]).await.unwrap();
+
+    assert_eq!(
+        said,
+        "deny domain *.malware.example for web, until the VM stops (grant g1); it answered 1 pending request; \
+         2 live flows were cut\n"
+    );
+    let asked: Vec<v1::CreateGrantRequest> = server.asked("GrantService/CreateGrant");
+    assert_eq!(asked[0].action(), v1::Action::Deny);
+    assert_eq!(asked[0].target, domain("*.malware.example"));
+    assert_eq!(asked[0].vms, named("web"));
+    assert_eq!(asked[0].lifetime, None, "for ever, by default");
+    assert!(!asked[0].request_id.is_empty(), "a call repeated after a lost answer makes one grant");
+}
+
+#[tokio::test]
+async fn a_destination_that_makes_no_sense_is_usage_and_asks_no_server() {
+    let server = Scripted::start();
+    for words in [
+        &["allow", "tcp", "10.0.0.1/8:80"][..],
+        &["allow", "icmp", "10.0.0.1:80"],
+        &["allow", "tcp"],
+        &["allow", "01abcd"],
+        &["deny", "domain", "*"],
+        &["deny", "tcp", "10.0.0.1", "--scope", "host"],
+        &["policy", "explain", "tpc", "10.0.0.1:80"],
+        &["allow", "tcp", "10.0.0.1:80", "--for", "1ms"],
+    ] {
+        let error = run(&server, Format::Table, words).await.unwrap_err();
+        assert_eq!(error.exit_code(), 2, "{words:?}: {error}");
+    }
+    assert!(server.asked::<v1::CreateGrantRequest>("GrantService/CreateGrant").is_empty());
+}
+
+#[tokio::test]
+async fn a_refusal_names_what_is_wrong_and_what_helps() {
+    let server = Scripted::start();
+    let mut details = ErrorDetails::new();
+    details.add_precondition_failure_violation("VM", "vms", "there are 2 VMs: a, b");
+    details.add_help_link("name one with --vm NAME, or say --all-vms", "");
+    server.refuse(
+        "GrantService/CreateGrant",
+        Status::with_error_details(Code::FailedPrecondition, "it is not said for which VM", details),
+    );
+
+    let error = run(&server, Format::Table, &["allow", "tcp", "10.0.0.1:80"]).await.unwrap_err();
+
+    assert_eq!(error.exit_code(), 1);
+    assert_eq!(
+        error.to_string(),
+        "it is not said for which VM\n  vms: there are 2 VMs: a, b\n  name one with --vm NAME, or say --all-vms"
+    );
+}
+
+#[tokio::test]
+async fn policy_show_prints_the_document_and_nothing_else() {
+    let server = Scripted::start();
+    let policy = v1::Policy {
+        name: "default".to_owned(),
+        revision: 3,
+        document: "defaultAction: deny\nrules: []\n".to_owned(),
+        ..Default::default()
+    };
+    server.answer("PolicyService/GetPolicy", &v1::GetPolicyResponse { policy: Some(policy) });
+
+    let printed = run(&server, Format::Table, &["policy", "show"]).await.unwrap();
+
+    assert_eq!(printed, "defaultAction: deny\nrules: []\n");
+}
+
+#[tokio::test]
+async fn a_mode_says_who_has_not_acknowledged_it() {
+    let server = Scripted::start();
+    let answer = v1::UpdateVmResponse {
+        vm: Some(v1::Vm { name: "web".to_owned(), mode: v1::Mode::Block.into(), ..Default::default() }),
+        cut: Some(v1::CutReport { flows: 1, dataplanes_silent: vec!["host-9".to_owned()], ..Default::default() }),
+    };
+    server.answer("VmService/UpdateVm", &answer);
+
+    let said = run(&server, Format::Table, &["vm", "mode", "web", "block"]).await.unwrap();
+
+    assert_eq!(
+        said,
+        "web is in mode block; 1 live flow was cut; not acknowledged yet by host-9 (their verdicts end with their leases)\n"
+    );
+    let asked: Vec<v1::UpdateVmRequest> = server.asked("VmService/UpdateVm");
+    assert_eq!(asked[0].mode(), v1::Mode::Block);
+}
+
+#[tokio::test]
+async fn a_forward_without_a_guest_leads_to_the_vm_that_was_named() {
+    let server = Scripted::start();
+    let vm = v1::Vm {
+        name: "web".to_owned(),
+        network: "up-1".to_owned(),
+        addresses: vec!["192.168.127.5".to_owned()],
+        ..Default::default()
+    };
+    server.answer("VmService/GetVm", &v1::GetVmResponse { vm: Some(vm) });
+    let forward = v1::Forward {
+        network: "up-1".to_owned(),
+        protocol: v1::Protocol::Tcp.into(),
+        listen: "127.0.0.1:8080".to_owned(),
+        target: "192.168.127.5:80".to_owned(),
+    };
+    server.answer("ForwardService/CreateForward", &v1::CreateForwardResponse { forward: Some(forward.clone()) });
+
+    let said = run(&server, Format::Table, &["forward", "add", "8080:80", "--vm", "web"]).await.unwrap();
+
+    assert_eq!(said, "opened tcp 127.0.0.1:8080 -> 192.168.127.5:80\n");
+    let asked: Vec<v1::CreateForwardRequest> = server.asked("ForwardService/CreateForward");
+    assert_eq!(asked[0].forward, Some(forward));
+}
+
+#[tokio::test]
+async fn explain_says_the_answer_and_what_would_change_it() {
+    let server = Scripted::start();
+    let answer = v1::ExplainResponse {
+        action: v1::Action::Deny.into(),
+        reason: Some(v1::Reason {
+            step: "rule".to_owned(),
+            subject: "rules[1]".to_owned(),
+            text: "denies 10.0.0.0/8".to_owned(),
+        }),
+        policy: "default".to_owned(),
+        revision: 2,
+        remedy: "change rules[1]".to_owned(),
+        r#match: "tcp 10.0.0.0/8:*".to_owned(),
+        ..Default::default()
+    };
+    server.answer("PolicyService/Explain", &answer);
+
+    let said = run(&server, Format::Table, &["policy", "explain", "tcp", "10.0.0.1:80"]).await.unwrap();
+
+    assert_eq!(
+        said,
+        "\
+Answer:        deny
+Because:       rule rules[1]: denies 10.0.0.0/8
+Policy:        default (revision 2)
+Same for:      tcp 10.0.0.0/8:*
+Names:         -
+Guards:        -
+To change it:  change rules[1]
+"
+    );
+}

@@ -1,0 +1,156 @@
+//! How a guest is to be treated: the options that `run` and `up` share. What they say applies to that
+//! dataplane's VMs alone, never to the policy `default`.
+
+use std::path::PathBuf;
+
+use clap::{ArgMatches, Args, FromArgMatches};
+use vnet_proto::model::Mode;
+
+use crate::failure::Failure;
+use crate::launch::{self, Document};
+
+/// The options.
+#[derive(Debug, Clone, Default, Args)]
+pub struct TreatArgs {
+    /// Ask before anything goes out that no rule decides (mode `ask`)
+    #[arg(long, conflicts_with = "mode")]
+    pub secure_mode: bool,
+    /// A policy of its own, gone with it
+    #[arg(long, value_name = "FILE")]
+    pub network_policy: Option<PathBuf>,
+    /// Rules.
+    #[command(flatten)]
+    pub rules: RuleArgs,
+    /// enforce, ask, observe, block or quarantine
+    #[arg(long, value_name = "MODE")]
+    pub mode: Option<Mode>,
+}
+
+/// What a guest brings along, checked.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Treatment {
+    /// A policy document.
+    pub document: Option<Document>,
+    /// Rules before it, as `allow tcp 192.0.2.7:80`.
+    pub rules: Vec<String>,
+    /// A mode.
+    pub mode: Option<Mode>,
+    /// What a person should know of the document, a line each.
+    pub warnings: Vec<String>,
+}
+
+impl TreatArgs {
+    /// Reads and checks everything that can be wrong, and adds what is to the problems.
+    pub fn check(&self, problems: &mut Vec<String>) -> Treatment {
+        let mut told = |problem: Failure| problems.push(problem.to_string());
+        let document = match self.network_policy.as_deref().map(launch::read_document).transpose() {
+            Ok(document) => document,
+            Err(problem) => {
+                told(problem);
+                None
+            }
+        };
+        let mut warnings = Vec::new();
+        match launch::check_own(document.as_ref(), &self.rules.0) {
+            Ok(found) => {
+                let source = document.as_ref().map_or("", |d| &d.source);
+                warnings = launch::warning_lines(source, &found);
+            }
+            Err(problem) => told(problem),
+        }
+        let mode = if self.secure_mode { Some(Mode::Ask) } else { self.mode };
+        Treatment { document, rules: self.rules.0.clone(), mode, warnings }
+    }
+}
+
+/// `--allow RULE` and `--deny RULE` in the order they were typed, since the first that matches wins.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct RuleArgs(pub Vec<String>);
+
+impl Args for RuleArgs {
+    fn augment_args(command: clap::Command) -> clap::Command {
+        let rule = |name: &'static str, help: &'static str| {
+            clap::Arg::new(name).long(name).value_name("RULE").action(clap::ArgAction::Append).help(help)
+        };
+        command
+            .arg(rule("allow", "Allow a destination, as 'tcp 192.0.2.7:80' or 'domain *.example.com'; may be repeated"))
+            .arg(rule("deny", "Deny a destination; of --allow and --deny the first that matches wins"))
+    }
+
+    fn augment_args_for_update(command: clap::Command) -> clap::Command {
+        Self::augment_args(command)
+    }
+}
+
+impl FromArgMatches for RuleArgs {
+    fn from_arg_matches(matches: &ArgMatches) -> Result<Self, clap::Error> {
+        let mut rules: Vec<(usize, String)> = Vec::new();
+        for action in ["allow", "deny"] {
+            let texts = matches.get_many::<String>(action).unwrap_or_default();
+            let places = matches.indices_of(action).into_iter().flatten();
+            rules.extend(places.zip(texts).map(|(place, text)| (place, format!("{action} {text}"))));
+        }
+        rules.sort();
+        Ok(Self(rules.into_iter().map(|(_, rule)| rule).collect()))
+    }
+
+    fn update_from_arg_matches(&mut self, matches: &ArgMatches) -> Result<(), clap::Error> {
+        *self = Self::from_arg_matches(matches)?;
+        Ok(())
+    }
+}
+
+/// A failure that says every problem, one a line.
+pub fn all(problems: Vec<String>) -> Result<(), Failure> {
+    if problems.is_empty() { Ok(()) } else { Err(Failure::Failed(problems.join("\n  "))) }
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::Parser;
+
+    use super::*;
+
+    #[derive(Parser)]
+    struct Line {
+        #[command(flatten)]
+        treat: TreatArgs,
+    }
+
+    fn parse(words: &[&str]) -> Result<TreatArgs, clap::Error> {
+        Line::try_parse_from(std::iter::once("x").chain(words.iter().copied())).map(|line| line.treat)
+    }
+
+    fn check(words: &[&str]) -> (Treatment, Vec<String>) {
+        let mut problems = Vec::new();
+        let treatment = parse(words).unwrap().check(&mut problems);
+        (treatment, problems)
+    }
+
+    #[test]
+    fn rules_keep_the_order_they_were_typed_in() {
+        let args = parse(&["--deny", "tcp 10.0.0.1:22", "--allow", "any 10.0.0.0/8", "--deny", "any 0.0.0.0/0"]).unwrap();
+
+        assert_eq!(args.rules.0, ["deny tcp 10.0.0.1:22", "allow any 10.0.0.0/8", "deny any 0.0.0.0/0"]);
+    }
+
+    #[test]
+    fn secure_mode_is_mode_ask_and_takes_no_other() {
+        assert_eq!(check(&["--secure-mode"]).0.mode, Some(Mode::Ask));
+        assert!(parse(&["--secure-mode", "--mode", "block"]).is_err());
+        assert_eq!(check(&["--mode", "observe"]).0.mode, Some(Mode::Observe));
+        assert_eq!(check(&[]).0, Treatment::default());
+    }
+
+    #[test]
+    fn every_problem_is_said_at_once() {
+        let (_, problems) =
+            check(&["--network-policy", "/nonexistent/policy.yaml", "--allow", "tcp", "--deny", "icmp 10.0.0.1:80"]);
+
+        let text = all(problems).unwrap_err().to_string();
+
+        for part in ["/nonexistent/policy.yaml", "--allow: ", "--deny: "] {
+            assert!(text.contains(part), "{part} is missing in {text}");
+        }
+    }
+}

@@ -1,0 +1,144 @@
+//! `up`: a dataplane for VMs, in the foreground, and the user's controlplane if none answers.
+
+use std::time::Duration;
+
+use clap::Args;
+use tokio::signal::unix::{SignalKind, signal};
+
+use super::attend::{Attendant, Seen, command_line, dataplane_name, say};
+use super::questions::Questions;
+use super::treat::{TreatArgs, all};
+use crate::client::Connection;
+use crate::failure::Failure;
+use crate::launch::{Dataplane, DataplaneArgs, DataplaneConfig, ListenAt, Settings, Transport, session_url};
+use crate::output::text::safe;
+
+/// Arguments of `up`.
+#[derive(Debug, Args)]
+#[command(
+    long_about = "Serve VMs: a dataplane, and your controlplane if none answers.\n\n\
+        Each guest that connects gets an address by DHCP, the gateway's DNS, and the way out that its \
+        policy leaves open. What is given here applies to this dataplane's VMs alone. Runs until \
+        interrupted, then removes its sockets.",
+    after_help = "Examples:\n  vnetctl up --listen-qemu unix:///tmp/qemu.sock --secure-mode\n  \
+        vnetctl up --listen-vfkit unixgram:///tmp/vfkit.sock --vm mac -p 2222:22\n  \
+        vnetctl up --listen-qemu 'unix:///tmp/a.sock?name=a' --listen-qemu 'unix:///tmp/b.sock?name=b' --allow 'tcp 192.0.2.7:443'\n\n\
+        QEMU connects with: -netdev stream,id=n0,addr.type=unix,addr.path=/tmp/qemu.sock -device virtio-net,netdev=n0",
+    mut_arg("controlplane", |arg| arg.hide(true))
+)]
+pub struct UpArgs {
+    /// How the guests are treated.
+    #[command(flatten)]
+    pub treat: TreatArgs,
+    /// The dataplane's flags.
+    #[command(flatten)]
+    pub dataplane: DataplaneArgs,
+}
+
+/// Runs it, until it is interrupted.
+///
+/// # Errors
+/// What is wrong with the options, and what fails to start.
+pub fn execute(args: UpArgs, connection: Connection) -> Result<(), Failure> {
+    let mut problems = Vec::new();
+    let UpArgs { treat, dataplane: mut flags } = args;
+    if flags.controlplane.is_some() {
+        problems.push("--controlplane is vnet-dataplane's; name a controlplane with --server".to_owned());
+    }
+    let treatment = treat.check(&mut problems);
+    flags.controlplane = Some(session_url(&connection.server()?));
+    let name = flags.name.get_or_insert(dataplane_name("up")?).clone();
+    let settings = Settings { args: flags, treatment, speaks: true, ..Settings::default() };
+    let config = settings.check(false, &mut problems);
+    all(problems)?;
+    for warning in &settings.treatment.warnings {
+        eprintln!("{warning}");
+    }
+    let Some(config) = config else { return Ok(()) };
+    crate::cli::runtime()?.block_on(serve(settings, &config, name, connection))
+}
+
+async fn serve(settings: Settings, config: &DataplaneConfig, name: String, connection: Connection) -> Result<(), Failure> {
+    let unavailable = |e: std::io::Error| Failure::Failed(format!("cannot wait for signals: {e}"));
+    let mut interrupt = signal(SignalKind::interrupt()).map_err(unavailable)?;
+    let mut terminate = signal(SignalKind::terminate()).map_err(unavailable)?;
+    let mut hangup = signal(SignalKind::hangup()).map_err(unavailable)?;
+    // The dataplane needs its sessions' listener from the start on.
+    connection.open().await?;
+    let mut dataplane = Dataplane::start(settings).map_err(|e| Failure::Failed(e.to_string()))?;
+    let ready = tokio::select! {
+        () = listening(config) => true,
+        () = tokio::time::sleep(READY_PATIENCE) => false,
+        error = dataplane.ended() => return Err(Failure::Failed(error.to_string())),
+    };
+    if !ready {
+        dataplane.stop().await;
+        return Err(Failure::Failed(format!("the dataplane does not listen after {} s", READY_PATIENCE.as_secs())));
+    }
+    let command = command_line(&connection);
+    for line in greeting(config, &command) {
+        eprintln!("{line}");
+    }
+
+    let mut questions = Questions::new(false, command);
+    let mut attendant = Attendant::start(connection, name);
+    let result = loop {
+        let seen = tokio::select! {
+            _ = interrupt.recv() => break Ok(()),
+            _ = terminate.recv() => break Ok(()),
+            _ = hangup.recv() => break Ok(()),
+            error = dataplane.ended() => break Err(Failure::Failed(error.to_string())),
+            seen = attendant.next() => seen,
+        };
+        let acts = match seen {
+            Seen::Began => questions.begin_again(),
+            Seen::Pending(change) => questions.change(&change),
+            Seen::Vm(_) => Vec::new(),
+            Seen::Lost(why) => {
+                eprintln!("vnet: no controlplane, so nothing new is let out; trying again ({})", safe(&why));
+                Vec::new()
+            }
+        };
+        say(acts);
+    };
+    dataplane.stop().await;
+    result
+}
+
+/// Waits until every socket that has a path is there.
+async fn listening(config: &DataplaneConfig) {
+    let is_there = |at: &ListenAt| match at {
+        ListenAt::Unix(path) => path.exists(),
+        ListenAt::Tcp(_) => true,
+    };
+    while !config.listeners.iter().all(|listener| is_there(&listener.at)) {
+        tokio::time::sleep(READY_INTERVAL).await;
+    }
+}
+
+fn greeting(config: &DataplaneConfig, command: &str) -> Vec<String> {
+    let mut lines: Vec<String> = config
+        .listeners
+        .iter()
+        .map(|listener| {
+            let (transport, scheme) = match listener.transport {
+                Transport::Qemu => ("qemu", "unix"),
+                Transport::Vfkit => ("vfkit", "unixgram"),
+            };
+            let url = match &listener.at {
+                ListenAt::Unix(path) => format!("{scheme}://{}", path.display()),
+                ListenAt::Tcp(address) => format!("tcp://{address}"),
+            };
+            safe(&format!("vnet: serving VM {} for {transport} at {url}", listener.vm.name)).into_owned()
+        })
+        .collect();
+    for forward in &config.forwards {
+        lines.push(format!("vnet: forwarding {} {} -> {}", forward.protocol, forward.listen, forward.target));
+    }
+    lines.push(format!("vnet: what is held is listed by: {command} pending list; stop with Ctrl-C"));
+    lines
+}
+
+/// How long binding its sockets may take.
+const READY_PATIENCE: Duration = Duration::from_secs(10);
+const READY_INTERVAL: Duration = Duration::from_millis(20);

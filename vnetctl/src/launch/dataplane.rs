@@ -1,0 +1,297 @@
+//! A dataplane of one's own: a child of `run` or `up`, that ends with it whatever ends it.
+//!
+//! It is told where its controlplane is and how its guests are to be treated, and inherits the guest's
+//! link and a lifeline: the reading end of a pipe that nobody writes to. When this process is gone,
+//! killed or not, the kernel closes the other end, and the dataplane ends as if it had been asked to.
+
+use std::ffi::OsString;
+use std::io::{self, Write as _};
+use std::os::fd::{AsRawFd as _, OwnedFd};
+use std::os::unix::process::CommandExt as _;
+use std::process::{ExitCode, ExitStatus, Stdio};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use tokio::io::AsyncReadExt as _;
+use tokio::process::{Child, Command};
+use vnet_dataplane::args::{Args, Cli};
+use vnet_dataplane::config::{Config, OwnPolicySettings, VmSettings, default_name};
+
+use super::descriptors::inherit_only;
+use crate::cmd::treat::Treatment;
+use crate::output::text::safe;
+
+/// What a dataplane is told at its start.
+#[derive(Debug, Default)]
+pub struct Settings {
+    /// Its flags.
+    pub args: Args,
+    /// What its VMs bring along.
+    pub treatment: Treatment,
+    /// How long its guests' resolvers wait; its own default if left out.
+    pub resolver_patience: Option<Duration>,
+    /// The link of its one guest, where it serves no socket.
+    pub link: Option<OwnedFd>,
+    /// Whether it speaks to the terminal itself, as under `up`. Otherwise its words are kept, to be
+    /// shown when it fails: the terminal is the command's.
+    pub speaks: bool,
+}
+
+/// A running dataplane.
+#[derive(Debug)]
+pub struct Dataplane {
+    child: Child,
+    /// Closing it ends the dataplane.
+    lifeline: Option<io::PipeWriter>,
+    said: Arc<Mutex<Vec<u8>>>,
+}
+
+/// Why a dataplane did not start or did not stay.
+#[derive(Debug, thiserror::Error)]
+pub enum DataplaneError {
+    /// It could not be started.
+    #[error("cannot start the dataplane: {0}")]
+    Start(#[source] io::Error),
+    /// It ended by itself.
+    #[error("the dataplane ended ({status}){said}")]
+    Ended {
+        /// How.
+        status: ExitStatus,
+        /// Its last words.
+        said: String,
+    },
+}
+
+impl Settings {
+    /// Checks the flags as the dataplane will. `has_link` says that a link will be there by the time
+    /// it starts. Gives the configuration, or adds every problem.
+    pub fn check(&self, has_link: bool, problems: &mut Vec<String>) -> Option<Config> {
+        let mut args = self.args.clone();
+        if has_link {
+            // The number is not known yet; any that is no standard stream passes the same checks.
+            args.link_fd = Some(i32::MAX);
+        }
+        match Config::new(&args, self.vm_settings(), &default_name()) {
+            Ok(config) => Some(config),
+            Err(found) => {
+                problems.extend(found.to_string().lines().map(|line| safe(line).into_owned()));
+                None
+            }
+        }
+    }
+
+    fn vm_settings(&self) -> VmSettings {
+        let Treatment { document, rules, mode, .. } = &self.treatment;
+        let own_policy = (document.is_some() || !rules.is_empty()).then(|| {
+            let document = document.clone().unwrap_or_default();
+            OwnPolicySettings { document: document.text, source: document.source, rules: rules.clone() }
+        });
+        VmSettings {
+            own_policy,
+            mode: mode.map(|mode| mode.to_string()),
+            resolver_patience_ms: self.resolver_patience.map(|p| u64::try_from(p.as_millis()).unwrap_or(u64::MAX)),
+            ..VmSettings::default()
+        }
+    }
+}
+
+impl Dataplane {
+    /// Starts one.
+    ///
+    /// # Errors
+    /// When the system refuses.
+    pub fn start(settings: Settings) -> Result<Self, DataplaneError> {
+        let start = DataplaneError::Start;
+        let program = super::own_executable().map_err(|e| start(io::Error::other(e)))?;
+        let document = serde_json::to_vec(&settings.vm_settings()).map_err(|e| start(io::Error::other(e)))?;
+        let (lifeline_end, lifeline) = io::pipe().map_err(start)?;
+        let (settings_end, settings_writer) = io::pipe().map_err(start)?;
+        let (lifeline_end, settings_end) = (OwnedFd::from(lifeline_end), OwnedFd::from(settings_end));
+        let args = Args {
+            link_fd: settings.link.as_ref().map(|fd| fd.as_raw_fd()),
+            vm_settings_fd: Some(settings_end.as_raw_fd()),
+            exit_with_fd: Some(lifeline_end.as_raw_fd()),
+            ..settings.args
+        };
+        let mut command = std::process::Command::new(program);
+        command
+            .arg0("vnet-dataplane")
+            .arg(super::DATAPLANE_ROLE)
+            .args(flags(&args))
+            .current_dir("/")
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(if settings.speaks { Stdio::inherit() } else { Stdio::piped() })
+            // Ctrl-C is for this process, which ends the dataplane when it is ready to.
+            .process_group(0);
+        let keep: Vec<&OwnedFd> = settings.link.iter().chain([&lifeline_end, &settings_end]).collect();
+        inherit_only(&mut command, &keep);
+        let mut child = Command::from(command).kill_on_drop(true).spawn().map_err(start)?;
+        // A policy may be longer than a pipe holds. A child that died early is told of by its end.
+        std::thread::spawn(move || {
+            let mut writer = settings_writer;
+            let _ = writer.write_all(&document);
+        });
+        let said = Arc::default();
+        if let Some(stderr) = child.stderr.take() {
+            tokio::spawn(listen(stderr, Arc::clone(&said)));
+        }
+        Ok(Self { child, lifeline: Some(lifeline), said })
+    }
+
+    /// Waits until it ends by itself. Cancel safe.
+    pub async fn ended(&mut self) -> DataplaneError {
+        match self.child.wait().await {
+            Ok(status) => {
+                // Its last words may still be on their way through the pipe.
+                tokio::time::sleep(LAST_WORDS_PATIENCE).await;
+                DataplaneError::Ended { status, said: self.said() }
+            }
+            Err(error) => DataplaneError::Start(error),
+        }
+    }
+
+    /// Ends it: asked first, then made to.
+    pub async fn stop(mut self) {
+        drop(self.lifeline.take());
+        if tokio::time::timeout(STOP_PATIENCE, self.child.wait()).await.is_err() {
+            let _ = self.child.kill().await;
+        }
+    }
+
+    /// The last of what it said.
+    fn said(&self) -> String {
+        let said = self.said.lock().unwrap_or_else(PoisonError::into_inner);
+        let text = String::from_utf8_lossy(&said).into_owned();
+        let lines: Vec<String> = text.lines().map(|line| format!("\n  {}", safe(line))).collect();
+        lines[lines.len().saturating_sub(SAID_LINES_MAX)..].concat()
+    }
+}
+
+/// Keeps the last of what it says.
+async fn listen(mut stderr: tokio::process::ChildStderr, said: Arc<Mutex<Vec<u8>>>) {
+    let mut chunk = [0; 1024];
+    while let Ok(length @ 1..) = stderr.read(&mut chunk).await {
+        let mut said = said.lock().unwrap_or_else(PoisonError::into_inner);
+        said.extend_from_slice(&chunk[..length]);
+        let excess = said.len().saturating_sub(SAID_BYTES_MAX);
+        said.drain(..excess);
+    }
+}
+
+/// The flags as a command line. The whole structure is taken apart, so that a flag that is added there
+/// cannot be forgotten here.
+fn flags(args: &Args) -> Vec<OsString> {
+    let Args {
+        controlplane,
+        name,
+        vm,
+        labels,
+        listen_qemu,
+        listen_vfkit,
+        listen,
+        listen_bess,
+        listen_vpnkit,
+        listen_stdio,
+        link_fd,
+        mtu,
+        subnet,
+        gateway,
+        gateway_mac,
+        host_alias,
+        static_leases,
+        dns,
+        dns_search,
+        zones,
+        publish,
+        vm_settings_fd,
+        exit_with_fd,
+    } = args;
+    let number = |fd: &Option<i32>| fd.map(|fd| fd.to_string());
+    let once = [
+        ("controlplane", controlplane.clone()),
+        ("name", name.clone()),
+        ("vm", vm.clone()),
+        ("link-fd", number(link_fd)),
+        ("mtu", mtu.clone()),
+        ("subnet", subnet.clone()),
+        ("gateway", gateway.clone()),
+        ("gateway-mac", gateway_mac.clone()),
+        ("host-alias", host_alias.clone()),
+        ("vm-settings-fd", number(vm_settings_fd)),
+        ("exit-with-fd", number(exit_with_fd)),
+    ];
+    let repeated = [
+        ("label", labels),
+        ("listen-qemu", listen_qemu),
+        ("listen-vfkit", listen_vfkit),
+        ("listen", listen),
+        ("listen-bess", listen_bess),
+        ("listen-vpnkit", listen_vpnkit),
+        ("listen-stdio", listen_stdio),
+        ("static-lease", static_leases),
+        ("dns", dns),
+        ("dns-search", dns_search),
+        ("zone", zones),
+        ("publish", publish),
+    ];
+    let once = once.into_iter().filter_map(|(flag, value)| value.map(|value| (flag, value)));
+    let repeated = repeated.into_iter().flat_map(|(flag, values)| values.iter().cloned().map(move |v| (flag, v)));
+    // One word each, so that a value that begins with a dash stays a value.
+    once.chain(repeated).map(|(flag, value)| OsString::from(format!("--{flag}={value}"))).collect()
+}
+
+/// This process as the dataplane.
+pub(super) fn main(arguments: Vec<OsString>) -> ExitCode {
+    super::parsed(arguments, |cli: Cli| vnet_dataplane::main(cli.args))
+}
+
+/// How long it may take to end in good order: sockets removed, the last counts sent.
+const STOP_PATIENCE: Duration = Duration::from_secs(3);
+const LAST_WORDS_PATIENCE: Duration = Duration::from_millis(50);
+const SAID_BYTES_MAX: usize = 4096;
+const SAID_LINES_MAX: usize = 5;
+
+#[cfg(test)]
+mod tests {
+    use clap::Parser as _;
+    use super::*;
+
+    #[test]
+    fn flags_read_back_as_they_were() {
+        let line = [
+            "vnet-dataplane", "--controlplane=unix:///run/s.sock", "--name=n", "--vm=web", "--label=a=b",
+            "--label=c=d", "--listen-qemu=unix:///q.sock?name=x", "--listen-vfkit=unixgram:///v.sock", "--listen=a",
+            "--listen-bess=b", "--listen-vpnkit=c", "--listen-stdio=d", "--link-fd=7", "--mtu=65520",
+            "--subnet=10.0.0.0/24", "--gateway=10.0.0.1", "--gateway-mac=5a:94:ef:e4:0c:dd", "--host-alias=none",
+            "--static-lease=5a:94:ef:00:00:02=10.0.0.9", "--dns=192.0.2.53", "--dns-search=lan", "--zone=z:a=10.0.0.2",
+            "--publish=8080:80", "--vm-settings-fd=8", "--exit-with-fd=9",
+        ];
+        let args = Cli::try_parse_from(line).unwrap().args;
+
+        let again = std::iter::once(OsString::from("vnet-dataplane")).chain(flags(&args));
+        let again = Cli::try_parse_from(again).unwrap().args;
+
+        assert_eq!(format!("{args:?}"), format!("{again:?}"));
+        assert_eq!(flags(&args).len(), line.len() - 1);
+    }
+
+    #[test]
+    fn what_vms_bring_along_is_written_as_the_dataplane_reads_it() {
+        let treatment = Treatment {
+            rules: vec!["allow tcp 192.0.2.7:80".to_owned()],
+            mode: Some(vnet_proto::model::Mode::Ask),
+            ..Treatment::default()
+        };
+        let settings =
+            Settings { treatment, resolver_patience: Some(Duration::from_secs(30)), ..Settings::default() };
+
+        let text = serde_json::to_vec(&settings.vm_settings()).unwrap();
+        let read = VmSettings::read(text.as_slice()).unwrap();
+
+        assert_eq!(read.mode.as_deref(), Some("ask"));
+        assert_eq!(read.resolver_patience_ms, Some(30_000));
+        assert_eq!(read.own_policy.unwrap().rules, ["allow tcp 192.0.2.7:80"]);
+        assert_eq!(Settings::default().vm_settings(), VmSettings::default(), "nothing is brought: open, as under gvproxy");
+    }
+}

@@ -1,0 +1,73 @@
+//! Starting the two daemons from this one binary, by re-executing it. The only module that imports
+//! their crates.
+//!
+//! - [`controlplane`] starts the user's own, once, however many first commands ask for it together;
+//! - [`Dataplane`] is a child of `run` and `up` that ends with them, whatever ends them;
+//! - the policy loader and the forms of flags that the daemons own are lent from here.
+
+mod controlplane;
+mod dataplane;
+mod descriptors;
+mod documents;
+
+use std::ffi::OsString;
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use vnet_controlplane::paths;
+
+pub use vnet_controlplane::paths::SESSION_SOCKET;
+pub use vnet_dataplane::args::Args as DataplaneArgs;
+pub use vnet_dataplane::config::{Config as DataplaneConfig, ListenAt, Transport};
+pub use vnet_dataplane::forward::ForwardSpec;
+
+pub use self::controlplane::{controlplane, own_server, session_url};
+pub use self::dataplane::{Dataplane, DataplaneError, Settings};
+pub use self::documents::{Document, check_document, check_own, read_document, warning_lines};
+
+use crate::failure::{EXIT_USAGE, Failure};
+
+/// The first argument with which this binary is a controlplane.
+pub(crate) const CONTROLPLANE_ROLE: &str = "__controlplane";
+/// The first argument with which this binary is a dataplane.
+pub(crate) const DATAPLANE_ROLE: &str = "__dataplane";
+
+/// What this process is, if it was started to be something else than a command. To be asked before
+/// any thread or runtime is started: a guest's helper must be a single thread.
+pub fn role(arguments: &[OsString]) -> Option<ExitCode> {
+    #[cfg(target_os = "linux")]
+    if let Some(code) = crate::sandbox::dispatch(arguments.iter().cloned()) {
+        return Some(code);
+    }
+    let main = match arguments.get(1)?.to_str()? {
+        CONTROLPLANE_ROLE => controlplane::main,
+        DATAPLANE_ROLE => dataplane::main,
+        _ => return None,
+    };
+    let of_the_daemon = arguments.iter().enumerate().filter(|(index, _)| *index != 1);
+    Some(main(of_the_daemon.map(|(_, argument)| argument.clone()).collect()))
+}
+
+/// Vnet's own directories: sockets, and state. Neither is made.
+pub fn own_directories() -> Vec<PathBuf> {
+    std::iter::once(paths::runtime_dir()).chain(paths::state_dir().ok()).collect()
+}
+
+/// Parses a daemon's arguments and runs it. What is wrong with them is said as the daemon would.
+fn parsed<A: clap::Parser>(arguments: Vec<OsString>, run: impl FnOnce(A) -> ExitCode) -> ExitCode {
+    match A::try_parse_from(arguments) {
+        Ok(args) => run(args),
+        Err(error) => {
+            let _ = error.print();
+            ExitCode::from(u8::try_from(error.exit_code()).unwrap_or(EXIT_USAGE))
+        }
+    }
+}
+
+/// This very binary. On Linux by the kernel's own link, which works after the file was replaced.
+fn own_executable() -> Result<PathBuf, Failure> {
+    if cfg!(target_os = "linux") {
+        return Ok(PathBuf::from("/proc/self/exe"));
+    }
+    std::env::current_exe().map_err(|e| Failure::Failed(format!("cannot find this program's own file: {e}")))
+}
