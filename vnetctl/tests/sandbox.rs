@@ -461,7 +461,7 @@ fn killing_the_front_leaves_nothing() {
         let sandbox = sandbox::spawn(&spec(&[
             "/bin/sh",
             "-c",
-            &format!("sleep {mark} & exec setsid sleep {mark}"),
+            &format!("sleep {mark} & setsid sleep {mark}"),
         ]))
         .unwrap();
         sandbox.start().unwrap();
@@ -613,4 +613,46 @@ fn staged_guest_and_internet_work() {
         "nameserver 192.168.127.1\n"
     );
     assert_eq!(run(&self::spec(&["sh", "-c", "exit 3"])).code, 3);
+}
+
+#[test]
+fn staged_resolver_is_the_gateway_whatever_the_host_has() {
+    if !in_stage("staged_resolver_is_the_gateway_whatever_the_host_has") {
+        return;
+    }
+    let ours = "nameserver 192.168.127.1\noptions timeout:30 attempts:2\n";
+    let tmpfs = Some("tmpfs");
+    let flags = nix::mount::MsFlags::empty();
+    nix::mount::mount(tmpfs, "/etc", tmpfs, flags, None::<&str>).expect("a stage may mount");
+    assert_eq!(script("cat /etc/resolv.conf"), ours, "where there is none");
+    assert!(!Path::new("/etc/resolv.conf").exists());
+
+    // As systemd-resolved has it: a link into a directory that is hidden.
+    let run = Path::new("/run");
+    nix::mount::mount(tmpfs, run, tmpfs, flags, None::<&str>).unwrap();
+    fs::create_dir_all(run.join("systemd/resolve")).unwrap();
+    fs::write(
+        run.join("systemd/resolve/stub-resolv.conf"),
+        "nameserver 127.0.0.53\n",
+    )
+    .unwrap();
+    std::os::unix::fs::symlink("../run/systemd/resolve/stub-resolv.conf", "/etc/resolv.conf").unwrap();
+    assert_eq!(
+        script("cat /etc/resolv.conf; ls /run"),
+        ours,
+        "where its target is hidden"
+    );
+    assert_eq!(
+        fs::read_to_string("/etc/resolv.conf").unwrap(),
+        "nameserver 127.0.0.53\n"
+    );
+
+    fs::write(run.join("plain.conf"), "nameserver 9.9.9.9\n").unwrap();
+    fs::remove_file("/etc/resolv.conf").unwrap();
+    std::os::unix::fs::symlink("/run/plain.conf", "/etc/resolv.conf").unwrap();
+    assert_eq!(
+        script("cat /run/plain.conf"),
+        ours,
+        "where its target is elsewhere"
+    );
 }

@@ -132,12 +132,13 @@ pub(crate) fn places(uid: u32, variable: impl Fn(&str) -> Option<OsString>, call
     let standard = PathBuf::from(format!("/run/user/{uid}"));
     let mut runtime_directories = vec![standard.clone()];
     runtime_directories.extend(absolute("XDG_RUNTIME_DIR").filter(|directory| *directory != standard));
+    let home = absolute("HOME");
 
     let mut hidden: Vec<PathBuf> = SYSTEM.iter().map(PathBuf::from).collect();
     for directory in &runtime_directories {
         hidden.extend(RUNTIME.iter().map(|name| directory.join(name)));
     }
-    if let Some(home) = absolute("HOME") {
+    if let Some(home) = &home {
         hidden.extend(HOME.iter().map(|name| home.join(name)));
     }
     let temporary = absolute("TMUX_TMPDIR").unwrap_or_else(|| "/tmp".into());
@@ -154,7 +155,13 @@ pub(crate) fn places(uid: u32, variable: impl Fn(&str) -> Option<OsString>, call
     );
 
     let mut rebuilt = vec![PathBuf::from("/run")];
-    rebuilt.extend(runtime_directories);
+    // Never the home directory or what holds it: what the command writes there is to stay.
+    let holds_home = |directory: &PathBuf| home.as_ref().is_some_and(|home| home.starts_with(directory));
+    rebuilt.extend(
+        runtime_directories
+            .into_iter()
+            .filter(|directory| !holds_home(directory)),
+    );
     Places { rebuilt, hidden }
 }
 
@@ -209,6 +216,17 @@ mod tests {
         }
         let rebuilt: Vec<_> = places.rebuilt.iter().map(|path| path.to_str().unwrap()).collect();
         assert_eq!(rebuilt, ["/run", "/run/user/1000", "/tmp/runtime"]);
+    }
+
+    #[test]
+    fn home_is_never_replaced_by_a_copy() {
+        let variable = |name: &str| match name {
+            "HOME" => Some(OsString::from("/home/u")),
+            "XDG_RUNTIME_DIR" => Some(OsString::from("/home")),
+            _ => None,
+        };
+        let rebuilt = places(7, variable, Vec::new()).rebuilt;
+        assert_eq!(rebuilt, [PathBuf::from("/run"), PathBuf::from("/run/user/7")]);
     }
 
     #[test]

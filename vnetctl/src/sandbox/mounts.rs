@@ -44,7 +44,7 @@ pub(crate) fn set_up(places: &Places, resolv_conf: &str, cwd: Option<&Path>) -> 
                 "sockets made later in {} are not hidden",
                 directory.display()
             ));
-        } else if directory.is_dir() {
+        } else if is_private(&directory) {
             rebuild(&directory, &hidden, &mut notes)?;
         }
     }
@@ -110,6 +110,16 @@ fn existing(paths: &[PathBuf]) -> Vec<PathBuf> {
     real.dedup();
     real.retain(|path| path.parent().is_some());
     real
+}
+
+/// Whether a copy may take its place: what is below `/run` ends with the machine anyway; elsewhere only where
+/// nobody but the user makes files. A variable may name a shared directory by mistake, and in a copy of
+/// `/tmp` the command's files would be lost.
+fn is_private(directory: &Path) -> bool {
+    const WRITABLE_BY_OTHERS: u32 = 0o022;
+    fs::metadata(directory).is_ok_and(|metadata| {
+        metadata.is_dir() && (directory.starts_with("/run") || metadata.mode() & WRITABLE_BY_OTHERS == 0)
+    })
 }
 
 /// Replaces a directory by a copy that has all its entries but the hidden ones: directories and files are

@@ -155,6 +155,7 @@ fn restore_at_exit() {
             // The thread that panics may hold the lock; then `Drop` restores.
             if let Ok(changed) = CHANGED.try_lock()
                 && let Some((terminal, mode)) = changed.as_ref()
+                && is_foreground(terminal.as_fd())
             {
                 let _ = tcsetattr(terminal, SetArg::TCSANOW, mode);
             }
