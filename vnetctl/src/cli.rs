@@ -27,7 +27,12 @@ use crate::output::{Format, Output};
 
 /// A network for VMs and commands that asks before it lets anything out
 #[derive(Debug, Parser)]
-#[command(name = "vnetctl", version, max_term_width = 100, arg_required_else_help = true)]
+#[command(
+    name = "vnetctl",
+    version,
+    max_term_width = 100,
+    arg_required_else_help = true
+)]
 #[command(subcommand_required = true, disable_help_subcommand = true, after_help = EXAMPLES)]
 pub struct Cli {
     /// The controlplane, as unix:///PATH; your own if left out, started when needed
@@ -153,7 +158,11 @@ fn names_run(arguments: &[OsString]) -> bool {
 }
 
 fn execute(cli: Cli) -> Result<u8, Failure> {
-    let Cli { server, output, command } = cli;
+    let Cli {
+        server,
+        output,
+        command,
+    } = cli;
     let connection = Connection { named: server };
     let without_data = |name: &str| match output {
         Some(_) => Err(Failure::Usage(format!("{name} prints no data; leave -o out"))),
@@ -181,7 +190,10 @@ fn execute(cli: Cli) -> Result<u8, Failure> {
             Output::stdout(Format::Table).write(&script).map(|()| 0)
         }
         command => {
-            let context = Context { connection, output: Output::stdout(output.unwrap_or_default()) };
+            let context = Context {
+                connection,
+                output: Output::stdout(output.unwrap_or_default()),
+            };
             runtime()?.block_on(client_command(command, context)).map(|()| 0)
         }
     }
@@ -267,15 +279,27 @@ mod tests {
     #[test]
     fn examples_parse() {
         fn check(command: &mut clap::Command, path: &str) {
-            let help = command.get_after_help().map(ToString::to_string).unwrap_or_default();
+            let help = command
+                .get_after_help()
+                .map(ToString::to_string)
+                .unwrap_or_default();
             for line in help.lines().filter_map(|l| l.trim().strip_prefix("vnetctl ")) {
-                let line = line.split(" | ").next().unwrap_or_default().split("  ").next().unwrap_or_default();
+                let line = line
+                    .split(" | ")
+                    .next()
+                    .unwrap_or_default()
+                    .split("  ")
+                    .next()
+                    .unwrap_or_default();
                 let words = format!("vnetctl {}", line.split(" > ").next().unwrap_or_default());
                 let words = shell_words(&words);
                 let parsed = Cli::try_parse_from(&words);
                 assert!(parsed.is_ok(), "{path}: {words:?}: {}", parsed.unwrap_err());
             }
-            let names: Vec<String> = command.get_subcommands().map(|c| c.get_name().to_owned()).collect();
+            let names: Vec<String> = command
+                .get_subcommands()
+                .map(|c| c.get_name().to_owned())
+                .collect();
             for name in names {
                 let path = format!("{path} {name}");
                 check(command.find_subcommand_mut(&name).unwrap(), &path);
@@ -305,15 +329,23 @@ mod tests {
     #[test]
     fn what_comes_after_two_dashes_is_the_commands() {
         let cli = parse("vnetctl run --vm a -- sh -o pipefail --vm b").unwrap();
-        let Command::Run(args) = cli.command else { panic!("not run") };
+        let Command::Run(args) = cli.command else {
+            panic!("not run")
+        };
         assert_eq!(args.command, ["sh", "-o", "pipefail", "--vm", "b"]);
         assert_eq!(cli.output, None);
     }
 
     #[test]
     fn lists_take_the_output_format_on_either_side() {
-        assert_eq!(parse("vnetctl -o json vm list").unwrap().output, Some(Format::Json));
-        assert_eq!(parse("vnetctl vm list -o yaml").unwrap().output, Some(Format::Yaml));
+        assert_eq!(
+            parse("vnetctl -o json vm list").unwrap().output,
+            Some(Format::Json)
+        );
+        assert_eq!(
+            parse("vnetctl vm list -o yaml").unwrap().output,
+            Some(Format::Yaml)
+        );
     }
 
     #[test]
@@ -327,7 +359,12 @@ mod tests {
 
     #[test]
     fn commands_of_later_issues_are_not_listed() {
-        for line in ["vnetctl top", "vnetctl policy test x", "vnetctl policy diff x", "vnetctl policy suggest"] {
+        for line in [
+            "vnetctl top",
+            "vnetctl policy test x",
+            "vnetctl policy diff x",
+            "vnetctl policy suggest",
+        ] {
             assert!(parse(line).is_err(), "{line}");
         }
     }

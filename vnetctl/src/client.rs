@@ -34,7 +34,9 @@ impl FromStr for Server {
             return if path.starts_with('/') {
                 Ok(Self::Unix(PathBuf::from(path)))
             } else {
-                Err(format!("{text:?} has no absolute path (expected one as unix:///run/user/1000/vnet/control.sock)"))
+                Err(format!(
+                    "{text:?} has no absolute path (expected one as unix:///run/user/1000/vnet/control.sock)"
+                ))
             };
         }
         if text.starts_with('/') {
@@ -44,7 +46,9 @@ impl FromStr for Server {
             Some(scheme @ ("https" | "tcp" | "http")) => Err(format!(
                 "{scheme}:// controlplanes cannot be reached yet (expected unix:///PATH, on this machine)"
             )),
-            _ => Err(format!("{text:?} is not a controlplane's address (expected unix:///PATH)")),
+            _ => Err(format!(
+                "{text:?} is not a controlplane's address (expected unix:///PATH)"
+            )),
         }
     }
 }
@@ -123,10 +127,13 @@ impl Client {
         // Asked first by hand: the transport's own errors do not tell absence from refusal.
         if let Err(source) = UnixStream::connect(path).await {
             return Err(match source.kind() {
-                io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused => {
-                    ConnectError::Absent { server: server.clone() }
-                }
-                _ => ConnectError::Refused { server: server.clone(), source },
+                io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused => ConnectError::Absent {
+                    server: server.clone(),
+                },
+                _ => ConnectError::Refused {
+                    server: server.clone(),
+                    source,
+                },
             });
         }
         let path = path.clone();
@@ -139,13 +146,22 @@ impl Client {
             .connect_timeout(CONNECT_PATIENCE)
             .connect_with_connector(connector)
             .await
-            .map_err(|e| ConnectError::Refused { server: server.clone(), source: io::Error::other(e) })?;
+            .map_err(|e| ConnectError::Refused {
+                server: server.clone(),
+                source: io::Error::other(e),
+            })?;
         Ok(Self { channel })
     }
 
     /// Whether it answers: not merely accepts, but serves.
     pub async fn answers(&self) -> bool {
-        let request = with_patience(v1::ListVmsRequest { page_size: 1, ..Default::default() }, PROBE_PATIENCE);
+        let request = with_patience(
+            v1::ListVmsRequest {
+                page_size: 1,
+                ..Default::default()
+            },
+            PROBE_PATIENCE,
+        );
         self.vms().list_vms(request).await.is_ok()
     }
 }
@@ -178,9 +194,9 @@ impl Connection {
         match (Client::connect(&server).await, &self.named) {
             (Ok(client), _) => Ok(client),
             (Err(ConnectError::Absent { .. }), None) => crate::launch::controlplane(&server).await,
-            (Err(error @ ConnectError::Absent { .. }), Some(Server::Unix(path))) => {
-                Err(Failure::Failed(format!("{}\n  {}", safe(&error.to_string()), how_to_start(path))))
-            }
+            (Err(error @ ConnectError::Absent { .. }), Some(Server::Unix(path))) => Err(Failure::Failed(
+                format!("{}\n  {}", safe(&error.to_string()), how_to_start(path)),
+            )),
             (Err(error), _) => Err(Failure::Failed(safe(&error.to_string()).into_owned())),
         }
     }
@@ -265,13 +281,18 @@ mod tests {
 
     #[tokio::test]
     async fn a_named_server_that_is_absent_is_an_error_that_says_how_to_start_one() {
-        let connection = Connection { named: Some(Server::Unix(PathBuf::from("/nonexistent/vnet.sock"))) };
+        let connection = Connection {
+            named: Some(Server::Unix(PathBuf::from("/nonexistent/vnet.sock"))),
+        };
 
         let error = connection.open().await.unwrap_err();
 
         assert_eq!(error.exit_code(), 1);
         let text = error.to_string();
-        assert!(text.contains("no controlplane answers at unix:///nonexistent/vnet.sock"), "{text}");
+        assert!(
+            text.contains("no controlplane answers at unix:///nonexistent/vnet.sock"),
+            "{text}"
+        );
         assert!(text.contains("vnet-controlplane --listen"), "{text}");
     }
 

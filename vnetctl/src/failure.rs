@@ -126,7 +126,11 @@ fn line(text: &mut String, what: &str, description: &str) {
     if description.is_empty() || text.contains(&*safe(description)) {
         return;
     }
-    let what = if what.is_empty() { String::new() } else { format!("{}: ", safe(what)) };
+    let what = if what.is_empty() {
+        String::new()
+    } else {
+        format!("{}: ", safe(what))
+    };
     // A description may have several lines, as a policy's problem with its excerpt has.
     let mut lines = description.lines();
     let _ = write!(text, "\n  {what}{}", safe(lines.next().unwrap_or_default()));
@@ -153,7 +157,10 @@ mod tests {
     #[test]
     fn refusal_names_each_field_and_the_remedy() {
         let mut details = ErrorDetails::new();
-        details.add_bad_request_violation("target.address.prefix", "10.0.0.1/8 has bits set (did you mean 10.0.0.0/8?)");
+        details.add_bad_request_violation(
+            "target.address.prefix",
+            "10.0.0.1/8 has bits set (did you mean 10.0.0.0/8?)",
+        );
         details.add_help_link("see vnetctl allow --help", "");
         let status = Status::with_error_details(Code::InvalidArgument, "the grant is not valid", details);
 

@@ -148,7 +148,12 @@ impl DenyArgs {
                         .to_owned(),
                 ));
             }
-            let AnswerArgs { lifetime, vms, reason, .. } = self.answer;
+            let AnswerArgs {
+                lifetime,
+                vms,
+                reason,
+                ..
+            } = self.answer;
             return grant(v1::Action::Deny, &self.words, &lifetime, &vms, reason, context).await;
         }
         self.answer.check(self.words.len())?;
@@ -186,14 +191,24 @@ impl AllowArgs {
                 self.words[0], self.words[0]
             )));
         }
-        grant(v1::Action::Allow, &self.words, &self.lifetime, &self.vms, self.reason, context).await
+        grant(
+            v1::Action::Allow,
+            &self.words,
+            &self.lifetime,
+            &self.vms,
+            self.reason,
+            context,
+        )
+        .await
     }
 }
 
 impl AnswerArgs {
     fn check(&self, ids: usize) -> Result<(), Failure> {
         if self.etag.is_some() && ids > 1 {
-            return Err(Failure::Usage("--etag is of one request; answer one id at a time with it".to_owned()));
+            return Err(Failure::Usage(
+                "--etag is of one request; answer one id at a time with it".to_owned(),
+            ));
         }
         Ok(())
     }
@@ -208,7 +223,11 @@ async fn shown(client: &Client, id: String, answer: &AnswerArgs) -> Result<(Stri
     if let Some(etag) = &answer.etag {
         return Ok((id, etag.clone()));
     }
-    let read = client.pending().get_pending(unary(v1::GetPendingRequest { id })).await?.into_inner();
+    let read = client
+        .pending()
+        .get_pending(unary(v1::GetPendingRequest { id }))
+        .await?
+        .into_inner();
     let request = read.request.unwrap_or_default();
     Ok((request.id, request.etag))
 }
@@ -254,7 +273,10 @@ async fn grant(
 
 /// Whether the words are a destination rather than ids: what kind it is comes first, always.
 fn is_destination(words: &[String]) -> bool {
-    let first = words.first().and_then(|w| w.split_whitespace().next()).unwrap_or_default();
+    let first = words
+        .first()
+        .and_then(|w| w.split_whitespace().next())
+        .unwrap_or_default();
     DESTINATION_KINDS.contains(&first)
 }
 

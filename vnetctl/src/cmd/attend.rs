@@ -58,7 +58,10 @@ impl Attendant {
                 tokio::time::sleep(RETRY_INTERVAL).await;
             }
         });
-        Self { seen, task: task.abort_handle() }
+        Self {
+            seen,
+            task: task.abort_handle(),
+        }
     }
 
     /// The next thing seen. Cancel safe.
@@ -92,7 +95,11 @@ async fn follow(client: &Client, dataplane: &str, sender: &mpsc::Sender<Seen>, l
         Ok(answer) => answer.into_inner(),
         Err(status) => return gone(status),
     };
-    let mut pending = match client.pending().watch_pending(v1::WatchPendingRequest::default()).await {
+    let mut pending = match client
+        .pending()
+        .watch_pending(v1::WatchPendingRequest::default())
+        .await
+    {
         Ok(answer) => answer.into_inner(),
         Err(status) => return gone(status),
     };
@@ -162,15 +169,26 @@ pub async fn send_answer(
 ) -> Result<(), Failure> {
     let client = connection.open().await?;
     let v1::PendingRequest { id, etag, .. } = request;
-    let once = v1::Lifetime { kind: Some(v1::lifetime::Kind::Once(true)) };
+    let once = v1::Lifetime {
+        kind: Some(v1::lifetime::Kind::Once(true)),
+    };
     match answer {
         Answer::Yes | Answer::Once => {
             let lifetime = (answer == Answer::Once).then_some(once);
-            let request = v1::ApproveRequest { id, etag, lifetime, ..Default::default() };
+            let request = v1::ApproveRequest {
+                id,
+                etag,
+                lifetime,
+                ..Default::default()
+            };
             client.pending().approve(unary(request)).await?;
         }
         Answer::No => {
-            let request = v1::DenyRequest { id, etag, ..Default::default() };
+            let request = v1::DenyRequest {
+                id,
+                etag,
+                ..Default::default()
+            };
             client.pending().deny(unary(request)).await?;
         }
     }

@@ -16,8 +16,10 @@ use crate::output::{Row, text, words};
 #[derive(Debug, Subcommand)]
 pub enum DnsCommand {
     /// List local zones in order of precedence, or change them
-    #[command(after_help = "Examples:\n  vnetctl dns zones\n  vnetctl dns zones set lab.internal db=192.168.127.9\n  \
-        vnetctl dns zones remove lab.internal")]
+    #[command(
+        after_help = "Examples:\n  vnetctl dns zones\n  vnetctl dns zones set lab.internal db=192.168.127.9\n  \
+        vnetctl dns zones remove lab.internal"
+    )]
     Zones(ZonesArgs),
     /// List names and the addresses that VMs' own lookups bound to them
     #[command(after_help = "Examples:\n  vnetctl dns bindings --vm web")]
@@ -45,8 +47,10 @@ pub enum ZonesCommand {
     /// List zones
     List(NetworkArgs),
     /// Add a zone, or replace the one of that name
-    #[command(after_help = "Examples:\n  vnetctl dns zones set lab.internal db=192.168.127.9 web=192.168.127.10\n  \
-        vnetctl dns zones set apps.internal --default 192.168.127.254")]
+    #[command(
+        after_help = "Examples:\n  vnetctl dns zones set lab.internal db=192.168.127.9 web=192.168.127.10\n  \
+        vnetctl dns zones set apps.internal --default 192.168.127.254"
+    )]
     Set(SetArgs),
     /// Remove a zone
     #[command(after_help = "Examples:\n  vnetctl dns zones remove lab.internal")]
@@ -120,7 +124,9 @@ async fn zones(command: ZonesCommand, context: &mut Context) -> Result<(), Failu
     let client = context.connection.open().await?;
     match command {
         ZonesCommand::List(NetworkArgs { network }) => {
-            let request = v1::ListZonesRequest { network: network.unwrap_or_default() };
+            let request = v1::ListZonesRequest {
+                network: network.unwrap_or_default(),
+            };
             let answer = client.dns().list_zones(unary(request)).await?.into_inner();
             context.output.list(&answer.zones)
         }
@@ -139,8 +145,10 @@ async fn zones(command: ZonesCommand, context: &mut Context) -> Result<(), Failu
             })
         }
         ZonesCommand::Remove(args) => {
-            let request =
-                v1::DeleteZoneRequest { network: args.network.network.unwrap_or_default(), name: args.name };
+            let request = v1::DeleteZoneRequest {
+                network: args.network.network.unwrap_or_default(),
+                name: args.name,
+            };
             let answer = client.dns().delete_zone(unary(request)).await?.into_inner();
             context.output.done("vnet.v1.DeleteZoneResponse", &answer, || {
                 format!("removed zone {}", answer.zone.clone().unwrap_or_default().name)
@@ -155,7 +163,11 @@ impl Row for v1::Zone {
 
     fn cells(&self, _: SystemTime) -> Vec<String> {
         let record = |r: &v1::ZoneRecord| {
-            format!("{}={}", if r.name.is_empty() { ZONE_ITSELF } else { &r.name }, r.address)
+            format!(
+                "{}={}",
+                if r.name.is_empty() { ZONE_ITSELF } else { &r.name },
+                r.address
+            )
         };
         vec![
             self.network.clone(),
@@ -201,7 +213,10 @@ fn record(text: &str) -> Result<v1::ZoneRecord, String> {
     let (name, address) = text.split_once('=').ok_or_else(expected)?;
     let address: IpAddr = address.parse().map_err(|_| expected())?;
     let name = if name == ZONE_ITSELF { "" } else { name };
-    Ok(v1::ZoneRecord { name: name.to_owned(), address: address.to_string() })
+    Ok(v1::ZoneRecord {
+        name: name.to_owned(),
+        address: address.to_string(),
+    })
 }
 
 const ZONE_ITSELF: &str = "@";
@@ -212,7 +227,10 @@ mod tests {
 
     #[test]
     fn records_are_a_name_and_an_address() {
-        let made = |name: &str, address: &str| v1::ZoneRecord { name: name.to_owned(), address: address.to_owned() };
+        let made = |name: &str, address: &str| v1::ZoneRecord {
+            name: name.to_owned(),
+            address: address.to_owned(),
+        };
 
         assert_eq!(record("db=192.168.127.9"), Ok(made("db", "192.168.127.9")));
         assert_eq!(record("@=2001:DB8::1"), Ok(made("", "2001:db8::1")));

@@ -15,12 +15,16 @@ use crate::output::{Format, Row, text, words};
 #[derive(Debug, Subcommand)]
 pub enum EventsCommand {
     /// Print events as they happen, until interrupted
-    #[command(after_help = "Examples:\n  vnetctl events watch\n  vnetctl events watch --kind flow-denied -o json\n  \
-        vnetctl events watch --after 0        # everything still kept, then live")]
+    #[command(
+        after_help = "Examples:\n  vnetctl events watch\n  vnetctl events watch --kind flow-denied -o json\n  \
+        vnetctl events watch --after 0        # everything still kept, then live"
+    )]
     Watch(WatchArgs),
     /// List past events, newest first
-    #[command(after_help = "Examples:\n  vnetctl events list\n  vnetctl events list --since 1h --kind flow-denied\n  \
-        vnetctl events list --vm web --limit 1000 -o json")]
+    #[command(
+        after_help = "Examples:\n  vnetctl events list\n  vnetctl events list --since 1h --kind flow-denied\n  \
+        vnetctl events list --vm web --limit 1000 -o json"
+    )]
     List(ListArgs),
 }
 
@@ -80,11 +84,19 @@ async fn watch(args: WatchArgs, context: &mut Context) -> Result<(), Failure> {
     while let Some(answer) = events.message().await? {
         let Some(event) = answer.event else { continue };
         if event.kind() == v1::EventKind::Gap && context.output.format() == Format::Table {
-            eprintln!("{} events were missed; `vnetctl events list` has the history", event.missed);
+            eprintln!(
+                "{} events were missed; `vnetctl events list` has the history",
+                event.missed
+            );
             continue;
         }
         context.output.stream(v1::Event::NAME, &event, WATCH, |_| {
-            vec![text::time(event.time.as_ref()), words::event_kind(event.kind), text::or_none(event.vm.as_str()), what(&event)]
+            vec![
+                text::time(event.time.as_ref()),
+                words::event_kind(event.kind),
+                text::or_none(event.vm.as_str()),
+                what(&event),
+            ]
         })?;
     }
     Err(Failure::Failed("the controlplane ended the watch".to_owned()))
@@ -93,7 +105,11 @@ async fn watch(args: WatchArgs, context: &mut Context) -> Result<(), Failure> {
 async fn list(args: ListArgs, context: &mut Context) -> Result<(), Failure> {
     let client = context.connection.open().await?;
     let time = args.since.map(|since| v1::TimeRange {
-        start: context.output.now().checked_sub(since).map(prost_types::Timestamp::from),
+        start: context
+            .output
+            .now()
+            .checked_sub(since)
+            .map(prost_types::Timestamp::from),
         end: None,
     });
     let limit = args.limit as usize;
@@ -102,8 +118,13 @@ async fn list(args: ListArgs, context: &mut Context) -> Result<(), Failure> {
     // The history may be far longer than what was asked for: read no more pages than that needs.
     while events.len() < limit {
         let page_size = PAGE_SIZE.min(u32::try_from(limit - events.len()).unwrap_or(PAGE_SIZE));
-        let request =
-            v1::ListEventsRequest { vms: args.vms.message(), kinds: kinds(&args.kind), time, page_size, page_token };
+        let request = v1::ListEventsRequest {
+            vms: args.vms.message(),
+            kinds: kinds(&args.kind),
+            time,
+            page_size,
+            page_token,
+        };
         let page = client.events().list_events(unary(request)).await?.into_inner();
         events.extend(page.events);
         page_token = page.next_page_token;
@@ -132,7 +153,11 @@ impl Row for v1::Event {
 
 /// The event's sentence; where it has none, its facts.
 fn what(event: &v1::Event) -> String {
-    let times = if event.count > 1 { format!(" ({} times)", event.count) } else { String::new() };
+    let times = if event.count > 1 {
+        format!(" ({} times)", event.count)
+    } else {
+        String::new()
+    };
     if !event.text.is_empty() {
         return format!("{}{times}", event.text);
     }
@@ -157,11 +182,16 @@ fn kinds(kinds: &[v1::EventKind]) -> Vec<i32> {
 /// Parses a kind as the table shows it.
 fn kind(text: &str) -> Result<v1::EventKind, String> {
     let name = format!("EVENT_KIND_{}", text.to_ascii_uppercase().replace('-', "_"));
-    v1::EventKind::from_str_name(&name).filter(|k| *k != v1::EventKind::Unspecified).ok_or_else(|| {
-        let known = (1..).map_while(|n| v1::EventKind::try_from(n).ok());
-        let known: Vec<String> = known.map(|k| words::event_kind(k.into())).collect();
-        format!("{text:?} is not a kind of event (expected one of {})", known.join(", "))
-    })
+    v1::EventKind::from_str_name(&name)
+        .filter(|k| *k != v1::EventKind::Unspecified)
+        .ok_or_else(|| {
+            let known = (1..).map_while(|n| v1::EventKind::try_from(n).ok());
+            let known: Vec<String> = known.map(|k| words::event_kind(k.into())).collect();
+            format!(
+                "{text:?} is not a kind of event (expected one of {})",
+                known.join(", ")
+            )
+        })
 }
 
 const WATCH: &[(&str, usize)] = &[("TIME", 20), ("KIND", 16), ("VM", 20), ("WHAT", 0)];
@@ -174,7 +204,10 @@ mod tests {
     fn kinds_are_typed_as_they_are_shown() {
         assert_eq!(kind("flow-denied"), Ok(v1::EventKind::FlowDenied));
         let error = kind("unspecified").unwrap_err();
-        assert!(error.contains("vm-attached, ") && error.ends_with("gap)"), "{error}");
+        assert!(
+            error.contains("vm-attached, ") && error.ends_with("gap)"),
+            "{error}"
+        );
     }
 
     #[test]

@@ -19,7 +19,9 @@ pub enum FlowsCommand {
     #[command(after_help = "Examples:\n  vnetctl flows list\n  vnetctl flows list --vm web -o json")]
     List(ListVmArgs),
     /// Close live flows: both sides see a reset, the verdict stays
-    #[command(after_help = "Examples:\n  vnetctl flows close \"$(vnetctl flows list -o json | jq -r '.[0].id')\"")]
+    #[command(
+        after_help = "Examples:\n  vnetctl flows close \"$(vnetctl flows list -o json | jq -r '.[0].id')\""
+    )]
     Close(CloseArgs),
 }
 
@@ -42,7 +44,11 @@ impl FlowsCommand {
             Self::List(vms) => {
                 let flows = pages(|page_token| {
                     let mut service = client.flows();
-                    let request = v1::ListFlowsRequest { vms: vms.message(), page_size: PAGE_SIZE, page_token };
+                    let request = v1::ListFlowsRequest {
+                        vms: vms.message(),
+                        page_size: PAGE_SIZE,
+                        page_token,
+                    };
                     async move {
                         let page = service.list_flows(unary(request)).await?.into_inner();
                         Ok((page.flows, page.next_page_token))
@@ -57,7 +63,12 @@ impl FlowsCommand {
                     let answer = client.flows().close_flow(unary(request)).await?.into_inner();
                     context.output.done("vnet.v1.CloseFlowResponse", &answer, || {
                         let flow = answer.flow.clone().unwrap_or_default();
-                        format!("closed {} of {} (flow {})", words::far_end(flow.tuple.as_ref()), flow.vm, flow.id)
+                        format!(
+                            "closed {} of {} (flow {})",
+                            words::far_end(flow.tuple.as_ref()),
+                            flow.vm,
+                            flow.id
+                        )
                     })
                 })
                 .await
@@ -68,8 +79,18 @@ impl FlowsCommand {
 
 impl Row for v1::Flow {
     const NAME: &'static str = "vnet.v1.Flow";
-    const COLUMNS: &'static [&'static str] =
-        &["ID", "VM", "DIRECTION", "GUEST", "PEER", "NAMES", "UP", "DOWN", "AGE", "BY"];
+    const COLUMNS: &'static [&'static str] = &[
+        "ID",
+        "VM",
+        "DIRECTION",
+        "GUEST",
+        "PEER",
+        "NAMES",
+        "UP",
+        "DOWN",
+        "AGE",
+        "BY",
+    ];
 
     fn cells(&self, now: SystemTime) -> Vec<String> {
         let by = words::reason_short(self.reason.as_ref());
@@ -83,7 +104,11 @@ impl Row for v1::Flow {
             text::bytes(self.bytes_up),
             text::bytes(self.bytes_down),
             text::age(now, self.opened_at.as_ref()),
-            if self.would_deny { format!("{by} (would deny)") } else { by },
+            if self.would_deny {
+                format!("{by} (would deny)")
+            } else {
+                by
+            },
         ]
     }
 }

@@ -23,7 +23,9 @@ pub enum ForwardCommand {
         vnetctl forward add 127.0.0.1:5353:192.168.127.2:53/udp\n  vnetctl forward add 0:22 --vm web   # any free port")]
     Add(AddArgs),
     /// Close a forward, and cut its flows
-    #[command(after_help = "Examples:\n  vnetctl forward remove 127.0.0.1:8080\n  vnetctl forward remove 127.0.0.1:5353/udp")]
+    #[command(
+        after_help = "Examples:\n  vnetctl forward remove 127.0.0.1:8080\n  vnetctl forward remove 127.0.0.1:5353/udp"
+    )]
     Remove(RemoveArgs),
 }
 
@@ -69,8 +71,14 @@ impl ForwardCommand {
         let client = context.connection.open().await?;
         match self {
             Self::List(ListArgs { network }) => {
-                let request = v1::ListForwardsRequest { network: network.unwrap_or_default() };
-                let answer = client.forwards().list_forwards(unary(request)).await?.into_inner();
+                let request = v1::ListForwardsRequest {
+                    network: network.unwrap_or_default(),
+                };
+                let answer = client
+                    .forwards()
+                    .list_forwards(unary(request))
+                    .await?
+                    .into_inner();
                 context.output.list(&answer.forwards)
             }
             Self::Add(AddArgs { forward, vm, network }) => {
@@ -88,19 +96,32 @@ impl ForwardCommand {
                     listen: made.listen.to_string(),
                     target: made.target.to_string(),
                 };
-                let request = v1::CreateForwardRequest { forward: Some(forward) };
-                let answer = client.forwards().create_forward(unary(request)).await?.into_inner();
+                let request = v1::CreateForwardRequest {
+                    forward: Some(forward),
+                };
+                let answer = client
+                    .forwards()
+                    .create_forward(unary(request))
+                    .await?
+                    .into_inner();
                 context.output.done("vnet.v1.CreateForwardResponse", &answer, || {
                     format!("opened {}", sentence(answer.forward.as_ref()))
                 })
             }
-            Self::Remove(RemoveArgs { listen: (protocol, listen), network }) => {
+            Self::Remove(RemoveArgs {
+                listen: (protocol, listen),
+                network,
+            }) => {
                 let request = v1::DeleteForwardRequest {
                     network: network.unwrap_or_default(),
                     protocol: protocol.into(),
                     listen: listen.to_string(),
                 };
-                let answer = client.forwards().delete_forward(unary(request)).await?.into_inner();
+                let answer = client
+                    .forwards()
+                    .delete_forward(unary(request))
+                    .await?
+                    .into_inner();
                 context.output.done("vnet.v1.DeleteForwardResponse", &answer, || {
                     format!("closed {}", sentence(answer.forward.as_ref()))
                 })
@@ -112,11 +133,20 @@ impl ForwardCommand {
 /// The network and address of the VM named, or of the only one there is.
 async fn guest_address(client: &Client, name: Option<String>) -> Result<(String, IpAddr), Failure> {
     let vm = match name {
-        Some(name) => {
-            client.vms().get_vm(unary(v1::GetVmRequest { name })).await?.into_inner().vm.unwrap_or_default()
-        }
+        Some(name) => client
+            .vms()
+            .get_vm(unary(v1::GetVmRequest { name }))
+            .await?
+            .into_inner()
+            .vm
+            .unwrap_or_default(),
         None => {
-            let mut vms = client.vms().list_vms(unary(v1::ListVmsRequest::default())).await?.into_inner().vms;
+            let mut vms = client
+                .vms()
+                .list_vms(unary(v1::ListVmsRequest::default()))
+                .await?
+                .into_inner()
+                .vms;
             match (vms.len(), vms.pop()) {
                 (1, Some(vm)) => vm,
                 (count, _) => {
@@ -142,13 +172,23 @@ impl Row for v1::Forward {
     const COLUMNS: &'static [&'static str] = &["NETWORK", "PROTOCOL", "LISTEN", "TARGET"];
 
     fn cells(&self, _: SystemTime) -> Vec<String> {
-        vec![self.network.clone(), words::protocol(self.protocol), self.listen.clone(), self.target.clone()]
+        vec![
+            self.network.clone(),
+            words::protocol(self.protocol),
+            self.listen.clone(),
+            self.target.clone(),
+        ]
     }
 }
 
 fn sentence(forward: Option<&v1::Forward>) -> String {
     let forward = forward.cloned().unwrap_or_default();
-    format!("{} {} -> {}", words::protocol(forward.protocol), forward.listen, forward.target)
+    format!(
+        "{} {} -> {}",
+        words::protocol(forward.protocol),
+        forward.listen,
+        forward.target
+    )
 }
 
 fn listen(text: &str) -> Result<(v1::Protocol, std::net::SocketAddr), String> {
@@ -157,9 +197,9 @@ fn listen(text: &str) -> Result<(v1::Protocol, std::net::SocketAddr), String> {
         Some((address, "tcp")) => (address, v1::Protocol::Tcp),
         _ => (text, v1::Protocol::Tcp),
     };
-    let address = address
-        .parse()
-        .map_err(|_| format!("{text:?} is not where a forward listens (expected one as 127.0.0.1:8080 or [::1]:53/udp)"))?;
+    let address = address.parse().map_err(|_| {
+        format!("{text:?} is not where a forward listens (expected one as 127.0.0.1:8080 or [::1]:53/udp)")
+    })?;
     Ok((protocol, address))
 }
 
@@ -170,7 +210,10 @@ mod tests {
     #[test]
     fn where_a_forward_listens_is_an_address_and_a_port() {
         let (protocol, address) = listen("[::1]:53/udp").unwrap();
-        assert_eq!((protocol, address.to_string()), (v1::Protocol::Udp, "[::1]:53".to_owned()));
+        assert_eq!(
+            (protocol, address.to_string()),
+            (v1::Protocol::Udp, "[::1]:53".to_owned())
+        );
         assert_eq!(listen("127.0.0.1:8080").unwrap().0, v1::Protocol::Tcp);
         assert!(listen("8080").unwrap_err().contains("expected one as"));
     }

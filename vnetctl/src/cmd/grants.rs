@@ -17,7 +17,9 @@ pub enum GrantsCommand {
     #[command(after_help = "Examples:\n  vnetctl grants list\n  vnetctl grants list --vm web -o yaml")]
     List(ListArgs),
     /// End grants, and cut the live flows that they alone allowed
-    #[command(after_help = "Examples:\n  vnetctl grants revoke \"$(vnetctl grants list -o json | jq -r '.[0].id')\"")]
+    #[command(
+        after_help = "Examples:\n  vnetctl grants revoke \"$(vnetctl grants list -o json | jq -r '.[0].id')\""
+    )]
     Revoke(RevokeArgs),
 }
 
@@ -49,7 +51,11 @@ impl GrantsCommand {
                 let grants = pages(|page_token| {
                     let mut service = client.grants();
                     let vm = vm.clone().unwrap_or_default();
-                    let request = v1::ListGrantsRequest { vm, page_size: PAGE_SIZE, page_token };
+                    let request = v1::ListGrantsRequest {
+                        vm,
+                        page_size: PAGE_SIZE,
+                        page_token,
+                    };
                     async move {
                         let page = service.list_grants(unary(request)).await?.into_inner();
                         Ok((page.grants, page.next_page_token))
@@ -75,8 +81,9 @@ impl GrantsCommand {
 
 impl Row for v1::Grant {
     const NAME: &'static str = "vnet.v1.Grant";
-    const COLUMNS: &'static [&'static str] =
-        &["ID", "ACTION", "TARGET", "VMS", "LIFETIME", "ENDS IN", "HITS", "AGE", "BY", "REASON"];
+    const COLUMNS: &'static [&'static str] = &[
+        "ID", "ACTION", "TARGET", "VMS", "LIFETIME", "ENDS IN", "HITS", "AGE", "BY", "REASON",
+    ];
 
     fn cells(&self, now: SystemTime) -> Vec<String> {
         vec![

@@ -18,10 +18,14 @@ pub enum PendingCommand {
     #[command(after_help = "Examples:\n  vnetctl pending list\n  vnetctl pending list --vm web -o json")]
     List(ListVmArgs),
     /// Show one request, open or lately answered
-    #[command(after_help = "Examples:\n  vnetctl pending show \"$(vnetctl pending list -o json | jq -r '.[0].id')\"")]
+    #[command(
+        after_help = "Examples:\n  vnetctl pending show \"$(vnetctl pending list -o json | jq -r '.[0].id')\""
+    )]
     Show(ShowArgs),
     /// Print requests as they are opened, change and end, until interrupted
-    #[command(after_help = "Examples:\n  vnetctl pending watch\n  vnetctl pending watch -o json | jq .request.id")]
+    #[command(
+        after_help = "Examples:\n  vnetctl pending watch\n  vnetctl pending watch -o json | jq .request.id"
+    )]
     Watch(ListVmArgs),
 }
 
@@ -44,8 +48,11 @@ impl PendingCommand {
             Self::List(vms) => {
                 let requests = pages(|page_token| {
                     let mut service = client.pending();
-                    let request =
-                        v1::ListPendingRequest { vms: vms.message(), page_size: PAGE_SIZE, page_token };
+                    let request = v1::ListPendingRequest {
+                        vms: vms.message(),
+                        page_size: PAGE_SIZE,
+                        page_token,
+                    };
                     async move {
                         let page = service.list_pending(unary(request)).await?.into_inner();
                         Ok((page.requests, page.next_page_token))
@@ -55,10 +62,15 @@ impl PendingCommand {
                 context.output.list(&requests)
             }
             Self::Show(ShowArgs { id }) => {
-                let answer = client.pending().get_pending(unary(v1::GetPendingRequest { id })).await?;
+                let answer = client
+                    .pending()
+                    .get_pending(unary(v1::GetPendingRequest { id }))
+                    .await?;
                 let request = answer.into_inner().request.unwrap_or_default();
                 let now = context.output.now();
-                context.output.one(v1::PendingRequest::NAME, &request, || details(&request, now))
+                context
+                    .output
+                    .one(v1::PendingRequest::NAME, &request, || details(&request, now))
             }
             Self::Watch(vms) => {
                 let request = v1::WatchPendingRequest { vms: vms.message() };
@@ -83,16 +95,22 @@ fn watch_line(context: &mut Context, change: &v1::WatchPendingResponse) -> Resul
             Ok(())
         }
         (Change::Synced, _) if is_table => Ok(()),
-        (_, request) => {
-            context.output.stream("vnet.v1.WatchPendingResponse", change, WATCH, |_| {
+        (_, request) => context
+            .output
+            .stream("vnet.v1.WatchPendingResponse", change, WATCH, |_| {
                 let request = request.clone().unwrap_or_default();
                 let what = match change.change() {
                     Change::Removed => words::pending_state(request.state),
                     _ => words::pending_change(change.change),
                 };
-                vec![what, request.id.clone(), request.vm.clone(), asks(&request), names(&request)]
-            })
-        }
+                vec![
+                    what,
+                    request.id.clone(),
+                    request.vm.clone(),
+                    asks(&request),
+                    names(&request),
+                ]
+            }),
     }
 }
 
@@ -126,7 +144,12 @@ pub fn names(request: &v1::PendingRequest) -> String {
 
 /// Some of the names, and how many more there are.
 pub(crate) fn names_of(names: &[String]) -> String {
-    let mut shown = names.iter().take(NAMES_SHOWN).cloned().collect::<Vec<_>>().join(",");
+    let mut shown = names
+        .iter()
+        .take(NAMES_SHOWN)
+        .cloned()
+        .collect::<Vec<_>>()
+        .join(",");
     if names.len() > NAMES_SHOWN {
         shown.push_str(&format!(" and {} more", names.len() - NAMES_SHOWN));
     }
@@ -135,7 +158,11 @@ pub(crate) fn names_of(names: &[String]) -> String {
 
 fn guards(request: &v1::PendingRequest) -> String {
     let guards: Vec<String> = request.guards.iter().map(|g| words::guard(*g)).collect();
-    if guards.is_empty() { String::new() } else { format!("guarded: {}", guards.join(",")) }
+    if guards.is_empty() {
+        String::new()
+    } else {
+        format!("guarded: {}", guards.join(","))
+    }
 }
 
 /// Everything a person may want to know before answering.
@@ -149,11 +176,25 @@ pub fn details(request: &v1::PendingRequest, now: SystemTime) -> Vec<(&'static s
         ("Names", text::or_none(request.names.join(","))),
         ("Query type", text::or_none(request.query_type.as_str())),
         ("State", words::pending_state(request.state)),
-        ("Asked", format!("{} ago, {} times", text::age(now, request.created_at.as_ref()), request.count)),
-        ("Held", match &request.held_until {
-            Some(until) => format!("{} packets, for {} more", request.held, text::remaining(now, Some(until))),
-            None => "nothing now; a yes serves the next attempt".to_owned(),
-        }),
+        (
+            "Asked",
+            format!(
+                "{} ago, {} times",
+                text::age(now, request.created_at.as_ref()),
+                request.count
+            ),
+        ),
+        (
+            "Held",
+            match &request.held_until {
+                Some(until) => format!(
+                    "{} packets, for {} more",
+                    request.held,
+                    text::remaining(now, Some(until))
+                ),
+                None => "nothing now; a yes serves the next attempt".to_owned(),
+            },
+        ),
         ("Expires in", text::remaining(now, request.expires_at.as_ref())),
         ("Guards", text::or_none(guards(request))),
         ("Because", words::reason(request.reason.as_ref())),

@@ -21,7 +21,9 @@ pub enum PolicyCommand {
     #[command(after_help = "Examples:\n  vnetctl policy check policy.yaml")]
     Check(CheckArgs),
     /// Print a policy in force, or one of its revisions
-    #[command(after_help = "Examples:\n  vnetctl policy show\n  vnetctl policy show --revision 3 > policy.yaml")]
+    #[command(
+        after_help = "Examples:\n  vnetctl policy show\n  vnetctl policy show --revision 3 > policy.yaml"
+    )]
     Show(ShowArgs),
     /// Put a policy file in force as the next revision
     #[command(
@@ -130,20 +132,34 @@ fn check(args: &CheckArgs, context: &mut Context) -> Result<(), Failure> {
     let document = launch::read_document(&args.file)?;
     let warnings = launch::check_document(&document)?;
     let answer = v1::ApplyPolicyResponse {
-        policy: Some(v1::Policy { document: document.text, source: document.source.clone(), ..Default::default() }),
+        policy: Some(v1::Policy {
+            document: document.text,
+            source: document.source.clone(),
+            ..Default::default()
+        }),
         warnings: warnings.clone(),
         cut: None,
     };
-    context.output.done(APPLIED, &answer, || format!("{} is a valid policy", document.source))?;
+    context.output.done(APPLIED, &answer, || {
+        format!("{} is a valid policy", document.source)
+    })?;
     warn(context, &document.source, &warnings);
     Ok(())
 }
 
 async fn show(args: ShowArgs, context: &mut Context) -> Result<(), Failure> {
     let client = context.connection.open().await?;
-    let request =
-        v1::GetPolicyRequest { name: args.name.name, revision: args.revision.unwrap_or_default() };
-    let policy = client.policy().get_policy(unary(request)).await?.into_inner().policy.unwrap_or_default();
+    let request = v1::GetPolicyRequest {
+        name: args.name.name,
+        revision: args.revision.unwrap_or_default(),
+    };
+    let policy = client
+        .policy()
+        .get_policy(unary(request))
+        .await?
+        .into_inner()
+        .policy
+        .unwrap_or_default();
     if context.output.format() != Format::Table {
         return context.output.one(v1::Policy::NAME, &policy, Vec::new);
     }
@@ -157,8 +173,11 @@ async fn show(args: ShowArgs, context: &mut Context) -> Result<(), Failure> {
 }
 
 fn header(policy: &v1::Policy, now: SystemTime) -> String {
-    let decides =
-        format!("mode {}, default {}", words::mode(policy.mode), words::action(policy.default_action));
+    let decides = format!(
+        "mode {}, default {}",
+        words::mode(policy.mode),
+        words::action(policy.default_action)
+    );
     if policy.revision == 0 {
         return format!("policy {}: built in, no file was applied; {decides}", policy.name);
     }
@@ -189,7 +208,10 @@ async fn apply(args: ApplyArgs, context: &mut Context) -> Result<(), Failure> {
     context.output.done(APPLIED, &answer, || {
         let policy = answer.policy.clone().unwrap_or_default();
         if args.dry_run {
-            format!("{} would be accepted as policy {}; nothing was changed", document.source, policy.name)
+            format!(
+                "{} would be accepted as policy {}; nothing was changed",
+                document.source, policy.name
+            )
         } else {
             format!(
                 "policy {} is at revision {}{}",
@@ -206,14 +228,24 @@ async fn apply(args: ApplyArgs, context: &mut Context) -> Result<(), Failure> {
 async fn explain(args: ExplainArgs, context: &mut Context) -> Result<(), Failure> {
     let target = Target::from_words(&args.words).map_err(|e| Failure::Usage(e.to_string()))?;
     let client = context.connection.open().await?;
-    let request = v1::ExplainRequest { vm: args.vm.unwrap_or_default(), target: Some((&target).into()) };
+    let request = v1::ExplainRequest {
+        vm: args.vm.unwrap_or_default(),
+        target: Some((&target).into()),
+    };
     let answer = client.policy().explain(unary(request)).await?.into_inner();
     context.output.one("vnet.v1.ExplainResponse", &answer, || {
         let guards: Vec<String> = answer.guards.iter().map(|g| words::guard(*g)).collect();
         let mut lines = vec![
             ("Answer", words::action(answer.action)),
             ("Because", words::reason(answer.reason.as_ref())),
-            ("Policy", format!("{} (revision {})", text::or_none(answer.policy.as_str()), answer.revision)),
+            (
+                "Policy",
+                format!(
+                    "{} (revision {})",
+                    text::or_none(answer.policy.as_str()),
+                    answer.revision
+                ),
+            ),
             ("Same for", text::or_none(answer.r#match.as_str())),
             ("Names", text::or_none(answer.names.join(", "))),
             ("Guards", text::or_none(guards.join(", "))),
@@ -230,7 +262,11 @@ async fn revisions(name: String, context: &mut Context) -> Result<(), Failure> {
     let revisions = pages(|page_token| {
         let mut service = client.policy();
         let page_size = PAGE_SIZE.min(REVISIONS_PAGE_MAX);
-        let request = v1::ListRevisionsRequest { name: name.clone(), page_size, page_token };
+        let request = v1::ListRevisionsRequest {
+            name: name.clone(),
+            page_size,
+            page_token,
+        };
         async move {
             let page = service.list_revisions(unary(request)).await?.into_inner();
             Ok((page.revisions, page.next_page_token))
@@ -242,18 +278,26 @@ async fn revisions(name: String, context: &mut Context) -> Result<(), Failure> {
 
 async fn rollback(args: RollbackArgs, context: &mut Context) -> Result<(), Failure> {
     let client = context.connection.open().await?;
-    let request =
-        v1::RollbackRequest { name: args.name.name, revision: args.revision.unwrap_or_default() };
+    let request = v1::RollbackRequest {
+        name: args.name.name,
+        revision: args.revision.unwrap_or_default(),
+    };
     let answer = client.policy().rollback(unary(request)).await?.into_inner();
     context.output.done("vnet.v1.RollbackResponse", &answer, || {
         let policy = answer.policy.clone().unwrap_or_default();
-        format!("policy {} is at revision {}{}", policy.name, policy.revision, words::cut(answer.cut.as_ref()))
+        format!(
+            "policy {} is at revision {}{}",
+            policy.name,
+            policy.revision,
+            words::cut(answer.cut.as_ref())
+        )
     })
 }
 
 impl Row for v1::Policy {
     const NAME: &'static str = "vnet.v1.Policy";
-    const COLUMNS: &'static [&'static str] = &["NAME", "REVISION", "APPLIED", "BY", "SOURCE", "MODE", "DEFAULT"];
+    const COLUMNS: &'static [&'static str] =
+        &["NAME", "REVISION", "APPLIED", "BY", "SOURCE", "MODE", "DEFAULT"];
 
     fn cells(&self, _: SystemTime) -> Vec<String> {
         vec![

@@ -85,7 +85,9 @@ impl Questions {
 
     /// A change of the pending requests.
     pub fn change(&mut self, change: &v1::WatchPendingResponse) -> Vec<Act> {
-        let Some(request) = &change.request else { return Vec::new() };
+        let Some(request) = &change.request else {
+            return Vec::new();
+        };
         match change.change() {
             v1::PendingChange::Added | v1::PendingChange::Updated => self.opened(request),
             v1::PendingChange::Removed => self.ended(request),
@@ -99,7 +101,13 @@ impl Questions {
         self.open.clear();
         self.waiting.clear();
         self.said = 0;
-        asked.map(|id| Act::Withdraw { id, why: "the controlplane went away".to_owned() }).into_iter().collect()
+        asked
+            .map(|id| Act::Withdraw {
+                id,
+                why: "the controlplane went away".to_owned(),
+            })
+            .into_iter()
+            .collect()
     }
 
     /// A key was pressed at the prompt for a question. One that is gone is not answered by it.
@@ -107,15 +115,19 @@ impl Questions {
         if self.asked.as_deref() != Some(id) {
             return Vec::new();
         }
-        let Some(request) = self.open.get(id).cloned() else { return Vec::new() };
+        let Some(request) = self.open.get(id).cloned() else {
+            return Vec::new();
+        };
         let answer = match key.to_ascii_lowercase() {
             'y' => Answer::Yes,
             'o' => Answer::Once,
             'n' => Answer::No,
             'd' => {
                 let lines = details(&request, now);
-                let mut acts: Vec<Act> =
-                    lines.iter().map(|(name, value)| Act::Say(format!("  {name}: {}", safe(value)))).collect();
+                let mut acts: Vec<Act> = lines
+                    .iter()
+                    .map(|(name, value)| Act::Say(format!("  {name}: {}", safe(value))))
+                    .collect();
                 acts.push(self.ask(&request));
                 return acts;
             }
@@ -123,7 +135,10 @@ impl Questions {
         };
         // It stays open until the controlplane says that it is not: the answer may be refused.
         self.asked = None;
-        vec![Act::Answer { request: Box::new(request), answer }]
+        vec![Act::Answer {
+            request: Box::new(request),
+            answer,
+        }]
     }
 
     /// An answer was sent and taken, or refused with a sentence.
@@ -177,7 +192,10 @@ impl Questions {
         if self.asked.as_deref() == Some(&request.id) {
             self.asked = None;
             let why = format!("{}: {}", safe(&asks(request)), why_ended(request));
-            acts.push(Act::Withdraw { id: request.id.clone(), why });
+            acts.push(Act::Withdraw {
+                id: request.id.clone(),
+                why,
+            });
             acts.extend(self.next());
         }
         acts
@@ -202,14 +220,20 @@ impl Questions {
         if std::mem::replace(&mut self.overflowed, true) {
             return Vec::new();
         }
-        vec![Act::Say(format!("vnet: more is asked than is shown here; see: {} pending list", self.command))]
+        vec![Act::Say(format!(
+            "vnet: more is asked than is shown here; see: {} pending list",
+            self.command
+        ))]
     }
 
     /// For those who have no prompt.
     fn line(&self, request: &v1::PendingRequest) -> String {
         let Self { command, .. } = self;
         let id = safe(&request.id);
-        format!("vnet: {} (answer: {command} approve {id}, or {command} deny {id})", question(request))
+        format!(
+            "vnet: {} (answer: {command} approve {id}, or {command} deny {id})",
+            question(request)
+        )
     }
 
     fn ask(&self, request: &v1::PendingRequest) -> Act {
@@ -219,17 +243,33 @@ impl Questions {
             "vnet: {}; [y]es until it stops, [o]nce, [n]o, [d]etails (or elsewhere: {command} approve {id})? ",
             question(request)
         );
-        Act::Ask { id: request.id.clone(), text }
+        Act::Ask {
+            id: request.id.clone(),
+            text,
+        }
     }
 }
 
 /// What is asked, in one line.
 fn question(request: &v1::PendingRequest) -> String {
     let names = names(request);
-    let names = if names.is_empty() { String::new() } else { format!(" ({names})") };
+    let names = if names.is_empty() {
+        String::new()
+    } else {
+        format!(" ({names})")
+    };
     let guards: Vec<String> = request.guards.iter().map(|g| words::guard(*g)).collect();
-    let guards = if guards.is_empty() { String::new() } else { format!(" [guarded: {}]", guards.join(", ")) };
-    safe(&format!("{} asks for {}{names}{guards}", request.vm, asks(request))).into_owned()
+    let guards = if guards.is_empty() {
+        String::new()
+    } else {
+        format!(" [guarded: {}]", guards.join(", "))
+    };
+    safe(&format!(
+        "{} asks for {}{names}{guards}",
+        request.vm,
+        asks(request)
+    ))
+    .into_owned()
 }
 
 fn why_ended(request: &v1::PendingRequest) -> String {
@@ -277,8 +317,14 @@ mod tests {
     }
 
     fn removed(request: &v1::PendingRequest, state: v1::PendingState) -> v1::WatchPendingResponse {
-        let request = v1::PendingRequest { state: state.into(), ..request.clone() };
-        v1::WatchPendingResponse { change: v1::PendingChange::Removed.into(), request: Some(request) }
+        let request = v1::PendingRequest {
+            state: state.into(),
+            ..request.clone()
+        };
+        v1::WatchPendingResponse {
+            change: v1::PendingChange::Removed.into(),
+            request: Some(request),
+        }
     }
 
     fn questions(prompts: bool) -> Questions {
@@ -313,15 +359,24 @@ mod tests {
         let (first, second) = (request("p1", "10.0.0.1"), request("p2", "10.0.0.2"));
 
         let acts = questions.change(&added(&first));
-        assert!(matches!(&acts[..], [Act::Ask { id, .. }] if id == "p1"), "{acts:?}");
+        assert!(
+            matches!(&acts[..], [Act::Ask { id, .. }] if id == "p1"),
+            "{acts:?}"
+        );
         assert_eq!(questions.change(&added(&second)), [], "it waits its turn");
 
         let acts = questions.pressed("p1", 'y', now());
-        let expected = Act::Answer { request: Box::new(first.clone()), answer: Answer::Yes };
+        let expected = Act::Answer {
+            request: Box::new(first.clone()),
+            answer: Answer::Yes,
+        };
         assert_eq!(acts, [expected]);
         assert_eq!(questions.change(&removed(&first, v1::PendingState::Approved)), []);
         let acts = questions.answered("p1", None);
-        assert!(matches!(&acts[..], [Act::Ask { id, .. }] if id == "p2"), "{acts:?}");
+        assert!(
+            matches!(&acts[..], [Act::Ask { id, .. }] if id == "p2"),
+            "{acts:?}"
+        );
     }
 
     #[test]
@@ -331,7 +386,9 @@ mod tests {
 
         let acts = questions(true).change(&added(&asked));
 
-        let Act::Ask { text, .. } = &acts[0] else { panic!("{acts:?}") };
+        let Act::Ask { text, .. } = &acts[0] else {
+            panic!("{acts:?}")
+        };
         assert_eq!(
             text,
             "vnet: web asks for tcp 10.0.0.1:80 (a\\u{202e}.example); [y]es until it stops, [o]nce, [n]o, \
@@ -347,8 +404,18 @@ mod tests {
 
         let acts = questions.change(&removed(&asked, v1::PendingState::Denied));
 
-        assert_eq!(acts, [Act::Withdraw { id: "p1".to_owned(), why: "tcp 10.0.0.1:80: denied elsewhere".to_owned() }]);
-        assert_eq!(questions.pressed("p1", 'y', now()), [], "a late key answers nothing");
+        assert_eq!(
+            acts,
+            [Act::Withdraw {
+                id: "p1".to_owned(),
+                why: "tcp 10.0.0.1:80: denied elsewhere".to_owned()
+            }]
+        );
+        assert_eq!(
+            questions.pressed("p1", 'y', now()),
+            [],
+            "a late key answers nothing"
+        );
     }
 
     #[test]
@@ -356,13 +423,25 @@ mod tests {
         let mut questions = questions(true);
         let asked = request("p1", "10.0.0.1");
         questions.change(&added(&asked));
-        let changed = v1::PendingRequest { etag: "p1-2".to_owned(), ..asked };
+        let changed = v1::PendingRequest {
+            etag: "p1-2".to_owned(),
+            ..asked
+        };
 
         let acts = questions.change(&added(&changed));
-        assert!(matches!(&acts[..], [Act::Withdraw { .. }, Act::Ask { .. }]), "{acts:?}");
+        assert!(
+            matches!(&acts[..], [Act::Withdraw { .. }, Act::Ask { .. }]),
+            "{acts:?}"
+        );
 
         let acts = questions.pressed("p1", 'N', now());
-        assert_eq!(acts, [Act::Answer { request: Box::new(changed), answer: Answer::No }]);
+        assert_eq!(
+            acts,
+            [Act::Answer {
+                request: Box::new(changed),
+                answer: Answer::No
+            }]
+        );
     }
 
     #[test]
@@ -374,7 +453,10 @@ mod tests {
 
         let acts = questions.answered("p1", Some("it changed since".to_owned()));
 
-        assert!(matches!(&acts[..], [Act::Say(said), Act::Ask { .. }] if said.contains("it changed since")), "{acts:?}");
+        assert!(
+            matches!(&acts[..], [Act::Say(said), Act::Ask { .. }] if said.contains("it changed since")),
+            "{acts:?}"
+        );
     }
 
     #[test]
@@ -384,23 +466,36 @@ mod tests {
 
         let acts = questions.pressed("p1", 'd', now());
 
-        assert!(matches!(acts.last(), Some(Act::Ask { id, .. }) if id == "p1"), "{acts:?}");
-        assert!(acts.contains(&Act::Say("  Asks: tcp 10.0.0.1:80".to_owned())), "{acts:?}");
+        assert!(
+            matches!(acts.last(), Some(Act::Ask { id, .. }) if id == "p1"),
+            "{acts:?}"
+        );
+        assert!(
+            acts.contains(&Act::Say("  Asks: tcp 10.0.0.1:80".to_owned())),
+            "{acts:?}"
+        );
     }
 
     #[test]
     fn what_is_said_is_bounded_however_much_is_asked() {
         let mut questions = questions(false);
-        let all: Vec<_> = (0..OPEN_MAX + 5).map(|n| request(&format!("p{n}"), "10.0.0.1")).collect();
+        let all: Vec<_> = (0..OPEN_MAX + 5)
+            .map(|n| request(&format!("p{n}"), "10.0.0.1"))
+            .collect();
 
         let said: Vec<Act> = all.iter().flat_map(|r| questions.change(&added(r))).collect();
 
         assert_eq!(said.len(), SAID_MAX + 1);
         assert!(matches!(&said[SAID_MAX], Act::Say(line) if line.contains("pending list")));
         assert_eq!(questions.open.len(), OPEN_MAX);
-        let ended: Vec<Act> =
-            all.iter().flat_map(|r| questions.change(&removed(r, v1::PendingState::Expired))).collect();
+        let ended: Vec<Act> = all
+            .iter()
+            .flat_map(|r| questions.change(&removed(r, v1::PendingState::Expired)))
+            .collect();
         assert_eq!(ended, []);
-        assert!(matches!(&questions.change(&added(&all[0]))[..], [Act::Say(_)]), "said again after the flood");
+        assert!(
+            matches!(&questions.change(&added(&all[0]))[..], [Act::Say(_)]),
+            "said again after the flood"
+        );
     }
 }

@@ -59,7 +59,10 @@ pub struct RunArgs {
 }
 
 /// A run, checked.
-#[cfg_attr(not(target_os = "linux"), allow(dead_code, reason = "only Linux has what runs it"))]
+#[cfg_attr(
+    not(target_os = "linux"),
+    allow(dead_code, reason = "only Linux has what runs it")
+)]
 struct Plan {
     /// The VM's name, as wanted.
     vm: String,
@@ -94,7 +97,9 @@ fn plan(args: RunArgs, connection: &Connection) -> Result<Plan, Failure> {
     let vm = match args.vm {
         Some(name) => name,
         None => default_vm_name(&std::env::current_dir().map_err(|e| {
-            Failure::Failed(format!("the current directory cannot be told, to name the VM after it: {e} (give --vm NAME)"))
+            Failure::Failed(format!(
+                "the current directory cannot be told, to name the VM after it: {e} (give --vm NAME)"
+            ))
         })?),
     };
     let dataplane = dataplane_name("run")?;
@@ -115,15 +120,27 @@ fn plan(args: RunArgs, connection: &Connection) -> Result<Plan, Failure> {
     };
     settings.check(true, &mut problems);
     all(problems)?;
-    Ok(Plan { vm, dataplane, settings, mtu_bytes: args.mtu, command: args.command })
+    Ok(Plan {
+        vm,
+        dataplane,
+        settings,
+        mtu_bytes: args.mtu,
+        command: args.command,
+    })
 }
 
 /// A name that the same directory has again tomorrow, and another directory of that name has not.
 fn default_vm_name(directory: &Path) -> String {
-    let base = directory.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
+    let base = directory
+        .file_name()
+        .map(|name| name.to_string_lossy().into_owned())
+        .unwrap_or_default();
     let fits = |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | '_' | '-');
-    let mut base: String =
-        base.chars().map(|c| if fits(c) { c } else { '-' }).take(DIRECTORY_NAME_MAX).collect();
+    let mut base: String = base
+        .chars()
+        .map(|c| if fits(c) { c } else { '-' })
+        .take(DIRECTORY_NAME_MAX)
+        .collect();
     if base.is_empty() {
         base.push_str("root");
     }
@@ -133,7 +150,9 @@ fn default_vm_name(directory: &Path) -> String {
 /// FNV-1a, 64 bits (draft-eastlake-fnv §5): the name must be the same in every version of this program,
 /// which the standard library's hashers do not promise.
 fn fnv1a(bytes: &[u8]) -> u64 {
-    bytes.iter().fold(0xcbf2_9ce4_8422_2325, |hash, byte| (hash ^ u64::from(*byte)).wrapping_mul(0x0100_0000_01b3))
+    bytes.iter().fold(0xcbf2_9ce4_8422_2325, |hash, byte| {
+        (hash ^ u64::from(*byte)).wrapping_mul(0x0100_0000_01b3)
+    })
 }
 
 /// A TAP device takes almost 64 KiB at once, and one large packet costs as much as one small one.
@@ -149,17 +168,32 @@ mod tests {
 
     #[test]
     fn a_directory_names_its_vm_the_same_every_day() {
-        assert_eq!(default_vm_name(Path::new("/home/ada/web")), default_vm_name(Path::new("/home/ada/web")));
-        assert_ne!(default_vm_name(Path::new("/home/ada/web")), default_vm_name(Path::new("/srv/web")));
+        assert_eq!(
+            default_vm_name(Path::new("/home/ada/web")),
+            default_vm_name(Path::new("/home/ada/web"))
+        );
+        assert_ne!(
+            default_vm_name(Path::new("/home/ada/web")),
+            default_vm_name(Path::new("/srv/web"))
+        );
         assert_eq!(default_vm_name(Path::new("/home/ada/web")), "web-609b580f");
     }
 
     #[test]
     fn every_directory_gives_a_name_that_a_vm_may_have() {
-        for directory in ["/", "/tmp/a b\u{1b}[2J", "/tmp/b\u{fc}cher", &format!("/{}", "x".repeat(300))] {
+        for directory in [
+            "/",
+            "/tmp/a b\u{1b}[2J",
+            "/tmp/b\u{fc}cher",
+            &format!("/{}", "x".repeat(300)),
+        ] {
             let name = default_vm_name(Path::new(directory));
             assert!(name.len() <= 63, "{name}");
-            assert!(name.chars().all(|c| c.is_ascii_alphanumeric() || matches!(c, '.' | '_' | '-')), "{name}");
+            assert!(
+                name.chars()
+                    .all(|c| c.is_ascii_alphanumeric() || matches!(c, '.' | '_' | '-')),
+                "{name}"
+            );
         }
         assert!(default_vm_name(Path::new("/")).starts_with("root-"));
     }

@@ -49,7 +49,12 @@ pub struct ListVmArgs {
 impl ListVmArgs {
     /// The selector, or nothing for every VM.
     pub fn message(&self) -> Option<v1::VmSelector> {
-        VmArgs { vm: self.vm.clone(), selector: self.selector.clone(), all_vms: false }.message()
+        VmArgs {
+            vm: self.vm.clone(),
+            selector: self.selector.clone(),
+            all_vms: false,
+        }
+        .message()
     }
 }
 
@@ -75,7 +80,9 @@ impl LifetimeArgs {
     pub fn message(&self) -> Result<Option<v1::Lifetime>, Failure> {
         let kind = match (self.duration, self.once, self.forever) {
             (Some(duration), _, _) if duration < LIFETIME_MIN => {
-                return Err(Failure::Usage("--for is under one second (expected at least 1s)".to_owned()));
+                return Err(Failure::Usage(
+                    "--for is under one second (expected at least 1s)".to_owned(),
+                ));
             }
             (Some(duration), _, _) => v1::lifetime::Kind::Duration(
                 prost_types::Duration::try_from(duration)
@@ -117,17 +124,38 @@ mod tests {
     #[test]
     fn no_option_is_no_selector() {
         assert_eq!(VmArgs::default().message(), None);
-        let all = VmArgs { all_vms: true, ..Default::default() };
-        assert_eq!(all.message(), Some(v1::VmSelector { all: true, ..Default::default() }));
+        let all = VmArgs {
+            all_vms: true,
+            ..Default::default()
+        };
+        assert_eq!(
+            all.message(),
+            Some(v1::VmSelector {
+                all: true,
+                ..Default::default()
+            })
+        );
     }
 
     #[test]
     fn lifetimes_under_a_second_are_refused() {
-        let short = LifetimeArgs { duration: Some(Duration::from_millis(10)), ..Default::default() };
+        let short = LifetimeArgs {
+            duration: Some(Duration::from_millis(10)),
+            ..Default::default()
+        };
         assert!(short.message().unwrap_err().to_string().contains("at least 1s"));
-        let hour = LifetimeArgs { duration: Some(Duration::from_secs(3600)), ..Default::default() };
+        let hour = LifetimeArgs {
+            duration: Some(Duration::from_secs(3600)),
+            ..Default::default()
+        };
         let kind = hour.message().unwrap().unwrap().kind;
-        assert_eq!(kind, Some(v1::lifetime::Kind::Duration(prost_types::Duration { seconds: 3600, nanos: 0 })));
+        assert_eq!(
+            kind,
+            Some(v1::lifetime::Kind::Duration(prost_types::Duration {
+                seconds: 3600,
+                nanos: 0
+            }))
+        );
     }
 
     #[test]

@@ -43,7 +43,12 @@ impl TreatArgs {
     /// Reads and checks everything that can be wrong, and adds what is to the problems.
     pub fn check(&self, problems: &mut Vec<String>) -> Treatment {
         let mut told = |problem: Failure| problems.push(problem.to_string());
-        let document = match self.network_policy.as_deref().map(launch::read_document).transpose() {
+        let document = match self
+            .network_policy
+            .as_deref()
+            .map(launch::read_document)
+            .transpose()
+        {
             Ok(document) => document,
             Err(problem) => {
                 told(problem);
@@ -58,8 +63,17 @@ impl TreatArgs {
             }
             Err(problem) => told(problem),
         }
-        let mode = if self.secure_mode { Some(Mode::Ask) } else { self.mode };
-        Treatment { document, rules: self.rules.0.clone(), mode, warnings }
+        let mode = if self.secure_mode {
+            Some(Mode::Ask)
+        } else {
+            self.mode
+        };
+        Treatment {
+            document,
+            rules: self.rules.0.clone(),
+            mode,
+            warnings,
+        }
     }
 }
 
@@ -70,11 +84,21 @@ pub struct RuleArgs(pub Vec<String>);
 impl Args for RuleArgs {
     fn augment_args(command: clap::Command) -> clap::Command {
         let rule = |name: &'static str, help: &'static str| {
-            clap::Arg::new(name).long(name).value_name("RULE").action(clap::ArgAction::Append).help(help)
+            clap::Arg::new(name)
+                .long(name)
+                .value_name("RULE")
+                .action(clap::ArgAction::Append)
+                .help(help)
         };
         command
-            .arg(rule("allow", "Allow a destination, as 'tcp 192.0.2.7:80' or 'domain *.example.com'; may be repeated"))
-            .arg(rule("deny", "Deny a destination; of --allow and --deny the first that matches wins"))
+            .arg(rule(
+                "allow",
+                "Allow a destination, as 'tcp 192.0.2.7:80' or 'domain *.example.com'; may be repeated",
+            ))
+            .arg(rule(
+                "deny",
+                "Deny a destination; of --allow and --deny the first that matches wins",
+            ))
     }
 
     fn augment_args_for_update(command: clap::Command) -> clap::Command {
@@ -88,7 +112,11 @@ impl FromArgMatches for RuleArgs {
         for action in ["allow", "deny"] {
             let texts = matches.get_many::<String>(action).unwrap_or_default();
             let places = matches.indices_of(action).into_iter().flatten();
-            rules.extend(places.zip(texts).map(|(place, text)| (place, format!("{action} {text}"))));
+            rules.extend(
+                places
+                    .zip(texts)
+                    .map(|(place, text)| (place, format!("{action} {text}"))),
+            );
         }
         rules.sort();
         Ok(Self(rules.into_iter().map(|(_, rule)| rule).collect()))
@@ -102,7 +130,11 @@ impl FromArgMatches for RuleArgs {
 
 /// A failure that says every problem, one a line.
 pub fn all(problems: Vec<String>) -> Result<(), Failure> {
-    if problems.is_empty() { Ok(()) } else { Err(Failure::Failed(problems.join("\n  "))) }
+    if problems.is_empty() {
+        Ok(())
+    } else {
+        Err(Failure::Failed(problems.join("\n  ")))
+    }
 }
 
 #[cfg(test)]
@@ -129,9 +161,24 @@ mod tests {
 
     #[test]
     fn rules_keep_the_order_they_were_typed_in() {
-        let args = parse(&["--deny", "tcp 10.0.0.1:22", "--allow", "any 10.0.0.0/8", "--deny", "any 0.0.0.0/0"]).unwrap();
+        let args = parse(&[
+            "--deny",
+            "tcp 10.0.0.1:22",
+            "--allow",
+            "any 10.0.0.0/8",
+            "--deny",
+            "any 0.0.0.0/0",
+        ])
+        .unwrap();
 
-        assert_eq!(args.rules.0, ["deny tcp 10.0.0.1:22", "allow any 10.0.0.0/8", "deny any 0.0.0.0/0"]);
+        assert_eq!(
+            args.rules.0,
+            [
+                "deny tcp 10.0.0.1:22",
+                "allow any 10.0.0.0/8",
+                "deny any 0.0.0.0/0"
+            ]
+        );
     }
 
     #[test]
@@ -144,8 +191,14 @@ mod tests {
 
     #[test]
     fn every_problem_is_said_at_once() {
-        let (_, problems) =
-            check(&["--network-policy", "/nonexistent/policy.yaml", "--allow", "tcp", "--deny", "icmp 10.0.0.1:80"]);
+        let (_, problems) = check(&[
+            "--network-policy",
+            "/nonexistent/policy.yaml",
+            "--allow",
+            "tcp",
+            "--deny",
+            "icmp 10.0.0.1:80",
+        ]);
 
         let text = all(problems).unwrap_err().to_string();
 

@@ -41,14 +41,22 @@ pub struct UpArgs {
 /// What is wrong with the options, and what fails to start.
 pub fn execute(args: UpArgs, connection: Connection) -> Result<(), Failure> {
     let mut problems = Vec::new();
-    let UpArgs { treat, dataplane: mut flags } = args;
+    let UpArgs {
+        treat,
+        dataplane: mut flags,
+    } = args;
     if flags.controlplane.is_some() {
         problems.push("--controlplane is vnet-dataplane's; name a controlplane with --server".to_owned());
     }
     let treatment = treat.check(&mut problems);
     flags.controlplane = Some(session_url(&connection.server()?));
     let name = flags.name.get_or_insert(dataplane_name("up")?).clone();
-    let settings = Settings { args: flags, treatment, speaks: true, ..Settings::default() };
+    let settings = Settings {
+        args: flags,
+        treatment,
+        speaks: true,
+        ..Settings::default()
+    };
     let config = settings.check(false, &mut problems);
     all(problems)?;
     for warning in &settings.treatment.warnings {
@@ -58,7 +66,12 @@ pub fn execute(args: UpArgs, connection: Connection) -> Result<(), Failure> {
     crate::cli::runtime()?.block_on(serve(settings, &config, name, connection))
 }
 
-async fn serve(settings: Settings, config: &DataplaneConfig, name: String, connection: Connection) -> Result<(), Failure> {
+async fn serve(
+    settings: Settings,
+    config: &DataplaneConfig,
+    name: String,
+    connection: Connection,
+) -> Result<(), Failure> {
     let unavailable = |e: std::io::Error| Failure::Failed(format!("cannot wait for signals: {e}"));
     let mut interrupt = signal(SignalKind::interrupt()).map_err(unavailable)?;
     let mut terminate = signal(SignalKind::terminate()).map_err(unavailable)?;
@@ -73,7 +86,10 @@ async fn serve(settings: Settings, config: &DataplaneConfig, name: String, conne
     };
     if !ready {
         dataplane.stop().await;
-        return Err(Failure::Failed(format!("the dataplane does not listen after {} s", READY_PATIENCE.as_secs())));
+        return Err(Failure::Failed(format!(
+            "the dataplane does not listen after {} s",
+            READY_PATIENCE.as_secs()
+        )));
     }
     let command = command_line(&connection);
     for line in greeting(config, &command) {
@@ -95,7 +111,10 @@ async fn serve(settings: Settings, config: &DataplaneConfig, name: String, conne
             Seen::Pending(change) => questions.change(&change),
             Seen::Vm(_) => Vec::new(),
             Seen::Lost(why) => {
-                eprintln!("vnet: no controlplane, so nothing new is let out; trying again ({})", safe(&why));
+                eprintln!(
+                    "vnet: no controlplane, so nothing new is let out; trying again ({})",
+                    safe(&why)
+                );
                 Vec::new()
             }
         };
@@ -129,13 +148,22 @@ fn greeting(config: &DataplaneConfig, command: &str) -> Vec<String> {
                 ListenAt::Unix(path) => format!("{scheme}://{}", path.display()),
                 ListenAt::Tcp(address) => format!("tcp://{address}"),
             };
-            safe(&format!("vnet: serving VM {} for {transport} at {url}", listener.vm.name)).into_owned()
+            safe(&format!(
+                "vnet: serving VM {} for {transport} at {url}",
+                listener.vm.name
+            ))
+            .into_owned()
         })
         .collect();
     for forward in &config.forwards {
-        lines.push(format!("vnet: forwarding {} {} -> {}", forward.protocol, forward.listen, forward.target));
+        lines.push(format!(
+            "vnet: forwarding {} {} -> {}",
+            forward.protocol, forward.listen, forward.target
+        ));
     }
-    lines.push(format!("vnet: what is held is listed by: {command} pending list; stop with Ctrl-C"));
+    lines.push(format!(
+        "vnet: what is held is listed by: {command} pending list; stop with Ctrl-C"
+    ));
     lines
 }
 

@@ -23,7 +23,9 @@ pub enum VmCommand {
     #[command(after_help = "Examples:\n  vnetctl vm show web")]
     Show(NameArgs),
     /// Set labels of a VM, or remove them
-    #[command(after_help = "Examples:\n  vnetctl vm label web env=prod team=net\n  vnetctl vm label web env-")]
+    #[command(
+        after_help = "Examples:\n  vnetctl vm label web env=prod team=net\n  vnetctl vm label web env-"
+    )]
     Label(LabelArgs),
     /// Change how a VM's undecided traffic is treated
     #[command(
@@ -79,7 +81,11 @@ impl VmCommand {
             Self::List(vms) => {
                 let vms = pages(|page_token| {
                     let mut service = client.vms();
-                    let request = v1::ListVmsRequest { vms: vms.message(), page_size: PAGE_SIZE, page_token };
+                    let request = v1::ListVmsRequest {
+                        vms: vms.message(),
+                        page_size: PAGE_SIZE,
+                        page_token,
+                    };
                     async move {
                         let page = service.list_vms(unary(request)).await?.into_inner();
                         Ok((page.vms, page.next_page_token))
@@ -89,24 +95,40 @@ impl VmCommand {
                 context.output.list(&vms)
             }
             Self::Show(NameArgs { name }) => {
-                let answer = client.vms().get_vm(unary(v1::GetVmRequest { name })).await?.into_inner();
+                let answer = client
+                    .vms()
+                    .get_vm(unary(v1::GetVmRequest { name }))
+                    .await?
+                    .into_inner();
                 let vm = answer.vm.unwrap_or_default();
                 let now = context.output.now();
                 context.output.one(v1::Vm::NAME, &vm, || details(&vm, now))
             }
             Self::Label(LabelArgs { name, labels }) => {
                 let labels: HashMap<String, String> = labels.into_iter().collect();
-                let request = v1::UpdateVmRequest { name, labels, ..Default::default() };
+                let request = v1::UpdateVmRequest {
+                    name,
+                    labels,
+                    ..Default::default()
+                };
                 let answer = client.vms().update_vm(unary(request)).await?.into_inner();
                 context.output.done(UPDATED, &answer, || {
                     let vm = answer.vm.clone().unwrap_or_default();
                     let labels = text::or_none(words::labels(&vm.labels));
-                    format!("{} has labels {labels}{}", vm.name, words::cut(answer.cut.as_ref()))
+                    format!(
+                        "{} has labels {labels}{}",
+                        vm.name,
+                        words::cut(answer.cut.as_ref())
+                    )
                 })
             }
             Self::Mode(ModeArgs { name, mode }) => {
                 let mode = v1::Mode::from(mode).into();
-                let request = v1::UpdateVmRequest { name, mode, ..Default::default() };
+                let request = v1::UpdateVmRequest {
+                    name,
+                    mode,
+                    ..Default::default()
+                };
                 let answer = client.vms().update_vm(unary(request)).await?.into_inner();
                 context.output.done(UPDATED, &answer, || {
                     let vm = answer.vm.clone().unwrap_or_default();
@@ -120,8 +142,17 @@ impl VmCommand {
 
 impl Row for v1::Vm {
     const NAME: &'static str = "vnet.v1.Vm";
-    const COLUMNS: &'static [&'static str] =
-        &["NAME", "STATE", "MODE", "POLICY", "ADDRESSES", "FLOWS", "PENDING", "AGE", "LABELS"];
+    const COLUMNS: &'static [&'static str] = &[
+        "NAME",
+        "STATE",
+        "MODE",
+        "POLICY",
+        "ADDRESSES",
+        "FLOWS",
+        "PENDING",
+        "AGE",
+        "LABELS",
+    ];
 
     fn cells(&self, now: SystemTime) -> Vec<String> {
         vec![
@@ -139,21 +170,31 @@ impl Row for v1::Vm {
 }
 
 fn details(vm: &v1::Vm, now: SystemTime) -> Vec<(&'static str, String)> {
-    let mut dropped: Vec<String> = vm.dropped_frames.iter().map(|(why, n)| format!("{why}={n}")).collect();
+    let mut dropped: Vec<String> = vm
+        .dropped_frames
+        .iter()
+        .map(|(why, n)| format!("{why}={n}"))
+        .collect();
     dropped.sort();
     vec![
         ("Name", vm.name.clone()),
         ("Labels", text::or_none(words::labels(&vm.labels))),
         ("State", words::vm_state(vm.state)),
         ("Mode", words::mode(vm.mode)),
-        ("Policy", format!("{} (revision {})", text::or_none(vm.policy.as_str()), vm.revision)),
+        (
+            "Policy",
+            format!("{} (revision {})", text::or_none(vm.policy.as_str()), vm.revision),
+        ),
         ("Dataplane", text::or_none(vm.dataplane.as_str())),
         ("Network", text::or_none(vm.network.as_str())),
         ("Transport", text::or_none(vm.transport.as_str())),
         ("Addresses", text::or_none(vm.addresses.join(", "))),
         ("MAC (claimed)", text::or_none(vm.mac.as_str())),
         ("Host name (claimed)", text::or_none(vm.claimed_hostname.as_str())),
-        ("Attached", format!("{} ago", text::age(now, vm.attached_at.as_ref()))),
+        (
+            "Attached",
+            format!("{} ago", text::age(now, vm.attached_at.as_ref())),
+        ),
         ("Live flows", vm.live_flows.to_string()),
         ("Pending requests", vm.pending_requests.to_string()),
         ("Dropped frames", text::or_none(dropped.join(", "))),
@@ -163,7 +204,8 @@ fn details(vm: &v1::Vm, now: SystemTime) -> Vec<(&'static str, String)> {
 fn label_change(text: &str) -> Result<(String, String), String> {
     match text.strip_suffix('-') {
         Some(key) if !key.is_empty() && !key.contains('=') => Ok((key.to_owned(), String::new())),
-        _ => label(text).map_err(|_| format!("{text:?} is not a label (expected KEY=VALUE, or KEY- to remove it)")),
+        _ => label(text)
+            .map_err(|_| format!("{text:?} is not a label (expected KEY=VALUE, or KEY- to remove it)")),
     }
 }
 

@@ -60,7 +60,10 @@ pub async fn controlplane(server: &Server) -> Result<Client, Failure> {
         if let Some(started) = &mut started
             && let Some(status) = started.child.try_wait().map_err(failed)?
         {
-            return Err(Failure::Failed(format!("the controlplane ended at once ({status}){}", started.said())));
+            return Err(Failure::Failed(format!(
+                "the controlplane ended at once ({status}){}",
+                started.said()
+            )));
         }
         if Instant::now() >= deadline {
             let said = started.as_mut().map(Started::said).unwrap_or_default();
@@ -87,11 +90,15 @@ struct Started {
 impl Started {
     /// The last of what it said since it was started.
     fn said(&mut self) -> String {
-        let Some((path, from)) = &self.log else { return String::new() };
+        let Some((path, from)) = &self.log else {
+            return String::new();
+        };
         let read = || -> io::Result<String> {
             let mut file = File::open(path)?;
             let length = file.metadata()?.len();
-            file.seek(SeekFrom::Start((*from).max(length.saturating_sub(SAID_BYTES_MAX))))?;
+            file.seek(SeekFrom::Start(
+                (*from).max(length.saturating_sub(SAID_BYTES_MAX)),
+            ))?;
             let mut text = Vec::new();
             file.take(SAID_BYTES_MAX).read_to_end(&mut text)?;
             Ok(String::from_utf8_lossy(&text).into_owned())
@@ -99,7 +106,11 @@ impl Started {
         let text = read().unwrap_or_default();
         let lines: Vec<String> = text.lines().map(|line| format!("\n  {}", safe(line))).collect();
         let last = lines.len().saturating_sub(SAID_LINES_MAX);
-        format!("{}\n  its log: {}", lines[last..].concat(), safe(&path.to_string_lossy()))
+        format!(
+            "{}\n  its log: {}",
+            lines[last..].concat(),
+            safe(&path.to_string_lossy())
+        )
     }
 }
 
@@ -135,7 +146,9 @@ fn start(socket: &Path) -> Result<Started, Failure> {
     }
     own_session(&mut command);
     inherit_only(&mut command, &[]);
-    let child = command.spawn().map_err(|e| Failure::Failed(format!("cannot start the controlplane: {e}")))?;
+    let child = command
+        .spawn()
+        .map_err(|e| Failure::Failed(format!("cannot start the controlplane: {e}")))?;
     Ok(Started { child, log })
 }
 
@@ -145,7 +158,11 @@ fn open_log(path: &Path) -> io::Result<(File, u64)> {
     if fs::metadata(path).is_ok_and(|m| m.len() > LOG_BYTES_MAX) {
         fs::rename(path, path.with_extension("log.old"))?;
     }
-    let file = OpenOptions::new().create(true).append(true).mode(0o600).open(path)?;
+    let file = OpenOptions::new()
+        .create(true)
+        .append(true)
+        .mode(0o600)
+        .open(path)?;
     let length = file.metadata()?.len();
     Ok((file, length))
 }
@@ -166,7 +183,9 @@ async fn lock(path: &Path, deadline: Instant) -> Result<Flock<File>, Failure> {
             Ok(lock) => return Ok(lock),
             Err((back, nix::errno::Errno::EWOULDBLOCK)) if Instant::now() < deadline => file = back,
             Err((_, nix::errno::Errno::EWOULDBLOCK)) => {
-                return Err(named(&"another command holds it; it is starting the controlplane and does not end"));
+                return Err(named(
+                    &"another command holds it; it is starting the controlplane and does not end",
+                ));
             }
             Err((_, error)) => return Err(named(&error)),
         }
@@ -232,7 +251,10 @@ mod tests {
 
         let refused = lock(&path, Instant::now()).await.unwrap_err();
 
-        assert!(refused.to_string().contains("another command holds it"), "{refused}");
+        assert!(
+            refused.to_string().contains("another command holds it"),
+            "{refused}"
+        );
         drop(held);
         lock(&path, Instant::now()).await.unwrap();
         fs::remove_file(&path).unwrap();

@@ -6,7 +6,7 @@
 
 use std::ffi::OsString;
 use std::io::{self, Write as _};
-use std::os::fd::{AsRawFd as _, OwnedFd};
+use std::os::fd::{AsRawFd as _, OwnedFd, RawFd};
 use std::os::unix::process::CommandExt as _;
 use std::process::{ExitCode, ExitStatus, Stdio};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -14,11 +14,14 @@ use std::time::Duration;
 
 use tokio::io::AsyncReadExt as _;
 use tokio::process::{Child, Command};
+use tracing_subscriber::EnvFilter;
 use vnet_dataplane::args::{Args, Cli};
 use vnet_dataplane::config::{Config, OwnPolicySettings, VmSettings, default_name};
+use vnet_dataplane::inherit;
 
 use super::descriptors::inherit_only;
 use crate::cmd::treat::Treatment;
+use crate::failure::EXIT_USAGE;
 use crate::output::text::safe;
 
 /// What a dataplane is told at its start.
@@ -81,15 +84,26 @@ impl Settings {
     }
 
     fn vm_settings(&self) -> VmSettings {
-        let Treatment { document, rules, mode, .. } = &self.treatment;
+        let Treatment {
+            document,
+            rules,
+            mode,
+            ..
+        } = &self.treatment;
         let own_policy = (document.is_some() || !rules.is_empty()).then(|| {
             let document = document.clone().unwrap_or_default();
-            OwnPolicySettings { document: document.text, source: document.source, rules: rules.clone() }
+            OwnPolicySettings {
+                document: document.text,
+                source: document.source,
+                rules: rules.clone(),
+            }
         });
         VmSettings {
             own_policy,
             mode: mode.map(|mode| mode.to_string()),
-            resolver_patience_ms: self.resolver_patience.map(|p| u64::try_from(p.as_millis()).unwrap_or(u64::MAX)),
+            resolver_patience_ms: self
+                .resolver_patience
+                .map(|p| u64::try_from(p.as_millis()).unwrap_or(u64::MAX)),
             ..VmSettings::default()
         }
     }
@@ -121,10 +135,18 @@ impl Dataplane {
             .current_dir("/")
             .stdin(Stdio::null())
             .stdout(Stdio::null())
-            .stderr(if settings.speaks { Stdio::inherit() } else { Stdio::piped() })
+            .stderr(if settings.speaks {
+                Stdio::inherit()
+            } else {
+                Stdio::piped()
+            })
             // Ctrl-C is for this process, which ends the dataplane when it is ready to.
             .process_group(0);
-        let keep: Vec<&OwnedFd> = settings.link.iter().chain([&lifeline_end, &settings_end]).collect();
+        let keep: Vec<&OwnedFd> = settings
+            .link
+            .iter()
+            .chain([&lifeline_end, &settings_end])
+            .collect();
         inherit_only(&mut command, &keep);
         let mut child = Command::from(command).kill_on_drop(true).spawn().map_err(start)?;
         // A policy may be longer than a pipe holds. A child that died early is told of by its end.
@@ -136,7 +158,11 @@ impl Dataplane {
         if let Some(stderr) = child.stderr.take() {
             tokio::spawn(listen(stderr, Arc::clone(&said)));
         }
-        Ok(Self { child, lifeline: Some(lifeline), said })
+        Ok(Self {
+            child,
+            lifeline: Some(lifeline),
+            said,
+        })
     }
 
     /// Waits until it ends by itself. Cancel safe.
@@ -145,7 +171,10 @@ impl Dataplane {
             Ok(status) => {
                 // Its last words may still be on their way through the pipe.
                 tokio::time::sleep(LAST_WORDS_PATIENCE).await;
-                DataplaneError::Ended { status, said: self.said() }
+                DataplaneError::Ended {
+                    status,
+                    said: self.said(),
+                }
             }
             Err(error) => DataplaneError::Start(error),
         }
@@ -154,7 +183,10 @@ impl Dataplane {
     /// Ends it: asked first, then made to.
     pub async fn stop(mut self) {
         drop(self.lifeline.take());
-        if tokio::time::timeout(STOP_PATIENCE, self.child.wait()).await.is_err() {
+        if tokio::time::timeout(STOP_PATIENCE, self.child.wait())
+            .await
+            .is_err()
+        {
             let _ = self.child.kill().await;
         }
     }
@@ -235,17 +267,54 @@ fn flags(args: &Args) -> Vec<OsString> {
         ("zone", zones),
         ("publish", publish),
     ];
-    let once = once.into_iter().filter_map(|(flag, value)| value.map(|value| (flag, value)));
-    let repeated = repeated.into_iter().flat_map(|(flag, values)| values.iter().cloned().map(move |v| (flag, v)));
+    let once = once
+        .into_iter()
+        .filter_map(|(flag, value)| value.map(|value| (flag, value)));
+    let repeated = repeated
+        .into_iter()
+        .flat_map(|(flag, values)| values.iter().cloned().map(move |v| (flag, v)));
     // One word each, so that a value that begins with a dash stays a value.
-    once.chain(repeated).map(|(flag, value)| OsString::from(format!("--{flag}={value}"))).collect()
+    once.chain(repeated)
+        .map(|(flag, value)| OsString::from(format!("--{flag}={value}")))
+        .collect()
 }
 
 /// This process as the dataplane.
 pub(super) fn main(arguments: Vec<OsString>) -> ExitCode {
-    super::parsed(arguments, |cli: Cli| vnet_dataplane::main(cli.args))
+    super::parsed(arguments, |Cli { args }: Cli| {
+        let filter = EnvFilter::try_from_env(LOG_VARIABLE).unwrap_or_else(|_| LOG_DEFAULT.into());
+        tracing_subscriber::fmt().with_writer(io::stderr).with_env_filter(filter).init();
+        let settings = match args.vm_settings_fd.map(read_settings).transpose() {
+            Ok(settings) => settings.unwrap_or_default(),
+            Err(error) => return complain(&format!("{error:#}"), ExitCode::FAILURE),
+        };
+        let config = match Config::new(&args, settings, &default_name()) {
+            Ok(config) => config,
+            Err(problems) => return complain(&problems.to_string(), ExitCode::from(EXIT_USAGE)),
+        };
+        match vnet_dataplane::run::run(config).map_err(anyhow::Error::new) {
+            Ok(()) => ExitCode::SUCCESS,
+            Err(error) => complain(&format!("{error:#}"), ExitCode::FAILURE),
+        }
+    })
 }
 
+fn read_settings(fd: RawFd) -> anyhow::Result<VmSettings> {
+    let from = inherit::take(fd)?;
+    Ok(VmSettings::read(std::fs::File::from(from))?)
+}
+
+fn complain(text: &str, code: ExitCode) -> ExitCode {
+    for line in text.lines() {
+        eprintln!("vnet-dataplane: {line}");
+    }
+    code
+}
+
+/// Says what a dataplane logs, as `vnet_dataplane=debug`.
+const LOG_VARIABLE: &str = "VNET_LOG";
+/// What is logged where nobody says: flows and lookups are in the history.
+const LOG_DEFAULT: &str = "warn";
 /// How long it may take to end in good order: sockets removed, the last counts sent.
 const STOP_PATIENCE: Duration = Duration::from_secs(3);
 const LAST_WORDS_PATIENCE: Duration = Duration::from_millis(50);
@@ -254,18 +323,37 @@ const SAID_LINES_MAX: usize = 5;
 
 #[cfg(test)]
 mod tests {
-    use clap::Parser as _;
     use super::*;
+    use clap::Parser as _;
 
     #[test]
     fn flags_read_back_as_they_were() {
         let line = [
-            "vnet-dataplane", "--controlplane=unix:///run/s.sock", "--name=n", "--vm=web", "--label=a=b",
-            "--label=c=d", "--listen-qemu=unix:///q.sock?name=x", "--listen-vfkit=unixgram:///v.sock", "--listen=a",
-            "--listen-bess=b", "--listen-vpnkit=c", "--listen-stdio=d", "--link-fd=7", "--mtu=65520",
-            "--subnet=10.0.0.0/24", "--gateway=10.0.0.1", "--gateway-mac=5a:94:ef:e4:0c:dd", "--host-alias=none",
-            "--static-lease=5a:94:ef:00:00:02=10.0.0.9", "--dns=192.0.2.53", "--dns-search=lan", "--zone=z:a=10.0.0.2",
-            "--publish=8080:80", "--vm-settings-fd=8", "--exit-with-fd=9",
+            "vnet-dataplane",
+            "--controlplane=unix:///run/s.sock",
+            "--name=n",
+            "--vm=web",
+            "--label=a=b",
+            "--label=c=d",
+            "--listen-qemu=unix:///q.sock?name=x",
+            "--listen-vfkit=unixgram:///v.sock",
+            "--listen=a",
+            "--listen-bess=b",
+            "--listen-vpnkit=c",
+            "--listen-stdio=d",
+            "--link-fd=7",
+            "--mtu=65520",
+            "--subnet=10.0.0.0/24",
+            "--gateway=10.0.0.1",
+            "--gateway-mac=5a:94:ef:e4:0c:dd",
+            "--host-alias=none",
+            "--static-lease=5a:94:ef:00:00:02=10.0.0.9",
+            "--dns=192.0.2.53",
+            "--dns-search=lan",
+            "--zone=z:a=10.0.0.2",
+            "--publish=8080:80",
+            "--vm-settings-fd=8",
+            "--exit-with-fd=9",
         ];
         let args = Cli::try_parse_from(line).unwrap().args;
 
@@ -283,8 +371,11 @@ mod tests {
             mode: Some(vnet_proto::model::Mode::Ask),
             ..Treatment::default()
         };
-        let settings =
-            Settings { treatment, resolver_patience: Some(Duration::from_secs(30)), ..Settings::default() };
+        let settings = Settings {
+            treatment,
+            resolver_patience: Some(Duration::from_secs(30)),
+            ..Settings::default()
+        };
 
         let text = serde_json::to_vec(&settings.vm_settings()).unwrap();
         let read = VmSettings::read(text.as_slice()).unwrap();
@@ -292,6 +383,10 @@ mod tests {
         assert_eq!(read.mode.as_deref(), Some("ask"));
         assert_eq!(read.resolver_patience_ms, Some(30_000));
         assert_eq!(read.own_policy.unwrap().rules, ["allow tcp 192.0.2.7:80"]);
-        assert_eq!(Settings::default().vm_settings(), VmSettings::default(), "nothing is brought: open, as under gvproxy");
+        assert_eq!(
+            Settings::default().vm_settings(),
+            VmSettings::default(),
+            "nothing is brought: open, as under gvproxy"
+        );
     }
 }

@@ -28,19 +28,28 @@ pub fn read_document(path: &Path) -> Result<Document, Failure> {
     let (source, text) = if path == Path::new("-") {
         ("standard input".to_owned(), read_bounded(io::stdin()))
     } else {
-        (path.display().to_string(), File::open(path).and_then(read_bounded))
+        (
+            path.display().to_string(),
+            File::open(path).and_then(read_bounded),
+        )
     };
     match text {
         Ok(text) => Ok(Document { text, source }),
-        Err(error) => Err(Failure::Failed(format!("cannot read policy {}: {error}", safe(&source)))),
+        Err(error) => Err(Failure::Failed(format!(
+            "cannot read policy {}: {error}",
+            safe(&source)
+        ))),
     }
 }
 
 fn read_bounded(file: impl Read) -> io::Result<String> {
     let mut text = String::new();
-    file.take(DOCUMENT_BYTES_MAX as u64 + 1).read_to_string(&mut text)?;
+    file.take(DOCUMENT_BYTES_MAX as u64 + 1)
+        .read_to_string(&mut text)?;
     if text.len() > DOCUMENT_BYTES_MAX {
-        return Err(io::Error::other(format!("it is longer than {DOCUMENT_BYTES_MAX} bytes, the most a policy may be")));
+        return Err(io::Error::other(format!(
+            "it is longer than {DOCUMENT_BYTES_MAX} bytes, the most a policy may be"
+        )));
     }
     Ok(text)
 }
@@ -74,17 +83,28 @@ pub fn warning_lines(source: &str, warnings: &[v1::PolicyWarning]) -> Vec<String
 }
 
 fn warnings(own: &OwnPolicy) -> Vec<v1::PolicyWarning> {
-    let message =
-        |w: &PolicyWarning| v1::PolicyWarning { line: w.line, column: w.column, text: w.text.clone() };
-    own.document().map_or_else(Vec::new, |policy| policy.warnings.iter().map(message).collect())
+    let message = |w: &PolicyWarning| v1::PolicyWarning {
+        line: w.line,
+        column: w.column,
+        text: w.text.clone(),
+    };
+    own.document()
+        .map_or_else(Vec::new, |policy| policy.warnings.iter().map(message).collect())
 }
 
 fn refused(errors: &PolicyErrors) -> Failure {
     let problem = |e: &vnet_controlplane::policy::PolicyError| {
         // A rule of the command line has no file to point into.
         let inline = e.source_name.starts_with("--") || e.source_name == "rule";
-        let text = if inline { format!("{}: {}", e.source_name, e.text) } else { e.to_string() };
-        text.lines().map(|line| safe(line).into_owned()).collect::<Vec<_>>().join("\n  ")
+        let text = if inline {
+            format!("{}: {}", e.source_name, e.text)
+        } else {
+            e.to_string()
+        };
+        text.lines()
+            .map(|line| safe(line).into_owned())
+            .collect::<Vec<_>>()
+            .join("\n  ")
     };
     Failure::Failed(errors.0.iter().map(problem).collect::<Vec<_>>().join("\n  "))
 }

@@ -45,12 +45,16 @@ pub fn role(arguments: &[OsString]) -> Option<ExitCode> {
         _ => return None,
     };
     let of_the_daemon = arguments.iter().enumerate().filter(|(index, _)| *index != 1);
-    Some(main(of_the_daemon.map(|(_, argument)| argument.clone()).collect()))
+    Some(main(
+        of_the_daemon.map(|(_, argument)| argument.clone()).collect(),
+    ))
 }
 
 /// Vnet's own directories: sockets, and state. Neither is made.
 pub fn own_directories() -> Vec<PathBuf> {
-    std::iter::once(paths::runtime_dir()).chain(paths::state_dir().ok()).collect()
+    std::iter::once(paths::runtime_dir())
+        .chain(paths::state_dir().ok())
+        .collect()
 }
 
 /// Parses a daemon's arguments and runs it. What is wrong with them is said as the daemon would.

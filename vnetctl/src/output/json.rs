@@ -15,8 +15,9 @@ use crate::failure::Failure;
 /// A message of the contract, by its full name.
 pub(super) fn dynamic(name: &'static str, message: &impl prost::Message) -> Result<DynamicMessage, Failure> {
     let unreadable = |e: &dyn std::fmt::Display| Failure::Failed(format!("cannot print a {name}: {e}"));
-    let descriptor =
-        pool().get_message_by_name(name).ok_or_else(|| unreadable(&"the contract has no such message"))?;
+    let descriptor = pool()
+        .get_message_by_name(name)
+        .ok_or_else(|| unreadable(&"the contract has no such message"))?;
     DynamicMessage::decode(descriptor, message.encode_to_vec().as_slice()).map_err(|e| unreadable(&e))
 }
 
@@ -37,8 +38,8 @@ pub(super) fn render(format: Format, value: &impl Serialize) -> Result<String, F
 
 /// An object on one line.
 pub(super) fn line(value: &impl Serialize) -> Result<String, Failure> {
-    let rendered = serde_json::to_string(value)
-        .map_err(|e| Failure::Failed(format!("cannot print as JSON: {e}")))?;
+    let rendered =
+        serde_json::to_string(value).map_err(|e| Failure::Failed(format!("cannot print as JSON: {e}")))?;
     Ok(ended(text::safe_json(&rendered).into_owned()))
 }
 
@@ -65,7 +66,10 @@ mod tests {
             id: "g1".to_owned(),
             action: v1::Action::Allow.into(),
             hits: 7,
-            created_at: Some(prost_types::Timestamp { seconds: 1_767_323_045, nanos: 0 }),
+            created_at: Some(prost_types::Timestamp {
+                seconds: 1_767_323_045,
+                nanos: 0,
+            }),
             reason: "off\u{202e} and on".to_owned(),
             ..Default::default()
         }
@@ -84,7 +88,10 @@ mod tests {
 
     #[test]
     fn yaml_means_the_same_as_json() {
-        let plain = v1::Grant { reason: "yes".to_owned(), ..grant() };
+        let plain = v1::Grant {
+            reason: "yes".to_owned(),
+            ..grant()
+        };
         for message in [plain, grant()] {
             let value = dynamic("vnet.v1.Grant", &message).unwrap();
             let yaml = render(Format::Yaml, &value).unwrap();

@@ -83,8 +83,10 @@ impl Output {
                 self.write(&table.to_string())
             }
             Format::Json | Format::Yaml => {
-                let dynamic: Vec<DynamicMessage> =
-                    messages.iter().map(|m| json::dynamic(M::NAME, m)).collect::<Result<_, _>>()?;
+                let dynamic: Vec<DynamicMessage> = messages
+                    .iter()
+                    .map(|m| json::dynamic(M::NAME, m))
+                    .collect::<Result<_, _>>()?;
                 let text = json::render(self.format, &dynamic)?;
                 self.write(&text)
             }
@@ -141,7 +143,10 @@ impl Output {
     /// When the output cannot be written.
     pub fn stream_header(&mut self, columns: &[(&'static str, usize)]) -> Result<(), Failure> {
         if self.format == Format::Table {
-            let cells = columns.iter().map(|(title, _)| (*title).to_owned()).collect::<Vec<_>>();
+            let cells = columns
+                .iter()
+                .map(|(title, _)| (*title).to_owned())
+                .collect::<Vec<_>>();
             let text = table::stream_line(columns, &cells);
             self.write(&text)?;
         }
@@ -224,7 +229,10 @@ pub(crate) mod testing {
 
     /// `seconds` before [`now`].
     pub(crate) fn ago(seconds: i64) -> Option<prost_types::Timestamp> {
-        Some(prost_types::Timestamp { seconds: NOW_SECONDS - seconds, nanos: 0 })
+        Some(prost_types::Timestamp {
+            seconds: NOW_SECONDS - seconds,
+            nanos: 0,
+        })
     }
 
     pub(crate) fn output(format: Format) -> (Output, Printed) {

@@ -38,11 +38,19 @@ impl fmt::Display for Table {
 
 /// `Field:   value` lines, values aligned. A value of several lines stands below its field.
 pub(super) fn fields(fields: &[(&'static str, String)]) -> String {
-    let width = fields.iter().map(|(name, _)| name.len()).max().unwrap_or_default() + 1;
+    let width = fields
+        .iter()
+        .map(|(name, _)| name.len())
+        .max()
+        .unwrap_or_default()
+        + 1;
     fields
         .iter()
         .map(|(name, value)| {
-            format!("{:width$}  {}\n", format!("{name}:"), safe(value)).trim_end().to_owned() + "\n"
+            format!("{:width$}  {}\n", format!("{name}:"), safe(value))
+                .trim_end()
+                .to_owned()
+                + "\n"
         })
         .collect()
 }
@@ -82,7 +90,11 @@ mod tests {
 
     #[test]
     fn fields_are_aligned() {
-        let text = fields(&[("Id", "p1".into()), ("Asked", "3m".into()), ("Names", String::new())]);
+        let text = fields(&[
+            ("Id", "p1".into()),
+            ("Asked", "3m".into()),
+            ("Names", String::new()),
+        ]);
 
         assert_eq!(text, "Id:     p1\nAsked:  3m\nNames:\n");
     }
@@ -91,6 +103,9 @@ mod tests {
     fn lines_of_a_watch_keep_their_columns() {
         let columns = [("KIND", 6), ("VM", 4), ("TEXT", 0)];
 
-        assert_eq!(stream_line(&columns, &["flow".into(), "web".into(), "opened".into()]), "flow     web    opened\n");
+        assert_eq!(
+            stream_line(&columns, &["flow".into(), "web".into(), "opened".into()]),
+            "flow     web    opened\n"
+        );
     }
 }

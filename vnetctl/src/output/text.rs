@@ -93,7 +93,16 @@ pub fn remaining(now: SystemTime, time: Option<&prost_types::Timestamp>) -> Stri
 
 /// A time to the second, RFC 3339 in UTC; `-` where there is none.
 pub fn time(time: Option<&prost_types::Timestamp>) -> String {
-    time.map_or_else(|| NONE.to_owned(), |t| prost_types::Timestamp { seconds: t.seconds, nanos: 0 }.to_string())
+    time.map_or_else(
+        || NONE.to_owned(),
+        |t| {
+            prost_types::Timestamp {
+                seconds: t.seconds,
+                nanos: 0,
+            }
+            .to_string()
+        },
+    )
 }
 
 /// Bytes in the unit that leaves one to three digits before the point, as `17 B`, `1.2 MB`.
@@ -136,7 +145,10 @@ mod tests {
             ("a\u{1b}[31mred", "a\\u{1b}[31mred"),
             ("two\nlines\r\tend", "two\\nlines\\r\\tend"),
             ("safe\u{202e}gpj.exe", "safe\\u{202e}gpj.exe"),
-            ("zero\u{200b}width\u{2066}x\u{2069}", "zero\\u{200b}width\\u{2066}x\\u{2069}"),
+            (
+                "zero\u{200b}width\u{2066}x\u{2069}",
+                "zero\\u{200b}width\\u{2066}x\\u{2069}",
+            ),
             ("\u{9b}31m\u{7f}", "\\u{9b}31m\\u{7f}"),
             ("tag\u{e0041}", "tag\\u{e0041}"),
         ];
@@ -154,12 +166,23 @@ mod tests {
         let escaped = safe_json(&text);
 
         assert!(!escaped.chars().any(|c| c != '\n' && acts(c)), "{escaped}");
-        assert_eq!(serde_json::from_str::<serde_json::Value>(&escaped).unwrap(), value);
+        assert_eq!(
+            serde_json::from_str::<serde_json::Value>(&escaped).unwrap(),
+            value
+        );
     }
 
     #[test]
     fn spans_have_one_unit() {
-        let cases = [(0, "0s"), (59, "59s"), (60, "1m"), (3599, "59m"), (3600, "1h"), (86_399, "23h"), (864_000, "10d")];
+        let cases = [
+            (0, "0s"),
+            (59, "59s"),
+            (60, "1m"),
+            (3599, "59m"),
+            (3600, "1h"),
+            (86_399, "23h"),
+            (864_000, "10d"),
+        ];
 
         for (seconds, expected) in cases {
             assert_eq!(span(Duration::from_secs(seconds)), expected);
@@ -180,8 +203,14 @@ mod tests {
 
     #[test]
     fn bytes_have_few_digits() {
-        let cases =
-            [(0, "0 B"), (999, "999 B"), (1000, "1.0 kB"), (1_250_000, "1.2 MB"), (999_999_999, "999.9 MB"), (u64::MAX, "18446.7 PB")];
+        let cases = [
+            (0, "0 B"),
+            (999, "999 B"),
+            (1000, "1.0 kB"),
+            (1_250_000, "1.2 MB"),
+            (999_999_999, "999.9 MB"),
+            (u64::MAX, "18446.7 PB"),
+        ];
 
         for (count, expected) in cases {
             assert_eq!(bytes(count), expected);

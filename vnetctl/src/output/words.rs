@@ -30,7 +30,10 @@ pub fn selector(selector: Option<&v1::VmSelector>) -> String {
 
 /// `K=V` pairs in order.
 pub fn labels(labels: &std::collections::HashMap<String, String>) -> String {
-    let mut pairs: Vec<String> = labels.iter().map(|(key, value)| format!("{key}={value}")).collect();
+    let mut pairs: Vec<String> = labels
+        .iter()
+        .map(|(key, value)| format!("{key}={value}"))
+        .collect();
     pairs.sort();
     pairs.join(",")
 }
@@ -50,7 +53,10 @@ pub fn lifetime(lifetime: Option<&v1::Lifetime>) -> String {
 
 /// An enum's value without its prefix, in lower case with dashes: `FLOW_DIRECTION_EGRESS` is `egress`.
 fn plain(name: &str, prefix: &str) -> String {
-    name.strip_prefix(prefix).unwrap_or(name).to_ascii_lowercase().replace('_', "-")
+    name.strip_prefix(prefix)
+        .unwrap_or(name)
+        .to_ascii_lowercase()
+        .replace('_', "-")
 }
 
 macro_rules! enum_words {
@@ -94,9 +100,15 @@ enum_words! {
 
 /// A reason as `rule rules[2]: sentence`.
 pub fn reason(reason: Option<&v1::Reason>) -> String {
-    let Some(reason) = reason else { return text::NONE.to_owned() };
+    let Some(reason) = reason else {
+        return text::NONE.to_owned();
+    };
     let head = [reason.step.as_str(), reason.subject.as_str()];
-    let head = head.into_iter().filter(|part| !part.is_empty()).collect::<Vec<_>>().join(" ");
+    let head = head
+        .into_iter()
+        .filter(|part| !part.is_empty())
+        .collect::<Vec<_>>()
+        .join(" ");
     match (head.is_empty(), reason.text.is_empty()) {
         (false, false) => format!("{head}: {}", reason.text),
         (true, false) => reason.text.clone(),
@@ -115,7 +127,9 @@ pub fn reason_short(reason: Option<&v1::Reason>) -> String {
 
 /// What a change did to live flows, and who has not confirmed it; empty when there is nothing to say.
 pub fn cut(report: Option<&v1::CutReport>) -> String {
-    let Some(report) = report else { return String::new() };
+    let Some(report) = report else {
+        return String::new();
+    };
     let mut said = match report.flows {
         0 => String::new(),
         1 => "; 1 live flow was cut".to_owned(),
@@ -140,7 +154,10 @@ pub fn far_end(tuple: Option<&v1::FlowTuple>) -> String {
 
 /// A flow's end in the guest, as `192.168.127.2:40000`.
 pub fn near_end(tuple: Option<&v1::FlowTuple>) -> String {
-    tuple.map_or_else(|| text::NONE.to_owned(), |t| endpoint(&t.guest_address, t.guest_port))
+    tuple.map_or_else(
+        || text::NONE.to_owned(),
+        |t| endpoint(&t.guest_address, t.guest_port),
+    )
 }
 
 fn endpoint(address: &str, port: u32) -> String {
@@ -175,12 +192,30 @@ mod tests {
             })),
         };
         let cases = [
-            (address(v1::Protocol::Tcp, "192.0.2.7/32", Some((443, 0))), "tcp 192.0.2.7:443"),
-            (address(v1::Protocol::Tcp, "192.0.2.7", Some((443, 443))), "tcp 192.0.2.7:443"),
-            (address(v1::Protocol::Udp, "10.0.0.0/8", Some((8000, 8999))), "udp 10.0.0.0/8:8000-8999"),
-            (address(v1::Protocol::Tcp, "2001:db8::1/128", Some((22, 22))), "tcp [2001:db8::1]:22"),
-            (address(v1::Protocol::Icmpv6, "2001:db8::1/128", None), "icmpv6 2001:db8::1"),
-            (address(v1::Protocol::Unspecified, "10.0.0.0/8", None), "any 10.0.0.0/8"),
+            (
+                address(v1::Protocol::Tcp, "192.0.2.7/32", Some((443, 0))),
+                "tcp 192.0.2.7:443",
+            ),
+            (
+                address(v1::Protocol::Tcp, "192.0.2.7", Some((443, 443))),
+                "tcp 192.0.2.7:443",
+            ),
+            (
+                address(v1::Protocol::Udp, "10.0.0.0/8", Some((8000, 8999))),
+                "udp 10.0.0.0/8:8000-8999",
+            ),
+            (
+                address(v1::Protocol::Tcp, "2001:db8::1/128", Some((22, 22))),
+                "tcp [2001:db8::1]:22",
+            ),
+            (
+                address(v1::Protocol::Icmpv6, "2001:db8::1/128", None),
+                "icmpv6 2001:db8::1",
+            ),
+            (
+                address(v1::Protocol::Unspecified, "10.0.0.0/8", None),
+                "any 10.0.0.0/8",
+            ),
             (name, "domain *.github.com:443"),
         ];
 
@@ -194,12 +229,18 @@ mod tests {
     fn selectors_say_all_only_when_all_is_meant() {
         let by = |name: &str, labels: &[(&str, &str)], all| v1::VmSelector {
             name: name.to_owned(),
-            labels: labels.iter().map(|(k, v)| ((*k).to_owned(), (*v).to_owned())).collect(),
+            labels: labels
+                .iter()
+                .map(|(k, v)| ((*k).to_owned(), (*v).to_owned()))
+                .collect(),
             all,
         };
 
         assert_eq!(selector(Some(&by("web", &[], false))), "web");
-        assert_eq!(selector(Some(&by("", &[("b", "2"), ("a", "1")], false))), "a=1,b=2");
+        assert_eq!(
+            selector(Some(&by("", &[("b", "2"), ("a", "1")], false))),
+            "a=1,b=2"
+        );
         assert_eq!(selector(Some(&by("", &[], true))), "all VMs");
         assert_eq!(selector(Some(&by("", &[], false))), "-");
     }

@@ -16,7 +16,9 @@ fn shown(id: &str) -> v1::GetPendingResponse {
         target: tcp("10.99.0.1", 8080),
         ..Default::default()
     };
-    v1::GetPendingResponse { request: Some(request) }
+    v1::GetPendingResponse {
+        request: Some(request),
+    }
 }
 
 fn grant(action: v1::Action, target: Option<v1::Target>) -> Option<v1::Grant> {
@@ -36,12 +38,24 @@ async fn approve_sends_the_etag_of_what_it_read() {
     server.answer("PendingService/GetPending", &shown("01abcd"));
     server.answer(
         "PendingService/Approve",
-        &v1::ApproveResponse { request: shown("01abcd").request, grant: grant(v1::Action::Allow, tcp("10.99.0.1", 8080)) },
+        &v1::ApproveResponse {
+            request: shown("01abcd").request,
+            grant: grant(v1::Action::Allow, tcp("10.99.0.1", 8080)),
+        },
     );
 
-    let said = run(&server, Format::Table, &["approve", "01ab", "--reason", "package upgrade"]).await.unwrap();
+    let said = run(
+        &server,
+        Format::Table,
+        &["approve", "01ab", "--reason", "package upgrade"],
+    )
+    .await
+    .unwrap();
 
-    assert_eq!(said, "approved 01abcd: allow tcp 10.99.0.1:8080 for web, until the VM stops (grant g1)\n");
+    assert_eq!(
+        said,
+        "approved 01abcd: allow tcp 10.99.0.1:8080 for web, until the VM stops (grant g1)\n"
+    );
     let asked: Vec<v1::ApproveRequest> = server.asked("PendingService/Approve");
     let expected = v1::ApproveRequest {
         id: "01abcd".to_owned(),
@@ -49,7 +63,11 @@ async fn approve_sends_the_etag_of_what_it_read() {
         reason: "package upgrade".to_owned(),
         ..Default::default()
     };
-    assert_eq!(asked, [expected], "narrowest scope, that VM, until it stops: all unset");
+    assert_eq!(
+        asked,
+        [expected],
+        "narrowest scope, that VM, until it stops: all unset"
+    );
 }
 
 #[tokio::test]
@@ -58,14 +76,25 @@ async fn approve_passes_scope_lifetime_and_vms_on() {
     server.answer("PendingService/GetPending", &shown("01abcd"));
     server.answer("PendingService/Approve", &v1::ApproveResponse::default());
 
-    let words = ["approve", "01ab", "--scope", "subdomains", "--for", "1h", "--all-vms"];
+    let words = [
+        "approve",
+        "01ab",
+        "--scope",
+        "subdomains",
+        "--for",
+        "1h",
+        "--all-vms",
+    ];
     run(&server, Format::Json, &words).await.unwrap();
 
     let asked: Vec<v1::ApproveRequest> = server.asked("PendingService/Approve");
     assert_eq!(asked[0].scope(), v1::Scope::Subdomains);
     assert_eq!(
         asked[0].lifetime.and_then(|l| l.kind),
-        Some(v1::lifetime::Kind::Duration(prost_types::Duration { seconds: 3600, nanos: 0 }))
+        Some(v1::lifetime::Kind::Duration(prost_types::Duration {
+            seconds: 3600,
+            nanos: 0
+        }))
     );
     assert!(asked[0].vms.as_ref().unwrap().all);
 }
@@ -73,16 +102,25 @@ async fn approve_passes_scope_lifetime_and_vms_on() {
 #[tokio::test]
 async fn one_id_that_fails_does_not_keep_the_others_from_being_answered() {
     let server = Scripted::start();
-    server.refuse("PendingService/GetPending", Status::not_found("no pending request has an id that begins with 02"));
+    server.refuse(
+        "PendingService/GetPending",
+        Status::not_found("no pending request has an id that begins with 02"),
+    );
     server.answer("PendingService/GetPending", &shown("01abcd"));
     server.answer(
         "PendingService/Deny",
-        &v1::DenyResponse { request: shown("01abcd").request, grant: grant(v1::Action::Deny, tcp("10.99.0.1", 8080)) },
+        &v1::DenyResponse {
+            request: shown("01abcd").request,
+            grant: grant(v1::Action::Deny, tcp("10.99.0.1", 8080)),
+        },
     );
 
     let (said, result) = run_all(&server, Format::Table, &["deny", "02", "01ab"]).await;
 
-    assert!(said.starts_with("denied 01abcd: deny tcp 10.99.0.1:8080 for web"), "{said}");
+    assert!(
+        said.starts_with("denied 01abcd: deny tcp 10.99.0.1:8080 for web"),
+        "{said}"
+    );
     assert_eq!(result.unwrap_err().exit_code(), 1);
 }
 
@@ -92,11 +130,20 @@ async fn deny_of_a_destination_makes_a_grant() {
     let answer = v1::CreateGrantResponse {
         grant: grant(v1::Action::Deny, domain("*.malware.example")),
         answered: 1,
-        cut: Some(v1::CutReport { flows: 2, ..Default::default() }),
+        cut: Some(v1::CutReport {
+            flows: 2,
+            ..Default::default()
+        }),
     };
     server.answer("GrantService/CreateGrant", &answer);
 
-    let said = run(&server, Format::Table, &["deny", "domain", "*.malware.example", "--vm", "web"]).await.unwrap();
+    let said = run(
+        &server,
+        Format::Table,
+        &["deny", "domain", "*.malware.example", "--vm", "web"],
+    )
+    .await
+    .unwrap();
 
     assert_eq!(
         said,
@@ -108,7 +155,10 @@ async fn deny_of_a_destination_makes_a_grant() {
     assert_eq!(asked[0].target, domain("*.malware.example"));
     assert_eq!(asked[0].vms, named("web"));
     assert_eq!(asked[0].lifetime, None, "for ever, by default");
-    assert!(!asked[0].request_id.is_empty(), "a call repeated after a lost answer makes one grant");
+    assert!(
+        !asked[0].request_id.is_empty(),
+        "a call repeated after a lost answer makes one grant"
+    );
 }
 
 #[tokio::test]
@@ -127,7 +177,11 @@ async fn a_destination_that_makes_no_sense_is_usage_and_asks_no_server() {
         let error = run(&server, Format::Table, words).await.unwrap_err();
         assert_eq!(error.exit_code(), 2, "{words:?}: {error}");
     }
-    assert!(server.asked::<v1::CreateGrantRequest>("GrantService/CreateGrant").is_empty());
+    assert!(
+        server
+            .asked::<v1::CreateGrantRequest>("GrantService/CreateGrant")
+            .is_empty()
+    );
 }
 
 #[tokio::test]
@@ -141,7 +195,9 @@ async fn a_refusal_names_what_is_wrong_and_what_helps() {
         Status::with_error_details(Code::FailedPrecondition, "it is not said for which VM", details),
     );
 
-    let error = run(&server, Format::Table, &["allow", "tcp", "10.0.0.1:80"]).await.unwrap_err();
+    let error = run(&server, Format::Table, &["allow", "tcp", "10.0.0.1:80"])
+        .await
+        .unwrap_err();
 
     assert_eq!(error.exit_code(), 1);
     assert_eq!(
@@ -159,7 +215,10 @@ async fn policy_show_prints_the_document_and_nothing_else() {
         document: "defaultAction: deny\nrules: []\n".to_owned(),
         ..Default::default()
     };
-    server.answer("PolicyService/GetPolicy", &v1::GetPolicyResponse { policy: Some(policy) });
+    server.answer(
+        "PolicyService/GetPolicy",
+        &v1::GetPolicyResponse { policy: Some(policy) },
+    );
 
     let printed = run(&server, Format::Table, &["policy", "show"]).await.unwrap();
 
@@ -170,12 +229,22 @@ async fn policy_show_prints_the_document_and_nothing_else() {
 async fn a_mode_says_who_has_not_acknowledged_it() {
     let server = Scripted::start();
     let answer = v1::UpdateVmResponse {
-        vm: Some(v1::Vm { name: "web".to_owned(), mode: v1::Mode::Block.into(), ..Default::default() }),
-        cut: Some(v1::CutReport { flows: 1, dataplanes_silent: vec!["host-9".to_owned()], ..Default::default() }),
+        vm: Some(v1::Vm {
+            name: "web".to_owned(),
+            mode: v1::Mode::Block.into(),
+            ..Default::default()
+        }),
+        cut: Some(v1::CutReport {
+            flows: 1,
+            dataplanes_silent: vec!["host-9".to_owned()],
+            ..Default::default()
+        }),
     };
     server.answer("VmService/UpdateVm", &answer);
 
-    let said = run(&server, Format::Table, &["vm", "mode", "web", "block"]).await.unwrap();
+    let said = run(&server, Format::Table, &["vm", "mode", "web", "block"])
+        .await
+        .unwrap();
 
     assert_eq!(
         said,
@@ -201,9 +270,20 @@ async fn a_forward_without_a_guest_leads_to_the_vm_that_was_named() {
         listen: "127.0.0.1:8080".to_owned(),
         target: "192.168.127.5:80".to_owned(),
     };
-    server.answer("ForwardService/CreateForward", &v1::CreateForwardResponse { forward: Some(forward.clone()) });
+    server.answer(
+        "ForwardService/CreateForward",
+        &v1::CreateForwardResponse {
+            forward: Some(forward.clone()),
+        },
+    );
 
-    let said = run(&server, Format::Table, &["forward", "add", "8080:80", "--vm", "web"]).await.unwrap();
+    let said = run(
+        &server,
+        Format::Table,
+        &["forward", "add", "8080:80", "--vm", "web"],
+    )
+    .await
+    .unwrap();
 
     assert_eq!(said, "opened tcp 127.0.0.1:8080 -> 192.168.127.5:80\n");
     let asked: Vec<v1::CreateForwardRequest> = server.asked("ForwardService/CreateForward");
@@ -228,7 +308,13 @@ async fn explain_says_the_answer_and_what_would_change_it() {
     };
     server.answer("PolicyService/Explain", &answer);
 
-    let said = run(&server, Format::Table, &["policy", "explain", "tcp", "10.0.0.1:80"]).await.unwrap();
+    let said = run(
+        &server,
+        Format::Table,
+        &["policy", "explain", "tcp", "10.0.0.1:80"],
+    )
+    .await
+    .unwrap();
 
     assert_eq!(
         said,

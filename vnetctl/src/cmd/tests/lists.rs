@@ -18,7 +18,11 @@ async fn printed<M: prost::Message>(words: &[&str], method: &str, answer: M) -> 
     let json = run(&server, Format::Json, words).await.unwrap();
     let yaml = run(&server, Format::Yaml, words).await.unwrap();
     let json: serde_json::Value = serde_json::from_str(&json).unwrap();
-    assert_eq!(serde_saphyr::from_str::<serde_json::Value>(&yaml).unwrap(), json, "YAML says the same");
+    assert_eq!(
+        serde_saphyr::from_str::<serde_json::Value>(&yaml).unwrap(),
+        json,
+        "YAML says the same"
+    );
     (table, json)
 }
 
@@ -50,7 +54,10 @@ async fn pending_list() {
         created_at: ago(5),
         ..Default::default()
     };
-    let answer = v1::ListPendingResponse { requests: vec![request(), lookup], ..Default::default() };
+    let answer = v1::ListPendingResponse {
+        requests: vec![request(), lookup],
+        ..Default::default()
+    };
 
     let (table, json) = printed(&["pending", "list"], "PendingService/ListPending", answer).await;
 
@@ -78,15 +85,25 @@ ID     VM            ASKS                 NAMES                 COUNT   HELD   A
             "heldUntil": "2026-01-02T03:04:17Z",
         })
     );
-    assert_eq!(json[1]["vm"], "db\u{1b}[2J", "escapes are of the terminal, not of the data");
+    assert_eq!(
+        json[1]["vm"], "db\u{1b}[2J",
+        "escapes are of the terminal, not of the data"
+    );
 }
 
 #[tokio::test]
 async fn an_empty_list_is_its_header_or_an_empty_array() {
-    let (table, json) =
-        printed(&["grants", "list"], "GrantService/ListGrants", v1::ListGrantsResponse::default()).await;
+    let (table, json) = printed(
+        &["grants", "list"],
+        "GrantService/ListGrants",
+        v1::ListGrantsResponse::default(),
+    )
+    .await;
 
-    assert_eq!(table, "ID   ACTION   TARGET   VMS   LIFETIME   ENDS IN   HITS   AGE   BY   REASON\n");
+    assert_eq!(
+        table,
+        "ID   ACTION   TARGET   VMS   LIFETIME   ENDS IN   HITS   AGE   BY   REASON\n"
+    );
     assert_eq!(json, json!([]));
 }
 
@@ -97,9 +114,15 @@ async fn grants_list() {
             id: "g1".to_owned(),
             action: v1::Action::Allow.into(),
             target: domain("*.example.com"),
-            vms: Some(v1::VmSelector { all: true, ..Default::default() }),
+            vms: Some(v1::VmSelector {
+                all: true,
+                ..Default::default()
+            }),
             lifetime: Some(v1::Lifetime {
-                kind: Some(v1::lifetime::Kind::Duration(prost_types::Duration { seconds: 3600, nanos: 0 })),
+                kind: Some(v1::lifetime::Kind::Duration(prost_types::Duration {
+                    seconds: 3600,
+                    nanos: 0,
+                })),
             }),
             created_at: ago(600),
             expires_at: ago(-3000),
@@ -119,9 +142,15 @@ async fn grants_list() {
         },
     ];
 
-    let (table, json) =
-        printed(&["grants", "list"], "GrantService/ListGrants", v1::ListGrantsResponse { grants, ..Default::default() })
-            .await;
+    let (table, json) = printed(
+        &["grants", "list"],
+        "GrantService/ListGrants",
+        v1::ListGrantsResponse {
+            grants,
+            ..Default::default()
+        },
+    )
+    .await;
 
     assert_eq!(
         table,
@@ -139,7 +168,11 @@ g2   deny     tcp 10.0.0.0/8:22      web       until the VM stops   -         0 
 async fn vm_list() {
     let vms = vec![v1::Vm {
         name: "web".to_owned(),
-        labels: [("team".to_owned(), "net".to_owned()), ("env".to_owned(), "prod".to_owned())].into(),
+        labels: [
+            ("team".to_owned(), "net".to_owned()),
+            ("env".to_owned(), "prod".to_owned()),
+        ]
+        .into(),
         state: v1::VmState::Attached.into(),
         mode: v1::Mode::Ask.into(),
         policy: "own".to_owned(),
@@ -150,8 +183,15 @@ async fn vm_list() {
         ..Default::default()
     }];
 
-    let (table, json) =
-        printed(&["vm", "list"], "VmService/ListVms", v1::ListVmsResponse { vms, ..Default::default() }).await;
+    let (table, json) = printed(
+        &["vm", "list"],
+        "VmService/ListVms",
+        v1::ListVmsResponse {
+            vms,
+            ..Default::default()
+        },
+    )
+    .await;
 
     assert_eq!(
         table,
@@ -180,14 +220,24 @@ async fn flows_list() {
         opened_at: ago(90),
         bytes_up: 999,
         bytes_down: 1_250_000,
-        reason: Some(v1::Reason { step: "rule".to_owned(), subject: "rules[2]".to_owned(), text: String::new() }),
+        reason: Some(v1::Reason {
+            step: "rule".to_owned(),
+            subject: "rules[2]".to_owned(),
+            text: String::new(),
+        }),
         would_deny: true,
         ..Default::default()
     }];
 
-    let (table, json) =
-        printed(&["flows", "list"], "FlowService/ListFlows", v1::ListFlowsResponse { flows, ..Default::default() })
-            .await;
+    let (table, json) = printed(
+        &["flows", "list"],
+        "FlowService/ListFlows",
+        v1::ListFlowsResponse {
+            flows,
+            ..Default::default()
+        },
+    )
+    .await;
 
     assert_eq!(
         table,
@@ -218,7 +268,16 @@ async fn events_list_reads_no_more_than_was_asked_for() {
     server.answer("EventService/ListEvents", &page(2..4, "more"));
     server.answer("EventService/ListEvents", &page(1..2, "yet more"));
 
-    let words = ["events", "list", "--limit", "3", "--kind", "flow-denied", "--since", "1h"];
+    let words = [
+        "events",
+        "list",
+        "--limit",
+        "3",
+        "--kind",
+        "flow-denied",
+        "--since",
+        "1h",
+    ];
     let table = run(&server, Format::Table, &words).await.unwrap();
 
     assert_eq!(
@@ -246,8 +305,12 @@ async fn forward_list() {
         target: "192.168.127.2:80".to_owned(),
     }];
 
-    let (table, json) =
-        printed(&["forward", "list"], "ForwardService/ListForwards", v1::ListForwardsResponse { forwards }).await;
+    let (table, json) = printed(
+        &["forward", "list"],
+        "ForwardService/ListForwards",
+        v1::ListForwardsResponse { forwards },
+    )
+    .await;
 
     assert_eq!(
         table,
@@ -264,14 +327,22 @@ up-1      tcp        127.0.0.1:8080   192.168.127.2:80
 
 #[tokio::test]
 async fn dns_lists() {
-    let record = |name: &str| v1::ZoneRecord { name: name.to_owned(), address: "192.168.127.254".to_owned() };
+    let record = |name: &str| v1::ZoneRecord {
+        name: name.to_owned(),
+        address: "192.168.127.254".to_owned(),
+    };
     let zones = vec![v1::Zone {
         network: "up-1".to_owned(),
         name: "containers.internal".to_owned(),
         records: vec![record("host"), record("")],
         default_address: String::new(),
     }];
-    let (table, _) = printed(&["dns", "zones"], "DnsService/ListZones", v1::ListZonesResponse { zones }).await;
+    let (table, _) = printed(
+        &["dns", "zones"],
+        "DnsService/ListZones",
+        v1::ListZonesResponse { zones },
+    )
+    .await;
     assert_eq!(
         table,
         "\
@@ -308,7 +379,12 @@ web   example.com   192.0.2.7,2001:db8::7   5m
             text: "the name is blocked".to_owned(),
         }),
     }];
-    let (table, json) = printed(&["dns", "denied"], "DnsService/ListDenied", v1::ListDeniedResponse { denied }).await;
+    let (table, json) = printed(
+        &["dns", "denied"],
+        "DnsService/ListDenied",
+        v1::ListDeniedResponse { denied },
+    )
+    .await;
     assert_eq!(
         table,
         "\
@@ -332,7 +408,10 @@ async fn policy_revisions() {
         ..Default::default()
     }];
 
-    let answer = v1::ListRevisionsResponse { revisions, ..Default::default() };
+    let answer = v1::ListRevisionsResponse {
+        revisions,
+        ..Default::default()
+    };
     let (table, _) = printed(&["policy", "revisions"], "PolicyService/ListRevisions", answer).await;
 
     assert_eq!(
@@ -348,13 +427,18 @@ default   2          2026-01-02T03:03:05Z   ada   policy.yaml   enforce   deny
 async fn every_page_of_a_list_is_read() {
     let server = Scripted::start();
     let page = |name: &str, next: &str| v1::ListVmsResponse {
-        vms: vec![v1::Vm { name: name.to_owned(), ..Default::default() }],
+        vms: vec![v1::Vm {
+            name: name.to_owned(),
+            ..Default::default()
+        }],
         next_page_token: next.to_owned(),
     };
     server.answer("VmService/ListVms", &page("a", "t1"));
     server.answer("VmService/ListVms", &page("b", ""));
 
-    let json = run(&server, Format::Json, &["vm", "list", "-l", "env=prod"]).await.unwrap();
+    let json = run(&server, Format::Json, &["vm", "list", "-l", "env=prod"])
+        .await
+        .unwrap();
 
     let json: serde_json::Value = serde_json::from_str(&json).unwrap();
     assert_eq!(json, json!([{"name": "a"}, {"name": "b"}]));
@@ -366,16 +450,32 @@ async fn every_page_of_a_list_is_read() {
 #[tokio::test]
 async fn a_watch_prints_one_object_a_line() {
     let server = Scripted::start();
-    let change = |change: v1::PendingChange, request| v1::WatchPendingResponse { change: change.into(), request };
-    let approved = v1::PendingRequest { state: v1::PendingState::Approved.into(), ..request() };
+    let change = |change: v1::PendingChange, request| v1::WatchPendingResponse {
+        change: change.into(),
+        request,
+    };
+    let approved = v1::PendingRequest {
+        state: v1::PendingState::Approved.into(),
+        ..request()
+    };
     for format in [Format::Json, Format::Table] {
-        server.answer("PendingService/WatchPending", &change(v1::PendingChange::Added, Some(request())));
-        server.answer("PendingService/WatchPending", &change(v1::PendingChange::Synced, None));
-        server.answer("PendingService/WatchPending", &change(v1::PendingChange::Removed, Some(approved.clone())));
+        server.answer(
+            "PendingService/WatchPending",
+            &change(v1::PendingChange::Added, Some(request())),
+        );
+        server.answer(
+            "PendingService/WatchPending",
+            &change(v1::PendingChange::Synced, None),
+        );
+        server.answer(
+            "PendingService/WatchPending",
+            &change(v1::PendingChange::Removed, Some(approved.clone())),
+        );
         let (text, end) = run_all(&server, format, &["pending", "watch"]).await;
         assert!(end.unwrap_err().to_string().contains("ended the watch"));
         if format == Format::Json {
-            let lines: Vec<serde_json::Value> = text.lines().map(|l| serde_json::from_str(l).unwrap()).collect();
+            let lines: Vec<serde_json::Value> =
+                text.lines().map(|l| serde_json::from_str(l).unwrap()).collect();
             assert_eq!(lines.len(), 3);
             assert_eq!(lines[0]["change"], "PENDING_CHANGE_ADDED");
             assert_eq!(lines[0]["request"]["id"], "01ab");

@@ -24,8 +24,14 @@ async fn run(server: &Scripted, format: Format, words: &[&str]) -> Result<String
 /// The same, when what was printed before a failure matters.
 async fn run_all(server: &Scripted, format: Format, words: &[&str]) -> (String, Result<(), Failure>) {
     let (output, printed) = output(format);
-    let context = Context { connection: server.connection(), output };
-    let words: Vec<OsString> = std::iter::once("vnetctl").chain(words.iter().copied()).map(Into::into).collect();
+    let context = Context {
+        connection: server.connection(),
+        output,
+    };
+    let words: Vec<OsString> = std::iter::once("vnetctl")
+        .chain(words.iter().copied())
+        .map(Into::into)
+        .collect();
     let result = cli::run_client_command(words, context).await;
     (printed.text(), result)
 }
@@ -35,7 +41,10 @@ fn tcp(prefix: &str, port: u32) -> Option<v1::Target> {
         kind: Some(v1::target::Kind::Address(v1::AddressTarget {
             protocol: v1::Protocol::Tcp.into(),
             prefix: prefix.to_owned(),
-            ports: Some(v1::PortRange { first: port, last: port }),
+            ports: Some(v1::PortRange {
+                first: port,
+                last: port,
+            }),
         })),
     })
 }
@@ -51,9 +60,14 @@ fn domain(name: &str) -> Option<v1::Target> {
 }
 
 fn named(name: &str) -> Option<v1::VmSelector> {
-    Some(v1::VmSelector { name: name.to_owned(), ..Default::default() })
+    Some(v1::VmSelector {
+        name: name.to_owned(),
+        ..Default::default()
+    })
 }
 
 fn until_vm_stops() -> Option<v1::Lifetime> {
-    Some(v1::Lifetime { kind: Some(v1::lifetime::Kind::UntilVmStops(true)) })
+    Some(v1::Lifetime {
+        kind: Some(v1::lifetime::Kind::UntilVmStops(true)),
+    })
 }

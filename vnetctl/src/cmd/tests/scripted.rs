@@ -37,7 +37,11 @@ pub(super) struct Scripted {
 impl Scripted {
     pub(super) fn start() -> Self {
         static NUMBER: AtomicU32 = AtomicU32::new(0);
-        let name = format!("vnetctl-{}-{}.sock", std::process::id(), NUMBER.fetch_add(1, Ordering::Relaxed));
+        let name = format!(
+            "vnetctl-{}-{}.sock",
+            std::process::id(),
+            NUMBER.fetch_add(1, Ordering::Relaxed)
+        );
         let path = std::env::temp_dir().join(name);
         let _ = std::fs::remove_file(&path);
         let listener = tokio::net::UnixListener::bind(&path).unwrap();
@@ -52,13 +56,18 @@ impl Scripted {
             .add_service(Forwards(script.clone()))
             .add_service(Dns(script.clone()));
         let task = tokio::spawn(async move {
-            server.serve_with_incoming(UnixListenerStream::new(listener)).await.unwrap();
+            server
+                .serve_with_incoming(UnixListenerStream::new(listener))
+                .await
+                .unwrap();
         });
         Self { script, path, task }
     }
 
     pub(super) fn connection(&self) -> Connection {
-        Connection { named: Some(Server::Unix(self.path.clone())) }
+        Connection {
+            named: Some(Server::Unix(self.path.clone())),
+        }
     }
 
     /// One more answer of a method, as `PendingService/ListPending`. All of a watch are sent at once.
@@ -73,12 +82,22 @@ impl Scripted {
     /// The requests that a method was asked.
     pub(super) fn asked<M: Message + Default>(&self, method: &str) -> Vec<M> {
         let asked = self.script.asked.lock().unwrap();
-        let of_method = asked.iter().filter(|(path, _)| *path == format!("/vnet.v1.{method}"));
-        of_method.map(|(_, bytes)| M::decode(bytes.as_slice()).unwrap()).collect()
+        let of_method = asked
+            .iter()
+            .filter(|(path, _)| *path == format!("/vnet.v1.{method}"));
+        of_method
+            .map(|(_, bytes)| M::decode(bytes.as_slice()).unwrap())
+            .collect()
     }
 
     fn push(&self, method: &str, answer: Result<Vec<u8>, Status>) {
-        self.script.answers.lock().unwrap().entry(format!("/vnet.v1.{method}")).or_default().push(answer);
+        self.script
+            .answers
+            .lock()
+            .unwrap()
+            .entry(format!("/vnet.v1.{method}"))
+            .or_default()
+            .push(answer);
     }
 }
 
