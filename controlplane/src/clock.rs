@@ -25,7 +25,10 @@ pub struct Clock(Source);
 enum Source {
     /// Holds the wall-clock time at which the machine started, as far as lifetimes are concerned.
     System(Arc<Mutex<Duration>>),
-    Manual { start: SystemTime, elapsed_ms: Arc<AtomicU64> },
+    Manual {
+        start: SystemTime,
+        elapsed_ms: Arc<AtomicU64>,
+    },
 }
 
 impl Clock {
@@ -36,13 +39,19 @@ impl Clock {
 
     /// A clock that stands still until [`Clock::advance`].
     pub fn manual(start: SystemTime) -> Self {
-        Self(Source::Manual { start, elapsed_ms: Arc::new(AtomicU64::new(0)) })
+        Self(Source::Manual {
+            start,
+            elapsed_ms: Arc::new(AtomicU64::new(0)),
+        })
     }
 
     /// Moves a manual clock on, in whole milliseconds. The machine's clocks are left alone.
     pub fn advance(&self, by: Duration) {
         if let Source::Manual { elapsed_ms, .. } = &self.0 {
-            elapsed_ms.fetch_add(u64::try_from(by.as_millis()).unwrap_or(u64::MAX), Ordering::SeqCst);
+            elapsed_ms.fetch_add(
+                u64::try_from(by.as_millis()).unwrap_or(u64::MAX),
+                Ordering::SeqCst,
+            );
         }
     }
 
@@ -52,11 +61,17 @@ impl Clock {
             Source::System(started) => {
                 let wall = SystemTime::now();
                 let mut started = started.lock().unwrap_or_else(PoisonError::into_inner);
-                Now { steady: steady(&mut started, boot_time(), wall), wall }
+                Now {
+                    steady: steady(&mut started, boot_time(), wall),
+                    wall,
+                }
             }
             Source::Manual { start, elapsed_ms } => {
                 let now = *start + Duration::from_millis(elapsed_ms.load(Ordering::SeqCst));
-                Now { steady: now, wall: now }
+                Now {
+                    steady: now,
+                    wall: now,
+                }
             }
         }
     }
@@ -74,7 +89,10 @@ fn boot_time() -> Duration {
     const CLOCK: nix::libc::clockid_t = nix::libc::CLOCK_BOOTTIME;
     #[cfg(not(target_os = "linux"))]
     const CLOCK: nix::libc::clockid_t = nix::libc::CLOCK_MONOTONIC;
-    let mut time = nix::libc::timespec { tv_sec: 0, tv_nsec: 0 };
+    let mut time = nix::libc::timespec {
+        tv_sec: 0,
+        tv_nsec: 0,
+    };
     // SAFETY: `time` is a valid timespec for the kernel to fill.
     let result = unsafe { nix::libc::clock_gettime(CLOCK, &raw mut time) };
     debug_assert_eq!(result, 0, "both clocks exist on every supported system");

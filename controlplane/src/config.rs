@@ -123,7 +123,10 @@ impl FromStr for Endpoint {
     type Err = EndpointError;
 
     fn from_str(text: &str) -> Result<Self, EndpointError> {
-        if let Some(path) = text.strip_prefix("unix://").or_else(|| text.strip_prefix("unix:")) {
+        if let Some(path) = text
+            .strip_prefix("unix://")
+            .or_else(|| text.strip_prefix("unix:"))
+        {
             if !path.starts_with('/') {
                 return Err(EndpointError::Relative(path.to_owned()));
             }
@@ -131,7 +134,11 @@ impl FromStr for Endpoint {
             Ok(Self::Unix(path.into()))
         } else if let Some(number) = text.strip_prefix("fd://") {
             let fd: RawFd = number.parse().map_err(|_| EndpointError::Form(text.to_owned()))?;
-            if fd > 2 { Ok(Self::Fd(fd)) } else { Err(EndpointError::Standard(fd)) }
+            if fd > 2 {
+                Ok(Self::Fd(fd))
+            } else {
+                Err(EndpointError::Standard(fd))
+            }
         } else if text.starts_with("tcp://") || text.starts_with("http") {
             Err(EndpointError::Tcp(text.to_owned()))
         } else {
@@ -172,7 +179,9 @@ impl TryFrom<Args> for Config {
             });
         }
         if let Some(both) = listen.iter().find(|l| session_listen.contains(l)) {
-            problems.push(format!("{both} is given for the API and for sessions; give each its own"));
+            problems.push(format!(
+                "{both} is given for the API and for sessions; give each its own"
+            ));
         }
 
         let store = match &args.store {
@@ -182,7 +191,10 @@ impl TryFrom<Args> for Config {
                 .map_err(|e| e.to_string()),
         };
         let history = match &args.history {
-            Some(text) => text.parse::<Location>().map(Some).map_err(|e| format!("--history: {e}")),
+            Some(text) => text
+                .parse::<Location>()
+                .map(Some)
+                .map_err(|e| format!("--history: {e}")),
             None => Ok(None),
         };
         if args.idle_exit == Some(0) {
@@ -221,22 +233,36 @@ mod tests {
 
     fn config(args: &[&str]) -> Result<Config, String> {
         let args = std::iter::once("vnet-controlplane").chain(args.iter().copied());
-        Args::try_parse_from(args).unwrap().try_into().map_err(|e: ConfigError| e.to_string())
+        Args::try_parse_from(args)
+            .unwrap()
+            .try_into()
+            .map_err(|e: ConfigError| e.to_string())
     }
 
     #[test]
     fn session_socket_lies_beside_the_api_socket() {
         let config = config(&["--listen", "unix:///run/x/a.sock", "--store", "memory:"]).unwrap();
         assert_eq!(config.listen, [Endpoint::Unix("/run/x/a.sock".into())]);
-        assert_eq!(config.session_listen, [Endpoint::Unix("/run/x/session.sock".into())]);
+        assert_eq!(
+            config.session_listen,
+            [Endpoint::Unix("/run/x/session.sock".into())]
+        );
         assert_eq!(config.store, Location::Memory);
     }
 
     #[test]
     fn every_problem_is_named_at_once() {
         let problems = config(&[
-            "--listen", "tcp://0.0.0.0:1", "--session-listen", "tcp://0.0.0.0:2", "--store", "etcd://x",
-            "--history", "file:x", "--idle-exit", "0",
+            "--listen",
+            "tcp://0.0.0.0:1",
+            "--session-listen",
+            "tcp://0.0.0.0:2",
+            "--store",
+            "etcd://x",
+            "--history",
+            "file:x",
+            "--idle-exit",
+            "0",
         ])
         .unwrap_err();
         let lines: Vec<&str> = problems.lines().collect();
@@ -248,10 +274,23 @@ mod tests {
 
     #[test]
     fn one_socket_cannot_serve_both() {
-        let both = config(&["--listen", "unix:///x", "--session-listen", "unix:///x", "--store", "memory:"]);
+        let both = config(&[
+            "--listen",
+            "unix:///x",
+            "--session-listen",
+            "unix:///x",
+            "--store",
+            "memory:",
+        ]);
         assert!(both.unwrap_err().contains("give each its own"));
-        assert!(matches!("fd://2".parse::<Endpoint>(), Err(EndpointError::Standard(2))));
-        assert!(matches!("unix:x".parse::<Endpoint>(), Err(EndpointError::Relative(_))));
+        assert!(matches!(
+            "fd://2".parse::<Endpoint>(),
+            Err(EndpointError::Standard(2))
+        ));
+        assert!(matches!(
+            "unix:x".parse::<Endpoint>(),
+            Err(EndpointError::Relative(_))
+        ));
     }
 
     #[test]

@@ -80,7 +80,12 @@ pub(crate) fn flow(flow: &LiveFlow) -> v1::Flow {
         id: flow.id.clone(),
         vm: flow.vm.clone(),
         tuple: Some(tuple(&subject.key)),
-        direction: if flow.ingress { v1::FlowDirection::Ingress } else { v1::FlowDirection::Egress }.into(),
+        direction: if flow.ingress {
+            v1::FlowDirection::Ingress
+        } else {
+            v1::FlowDirection::Egress
+        }
+        .into(),
         names: subject.names.iter().map(ToString::to_string).collect(),
         opened_at: timestamp(flow.opened_at),
         bytes_up: flow.bytes_up,
@@ -120,14 +125,18 @@ pub(crate) fn vm(vm: &Vm, dataplane: Option<&Dataplane>, pending: u64) -> v1::Vm
 /// Changes whenever the labels or the mode do.
 pub(crate) fn vm_etag(vm: &Vm) -> String {
     let labels: BTreeMap<&String, &String> = vm.view.labels.iter().collect();
-    etag(&format!("{:?} {:?} {labels:?}", vm.view.instance, vm.effective.mode()))
+    etag(&format!(
+        "{:?} {:?} {labels:?}",
+        vm.view.instance,
+        vm.effective.mode()
+    ))
 }
 
 /// A short text that differs whenever `content` does (FNV-1a, 64 bits; nothing rests on its strength).
 pub(crate) fn etag(content: &str) -> String {
-    let hash = content
-        .bytes()
-        .fold(0xcbf2_9ce4_8422_2325_u64, |hash, b| (hash ^ u64::from(b)).wrapping_mul(0x0100_0000_01b3));
+    let hash = content.bytes().fold(0xcbf2_9ce4_8422_2325_u64, |hash, b| {
+        (hash ^ u64::from(b)).wrapping_mul(0x0100_0000_01b3)
+    });
     format!("{hash:016x}")
 }
 
@@ -149,7 +158,10 @@ pub(crate) fn scope_from(value: i32) -> Result<Option<Scope>, Malformed> {
         Ok(v1::Scope::NamePort) => Ok(Some(Scope::NamePort)),
         Ok(v1::Scope::Name) => Ok(Some(Scope::Name)),
         Ok(v1::Scope::Subdomains) => Ok(Some(Scope::Subdomains)),
-        Err(_) => Err(Malformed::Enum { field: "scope", value }),
+        Err(_) => Err(Malformed::Enum {
+            field: "scope",
+            value,
+        }),
     }
 }
 
@@ -222,7 +234,10 @@ pub(crate) fn grant(grant: &Grant) -> v1::Grant {
 pub(crate) fn lifetime(message: Option<v1::Lifetime>) -> Result<Option<Lifetime>, Malformed> {
     use v1::lifetime::Kind;
     let Some(message) = message else { return Ok(None) };
-    let refused = |text: &str| Malformed::Text { field: "lifetime", text: text.to_owned() };
+    let refused = |text: &str| Malformed::Text {
+        field: "lifetime",
+        text: text.to_owned(),
+    };
     match message.kind.ok_or(Malformed::Missing { field: "lifetime" })? {
         Kind::Once(true) => Ok(Some(Lifetime::Once)),
         Kind::UntilVmStops(true) => Ok(Some(Lifetime::UntilVmStops)),
@@ -243,28 +258,49 @@ pub(crate) fn stored_grant(stored: StoredGrant) -> Result<Grant, Malformed> {
     let action = match v1::Action::try_from(message.action) {
         Ok(v1::Action::Allow) => GrantAction::Allow,
         Ok(v1::Action::Deny) => GrantAction::Deny,
-        _ => return Err(Malformed::Enum { field: "grant.action", value: message.action }),
+        _ => {
+            return Err(Malformed::Enum {
+                field: "grant.action",
+                value: message.action,
+            });
+        }
     };
     Ok(Grant {
         id: GrantId(message.id),
         action,
-        target: message.target.ok_or(Malformed::Missing { field: "grant.target" })?.try_into()?,
+        target: message
+            .target
+            .ok_or(Malformed::Missing {
+                field: "grant.target",
+            })?
+            .try_into()?,
         vms: VmSelector::try_from(message.vms.ok_or(Malformed::Missing { field: "grant.vms" })?)?,
-        lifetime: lifetime(message.lifetime)?.ok_or(Malformed::Missing { field: "grant.lifetime" })?,
+        lifetime: lifetime(message.lifetime)?.ok_or(Malformed::Missing {
+            field: "grant.lifetime",
+        })?,
         budget: message.budget.map(Into::into).unwrap_or_default(),
         used: message.used.map(Into::into).unwrap_or_default(),
-        created_at: time(message.created_at).ok_or(Malformed::Missing { field: "grant.created_at" })?,
+        created_at: time(message.created_at).ok_or(Malformed::Missing {
+            field: "grant.created_at",
+        })?,
         expires_at: time(message.expires_at),
         creator: message.creator,
         reason: message.reason,
         hits: message.hits,
         last_hit_at: time(message.last_hit_at),
         pending_id: message.pending_id,
-        instances: stored.instances.into_iter().map(VmInstance).collect::<BTreeSet<_>>(),
+        instances: stored
+            .instances
+            .into_iter()
+            .map(VmInstance)
+            .collect::<BTreeSet<_>>(),
     })
 }
 
 /// A grant as the store is to keep it.
 pub(crate) fn to_store(made: &Grant) -> StoredGrant {
-    StoredGrant { grant: grant(made), instances: made.instances.iter().map(|i| i.0.clone()).collect() }
+    StoredGrant {
+        grant: grant(made),
+        instances: made.instances.iter().map(|i| i.0.clone()).collect(),
+    }
 }

@@ -235,13 +235,23 @@ impl Fleet {
         match (fitting.pop(), fitting.is_empty()) {
             (Some((number, _)), true) => Ok(*number),
             (Some((_, last)), false) => {
-                let names: BTreeSet<&str> =
-                    fitting.iter().map(|(_, d)| d.network.as_str()).chain([last.network.as_str()]).collect();
+                let names: BTreeSet<&str> = fitting
+                    .iter()
+                    .map(|(_, d)| d.network.as_str())
+                    .chain([last.network.as_str()])
+                    .collect();
                 let names: Vec<&str> = names.into_iter().collect();
-                Err(Refusal::Ambiguous(format!("several networks fit; name one of: {}", names.join(", "))))
+                Err(Refusal::Ambiguous(format!(
+                    "several networks fit; name one of: {}",
+                    names.join(", ")
+                )))
             }
-            (None, _) if network.is_empty() => Err(Refusal::Unavailable("no dataplane is connected".to_owned())),
-            (None, _) => Err(Refusal::NotFound(format!("no connected dataplane has a network {network:?}"))),
+            (None, _) if network.is_empty() => {
+                Err(Refusal::Unavailable("no dataplane is connected".to_owned()))
+            }
+            (None, _) => Err(Refusal::NotFound(format!(
+                "no connected dataplane has a network {network:?}"
+            ))),
         }
     }
 }
@@ -258,8 +268,11 @@ impl Vm {
 
     /// Names bound to an address, those that last longest first.
     pub fn names_of(&self, address: IpAddr) -> Vec<Name> {
-        let mut bound: Vec<(&Name, &Binding)> =
-            self.bindings.iter().filter(|(_, b)| b.addresses.contains(&address)).collect();
+        let mut bound: Vec<(&Name, &Binding)> = self
+            .bindings
+            .iter()
+            .filter(|(_, b)| b.addresses.contains(&address))
+            .collect();
         bound.sort_by_key(|(_, binding)| std::cmp::Reverse(binding.expires_at));
         bound.into_iter().map(|(name, _)| name.clone()).collect()
     }
@@ -268,7 +281,11 @@ impl Vm {
     pub fn bind(&mut self, name: Name, binding: Binding) {
         if !self.bindings.contains_key(&name)
             && self.bindings.len() >= BINDINGS_PER_VM_MAX
-            && let Some(first) = self.bindings.iter().min_by_key(|(_, b)| b.expires_at).map(|(n, _)| n.clone())
+            && let Some(first) = self
+                .bindings
+                .iter()
+                .min_by_key(|(_, b)| b.expires_at)
+                .map(|(n, _)| n.clone())
         {
             self.bindings.remove(&first);
         }
@@ -280,11 +297,19 @@ impl Vm {
         let key = (name, query_type);
         if !self.denied.contains_key(&key)
             && self.denied.len() >= DENIED_PER_VM_MAX
-            && let Some(oldest) = self.denied.iter().min_by_key(|(_, d)| d.last_at).map(|(k, _)| k.clone())
+            && let Some(oldest) = self
+                .denied
+                .iter()
+                .min_by_key(|(_, d)| d.last_at)
+                .map(|(k, _)| k.clone())
         {
             self.denied.remove(&oldest);
         }
-        let denied = self.denied.entry(key).or_insert(Denied { count: 0, last_at: wall, reason: Reason::default() });
+        let denied = self.denied.entry(key).or_insert(Denied {
+            count: 0,
+            last_at: wall,
+            reason: Reason::default(),
+        });
         denied.count = denied.count.saturating_add(count);
         denied.last_at = wall;
         denied.reason = reason;
@@ -314,9 +339,14 @@ pub fn check_name(name: &str) -> Result<(), String> {
     if name.is_empty() {
         Err("a VM has no name; give it one with --vm".to_owned())
     } else if name.len() > VM_NAME_BYTES_MAX {
-        Err(format!("VM name of {} bytes is too long (at most {VM_NAME_BYTES_MAX})", name.len()))
+        Err(format!(
+            "VM name of {} bytes is too long (at most {VM_NAME_BYTES_MAX})",
+            name.len()
+        ))
     } else if !name.chars().all(good) {
-        Err(format!("VM name {name:?} has a character other than letters, digits and . _ - : @ +"))
+        Err(format!(
+            "VM name {name:?} has a character other than letters, digits and . _ - : @ +"
+        ))
     } else {
         Ok(())
     }
@@ -329,7 +359,15 @@ mod tests {
     #[test]
     fn names_are_checked() {
         assert!(check_name("web-1.example").is_ok());
-        for bad in ["", "a b", "a*", "a,b", "a=b", "a\u{1b}[0m", &"x".repeat(VM_NAME_BYTES_MAX + 1)] {
+        for bad in [
+            "",
+            "a b",
+            "a*",
+            "a,b",
+            "a=b",
+            "a\u{1b}[0m",
+            &"x".repeat(VM_NAME_BYTES_MAX + 1),
+        ] {
             assert!(check_name(bad).is_err(), "{bad:?}");
         }
     }
@@ -337,9 +375,15 @@ mod tests {
     #[test]
     fn set_labels_stand_over_the_hosts_and_an_empty_one_removes() {
         let labels = |pairs: &[(&str, &str)]| -> BTreeMap<String, String> {
-            pairs.iter().map(|(k, v)| ((*k).to_owned(), (*v).to_owned())).collect()
+            pairs
+                .iter()
+                .map(|(k, v)| ((*k).to_owned(), (*v).to_owned()))
+                .collect()
         };
-        let set = StoredVm { labels: labels(&[("b", "x"), ("c", "")]), ..StoredVm::default() };
+        let set = StoredVm {
+            labels: labels(&[("b", "x"), ("c", "")]),
+            ..StoredVm::default()
+        };
         let merged = Vm::merged_labels(&labels(&[("a", "1"), ("b", "2"), ("c", "3")]), &set);
         assert_eq!(merged, labels(&[("a", "1"), ("b", "x")]));
     }

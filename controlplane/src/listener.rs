@@ -105,7 +105,10 @@ impl SocketLock {
         let mut name = socket.file_name().unwrap_or_default().to_owned();
         name.push(".lock");
         let path = socket.with_file_name(name);
-        let failed = |source| ListenError::Io { endpoint: path.display().to_string(), source };
+        let failed = |source| ListenError::Io {
+            endpoint: path.display().to_string(),
+            source,
+        };
         loop {
             let file = fs::OpenOptions::new()
                 .create(true)
@@ -149,7 +152,10 @@ pub struct Listener {
 
 #[derive(Debug)]
 enum Kind {
-    Accepting { listener: UnixListener, path: Option<PathBuf> },
+    Accepting {
+        listener: UnixListener,
+        path: Option<PathBuf>,
+    },
     Connected(Option<UnixStream>),
 }
 
@@ -163,21 +169,37 @@ impl Listener {
         attached: &Attached,
         metrics: &Arc<Metrics>,
     ) -> Result<Self, ListenError> {
-        let failed = |source| ListenError::Io { endpoint: endpoint.to_string(), source };
+        let failed = |source| ListenError::Io {
+            endpoint: endpoint.to_string(),
+            source,
+        };
         let kind = match endpoint {
             Endpoint::Unix(path) => {
                 remove_stale(path)?;
                 let listener = UnixListener::bind(path).map_err(failed)?;
                 fs::set_permissions(path, fs::Permissions::from_mode(0o600)).map_err(failed)?;
-                Kind::Accepting { listener, path: Some(path.clone()) }
+                Kind::Accepting {
+                    listener,
+                    path: Some(path.clone()),
+                }
             }
-            Endpoint::Fd(number) => inherited(*number).map_err(failed)?.ok_or(ListenError::Descriptor(*number))?,
+            Endpoint::Fd(number) => inherited(*number)
+                .map_err(failed)?
+                .ok_or(ListenError::Descriptor(*number))?,
         };
-        Ok(Self { kind, attached: attached.clone(), metrics: Arc::clone(metrics) })
+        Ok(Self {
+            kind,
+            attached: attached.clone(),
+            metrics: Arc::clone(metrics),
+        })
     }
 
     fn wrap(&self, stream: UnixStream, peer: Peer) -> Conn {
-        Conn { stream, peer, _token: self.attached.attach() }
+        Conn {
+            stream,
+            peer,
+            _token: self.attached.attach(),
+        }
     }
 }
 
@@ -203,7 +225,9 @@ impl Stream for Listener {
                 // Whoever started this process gave it the pair: that is its identity.
                 Kind::Connected(pair) => match pair.take() {
                     Some(stream) => {
-                        let peer = Peer { user: "inherited".to_owned() };
+                        let peer = Peer {
+                            user: "inherited".to_owned(),
+                        };
                         return Poll::Ready(Some(Ok(this.wrap(stream, peer))));
                     }
                     None => return Poll::Pending,
@@ -213,7 +237,9 @@ impl Stream for Listener {
                 Ok(peer) => return Poll::Ready(Some(Ok(this.wrap(stream, peer)))),
                 Err(e) => {
                     this.metrics.peers_refused.add(1);
-                    let cause = std::error::Error::source(&e).map(ToString::to_string).unwrap_or_default();
+                    let cause = std::error::Error::source(&e)
+                        .map(ToString::to_string)
+                        .unwrap_or_default();
                     tracing::warn!(error = %e, cause, "connection refused");
                 }
             }
@@ -274,7 +300,10 @@ impl AsyncWrite for Conn {
 }
 
 fn remove_stale(path: &Path) -> Result<(), ListenError> {
-    let failed = |source| ListenError::Io { endpoint: format!("unix://{}", path.display()), source };
+    let failed = |source| ListenError::Io {
+        endpoint: format!("unix://{}", path.display()),
+        source,
+    };
     match fs::symlink_metadata(path) {
         Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(()),
         Err(e) => Err(failed(e)),
@@ -302,7 +331,10 @@ fn inherited(number: RawFd) -> io::Result<Option<Kind>> {
     if getsockopt(&fd, sockopt::AcceptConn) == Ok(true) {
         let listener = std::os::unix::net::UnixListener::from(fd);
         listener.set_nonblocking(true)?;
-        Ok(Some(Kind::Accepting { listener: UnixListener::from_std(listener)?, path: None }))
+        Ok(Some(Kind::Accepting {
+            listener: UnixListener::from_std(listener)?,
+            path: None,
+        }))
     } else {
         let pair = std::os::unix::net::UnixStream::from(fd);
         pair.set_nonblocking(true)?;
@@ -343,8 +375,12 @@ mod tests {
         let dir = TempDir::new();
         let path = dir.path().join("s.sock");
         let attached = Attached::new();
-        let mut listener =
-            Listener::bind(&Endpoint::Unix(path.clone()), &attached, &Arc::new(Metrics::default())).unwrap();
+        let mut listener = Listener::bind(
+            &Endpoint::Unix(path.clone()),
+            &attached,
+            &Arc::new(Metrics::default()),
+        )
+        .unwrap();
         let _client = UnixStream::connect(&path).await.unwrap();
         let conn = listener.next().await.unwrap().unwrap();
         assert_eq!(*attached.subscribe().borrow(), 1);
@@ -360,7 +396,10 @@ mod tests {
         assert_eq!(conn.connect_info().user, "inherited");
         drop(ours);
         let (udp, _other) = std::os::unix::net::UnixDatagram::pair().unwrap();
-        assert!(matches!(bind(&Endpoint::Fd(udp.into_raw_fd())), Err(ListenError::Descriptor(_))));
+        assert!(matches!(
+            bind(&Endpoint::Fd(udp.into_raw_fd())),
+            Err(ListenError::Descriptor(_))
+        ));
     }
 
     #[test]

@@ -77,7 +77,11 @@ pub fn runtime_dir() -> PathBuf {
     let xdg = std::env::var_os("XDG_RUNTIME_DIR").map(PathBuf::from);
     let user_run = PathBuf::from(format!("/run/user/{uid}"));
     let user_run_fits = is_private_dir(&user_run, uid);
-    let temporary = if cfg!(target_os = "macos") { std::env::temp_dir() } else { PathBuf::from("/tmp") };
+    let temporary = if cfg!(target_os = "macos") {
+        std::env::temp_dir()
+    } else {
+        PathBuf::from("/tmp")
+    };
     choose_runtime_dir(xdg, user_run_fits.then_some(user_run), &temporary, uid)
 }
 
@@ -100,7 +104,11 @@ fn choose_runtime_dir(
 /// # Errors
 /// [`PathError::NoHome`].
 pub fn state_dir() -> Result<PathBuf, PathError> {
-    let absolute = |name: &str| std::env::var_os(name).map(PathBuf::from).filter(|p| p.is_absolute());
+    let absolute = |name: &str| {
+        std::env::var_os(name)
+            .map(PathBuf::from)
+            .filter(|p| p.is_absolute())
+    };
     absolute("XDG_STATE_HOME")
         .or_else(|| absolute("HOME").map(|home| home.join(".local/state")))
         .map(|dir| dir.join("vnet"))
@@ -112,11 +120,18 @@ pub fn state_dir() -> Result<PathBuf, PathError> {
 /// # Errors
 /// [`PathError`] if it is a link, belongs to somebody else, or lets others in.
 pub fn ensure_private_dir(path: &Path) -> Result<(), PathError> {
-    let io = |source| PathError::Io { path: path.to_owned(), source };
+    let io = |source| PathError::Io {
+        path: path.to_owned(),
+        source,
+    };
     if let Some(parent) = path.parent()
         && !parent.exists()
     {
-        DirBuilder::new().recursive(true).mode(0o700).create(parent).map_err(io)?;
+        DirBuilder::new()
+            .recursive(true)
+            .mode(0o700)
+            .create(parent)
+            .map_err(io)?;
     }
     match DirBuilder::new().mode(0o700).create(path) {
         Ok(()) => {}
@@ -128,9 +143,16 @@ pub fn ensure_private_dir(path: &Path) -> Result<(), PathError> {
     if !found.is_dir() {
         Err(PathError::NotDirectory(path.to_owned()))
     } else if found.uid() != wanted {
-        Err(PathError::Owner { path: path.to_owned(), owner: found.uid(), wanted })
+        Err(PathError::Owner {
+            path: path.to_owned(),
+            owner: found.uid(),
+            wanted,
+        })
     } else if found.mode() & 0o077 != 0 {
-        Err(PathError::Mode { path: path.to_owned(), mode: found.mode() & 0o7777 })
+        Err(PathError::Mode {
+            path: path.to_owned(),
+            mode: found.mode() & 0o7777,
+        })
     } else {
         Ok(())
     }
@@ -162,7 +184,8 @@ mod tests {
     fn runtime_dir_prefers_xdg_then_the_systems_then_the_users_own() {
         let tmp = Path::new("/tmp");
         let run = || Some(PathBuf::from("/run/user/7"));
-        let choose = |xdg: Option<&str>, user_run| choose_runtime_dir(xdg.map(PathBuf::from), user_run, tmp, 7);
+        let choose =
+            |xdg: Option<&str>, user_run| choose_runtime_dir(xdg.map(PathBuf::from), user_run, tmp, 7);
         assert_eq!(choose(Some("/run/x"), run()), Path::new("/run/x/vnet"));
         assert_eq!(choose(Some("relative"), run()), Path::new("/run/user/7/vnet"));
         assert_eq!(choose(None, run()), Path::new("/run/user/7/vnet"));
@@ -178,10 +201,16 @@ mod tests {
         ensure_private_dir(&inner).unwrap();
         ensure_private_dir(&inner).unwrap();
         fs::set_permissions(&inner, fs::Permissions::from_mode(0o750)).unwrap();
-        assert!(matches!(ensure_private_dir(&inner), Err(PathError::Mode { mode: 0o750, .. })));
+        assert!(matches!(
+            ensure_private_dir(&inner),
+            Err(PathError::Mode { mode: 0o750, .. })
+        ));
         let link = dir.path().join("link");
         std::os::unix::fs::symlink(&inner, &link).unwrap();
-        assert!(matches!(ensure_private_dir(&link), Err(PathError::NotDirectory(_))));
+        assert!(matches!(
+            ensure_private_dir(&link),
+            Err(PathError::NotDirectory(_))
+        ));
     }
 
     #[test]

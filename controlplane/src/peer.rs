@@ -58,11 +58,17 @@ pub fn check(stream: &UnixStream) -> Result<Peer, PeerError> {
     check_uid(credentials.uid(), expected)?;
     #[cfg(target_os = "linux")]
     linux::check_namespace(stream, credentials.pid())?;
-    Ok(Peer { user: user_name(credentials.uid()) })
+    Ok(Peer {
+        user: user_name(credentials.uid()),
+    })
 }
 
 fn check_uid(found: u32, expected: u32) -> Result<(), PeerError> {
-    if found == expected || found == 0 { Ok(()) } else { Err(PeerError::Uid { found, expected }) }
+    if found == expected || found == 0 {
+        Ok(())
+    } else {
+        Err(PeerError::Uid { found, expected })
+    }
 }
 
 fn user_name(uid: u32) -> String {
@@ -88,7 +94,10 @@ mod linux {
     pub(super) fn check_namespace(stream: &UnixStream, pid: Option<i32>) -> Result<(), PeerError> {
         // Zero: the peer is outside this PID namespace, so nothing can be told of it.
         let pid = pid.unwrap_or(0);
-        let gone = || PeerError::Namespace { pid, source: io::ErrorKind::NotFound.into() };
+        let gone = || PeerError::Namespace {
+            pid,
+            source: io::ErrorKind::NotFound.into(),
+        };
         if pid <= 0 {
             return Err(gone());
         }
@@ -102,7 +111,11 @@ mod linux {
         {
             return Err(gone());
         }
-        if own == theirs { Ok(()) } else { Err(PeerError::OtherNamespace { pid }) }
+        if own == theirs {
+            Ok(())
+        } else {
+            Err(PeerError::OtherNamespace { pid })
+        }
     }
 
     fn peer_pidfd(stream: &UnixStream) -> io::Result<Option<OwnedFd>> {
@@ -132,7 +145,13 @@ mod tests {
     fn only_this_user_and_root_may_speak() {
         assert!(check_uid(1000, 1000).is_ok());
         assert!(check_uid(0, 1000).is_ok());
-        assert!(matches!(check_uid(1001, 1000), Err(PeerError::Uid { found: 1001, expected: 1000 })));
+        assert!(matches!(
+            check_uid(1001, 1000),
+            Err(PeerError::Uid {
+                found: 1001,
+                expected: 1000
+            })
+        ));
     }
 
     #[tokio::test]

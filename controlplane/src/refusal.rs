@@ -80,7 +80,10 @@ pub enum Refusal {
 impl Refusal {
     /// A wrong field.
     pub fn field(field: impl Into<String>, text: impl Into<String>) -> Self {
-        Self::Field { field: field.into(), text: text.into() }
+        Self::Field {
+            field: field.into(),
+            text: text.into(),
+        }
     }
 
     fn code(&self) -> Code {
@@ -135,7 +138,10 @@ impl From<Refusal> for Status {
                     .iter()
                     .map(|e| {
                         let at = format!("{}:{}:{}", e.source_name, e.line, e.column);
-                        FieldViolation::new(format!("document:{}:{}", e.line, e.column), format!("{at}: {}", e.text))
+                        FieldViolation::new(
+                            format!("document:{}:{}", e.line, e.column),
+                            format!("{at}: {}", e.text),
+                        )
                     })
                     .collect();
                 details.set_bad_request(violations);
@@ -163,7 +169,10 @@ impl From<AnswerError> for Refusal {
         let text = error.to_string();
         match error {
             AnswerError::Find(error) => error.into(),
-            AnswerError::NotOpen { .. } => Self::Precondition { reason: "NOT_OPEN", text },
+            AnswerError::NotOpen { .. } => Self::Precondition {
+                reason: "NOT_OPEN",
+                text,
+            },
             AnswerError::Changed { .. } => Self::Changed(text),
             AnswerError::Scope { .. } => Self::field("scope", text),
             AnswerError::NotALookup { .. } => Self::field("lookup_only", text),
@@ -198,7 +207,9 @@ impl From<Malformed> for Refusal {
             Malformed::Prefix { .. } => "prefix",
             Malformed::WideNameMatch { .. } => "match",
         };
-        let cause = std::error::Error::source(&error).map(|e| format!(": {e}")).unwrap_or_default();
+        let cause = std::error::Error::source(&error)
+            .map(|e| format!(": {e}"))
+            .unwrap_or_default();
         Self::field(field, format!("{error}{cause}"))
     }
 }

@@ -97,7 +97,9 @@ pub enum Ended {
 /// # Errors
 /// [`RunError`] if it cannot start, or a listener fails.
 pub async fn run(config: Config) -> Result<Ended, RunError> {
-    let Some(locks) = take_locks(&config).await? else { return Ok(Ended::AlreadyServed) };
+    let Some(locks) = take_locks(&config).await? else {
+        return Ok(Ended::AlreadyServed);
+    };
     let metrics = Arc::new(Metrics::default());
     let attached = Attached::new();
     let mut terminate = signal(SignalKind::terminate()).map_err(RunError::Signals)?;
@@ -109,7 +111,10 @@ pub async fn run(config: Config) -> Result<Ended, RunError> {
         load_policy_file(&hub, file)?;
     }
     let bind = |endpoints: &[Endpoint]| -> Result<Vec<Listener>, ListenError> {
-        endpoints.iter().map(|e| Listener::bind(e, &attached, &metrics)).collect()
+        endpoints
+            .iter()
+            .map(|e| Listener::bind(e, &attached, &metrics))
+            .collect()
     };
     let sessions = bind(&config.session_listen)?;
     let api = bind(&config.listen)?;
@@ -177,7 +182,13 @@ async fn take_locks(config: &Config) -> Result<Option<Vec<SocketLock>>, RunError
         .listen
         .iter()
         .chain(&config.session_listen)
-        .filter_map(|e| if let Endpoint::Unix(path) = e { Some(path.as_path()) } else { None })
+        .filter_map(|e| {
+            if let Endpoint::Unix(path) = e {
+                Some(path.as_path())
+            } else {
+                None
+            }
+        })
         .collect();
     // In one order everywhere, so that two that start at once do not each hold half.
     paths.sort();
@@ -191,10 +202,13 @@ async fn take_locks(config: &Config) -> Result<Option<Vec<SocketLock>>, RunError
                 break;
             }
             // The holder serves, is about to, or is about to end: then the lock comes free.
-            let serves = config
-                .listen
-                .iter()
-                .all(|e| if let Endpoint::Unix(path) = e { answers(path) } else { true });
+            let serves = config.listen.iter().all(|e| {
+                if let Endpoint::Unix(path) = e {
+                    answers(path)
+                } else {
+                    true
+                }
+            });
             if config.if_absent && serves {
                 return Ok(None);
             }
@@ -217,14 +231,23 @@ fn open_hub(config: &Config, metrics: &Arc<Metrics>) -> Result<Hub, RunError> {
     };
     let writer = Writer::start(state, history, Arc::clone(metrics))?;
     let clock = Clock::system();
-    Ok(Hub::new(snapshot, last_sequence, writer, clock, Arc::clone(metrics), config.secure_mode)?)
+    Ok(Hub::new(
+        snapshot,
+        last_sequence,
+        writer,
+        clock,
+        Arc::clone(metrics),
+        config.secure_mode,
+    )?)
 }
 
 /// Applies a policy file to `default`, unless it is what is in force.
 fn load_policy_file(hub: &Hub, file: &Path) -> Result<(), RunError> {
     let source = file.display().to_string();
-    let document = std::fs::read_to_string(file)
-        .map_err(|e| RunError::PolicyFile { file: source.clone(), source: e })?;
+    let document = std::fs::read_to_string(file).map_err(|e| RunError::PolicyFile {
+        file: source.clone(),
+        source: e,
+    })?;
     let in_force = hub.policy(DEFAULT)?;
     if in_force.revision != 0 && in_force.document == document {
         return Ok(());
@@ -240,21 +263,29 @@ fn load_policy_file(hub: &Hub, file: &Path) -> Result<(), RunError> {
     for warning in applied.warnings {
         tracing::warn!(file = source, line = warning.line, text = warning.text, "policy");
     }
-    tracing::info!(file = source, revision = applied.policy.revision, "policy in force");
+    tracing::info!(
+        file = source,
+        revision = applied.policy.revision,
+        "policy in force"
+    );
     Ok(())
 }
 
 fn reload(hub: &Hub, file: Option<&Path>) {
     let Some(file) = file else { return };
     if let Err(e) = load_policy_file(hub, file) {
-        let cause = std::error::Error::source(&e).map(ToString::to_string).unwrap_or_default();
+        let cause = std::error::Error::source(&e)
+            .map(ToString::to_string)
+            .unwrap_or_default();
         tracing::error!(error = %e, cause, "policy file refused; the policy in force stays");
     }
 }
 
 /// Ends when nothing was attached for so long; never without a limit.
 async fn idle(attached: Attached, limit: Option<Duration>) {
-    let Some(limit) = limit else { return std::future::pending().await };
+    let Some(limit) = limit else {
+        return std::future::pending().await;
+    };
     let mut count = attached.subscribe();
     loop {
         let is_idle = *count.borrow_and_update() == 0;
@@ -277,9 +308,12 @@ pub async fn serve_sessions(
     listener: Listener,
     stopped: watch::Receiver<bool>,
 ) -> Result<(), RunError> {
-    let service = DataplaneServiceServer::new(Sessions::new(hub)).max_decoding_message_size(MESSAGE_BYTES_MAX * 4);
+    let service =
+        DataplaneServiceServer::new(Sessions::new(hub)).max_decoding_message_size(MESSAGE_BYTES_MAX * 4);
     let server = Server::builder().add_service(service);
-    Ok(server.serve_with_incoming_shutdown(listener, until(stopped)).await?)
+    Ok(server
+        .serve_with_incoming_shutdown(listener, until(stopped))
+        .await?)
 }
 
 /// Serves everything but sessions, with reflection and health, until told to stop.
@@ -294,7 +328,9 @@ pub async fn serve_api(
     let api = Api::new(hub);
     let (health, health_service) = tonic_health::server::health_reporter();
     for service in API_SERVICES.into_iter().chain([""]) {
-        health.set_service_status(service, tonic_health::ServingStatus::Serving).await;
+        health
+            .set_service_status(service, tonic_health::ServingStatus::Serving)
+            .await;
     }
     let reflection = || {
         let builder = tonic_reflection::server::Builder::configure()
@@ -302,7 +338,9 @@ pub async fn serve_api(
             .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
             .with_service_name("grpc.health.v1.Health");
         // Sessions have a listener of their own, so they are not listed here.
-        API_SERVICES.into_iter().fold(builder, |builder, name| builder.with_service_name(name))
+        API_SERVICES
+            .into_iter()
+            .fold(builder, |builder, name| builder.with_service_name(name))
     };
     let server = Server::builder()
         .add_service(DnsServiceServer::new(api.clone()))
@@ -315,8 +353,14 @@ pub async fn serve_api(
         .add_service(VmServiceServer::new(api))
         .add_service(health_service)
         .add_service(reflection().build_v1()?)
-        .add_service(reflection().with_service_name("grpc.reflection.v1alpha.ServerReflection").build_v1alpha()?);
-    Ok(server.serve_with_incoming_shutdown(listener, until(stopped)).await?)
+        .add_service(
+            reflection()
+                .with_service_name("grpc.reflection.v1alpha.ServerReflection")
+                .build_v1alpha()?,
+        );
+    Ok(server
+        .serve_with_incoming_shutdown(listener, until(stopped))
+        .await?)
 }
 
 fn until(mut stopped: watch::Receiver<bool>) -> impl Future<Output = ()> {

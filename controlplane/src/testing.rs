@@ -25,7 +25,11 @@ pub(crate) struct TempDir(PathBuf);
 impl TempDir {
     pub(crate) fn new() -> Self {
         static NEXT: AtomicU32 = AtomicU32::new(0);
-        let name = format!("vnet-t{}-{}", std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed));
+        let name = format!(
+            "vnet-t{}-{}",
+            std::process::id(),
+            NEXT.fetch_add(1, Ordering::Relaxed)
+        );
         let path = std::env::temp_dir().join(name);
         crate::paths::ensure_private_dir(&path).expect("a fresh directory can be made");
         Self(path)
@@ -66,8 +70,20 @@ impl Rig {
         let metrics = Arc::new(Metrics::default());
         let writer = Writer::start(store, None, Arc::clone(&metrics)).unwrap();
         let clock = Clock::manual(SystemTime::now());
-        let hub = Hub::new(snapshot, last, writer, clock.clone(), Arc::clone(&metrics), secure_mode).unwrap();
-        Self { hub: Arc::new(hub), clock, metrics }
+        let hub = Hub::new(
+            snapshot,
+            last,
+            writer,
+            clock.clone(),
+            Arc::clone(&metrics),
+            secure_mode,
+        )
+        .unwrap();
+        Self {
+            hub: Arc::new(hub),
+            clock,
+            metrics,
+        }
     }
 
     /// Lets time pass.
@@ -98,7 +114,12 @@ impl Rig {
 
     pub(crate) fn dataplane_with(&self, hello: v1::Hello) -> FakeDataplane {
         let attachment = self.hub.attach(hello).unwrap();
-        let mut dataplane = FakeDataplane { hub: Arc::clone(&self.hub), attachment, next_miss: 0, next_flow: 0 };
+        let mut dataplane = FakeDataplane {
+            hub: Arc::clone(&self.hub),
+            attachment,
+            next_miss: 0,
+            next_flow: 0,
+        };
         let told = dataplane.told();
         let Some(Told::Welcome(welcome)) = told.into_iter().find(|t| matches!(t, Told::Welcome(_))) else {
             panic!("no welcome");
@@ -123,13 +144,22 @@ pub(crate) fn hello(boot: u8, vms: Vec<v1::VmUp>) -> v1::Hello {
 }
 
 pub(crate) fn vm_up(handle: u32, name: &str) -> v1::VmUp {
-    v1::VmUp { vm: handle, name: name.to_owned(), attached: true, ..Default::default() }
+    v1::VmUp {
+        vm: handle,
+        name: name.to_owned(),
+        attached: true,
+        ..Default::default()
+    }
 }
 
 pub(crate) fn flow(destination: &str, names: &[&str]) -> Subject {
     let peer: std::net::SocketAddr = destination.parse().unwrap();
     Subject::Flow(FlowSubject {
-        key: FlowKey { protocol: Protocol::Tcp, guest: "192.168.127.2:40000".parse().unwrap(), peer },
+        key: FlowKey {
+            protocol: Protocol::Tcp,
+            guest: "192.168.127.2:40000".parse().unwrap(),
+            peer,
+        },
         dialled: peer.ip(),
         names: names.iter().map(|n| n.parse::<Name>().unwrap()).collect(),
         guards: GuardSet::EMPTY,
@@ -138,7 +168,10 @@ pub(crate) fn flow(destination: &str, names: &[&str]) -> Subject {
 }
 
 pub(crate) fn lookup(name: &str, query_type: u16) -> Subject {
-    Subject::Lookup(LookupSubject { name: name.parse().unwrap(), query_type })
+    Subject::Lookup(LookupSubject {
+        name: name.parse().unwrap(),
+        query_type,
+    })
 }
 
 /// A dataplane that says what a test tells it to, without a stream.
@@ -175,7 +208,13 @@ impl FakeDataplane {
     }
 
     pub(crate) fn announce(&self, id: MissId, vm: u32, subject: Subject) {
-        let miss = Miss { id, vm: VmId(vm), subject, hold: Duration::from_secs(30), held: 1 };
+        let miss = Miss {
+            id,
+            vm: VmId(vm),
+            subject,
+            hold: Duration::from_secs(30),
+            held: 1,
+        };
         self.say(Message::Miss(miss.to_message(None)));
     }
 
@@ -199,7 +238,9 @@ impl FakeDataplane {
     /// Opens a flow under an epoch.
     pub(crate) fn open(&mut self, subject: &Subject, epoch: Option<Epoch>, grant: &str) -> u64 {
         self.next_flow += 1;
-        let Subject::Flow(subject) = subject else { panic!("not a flow") };
+        let Subject::Flow(subject) = subject else {
+            panic!("not a flow")
+        };
         self.say(Message::FlowOpened(v1::FlowOpened {
             flow_id: self.next_flow,
             vm: 1,
@@ -220,7 +261,11 @@ impl FakeDataplane {
                 Told::Cut(cut) => (cut.command_id, cut.flow_ids.len() as u64),
                 _ => continue,
             };
-            self.say(Message::Ack(v1::Ack { command_id, cut_flows, ..Default::default() }));
+            self.say(Message::Ack(v1::Ack {
+                command_id,
+                cut_flows,
+                ..Default::default()
+            }));
         }
     }
 
@@ -235,12 +280,28 @@ impl FakeDataplane {
 }
 
 pub(crate) fn verdicts(told: &[Told]) -> Vec<v1::Verdict> {
-    told.iter().filter_map(|t| if let Told::Verdict(v) = t { Some(v.clone()) } else { None }).collect()
+    told.iter()
+        .filter_map(|t| {
+            if let Told::Verdict(v) = t {
+                Some(v.clone())
+            } else {
+                None
+            }
+        })
+        .collect()
 }
 
 pub(crate) fn cuts(told: &[Told]) -> Vec<u64> {
-    let mut flows: Vec<u64> =
-        told.iter().flat_map(|t| if let Told::Cut(cut) = t { cut.flow_ids.clone() } else { Vec::new() }).collect();
+    let mut flows: Vec<u64> = told
+        .iter()
+        .flat_map(|t| {
+            if let Told::Cut(cut) = t {
+                cut.flow_ids.clone()
+            } else {
+                Vec::new()
+            }
+        })
+        .collect();
     flows.sort_unstable();
     flows
 }

@@ -54,7 +54,11 @@ impl<T> Shared<T> {
 impl<F, T> Watchers<F, T> {
     /// Queues of `capacity` changes each, for at most `limit` readers.
     pub fn new(capacity: usize, limit: usize) -> Self {
-        Self { watchers: Vec::new(), capacity, limit }
+        Self {
+            watchers: Vec::new(),
+            capacity,
+            limit,
+        }
     }
 
     /// Adds a reader, whose queue starts with `first` whatever its length. `None` if there are too many.
@@ -65,7 +69,11 @@ impl<F, T> Watchers<F, T> {
         }
         let items = first.into_iter().collect();
         let shared = Arc::new(Shared {
-            queue: Mutex::new(Queue { items, missed: 0, closed: false }),
+            queue: Mutex::new(Queue {
+                items,
+                missed: 0,
+                closed: false,
+            }),
             wake: Notify::new(),
         });
         self.watchers.push((filter, Arc::downgrade(&shared)));
@@ -81,7 +89,9 @@ impl<F, T> Watchers<F, T> {
     pub fn publish(&mut self, mut make: impl FnMut(&F) -> Option<T>) {
         let capacity = self.capacity;
         self.watchers.retain(|(filter, watch)| {
-            let Some(shared) = watch.upgrade() else { return false };
+            let Some(shared) = watch.upgrade() else {
+                return false;
+            };
             if let Some(item) = make(filter) {
                 let mut queue = shared.lock();
                 if queue.missed > 0 || queue.items.len() >= capacity {

@@ -86,15 +86,26 @@ fn two_first_starts_at_once_end_with_one_that_serves() {
     let place = Place::new("two");
     let args = ["--store", "memory:", "--if-absent"];
     let mut both = [place.start(&args), place.start(&args)];
-    wait_for("one to give way", || both.iter_mut().any(|one| one.ended().is_some()));
+    wait_for("one to give way", || {
+        both.iter_mut().any(|one| one.ended().is_some())
+    });
     wait_for("the other to serve", || answers(&place.socket()));
-    let ended: Vec<bool> = both.iter_mut().map(|one| one.ended().is_some_and(|s| s.success())).collect();
+    let ended: Vec<bool> = both
+        .iter_mut()
+        .map(|one| one.ended().is_some_and(|s| s.success()))
+        .collect();
     assert_eq!(ended.iter().filter(|ended| **ended).count(), 1, "{ended:?}");
     for one in both.iter_mut().filter(|one| one.ended().is_none()) {
         one.signal(Signal::SIGTERM);
     }
-    wait_for("the other to end", || both.iter_mut().all(|one| one.ended().is_some()));
-    assert_eq!(std::fs::read_dir(&place.0).unwrap().count(), 0, "no socket and no lock is left");
+    wait_for("the other to end", || {
+        both.iter_mut().all(|one| one.ended().is_some())
+    });
+    assert_eq!(
+        std::fs::read_dir(&place.0).unwrap().count(),
+        0,
+        "no socket and no lock is left"
+    );
 }
 
 #[test]
@@ -116,7 +127,12 @@ fn one_that_was_killed_leaves_nothing_in_the_way_and_keeps_its_policy() {
     let store = format!("sqlite:{}", place.0.join("s.db").display());
     let file = place.0.join("p.yaml");
     std::fs::write(&file, "defaultAction: deny\n").unwrap();
-    let policy = ["--store", store.as_str(), "--network-policy", file.to_str().unwrap()];
+    let policy = [
+        "--store",
+        store.as_str(),
+        "--network-policy",
+        file.to_str().unwrap(),
+    ];
     let mut first = place.start(&policy);
     wait_for("the first to serve", || answers(&place.socket()));
     // Another socket, the same store.
@@ -175,7 +191,9 @@ fn a_bad_policy_file_stops_a_start_and_not_a_running_one() {
 #[test]
 fn wrong_usage_is_exit_code_two() {
     let place = Place::new("usage");
-    let (code, text) = place.start(&["--session-listen", "tcp://127.0.0.1:1", "--store", "etcd://h"]).wait();
+    let (code, text) = place
+        .start(&["--session-listen", "tcp://127.0.0.1:1", "--store", "etcd://h"])
+        .wait();
     assert_eq!(code, 2);
     assert!(text.contains("needs TLS, which is not built yet"), "{text}");
     assert!(text.contains("etcd is not built yet"), "{text}");

@@ -14,12 +14,16 @@ pub fn now() -> Duration {
 fn read() -> Duration {
     use nix::time::{ClockId, clock_gettime};
     // Leases and expiries must run on while the machine sleeps. The clock exists since Linux 2.6.39.
-    clock_gettime(ClockId::CLOCK_BOOTTIME).map(Duration::from).unwrap_or_default()
+    clock_gettime(ClockId::CLOCK_BOOTTIME)
+        .map(Duration::from)
+        .unwrap_or_default()
 }
 
 #[cfg(not(target_os = "linux"))]
 fn read() -> Duration {
     use nix::time::{ClockId, clock_gettime};
     // On macOS this one counts suspended time.
-    clock_gettime(ClockId::CLOCK_MONOTONIC).map(Duration::from).unwrap_or_default()
+    clock_gettime(ClockId::CLOCK_MONOTONIC)
+        .map(Duration::from)
+        .unwrap_or_default()
 }

@@ -18,10 +18,10 @@ use tokio::sync::mpsc::error::TrySendError;
 use vnet_proto::model::{Protocol, VmId};
 
 use crate::egress::sockets::{HostSocket, Sockets};
+use crate::engine::frame::DropReason;
 use crate::engine::reply::Unreachable;
 use crate::engine::tcp::DialError;
 use crate::engine::{Engine, Event, Outcome, Time};
-use crate::engine::frame::DropReason;
 use crate::link::{Filled, Link, LinkError};
 use crate::message::{Input, Report};
 use crate::network::{FrameQueue, Network};
@@ -248,8 +248,16 @@ impl Driver {
             match input {
                 Input::Order(order) => self.engine.handle_order(now, order),
                 Input::Resolved { query, answer } => self.engine.handle_resolved(now, query, answer),
-                Input::Ingress { stream, target, waiting: _ } => self.take_ingress(now, stream, target),
-                Input::IngressUdp { listen, socket, target } => self.take_forward(listen, socket, target),
+                Input::Ingress {
+                    stream,
+                    target,
+                    waiting: _,
+                } => self.take_ingress(now, stream, target),
+                Input::IngressUdp {
+                    listen,
+                    socket,
+                    target,
+                } => self.take_forward(listen, socket, target),
                 Input::IngressClosed { udp, listen } => self.close_forward(now, udp, listen),
                 Input::Stop => return true,
             }
@@ -280,8 +288,19 @@ impl Driver {
         });
         let mut socket = UdpSocket::from_std(socket);
         let token = Token(FORWARDS + place);
-        match self.poll.registry().register(&mut socket, token, Interest::READABLE) {
-            Ok(()) => self.forwards[place] = Some(ForwardSocket { socket, listen, target, unread: false }),
+        match self
+            .poll
+            .registry()
+            .register(&mut socket, token, Interest::READABLE)
+        {
+            Ok(()) => {
+                self.forwards[place] = Some(ForwardSocket {
+                    socket,
+                    listen,
+                    target,
+                    unread: false,
+                })
+            }
             Err(error) => tracing::warn!(%listen, %error, "udp forward cannot be read"),
         }
     }
@@ -291,11 +310,18 @@ impl Driver {
             self.engine.close_listener(now, listen);
             return;
         }
-        let place = self.forwards.iter().position(|f| f.as_ref().is_some_and(|f| f.listen == listen));
+        let place = self
+            .forwards
+            .iter()
+            .position(|f| f.as_ref().is_some_and(|f| f.listen == listen));
         let Some(place) = place else { return };
         self.forwards[place] = None;
-        let gone: Vec<usize> =
-            self.clients.iter().filter(|((forward, _), _)| *forward == place).map(|(_, at)| *at).collect();
+        let gone: Vec<usize> = self
+            .clients
+            .iter()
+            .filter(|((forward, _), _)| *forward == place)
+            .map(|(_, at)| *at)
+            .collect();
         for at in gone {
             self.engine.handle_host_reset(now, at);
         }
@@ -375,7 +401,8 @@ impl Driver {
             };
             match socket.recv(&mut self.scratch) {
                 Ok(length) if is_echo => {
-                    self.engine.handle_echo_reply(now, at, &mut self.scratch[..length]);
+                    self.engine
+                        .handle_echo_reply(now, at, &mut self.scratch[..length]);
                 }
                 Ok(length) => self.engine.handle_datagram(now, at, &self.scratch[..length]),
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => return false,
@@ -390,16 +417,28 @@ impl Driver {
             if !self.engine.transmit.has_room(ROOM_TO_READ) {
                 return true;
             }
-            let Some(Some(forward)) = self.forwards.get_mut(place) else { return false };
+            let Some(Some(forward)) = self.forwards.get_mut(place) else {
+                return false;
+            };
             match forward.socket.recv_from(&mut self.scratch) {
                 Ok((length, client)) => {
-                    let SocketAddr::V4(target) = forward.target else { return false };
+                    let SocketAddr::V4(target) = forward.target else {
+                        return false;
+                    };
                     let at = match self.clients.get(&(place, client)) {
                         Some(at) => *at,
                         None => {
-                            let Some(at) = self.engine.open_ingress_udp(now, target) else { continue };
+                            let Some(at) = self.engine.open_ingress_udp(now, target) else {
+                                continue;
+                            };
                             self.clients.insert((place, client), at);
-                            self.sockets.put(at, HostSocket::Client { forward: place, address: client });
+                            self.sockets.put(
+                                at,
+                                HostSocket::Client {
+                                    forward: place,
+                                    address: client,
+                                },
+                            );
                             at
                         }
                     };

@@ -15,4 +15,5 @@ pub mod mac;
 pub mod message;
 pub mod metrics;
 pub mod network;
+pub mod run;
 pub mod session;

@@ -28,7 +28,8 @@ use crate::guards::Guards;
 use crate::leases::Leases;
 use crate::link::Link;
 use crate::mac::Mac;
-use crate::message::{Input, Order, OwnPolicy, Report, Router, VmUp};
+use crate::message::{Input, Order, OwnPolicy, Report, Router, VmUp, Zone};
+use crate::session;
 
 /// Frames of other guests that wait for one guest.
 const PEER_FRAMES_MAX: usize = 1_024;
@@ -86,7 +87,7 @@ pub struct Network {
     runtime: tokio::runtime::Handle,
     guests: RwLock<Guests>,
     reports: Sender<Report>,
-    forwards: std::sync::OnceLock<Arc<Forwards>>,
+    forwards: std::sync::OnceLock<Forwards>,
 }
 
 #[derive(Default)]
@@ -130,7 +131,7 @@ impl Network {
     }
 
     /// Where forwards learn that a guest has an address now. Once.
-    pub fn set_forwards(&self, forwards: Arc<Forwards>) {
+    pub fn set_forwards(&self, forwards: Forwards) {
         // A second call would be a mistake at start; the first stays.
         let _ = self.forwards.set(forwards);
     }
@@ -179,7 +180,11 @@ impl Network {
             lookup_hold: spec.resolver_patience,
             seed,
         };
-        let engine = Engine::new(config, Arc::clone(self) as Arc<dyn Surroundings>, spec.name.clone());
+        let engine = Engine::new(
+            config,
+            Arc::clone(self) as Arc<dyn Surroundings>,
+            spec.name.clone(),
+        );
         let transport = link.transport();
         let frames = Arc::new(FrameQueue::new(PEER_FRAMES_MAX));
         let (inputs, receiver) = std::sync::mpsc::channel();
@@ -195,9 +200,16 @@ impl Network {
         })?;
         let waker = Arc::new(waker);
         if let Some(address) = spec.pinned_address {
-            self.lock_leases().pin(vm, spec.pinned_mac, address);
+            if !self.lock_leases().pin(vm, spec.pinned_mac, address) {
+                tracing::warn!(vm = %spec.name, %address, "the address is not free; the VM is given another");
+            }
         }
-        let guest = Guest { inputs, waker, frames, switch_open: AtomicBool::new(false) };
+        let guest = Guest {
+            inputs,
+            waker,
+            frames,
+            switch_open: AtomicBool::new(false),
+        };
         self.write_guests().by_vm.insert(vm, guest);
         let name = spec.name.clone();
         let up = VmUp {
@@ -211,22 +223,24 @@ impl Network {
             attached_at: SystemTime::now(),
         };
         let network = Arc::clone(self);
-        let thread = thread::Builder::new().name(format!("guest-{vm}")).spawn(move || {
-            tracing::info!(vm = %name, transport, "guest attached");
-            let _ = network.reports.blocking_send(Report::VmUp(up));
-            // A bug that a guest finds is contained in its own thread: it loses its link.
-            let result = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| driver.run()));
-            network.detach(vm);
-            match result {
-                Ok(Ok(())) => tracing::info!(vm = %name, "guest detached"),
-                Ok(Err(error)) => {
-                    tracing::info!(vm = %name, reason = %DisplayChain(&error), "guest detached");
+        let thread = thread::Builder::new()
+            .name(format!("guest-{vm}"))
+            .spawn(move || {
+                tracing::info!(vm = %name, transport, "guest attached");
+                let _ = network.reports.blocking_send(Report::VmUp(up));
+                // A bug that a guest finds is contained in its own thread: it loses its link.
+                let result = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| driver.run()));
+                network.detach(vm);
+                match result {
+                    Ok(Ok(())) => tracing::info!(vm = %name, "guest detached"),
+                    Ok(Err(error)) => {
+                        tracing::info!(vm = %name, reason = %DisplayChain(&error), "guest detached");
+                    }
+                    Err(_) => tracing::error!(vm = %name, "guest's driver failed; its link is closed"),
                 }
-                Err(_) => tracing::error!(vm = %name, "guest's driver failed; its link is closed"),
-            }
-            let _ = network.reports.blocking_send(Report::VmDown(vm));
-            then();
-        })?;
+                let _ = network.reports.blocking_send(Report::VmDown(vm));
+                then();
+            })?;
         Ok(thread)
     }
 
@@ -277,12 +291,19 @@ impl Network {
             if !guest.switch_open.load(Ordering::Relaxed) {
                 return Err(DropReason::GuestToGuest);
             }
-            guest.frames.push(frame.into()).map_err(|_| DropReason::PeerQueueFull)?;
+            guest
+                .frames
+                .push(frame.into())
+                .map_err(|_| DropReason::PeerQueueFull)?;
             let _ = guest.waker.wake();
             Ok(())
         };
         if to.is_unicast() {
-            let vm = guests.by_mac.get(&to).filter(|vm| **vm != from).ok_or(DropReason::UnknownStation)?;
+            let vm = guests
+                .by_mac
+                .get(&to)
+                .filter(|vm| **vm != from)
+                .ok_or(DropReason::UnknownStation)?;
             return guests.by_vm.get(vm).map_or(Err(DropReason::UnknownStation), pass);
         }
         for (vm, guest) in &guests.by_vm {
@@ -294,8 +315,7 @@ impl Network {
         Ok(())
     }
 
-    /// Replaces the local zones by what `change` makes of them.
-    pub fn change_zones<R>(&self, change: impl FnOnce(&mut Zones) -> R) -> R {
+    fn change_zones<R>(&self, change: impl FnOnce(&mut Zones) -> R) -> R {
         let mut zones = self.zones.write().unwrap_or_else(PoisonError::into_inner);
         let mut next = Zones::clone(&zones);
         let result = change(&mut next);
@@ -352,7 +372,9 @@ impl Surroundings for Network {
 impl Router for Network {
     fn send(&self, vm: VmId, input: Input) -> bool {
         let guests = self.guests.read().unwrap_or_else(PoisonError::into_inner);
-        let Some(guest) = guests.by_vm.get(&vm) else { return false };
+        let Some(guest) = guests.by_vm.get(&vm) else {
+            return false;
+        };
         if let Input::Order(Order::Settings(settings)) = &input {
             guest.switch_open.store(settings.switch_open, Ordering::Relaxed);
         }
@@ -362,15 +384,47 @@ impl Router for Network {
     }
 
     fn broadcast(&self, order: &Order) -> Vec<VmId> {
-        self.vms().into_iter().filter(|vm| self.send(*vm, Input::Order(order.clone()))).collect()
+        self.vms()
+            .into_iter()
+            .filter(|vm| self.send(*vm, Input::Order(order.clone())))
+            .collect()
     }
 
     fn vms(&self) -> Vec<VmId> {
-        self.guests.read().unwrap_or_else(PoisonError::into_inner).by_vm.keys().copied().collect()
+        self.guests
+            .read()
+            .unwrap_or_else(PoisonError::into_inner)
+            .by_vm
+            .keys()
+            .copied()
+            .collect()
     }
 
     fn guest_at(&self, address: IpAddr) -> Option<VmId> {
         Surroundings::guest_at(self, address)
+    }
+}
+
+impl session::Zones for Network {
+    fn zones(&self) -> Vec<Zone> {
+        Surroundings::zones(self).list().to_vec()
+    }
+
+    fn set_zone(&self, zone: Zone) -> Result<(), session::Refusal> {
+        self.change_zones(|zones| zones.set(zone))
+            .map_err(|error| session::Refusal {
+                code: tonic::Code::ResourceExhausted,
+                text: error.to_string(),
+            })
+    }
+
+    fn delete_zone(&self, name: Option<&vnet_proto::model::Name>) -> Result<(), session::Refusal> {
+        self.change_zones(|zones| zones.remove(name))
+            .map(drop)
+            .ok_or_else(|| session::Refusal {
+                code: tonic::Code::NotFound,
+                text: format!("there is no zone {}", name.map_or(".", |n| n.as_str())),
+            })
     }
 }
 

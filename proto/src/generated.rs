@@ -1,7 +1,12 @@
 //! Generated from `vnet/v1/*.proto` at build time, otherwise untouched.
 
 /// The `vnet.v1` package.
-#[allow(missing_docs, unreachable_pub, clippy::all, clippy::undocumented_unsafe_blocks)]
+#[allow(
+    missing_docs,
+    unreachable_pub,
+    clippy::all,
+    clippy::undocumented_unsafe_blocks
+)]
 pub mod v1 {
     tonic::include_proto!("vnet.v1");
 }

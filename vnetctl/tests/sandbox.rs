@@ -242,7 +242,9 @@ fn exit_status_is_the_commands() {
     let missing = run(&spec(&["vnet-no-such-command"]));
     assert_eq!(missing.code, 127);
     assert!(missing.reason.unwrap().contains("vnet-no-such-command"));
-    assert_eq!(run(&spec(&["/etc/hosts"])).code, 126);
+    let scratch = Scratch::new("plain-file");
+    fs::write(scratch.path("plain"), "not a program").unwrap();
+    assert_eq!(run(&spec(&[scratch.path("plain").to_str().unwrap()])).code, 126);
     assert_eq!(run(&spec(&["/etc"])).code, 126);
 }
 
@@ -259,7 +261,13 @@ fn command_has_no_privilege_and_no_stray_descriptor() {
         );
     }
     assert!(printed.contains("NoNewPrivs:\t1"), "{printed}");
-    assert!(printed.contains("SigBlk:\t0000000000000000") && printed.contains("SigIgn:\t0000000000000000"));
+    assert!(printed.contains("SigBlk:\t0000000000000000"), "{printed}");
+    // But for two signals of the C library's own, which posix_spawn(3) has every program ignore.
+    let ignored = printed
+        .split("SigIgn:\t")
+        .nth(1)
+        .and_then(|rest| u64::from_str_radix(&rest[..16], 16).ok());
+    assert_eq!(ignored.unwrap() & !0x1_8000_0000, 0, "{printed}");
     // 3 is the directory that `ls` itself reads.
     let stray = printed
         .lines()
@@ -299,8 +307,9 @@ fn command_sees_its_own_processes_and_network_only() {
 
 #[test]
 fn init_is_closed_to_the_command() {
-    let printed = script("ls /proc/1/fd 2>&1 || echo refused");
-    assert!(printed.contains("refused"), "{printed}");
+    let printed =
+        script("for f in 0 1 3 4 5; do readlink /proc/1/fd/$f; done; readlink /proc/1/ns/net; echo end");
+    assert_eq!(printed, "end\n");
 }
 
 #[test]

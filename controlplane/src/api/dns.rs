@@ -46,9 +46,11 @@ impl DnsService for Api {
     ) -> Result<Response<v1::DeleteZoneResponse>, Status> {
         let request = request.into_inner();
         let name = check_name("name", &request.name)?.to_string();
-        let zone = self.hub.zones(&request.network).into_iter().find(|zone| {
-            zone.name.trim_end_matches('.').eq_ignore_ascii_case(&name)
-        });
+        let zone = self
+            .hub
+            .zones(&request.network)
+            .into_iter()
+            .find(|zone| zone.name.trim_end_matches('.').eq_ignore_ascii_case(&name));
         let zone = zone.ok_or_else(|| Refusal::NotFound(format!("there is no zone {name}")))?;
         let network = zone.network.clone();
         let sent = zone.clone();
@@ -76,7 +78,10 @@ impl DnsService for Api {
 fn check_zone(mut zone: v1::Zone) -> Result<v1::Zone, Refusal> {
     zone.name = check_name("zone.name", &zone.name)?.to_string();
     if zone.records.len() > RECORDS_MAX {
-        return Err(Refusal::field("zone.records", format!("are {} (at most {RECORDS_MAX})", zone.records.len())));
+        return Err(Refusal::field(
+            "zone.records",
+            format!("are {} (at most {RECORDS_MAX})", zone.records.len()),
+        ));
     }
     for (index, record) in zone.records.iter_mut().enumerate() {
         if !record.name.is_empty() {
@@ -93,7 +98,8 @@ fn check_zone(mut zone: v1::Zone) -> Result<v1::Zone, Refusal> {
 }
 
 fn check_name(field: &str, text: &str) -> Result<Name, Refusal> {
-    text.parse().map_err(|e: vnet_proto::model::NameError| Refusal::field(field, e.to_string()))
+    text.parse()
+        .map_err(|e: vnet_proto::model::NameError| Refusal::field(field, e.to_string()))
 }
 
 fn check_address(field: &str, text: &str) -> Result<String, Refusal> {

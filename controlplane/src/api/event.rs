@@ -25,7 +25,10 @@ impl EventService for Api {
         request: Request<v1::WatchEventsRequest>,
     ) -> Result<Response<Self::WatchEventsStream>, Status> {
         let request = request.into_inner();
-        let filter = EventFilter { vms: selector(request.vms)?, kinds: kinds(request.kinds)? };
+        let filter = EventFilter {
+            vms: selector(request.vms)?,
+            kinds: kinds(request.kinds)?,
+        };
         // The watch first: what happens while the history is read waits in its queue.
         let (watch, last) = self.hub.watch_events(filter.clone())?;
         let response = |event| v1::WatchEventsResponse { event: Some(event) };
@@ -34,7 +37,9 @@ impl EventService for Api {
             return Ok(Response::new(Box::pin(live)));
         };
         if after > last {
-            let text = format!("event {after} has not happened yet (the last is {last}); watch without after_sequence");
+            let text = format!(
+                "event {after} has not happened yet (the last is {last}); watch without after_sequence"
+            );
             return Err(Refusal::field("after_sequence", text).into());
         }
         let past = past(Arc::clone(&self.hub), filter, after, last).map_ok(response);
@@ -46,7 +51,10 @@ impl EventService for Api {
         request: Request<v1::ListEventsRequest>,
     ) -> Result<Response<v1::ListEventsResponse>, Status> {
         let request = request.into_inner();
-        let filter = EventFilter { vms: selector(request.vms)?, kinds: kinds(request.kinds)? };
+        let filter = EventFilter {
+            vms: selector(request.vms)?,
+            kinds: kinds(request.kinds)?,
+        };
         let size = match request.page_size as usize {
             0 => PAGE_DEFAULT,
             size => size.min(PAGE_MAX),
@@ -67,7 +75,12 @@ impl EventService for Api {
         }
         let mut events: Vec<v1::Event> = Vec::new();
         loop {
-            let chunk = self.hub.writer().events(query.clone()).await.map_err(Refusal::from)?;
+            let chunk = self
+                .hub
+                .writer()
+                .events(query.clone())
+                .await
+                .map_err(Refusal::from)?;
             let (full, oldest) = (chunk.len() == CHUNK, chunk.last().map_or(0, |e| e.sequence));
             events.extend(self.hub.filter_events(&filter, chunk));
             if !full || events.len() > size {
@@ -81,7 +94,10 @@ impl EventService for Api {
             Some(last) if more => last.sequence.to_string(),
             _ => String::new(),
         };
-        Ok(Response::new(v1::ListEventsResponse { events, next_page_token }))
+        Ok(Response::new(v1::ListEventsResponse {
+            events,
+            next_page_token,
+        }))
     }
 }
 
@@ -99,7 +115,13 @@ fn past(
             if after >= last {
                 return Ok(None);
             }
-            let query = EventQuery { after, before: last + 1, oldest_first: true, limit: CHUNK, ..Default::default() };
+            let query = EventQuery {
+                after,
+                before: last + 1,
+                oldest_first: true,
+                limit: CHUNK,
+                ..Default::default()
+            };
             let chunk = hub.writer().events(query).await.map_err(Refusal::from)?;
             let reached = chunk.last().map_or(last, |e| e.sequence);
             let mut events = Vec::with_capacity(chunk.len());
@@ -114,7 +136,10 @@ fn past(
             if reached == last && expected <= last {
                 events.push(gap(last + 1 - expected));
             }
-            let items = hub.filter_events(&filter, events).into_iter().map(Ok::<_, Status>);
+            let items = hub
+                .filter_events(&filter, events)
+                .into_iter()
+                .map(Ok::<_, Status>);
             let items: Vec<Result<v1::Event, Status>> = items.collect();
             Ok::<_, Status>(Some((futures_util::stream::iter(items), reached)))
         }

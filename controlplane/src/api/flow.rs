@@ -17,7 +17,10 @@ impl FlowService for Api {
         let key = |(number, _): &(u64, v1::Flow)| format!("{:020}", u64::MAX - number);
         let (flows, next_page_token) = page(flows, request.page_size, &request.page_token, key);
         let flows = flows.into_iter().map(|(_, flow)| flow).collect();
-        Ok(Response::new(v1::ListFlowsResponse { flows, next_page_token }))
+        Ok(Response::new(v1::ListFlowsResponse {
+            flows,
+            next_page_token,
+        }))
     }
 
     type WatchFlowsStream = Changes<v1::WatchFlowsResponse>;
@@ -27,7 +30,10 @@ impl FlowService for Api {
         request: Request<v1::WatchFlowsRequest>,
     ) -> Result<Response<Self::WatchFlowsStream>, Status> {
         let watch = self.hub.watch_flows(selector(request.into_inner().vms)?)?;
-        let gap = |_| v1::WatchFlowsResponse { change: v1::FlowChange::Gap.into(), flow: None };
+        let gap = |_| v1::WatchFlowsResponse {
+            change: v1::FlowChange::Gap.into(),
+            flow: None,
+        };
         Ok(Response::new(stream(watch, gap)))
     }
 

@@ -31,17 +31,25 @@ impl ForwardService for Api {
         if target.port() == 0 {
             return Err(Refusal::field("forward.target", "port 0 leads nowhere").into());
         }
-        let forward =
-            v1::Forward { listen: listen.to_string(), target: target.to_string(), ..forward };
+        let forward = v1::Forward {
+            listen: listen.to_string(),
+            target: target.to_string(),
+            ..forward
+        };
         let network = forward.network.clone();
         let asked = forward.clone();
         let ack = self
             .hub
             .command(&network, |network| {
-                Command::Expose(v1::Forward { network: network.to_owned(), ..forward })
+                Command::Expose(v1::Forward {
+                    network: network.to_owned(),
+                    ..forward
+                })
             })
             .await?;
-        Ok(Response::new(v1::CreateForwardResponse { forward: ack.forward.or(Some(asked)) }))
+        Ok(Response::new(v1::CreateForwardResponse {
+            forward: ack.forward.or(Some(asked)),
+        }))
     }
 
     async fn delete_forward(
@@ -57,12 +65,16 @@ impl ForwardService for Api {
             .into_iter()
             .find(|f| f.protocol == request.protocol && f.listen == listen)
             .ok_or_else(|| {
-                Refusal::NotFound(format!("no forward listens on {listen}; list them with: vnetctl forward list"))
+                Refusal::NotFound(format!(
+                    "no forward listens on {listen}; list them with: vnetctl forward list"
+                ))
             })?;
         let network = forward.network.clone();
         let sent = forward.clone();
         self.hub.command(&network, |_| Command::Unexpose(sent)).await?;
-        Ok(Response::new(v1::DeleteForwardResponse { forward: Some(forward) }))
+        Ok(Response::new(v1::DeleteForwardResponse {
+            forward: Some(forward),
+        }))
     }
 }
 
@@ -75,6 +87,9 @@ fn check_protocol(field: &str, protocol: i32) -> Result<(), Refusal> {
 
 fn check_address(field: &str, text: &str) -> Result<SocketAddr, Refusal> {
     text.parse().map_err(|_| {
-        Refusal::field(field, format!("{text:?} is not an address and port (expected one as 127.0.0.1:8080)"))
+        Refusal::field(
+            field,
+            format!("{text:?} is not an address and port (expected one as 127.0.0.1:8080)"),
+        )
     })
 }

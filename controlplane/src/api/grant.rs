@@ -22,11 +22,19 @@ impl GrantService for Api {
         // Newest first, as keys that grow.
         let key = |g: &v1::Grant| {
             let made = g.created_at.unwrap_or_default();
-            format!("{:020}.{:09}.{}", i64::MAX - made.seconds, 999_999_999 - made.nanos, g.id)
+            format!(
+                "{:020}.{:09}.{}",
+                i64::MAX - made.seconds,
+                999_999_999 - made.nanos,
+                g.id
+            )
         };
         grants.sort_by_key(key);
         let (grants, next_page_token) = page(grants, request.page_size, &request.page_token, key);
-        Ok(Response::new(v1::ListGrantsResponse { grants, next_page_token }))
+        Ok(Response::new(v1::ListGrantsResponse {
+            grants,
+            next_page_token,
+        }))
     }
 
     async fn create_grant(
@@ -41,12 +49,17 @@ impl GrantService for Api {
             Ok(v1::Action::Deny) => GrantAction::Deny,
             _ => return Err(Refusal::field("action", "is neither ALLOW nor DENY").into()),
         };
-        let target = request.target.ok_or(Malformed::Missing { field: "target" }).map_err(Refusal::from)?;
+        let target = request
+            .target
+            .ok_or(Malformed::Missing { field: "target" })
+            .map_err(Refusal::from)?;
         let (grant, answered, ticket, durable) = self.hub.create_grant(NewGrant {
             action,
             target: Target::try_from(target).map_err(Refusal::from)?,
             vms: selector(request.vms)?,
-            lifetime: convert::lifetime(request.lifetime).map_err(Refusal::from)?.unwrap_or(Lifetime::Forever),
+            lifetime: convert::lifetime(request.lifetime)
+                .map_err(Refusal::from)?
+                .unwrap_or(Lifetime::Forever),
             reason: &request.reason,
             request_id: &request.request_id,
             actor: &actor,
@@ -56,7 +69,11 @@ impl GrantService for Api {
             Some(ticket) => Some(self.hub.report(ticket).await),
             None => None,
         };
-        Ok(Response::new(v1::CreateGrantResponse { grant: Some(grant), answered, cut }))
+        Ok(Response::new(v1::CreateGrantResponse {
+            grant: Some(grant),
+            answered,
+            cut,
+        }))
     }
 
     async fn revoke_grant(
@@ -67,6 +84,9 @@ impl GrantService for Api {
         let (grant, ticket, durable) = self.hub.revoke_grant(&request.into_inner().id, &actor)?;
         saved(durable).await?;
         let cut = Some(self.hub.report(ticket).await);
-        Ok(Response::new(v1::RevokeGrantResponse { grant: Some(grant), cut }))
+        Ok(Response::new(v1::RevokeGrantResponse {
+            grant: Some(grant),
+            cut,
+        }))
     }
 }

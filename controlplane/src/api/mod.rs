@@ -51,7 +51,10 @@ impl Api {
 
 /// Who calls, as the socket says.
 fn actor<T>(request: &Request<T>) -> String {
-    request.extensions().get::<Peer>().map_or_else(|| "unknown".to_owned(), |peer| peer.user.clone())
+    request
+        .extensions()
+        .get::<Peer>()
+        .map_or_else(|| "unknown".to_owned(), |peer| peer.user.clone())
 }
 
 /// Which VMs; unset is all.
@@ -62,24 +65,23 @@ fn selector(message: Option<v1::VmSelector>) -> Result<Option<VmSelector>, Refus
 /// Waits until a change is saved.
 async fn saved(durable: Durable) -> Result<(), Refusal> {
     durable.wait().await.map_err(|e| {
-        Refusal::NotSaved(format!("done, but not saved, so that a restart will not know of it: {e}"))
+        Refusal::NotSaved(format!(
+            "done, but not saved, so that a restart will not know of it: {e}"
+        ))
     })
 }
 
 /// One page of items that are sorted by keys of text, and the token of the next.
 ///
 /// The token is the last key shown: what came or went meanwhile repeats and hides nothing else.
-fn page<T>(
-    items: Vec<T>,
-    page_size: u32,
-    page_token: &str,
-    key: impl Fn(&T) -> String,
-) -> (Vec<T>, String) {
+fn page<T>(items: Vec<T>, page_size: u32, page_token: &str, key: impl Fn(&T) -> String) -> (Vec<T>, String) {
     let size = match page_size as usize {
         0 => PAGE_DEFAULT,
         size => size.min(PAGE_MAX),
     };
-    let mut rest = items.into_iter().filter(|item| page_token.is_empty() || key(item).as_str() > page_token);
+    let mut rest = items
+        .into_iter()
+        .filter(|item| page_token.is_empty() || key(item).as_str() > page_token);
     let shown: Vec<T> = rest.by_ref().take(size).collect();
     let token = match (shown.last(), rest.next()) {
         (Some(last), Some(_)) => key(last),
@@ -90,20 +92,25 @@ fn page<T>(
 
 /// A watch as a stream; `gap` makes what stands for missing changes.
 fn stream<T: Send + 'static>(watch: Watch<T>, gap: impl Fn(u64) -> T + Send + 'static) -> Changes<T> {
-    Box::pin(futures_util::stream::unfold((watch, gap), |(mut watch, gap)| async move {
-        let item = match watch.next().await {
-            Next::Change(item) => item,
-            Next::Gap(missed) => gap(missed),
-            Next::Closed => return None,
-        };
-        Some((Ok(item), (watch, gap)))
-    }))
+    Box::pin(futures_util::stream::unfold(
+        (watch, gap),
+        |(mut watch, gap)| async move {
+            let item = match watch.next().await {
+                Next::Change(item) => item,
+                Next::Gap(missed) => gap(missed),
+                Next::Closed => return None,
+            };
+            Some((Ok(item), (watch, gap)))
+        },
+    ))
 }
 
 /// Refuses a budget: what cannot be enforced to its end is not accepted.
 fn no_budget(budget: Option<v1::Budget>) -> Result<(), Refusal> {
     if budget.is_some_and(|b| b != v1::Budget::default()) {
-        return Err(Refusal::NotBuilt { what: "a grant with a budget" });
+        return Err(Refusal::NotBuilt {
+            what: "a grant with a budget",
+        });
     }
     Ok(())
 }

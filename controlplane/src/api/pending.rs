@@ -25,7 +25,10 @@ impl PendingService for Api {
         let mut requests = requests;
         requests.sort_by_key(key);
         let (requests, next_page_token) = page(requests, request.page_size, &request.page_token, key);
-        Ok(Response::new(v1::ListPendingResponse { requests, next_page_token }))
+        Ok(Response::new(v1::ListPendingResponse {
+            requests,
+            next_page_token,
+        }))
     }
 
     async fn get_pending(
@@ -43,7 +46,10 @@ impl PendingService for Api {
         request: Request<v1::WatchPendingRequest>,
     ) -> Result<Response<Self::WatchPendingStream>, Status> {
         let watch = self.hub.watch_pending(selector(request.into_inner().vms)?)?;
-        let gap = |_| v1::WatchPendingResponse { change: v1::PendingChange::Gap.into(), request: None };
+        let gap = |_| v1::WatchPendingResponse {
+            change: v1::PendingChange::Gap.into(),
+            request: None,
+        };
         Ok(Response::new(stream(watch, gap)))
     }
 
@@ -66,7 +72,10 @@ impl PendingService for Api {
             actor: &actor,
         })?;
         saved(durable).await?;
-        Ok(Response::new(v1::ApproveResponse { request: Some(request), grant: Some(grant) }))
+        Ok(Response::new(v1::ApproveResponse {
+            request: Some(request),
+            grant: Some(grant),
+        }))
     }
 
     async fn deny(&self, request: Request<v1::DenyRequest>) -> Result<Response<v1::DenyResponse>, Status> {
@@ -84,6 +93,9 @@ impl PendingService for Api {
             actor: &actor,
         })?;
         saved(durable).await?;
-        Ok(Response::new(v1::DenyResponse { request: Some(request), grant: Some(grant) }))
+        Ok(Response::new(v1::DenyResponse {
+            request: Some(request),
+            grant: Some(grant),
+        }))
     }
 }

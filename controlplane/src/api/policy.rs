@@ -41,7 +41,10 @@ impl PolicyService for Api {
         let actor = actor(&request);
         let request = request.into_inner();
         if request.confirm_within.is_some() {
-            return Err(Refusal::NotBuilt { what: "confirm_within" }.into());
+            return Err(Refusal::NotBuilt {
+                what: "confirm_within",
+            }
+            .into());
         }
         let applied = self.hub.apply_policy(Candidate {
             name: &request.name,
@@ -68,7 +71,10 @@ impl PolicyService for Api {
         request: Request<v1::ExplainRequest>,
     ) -> Result<Response<v1::ExplainResponse>, Status> {
         let request = request.into_inner();
-        let target = request.target.ok_or(Malformed::Missing { field: "target" }).map_err(Refusal::from)?;
+        let target = request
+            .target
+            .ok_or(Malformed::Missing { field: "target" })
+            .map_err(Refusal::from)?;
         let target = Target::try_from(target).map_err(Refusal::from)?;
         Ok(Response::new(self.hub.explain(&request.vm, &target)?))
     }
@@ -97,17 +103,28 @@ impl PolicyService for Api {
                 .parse::<u64>()
                 .map_err(|_| Refusal::field("page_token", "is not one that this server gave"))?,
         };
-        let stored = self.hub.writer().revisions(name, before, size + 1).await.map_err(Refusal::from)?;
+        let stored = self
+            .hub
+            .writer()
+            .revisions(name, before, size + 1)
+            .await
+            .map_err(Refusal::from)?;
         let more = stored.len() > size;
         let mut revisions: Vec<v1::Policy> = stored.into_iter().take(size).collect();
         if revisions.is_empty() && before == 0 {
-            revisions.push(v1::Policy { document: String::new(), ..in_force });
+            revisions.push(v1::Policy {
+                document: String::new(),
+                ..in_force
+            });
         }
         let next_page_token = match revisions.last() {
             Some(last) if more => last.revision.to_string(),
             _ => String::new(),
         };
-        Ok(Response::new(v1::ListRevisionsResponse { revisions, next_page_token }))
+        Ok(Response::new(v1::ListRevisionsResponse {
+            revisions,
+            next_page_token,
+        }))
     }
 
     async fn rollback(
@@ -124,7 +141,11 @@ impl PolicyService for Api {
         };
         if revision == 0 {
             let text = format!("policy {name} has no earlier revision");
-            return Err(Refusal::Precondition { reason: "NO_EARLIER_REVISION", text }.into());
+            return Err(Refusal::Precondition {
+                reason: "NO_EARLIER_REVISION",
+                text,
+            }
+            .into());
         }
         let earlier = self.stored_revision(name.clone(), revision).await?;
         // With the etag, so that what was applied meanwhile is not undone unseen.
@@ -141,7 +162,10 @@ impl PolicyService for Api {
             Some(ticket) => Some(self.hub.report(ticket).await),
             None => None,
         };
-        Ok(Response::new(v1::RollbackResponse { policy: Some(applied.policy), cut }))
+        Ok(Response::new(v1::RollbackResponse {
+            policy: Some(applied.policy),
+            cut,
+        }))
     }
 }
 

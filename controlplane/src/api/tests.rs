@@ -43,7 +43,11 @@ impl Served {
         };
         tokio::spawn(serve_api(Arc::clone(&rig.hub), bind("api"), stopped.clone()));
         tokio::spawn(serve_sessions(Arc::clone(&rig.hub), bind("session"), stopped));
-        Self { rig, dir, _stop: stop }
+        Self {
+            rig,
+            dir,
+            _stop: stop,
+        }
     }
 
     async fn channel(&self, socket: &str) -> Channel {
@@ -52,24 +56,35 @@ impl Served {
             let path = path.clone();
             async move { Ok::<_, std::io::Error>(TokioIo::new(UnixStream::connect(path).await?)) }
         });
-        Endpoint::from_static("http://vnet").connect_with_connector(connect).await.unwrap()
+        Endpoint::from_static("http://vnet")
+            .connect_with_connector(connect)
+            .await
+            .unwrap()
     }
 
     /// A session whose messages a test sends and reads itself.
     async fn session(
         &self,
         hello: v1::Hello,
-    ) -> (tokio::sync::mpsc::Sender<v1::SessionRequest>, tonic::Streaming<v1::SessionResponse>) {
+    ) -> (
+        tokio::sync::mpsc::Sender<v1::SessionRequest>,
+        tonic::Streaming<v1::SessionResponse>,
+    ) {
         let (say, said) = tokio::sync::mpsc::channel(64);
         let mut client = DataplaneServiceClient::new(self.channel("session").await);
         say.send(request(Message::Hello(hello))).await.unwrap();
-        let stream = client.session(tokio_stream::wrappers::ReceiverStream::new(said)).await.unwrap();
+        let stream = client
+            .session(tokio_stream::wrappers::ReceiverStream::new(said))
+            .await
+            .unwrap();
         (say, stream.into_inner())
     }
 }
 
 fn request(message: Message) -> v1::SessionRequest {
-    v1::SessionRequest { message: Some(message) }
+    v1::SessionRequest {
+        message: Some(message),
+    }
 }
 
 fn miss(id: u64, subject: &Subject) -> v1::SessionRequest {
@@ -97,26 +112,51 @@ async fn next(stream: &mut tonic::Streaming<v1::SessionResponse>) -> Told {
 async fn a_held_miss_is_approved_over_the_wire() {
     let served = Served::start(true).await;
     let (say, mut told) = served.session(hello(1, vec![vm_up(1, "web")])).await;
-    let Told::Welcome(welcome) = next(&mut told).await else { panic!("no welcome") };
+    let Told::Welcome(welcome) = next(&mut told).await else {
+        panic!("no welcome")
+    };
     assert_eq!(welcome.vms[0].name, "web");
     assert_eq!(welcome.lease.unwrap().seconds, 60);
     say.send(miss(1, &flow("192.0.2.7:443", &[]))).await.unwrap();
-    let Told::Held(held) = next(&mut told).await else { panic!("not held") };
+    let Told::Held(held) = next(&mut told).await else {
+        panic!("not held")
+    };
     assert_eq!(held.hold.unwrap().seconds, 30);
 
     let mut pending = PendingServiceClient::new(served.channel("api").await);
-    let mut watch = pending.watch_pending(v1::WatchPendingRequest::default()).await.unwrap().into_inner();
+    let mut watch = pending
+        .watch_pending(v1::WatchPendingRequest::default())
+        .await
+        .unwrap()
+        .into_inner();
     let first = watch.next().await.unwrap().unwrap();
     assert_eq!(first.request.unwrap().id, held.pending_id);
     let id = held.pending_id.clone();
-    let answer = pending.approve(v1::ApproveRequest { id, ..Default::default() }).await.unwrap().into_inner();
+    let answer = pending
+        .approve(v1::ApproveRequest {
+            id,
+            ..Default::default()
+        })
+        .await
+        .unwrap()
+        .into_inner();
     let user = answer.grant.as_ref().unwrap().creator.clone();
-    assert!(!user.is_empty() && user != "unknown", "the socket says who answered: {user}");
-    let Told::Revoke(_) = next(&mut told).await else { panic!("no revoke") };
-    let Told::Verdict(verdict) = next(&mut told).await else { panic!("no verdict") };
+    assert!(
+        !user.is_empty() && user != "unknown",
+        "the socket says who answered: {user}"
+    );
+    let Told::Revoke(_) = next(&mut told).await else {
+        panic!("no revoke")
+    };
+    let Told::Verdict(verdict) = next(&mut told).await else {
+        panic!("no verdict")
+    };
     assert_eq!((verdict.miss_id, verdict.action), (1, v1::Action::Allow as i32));
 
-    let again = v1::DenyRequest { id: held.pending_id, ..Default::default() };
+    let again = v1::DenyRequest {
+        id: held.pending_id,
+        ..Default::default()
+    };
     let refused = pending.deny(again).await.unwrap_err();
     assert_eq!(refused.code(), Code::FailedPrecondition);
     let details = refused.get_error_details();
@@ -127,11 +167,17 @@ async fn a_held_miss_is_approved_over_the_wire() {
 async fn each_listener_serves_its_own_and_nothing_else() {
     let served = Served::start(false).await;
     let mut pending = PendingServiceClient::new(served.channel("session").await);
-    let refused = pending.list_pending(v1::ListPendingRequest::default()).await.unwrap_err();
+    let refused = pending
+        .list_pending(v1::ListPendingRequest::default())
+        .await
+        .unwrap_err();
     assert_eq!(refused.code(), Code::Unimplemented);
     let mut sessions = DataplaneServiceClient::new(served.channel("api").await);
     let stream = tokio_stream::iter([request(Message::Hello(hello(1, vec![])))]);
-    assert_eq!(sessions.session(stream).await.unwrap_err().code(), Code::Unimplemented);
+    assert_eq!(
+        sessions.session(stream).await.unwrap_err().code(),
+        Code::Unimplemented
+    );
 }
 
 #[tokio::test]
@@ -139,12 +185,25 @@ async fn a_session_begins_with_hello_and_one_protocol_version() {
     let served = Served::start(false).await;
     let mut client = DataplaneServiceClient::new(served.channel("session").await);
     let beat = request(Message::Heartbeat(v1::Heartbeat::default()));
-    let mut stream = client.session(tokio_stream::iter([beat])).await.unwrap().into_inner();
-    assert_eq!(stream.message().await.unwrap_err().code(), Code::FailedPrecondition);
-    let later = v1::Hello { protocol_version: 2, ..hello(1, vec![]) };
+    let mut stream = client
+        .session(tokio_stream::iter([beat]))
+        .await
+        .unwrap()
+        .into_inner();
+    assert_eq!(
+        stream.message().await.unwrap_err().code(),
+        Code::FailedPrecondition
+    );
+    let later = v1::Hello {
+        protocol_version: 2,
+        ..hello(1, vec![])
+    };
     let stream = tokio_stream::iter([request(Message::Hello(later))]);
     let mut stream = client.session(stream).await.unwrap().into_inner();
-    assert_eq!(stream.message().await.unwrap_err().code(), Code::FailedPrecondition);
+    assert_eq!(
+        stream.message().await.unwrap_err().code(),
+        Code::FailedPrecondition
+    );
 }
 
 #[tokio::test]
@@ -156,38 +215,63 @@ async fn reflection_lists_and_health_serves_every_service() {
     let served = Served::start(false).await;
     let channel = served.channel("api").await;
     let mut client = ServerReflectionClient::new(channel.clone());
-    let ask = |message| ServerReflectionRequest { host: String::new(), message_request: Some(message) };
+    let ask = |message| ServerReflectionRequest {
+        host: String::new(),
+        message_request: Some(message),
+    };
     let symbol = |name: &str| ask(MessageRequest::FileContainingSymbol(name.to_owned()));
     let mut asks = vec![ask(MessageRequest::ListServices(String::new()))];
     asks.extend(API_SERVICES.iter().map(|name| symbol(name)));
-    let mut answers = client.server_reflection_info(tokio_stream::iter(asks)).await.unwrap().into_inner();
+    let mut answers = client
+        .server_reflection_info(tokio_stream::iter(asks))
+        .await
+        .unwrap()
+        .into_inner();
     let first: ServerReflectionResponse = answers.next().await.unwrap().unwrap();
-    let Some(MessageResponse::ListServicesResponse(list)) = first.message_response else { panic!("no list") };
+    let Some(MessageResponse::ListServicesResponse(list)) = first.message_response else {
+        panic!("no list")
+    };
     let names: Vec<String> = list.service.into_iter().map(|s| s.name).collect();
     for service in API_SERVICES {
-        assert!(names.iter().any(|n| n == service), "{service} is not in {names:?}");
+        assert!(
+            names.iter().any(|n| n == service),
+            "{service} is not in {names:?}"
+        );
         let answer = answers.next().await.unwrap().unwrap().message_response;
-        assert!(matches!(answer, Some(MessageResponse::FileDescriptorResponse(_))), "{service}");
+        assert!(
+            matches!(answer, Some(MessageResponse::FileDescriptorResponse(_))),
+            "{service}"
+        );
     }
     assert!(!names.iter().any(|n| n == "vnet.v1.DataplaneService"));
 
-    let mut v1alpha = tonic_reflection::pb::v1alpha::server_reflection_client::ServerReflectionClient::new(
-        channel.clone(),
-    );
+    let mut v1alpha =
+        tonic_reflection::pb::v1alpha::server_reflection_client::ServerReflectionClient::new(channel.clone());
     let list = tonic_reflection::pb::v1alpha::ServerReflectionRequest {
         host: String::new(),
         message_request: Some(
-            tonic_reflection::pb::v1alpha::server_reflection_request::MessageRequest::ListServices(String::new()),
+            tonic_reflection::pb::v1alpha::server_reflection_request::MessageRequest::ListServices(
+                String::new(),
+            ),
         ),
     };
-    let mut answers = v1alpha.server_reflection_info(tokio_stream::iter([list])).await.unwrap().into_inner();
+    let mut answers = v1alpha
+        .server_reflection_info(tokio_stream::iter([list]))
+        .await
+        .unwrap()
+        .into_inner();
     assert!(answers.next().await.unwrap().is_ok());
 
     let mut health = tonic_health::pb::health_client::HealthClient::new(channel);
     for service in API_SERVICES.into_iter().chain([""]) {
-        let check = tonic_health::pb::HealthCheckRequest { service: service.to_owned() };
+        let check = tonic_health::pb::HealthCheckRequest {
+            service: service.to_owned(),
+        };
         let status = health.check(check).await.unwrap().into_inner().status;
-        assert_eq!(status, tonic_health::pb::health_check_response::ServingStatus::Serving as i32);
+        assert_eq!(
+            status,
+            tonic_health::pb::health_check_response::ServingStatus::Serving as i32
+        );
     }
 }
 
@@ -197,7 +281,10 @@ async fn what_is_not_built_says_so_with_a_detail() {
     let channel = served.channel("api").await;
     let not_built = |status: tonic::Status| {
         assert_eq!(status.code(), Code::Unimplemented);
-        assert_eq!(status.get_error_details().error_info().unwrap().reason, "NOT_BUILT_YET");
+        assert_eq!(
+            status.get_error_details().error_info().unwrap().reason,
+            "NOT_BUILT_YET"
+        );
     };
     let mut policy = PolicyServiceClient::new(channel.clone());
     not_built(policy.suggest(v1::SuggestRequest::default()).await.unwrap_err());
@@ -207,10 +294,18 @@ async fn what_is_not_built_says_so_with_a_detail() {
     };
     not_built(policy.apply_policy(confirm).await.unwrap_err());
     let budget = v1::CreateGrantRequest {
-        budget: Some(v1::Budget { connections: 1, ..Default::default() }),
+        budget: Some(v1::Budget {
+            connections: 1,
+            ..Default::default()
+        }),
         ..Default::default()
     };
-    not_built(GrantServiceClient::new(channel).create_grant(budget).await.unwrap_err());
+    not_built(
+        GrantServiceClient::new(channel)
+            .create_grant(budget)
+            .await
+            .unwrap_err(),
+    );
 }
 
 #[tokio::test]
@@ -228,7 +323,10 @@ async fn a_wrong_document_is_refused_with_every_place() {
     let violations = &details.bad_request().unwrap().field_violations;
     assert!(violations.len() >= 2, "{violations:?}");
     assert!(violations[0].field.starts_with("document:1:"), "{violations:?}");
-    assert!(violations[0].description.starts_with("p.yaml:1:"), "{violations:?}");
+    assert!(
+        violations[0].description.starts_with("p.yaml:1:"),
+        "{violations:?}"
+    );
     assert_eq!(served.rig.hub.policy("").unwrap().revision, 0);
 }
 
@@ -238,15 +336,31 @@ async fn a_policy_is_rolled_back_and_its_revisions_listed_in_pages() {
     let mut policy = PolicyServiceClient::new(served.channel("api").await);
     for action in ["allow", "deny", "allow"] {
         let document = format!("defaultAction: {action}\n");
-        let apply = v1::ApplyPolicyRequest { document, ..Default::default() };
+        let apply = v1::ApplyPolicyRequest {
+            document,
+            ..Default::default()
+        };
         policy.apply_policy(apply).await.unwrap();
     }
-    let back = policy.rollback(v1::RollbackRequest::default()).await.unwrap().into_inner().policy.unwrap();
-    assert_eq!((back.revision, back.document.as_str()), (4, "defaultAction: deny\n"));
+    let back = policy
+        .rollback(v1::RollbackRequest::default())
+        .await
+        .unwrap()
+        .into_inner()
+        .policy
+        .unwrap();
+    assert_eq!(
+        (back.revision, back.document.as_str()),
+        (4, "defaultAction: deny\n")
+    );
     let mut seen = Vec::new();
     let mut page_token = String::new();
     loop {
-        let page = v1::ListRevisionsRequest { page_size: 3, page_token, ..Default::default() };
+        let page = v1::ListRevisionsRequest {
+            page_size: 3,
+            page_token,
+            ..Default::default()
+        };
         let page = policy.list_revisions(page).await.unwrap().into_inner();
         seen.extend(page.revisions.into_iter().map(|p| p.revision));
         page_token = page.next_page_token;
@@ -255,10 +369,16 @@ async fn a_policy_is_rolled_back_and_its_revisions_listed_in_pages() {
         }
     }
     assert_eq!(seen, [4, 3, 2, 1]);
-    let old = v1::GetPolicyRequest { revision: 1, ..Default::default() };
+    let old = v1::GetPolicyRequest {
+        revision: 1,
+        ..Default::default()
+    };
     let old = policy.get_policy(old).await.unwrap().into_inner().policy.unwrap();
     assert_eq!(old.document, "defaultAction: allow\n");
-    let none = v1::GetPolicyRequest { revision: 9, ..Default::default() };
+    let none = v1::GetPolicyRequest {
+        revision: 9,
+        ..Default::default()
+    };
     assert_eq!(policy.get_policy(none).await.unwrap_err().code(), Code::NotFound);
 }
 
@@ -268,11 +388,17 @@ async fn events_are_resumed_where_a_reader_left_off() {
     let mut dp = served.rig.dataplane("web");
     dp.held(flow("192.0.2.7:1", &[]));
     let mut events = EventServiceClient::new(served.channel("api").await);
-    let all = v1::ListEventsRequest { page_size: 2, ..Default::default() };
+    let all = v1::ListEventsRequest {
+        page_size: 2,
+        ..Default::default()
+    };
     let page = events.list_events(all).await.unwrap().into_inner();
     assert_eq!(page.events.iter().map(|e| e.sequence).collect::<Vec<_>>(), [3, 2]);
     assert_eq!(page.next_page_token, "2");
-    let resume = v1::WatchEventsRequest { after_sequence: Some(1), ..Default::default() };
+    let resume = v1::WatchEventsRequest {
+        after_sequence: Some(1),
+        ..Default::default()
+    };
     let mut watch = events.watch_events(resume).await.unwrap().into_inner();
     dp.held(flow("192.0.2.7:2", &[]));
     let mut seen = Vec::new();
@@ -281,10 +407,22 @@ async fn events_are_resumed_where_a_reader_left_off() {
     }
     assert_eq!(seen, [2, 3, 4]);
     let kinds = vec![v1::EventKind::PendingOpened.into()];
-    let only = v1::ListEventsRequest { kinds, ..Default::default() };
-    assert_eq!(events.list_events(only).await.unwrap().into_inner().events.len(), 2);
-    let ahead = v1::WatchEventsRequest { after_sequence: Some(99), ..Default::default() };
-    assert_eq!(events.watch_events(ahead).await.unwrap_err().code(), Code::InvalidArgument);
+    let only = v1::ListEventsRequest {
+        kinds,
+        ..Default::default()
+    };
+    assert_eq!(
+        events.list_events(only).await.unwrap().into_inner().events.len(),
+        2
+    );
+    let ahead = v1::WatchEventsRequest {
+        after_sequence: Some(99),
+        ..Default::default()
+    };
+    assert_eq!(
+        events.watch_events(ahead).await.unwrap_err().code(),
+        Code::InvalidArgument
+    );
 }
 
 #[tokio::test]
@@ -292,7 +430,9 @@ async fn an_update_with_an_old_etag_is_aborted() {
     let served = Served::start(false).await;
     let _dp = served.rig.dataplane("web");
     let mut vms = VmServiceClient::new(served.channel("api").await);
-    let get = v1::GetVmRequest { name: "web".to_owned() };
+    let get = v1::GetVmRequest {
+        name: "web".to_owned(),
+    };
     let etag = vms.get_vm(get).await.unwrap().into_inner().vm.unwrap().etag;
     let update = |etag: &str| v1::UpdateVmRequest {
         name: "web".to_owned(),
@@ -300,11 +440,27 @@ async fn an_update_with_an_old_etag_is_aborted() {
         etag: etag.to_owned(),
         ..Default::default()
     };
-    let labelled = vms.update_vm(Request::new(update(&etag))).await.unwrap().into_inner().vm.unwrap();
+    let labelled = vms
+        .update_vm(Request::new(update(&etag)))
+        .await
+        .unwrap()
+        .into_inner()
+        .vm
+        .unwrap();
     assert_eq!(labelled.labels["role"], "agent");
-    assert_eq!(vms.update_vm(update(&etag)).await.unwrap_err().code(), Code::Aborted);
-    let open = v1::UpdateVmRequest { name: "web".to_owned(), mode: v1::Mode::Open.into(), ..Default::default() };
-    assert_eq!(vms.update_vm(open).await.unwrap_err().code(), Code::InvalidArgument);
+    assert_eq!(
+        vms.update_vm(update(&etag)).await.unwrap_err().code(),
+        Code::Aborted
+    );
+    let open = v1::UpdateVmRequest {
+        name: "web".to_owned(),
+        mode: v1::Mode::Open.into(),
+        ..Default::default()
+    };
+    assert_eq!(
+        vms.update_vm(open).await.unwrap_err().code(),
+        Code::InvalidArgument
+    );
 }
 
 #[test]
@@ -314,5 +470,50 @@ fn pages_go_on_where_the_last_one_ended() {
     let (shown, token) = super::page(items(), 2, "", key);
     assert_eq!((shown, token.as_str()), (vec!["a", "b"], "b"));
     // "b" may be gone by then, and "c" come.
-    assert_eq!(super::page(vec!["a", "c", "d"], 2, &token, key), (vec!["c", "d"], String::new()));
+    assert_eq!(
+        super::page(vec!["a", "c", "d"], 2, &token, key),
+        (vec!["c", "d"], String::new())
+    );
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+#[ignore = "a measurement: cargo test --release -p vnet-controlplane --lib -- --ignored --nocapture misses"]
+async fn misses_are_answered_quickly() {
+    const MISSES: u64 = 20_000;
+    let served = Served::start(false).await;
+    served
+        .rig
+        .apply("defaultAction: deny\nrules:\n  - {action: allow, ports: [443], protocol: tcp}\n");
+    let (say, mut told) = served.session(hello(1, vec![vm_up(1, "web")])).await;
+    next(&mut told).await;
+    let mut one_by_one = Vec::new();
+    for id in 1..=2_000 {
+        let asked = std::time::Instant::now();
+        say.send(miss(id, &flow("192.0.2.7:443", &[]))).await.unwrap();
+        let Told::Verdict(_) = next(&mut told).await else {
+            panic!("no verdict")
+        };
+        one_by_one.push(asked.elapsed());
+    }
+    one_by_one.sort();
+    let started = std::time::Instant::now();
+    let sender = tokio::spawn(async move {
+        for id in 0..MISSES {
+            say.send(miss(10_000 + id, &flow("192.0.2.7:443", &[])))
+                .await
+                .unwrap();
+        }
+        say
+    });
+    for _ in 0..MISSES {
+        let Told::Verdict(_) = next(&mut told).await else {
+            panic!("no verdict")
+        };
+    }
+    let rate = MISSES as f64 / started.elapsed().as_secs_f64();
+    drop(sender.await.unwrap());
+    println!(
+        "p50 {:?} p99 {:?}, {rate:.0} misses/s",
+        one_by_one[1_000], one_by_one[1_980]
+    );
 }

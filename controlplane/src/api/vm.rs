@@ -17,12 +17,14 @@ impl VmService for Api {
     ) -> Result<Response<v1::ListVmsResponse>, Status> {
         let request = request.into_inner();
         let vms = self.hub.vms(selector(request.vms)?.as_ref());
-        let (vms, next_page_token) =
-            page(vms, request.page_size, &request.page_token, |vm| vm.name.clone());
+        let (vms, next_page_token) = page(vms, request.page_size, &request.page_token, |vm| vm.name.clone());
         Ok(Response::new(v1::ListVmsResponse { vms, next_page_token }))
     }
 
-    async fn get_vm(&self, request: Request<v1::GetVmRequest>) -> Result<Response<v1::GetVmResponse>, Status> {
+    async fn get_vm(
+        &self,
+        request: Request<v1::GetVmRequest>,
+    ) -> Result<Response<v1::GetVmResponse>, Status> {
         let vm = self.hub.vm(&request.into_inner().name)?;
         Ok(Response::new(v1::GetVmResponse { vm: Some(vm) }))
     }
@@ -34,7 +36,10 @@ impl VmService for Api {
         let actor = actor(&request);
         let request = request.into_inner();
         let mode = v1::Mode::try_from(request.mode)
-            .map_err(|_| Malformed::Enum { field: "mode", value: request.mode })
+            .map_err(|_| Malformed::Enum {
+                field: "mode",
+                value: request.mode,
+            })
             .and_then(Option::<Mode>::try_from)
             .map_err(Refusal::from)?;
         if mode.is_none() && request.labels.is_empty() {
@@ -59,7 +64,10 @@ impl VmService for Api {
         request: Request<v1::WatchVmsRequest>,
     ) -> Result<Response<Self::WatchVmsStream>, Status> {
         let watch = self.hub.watch_vms(selector(request.into_inner().vms)?)?;
-        let gap = |_| v1::WatchVmsResponse { change: v1::VmChange::Gap.into(), vm: None };
+        let gap = |_| v1::WatchVmsResponse {
+            change: v1::VmChange::Gap.into(),
+            vm: None,
+        };
         Ok(Response::new(stream(watch, gap)))
     }
 }

@@ -95,12 +95,24 @@ impl Hub {
         self.read(|state, _| {
             let view = match vm {
                 "" => None,
-                name => Some(state.fleet.vms.get(name).map(|vm| vm.view.clone()).ok_or_else(|| {
-                    Refusal::NotFound(format!("there is no VM {name:?}; list them with: vnetctl vm list"))
-                })?),
+                name => Some(
+                    state
+                        .fleet
+                        .vms
+                        .get(name)
+                        .map(|vm| vm.view.clone())
+                        .ok_or_else(|| {
+                            Refusal::NotFound(format!(
+                                "there is no VM {name:?}; list them with: vnetctl vm list"
+                            ))
+                        })?,
+                ),
             };
             let all = state.grants.newest_first().into_iter();
-            Ok(all.filter(|g| view.as_ref().is_none_or(|v| g.reaches(v))).map(|g| convert::grant(g)).collect())
+            Ok(all
+                .filter(|g| view.as_ref().is_none_or(|v| g.reaches(v)))
+                .map(|g| convert::grant(g))
+                .collect())
         })
     }
 
@@ -124,10 +136,18 @@ impl Hub {
     pub fn revoke_grant(&self, prefix: &str, actor: &str) -> Result<(v1::Grant, Ticket, Durable), Refusal> {
         let (result, durable) = self.with(|state, now| {
             let id = state.grants.find(prefix)?.id.clone();
-            let grant = state.grants.remove(&id).ok_or_else(|| Refusal::NotFound(id.0.clone()))?;
+            let grant = state
+                .grants
+                .remove(&id)
+                .ok_or_else(|| Refusal::NotFound(id.0.clone()))?;
             state.grant_ended(now, &grant, "it was revoked", actor);
             let ticket = state.ticket();
-            state.change(now, Some(&ticket), |vm| grant.reaches(&vm.view), "its grant was revoked");
+            state.change(
+                now,
+                Some(&ticket),
+                |vm| grant.reaches(&vm.view),
+                "its grant was revoked",
+            );
             Ok((convert::grant(&grant), ticket))
         });
         result.map(|(grant, ticket)| (grant, ticket, durable))
@@ -148,7 +168,10 @@ impl State {
             self.fresh_grant_id(),
             action,
             target,
-            reply.vms.clone().unwrap_or_else(|| VmSelector::named(asker.name.clone())),
+            reply
+                .vms
+                .clone()
+                .unwrap_or_else(|| VmSelector::named(asker.name.clone())),
             reply.lifetime.unwrap_or(Lifetime::UntilVmStops),
             Budget::default(),
             reply.actor.to_owned(),
@@ -187,7 +210,10 @@ impl State {
         self.take_up(now, answered.changes);
         self.decide_pending(now);
         let request = convert::request(self.pending.find(&id.0)?);
-        Ok((request, convert::grant(self.grants.get(&grant_id).unwrap_or(&grant))))
+        Ok((
+            request,
+            convert::grant(self.grants.get(&grant_id).unwrap_or(&grant)),
+        ))
     }
 
     fn create_grant(
@@ -224,7 +250,8 @@ impl State {
             if self.request_ids.len() >= REQUEST_IDS_MAX {
                 self.request_ids.pop_front();
             }
-            self.request_ids.push_back((new.request_id.to_owned(), message.clone()));
+            self.request_ids
+                .push_back((new.request_id.to_owned(), message.clone()));
         }
         let ticket = self.ticket();
         let reaches = |vm: &crate::fleet::Vm| grant.reaches(&vm.view);
@@ -248,12 +275,19 @@ impl State {
         if grant.lifetime != Lifetime::UntilVmStops {
             return Ok(());
         }
-        let selected = self.fleet.vms.values().filter(|vm| grant.vms.matches(&vm.view.name, &vm.view.labels));
+        let selected = self
+            .fleet
+            .vms
+            .values()
+            .filter(|vm| grant.vms.matches(&vm.view.name, &vm.view.labels));
         grant.instances = selected.map(|vm| vm.view.instance.clone()).collect();
         if grant.instances.is_empty() {
             return Err(Refusal::Precondition {
                 reason: "NO_VM",
-                text: format!("no VM is attached that {} selects, so none can stop; choose another lifetime", grant.vms),
+                text: format!(
+                    "no VM is attached that {} selects, so none can stop; choose another lifetime",
+                    grant.vms
+                ),
             });
         }
         Ok(())
@@ -263,7 +297,9 @@ impl State {
     fn check_overruled(&mut self, grant: &Grant) -> Result<(), Refusal> {
         let mut rule = None;
         for vm in self.fleet.vms.values().filter(|vm| grant.reaches(&vm.view)) {
-            let Some(dataplane) = self.fleet.dataplanes.get(&vm.dataplane) else { continue };
+            let Some(dataplane) = self.fleet.dataplanes.get(&vm.dataplane) else {
+                continue;
+            };
             match overruled_by(&context(vm, &dataplane.guarded, None), grant) {
                 Some(found) => rule = Some((found, vm.view.name.clone())),
                 None => return Ok(()),
@@ -273,7 +309,10 @@ impl State {
             None => Ok(()),
             Some((rule, vm)) => Err(Refusal::Precondition {
                 reason: "OVERRULED",
-                text: format!("{rule} denies {} for VM {vm}, and no grant overrules a rule; change the policy", grant.target),
+                text: format!(
+                    "{rule} denies {} for VM {vm}, and no grant overrules a rule; change the policy",
+                    grant.target
+                ),
             }),
         }
     }
@@ -284,18 +323,24 @@ impl State {
             self.writes.push(Write::PutGrant(convert::to_store(grant)));
         }
         let vm = grant.vms.name().unwrap_or_default();
-        let text = format!("grant {}: {} {} for {}", grant.id, grant.action, grant.target, grant.vms);
+        let text = format!(
+            "grant {}: {} {} for {}",
+            grant.id, grant.action, grant.target, grant.vms
+        );
         let event = about(v1::EventKind::GrantCreated, vm, text);
-        self.event(now, v1::Event {
-            subject: grant.id.0.clone(),
-            actor: actor.to_owned(),
-            action: match grant.action {
-                GrantAction::Allow => v1::Action::Allow,
-                GrantAction::Deny => v1::Action::Deny,
-            }
-            .into(),
-            ..event
-        });
+        self.event(
+            now,
+            v1::Event {
+                subject: grant.id.0.clone(),
+                actor: actor.to_owned(),
+                action: match grant.action {
+                    GrantAction::Allow => v1::Action::Allow,
+                    GrantAction::Deny => v1::Action::Deny,
+                }
+                .into(),
+                ..event
+            },
+        );
     }
 }
 

@@ -85,7 +85,9 @@ impl Hub {
 impl State {
     fn is_current(&self, key: SessionKey) -> bool {
         let dataplane = self.fleet.dataplanes.get(&key.dataplane);
-        dataplane.and_then(|d| d.link.as_ref()).is_some_and(|link| link.session == key.session)
+        dataplane
+            .and_then(|d| d.link.as_ref())
+            .is_some_and(|link| link.session == key.session)
     }
 
     fn attach(&mut self, now: Now, hello: v1::Hello) -> Result<Attachment, Status> {
@@ -97,16 +99,27 @@ impl State {
         }
         if hello.boot_id.len() != 16 {
             let length = hello.boot_id.len();
-            return Err(Status::invalid_argument(format!("boot_id is {length} bytes long (expected 16)")));
+            return Err(Status::invalid_argument(format!(
+                "boot_id is {length} bytes long (expected 16)"
+            )));
         }
         // Everything is read before anything is changed.
         let subnet = optional("subnet", &hello.subnet, |t| t.parse::<ipnet::IpNet>().ok())?;
         let host_alias = optional("host_alias", &hello.host_alias, |t| t.parse::<IpAddr>().ok())?;
         let host = hello.host_addresses.clone().unwrap_or_default();
         let host_addresses = host_addresses(&host).map_err(malformed)?;
-        let ups = hello.vms.into_iter().map(VmFacts::read).collect::<Result<Vec<_>, _>>()?;
+        let ups = hello
+            .vms
+            .into_iter()
+            .map(VmFacts::read)
+            .collect::<Result<Vec<_>, _>>()?;
 
-        let known = self.fleet.dataplanes.iter().find(|(_, d)| d.boot_id == hello.boot_id).map(|(n, _)| *n);
+        let known = self
+            .fleet
+            .dataplanes
+            .iter()
+            .find(|(_, d)| d.boot_id == hello.boot_id)
+            .map(|(n, _)| *n);
         let number = match known {
             Some(number) => number,
             None if self.fleet.dataplanes.len() >= DATAPLANES_MAX => {
@@ -120,7 +133,12 @@ impl State {
                 self.last_dataplane
             }
         };
-        let taken = |name: &str| self.fleet.dataplanes.iter().any(|(n, d)| *n != number && d.name == name);
+        let taken = |name: &str| {
+            self.fleet
+                .dataplanes
+                .iter()
+                .any(|(n, d)| *n != number && d.name == name)
+        };
         let mut name = hello.dataplane.clone();
         let mut suffix = 2;
         while taken(&name) {
@@ -129,7 +147,10 @@ impl State {
         }
 
         self.last_session += 1;
-        let key = SessionKey { dataplane: number, session: self.last_session };
+        let key = SessionKey {
+            dataplane: number,
+            session: self.last_session,
+        };
         let (outbox, messages) = mpsc::channel(OUTBOX_MAX);
         let (end, ended) = oneshot::channel();
         let previous = self.fleet.dataplanes.remove(&number);
@@ -137,7 +158,11 @@ impl State {
             name,
             boot_id: hello.boot_id,
             network: hello.network,
-            link: Some(Link { session: key.session, outbox, end: Some(end) }),
+            link: Some(Link {
+                session: key.session,
+                outbox,
+                end: Some(end),
+            }),
             lost_at: None,
             epoch: self.epoch,
             subnet,
@@ -158,20 +183,35 @@ impl State {
             dataplane.last_command = previous.last_command;
             dataplane.vms = std::mem::take(&mut previous.vms);
             old_flows = std::mem::take(&mut previous.flows);
-            let stranded = Dataplane { vms: HashMap::new(), flows: HashMap::new(), ..previous };
+            let stranded = Dataplane {
+                vms: HashMap::new(),
+                flows: HashMap::new(),
+                ..previous
+            };
             self.fleet.dataplanes.insert(number, stranded);
             self.give_up_outstanding(number);
         }
-        let gone: Vec<VmId> =
-            dataplane.vms.keys().copied().filter(|h| !ups.iter().any(|up| up.handle == *h)).collect();
+        let gone: Vec<VmId> = dataplane
+            .vms
+            .keys()
+            .copied()
+            .filter(|h| !ups.iter().any(|up| up.handle == *h))
+            .collect();
         let text = format!("dataplane {} connected", dataplane.name);
-        tracing::info!(dataplane = dataplane.name, network = dataplane.network, "dataplane connected");
+        tracing::info!(
+            dataplane = dataplane.name,
+            network = dataplane.network,
+            "dataplane connected"
+        );
         self.fleet.dataplanes.insert(number, dataplane);
-        self.event(now, v1::Event {
-            kind: v1::EventKind::DataplaneConnected.into(),
-            text,
-            ..Default::default()
-        });
+        self.event(
+            now,
+            v1::Event {
+                kind: v1::EventKind::DataplaneConnected.into(),
+                text,
+                ..Default::default()
+            },
+        );
         for handle in gone {
             self.vm_down(now, number, handle);
         }
@@ -184,23 +224,36 @@ impl State {
         }
         let mut settings = Vec::new();
         for up in ups {
-            settings.push(self.vm_up(now, number, up)?);
+            match self.vm_up(now, number, up) {
+                Ok(one) => settings.push(one),
+                Err(status) => {
+                    self.session_lost(now, number);
+                    return Err(status);
+                }
+            }
         }
-        self.send(number, v1::session_response::Message::Welcome(v1::Welcome {
-            epoch: Some(self.epoch.into()),
-            lease: convert::span(LEASE),
-            heartbeat_interval: convert::span(HEARTBEAT),
-            hold: convert::span(HOLD),
-            vms: settings,
-            closed_addresses: Vec::new(),
-        }));
+        self.send(
+            number,
+            v1::session_response::Message::Welcome(v1::Welcome {
+                epoch: Some(self.epoch.into()),
+                lease: convert::span(LEASE),
+                heartbeat_interval: convert::span(HEARTBEAT),
+                hold: convert::span(HOLD),
+                vms: settings,
+                closed_addresses: Vec::new(),
+            }),
+        );
         for flow in hello.live_flows {
             self.count_malformed(|state| state.handle_flow_opened(now, number, flow));
         }
         for binding in hello.bindings {
             self.count_malformed(|state| state.handle_binding(now, number, binding));
         }
-        Ok(Attachment { key, outbox: messages, end: ended })
+        Ok(Attachment {
+            key,
+            outbox: messages,
+            end: ended,
+        })
     }
 
     fn handle(&mut self, now: Now, number: DataplaneNo, message: Message) -> Result<(), Status> {
@@ -230,8 +283,15 @@ impl State {
                 self.count_malformed(|state| state.handle_binding(now, number, binding));
             }
             Message::VmUp(up) => {
-                let settings = self.vm_up(now, number, VmFacts::read(up)?)?;
+                let facts = VmFacts::read(up)?;
+                let again = self.fleet.vm_of(number, facts.handle).is_some();
+                let settings = self.vm_up(now, number, facts)?;
+                let name = settings.name.clone();
                 self.send(number, v1::session_response::Message::VmSettings(settings));
+                if again {
+                    // It may have brought another policy, mode or labels than before.
+                    self.change(now, None, |vm| vm.view.name == name, "the VM attached anew");
+                }
             }
             Message::VmStatus(status) => self.vm_status(now, number, status),
             Message::VmDown(down) => self.vm_down(now, number, VmId(down.vm)),
@@ -283,7 +343,9 @@ impl State {
         }
         if known.is_none() && self.fleet.vms.len() >= VMS_MAX {
             self.metrics.limits_reached.add(1);
-            return Err(Status::resource_exhausted(format!("{VMS_MAX} VMs are known, which is the limit")));
+            return Err(Status::resource_exhausted(format!(
+                "{VMS_MAX} VMs are known, which is the limit"
+            )));
         }
         let name = known.clone().unwrap_or_else(|| self.fleet.free_name(&up.name));
         // All but quarantine was set for one attachment.
@@ -293,7 +355,11 @@ impl State {
         } else {
             let quarantined = set.mode == v1::Mode::Quarantine;
             crate::store::StoredVm {
-                mode: if quarantined { v1::Mode::Quarantine } else { v1::Mode::Unspecified },
+                mode: if quarantined {
+                    v1::Mode::Quarantine
+                } else {
+                    v1::Mode::Unspecified
+                },
                 ..Default::default()
             }
         };
@@ -301,10 +367,15 @@ impl State {
             waiting.remove(&instance.0);
         }
         let labels = Vm::merged_labels(&up.labels, &set);
-        let view = VmView { name: name.clone(), labels, instance };
+        let view = VmView {
+            name: name.clone(),
+            labels,
+            instance,
+        };
         let old = self.fleet.vms.remove(&name);
-        let (live_flows, bindings, denied) =
-            old.map(|vm| (vm.live_flows, vm.bindings, vm.denied)).unwrap_or_default();
+        let (live_flows, bindings, denied) = old
+            .map(|vm| (vm.live_flows, vm.bindings, vm.denied))
+            .unwrap_or_default();
         let effective = Arc::new(Effective::compose(&view, None, None, Modes::default()));
         let vm = Vm {
             view,
@@ -329,18 +400,30 @@ impl State {
             bindings,
             denied,
         };
-        let vm = Vm { grants: self.grants.for_vm(&vm.view), ..vm };
+        let effective = Arc::new(self.compose(&vm));
+        let vm = Vm {
+            grants: self.grants.for_vm(&vm.view),
+            effective,
+            ..vm
+        };
         self.fleet.vms.insert(name.clone(), vm);
         if let Some(dataplane) = self.fleet.dataplanes.get_mut(&number) {
             dataplane.vms.insert(up.handle, name.clone());
         }
-        self.recompose(&name);
         if known.is_none() {
-            self.event(now, about(v1::EventKind::VmAttached, &name, format!("{name} attached")));
+            self.event(
+                now,
+                about(v1::EventKind::VmAttached, &name, format!("{name} attached")),
+            );
         }
-        let change = if known.is_none() { v1::VmChange::Added } else { v1::VmChange::Updated };
+        let change = if known.is_none() {
+            v1::VmChange::Added
+        } else {
+            v1::VmChange::Updated
+        };
         self.publish_vm(change, &name);
-        self.settings_of(&name).ok_or_else(|| Status::internal("the VM is not there"))
+        self.settings_of(&name)
+            .ok_or_else(|| Status::internal("the VM is not there"))
     }
 
     /// What a VM's dataplane must know of how it is treated.
@@ -356,7 +439,12 @@ impl State {
     }
 
     fn vm_status(&mut self, now: Now, number: DataplaneNo, status: v1::VmStatus) {
-        let name = self.fleet.dataplanes.get(&number).and_then(|d| d.vms.get(&VmId(status.vm))).cloned();
+        let name = self
+            .fleet
+            .dataplanes
+            .get(&number)
+            .and_then(|d| d.vms.get(&VmId(status.vm)))
+            .cloned();
         let Some(vm) = name.as_ref().and_then(|name| self.fleet.vms.get_mut(name)) else {
             self.metrics.stray.add(1);
             return;
@@ -369,10 +457,16 @@ impl State {
         let name = vm.view.name.clone();
         match (was_attached, status.attached) {
             (true, false) => {
-                self.event(now, about(v1::EventKind::VmDetached, &name, format!("{name} detached")));
+                self.event(
+                    now,
+                    about(v1::EventKind::VmDetached, &name, format!("{name} detached")),
+                );
             }
             (false, true) => {
-                self.event(now, about(v1::EventKind::VmAttached, &name, format!("{name} attached")));
+                self.event(
+                    now,
+                    about(v1::EventKind::VmAttached, &name, format!("{name} attached")),
+                );
             }
             _ => {}
         }
@@ -381,7 +475,9 @@ impl State {
 
     /// A VM's link is gone for good.
     fn vm_down(&mut self, now: Now, number: DataplaneNo, handle: VmId) {
-        let Some(dataplane) = self.fleet.dataplanes.get_mut(&number) else { return };
+        let Some(dataplane) = self.fleet.dataplanes.get_mut(&number) else {
+            return;
+        };
         let Some(name) = dataplane.vms.remove(&handle) else {
             self.metrics.stray.add(1);
             return;
@@ -390,15 +486,22 @@ impl State {
         for (_, flow) in flows {
             self.flow_ended(now, flow, v1::FlowEnd::VmDown);
         }
-        let Some(instance) = self.fleet.vms.get(&name).map(|vm| vm.view.instance.clone()) else { return };
+        let Some(instance) = self.fleet.vms.get(&name).map(|vm| vm.view.instance.clone()) else {
+            return;
+        };
         self.instance_stopped(now, &instance);
         self.publish_vm(v1::VmChange::Removed, &name);
         self.fleet.vms.remove(&name);
-        self.event(now, about(v1::EventKind::VmDetached, &name, format!("{name} is gone")));
+        self.event(
+            now,
+            about(v1::EventKind::VmDetached, &name, format!("{name} is gone")),
+        );
     }
 
     fn session_lost(&mut self, now: Now, number: DataplaneNo) {
-        let Some(dataplane) = self.fleet.dataplanes.get_mut(&number) else { return };
+        let Some(dataplane) = self.fleet.dataplanes.get_mut(&number) else {
+            return;
+        };
         dataplane.link = None;
         dataplane.lost_at = Some(now.steady);
         let name = dataplane.name.clone();
@@ -411,20 +514,32 @@ impl State {
             }
             self.publish_vm(v1::VmChange::Updated, &vm);
         }
-        self.event(now, v1::Event {
-            kind: v1::EventKind::DataplaneLost.into(),
-            text: format!("the session of dataplane {name} ended"),
-            ..Default::default()
-        });
-        if self.fleet.dataplanes.get(&number).is_some_and(|d| d.vms.is_empty()) {
+        self.event(
+            now,
+            v1::Event {
+                kind: v1::EventKind::DataplaneLost.into(),
+                text: format!("the session of dataplane {name} ended"),
+                ..Default::default()
+            },
+        );
+        if self
+            .fleet
+            .dataplanes
+            .get(&number)
+            .is_some_and(|d| d.vms.is_empty())
+        {
             self.remove_dataplane(now, number);
         }
     }
 
     /// A lost dataplane's time is over.
     pub(super) fn remove_dataplane(&mut self, now: Now, number: DataplaneNo) {
-        let handles: Vec<VmId> =
-            self.fleet.dataplanes.get(&number).map(|d| d.vms.keys().copied().collect()).unwrap_or_default();
+        let handles: Vec<VmId> = self
+            .fleet
+            .dataplanes
+            .get(&number)
+            .map(|d| d.vms.keys().copied().collect())
+            .unwrap_or_default();
         for handle in handles {
             self.vm_down(now, number, handle);
         }
@@ -456,7 +571,10 @@ impl VmFacts {
             .transpose()
             .map_err(|e| Status::from(crate::refusal::Refusal::Document(e)))?;
         let mode = v1::Mode::try_from(up.mode)
-            .map_err(|_| Malformed::Enum { field: "vm_up.mode", value: up.mode })
+            .map_err(|_| Malformed::Enum {
+                field: "vm_up.mode",
+                value: up.mode,
+            })
             .and_then(Option::<Mode>::try_from)
             .map_err(malformed)?;
         let patience = up.resolver_patience.and_then(|p| Duration::try_from(p).ok());
@@ -486,7 +604,11 @@ fn optional<T>(field: &str, text: &str, parse: impl FnOnce(&str) -> Option<T>) -
 }
 
 fn host_addresses(message: &v1::HostAddresses) -> Result<Vec<IpAddr>, Malformed> {
-    message.addresses.iter().map(|a| address_from_bytes("host_addresses.addresses", a)).collect()
+    message
+        .addresses
+        .iter()
+        .map(|a| address_from_bytes("host_addresses.addresses", a))
+        .collect()
 }
 
 fn malformed(error: Malformed) -> Status {

@@ -37,9 +37,14 @@ impl Hub {
             self.metrics.changes_unacknowledged.add(1);
         }
         self.read(|state, _| {
-            let Some(change) = state.changes.remove(&ticket.id) else { return v1::CutReport::default() };
+            let Some(change) = state.changes.remove(&ticket.id) else {
+                return v1::CutReport::default();
+            };
             let mut silent = change.silent;
-            let names = change.waiting.keys().filter_map(|n| state.fleet.dataplanes.get(n));
+            let names = change
+                .waiting
+                .keys()
+                .filter_map(|n| state.fleet.dataplanes.get(n));
             silent.extend(names.map(|d| d.name.clone()));
             silent.sort();
             silent.dedup();
@@ -57,8 +62,17 @@ impl State {
     pub(super) fn ticket(&mut self) -> Ticket {
         let (done, wait) = oneshot::channel();
         self.last_change += 1;
-        self.changes.insert(self.last_change, Change { done: Some(done), ..Change::default() });
-        Ticket { id: self.last_change, done: wait }
+        self.changes.insert(
+            self.last_change,
+            Change {
+                done: Some(done),
+                ..Change::default()
+            },
+        );
+        Ticket {
+            id: self.last_change,
+            done: wait,
+        }
     }
 
     /// Something that concerns these VMs changed, and everything that it changed is in place.
@@ -84,7 +98,12 @@ impl State {
         let epoch = self.epoch;
         let vms = &self.fleet.vms;
         for (number, dataplane) in &mut self.fleet.dataplanes {
-            if !dataplane.vms.values().filter_map(|name| vms.get(name)).any(&concerns) {
+            if !dataplane
+                .vms
+                .values()
+                .filter_map(|name| vms.get(name))
+                .any(&concerns)
+            {
                 continue;
             }
             dataplane.epoch = epoch;
@@ -100,8 +119,13 @@ impl State {
 
     /// Cuts live flows of these VMs that are no longer allowed.
     pub(super) fn cut_disallowed(&mut self, id: Option<u64>, concerns: impl Fn(&Vm) -> bool, text: &str) {
-        let names: Vec<String> =
-            self.fleet.vms.values().filter(|vm| concerns(vm)).map(|vm| vm.view.name.clone()).collect();
+        let names: Vec<String> = self
+            .fleet
+            .vms
+            .values()
+            .filter(|vm| concerns(vm))
+            .map(|vm| vm.view.name.clone())
+            .collect();
         for name in &names {
             self.refresh_grants(name);
         }
@@ -125,7 +149,9 @@ impl State {
 
     /// Cuts flows.
     pub(super) fn cut(&mut self, id: Option<u64>, number: DataplaneNo, flows: Vec<FlowId>, text: &str) {
-        let Some(dataplane) = self.fleet.dataplanes.get_mut(&number) else { return };
+        let Some(dataplane) = self.fleet.dataplanes.get_mut(&number) else {
+            return;
+        };
         self.metrics.flows_cut.add(flows.len() as u64);
         let command = dataplane.next_command();
         let message = v1::session_response::Message::Cut(v1::Cut {
@@ -148,15 +174,20 @@ impl State {
             super::decide::decide(fleet, &view.name, subject)
                 .is_none_or(|decision| decision.outcome == Outcome::Ask)
         });
-        let closed =
-            changes.changes.iter().filter(|c| matches!(c, crate::approval::Change::Removed(_))).count();
+        let closed = changes
+            .changes
+            .iter()
+            .filter(|c| matches!(c, crate::approval::Change::Removed(_)))
+            .count();
         self.take_up(now, changes);
         closed
     }
 
     /// A dataplane did, or refused, what it was told.
     pub(super) fn handle_ack(&mut self, now: Now, number: DataplaneNo, ack: v1::Ack) {
-        let Some(dataplane) = self.fleet.dataplanes.get_mut(&number) else { return };
+        let Some(dataplane) = self.fleet.dataplanes.get_mut(&number) else {
+            return;
+        };
         match dataplane.outstanding.remove(&CommandId(ack.command_id)) {
             None => self.metrics.stray.add(1),
             Some(Outstanding::Change(None)) => {}
@@ -169,19 +200,27 @@ impl State {
                         *left -= 1;
                         if *left == 0 {
                             change.waiting.remove(&number);
-                            if refused { change.silent.push(name) } else { change.acknowledged += 1 }
+                            if refused {
+                                change.silent.push(name)
+                            } else {
+                                change.acknowledged += 1
+                            }
                         }
                     }
                 }
                 self.finish_if_done(id);
             }
-            Some(Outstanding::Command { command, reply }) => self.command_done(now, number, command, reply, ack),
+            Some(Outstanding::Command { command, reply }) => {
+                self.command_done(now, number, command, reply, ack)
+            }
         }
     }
 
     /// A dataplane's session is gone: what it did not acknowledge, it will not.
     pub(super) fn give_up_outstanding(&mut self, number: DataplaneNo) {
-        let Some(dataplane) = self.fleet.dataplanes.get_mut(&number) else { return };
+        let Some(dataplane) = self.fleet.dataplanes.get_mut(&number) else {
+            return;
+        };
         let name = dataplane.name.clone();
         let outstanding: Vec<Outstanding> = dataplane.outstanding.drain().map(|(_, o)| o).collect();
         for item in outstanding {
@@ -215,7 +254,13 @@ impl State {
         let outstanding = &self.fleet.dataplanes.get(&number)?.outstanding;
         outstanding
             .values()
-            .filter_map(|o| if let Outstanding::Change(id) = o { *id } else { None })
+            .filter_map(|o| {
+                if let Outstanding::Change(id) = o {
+                    *id
+                } else {
+                    None
+                }
+            })
             .max()
     }
 }
@@ -251,13 +296,17 @@ impl Dataplane {
     /// Leaves a message to the session; false if it is lost, or was ended for reading too slowly.
     pub(super) fn send(&mut self, message: v1::session_response::Message) -> bool {
         let Some(link) = &mut self.link else { return false };
-        let response = v1::SessionResponse { message: Some(message) };
+        let response = v1::SessionResponse {
+            message: Some(message),
+        };
         if self.outstanding.len() < OUTSTANDING_MAX && link.outbox.try_send(response).is_ok() {
             return true;
         }
         if let Some(end) = link.end.take() {
             // Its task may have ended by itself, which is as well.
-            let _ = end.send(tonic::Status::resource_exhausted("the dataplane reads too slowly"));
+            let _ = end.send(tonic::Status::resource_exhausted(
+                "the dataplane reads too slowly",
+            ));
         }
         false
     }

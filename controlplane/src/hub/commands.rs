@@ -34,7 +34,9 @@ impl Hub {
         })?;
         match tokio::time::timeout(COMMAND_WAIT, wait).await {
             Ok(Ok(answer)) => answer,
-            Ok(Err(_)) => Err(Refusal::Unavailable("the dataplane was lost before it answered".to_owned())),
+            Ok(Err(_)) => Err(Refusal::Unavailable(
+                "the dataplane was lost before it answered".to_owned(),
+            )),
             Err(_) => Err(Refusal::Unavailable("the dataplane does not answer".to_owned())),
         }
     }
@@ -45,10 +47,15 @@ impl Hub {
             let mut forwards: Vec<v1::Forward> = state
                 .networks(network)
                 .flat_map(|d| {
-                    d.forwards.iter().map(|f| v1::Forward { network: d.network.clone(), ..f.clone() })
+                    d.forwards.iter().map(|f| v1::Forward {
+                        network: d.network.clone(),
+                        ..f.clone()
+                    })
                 })
                 .collect();
-            forwards.sort_by(|a, b| (&a.network, a.protocol, &a.listen).cmp(&(&b.network, b.protocol, &b.listen)));
+            forwards.sort_by(|a, b| {
+                (&a.network, a.protocol, &a.listen).cmp(&(&b.network, b.protocol, &b.listen))
+            });
             forwards
         })
     }
@@ -58,7 +65,12 @@ impl Hub {
         self.read(|state, _| {
             state
                 .networks(network)
-                .flat_map(|d| d.zones.iter().map(|z| v1::Zone { network: d.network.clone(), ..z.clone() }))
+                .flat_map(|d| {
+                    d.zones.iter().map(|z| v1::Zone {
+                        network: d.network.clone(),
+                        ..z.clone()
+                    })
+                })
                 .collect()
         })
     }
@@ -67,12 +79,13 @@ impl Hub {
     pub fn bindings(&self, filter: Option<&VmSelector>) -> Vec<v1::Binding> {
         self.read(|state, _| {
             let of_vm = |vm: &Vm| -> Vec<v1::Binding> {
-                let message = |(name, binding): (&vnet_proto::model::Name, &crate::fleet::Binding)| v1::Binding {
-                    vm: vm.view.name.clone(),
-                    name: name.to_string(),
-                    addresses: binding.addresses.iter().map(ToString::to_string).collect(),
-                    expires_at: convert::timestamp(binding.expires_at),
-                };
+                let message =
+                    |(name, binding): (&vnet_proto::model::Name, &crate::fleet::Binding)| v1::Binding {
+                        vm: vm.view.name.clone(),
+                        name: name.to_string(),
+                        addresses: binding.addresses.iter().map(ToString::to_string).collect(),
+                        expires_at: convert::timestamp(binding.expires_at),
+                    };
                 vm.bindings.iter().map(message).collect()
             };
             state.selected(filter).flat_map(of_vm).collect()
@@ -84,7 +97,11 @@ impl Hub {
         self.read(|state, _| {
             let mut all: Vec<_> = state
                 .selected(filter)
-                .flat_map(|vm| vm.denied.iter().map(move |((name, kind), denied)| (vm, name, *kind, denied)))
+                .flat_map(|vm| {
+                    vm.denied
+                        .iter()
+                        .map(move |((name, kind), denied)| (vm, name, *kind, denied))
+                })
                 .collect();
             all.sort_by_key(|(_, _, _, denied)| std::cmp::Reverse(denied.last_at));
             all.into_iter()
@@ -104,7 +121,11 @@ impl Hub {
 impl State {
     fn networks<'a>(&'a self, network: &'a str) -> impl Iterator<Item = &'a crate::fleet::Dataplane> {
         let fits = move |d: &&crate::fleet::Dataplane| network.is_empty() || d.network == network;
-        self.fleet.dataplanes.values().filter(|d| d.link.is_some()).filter(fits)
+        self.fleet
+            .dataplanes
+            .values()
+            .filter(|d| d.link.is_some())
+            .filter(fits)
     }
 
     fn selected(&self, filter: Option<&VmSelector>) -> impl Iterator<Item = &Vm> {
@@ -123,12 +144,17 @@ impl State {
         let dataplane = self.fleet.dataplanes.get_mut(&number).ok_or_else(lost)?;
         let command = make(&dataplane.network);
         let id = dataplane.next_command();
-        let message = v1::Command { command_id: id.0, command: Some(command.clone()) };
+        let message = v1::Command {
+            command_id: id.0,
+            command: Some(command.clone()),
+        };
         if !dataplane.send(v1::session_response::Message::Command(message)) {
             return Err(lost());
         }
         let (reply, wait) = oneshot::channel();
-        dataplane.outstanding.insert(id, Outstanding::Command { command, reply });
+        dataplane
+            .outstanding
+            .insert(id, Outstanding::Command { command, reply });
         Ok(wait)
     }
 
@@ -142,7 +168,10 @@ impl State {
         ack: v1::Ack,
     ) {
         let answer = match &ack.error {
-            Some(error) => Err(Refusal::Dataplane { code: error.code, text: error.text.clone() }),
+            Some(error) => Err(Refusal::Dataplane {
+                code: error.code,
+                text: error.text.clone(),
+            }),
             None => {
                 self.command_took_effect(now, number, command, &ack);
                 Ok(ack)
@@ -153,7 +182,9 @@ impl State {
     }
 
     fn command_took_effect(&mut self, now: Now, number: DataplaneNo, command: Command, ack: &v1::Ack) {
-        let Some(dataplane) = self.fleet.dataplanes.get_mut(&number) else { return };
+        let Some(dataplane) = self.fleet.dataplanes.get_mut(&number) else {
+            return;
+        };
         let is = |a: &v1::Forward, b: &v1::Forward| a.protocol == b.protocol && a.listen == b.listen;
         let text = match command {
             Command::Expose(asked) => {
@@ -179,7 +210,10 @@ impl State {
                 return;
             }
         };
-        let event = v1::Event { subject: dataplane.network.clone(), ..about(v1::EventKind::ForwardChanged, "", text) };
+        let event = v1::Event {
+            subject: dataplane.network.clone(),
+            ..about(v1::EventKind::ForwardChanged, "", text)
+        };
         self.event(now, event);
     }
 }

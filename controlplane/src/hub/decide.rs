@@ -69,13 +69,20 @@ impl State {
     /// A dataplane's cache does not answer.
     pub(super) fn handle_miss(&mut self, now: Now, number: DataplaneNo, miss: Miss) {
         self.metrics.misses.add(1);
-        let name = self.fleet.dataplanes.get(&number).and_then(|d| d.vms.get(&miss.vm));
+        let name = self
+            .fleet
+            .dataplanes
+            .get(&number)
+            .and_then(|d| d.vms.get(&miss.vm));
         let Some(name) = name.cloned() else {
             self.metrics.stray.add(1);
             return;
         };
         self.refresh_grants(&name);
-        let miss_ref = MissRef { dataplane: number, miss: miss.id };
+        let miss_ref = MissRef {
+            dataplane: number,
+            miss: miss.id,
+        };
         if let Some(decision) = decide(&self.fleet, &name, &miss.subject) {
             self.carry_out(now, &name, miss_ref, miss.subject, miss.held, decision);
         }
@@ -84,7 +91,11 @@ impl State {
     /// A miss that no request holds any more.
     pub(super) fn decide_released(&mut self, now: Now, released: Released) {
         let name = released.vm.name;
-        let here = self.fleet.vms.get(&name).is_some_and(|vm| vm.view.instance == released.vm.instance);
+        let here = self
+            .fleet
+            .vms
+            .get(&name)
+            .is_some_and(|vm| vm.view.instance == released.vm.instance);
         if !here {
             return;
         }
@@ -116,8 +127,19 @@ impl State {
             };
             self.use_grant(now, id, what);
         }
-        self.decided(now, name, &subject, decision.outcome, &decision.reason, 1, decision.would_deny, false);
-        let expires_in = decision.expires_at.map(|end| end.duration_since(now.steady).unwrap_or_default());
+        self.decided(
+            now,
+            name,
+            &subject,
+            decision.outcome,
+            &decision.reason,
+            1,
+            decision.would_deny,
+            false,
+        );
+        let expires_in = decision
+            .expires_at
+            .map(|end| end.duration_since(now.steady).unwrap_or_default());
         self.send_verdict(miss, |epoch| Verdict {
             miss: miss.miss,
             action,
@@ -132,16 +154,10 @@ impl State {
         });
     }
 
-    fn ask(
-        &mut self,
-        now: Now,
-        name: &str,
-        miss: MissRef,
-        subject: Subject,
-        packets: u32,
-        reason: Reason,
-    ) {
-        let Some(vm) = self.fleet.vms.get(name) else { return };
+    fn ask(&mut self, now: Now, name: &str, miss: MissRef, subject: Subject, packets: u32, reason: Reason) {
+        let Some(vm) = self.fleet.vms.get(name) else {
+            return;
+        };
         let timeout = vm.effective.approval_timeout();
         let hold = match &subject {
             Subject::Flow(_) => timeout,
@@ -166,13 +182,20 @@ impl State {
                     .get(&id)
                     .and_then(|r| r.held.iter().rev().find(|h| h.miss == miss).map(|h| h.until));
                 let hold = until.map_or(hold, |end| end.duration_since(now.steady).unwrap_or_default());
-                self.send(miss.dataplane, v1::session_response::Message::Held(v1::Held {
-                    miss_id: miss.miss.0,
-                    pending_id: id.0,
-                    hold: convert::span(hold),
-                }));
+                self.send(
+                    miss.dataplane,
+                    v1::session_response::Message::Held(v1::Held {
+                        miss_id: miss.miss.0,
+                        pending_id: id.0,
+                        hold: convert::span(hold),
+                    }),
+                );
             }
-            AskOutcome::Refused { limit: _, count, reason } => {
+            AskOutcome::Refused {
+                limit: _,
+                count,
+                reason,
+            } => {
                 self.metrics.pending_refused.add(1);
                 if count == 1 {
                     let event = about(v1::EventKind::LimitReached, name, reason.text.clone());
@@ -220,7 +243,13 @@ impl State {
         if let (Subject::Lookup(lookup), false) = (subject, allowed)
             && let Some(vm) = self.fleet.vms.get_mut(name)
         {
-            vm.deny(lookup.name.clone(), lookup.query_type, reason.clone(), count, now.wall);
+            vm.deny(
+                lookup.name.clone(),
+                lookup.query_type,
+                reason.clone(),
+                count,
+                now.wall,
+            );
         }
         if !allowed {
             tracing::debug!(target: "flow", vm = name, reason = %reason, cached, "denied");
@@ -258,12 +287,19 @@ impl State {
 
     /// Whether a live flow may live on.
     pub(super) fn is_allowed(&self, number: DataplaneNo, flow: &LiveFlow) -> bool {
-        let Some(vm) = self.fleet.vms.get(&flow.vm) else { return false };
+        let Some(vm) = self.fleet.vms.get(&flow.vm) else {
+            return false;
+        };
         if flow.ingress {
             return !vm.effective.closes_forwards();
         }
-        let Some(dataplane) = self.fleet.dataplanes.get(&number) else { return false };
-        let peer = flow.subject.peer_vm.and_then(|handle| self.fleet.vm_of(number, handle));
+        let Some(dataplane) = self.fleet.dataplanes.get(&number) else {
+            return false;
+        };
+        let peer = flow
+            .subject
+            .peer_vm
+            .and_then(|handle| self.fleet.vm_of(number, handle));
         let decision = decide_flow(&context(vm, &dataplane.guarded, peer), &flow.subject);
         match decision.outcome {
             Outcome::Allow => true,
@@ -293,15 +329,28 @@ impl State {
 
     /// Records the end of a grant, and forgets it in the store.
     pub(super) fn grant_ended(&mut self, now: Now, grant: &Grant, why: &str, actor: &str) {
-        self.writes.push(crate::store::Write::DeleteGrant(grant.id.0.clone()));
+        self.writes
+            .push(crate::store::Write::DeleteGrant(grant.id.0.clone()));
         let vm = grant.vms.name().unwrap_or_default();
-        let text = format!("grant {} ({} {}) ended: {why}", grant.id, grant.action, grant.target);
+        let text = format!(
+            "grant {} ({} {}) ended: {why}",
+            grant.id, grant.action, grant.target
+        );
         let event = about(v1::EventKind::GrantEnded, vm, text);
-        self.event(now, v1::Event { subject: grant.id.0.clone(), actor: actor.to_owned(), ..event });
+        self.event(
+            now,
+            v1::Event {
+                subject: grant.id.0.clone(),
+                actor: actor.to_owned(),
+                ..event
+            },
+        );
     }
 
     fn send_verdict(&mut self, miss: MissRef, make: impl FnOnce(vnet_proto::model::Epoch) -> Verdict) {
-        let Some(dataplane) = self.fleet.dataplanes.get_mut(&miss.dataplane) else { return };
+        let Some(dataplane) = self.fleet.dataplanes.get_mut(&miss.dataplane) else {
+            return;
+        };
         let verdict = make(dataplane.epoch);
         self.metrics.verdicts.add(1);
         dataplane.send(v1::session_response::Message::Verdict((&verdict).into()));
@@ -327,7 +376,10 @@ impl State {
                 return;
             }
         };
-        let miss = MissRef { dataplane: number, miss: MissId(ended.miss_id) };
+        let miss = MissRef {
+            dataplane: number,
+            miss: MissId(ended.miss_id),
+        };
         let changes = self.pending.miss_ended(now.steady, miss, end);
         self.take_up(now, changes);
     }

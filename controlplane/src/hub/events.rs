@@ -45,7 +45,11 @@ pub(super) struct EventLog {
 
 impl EventLog {
     pub(super) fn new(sequence: u64, queue: usize, watches: usize) -> Self {
-        Self { sequence, watchers: Watchers::new(queue, watches), unrecorded: Vec::new() }
+        Self {
+            sequence,
+            watchers: Watchers::new(queue, watches),
+            unrecorded: Vec::new(),
+        }
     }
 
     pub(super) fn publish(&mut self, now: Now, fleet: &Fleet, metrics: &Metrics, mut event: v1::Event) {
@@ -54,7 +58,8 @@ impl EventLog {
         event.time = convert::timestamp(now.wall);
         metrics.events.add(1);
         if !self.watchers.is_empty() {
-            self.watchers.publish(|filter| filter.lets(&event, fleet).then(|| event.clone()));
+            self.watchers
+                .publish(|filter| filter.lets(&event, fleet).then(|| event.clone()));
         }
         self.unrecorded.push(event);
     }
@@ -68,7 +73,11 @@ impl Hub {
     pub fn watch_events(&self, filter: EventFilter) -> Result<(Watch<v1::Event>, u64), Refusal> {
         self.read(|state, _| {
             let sequence = state.events.sequence;
-            let watch = state.events.watchers.add(filter, []).ok_or_else(too_many_watches)?;
+            let watch = state
+                .events
+                .watchers
+                .add(filter, [])
+                .ok_or_else(too_many_watches)?;
             Ok((watch, sequence))
         })
     }
@@ -83,7 +92,12 @@ impl Hub {
 
 /// An event about a VM.
 pub(super) fn about(kind: v1::EventKind, vm: &str, text: impl Into<String>) -> v1::Event {
-    v1::Event { kind: kind.into(), vm: vm.to_owned(), text: text.into(), ..Default::default() }
+    v1::Event {
+        kind: kind.into(),
+        vm: vm.to_owned(),
+        text: text.into(),
+        ..Default::default()
+    }
 }
 
 /// Adds what a flow or lookup is to an event.
@@ -113,7 +127,12 @@ pub(super) fn pending_opened(request: &Request) -> v1::Event {
 }
 
 pub(super) fn pending_closed(request: &Request) -> v1::Event {
-    let text = format!("{} for {} is {}", request.vm.name, request.target(), request.state);
+    let text = format!(
+        "{} for {} is {}",
+        request.vm.name,
+        request.target(),
+        request.state
+    );
     let event = about(v1::EventKind::PendingClosed, &request.vm.name, text);
     let action = match request.state {
         PendingState::Approved => v1::Action::Allow,

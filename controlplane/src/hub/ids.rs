@@ -21,7 +21,10 @@ pub(super) fn counted(n: u64) -> String {
 
 fn text(bits: u64, digits: u32) -> String {
     // The lowest bits of a product are the poorest, so they come last.
-    (0..digits).rev().map(|i| char::from(DIGITS[(bits >> (5 * i)) as usize & 31])).collect()
+    (0..digits)
+        .rev()
+        .map(|i| char::from(DIGITS[(bits >> (5 * i)) as usize & 31]))
+        .collect()
 }
 
 #[cfg(test)]

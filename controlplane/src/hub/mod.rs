@@ -43,14 +43,14 @@ use crate::store::{Durable, Snapshot, StoredVm, Write, Writer};
 use crate::watch::{Watch, Watchers};
 
 pub use answers::{NewGrant, Reply};
-pub use attach::SessionKey;
 #[cfg(test)]
 pub(crate) use attach::Attachment;
+pub use attach::SessionKey;
 pub use change::Ticket;
 pub use events::EventFilter;
+pub(crate) use policies::DEFAULT;
 pub use policies::{Applied, Candidate};
 pub use vms::VmUpdate;
-pub(crate) use policies::DEFAULT;
 
 use change::Change;
 use events::EventLog;
@@ -120,7 +120,8 @@ impl Hub {
         secure_mode: bool,
     ) -> Result<Self, Refusal> {
         let now = clock.now();
-        let incarnation = getrandom::u64().map_err(|e| Refusal::Unavailable(format!("no randomness: {e}")))?;
+        let incarnation =
+            getrandom::u64().map_err(|e| Refusal::Unavailable(format!("no randomness: {e}")))?;
         let watches = || (WATCH_QUEUE_MAX, WATCHES_MAX);
         let mut state = State {
             epoch: Epoch::first(incarnation),
@@ -146,7 +147,12 @@ impl Hub {
             metrics: Arc::clone(&metrics),
         };
         state.restore(now, snapshot.grants, snapshot.policies);
-        Ok(Self { state: Mutex::new(state), writer, clock, metrics })
+        Ok(Self {
+            state: Mutex::new(state),
+            writer,
+            clock,
+            metrics,
+        })
     }
 
     /// The counters.
@@ -199,11 +205,18 @@ impl Hub {
                 .pending
                 .open()
                 .into_iter()
-                .filter(|r| filter.as_ref().is_none_or(|f| f.matches(&r.vm.name, &r.vm.labels)))
+                .filter(|r| {
+                    filter
+                        .as_ref()
+                        .is_none_or(|f| f.matches(&r.vm.name, &r.vm.labels))
+                })
                 .map(|r| response(v1::PendingChange::Added, Some(convert::request(r))))
                 .collect();
             first.push(response(v1::PendingChange::Synced, None));
-            state.pending_watches.add(filter, first).ok_or_else(too_many_watches)
+            state
+                .pending_watches
+                .add(filter, first)
+                .ok_or_else(too_many_watches)
         })
     }
 
@@ -239,12 +252,24 @@ impl State {
             for grant in &ended {
                 self.grant_ended(now, grant, "its time is over", "");
             }
-            self.change(now, None, |vm| ended.iter().any(|g| g.vms.matches(&vm.view.name, &vm.view.labels)), "a grant ended");
+            self.change(
+                now,
+                None,
+                |vm| {
+                    ended
+                        .iter()
+                        .any(|g| g.vms.matches(&vm.view.name, &vm.view.labels))
+                },
+                "a grant ended",
+            );
         }
         let changes = self.pending.expire(now.steady);
         self.take_up(now, changes);
 
-        if self.restored.as_ref().is_some_and(|(until, _)| *until <= now.steady)
+        if self
+            .restored
+            .as_ref()
+            .is_some_and(|(until, _)| *until <= now.steady)
             && let Some((_, instances)) = self.restored.take()
         {
             for instance in instances {
@@ -281,7 +306,12 @@ impl State {
                 Err(e) => tracing::warn!(grant = id, error = %e, "stored grant left out"),
             }
         }
-        instances.extend(self.set.values().map(|set| set.instance.clone()).filter(|i| !i.is_empty()));
+        instances.extend(
+            self.set
+                .values()
+                .map(|set| set.instance.clone())
+                .filter(|i| !i.is_empty()),
+        );
         if !instances.is_empty() {
             self.restored = Some((now.steady + LOST_GRACE, instances));
         }
@@ -309,15 +339,20 @@ impl State {
             PendingChange::Updated(id) => (v1::PendingChange::Updated, id),
             PendingChange::Removed(id) => (v1::PendingChange::Removed, id),
         };
-        let Some(request) = self.pending.get(id) else { return };
+        let Some(request) = self.pending.get(id) else {
+            return;
+        };
         let (vm, labels) = (&request.vm.name, &request.vm.labels);
         if !self.pending_watches.is_empty() {
             let message = convert::request(request);
             self.pending_watches.publish(|filter| {
-                filter.as_ref().is_none_or(|f| f.matches(vm, labels)).then(|| v1::WatchPendingResponse {
-                    change: kind.into(),
-                    request: Some(message.clone()),
-                })
+                filter
+                    .as_ref()
+                    .is_none_or(|f| f.matches(vm, labels))
+                    .then(|| v1::WatchPendingResponse {
+                        change: kind.into(),
+                        request: Some(message.clone()),
+                    })
             });
         }
         let event = match change {

@@ -67,7 +67,12 @@ impl Hub {
     /// [`Refusal`]: nothing changed.
     pub fn apply_policy(&self, candidate: Candidate<'_>) -> Result<Applied, Refusal> {
         let (result, durable) = self.with(|state, now| state.apply_policy(now, candidate));
-        result.map(|(policy, warnings, ticket)| Applied { policy, warnings, ticket, durable })
+        result.map(|(policy, warnings, ticket)| Applied {
+            policy,
+            warnings,
+            ticket,
+            durable,
+        })
     }
 
     /// The revision in force; the built-in empty one of `default` if none was applied.
@@ -99,14 +104,17 @@ impl State {
             Ok(policy) => (Some(Arc::new(policy)), Ok(())),
             Err(e) => (None, Err(e)),
         };
-        self.policies.insert(message.name.clone(), NamedPolicy { message, parsed });
+        self.policies
+            .insert(message.name.clone(), NamedPolicy { message, parsed });
         result
     }
 
     /// Works out what a VM is under, and tells its dataplane if that must know.
     pub(super) fn recompose(&mut self, name: &str) -> bool {
         let before = self.settings_of(name);
-        let Some(vm) = self.fleet.vms.get(name) else { return false };
+        let Some(vm) = self.fleet.vms.get(name) else {
+            return false;
+        };
         let effective = Arc::new(self.compose(vm));
         let mode_changed = effective.mode() != vm.effective.mode();
         if let Some(vm) = self.fleet.vms.get_mut(name) {
@@ -120,9 +128,13 @@ impl State {
         changed || mode_changed
     }
 
-    fn compose(&self, vm: &Vm) -> Effective {
+    /// What a VM is under.
+    pub(super) fn compose(&self, vm: &Vm) -> Effective {
         let own = vm.own_policy.as_deref();
-        let loaded = self.policies.iter().filter_map(|(n, p)| Some((n.as_str(), p.parsed.as_deref()?)));
+        let loaded = self
+            .policies
+            .iter()
+            .filter_map(|(n, p)| Some((n.as_str(), p.parsed.as_deref()?)));
         let claims = claimants(&vm.view, loaded);
         let (claimed, conflict) = match claims.as_slice() {
             [] => (self.policies.get_key_value(DEFAULT), false),
@@ -133,15 +145,26 @@ impl State {
         let unreadable = claimed.is_some_and(|(_, p)| p.parsed.is_none());
         let claimed = claimed.and_then(|(name, named)| {
             let policy = named.parsed.as_deref()?;
-            Some(PolicyInForce { name, revision: named.message.revision, policy })
+            Some(PolicyInForce {
+                name,
+                revision: named.message.revision,
+                policy,
+            })
         });
         let own_document = own.and_then(|o| o.document());
         let document_mode = own_document.or(claimed.map(|c| c.policy)).and_then(|p| p.mode);
         let secure = self.secure_mode && !matches!(document_mode, Some(Mode::Block | Mode::Quarantine));
         let set = Option::<Mode>::try_from(vm.set.mode).unwrap_or_default();
         // Which policy is meant cannot be told: then nothing is let out.
-        let set = if (conflict || unreadable) && own_document.is_none() { set.or(Some(Mode::Block)) } else { set };
-        let modes = Modes { set, own: vm.own_mode.or(secure.then_some(Mode::Ask)) };
+        let set = if (conflict || unreadable) && own_document.is_none() {
+            set.or(Some(Mode::Block))
+        } else {
+            set
+        };
+        let modes = Modes {
+            set,
+            own: vm.own_mode.or(secure.then_some(Mode::Ask)),
+        };
         Effective::compose(&vm.view, claimed, own, modes)
     }
 
@@ -153,8 +176,18 @@ impl State {
                 name: DEFAULT.to_owned(),
                 source: "built in".to_owned(),
                 etag: convert::etag("built in"),
-                mode: if self.secure_mode { v1::Mode::Ask } else { v1::Mode::Open }.into(),
-                default_action: if self.secure_mode { v1::Action::Deny } else { v1::Action::Allow }.into(),
+                mode: if self.secure_mode {
+                    v1::Mode::Ask
+                } else {
+                    v1::Mode::Open
+                }
+                .into(),
+                default_action: if self.secure_mode {
+                    v1::Action::Deny
+                } else {
+                    v1::Action::Allow
+                }
+                .into(),
                 ..Default::default()
             }),
             None => Err(Refusal::NotFound(format!("there is no policy {name:?}"))),
@@ -166,26 +199,48 @@ impl State {
         now: Now,
         candidate: Candidate<'_>,
     ) -> Result<(v1::Policy, Vec<v1::PolicyWarning>, Option<Ticket>), Refusal> {
-        let name = if candidate.name.is_empty() { DEFAULT } else { candidate.name };
+        let name = if candidate.name.is_empty() {
+            DEFAULT
+        } else {
+            candidate.name
+        };
         crate::fleet::check_name(name).map_err(|_| {
-            Refusal::field("name", format!("{name:?} cannot be a policy's name (expected letters, digits and . _ -)"))
+            Refusal::field(
+                "name",
+                format!("{name:?} cannot be a policy's name (expected letters, digits and . _ -)"),
+            )
         })?;
         if name == crate::policy::OWN_POLICY {
-            return Err(Refusal::field("name", "\"own\" is what a VM brings along; choose another name"));
+            return Err(Refusal::field(
+                "name",
+                "\"own\" is what a VM brings along; choose another name",
+            ));
         }
-        let source = if candidate.source.is_empty() { name } else { candidate.source };
+        let source = if candidate.source.is_empty() {
+            name
+        } else {
+            candidate.source
+        };
         let parsed = Policy::parse(source, candidate.document).map_err(Refusal::Document)?;
         let current = self.policy_message(name).ok();
         if !candidate.etag.is_empty() && current.as_ref().is_none_or(|p| p.etag != candidate.etag) {
-            return Err(Refusal::Changed(format!("policy {name} changed since it was read; read it again")));
+            return Err(Refusal::Changed(format!(
+                "policy {name} changed since it was read; read it again"
+            )));
         }
         if current.is_none() && self.policies.len() >= POLICIES_MAX {
-            return Err(Refusal::Limit(format!("{POLICIES_MAX} policies exist, which is the limit")));
+            return Err(Refusal::Limit(format!(
+                "{POLICIES_MAX} policies exist, which is the limit"
+            )));
         }
         self.check_claims(name, &parsed)?;
 
         let revision = current.map_or(0, |p| p.revision) + 1;
-        let mode = parsed.mode.unwrap_or(if self.secure_mode { Mode::Ask } else { Mode::Enforce });
+        let mode = parsed.mode.unwrap_or(if self.secure_mode {
+            Mode::Ask
+        } else {
+            Mode::Enforce
+        });
         let allow = parsed.default_action == Some(DefaultAction::Allow)
             && matches!(mode, Mode::Enforce | Mode::Observe);
         let message = v1::Policy {
@@ -197,34 +252,55 @@ impl State {
             applied_by: candidate.actor.to_owned(),
             etag: convert::etag(&format!("{name} {revision} {}", candidate.document)),
             mode: v1::Mode::from(mode).into(),
-            default_action: if allow { v1::Action::Allow } else { v1::Action::Deny }.into(),
+            default_action: if allow {
+                v1::Action::Allow
+            } else {
+                v1::Action::Deny
+            }
+            .into(),
         };
         let warnings = parsed
             .warnings
             .iter()
-            .map(|w| v1::PolicyWarning { line: w.line, column: w.column, text: w.text.clone() })
+            .map(|w| v1::PolicyWarning {
+                line: w.line,
+                column: w.column,
+                text: w.text.clone(),
+            })
             .collect();
         if candidate.validate_only {
             return Ok((message, warnings, None));
         }
         self.writes.push(Write::PutPolicy(message.clone()));
-        let named = NamedPolicy { message: message.clone(), parsed: Some(Arc::new(parsed)) };
+        let named = NamedPolicy {
+            message: message.clone(),
+            parsed: Some(Arc::new(parsed)),
+        };
         self.policies.insert(name.to_owned(), named);
         let text = format!("revision {revision} of policy {name} is in force");
-        self.event(now, v1::Event {
-            kind: v1::EventKind::PolicyApplied.into(),
-            subject: name.to_owned(),
-            actor: candidate.actor.to_owned(),
-            text,
-            ..Default::default()
-        });
+        self.event(
+            now,
+            v1::Event {
+                kind: v1::EventKind::PolicyApplied.into(),
+                subject: name.to_owned(),
+                actor: candidate.actor.to_owned(),
+                text,
+                ..Default::default()
+            },
+        );
 
         let vms: Vec<String> = self.fleet.vms.keys().cloned().collect();
         let mut concerned = std::collections::HashSet::new();
         for vm in vms {
-            let before = self.fleet.vms.get(&vm).map(|v| v.effective.policy_name().to_owned());
+            let before = self
+                .fleet
+                .vms
+                .get(&vm)
+                .map(|v| v.effective.policy_name().to_owned());
             self.recompose(&vm);
-            let Some(now_under) = self.fleet.vms.get(&vm) else { continue };
+            let Some(now_under) = self.fleet.vms.get(&vm) else {
+                continue;
+            };
             let brought = now_under.own_policy.is_some();
             let after = now_under.effective.policy_name();
             if before.as_deref() != Some(after) || after == name || brought {
@@ -263,20 +339,37 @@ impl State {
     fn explain(&self, name: &str, target: &Target) -> Result<v1::ExplainResponse, Refusal> {
         let (Some(vm), Some(dataplane)) = (
             self.fleet.vms.get(name),
-            self.fleet.vms.get(name).and_then(|vm| self.fleet.dataplanes.get(&vm.dataplane)),
+            self.fleet
+                .vms
+                .get(name)
+                .and_then(|vm| self.fleet.dataplanes.get(&vm.dataplane)),
         ) else {
             return Err(Refusal::NotFound(format!("there is no VM {name:?}")));
         };
         let (subject, peer) = match target {
-            Target::Name { pattern: NamePattern::Exact(name), .. } => {
-                (Subject::Lookup(LookupSubject { name: name.clone(), query_type: 1 }), None)
-            }
+            Target::Name {
+                pattern: NamePattern::Exact(name),
+                ..
+            } => (
+                Subject::Lookup(LookupSubject {
+                    name: name.clone(),
+                    query_type: 1,
+                }),
+                None,
+            ),
             Target::Name { .. } => {
                 return Err(Refusal::field("target.name", "is a pattern (expected one name)"));
             }
-            Target::Address { protocol, prefix, ports } => {
+            Target::Address {
+                protocol,
+                prefix,
+                ports,
+            } => {
                 if prefix.prefix_len() != prefix.max_prefix_len() {
-                    return Err(Refusal::field("target.prefix", format!("{prefix} is not one address")));
+                    return Err(Refusal::field(
+                        "target.prefix",
+                        format!("{prefix} is not one address"),
+                    ));
                 }
                 let protocol = protocol.unwrap_or(Protocol::Tcp);
                 let port = match (ports, protocol.has_ports()) {
@@ -314,7 +407,10 @@ impl State {
                     dialled,
                     names,
                     guards,
-                    peer_vm: guards.contains(Guard::Guest).then(|| peer.map(|p| p.handle)).flatten(),
+                    peer_vm: guards
+                        .contains(Guard::Guest)
+                        .then(|| peer.map(|p| p.handle))
+                        .flatten(),
                 };
                 (Subject::Flow(flow), peer)
             }
@@ -341,13 +437,18 @@ impl State {
         if !name.is_empty() {
             return match self.fleet.vms.contains_key(name) {
                 true => Ok(name.to_owned()),
-                false => Err(Refusal::NotFound(format!("there is no VM {name:?}; list them with: vnetctl vm list"))),
+                false => Err(Refusal::NotFound(format!(
+                    "there is no VM {name:?}; list them with: vnetctl vm list"
+                ))),
             };
         }
         let mut names = self.fleet.vms.keys();
         match (names.next(), names.next()) {
             (Some(only), None) => Ok(only.clone()),
-            (None, _) => Err(Refusal::Precondition { reason: "NO_VM", text: "there is no VM".to_owned() }),
+            (None, _) => Err(Refusal::Precondition {
+                reason: "NO_VM",
+                text: "there is no VM".to_owned(),
+            }),
             (Some(_), Some(_)) => {
                 let all: Vec<&str> = self.fleet.vms.keys().map(String::as_str).take(20).collect();
                 Err(Refusal::Ambiguous(format!(

@@ -2,7 +2,9 @@
 
 use std::time::SystemTime;
 
-use vnet_proto::model::{FlowId, FlowSubject, Malformed, Name, Reason, Subject, VmId, VmSelector, address_from_bytes};
+use vnet_proto::model::{
+    FlowId, FlowSubject, Malformed, Name, Reason, Subject, VmId, VmSelector, address_from_bytes,
+};
 use vnet_proto::v1;
 
 use super::events::{about, on_subject};
@@ -20,7 +22,10 @@ impl Hub {
         self.read(|state, _| {
             let mut flows: Vec<&LiveFlow> = state.live_flows(filter).collect();
             flows.sort_by_key(|flow| std::cmp::Reverse(flow.number));
-            flows.into_iter().map(|flow| (flow.number, convert::flow(flow))).collect()
+            flows
+                .into_iter()
+                .map(|flow| (flow.number, convert::flow(flow)))
+                .collect()
         })
     }
 
@@ -30,7 +35,10 @@ impl Hub {
     /// [`Refusal::Limit`] if too many watch.
     pub fn watch_flows(&self, filter: Option<VmSelector>) -> Result<Watch<v1::WatchFlowsResponse>, Refusal> {
         self.read(|state, _| {
-            let response = |change: v1::FlowChange, flow| v1::WatchFlowsResponse { change: change.into(), flow };
+            let response = |change: v1::FlowChange, flow| v1::WatchFlowsResponse {
+                change: change.into(),
+                flow,
+            };
             let mut first: Vec<_> = state
                 .live_flows(filter.as_ref())
                 .map(|flow| response(v1::FlowChange::Added, Some(convert::flow(flow))))
@@ -66,8 +74,16 @@ impl Hub {
                 });
             };
             let flow = convert::flow(flow);
-            if state.fleet.dataplanes.get(&number).is_none_or(|d| d.link.is_none()) {
-                return Err(Refusal::Unavailable(format!("the dataplane of flow {} is lost", flow.id)));
+            if state
+                .fleet
+                .dataplanes
+                .get(&number)
+                .is_none_or(|d| d.link.is_none())
+            {
+                return Err(Refusal::Unavailable(format!(
+                    "the dataplane of flow {} is lost",
+                    flow.id
+                )));
             }
             state.cut(None, number, vec![id], &format!("closed by {actor}"));
             Ok(flow)
@@ -79,10 +95,17 @@ impl State {
     fn live_flows(&self, filter: Option<&VmSelector>) -> impl Iterator<Item = &LiveFlow> {
         let selected = move |flow: &&LiveFlow| {
             filter.is_none_or(|f| {
-                self.fleet.vms.get(&flow.vm).is_some_and(|vm| f.matches(&vm.view.name, &vm.view.labels))
+                self.fleet
+                    .vms
+                    .get(&flow.vm)
+                    .is_some_and(|vm| f.matches(&vm.view.name, &vm.view.labels))
             })
         };
-        self.fleet.dataplanes.values().flat_map(|d| d.flows.values()).filter(selected)
+        self.fleet
+            .dataplanes
+            .values()
+            .flat_map(|d| d.flows.values())
+            .filter(selected)
     }
 
     /// A flow opened. One that an older epoch's verdict let through is judged anew, and cut if need be.
@@ -93,8 +116,12 @@ impl State {
         message: v1::FlowOpened,
     ) -> Result<(), Malformed> {
         let id = FlowId(message.flow_id);
-        let subject: FlowSubject =
-            message.subject.ok_or(Malformed::Missing { field: "flow_opened.subject" })?.try_into()?;
+        let subject: FlowSubject = message
+            .subject
+            .ok_or(Malformed::Missing {
+                field: "flow_opened.subject",
+            })?
+            .try_into()?;
         let dataplane = self.fleet.dataplanes.get(&number);
         let name = dataplane.and_then(|d| d.vms.get(&VmId(message.vm))).cloned();
         let (Some(dataplane), Some(name)) = (dataplane, name) else {
@@ -102,7 +129,10 @@ impl State {
             self.cut(None, number, vec![id], "its VM is not known");
             return Ok(());
         };
-        let epoch = message.epoch.map(vnet_proto::model::Epoch::try_from).transpose()?;
+        let epoch = message
+            .epoch
+            .map(vnet_proto::model::Epoch::try_from)
+            .transpose()?;
         let stands = message.ingress || epoch.is_some_and(|e| e.stands_under(dataplane.epoch));
         if dataplane.flows.len() >= FLOWS_PER_DATAPLANE_MAX && !dataplane.flows.contains_key(&id) {
             self.metrics.limits_reached.add(1);
@@ -143,8 +173,12 @@ impl State {
         };
         self.event(now, event);
         self.publish_flow(v1::FlowChange::Added, &flow);
-        let replaced =
-            self.fleet.dataplanes.get_mut(&number).and_then(|d| d.flows.insert(id, flow)).is_some();
+        let replaced = self
+            .fleet
+            .dataplanes
+            .get_mut(&number)
+            .and_then(|d| d.flows.insert(id, flow))
+            .is_some();
         if let Some(vm) = self.fleet.vms.get_mut(&name) {
             vm.live_flows += u64::from(!replaced);
         }
@@ -157,12 +191,21 @@ impl State {
 
     pub(super) fn handle_flow_closed(&mut self, now: Now, number: DataplaneNo, message: v1::FlowClosed) {
         let id = FlowId(message.flow_id);
-        let Some(flow) = self.fleet.dataplanes.get_mut(&number).and_then(|d| d.flows.remove(&id)) else {
+        let Some(flow) = self
+            .fleet
+            .dataplanes
+            .get_mut(&number)
+            .and_then(|d| d.flows.remove(&id))
+        else {
             self.metrics.stray.add(1);
             return;
         };
         let end = v1::FlowEnd::try_from(message.end).unwrap_or_default();
-        let flow = LiveFlow { bytes_up: message.bytes_up, bytes_down: message.bytes_down, ..flow };
+        let flow = LiveFlow {
+            bytes_up: message.bytes_up,
+            bytes_down: message.bytes_down,
+            ..flow
+        };
         self.flow_ended(now, flow, end);
     }
 
@@ -227,7 +270,9 @@ impl State {
         number: DataplaneNo,
         message: v1::Decided,
     ) -> Result<(), Malformed> {
-        let subject = match message.subject.ok_or(Malformed::Missing { field: "decided.subject" })? {
+        let subject = match message.subject.ok_or(Malformed::Missing {
+            field: "decided.subject",
+        })? {
             v1::decided::Subject::Flow(flow) => Subject::Flow(flow.try_into()?),
             v1::decided::Subject::Lookup(lookup) => Subject::Lookup(lookup.try_into()?),
         };
@@ -235,16 +280,35 @@ impl State {
             Ok(v1::Action::Allow) => Outcome::Allow,
             Ok(v1::Action::Deny) => Outcome::Deny,
             Ok(v1::Action::Drop) => Outcome::Drop,
-            _ => return Err(Malformed::Enum { field: "decided.action", value: message.action }),
+            _ => {
+                return Err(Malformed::Enum {
+                    field: "decided.action",
+                    value: message.action,
+                });
+            }
         };
-        let name = self.fleet.dataplanes.get(&number).and_then(|d| d.vms.get(&VmId(message.vm))).cloned();
+        let name = self
+            .fleet
+            .dataplanes
+            .get(&number)
+            .and_then(|d| d.vms.get(&VmId(message.vm)))
+            .cloned();
         let Some(name) = name else {
             self.metrics.stray.add(1);
             return Ok(());
         };
         let reason = message.reason.map(Reason::from).unwrap_or_default();
         let count = message.count.max(1);
-        self.decided(now, &name, &subject, outcome, &reason, count, message.would_deny, true);
+        self.decided(
+            now,
+            &name,
+            &subject,
+            outcome,
+            &reason,
+            count,
+            message.would_deny,
+            true,
+        );
         Ok(())
     }
 
@@ -254,21 +318,37 @@ impl State {
         number: DataplaneNo,
         message: v1::BindingLearned,
     ) -> Result<(), Malformed> {
-        let name = Name::from_canonical(&message.name)
-            .map_err(|source| Malformed::Name { field: "binding.name", source })?;
+        let name = Name::from_canonical(&message.name).map_err(|source| Malformed::Name {
+            field: "binding.name",
+            source,
+        })?;
         let addresses = message
             .addresses
             .iter()
             .map(|bytes| address_from_bytes("binding.addresses", bytes))
             .collect::<Result<Vec<_>, _>>()?;
-        let expires_in = message.expires_in.ok_or(Malformed::Missing { field: "binding.expires_in" })?;
+        let expires_in = message.expires_in.ok_or(Malformed::Missing {
+            field: "binding.expires_in",
+        })?;
         let seconds = expires_in.seconds.unsigned_abs();
-        let expires_in = std::time::Duration::try_from(expires_in)
-            .map_err(|_| Malformed::Range { field: "binding.expires_in", value: seconds })?;
+        let expires_in = std::time::Duration::try_from(expires_in).map_err(|_| Malformed::Range {
+            field: "binding.expires_in",
+            value: seconds,
+        })?;
         let expires_at: SystemTime = now.steady.checked_add(expires_in).unwrap_or(now.steady);
-        let vm = self.fleet.dataplanes.get(&number).and_then(|d| d.vms.get(&VmId(message.vm)));
+        let vm = self
+            .fleet
+            .dataplanes
+            .get(&number)
+            .and_then(|d| d.vms.get(&VmId(message.vm)));
         match vm.cloned().and_then(|vm| self.fleet.vms.get_mut(&vm)) {
-            Some(vm) => vm.bind(name, Binding { addresses, expires_at }),
+            Some(vm) => vm.bind(
+                name,
+                Binding {
+                    addresses,
+                    expires_at,
+                },
+            ),
             None => self.metrics.stray.add(1),
         }
         Ok(())
@@ -279,12 +359,20 @@ impl State {
             return;
         }
         let message = convert::flow(flow);
-        let labels = self.fleet.vms.get(&flow.vm).map(|vm| vm.view.labels.clone()).unwrap_or_default();
+        let labels = self
+            .fleet
+            .vms
+            .get(&flow.vm)
+            .map(|vm| vm.view.labels.clone())
+            .unwrap_or_default();
         self.flow_watches.publish(|filter| {
-            filter.as_ref().is_none_or(|f| f.matches(&flow.vm, &labels)).then(|| v1::WatchFlowsResponse {
-                change: change.into(),
-                flow: Some(message.clone()),
-            })
+            filter
+                .as_ref()
+                .is_none_or(|f| f.matches(&flow.vm, &labels))
+                .then(|| v1::WatchFlowsResponse {
+                    change: change.into(),
+                    flow: Some(message.clone()),
+                })
         });
     }
 }

@@ -39,7 +39,13 @@ impl Hub {
     pub fn vms(&self, filter: Option<&VmSelector>) -> Vec<v1::Vm> {
         self.read(|state, _| {
             let selected = |vm: &&Vm| filter.is_none_or(|f| f.matches(&vm.view.name, &vm.view.labels));
-            state.fleet.vms.values().filter(selected).map(|vm| state.vm_message(vm)).collect()
+            state
+                .fleet
+                .vms
+                .values()
+                .filter(selected)
+                .map(|vm| state.vm_message(vm))
+                .collect()
         })
     }
 
@@ -50,7 +56,12 @@ impl Hub {
     pub fn vm(&self, name: &str) -> Result<v1::Vm, Refusal> {
         self.read(|state, _| {
             let name = state.only_vm(name)?;
-            state.fleet.vms.get(&name).map(|vm| state.vm_message(vm)).ok_or(Refusal::NotFound(name))
+            state
+                .fleet
+                .vms
+                .get(&name)
+                .map(|vm| state.vm_message(vm))
+                .ok_or(Refusal::NotFound(name))
         })
     }
 
@@ -60,12 +71,19 @@ impl Hub {
     /// [`Refusal::Limit`] if too many watch.
     pub fn watch_vms(&self, filter: Option<VmSelector>) -> Result<Watch<v1::WatchVmsResponse>, Refusal> {
         self.read(|state, _| {
-            let response = |change: v1::VmChange, vm| v1::WatchVmsResponse { change: change.into(), vm };
+            let response = |change: v1::VmChange, vm| v1::WatchVmsResponse {
+                change: change.into(),
+                vm,
+            };
             let mut first: Vec<_> = state
                 .fleet
                 .vms
                 .values()
-                .filter(|vm| filter.as_ref().is_none_or(|f| f.matches(&vm.view.name, &vm.view.labels)))
+                .filter(|vm| {
+                    filter
+                        .as_ref()
+                        .is_none_or(|f| f.matches(&vm.view.name, &vm.view.labels))
+                })
                 .map(|vm| response(v1::VmChange::Added, Some(state.vm_message(vm))))
                 .collect();
             first.push(response(v1::VmChange::Synced, None));
@@ -93,42 +111,63 @@ impl State {
         if self.vm_watches.is_empty() {
             return;
         }
-        let Some(vm) = self.fleet.vms.get(name) else { return };
+        let Some(vm) = self.fleet.vms.get(name) else {
+            return;
+        };
         let message = self.vm_message(vm);
         let view = &vm.view;
         self.vm_watches.publish(|filter| {
-            filter.as_ref().is_none_or(|f| f.matches(&view.name, &view.labels)).then(|| v1::WatchVmsResponse {
-                change: change.into(),
-                vm: Some(message.clone()),
-            })
+            filter
+                .as_ref()
+                .is_none_or(|f| f.matches(&view.name, &view.labels))
+                .then(|| v1::WatchVmsResponse {
+                    change: change.into(),
+                    vm: Some(message.clone()),
+                })
         });
     }
 
     fn update_vm(&mut self, now: Now, update: VmUpdate<'_>) -> Result<(v1::Vm, Ticket), Refusal> {
-        let missing = || Refusal::NotFound(format!("there is no VM {:?}; list them with: vnetctl vm list", update.name));
+        let missing = || {
+            Refusal::NotFound(format!(
+                "there is no VM {:?}; list them with: vnetctl vm list",
+                update.name
+            ))
+        };
         let Some(vm) = self.fleet.vms.get(update.name) else {
             return self.lift_quarantine(now, &update).ok_or_else(missing);
         };
         if !update.etag.is_empty() && convert::vm_etag(vm) != update.etag {
-            return Err(Refusal::Changed(format!("VM {} changed since it was read; read it again", update.name)));
+            return Err(Refusal::Changed(format!(
+                "VM {} changed since it was read; read it again",
+                update.name
+            )));
         }
         for (key, value) in &update.labels {
             if key.is_empty() || key.len() > LABEL_BYTES_MAX || value.len() > LABEL_BYTES_MAX {
-                let text = format!("{key:?} is empty, or it or its value is longer than {LABEL_BYTES_MAX} bytes");
+                let text =
+                    format!("{key:?} is empty, or it or its value is longer than {LABEL_BYTES_MAX} bytes");
                 return Err(Refusal::field("labels", text));
             }
         }
-        let mut set = StoredVm { instance: vm.view.instance.0.clone(), ..vm.set.clone() };
+        let mut set = StoredVm {
+            instance: vm.view.instance.0.clone(),
+            ..vm.set.clone()
+        };
         set.labels.extend(update.labels.clone());
         if set.labels.len() > LABELS_MAX {
-            return Err(Refusal::field("labels", format!("a VM has at most {LABELS_MAX} of them")));
+            return Err(Refusal::field(
+                "labels",
+                format!("a VM has at most {LABELS_MAX} of them"),
+            ));
         }
         if let Some(mode) = update.mode {
             set.mode = mode.into();
         }
         let labels = Vm::merged_labels(&vm.host_labels, &set);
         self.set.insert(update.name.to_owned(), set.clone());
-        self.writes.push(Write::PutVm(update.name.to_owned(), Some(set.clone())));
+        self.writes
+            .push(Write::PutVm(update.name.to_owned(), Some(set.clone())));
         if let Some(vm) = self.fleet.vms.get_mut(update.name) {
             vm.view.labels = labels;
             vm.set = set;
@@ -141,8 +180,18 @@ impl State {
             parts.push(format!("mode {mode}"));
         }
         parts.extend(update.labels.iter().map(|(k, v)| format!("label {k}={v}")));
-        let event = about(v1::EventKind::VmUpdated, update.name, format!("{}: {}", update.name, parts.join(", ")));
-        self.event(now, v1::Event { actor: update.actor.to_owned(), ..event });
+        let event = about(
+            v1::EventKind::VmUpdated,
+            update.name,
+            format!("{}: {}", update.name, parts.join(", ")),
+        );
+        self.event(
+            now,
+            v1::Event {
+                actor: update.actor.to_owned(),
+                ..event
+            },
+        );
         self.publish_vm(v1::VmChange::Updated, update.name);
         let ticket = self.ticket();
         // Other guests of its network may be open to it, or not, by its mode.
@@ -160,15 +209,34 @@ impl State {
 
     /// A quarantine sticks to a name whose VM is gone; a mode set for that name lifts it.
     fn lift_quarantine(&mut self, now: Now, update: &VmUpdate<'_>) -> Option<(v1::Vm, Ticket)> {
-        let quarantined = self.set.get(update.name).is_some_and(|set| set.mode == v1::Mode::Quarantine);
-        let mode = update.mode.filter(|mode| quarantined && *mode != Mode::Quarantine)?;
+        let quarantined = self
+            .set
+            .get(update.name)
+            .is_some_and(|set| set.mode == v1::Mode::Quarantine);
+        let mode = update
+            .mode
+            .filter(|mode| quarantined && *mode != Mode::Quarantine)?;
         self.set.remove(update.name);
         self.writes.push(Write::PutVm(update.name.to_owned(), None));
-        let event = about(v1::EventKind::VmUpdated, update.name, format!("{}: quarantine lifted", update.name));
-        self.event(now, v1::Event { actor: update.actor.to_owned(), ..event });
+        let event = about(
+            v1::EventKind::VmUpdated,
+            update.name,
+            format!("{}: quarantine lifted", update.name),
+        );
+        self.event(
+            now,
+            v1::Event {
+                actor: update.actor.to_owned(),
+                ..event
+            },
+        );
         let ticket = self.ticket();
         self.change(now, Some(&ticket), |_| false, "");
-        let vm = v1::Vm { name: update.name.to_owned(), mode: v1::Mode::from(mode).into(), ..Default::default() };
+        let vm = v1::Vm {
+            name: update.name.to_owned(),
+            mode: v1::Mode::from(mode).into(),
+            ..Default::default()
+        };
         Some((vm, ticket))
     }
 }

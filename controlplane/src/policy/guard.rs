@@ -40,7 +40,11 @@ impl GuardedRanges {
     /// The guards that an address is under, as a dataplane would report them; `from_dns`: a name is
     /// bound to it.
     pub fn guards_of(&self, address: IpAddr, from_dns: bool) -> GuardSet {
-        let guards = self.ranges.iter().filter(|(_, net)| net.contains(&address)).map(|(guard, _)| *guard);
+        let guards = self
+            .ranges
+            .iter()
+            .filter(|(_, net)| net.contains(&address))
+            .map(|(guard, _)| *guard);
         let guards: GuardSet = guards.collect();
         if from_dns && is_inside_private(IpNet::from(address)) {
             guards.with(Guard::PrivateFromDns)

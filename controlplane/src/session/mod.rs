@@ -35,7 +35,10 @@ pub struct Sessions {
 impl Sessions {
     /// With the heartbeat that Welcome states.
     pub fn new(hub: Arc<Hub>) -> Self {
-        Self { hub, heartbeat: HEARTBEAT }
+        Self {
+            hub,
+            heartbeat: HEARTBEAT,
+        }
     }
 
     #[cfg(test)]
@@ -54,14 +57,21 @@ impl DataplaneService for Sessions {
     ) -> Result<Response<Outbound>, Status> {
         let (ready, outbox) = oneshot::channel();
         let (fail, failure) = oneshot::channel();
-        let session = Session { hub: Arc::clone(&self.hub), heartbeat: self.heartbeat };
+        let session = Session {
+            hub: Arc::clone(&self.hub),
+            heartbeat: self.heartbeat,
+        };
         // Answered at once: a client may wait for the headers before it speaks.
         tokio::spawn(async move {
             let status = session.run(request.into_inner(), ready).await;
             // A client that went away does not need to know why.
             let _ = fail.send(status);
         });
-        Ok(Response::new(Outbound { waiting: Some(outbox), outbox: None, failure }))
+        Ok(Response::new(Outbound {
+            waiting: Some(outbox),
+            outbox: None,
+            failure,
+        }))
     }
 }
 
@@ -79,7 +89,9 @@ impl Session {
         let hello = match tokio::time::timeout(HELLO_WAIT, inbound.message()).await {
             Err(_) => return Status::deadline_exceeded("no hello came"),
             Ok(Err(status)) => return status,
-            Ok(Ok(Some(v1::SessionRequest { message: Some(Message::Hello(hello)) }))) => hello,
+            Ok(Ok(Some(v1::SessionRequest {
+                message: Some(Message::Hello(hello)),
+            }))) => hello,
             Ok(Ok(_)) => return Status::failed_precondition("the first message is not a hello"),
         };
         let attachment = match self.hub.attach(hello) {

@@ -20,7 +20,11 @@ impl Store for MemoryStore {
     fn load(&mut self) -> Result<Snapshot, StoreError> {
         Ok(Snapshot {
             grants: self.grants.values().cloned().collect(),
-            policies: self.policies.values().filter_map(|p| p.values().next_back().cloned()).collect(),
+            policies: self
+                .policies
+                .values()
+                .filter_map(|p| p.values().next_back().cloned())
+                .collect(),
             vms: self.vms.clone(),
         })
     }
@@ -55,13 +59,26 @@ impl Store for MemoryStore {
 
     fn revisions(&mut self, name: &str, before: u64, limit: usize) -> Result<Vec<v1::Policy>, StoreError> {
         let before = if before == 0 { u64::MAX } else { before };
-        let revisions = self.policies.get(name).into_iter().flat_map(|r| r.range(..before).rev());
-        Ok(revisions.take(limit).map(|(_, p)| v1::Policy { document: String::new(), ..p.clone() }).collect())
+        let revisions = self
+            .policies
+            .get(name)
+            .into_iter()
+            .flat_map(|r| r.range(..before).rev());
+        Ok(revisions
+            .take(limit)
+            .map(|(_, p)| v1::Policy {
+                document: String::new(),
+                ..p.clone()
+            })
+            .collect())
     }
 
     fn append_events(&mut self, events: &[v1::Event]) -> Result<(), StoreError> {
         self.events.extend(events.iter().cloned());
-        let excess = self.events.len().saturating_sub(usize::try_from(HISTORY_EVENTS_MAX).unwrap_or(0));
+        let excess = self
+            .events
+            .len()
+            .saturating_sub(usize::try_from(HISTORY_EVENTS_MAX).unwrap_or(0));
         self.events.drain(..excess);
         Ok(())
     }

@@ -52,7 +52,9 @@ impl FromStr for Location {
         } else if text.starts_with("etcd:") {
             Err("etcd is not built yet as a store (expected sqlite:FILE or memory:)".to_owned())
         } else {
-            Err(format!("{text:?} is not a store (expected sqlite:FILE or memory:)"))
+            Err(format!(
+                "{text:?} is not a store (expected sqlite:FILE or memory:)"
+            ))
         }
     }
 }

@@ -31,7 +31,10 @@ impl SqliteStore {
     /// [`StoreError::InUse`] if another controlplane has it, [`StoreError::Newer`] if a newer version
     /// wrote it.
     pub fn open(file: &Path) -> Result<Self, StoreError> {
-        let open = |source| StoreError::Open { file: file.to_owned(), source };
+        let open = |source| StoreError::Open {
+            file: file.to_owned(),
+            source,
+        };
         let file = std::path::absolute(file).map_err(open)?;
         if let Some(dir) = file.parent()
             && (!dir.exists() || paths::state_dir().is_ok_and(|own| own == dir))
@@ -40,14 +43,23 @@ impl SqliteStore {
         }
         let lock = lock(&file)?;
         // Made here first, because SQLite would make it with the umask's mode.
-        let made = OpenOptions::new().create(true).append(true).mode(0o600).open(&file).map_err(open)?;
-        made.set_permissions(fs::Permissions::from_mode(0o600)).map_err(open)?;
+        let made = OpenOptions::new()
+            .create(true)
+            .append(true)
+            .mode(0o600)
+            .open(&file)
+            .map_err(open)?;
+        made.set_permissions(fs::Permissions::from_mode(0o600))
+            .map_err(open)?;
         let mut connection = Connection::open(&file)?;
         connection.pragma_update(None, "journal_mode", "WAL")?;
         // Durable at each commit, also against a power cut: answers are given on the strength of it.
         connection.pragma_update(None, "synchronous", "FULL")?;
         migrate(&mut connection, &file)?;
-        Ok(Self { connection, _lock: lock })
+        Ok(Self {
+            connection,
+            _lock: lock,
+        })
     }
 }
 
@@ -59,7 +71,10 @@ impl Store for SqliteStore {
         while let Some(row) = rows.next()? {
             let instances: String = row.get(1)?;
             snapshot.grants.push(StoredGrant {
-                grant: decode("grants", row.get_ref(0)?.as_blob().map_err(rusqlite::Error::from)?)?,
+                grant: decode(
+                    "grants",
+                    row.get_ref(0)?.as_blob().map_err(rusqlite::Error::from)?,
+                )?,
                 instances: instances.lines().map(str::to_owned).collect(),
             });
         }
@@ -69,11 +84,14 @@ impl Store for SqliteStore {
         )?;
         let mut rows = policies.query([])?;
         while let Some(row) = rows.next()? {
-            snapshot
-                .policies
-                .push(decode("policies", row.get_ref(0)?.as_blob().map_err(rusqlite::Error::from)?)?);
+            snapshot.policies.push(decode(
+                "policies",
+                row.get_ref(0)?.as_blob().map_err(rusqlite::Error::from)?,
+            )?);
         }
-        let mut vms = self.connection.prepare("SELECT name, mode, labels, instance FROM vms")?;
+        let mut vms = self
+            .connection
+            .prepare("SELECT name, mode, labels, instance FROM vms")?;
         let mut rows = vms.query([])?;
         while let Some(row) = rows.next()? {
             let labels: String = row.get(2)?;
@@ -93,19 +111,25 @@ impl Store for SqliteStore {
         let transaction = self.connection.transaction()?;
         for write in writes {
             match write {
-                Write::PutGrant(stored) => transaction.prepare_cached(
-                    "INSERT OR REPLACE INTO grants (id, message, instances) VALUES (?1, ?2, ?3)",
-                )?.execute(params![
-                    stored.grant.id,
-                    stored.grant.encode_to_vec(),
-                    stored.instances.join("\n")
-                ])?,
-                Write::DeleteGrant(id) => {
-                    transaction.prepare_cached("DELETE FROM grants WHERE id = ?1")?.execute([id])?
-                }
+                Write::PutGrant(stored) => transaction
+                    .prepare_cached(
+                        "INSERT OR REPLACE INTO grants (id, message, instances) VALUES (?1, ?2, ?3)",
+                    )?
+                    .execute(params![
+                        stored.grant.id,
+                        stored.grant.encode_to_vec(),
+                        stored.instances.join("\n")
+                    ])?,
+                Write::DeleteGrant(id) => transaction
+                    .prepare_cached("DELETE FROM grants WHERE id = ?1")?
+                    .execute([id])?,
                 Write::PutPolicy(policy) => transaction
                     .prepare_cached("INSERT INTO policies (name, revision, message) VALUES (?1, ?2, ?3)")?
-                    .execute(params![policy.name, number(policy.revision), policy.encode_to_vec()])?,
+                    .execute(params![
+                        policy.name,
+                        number(policy.revision),
+                        policy.encode_to_vec()
+                    ])?,
                 Write::PutVm(name, Some(stored)) => transaction
                     .prepare_cached(
                         "INSERT OR REPLACE INTO vms (name, mode, labels, instance) VALUES (?1, ?2, ?3, ?4)",
@@ -116,9 +140,9 @@ impl Store for SqliteStore {
                         serde_json::Value::from_iter(stored.labels.clone()).to_string(),
                         stored.instance
                     ])?,
-                Write::PutVm(name, None) => {
-                    transaction.prepare_cached("DELETE FROM vms WHERE name = ?1")?.execute([name])?
-                }
+                Write::PutVm(name, None) => transaction
+                    .prepare_cached("DELETE FROM vms WHERE name = ?1")?
+                    .execute([name])?,
             };
         }
         Ok(transaction.commit()?)
@@ -142,9 +166,14 @@ impl Store for SqliteStore {
         let mut rows = statement.query(params![name, before, number(limit as u64)])?;
         let mut found = Vec::new();
         while let Some(row) = rows.next()? {
-            let policy: v1::Policy =
-                decode("policies", row.get_ref(0)?.as_blob().map_err(rusqlite::Error::from)?)?;
-            found.push(v1::Policy { document: String::new(), ..policy });
+            let policy: v1::Policy = decode(
+                "policies",
+                row.get_ref(0)?.as_blob().map_err(rusqlite::Error::from)?,
+            )?;
+            found.push(v1::Policy {
+                document: String::new(),
+                ..policy
+            });
         }
         Ok(found)
     }
@@ -158,7 +187,12 @@ impl Store for SqliteStore {
             for event in events {
                 let time = event.time.and_then(|t| SystemTime::try_from(t).ok());
                 let time = time.map_or(0, microseconds);
-                insert.execute(params![number(event.sequence), time, event.kind, event.encode_to_vec()])?;
+                insert.execute(params![
+                    number(event.sequence),
+                    time,
+                    event.kind,
+                    event.encode_to_vec()
+                ])?;
             }
         }
         let newest = events.last().map_or(0, |event| event.sequence);
@@ -189,20 +223,28 @@ impl Store for SqliteStore {
             let kinds: Vec<String> = query.kinds.iter().map(ToString::to_string).collect();
             sql.push_str(&format!(" AND kind IN ({})", kinds.join(",")));
         }
-        sql.push_str(if query.oldest_first { " ORDER BY sequence LIMIT ?" } else { " ORDER BY sequence DESC LIMIT ?" });
+        sql.push_str(if query.oldest_first {
+            " ORDER BY sequence LIMIT ?"
+        } else {
+            " ORDER BY sequence DESC LIMIT ?"
+        });
         values.push(Value::from(number(query.limit as u64)));
         let mut statement = self.connection.prepare_cached(&sql)?;
         let mut rows = statement.query(params_from_iter(values))?;
         let mut found = Vec::new();
         while let Some(row) = rows.next()? {
-            found.push(decode("events", row.get_ref(0)?.as_blob().map_err(rusqlite::Error::from)?)?);
+            found.push(decode(
+                "events",
+                row.get_ref(0)?.as_blob().map_err(rusqlite::Error::from)?,
+            )?);
         }
         Ok(found)
     }
 
     fn last_sequence(&mut self) -> Result<u64, StoreError> {
-        let last: Option<i64> =
-            self.connection.query_row("SELECT max(sequence) FROM events", [], |row| row.get(0))?;
+        let last: Option<i64> = self
+            .connection
+            .query_row("SELECT max(sequence) FROM events", [], |row| row.get(0))?;
         Ok(last.map_or(0, |last| u64::try_from(last).unwrap_or(0)))
     }
 }
@@ -211,7 +253,10 @@ fn lock(file: &Path) -> Result<Flock<fs::File>, StoreError> {
     let mut name = file.as_os_str().to_owned();
     name.push(".lock");
     let path = PathBuf::from(name);
-    let open = |source| StoreError::Open { file: path.clone(), source };
+    let open = |source| StoreError::Open {
+        file: path.clone(),
+        source,
+    };
     let handle = OpenOptions::new()
         .create(true)
         .truncate(false)
@@ -229,7 +274,11 @@ fn lock(file: &Path) -> Result<Flock<fs::File>, StoreError> {
 fn migrate(connection: &mut Connection, file: &Path) -> Result<(), StoreError> {
     let found: u32 = connection.pragma_query_value(None, "user_version", |row| row.get(0))?;
     if found > VERSION {
-        return Err(StoreError::Newer { file: file.to_owned(), found, known: VERSION });
+        return Err(StoreError::Newer {
+            file: file.to_owned(),
+            found,
+            known: VERSION,
+        });
     }
     for (version, step) in MIGRATIONS.iter().enumerate().skip(found as usize) {
         let transaction = connection.transaction()?;

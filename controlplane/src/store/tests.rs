@@ -7,7 +7,12 @@ use crate::testing::TempDir;
 
 fn event(sequence: u64, kind: v1::EventKind) -> v1::Event {
     let time = SystemTime::UNIX_EPOCH + Duration::from_secs(sequence);
-    v1::Event { sequence, kind: kind.into(), time: Some(time.into()), ..Default::default() }
+    v1::Event {
+        sequence,
+        kind: kind.into(),
+        time: Some(time.into()),
+        ..Default::default()
+    }
 }
 
 fn policy(name: &str, revision: u64) -> v1::Policy {
@@ -21,7 +26,10 @@ fn policy(name: &str, revision: u64) -> v1::Policy {
 
 fn grant(id: &str) -> StoredGrant {
     StoredGrant {
-        grant: v1::Grant { id: id.to_owned(), ..Default::default() },
+        grant: v1::Grant {
+            id: id.to_owned(),
+            ..Default::default()
+        },
         instances: vec!["a/1".to_owned(), "b/2".to_owned()],
     }
 }
@@ -48,7 +56,16 @@ fn exercise(store: &mut dyn Store) {
     ];
     store.apply(&writes).unwrap();
     let events: Vec<_> = (1..=9)
-        .map(|n| event(n, if n % 2 == 0 { v1::EventKind::FlowOpened } else { v1::EventKind::FlowClosed }))
+        .map(|n| {
+            event(
+                n,
+                if n % 2 == 0 {
+                    v1::EventKind::FlowOpened
+                } else {
+                    v1::EventKind::FlowClosed
+                },
+            )
+        })
         .collect();
     store.append_events(&events).unwrap();
 }
@@ -73,14 +90,59 @@ fn check(store: &mut dyn Store) {
     let found = |store: &mut dyn Store, query: EventQuery| -> Vec<u64> {
         store.events(&query).unwrap().iter().map(|e| e.sequence).collect()
     };
-    let all = EventQuery { limit: 100, ..Default::default() };
+    let all = EventQuery {
+        limit: 100,
+        ..Default::default()
+    };
     let at = |s| Some(SystemTime::UNIX_EPOCH + Duration::from_secs(s));
-    assert_eq!(found(store, EventQuery { limit: 2, ..all.clone() }), [9, 8]);
-    assert_eq!(found(store, EventQuery { before: 3, ..all.clone() }), [2, 1]);
-    assert_eq!(found(store, EventQuery { after: 7, ..all.clone() }), [9, 8]);
-    let oldest_first = EventQuery { after: 7, oldest_first: true, limit: 1, ..all.clone() };
+    assert_eq!(
+        found(
+            store,
+            EventQuery {
+                limit: 2,
+                ..all.clone()
+            }
+        ),
+        [9, 8]
+    );
+    assert_eq!(
+        found(
+            store,
+            EventQuery {
+                before: 3,
+                ..all.clone()
+            }
+        ),
+        [2, 1]
+    );
+    assert_eq!(
+        found(
+            store,
+            EventQuery {
+                after: 7,
+                ..all.clone()
+            }
+        ),
+        [9, 8]
+    );
+    let oldest_first = EventQuery {
+        after: 7,
+        oldest_first: true,
+        limit: 1,
+        ..all.clone()
+    };
     assert_eq!(found(store, oldest_first), [8]);
-    assert_eq!(found(store, EventQuery { start: at(3), end: at(5), ..all.clone() }), [4, 3]);
+    assert_eq!(
+        found(
+            store,
+            EventQuery {
+                start: at(3),
+                end: at(5),
+                ..all.clone()
+            }
+        ),
+        [4, 3]
+    );
     let kinds = vec![v1::EventKind::FlowOpened.into()];
     assert_eq!(found(store, EventQuery { kinds, ..all }), [8, 6, 4, 2]);
     assert_eq!(store.last_sequence().unwrap(), 9);
@@ -110,12 +172,18 @@ fn a_file_in_use_and_a_newer_schema_are_refused() {
     let file = dir.path().join("s.db");
     let first = SqliteStore::open(&file).unwrap();
     let error = SqliteStore::open(&file).unwrap_err();
-    assert!(error.to_string().contains("in use by another controlplane"), "{error}");
+    assert!(
+        error.to_string().contains("in use by another controlplane"),
+        "{error}"
+    );
     drop(first);
     let connection = rusqlite::Connection::open(&file).unwrap();
     connection.pragma_update(None, "user_version", 99).unwrap();
     drop(connection);
-    assert!(matches!(SqliteStore::open(&file), Err(StoreError::Newer { found: 99, .. })));
+    assert!(matches!(
+        SqliteStore::open(&file),
+        Err(StoreError::Newer { found: 99, .. })
+    ));
 }
 
 #[test]
@@ -123,7 +191,10 @@ fn changes_are_made_all_or_none() {
     let dir = TempDir::new();
     let mut store = SqliteStore::open(&dir.path().join("s.db")).unwrap();
     store.apply(&[Write::PutPolicy(policy("default", 1))]).unwrap();
-    let twice = [Write::PutGrant(grant("g1")), Write::PutPolicy(policy("default", 1))];
+    let twice = [
+        Write::PutGrant(grant("g1")),
+        Write::PutPolicy(policy("default", 1)),
+    ];
     assert!(store.apply(&twice).is_err(), "a revision is never replaced");
     assert_eq!(store.load().unwrap().grants, []);
 }
@@ -136,12 +207,23 @@ fn history_keeps_the_newest_events() {
         Box::new(SqliteStore::open(&dir.path().join("s.db")).unwrap()),
     ];
     for mut store in stores {
-        let events: Vec<_> = (1..=HISTORY_EVENTS_MAX + 5).map(|n| event(n, v1::EventKind::FlowOpened)).collect();
+        let events: Vec<_> = (1..=HISTORY_EVENTS_MAX + 5)
+            .map(|n| event(n, v1::EventKind::FlowOpened))
+            .collect();
         for chunk in events.chunks(50_000) {
             store.append_events(chunk).unwrap();
         }
-        let oldest = EventQuery { before: 8, limit: 100, ..Default::default() };
-        let kept: Vec<u64> = store.events(&oldest).unwrap().iter().map(|e| e.sequence).collect();
+        let oldest = EventQuery {
+            before: 8,
+            limit: 100,
+            ..Default::default()
+        };
+        let kept: Vec<u64> = store
+            .events(&oldest)
+            .unwrap()
+            .iter()
+            .map(|e| e.sequence)
+            .collect();
         assert_eq!(kept, [7, 6]);
     }
 }
@@ -157,21 +239,37 @@ async fn writer_answers_when_durable_and_reads_what_was_left() {
     )
     .unwrap();
     writer.event(event(1, v1::EventKind::FlowOpened));
-    writer.write(vec![Write::PutGrant(grant("g1"))]).wait().await.unwrap();
-    let all = EventQuery { limit: 10, ..Default::default() };
+    writer
+        .write(vec![Write::PutGrant(grant("g1"))])
+        .wait()
+        .await
+        .unwrap();
+    let all = EventQuery {
+        limit: 10,
+        ..Default::default()
+    };
     assert_eq!(writer.events(all).await.unwrap().len(), 1);
     writer.event(event(2, v1::EventKind::FlowOpened));
     drop(writer);
     let mut store = SqliteStore::open(&file).unwrap();
     assert_eq!(store.load().unwrap().grants, [grant("g1")]);
-    assert_eq!(store.last_sequence().unwrap(), 2, "what was left when it ended is recorded");
+    assert_eq!(
+        store.last_sequence().unwrap(),
+        2,
+        "what was left when it ended is recorded"
+    );
 }
 
 #[test]
 fn locations_are_read_and_refused_by_name() {
     assert_eq!("memory:".parse(), Ok(Location::Memory));
     assert_eq!("sqlite:/x/y.db".parse(), Ok(Location::Sqlite("/x/y.db".into())));
-    assert!("etcd://h:1".parse::<Location>().unwrap_err().contains("not built yet"));
+    assert!(
+        "etcd://h:1"
+            .parse::<Location>()
+            .unwrap_err()
+            .contains("not built yet")
+    );
     assert!("sqlite:".parse::<Location>().is_err());
     assert!("postgres://x".parse::<Location>().is_err());
 }

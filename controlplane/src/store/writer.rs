@@ -84,8 +84,15 @@ impl Writer {
         let thread = std::thread::Builder::new()
             .name("store".to_owned())
             .spawn(move || run(Stores { state, history }, &queue, &counted))
-            .map_err(|source| StoreError::Open { file: "thread".into(), source })?;
-        Ok(Self { jobs: Some(jobs), thread: Some(thread), metrics })
+            .map_err(|source| StoreError::Open {
+                file: "thread".into(),
+                source,
+            })?;
+        Ok(Self {
+            jobs: Some(jobs),
+            thread: Some(thread),
+            metrics,
+        })
     }
 
     /// Leaves changes to be made, all or none.
@@ -128,7 +135,8 @@ impl Writer {
     /// # Errors
     /// [`StoreError`].
     pub async fn policy(&self, name: String, revision: u64) -> Result<Option<v1::Policy>, StoreError> {
-        self.read(move |stores| stores.state.policy(&name, revision)).await
+        self.read(move |stores| stores.state.policy(&name, revision))
+            .await
     }
 
     /// Revisions of a policy, newest first, without documents.
@@ -141,7 +149,8 @@ impl Writer {
         before: u64,
         limit: usize,
     ) -> Result<Vec<v1::Policy>, StoreError> {
-        self.read(move |stores| stores.state.revisions(&name, before, limit)).await
+        self.read(move |stores| stores.state.revisions(&name, before, limit))
+            .await
     }
 
     async fn read<T: Send + 'static>(
@@ -232,5 +241,7 @@ fn record(stores: &mut Stores, batch: &mut Vec<v1::Event>, metrics: &Metrics) {
 }
 
 fn cause(error: &StoreError) -> String {
-    std::error::Error::source(error).map(ToString::to_string).unwrap_or_default()
+    std::error::Error::source(error)
+        .map(ToString::to_string)
+        .unwrap_or_default()
 }

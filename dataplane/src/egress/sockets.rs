@@ -80,7 +80,9 @@ impl Sockets {
 
     /// Closes a flow's socket, with RST if asked. Closing takes it out of the poller.
     pub fn close(&mut self, at: usize, reset: bool) {
-        let Some(socket) = self.places.get_mut(at).and_then(Option::take) else { return };
+        let Some(socket) = self.places.get_mut(at).and_then(Option::take) else {
+            return;
+        };
         if let HostSocket::Tcp(tcp) = &socket
             && reset
         {
@@ -191,10 +193,18 @@ impl TcpSocket {
 
     /// Moves bytes both ways between the guest's connection and this socket, as far as both go.
     pub fn transfer(&mut self, connection: &mut Connection) -> Moved {
-        let mut moved = Moved { up: 0, down: 0, failed: false, more: false };
+        let mut moved = Moved {
+            up: 0,
+            down: 0,
+            failed: false,
+            more: false,
+        };
         loop {
             let before = moved.up + moved.down;
-            if let Err(error) = self.transfer_up(connection, &mut moved).and_then(|()| self.transfer_down(connection, &mut moved)) {
+            if let Err(error) = self
+                .transfer_up(connection, &mut moved)
+                .and_then(|()| self.transfer_down(connection, &mut moved))
+            {
                 tracing::trace!(%error, "host socket failed");
                 moved.failed = true;
                 return moved;

@@ -116,7 +116,12 @@ impl Cache {
     /// Forgets every verdict.
     pub fn clear(&mut self) {
         let (epoch, lease_until, evictions) = (self.epoch, self.lease_until, self.evictions);
-        *self = Self { epoch, lease_until, evictions, ..Self::default() };
+        *self = Self {
+            epoch,
+            lease_until,
+            evictions,
+            ..Self::default()
+        };
     }
 
     /// Flow verdicts held.
@@ -154,7 +159,9 @@ impl Cache {
                 .filter_map(|parent| Name::from_canonical(parent).ok())
                 .find_map(|parent| self.below.get(&parent))
         });
-        found.or(self.any_name.as_ref()).filter(|decision| self.holds(now, decision))
+        found
+            .or(self.any_name.as_ref())
+            .filter(|decision| self.holds(now, decision))
     }
 
     fn holds(&self, now: Time, decision: &Decision) -> bool {
@@ -177,8 +184,13 @@ impl Cache {
         let shape = match self.shape_for(found) {
             Some(shape) if !self.shapes[shape].is_crowded(found) => shape,
             _ => {
-                let Some(flow) = flow.filter(|flow| found.matches(flow)) else { return };
-                narrowed = FlowMatch { names_consulted: found.names_consulted, ..FlowMatch::exact(flow) };
+                let Some(flow) = flow.filter(|flow| found.matches(flow)) else {
+                    return;
+                };
+                narrowed = FlowMatch {
+                    names_consulted: found.names_consulted,
+                    ..FlowMatch::exact(flow)
+                };
                 found = &narrowed;
                 match self.shape_for(found) {
                     Some(shape) => shape,
@@ -201,10 +213,15 @@ impl Cache {
         self.entries = self.entries + 1 + regions.len() - 1 - before;
         self.order.push_back((shape, key));
         if found.names_consulted {
-            self.by_address.entry(found.prefix.addr()).or_default().push((shape, key));
+            self.by_address
+                .entry(found.prefix.addr())
+                .or_default()
+                .push((shape, key));
         }
         while self.entries > FLOW_ENTRIES_MAX || self.order.len() > 2 * FLOW_ENTRIES_MAX {
-            let Some((shape, key)) = self.order.pop_front() else { break };
+            let Some((shape, key)) = self.order.pop_front() else {
+                break;
+            };
             if let Some(gone) = self.shapes[shape].table.remove(&key) {
                 self.entries -= gone.len();
                 self.evictions += gone.len() as u64;
@@ -258,7 +275,9 @@ impl Cache {
     /// The names bound to an address changed: verdicts that looked at them are void.
     pub fn forget_address(&mut self, address: IpAddr) {
         for (shape, key) in self.by_address.remove(&address).unwrap_or_default() {
-            let Some(regions) = self.shapes[shape].table.get_mut(&key) else { continue };
+            let Some(regions) = self.shapes[shape].table.get_mut(&key) else {
+                continue;
+            };
             let before = regions.len();
             regions.retain(|r| !r.names_consulted);
             self.entries -= before - regions.len();
@@ -285,7 +304,9 @@ impl Shape {
 
     fn is_crowded(&self, found: &FlowMatch) -> bool {
         let key = self.key(found.prefix.addr(), found.ports.first());
-        self.table.get(&key).is_some_and(|regions| regions.len() >= RANGES_MAX)
+        self.table
+            .get(&key)
+            .is_some_and(|regions| regions.len() >= RANGES_MAX)
     }
 }
 
@@ -304,10 +325,17 @@ mod tests {
 
     use super::*;
 
-    const EPOCH: Epoch = Epoch { incarnation: 1, counter: 1 };
+    const EPOCH: Epoch = Epoch {
+        incarnation: 1,
+        counter: 1,
+    };
 
     fn key(peer: &str) -> FlowKey {
-        FlowKey { protocol: Protocol::Tcp, guest: "192.168.127.2:1".parse().unwrap(), peer: peer.parse().unwrap() }
+        FlowKey {
+            protocol: Protocol::Tcp,
+            guest: "192.168.127.2:1".parse().unwrap(),
+            peer: peer.parse().unwrap(),
+        }
     }
 
     fn verdict(action: VerdictAction, prefix: &str, ports: &str) -> Verdict {
@@ -344,8 +372,17 @@ mod tests {
     #[test]
     fn one_verdict_answers_everything_inside_its_match_and_nothing_else() {
         let mut cache = cache();
-        put(&mut cache, &verdict(VerdictAction::Allow, "10.0.0.0/8", "80-90"), None);
-        for (peer, hit) in [("10.1.2.3:80", true), ("10.255.0.1:90", true), ("10.1.2.3:91", false), ("11.0.0.1:80", false)] {
+        put(
+            &mut cache,
+            &verdict(VerdictAction::Allow, "10.0.0.0/8", "80-90"),
+            None,
+        );
+        for (peer, hit) in [
+            ("10.1.2.3:80", true),
+            ("10.255.0.1:90", true),
+            ("10.1.2.3:91", false),
+            ("11.0.0.1:80", false),
+        ] {
             assert_eq!(cache.lookup(Time::ZERO, &key(peer)).is_some(), hit, "{peer}");
         }
     }
@@ -358,8 +395,17 @@ mod tests {
         let late = Duration::from_secs(61);
         assert!(cache.lookup(late, &key("10.0.0.1:80")).is_none());
         assert!(cache.lookup(late, &key("10.0.0.2:80")).is_some());
-        cache.renew(Epoch { incarnation: 2, counter: 1 }, Duration::from_secs(99));
-        assert!(cache.lookup(late, &key("10.0.0.1:80")).is_none(), "another incarnation renews nothing");
+        cache.renew(
+            Epoch {
+                incarnation: 2,
+                counter: 1,
+            },
+            Duration::from_secs(99),
+        );
+        assert!(
+            cache.lookup(late, &key("10.0.0.1:80")).is_none(),
+            "another incarnation renews nothing"
+        );
         cache.renew(EPOCH, Duration::from_secs(99));
         assert!(cache.lookup(late, &key("10.0.0.1:80")).is_some());
     }
@@ -370,8 +416,16 @@ mod tests {
         let mut timed = verdict(VerdictAction::Allow, "10.0.0.1", "80");
         timed.expires_in = Some(Duration::from_secs(5));
         put(&mut cache, &timed, None);
-        assert!(cache.lookup(Duration::from_millis(4999), &key("10.0.0.1:80")).is_some());
-        assert!(cache.lookup(Duration::from_secs(5), &key("10.0.0.1:80")).is_none());
+        assert!(
+            cache
+                .lookup(Duration::from_millis(4999), &key("10.0.0.1:80"))
+                .is_some()
+        );
+        assert!(
+            cache
+                .lookup(Duration::from_secs(5), &key("10.0.0.1:80"))
+                .is_none()
+        );
         cache.revoke(EPOCH.next());
         assert_eq!(cache.len(), 0);
     }
@@ -395,10 +449,18 @@ mod tests {
     fn too_many_shapes_narrow_to_the_flow_that_missed() {
         let mut cache = cache();
         for length in 8..8 + SHAPES_MAX {
-            put(&mut cache, &verdict(VerdictAction::Allow, &format!("10.0.0.0/{length}"), "*"), None);
+            put(
+                &mut cache,
+                &verdict(VerdictAction::Allow, &format!("10.0.0.0/{length}"), "*"),
+                None,
+            );
         }
         let flow = key("172.16.0.1:22");
-        put(&mut cache, &verdict(VerdictAction::Allow, "172.16.0.0/24", "*"), Some(&flow));
+        put(
+            &mut cache,
+            &verdict(VerdictAction::Allow, "172.16.0.0/24", "*"),
+            Some(&flow),
+        );
         assert!(cache.lookup(Time::ZERO, &flow).is_some());
         assert!(cache.lookup(Time::ZERO, &key("172.16.0.1:23")).is_none());
         assert!(cache.shapes.len() <= SHAPES_MAX + 1);
@@ -423,8 +485,11 @@ mod tests {
         let mut named = verdict(VerdictAction::Allow, "10.0.0.1", "80");
         named.found = Match::Lookup(LookupMatch::Subdomains("example.com".parse().unwrap()));
         put(&mut cache, &named, None);
-        let found = |cache: &Cache, name: &str| cache.lookup_name(Time::ZERO, &name.parse().unwrap()).is_some();
-        assert!(found(&cache, "a.b.example.com") && !found(&cache, "example.com") && !found(&cache, "x.test"));
+        let found =
+            |cache: &Cache, name: &str| cache.lookup_name(Time::ZERO, &name.parse().unwrap()).is_some();
+        assert!(
+            found(&cache, "a.b.example.com") && !found(&cache, "example.com") && !found(&cache, "x.test")
+        );
         named.found = Match::Lookup(LookupMatch::Any);
         put(&mut cache, &named, None);
         assert!(found(&cache, "x.test"));

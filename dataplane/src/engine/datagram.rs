@@ -22,7 +22,11 @@ const ECHO_REQUEST: u8 = 8;
 
 /// How long a UDP association lives without a packet.
 pub(super) fn udp_idle(bytes_down: u64) -> Duration {
-    if bytes_down == 0 { UDP_UNANSWERED_IDLE } else { UDP_IDLE }
+    if bytes_down == 0 {
+        UDP_UNANSWERED_IDLE
+    } else {
+        UDP_IDLE
+    }
 }
 
 impl Engine {
@@ -34,7 +38,11 @@ impl Engine {
         let payload = datagram.get(UDP_BYTES..length).ok_or(DropReason::Malformed)?;
         let guest = SocketAddrV4::new(ip.source, u16::from_be_bytes([header[0], header[1]]));
         let peer = SocketAddrV4::new(ip.destination, u16::from_be_bytes([header[2], header[3]]));
-        let key = FlowKey { protocol: Protocol::Udp, guest: guest.into(), peer: peer.into() };
+        let key = FlowKey {
+            protocol: Protocol::Udp,
+            guest: guest.into(),
+            peer: peer.into(),
+        };
 
         if let Some(at) = self.flows.find(&key) {
             return Ok(match self.flows.get(at).map(|f| &f.state) {
@@ -144,20 +152,31 @@ impl Engine {
     /// Room for one more flow of a kind: the longest idle association makes way.
     fn make_room(&mut self, state: &State) -> Result<(), DropReason> {
         let is_udp = matches!(state, State::Udp);
-        let (count, max) =
-            if is_udp { (self.udp_flows, UDP_FLOWS_MAX) } else { (self.echo_flows, ECHO_FLOWS_MAX) };
+        let (count, max) = if is_udp {
+            (self.udp_flows, UDP_FLOWS_MAX)
+        } else {
+            (self.echo_flows, ECHO_FLOWS_MAX)
+        };
         if count >= max {
             let same = |s: &State| matches!(s, State::Udp) == is_udp && matches!(s, State::Udp | State::Echo);
             let idle = self.flows.longest_idle(same).ok_or(DropReason::FlowLimit)?;
             self.end_flow(idle, FlowEnd::Evicted);
         }
-        if self.flows.has_room() { Ok(()) } else { Err(DropReason::FlowLimit) }
+        if self.flows.has_room() {
+            Ok(())
+        } else {
+            Err(DropReason::FlowLimit)
+        }
     }
 
     /// Keeps a further datagram of a held flow: the first few, the oldest.
     fn keep_held(&mut self, at: usize, payload: &[u8]) -> Result<(), DropReason> {
-        let Some(flow) = self.flows.get_mut(at) else { return Ok(()) };
-        let State::Held(waiting) = &mut flow.state else { return Ok(()) };
+        let Some(flow) = self.flows.get_mut(at) else {
+            return Ok(());
+        };
+        let State::Held(waiting) = &mut flow.state else {
+            return Ok(());
+        };
         let kept: usize = waiting.packets.iter().map(|p| p.len()).sum();
         if waiting.packets.len() >= held::DATAGRAMS_MAX || kept + payload.len() > held::DATAGRAM_BYTES_MAX {
             return Err(DropReason::HeldLimit);
@@ -174,8 +193,12 @@ impl Engine {
         decision: &Arc<Decision>,
         miss: vnet_proto::model::MissId,
     ) {
-        let Some(flow) = self.flows.get_mut(at) else { return };
-        let State::Held(waiting) = &mut flow.state else { return };
+        let Some(flow) = self.flows.get_mut(at) else {
+            return;
+        };
+        let State::Held(waiting) = &mut flow.state else {
+            return;
+        };
         let packets = std::mem::take(&mut waiting.packets);
         if flow.key.protocol == Protocol::Udp {
             flow.state = State::Udp;
@@ -194,7 +217,9 @@ impl Engine {
     /// A datagram for a UDP flow came from the host's side.
     pub fn handle_datagram(&mut self, now: Time, at: usize, payload: &[u8]) {
         let Some(flow) = self.flows.get(at) else { return };
-        let (SocketAddr::V4(guest), SocketAddr::V4(peer)) = (flow.key.guest, flow.key.peer) else { return };
+        let (SocketAddr::V4(guest), SocketAddr::V4(peer)) = (flow.key.guest, flow.key.peer) else {
+            return;
+        };
         if reply::udp(&mut self.transmit, peer, guest, payload, self.config.mtu_bytes) {
             self.count_bytes(now, at, 0, payload.len());
         } else {
@@ -205,9 +230,13 @@ impl Engine {
     /// An echo reply for an echo flow came from the host's side: the message, header included.
     pub fn handle_echo_reply(&mut self, now: Time, at: usize, message: &mut [u8]) {
         let Some(flow) = self.flows.get(at) else { return };
-        let (IpAddr::V4(guest), IpAddr::V4(peer)) = (flow.key.guest.ip(), flow.key.peer.ip()) else { return };
+        let (IpAddr::V4(guest), IpAddr::V4(peer)) = (flow.key.guest.ip(), flow.key.peer.ip()) else {
+            return;
+        };
         // The host's kernel chose its own identifier; the guest knows its own.
-        let Some(header) = message.first_chunk_mut::<ICMP_BYTES>() else { return };
+        let Some(header) = message.first_chunk_mut::<ICMP_BYTES>() else {
+            return;
+        };
         header[4..6].copy_from_slice(&flow.key.guest.port().to_be_bytes());
         if reply::icmp(&mut self.transmit, peer, guest, message, self.config.mtu_bytes) {
             self.count_bytes(now, at, 0, message.len());
@@ -219,8 +248,12 @@ impl Engine {
     /// The host could not send on a UDP or echo flow: say it to the guest. The next packet tries anew.
     pub fn handle_send_error(&mut self, at: usize, unreachable: Option<Unreachable>) {
         self.count_drop(DropReason::HostRefused);
-        let (Some(why), Some(flow)) = (unreachable, self.flows.get(at)) else { return };
-        let (SocketAddr::V4(guest), SocketAddr::V4(peer)) = (flow.key.guest, flow.key.peer) else { return };
+        let (Some(why), Some(flow)) = (unreachable, self.flows.get(at)) else {
+            return;
+        };
+        let (SocketAddr::V4(guest), SocketAddr::V4(peer)) = (flow.key.guest, flow.key.peer) else {
+            return;
+        };
         if flow.key.protocol == Protocol::Udp && !flow.ingress {
             reply::unreachable_for_udp(&mut self.transmit, self.config.gateway, guest, peer, why);
         }
@@ -233,7 +266,11 @@ impl Engine {
         }
         self.make_room(&State::Udp).ok()?;
         let client = self.free_ingress_port(Protocol::Udp, target)?;
-        let key = FlowKey { protocol: Protocol::Udp, guest: target.into(), peer: client.into() };
+        let key = FlowKey {
+            protocol: Protocol::Udp,
+            guest: target.into(),
+            peer: client.into(),
+        };
         let at = self.new_flow(now, key, client.into(), State::Udp);
         if let Some(flow) = self.flows.get_mut(at) {
             flow.ingress = true;

@@ -181,7 +181,11 @@ impl FlowTable {
 
     /// The places of all flows.
     pub fn places(&self) -> Vec<usize> {
-        self.flows.iter().filter(|(_, flow)| flow.is_some()).map(|(at, _)| at).collect()
+        self.flows
+            .iter()
+            .filter(|(_, flow)| flow.is_some())
+            .map(|(at, _)| at)
+            .collect()
     }
 
     /// The flow of one kind that has been idle longest. Linear: for limits only.

@@ -133,9 +133,17 @@ mod tests {
     #[test]
     fn fragments_in_any_order_become_one_packet() {
         let mut fragments = Fragments::default();
-        assert_eq!(feed(&mut fragments, Time::ZERO, &part(1, 16, false, b"end")).unwrap(), None);
-        assert_eq!(feed(&mut fragments, Time::ZERO, &part(1, 8, true, b"middle!!")).unwrap(), None);
-        let whole = feed(&mut fragments, Time::ZERO, &part(1, 0, true, b"begin...")).unwrap().unwrap();
+        assert_eq!(
+            feed(&mut fragments, Time::ZERO, &part(1, 16, false, b"end")).unwrap(),
+            None
+        );
+        assert_eq!(
+            feed(&mut fragments, Time::ZERO, &part(1, 8, true, b"middle!!")).unwrap(),
+            None
+        );
+        let whole = feed(&mut fragments, Time::ZERO, &part(1, 0, true, b"begin..."))
+            .unwrap()
+            .unwrap();
         let ip = Ipv4::parse(&whole).unwrap();
         assert!(!ip.is_fragment());
         assert_eq!(ip.payload(), b"begin...middle!!end");
@@ -145,13 +153,25 @@ mod tests {
     fn overlaps_limits_and_time_end_a_datagram() {
         let mut fragments = Fragments::default();
         feed(&mut fragments, Time::ZERO, &part(1, 0, true, &[1; 16])).unwrap();
-        assert_eq!(feed(&mut fragments, Time::ZERO, &part(1, 8, true, &[2; 8])), Err(DropReason::Fragment));
+        assert_eq!(
+            feed(&mut fragments, Time::ZERO, &part(1, 8, true, &[2; 8])),
+            Err(DropReason::Fragment)
+        );
         assert!(fragments.under_way.is_empty());
-        assert_eq!(feed(&mut fragments, Time::ZERO, &part(2, 65_512, false, &[1; 8])), Err(DropReason::Fragment));
+        assert_eq!(
+            feed(&mut fragments, Time::ZERO, &part(2, 65_512, false, &[1; 8])),
+            Err(DropReason::Fragment)
+        );
         for id in 0..DATAGRAMS_MAX as u16 {
             feed(&mut fragments, Time::ZERO, &part(id, 8, true, &[1; 8])).unwrap();
         }
-        assert_eq!(feed(&mut fragments, Time::ZERO, &part(99, 8, true, &[1; 8])), Err(DropReason::Fragment));
-        assert_eq!(feed(&mut fragments, PATIENCE, &part(99, 8, true, &[1; 8])), Ok(None));
+        assert_eq!(
+            feed(&mut fragments, Time::ZERO, &part(99, 8, true, &[1; 8])),
+            Err(DropReason::Fragment)
+        );
+        assert_eq!(
+            feed(&mut fragments, PATIENCE, &part(99, 8, true, &[1; 8])),
+            Ok(None)
+        );
     }
 }

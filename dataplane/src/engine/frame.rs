@@ -233,15 +233,30 @@ impl<'a> Frame<'a> {
     /// # Errors
     /// Why it cannot be delivered.
     pub fn parse(bytes: &'a [u8]) -> Result<Self, DropReason> {
-        let (header, body) = bytes.split_first_chunk::<ETHERNET_BYTES>().ok_or(DropReason::Malformed)?;
-        let mac = |at: usize| Mac([header[at], header[at + 1], header[at + 2], header[at + 3], header[at + 4], header[at + 5]]);
+        let (header, body) = bytes
+            .split_first_chunk::<ETHERNET_BYTES>()
+            .ok_or(DropReason::Malformed)?;
+        let mac = |at: usize| {
+            Mac([
+                header[at],
+                header[at + 1],
+                header[at + 2],
+                header[at + 3],
+                header[at + 4],
+                header[at + 5],
+            ])
+        };
         let body = match u16::from_be_bytes([header[12], header[13]]) {
             0x0800 => Body::Ipv4(Ipv4::parse(body)?),
             0x0806 => Body::Arp(Arp::parse(body)?),
             0x86dd => Body::Ipv6(body),
             _ => return Err(DropReason::EtherType),
         };
-        Ok(Self { source: mac(6), destination: mac(0), body })
+        Ok(Self {
+            source: mac(6),
+            destination: mac(0),
+            body,
+        })
     }
 }
 
@@ -250,7 +265,9 @@ impl Arp {
     pub const BYTES: usize = 28;
 
     fn parse(bytes: &[u8]) -> Result<Self, DropReason> {
-        let packet = bytes.first_chunk::<{ Self::BYTES }>().ok_or(DropReason::Malformed)?;
+        let packet = bytes
+            .first_chunk::<{ Self::BYTES }>()
+            .ok_or(DropReason::Malformed)?;
         let operation = u16::from_be_bytes([packet[6], packet[7]]);
         if packet[..6] != [0, 1, 8, 0, 6, 4] || !(1..=2).contains(&operation) {
             return Err(DropReason::Malformed);
@@ -284,7 +301,9 @@ mod tests {
     fn no_bytes_make_the_parser_panic() {
         let mut state = 0x9e37_79b9_7f4a_7c15_u64;
         for _ in 0..200_000 {
-            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+            state = state
+                .wrapping_mul(6_364_136_223_846_793_005)
+                .wrapping_add(1_442_695_040_888_963_407);
             let length = (state >> 33) as usize % 80;
             let mut bytes: Vec<u8> = (0..length).map(|i| (state >> (i % 57)) as u8).collect();
             if length > 20 && state & 1 == 0 {

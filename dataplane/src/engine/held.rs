@@ -29,7 +29,10 @@ pub struct Target {
 
 impl From<&FlowKey> for Target {
     fn from(key: &FlowKey) -> Self {
-        Self { protocol: key.protocol, peer: key.peer }
+        Self {
+            protocol: key.protocol,
+            peer: key.peer,
+        }
     }
 }
 
@@ -106,12 +109,18 @@ impl Held {
             Some(miss) => *miss,
             None => {
                 let hold = self.hold;
-                let miss = self.open(HeldMiss::Flows { target, flows: Vec::new(), hold })?;
+                let miss = self.open(HeldMiss::Flows {
+                    target,
+                    flows: Vec::new(),
+                    hold,
+                })?;
                 self.by_target.insert(target, miss);
                 miss
             }
         };
-        let Some(HeldMiss::Flows { flows, hold, .. }) = self.misses.get_mut(&miss) else { return None };
+        let Some(HeldMiss::Flows { flows, hold, .. }) = self.misses.get_mut(&miss) else {
+            return None;
+        };
         flows.push(flow);
         self.flows += 1;
         Some((miss, flows.len(), *hold))
@@ -122,7 +131,10 @@ impl Held {
         if let Some(miss) = self.by_name.get(name) {
             return Some((*miss, false));
         }
-        let miss = self.open(HeldMiss::Lookup { name: name.clone(), query_type })?;
+        let miss = self.open(HeldMiss::Lookup {
+            name: name.clone(),
+            query_type,
+        })?;
         self.by_name.insert(name.clone(), miss);
         Some((miss, true))
     }
@@ -150,7 +162,9 @@ impl Held {
 
     /// A flow no longer waits. True when its miss ended with it.
     pub fn leave(&mut self, miss: MissId, flow: usize) -> bool {
-        let Some(HeldMiss::Flows { flows, target, .. }) = self.misses.get_mut(&miss) else { return false };
+        let Some(HeldMiss::Flows { flows, target, .. }) = self.misses.get_mut(&miss) else {
+            return false;
+        };
         let before = flows.len();
         flows.retain(|f| *f != flow);
         self.flows -= before - flows.len();
@@ -187,12 +201,20 @@ impl Held {
             (HeldMiss::Flows { target, .. }, Match::Flow(found)) => {
                 // The guest's own side never matters to a match.
                 let guest = SocketAddr::new(unspecified_like(target.peer.ip()), 0);
-                found.matches(&FlowKey { protocol: target.protocol, guest, peer: target.peer })
+                found.matches(&FlowKey {
+                    protocol: target.protocol,
+                    guest,
+                    peer: target.peer,
+                })
             }
             (HeldMiss::Lookup { name, .. }, Match::Lookup(found)) => found.matches(name),
             _ => false,
         };
-        self.misses.iter().filter(|(_, held)| covers(held)).map(|(miss, _)| *miss).collect()
+        self.misses
+            .iter()
+            .filter(|(_, held)| covers(held))
+            .map(|(miss, _)| *miss)
+            .collect()
     }
 
     /// Every open miss.
@@ -213,7 +235,11 @@ mod tests {
     use super::*;
 
     fn key(peer: String) -> FlowKey {
-        FlowKey { protocol: Protocol::Tcp, guest: "192.168.127.2:9".parse().unwrap(), peer: peer.parse().unwrap() }
+        FlowKey {
+            protocol: Protocol::Tcp,
+            guest: "192.168.127.2:9".parse().unwrap(),
+            peer: peer.parse().unwrap(),
+        }
     }
 
     #[test]
@@ -232,7 +258,10 @@ mod tests {
     fn limits_refuse_what_is_new_and_joining_goes_on() {
         let mut held = Held::new(VmId(1), Duration::from_secs(30));
         for i in 0..MISSES_MAX {
-            assert!(held.join_flow(&key(format!("10.0.{}.{}:80", i / 256, i % 256)), i).is_some());
+            assert!(
+                held.join_flow(&key(format!("10.0.{}.{}:80", i / 256, i % 256)), i)
+                    .is_some()
+            );
         }
         assert!(held.join_flow(&key("10.1.0.0:80".into()), 1).is_none());
         assert!(held.join_lookup(&"a.test".parse().unwrap(), 1).is_none());

@@ -27,9 +27,15 @@ impl Engine {
         let ours = arp.target == self.config.gateway || Some(arp.target) == self.config.host_alias;
         if arp.is_request && ours {
             let mac = self.config.gateway_mac;
-            let sent =
-                self.transmit.packet(EtherType::Arp, Arp::BYTES, |out| arp.write_reply(mac, out)).is_some();
-            return if sent { Ok(Outcome::Done) } else { Err(DropReason::TransmitQueueFull) };
+            let sent = self
+                .transmit
+                .packet(EtherType::Arp, Arp::BYTES, |out| arp.write_reply(mac, out))
+                .is_some();
+            return if sent {
+                Ok(Outcome::Done)
+            } else {
+                Err(DropReason::TransmitQueueFull)
+            };
         }
         if frame.destination == self.config.gateway_mac || arp.target == arp.sender {
             // A reply to us, or an announcement, which the claim above has taken note of.
@@ -59,20 +65,26 @@ impl Engine {
         }
         if let Some(address) = outcome.released {
             self.addresses.retain(|a| *a != address);
-            self.status_changed = true;
+            self.note_status();
         }
         if let Some(name) = outcome.claimed_hostname
             && name != self.claimed_hostname
         {
             self.claimed_hostname = name;
-            self.status_changed = true;
+            self.note_status();
         }
         self.want_report(now);
         let Some(answer) = outcome.reply else { return };
         let from = std::net::SocketAddrV4::new(self.config.gateway, DHCP_SERVER_PORT);
         let to = std::net::SocketAddrV4::new(answer.to, DHCP_CLIENT_PORT);
         let guest = std::mem::replace(&mut self.transmit.guest, answer.to_mac);
-        if !reply::udp(&mut self.transmit, from, to, &answer.payload, self.config.mtu_bytes) {
+        if !reply::udp(
+            &mut self.transmit,
+            from,
+            to,
+            &answer.payload,
+            self.config.mtu_bytes,
+        ) {
             self.count_drop(DropReason::TransmitQueueFull);
         }
         self.transmit.guest = guest;
@@ -96,13 +108,24 @@ impl Engine {
         if !matches!(part.protocol, UDP | ICMP) {
             return Err(DropReason::Fragment);
         }
-        let Some(packet) = self.fragments.handle(now, part)? else { return Ok(Outcome::Done) };
+        let Some(packet) = self.fragments.handle(now, part)? else {
+            return Ok(Outcome::Done);
+        };
         let whole = Ipv4::parse(&packet)?;
-        let outcome =
-            if whole.protocol == UDP { self.handle_udp(now, whole)? } else { self.handle_icmp(now, whole)? };
+        let outcome = if whole.protocol == UDP {
+            self.handle_udp(now, whole)?
+        } else {
+            self.handle_icmp(now, whole)?
+        };
         Ok(match outcome {
-            Outcome::Datagram { flow, payload } => Outcome::Assembled { flow, payload: payload.to_vec() },
-            Outcome::Echo { flow, message } => Outcome::Assembled { flow, payload: message.to_vec() },
+            Outcome::Datagram { flow, payload } => Outcome::Assembled {
+                flow,
+                payload: payload.to_vec(),
+            },
+            Outcome::Echo { flow, message } => Outcome::Assembled {
+                flow,
+                payload: message.to_vec(),
+            },
             _ => Outcome::Done,
         })
     }

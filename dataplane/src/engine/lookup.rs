@@ -1,19 +1,243 @@
-//! The gateway's DNS, joined to the cache and the held misses.
+//! The gateway's DNS, joined to the verdict cache, the held misses and the bindings.
 
-use std::net::SocketAddrV4;
+use std::net::{SocketAddr, SocketAddrV4};
 use std::sync::Arc;
 
-use vnet_proto::model::Name;
+use vnet_proto::model::{LookupSubject, Name, Reason, VerdictAction};
 
 use crate::engine::cache::Decision;
-use crate::engine::{Engine, Time};
+use crate::engine::flow::State;
+use crate::engine::frame::DropReason;
+use crate::engine::gateway::dns::{self, Transport, Unasked};
+use crate::engine::reply;
+use crate::engine::timer::Timer;
+use crate::engine::{Engine, Event, Time};
+use crate::message::{MissEnd, Report};
+
+const DNS_PORT: u16 = 53;
 
 impl Engine {
-    pub(super) fn handle_dns_datagram(&mut self, _now: Time, _guest: SocketAddrV4, _payload: &[u8]) {}
-    pub(super) fn serve_dns(&mut self, _now: Time, _at: usize) {}
-    pub(super) fn answer_name(&mut self, _now: Time, _name: &Name, _decision: &Arc<Decision>) {}
-    pub(super) fn handle_dns_timeout(&mut self, _now: Time) {}
-    pub(super) fn handle_bindings_timeout(&mut self, _now: Time) {}
-    /// An upstream answered.
-    pub fn handle_resolved(&mut self, _now: Time, _query: u64, _answer: Option<Vec<u8>>) {}
+    pub(super) fn handle_dns_datagram(&mut self, now: Time, guest: SocketAddrV4, payload: &[u8]) {
+        let zones = self.surroundings.zones();
+        self.dns
+            .handle_query(now, &zones, guest.into(), Transport::Udp, payload);
+        self.act_on_dns(now);
+    }
+
+    /// Moves what a guest sent on a connection to the gateway's DNS into it.
+    pub(super) fn serve_dns(&mut self, now: Time, at: usize) {
+        let zones = self.surroundings.zones();
+        let Some(flow) = self.flows.get_mut(at) else {
+            return;
+        };
+        let (id, client) = (flow.id.0, flow.key.guest);
+        let State::Service(connection) = &mut flow.state else {
+            return;
+        };
+        let mut refused = false;
+        while connection.has_received() {
+            let taken = connection.lend_received(|bytes| {
+                let taken = self.dns.handle_stream(now, &zones, client, id, bytes);
+                refused = taken.is_none();
+                Ok::<_, std::convert::Infallible>(taken.unwrap_or(bytes.len()))
+            });
+            if taken == Ok(0) {
+                break;
+            }
+            flow.last_active = now;
+        }
+        if refused {
+            connection.abort();
+        } else if connection.is_received_whole() {
+            connection.close();
+        }
+        self.act_on_dns(now);
+    }
+
+    /// Does what the gateway's DNS asks for, until it asks for nothing more.
+    fn act_on_dns(&mut self, now: Time) {
+        while let Some(event) = self.dns.poll_event() {
+            match event {
+                dns::Event::Reply {
+                    client,
+                    transport,
+                    bytes,
+                } => self.send_answer(now, client, transport, &bytes),
+                dns::Event::Ask { name, query_type } => self.ask_name(now, name, query_type),
+                dns::Event::Unasked { name, why } => self.end_lookup(&name, why),
+                dns::Event::Upstream { query, bytes } => {
+                    self.events.push_back(Event::Resolve { query, bytes })
+                }
+                dns::Event::Bind {
+                    name,
+                    addresses,
+                    expires_in,
+                } => {
+                    for address in self.bindings.learn(now, &name, &addresses, expires_in) {
+                        self.cache.forget_address(address);
+                    }
+                    self.schedule_bindings();
+                    self.report(Report::Binding {
+                        vm: self.config.vm,
+                        name,
+                        addresses,
+                        expires_in,
+                    });
+                }
+                dns::Event::Decided {
+                    name,
+                    query_type,
+                    action,
+                    count,
+                } => {
+                    self.report_lookup(now, LookupSubject { name, query_type }, action, count);
+                }
+            }
+        }
+        if let Some(at) = self.dns.poll_timeout() {
+            // One entry per deadline is enough: early ones find nothing due.
+            if self.dns_set.is_none_or(|set| at < set || set <= now) {
+                self.dns_set = Some(at);
+                self.timers.set(at, Timer::Dns);
+            }
+        }
+    }
+
+    fn send_answer(&mut self, now: Time, client: SocketAddr, transport: Transport, bytes: &[u8]) {
+        match transport {
+            Transport::Udp => {
+                let SocketAddr::V4(guest) = client else { return };
+                let from = SocketAddrV4::new(self.config.gateway, DNS_PORT);
+                if !reply::udp(&mut self.transmit, from, guest, bytes, self.config.mtu_bytes) {
+                    self.count_drop(DropReason::TransmitQueueFull);
+                }
+            }
+            Transport::Tcp(id) => {
+                let Some(at) = self.flows.find_id(vnet_proto::model::FlowId(id)) else {
+                    return;
+                };
+                let Some(flow) = self.flows.get_mut(at) else {
+                    return;
+                };
+                let State::Service(connection) = &mut flow.state else {
+                    return;
+                };
+                let mut rest = bytes;
+                while !rest.is_empty() {
+                    let sent = connection.lend_room(|room| {
+                        let length = room.len().min(rest.len());
+                        room[..length].copy_from_slice(&rest[..length]);
+                        Ok::<_, std::convert::Infallible>(length)
+                    });
+                    match sent {
+                        Ok(length) if length > 0 => rest = &rest[length..],
+                        // A guest that asks and does not read is cut off rather than remembered.
+                        _ => {
+                            connection.abort();
+                            break;
+                        }
+                    }
+                }
+                flow.last_active = now;
+                self.mark_dirty(at);
+            }
+        }
+    }
+
+    /// Gets a verdict on a name: from the cache at once, or by a miss.
+    fn ask_name(&mut self, now: Time, name: Name, query_type: u16) {
+        if let Some(decision) = self.cache.lookup_name(now, &name).cloned() {
+            self.dns
+                .handle_name_verdict(now, &name, decision.action, &decision.reason);
+            return;
+        }
+        match self.held.join_lookup(&name, query_type) {
+            Some((miss, true)) => self.ask_lookup(miss, LookupSubject { name, query_type }),
+            Some((_, false)) => {}
+            None => {
+                self.count_drop(DropReason::HeldLimit);
+                self.dns.handle_no_room(&name);
+            }
+        }
+    }
+
+    /// A verdict on a name that was asked about.
+    pub(super) fn answer_name(&mut self, now: Time, name: &Name, decision: &Arc<Decision>) {
+        self.dns
+            .handle_name_verdict(now, name, decision.action, &decision.reason);
+        self.act_on_dns(now);
+    }
+
+    pub(super) fn extend_lookup(&mut self, now: Time, name: &Name, hold: std::time::Duration) {
+        self.dns
+            .handle_held(now, name, hold.min(self.settings.lookup_hold));
+        self.act_on_dns(now);
+    }
+
+    fn end_lookup(&mut self, name: &Name, why: Unasked) {
+        let Some(miss) = self.held.lookup_miss(name) else {
+            return;
+        };
+        self.held.take(miss);
+        let end = match why {
+            Unasked::HoldEnded => MissEnd::HoldExpired,
+            Unasked::GuestGaveUp => MissEnd::GuestGaveUp,
+            Unasked::NoRoom => MissEnd::Evicted,
+        };
+        self.report(Report::MissEnded { miss, end });
+    }
+
+    fn report_lookup(&mut self, now: Time, lookup: LookupSubject, action: VerdictAction, count: u64) {
+        let decision = self.cache.lookup_name(now, &lookup.name);
+        let (reason, would_deny) = decision.map_or_else(
+            || (Reason::new("verdict", "", "decided for this lookup alone"), false),
+            |d| (d.reason.clone(), d.would_deny),
+        );
+        self.report(Report::Decided {
+            vm: self.config.vm,
+            subject: vnet_proto::model::Subject::Lookup(lookup),
+            action,
+            reason,
+            count,
+            would_deny,
+        });
+    }
+
+    pub(super) fn handle_dns_timeout(&mut self, now: Time) {
+        self.dns_set = None;
+        self.dns.handle_timeout(now);
+        self.act_on_dns(now);
+    }
+
+    /// An upstream answered, or nobody did.
+    pub fn handle_resolved(&mut self, now: Time, query: u64, answer: Option<Vec<u8>>) {
+        self.dns.handle_upstream(query, answer.as_deref());
+        self.act_on_dns(now);
+    }
+
+    /// A connection to the gateway's DNS is gone.
+    pub(super) fn close_dns(&mut self, connection: u64) {
+        self.dns.handle_closed(connection);
+        self.act_on_dns(self.clock);
+    }
+
+    fn schedule_bindings(&mut self) {
+        if let Some(at) = self.bindings.next_expiry()
+            && self.bindings_set.is_none_or(|set| at < set)
+        {
+            self.bindings_set = Some(at);
+            self.timers.set(at, Timer::Bindings);
+        }
+    }
+
+    pub(super) fn handle_bindings_timeout(&mut self, now: Time) {
+        if self.bindings_set.is_none_or(|set| set > now) {
+            return;
+        }
+        self.bindings_set = None;
+        for address in self.bindings.expire(now) {
+            self.cache.forget_address(address);
+        }
+        self.schedule_bindings();
+    }
 }

@@ -35,14 +35,17 @@ mod timer;
 pub mod transmit;
 mod verdict;
 
+#[cfg(test)]
+mod tests;
+
 use std::collections::{BTreeMap, VecDeque};
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use ipnet::Ipv4Net;
-use rand::rngs::StdRng;
 use rand::SeedableRng as _;
+use rand::rngs::StdRng;
 use vnet_proto::model::{
     FlowKey, FlowSubject, Guard, GuardSet, Protocol, Reason, Subject, VerdictAction, VmId,
 };
@@ -50,8 +53,8 @@ use vnet_proto::model::{
 use crate::engine::bindings::Bindings;
 use crate::engine::cache::{Cache, Decision};
 use crate::engine::flow::{Flow, FlowTable, State};
-use crate::engine::frame::{Body, DropReason, Frame};
 use crate::engine::fragment::Fragments;
+use crate::engine::frame::{Body, DropReason, Frame};
 use crate::engine::gateway::dhcp::DhcpOutcome;
 use crate::engine::gateway::dns::Dns;
 use crate::engine::held::{Held, Target};
@@ -208,6 +211,9 @@ pub struct Engine {
     tally: Tally,
     bindings: Bindings,
     dns: Dns,
+    /// When the timers of the two above are set to fire.
+    dns_set: Option<Time>,
+    bindings_set: Option<Time>,
     fragments: Fragments,
     rings: RingPool,
     random: StdRng,
@@ -215,6 +221,8 @@ pub struct Engine {
     addresses: Vec<Ipv4Addr>,
     claimed_hostname: String,
     status_changed: bool,
+    /// The latest time that anybody told it.
+    clock: Time,
     report_set: bool,
     drops: [u64; DropReason::ALL.len()],
 }
@@ -245,6 +253,8 @@ impl Engine {
             tally: Tally::default(),
             bindings: Bindings::default(),
             dns: Dns::new(config.lookup_hold),
+            dns_set: None,
+            bindings_set: None,
             fragments: Fragments::default(),
             rings: RingPool::default(),
             random: StdRng::from_seed(config.seed),
@@ -252,6 +262,7 @@ impl Engine {
             addresses: Vec::new(),
             claimed_hostname: String::new(),
             status_changed: false,
+            clock: Time::ZERO,
             report_set: false,
             drops: [0; DropReason::ALL.len()],
             settings,
@@ -262,6 +273,7 @@ impl Engine {
 
     /// Takes a frame from the guest.
     pub fn handle_frame<'a>(&mut self, now: Time, bytes: &'a [u8]) -> Outcome<'a> {
+        self.clock = now;
         match self.try_frame(now, bytes) {
             Ok(outcome) => outcome,
             Err(reason) => {
@@ -301,7 +313,7 @@ impl Engine {
                 && self.surroundings.learn_mac(self.config.vm, source) =>
             {
                 self.mac = Some(source);
-                self.status_changed = true;
+                self.note_status();
             }
             _ => return Err(DropReason::SpoofedMac),
         }
@@ -330,7 +342,7 @@ impl Engine {
     fn bind_address(&mut self, address: Ipv4Addr) {
         if !self.addresses.contains(&address) {
             self.addresses.push(address);
-            self.status_changed = true;
+            self.note_status();
         }
     }
 
@@ -355,7 +367,9 @@ impl Engine {
     /// What a guest-visible destination is dialled as.
     fn dialled(&self, peer: SocketAddr) -> SocketAddr {
         match (peer.ip(), self.config.host_alias) {
-            (IpAddr::V4(v4), Some(alias)) if v4 == alias => SocketAddr::new(Ipv4Addr::LOCALHOST.into(), peer.port()),
+            (IpAddr::V4(v4), Some(alias)) if v4 == alias => {
+                SocketAddr::new(Ipv4Addr::LOCALHOST.into(), peer.port())
+            }
             _ => peer,
         }
     }
@@ -384,7 +398,10 @@ impl Engine {
         if guards.contains(Guard::Daemon) {
             return Some(Arc::new(Decision {
                 action: VerdictAction::Deny,
-                epoch: self.cache.epoch().unwrap_or(vnet_proto::model::Epoch { incarnation: 0, counter: 0 }),
+                epoch: self.cache.epoch().unwrap_or(vnet_proto::model::Epoch {
+                    incarnation: 0,
+                    counter: 0,
+                }),
                 expires_at: None,
                 grant: String::new(),
                 reason: Reason::new("guard", "daemon", "a vnet daemon listens there; nothing opens it"),
@@ -396,13 +413,18 @@ impl Engine {
 
     /// The evidence about a flow.
     fn subject(&mut self, now: Time, key: &FlowKey, dialled: SocketAddr) -> FlowSubject {
-        let mut guards =
-            self.surroundings.guards(dialled, key.protocol);
+        let mut guards = self.surroundings.guards(dialled, key.protocol);
         let bound = self.bindings.names_of(now, key.peer.ip());
         if !bound.is_empty() && bindings::is_private_or_special(key.peer.ip()) {
             guards = guards.with(Guard::PrivateFromDns);
         }
-        FlowSubject { key: *key, dialled: dialled.ip(), names: bound, guards, peer_vm: None }
+        FlowSubject {
+            key: *key,
+            dialled: dialled.ip(),
+            names: bound,
+            guards,
+            peer_vm: None,
+        }
     }
 
     fn new_flow(&mut self, now: Time, key: FlowKey, dialled: SocketAddr, state: State) -> usize {
@@ -444,7 +466,10 @@ impl Engine {
             subject,
             epoch: decision.map(|d| d.epoch),
             grant: decision.map(|d| d.grant.clone()).unwrap_or_default(),
-            reason: decision.map_or_else(|| Reason::new("forward", "", "a port forward leads here"), |d| d.reason.clone()),
+            reason: decision.map_or_else(
+                || Reason::new("forward", "", "a port forward leads here"),
+                |d| d.reason.clone(),
+            ),
             would_deny: decision.is_some_and(|d| d.would_deny),
             opened_at: flow.opened_at,
             miss,
@@ -474,8 +499,8 @@ impl Engine {
                 return;
             }
             State::Service(_) => {
-                self.dns.handle_closed(flow.id.0);
                 self.flows.release(at);
+                self.close_dns(flow.id.0);
                 return;
             }
             State::Dialing { .. } | State::Tcp(_) => {}
@@ -497,7 +522,9 @@ impl Engine {
     /// Counts a decision that the cache made, for the next report.
     fn tally(&mut self, now: Time, key: &FlowKey, dialled: SocketAddr, decision: &Arc<Decision>) {
         let mut tally = std::mem::take(&mut self.tally);
-        tally.count(Target::from(key), decision, || Subject::Flow(self.subject(now, key, dialled)));
+        tally.count(Target::from(key), decision, || {
+            Subject::Flow(self.subject(now, key, dialled))
+        });
         self.tally = tally;
         self.want_report(now);
     }
@@ -511,7 +538,9 @@ impl Engine {
 
     /// Counts bytes that passed on a flow.
     pub fn count_bytes(&mut self, now: Time, at: usize, up: usize, down: usize) {
-        let Some(flow) = self.flows.get_mut(at) else { return };
+        let Some(flow) = self.flows.get_mut(at) else {
+            return;
+        };
         flow.last_active = now;
         flow.bytes_up += up as u64;
         flow.bytes_down += down as u64;
@@ -575,6 +604,7 @@ impl Engine {
 
     /// Does what is due. Spurious calls are harmless.
     pub fn handle_timeout(&mut self, now: Time) {
+        self.clock = now;
         while let Some(timer) = self.timers.due(now) {
             match timer {
                 Timer::Flow(at) => self.handle_flow_timeout(now, at),
@@ -626,13 +656,13 @@ impl Engine {
     /// Counts a frame that was not delivered.
     pub fn count_drop(&mut self, reason: DropReason) {
         self.drops[reason as usize] += 1;
+        self.note_status();
+    }
+
+    /// Something about the guest changed: say so with the next report.
+    fn note_status(&mut self) {
         self.status_changed = true;
-        if !self.report_set {
-            // The first drop after a quiet second is reported within the next one.
-            self.report_set = true;
-            let at = self.timers.next().map_or(REPORT_INTERVAL, |t| t + REPORT_INTERVAL);
-            self.timers.set(at, Timer::Report);
-        }
+        self.want_report(self.clock);
     }
 
     /// Frames not delivered, by reason.

@@ -109,7 +109,11 @@ pub fn reset(out: &mut Transmit, to: Ipv4Addr, from: Ipv4Addr, header: &TcpHeade
     let (sequence, acknowledgement, flags) = if header.flags & TcpHeader::ACK != 0 {
         (header.acknowledgement, 0, TcpHeader::RST)
     } else {
-        (0, header.sequence.wrapping_add(header.sequence_bytes), TcpHeader::RST | TcpHeader::ACK)
+        (
+            0,
+            header.sequence.wrapping_add(header.sequence_bytes),
+            TcpHeader::RST | TcpHeader::ACK,
+        )
     };
     ipv4(out, from, to, TCP, TCP_BYTES, |segment| {
         segment.fill(0);
@@ -139,7 +143,9 @@ pub fn unreachable(out: &mut Transmit, gateway: Ipv4Addr, cause: &Ipv4<'_>, why:
 
 /// The same for a packet of which only the start was kept; nothing when that is no IPv4 header.
 pub fn unreachable_quote(out: &mut Transmit, gateway: Ipv4Addr, quote: &[u8], why: Unreachable) {
-    let Some(header) = quote.first_chunk::<IPV4_BYTES>() else { return };
+    let Some(header) = quote.first_chunk::<IPV4_BYTES>() else {
+        return;
+    };
     let header_bytes = usize::from(header[0] & 0x0f) * 4;
     let source = Ipv4Addr::new(header[12], header[13], header[14], header[15]);
     let destination = Ipv4Addr::new(header[16], header[17], header[18], header[19]);
@@ -193,9 +199,17 @@ pub fn icmp(out: &mut Transmit, from: Ipv4Addr, to: Ipv4Addr, message: &[u8], mt
 }
 
 /// Queues a UDP datagram. False when there was no room.
-pub fn udp(out: &mut Transmit, from: SocketAddrV4, to: SocketAddrV4, payload: &[u8], mtu_bytes: usize) -> bool {
+pub fn udp(
+    out: &mut Transmit,
+    from: SocketAddrV4,
+    to: SocketAddrV4,
+    payload: &[u8],
+    mtu_bytes: usize,
+) -> bool {
     let length = UDP_BYTES + payload.len();
-    let Ok(wire_length) = u16::try_from(length) else { return true };
+    let Ok(wire_length) = u16::try_from(length) else {
+        return true;
+    };
     fragmented(out, *from.ip(), *to.ip(), UDP, length, mtu_bytes, |datagram| {
         datagram[..2].copy_from_slice(&from.port().to_be_bytes());
         datagram[2..4].copy_from_slice(&to.port().to_be_bytes());
@@ -233,9 +247,18 @@ fn fragmented(
     for (index, part) in payload.chunks(step).enumerate() {
         let more = if index + 1 < fragments { 0x2000 } else { 0 };
         let flags = u16::try_from(index * step / 8).unwrap_or(0) | more;
-        packet(out, from, to, protocol, part.len(), identification, flags, |room| {
-            room.copy_from_slice(part);
-        });
+        packet(
+            out,
+            from,
+            to,
+            protocol,
+            part.len(),
+            identification,
+            flags,
+            |room| {
+                room.copy_from_slice(part);
+            },
+        );
     }
     true
 }
@@ -263,7 +286,9 @@ fn packet(
     flags_and_offset: u16,
     fill: impl FnOnce(&mut [u8]),
 ) -> bool {
-    let Ok(total) = u16::try_from(IPV4_BYTES + payload_bytes) else { return true };
+    let Ok(total) = u16::try_from(IPV4_BYTES + payload_bytes) else {
+        return true;
+    };
     out.packet(EtherType::Ipv4, total.into(), |packet| {
         let (header, payload) = packet.split_at_mut(IPV4_BYTES);
         header.fill(0);
@@ -332,7 +357,10 @@ mod tests {
         let tcp = TcpPacket::new_checked(ip.payload()).unwrap();
         assert!(tcp.verify_checksum(&PEER.into(), &GUEST.into()));
         assert!(tcp.rst() && tcp.ack());
-        assert_eq!((tcp.src_port(), tcp.dst_port(), tcp.ack_number().0), (80, 40000, 0));
+        assert_eq!(
+            (tcp.src_port(), tcp.dst_port(), tcp.ack_number().0),
+            (80, 40000, 0)
+        );
     }
 
     #[test]
@@ -340,7 +368,13 @@ mod tests {
         let mut out = queue();
         let payload: Vec<u8> = (0..5000u32).map(|i| i as u8).collect();
         let from = SocketAddrV4::new(PEER, 53);
-        assert!(udp(&mut out, from, SocketAddrV4::new(GUEST, 5353), &payload, 1500));
+        assert!(udp(
+            &mut out,
+            from,
+            SocketAddrV4::new(GUEST, 5353),
+            &payload,
+            1500
+        ));
         let mut whole = vec![0; 5008];
         let mut seen = 0;
         while let Some(frame) = out.first_frame() {
@@ -360,10 +394,21 @@ mod tests {
     #[test]
     fn unreachable_quotes_the_header_and_eight_bytes() {
         let mut out = queue();
-        udp(&mut out, SocketAddrV4::new(GUEST, 9), SocketAddrV4::new(PEER, 9), b"hello world", 1500);
+        udp(
+            &mut out,
+            SocketAddrV4::new(GUEST, 9),
+            SocketAddrV4::new(PEER, 9),
+            b"hello world",
+            1500,
+        );
         let frame = out.first_frame().unwrap().to_vec();
         out.clear();
-        unreachable(&mut out, PEER, &Ipv4::parse(&frame[14..]).unwrap(), Unreachable::Prohibited);
+        unreachable(
+            &mut out,
+            PEER,
+            &Ipv4::parse(&frame[14..]).unwrap(),
+            Unreachable::Prohibited,
+        );
         let answer = out.first_frame().unwrap();
         let ip = Ipv4Packet::new_checked(&answer[14..]).unwrap();
         let message = Icmpv4Packet::new_checked(ip.payload()).unwrap();

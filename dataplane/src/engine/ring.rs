@@ -67,7 +67,11 @@ impl RingPool {
             pool.free.extend((0..CHUNK_SLOTS).rev().map(|slot| (index, slot)));
         }
         let at = pool.free.pop()?;
-        Some(Slot { pool: self.clone(), chunk: Arc::clone(&pool.chunks[at.0]), at })
+        Some(Slot {
+            pool: self.clone(),
+            chunk: Arc::clone(&pool.chunks[at.0]),
+            at,
+        })
     }
 }
 
@@ -109,7 +113,12 @@ impl Slot {
 
 impl Drop for Slot {
     fn drop(&mut self) {
-        self.pool.0.lock().unwrap_or_else(PoisonError::into_inner).free.push(self.at);
+        self.pool
+            .0
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .free
+            .push(self.at);
     }
 }
 
@@ -135,7 +144,10 @@ mod tests {
         slots[0].shrink();
         // SAFETY: the earlier slices are gone.
         let (receive, _) = unsafe { slots[0].slices() };
-        assert_eq!(receive[KEEP_BYTES..].iter().map(|b| u64::from(*b)).sum::<u64>(), 0);
+        assert_eq!(
+            receive[KEEP_BYTES..].iter().map(|b| u64::from(*b)).sum::<u64>(),
+            0
+        );
         let at = slots[3].at;
         drop(slots.remove(3));
         assert_eq!(pool.take().unwrap().at, at);

@@ -56,7 +56,10 @@ impl Connection {
         out: &mut Transmit,
     ) -> Option<Self> {
         let mut connection = Self::new(now, *peer.ip(), mtu_bytes, slot, seed);
-        let endpoint = IpListenEndpoint { addr: Some((*peer.ip()).into()), port: peer.port() };
+        let endpoint = IpListenEndpoint {
+            addr: Some((*peer.ip()).into()),
+            port: peer.port(),
+        };
         connection.socket().listen(endpoint).ok()?;
         connection.handle_packet(now, syn, out);
         (connection.state() == State::SynReceived).then_some(connection)
@@ -72,10 +75,21 @@ impl Connection {
         seed: u64,
     ) -> Option<Self> {
         let mut connection = Self::new(now, *client.ip(), mtu_bytes, slot, seed);
-        let Self { interface, sockets, handle, .. } = &mut connection;
-        let from = IpListenEndpoint { addr: Some((*client.ip()).into()), port: client.port() };
+        let Self {
+            interface,
+            sockets,
+            handle,
+            ..
+        } = &mut connection;
+        let from = IpListenEndpoint {
+            addr: Some((*client.ip()).into()),
+            port: client.port(),
+        };
         let to = (smoltcp::wire::IpAddress::from(*guest.ip()), guest.port());
-        sockets.get_mut::<Socket<'_>>(*handle).connect(interface.context(), to, from).ok()?;
+        sockets
+            .get_mut::<Socket<'_>>(*handle)
+            .connect(interface.context(), to, from)
+            .ok()?;
         Some(connection)
     }
 
@@ -92,30 +106,56 @@ impl Connection {
 
         let mut config = Config::new(HardwareAddress::Ip);
         config.random_seed = seed;
-        let mut interface = Interface::new(config, &mut Port { mtu_bytes, packet: None, out: None }, instant(now));
+        let mut interface = Interface::new(
+            config,
+            &mut Port {
+                mtu_bytes,
+                packet: None,
+                out: None,
+            },
+            instant(now),
+        );
         interface.update_ip_addrs(|addresses| {
             // Room for one is always there; the set is new.
             let _ = addresses.push(IpCidr::new(Ipv4Address::from(address).into(), 32));
         });
         let mut sockets = SocketSet::new(Vec::with_capacity(1));
         let handle = sockets.add(socket);
-        Self { interface, sockets, handle, slot, mtu_bytes, since_shrink: 0 }
+        Self {
+            interface,
+            sockets,
+            handle,
+            slot,
+            mtu_bytes,
+            since_shrink: 0,
+        }
     }
 
     /// Takes a packet of this connection. Only what must be said at once (a challenge) is queued
     /// here; everything else leaves with [`Self::poll_transmit`], once for a whole batch.
     pub fn handle_packet(&mut self, now: Time, packet: &[u8], out: &mut Transmit) {
-        let mut port = Port { mtu_bytes: self.mtu_bytes, packet: Some(packet), out: Some(out) };
-        self.interface.poll_ingress_single(instant(now), &mut port, &mut self.sockets);
+        let mut port = Port {
+            mtu_bytes: self.mtu_bytes,
+            packet: Some(packet),
+            out: Some(out),
+        };
+        self.interface
+            .poll_ingress_single(instant(now), &mut port, &mut self.sockets);
     }
 
     /// Queues what the connection has to send. False when the queue ran out of room first.
     pub fn poll_transmit(&mut self, now: Time, out: &mut Transmit) -> bool {
-        let mut port = Port { mtu_bytes: self.mtu_bytes, packet: None, out: Some(out) };
+        let mut port = Port {
+            mtu_bytes: self.mtu_bytes,
+            packet: None,
+            out: Some(out),
+        };
         loop {
             let (result, blocked) = {
                 let before = port.queued();
-                let result = self.interface.poll_egress(instant(now), &mut port, &mut self.sockets);
+                let result = self
+                    .interface
+                    .poll_egress(instant(now), &mut port, &mut self.sockets);
                 (result, port.queued() == before)
             };
             if matches!(result, smoltcp::iface::PollResult::None) || blocked {
@@ -198,7 +238,10 @@ impl Connection {
 
     /// Whether both sides have closed and only acknowledgements are missing.
     pub fn is_closing(&self) -> bool {
-        matches!(self.state(), State::LastAck | State::Closing | State::FinWait1 | State::FinWait2)
+        matches!(
+            self.state(),
+            State::LastAck | State::Closing | State::FinWait1 | State::FinWait2
+        )
     }
 
     /// Gives ring memory back, if it carried much and holds nothing.
@@ -264,7 +307,10 @@ impl Device for Port<'_> {
 
     fn transmit(&mut self, _: Instant) -> Option<Room<'_>> {
         let room = self.has_room();
-        self.out.as_deref_mut().filter(|_| room).map(|out| Room(Some(out)))
+        self.out
+            .as_deref_mut()
+            .filter(|_| room)
+            .map(|out| Room(Some(out)))
     }
 
     fn capabilities(&self) -> DeviceCapabilities {
@@ -298,6 +344,3 @@ impl TxToken for Room<'_> {
         }
     }
 }
-
-#[cfg(test)]
-mod tests;

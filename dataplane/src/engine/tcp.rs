@@ -81,7 +81,9 @@ impl Engine {
     /// A segment for a flow that is held, dialling, or gets a SYN. True when the flow made way and
     /// the segment opens a new one.
     fn handle_opening(&mut self, now: Time, at: usize, header: &TcpHeader) -> bool {
-        let Some(flow) = self.flows.get_mut(at) else { return true };
+        let Some(flow) = self.flows.get_mut(at) else {
+            return true;
+        };
         match &mut flow.state {
             State::Held(_) | State::Dialing { .. } if header.is_reset() => {
                 self.end_flow(at, FlowEnd::GuestReset);
@@ -120,7 +122,13 @@ impl Engine {
         }
     }
 
-    fn open_tcp(&mut self, now: Time, ip: Ipv4<'_>, key: FlowKey, header: &TcpHeader) -> Result<(), DropReason> {
+    fn open_tcp(
+        &mut self,
+        now: Time,
+        ip: Ipv4<'_>,
+        key: FlowKey,
+        header: &TcpHeader,
+    ) -> Result<(), DropReason> {
         let refuse = |engine: &mut Self, reason| {
             reply::reset(&mut engine.transmit, ip.source, ip.destination, header);
             Err(reason)
@@ -161,7 +169,14 @@ impl Engine {
             },
             None => {
                 let waiting = vec![ip.packet.into()];
-                if self.hold(now, key, dialled, waiting, Box::default(), Some(now + FIRST_REPEAT)) {
+                if self.hold(
+                    now,
+                    key,
+                    dialled,
+                    waiting,
+                    Box::default(),
+                    Some(now + FIRST_REPEAT),
+                ) {
                     Ok(())
                 } else {
                     refuse(self, DropReason::HeldLimit)
@@ -204,8 +219,23 @@ impl Engine {
         true
     }
 
-    fn dial(&mut self, now: Time, key: FlowKey, dialled: SocketAddr, syn: Box<[u8]>, decision: Arc<Decision>) {
-        let at = self.new_flow(now, key, dialled, State::Dialing { syn, deadline: now + DIAL_PATIENCE });
+    fn dial(
+        &mut self,
+        now: Time,
+        key: FlowKey,
+        dialled: SocketAddr,
+        syn: Box<[u8]>,
+        decision: Arc<Decision>,
+    ) {
+        let at = self.new_flow(
+            now,
+            key,
+            dialled,
+            State::Dialing {
+                syn,
+                deadline: now + DIAL_PATIENCE,
+            },
+        );
         self.start_dial(now, at, decision, None);
     }
 
@@ -217,10 +247,17 @@ impl Engine {
         decision: &Arc<Decision>,
         miss: vnet_proto::model::MissId,
     ) {
-        let Some(flow) = self.flows.get_mut(at) else { return };
-        let State::Held(waiting) = &mut flow.state else { return };
+        let Some(flow) = self.flows.get_mut(at) else {
+            return;
+        };
+        let State::Held(waiting) = &mut flow.state else {
+            return;
+        };
         let Some(syn) = waiting.packets.pop() else { return };
-        flow.state = State::Dialing { syn, deadline: now + DIAL_PATIENCE };
+        flow.state = State::Dialing {
+            syn,
+            deadline: now + DIAL_PATIENCE,
+        };
         self.start_dial(now, at, Arc::clone(decision), Some(miss));
     }
 
@@ -231,7 +268,9 @@ impl Engine {
         decision: Arc<Decision>,
         miss: Option<vnet_proto::model::MissId>,
     ) {
-        let Some(flow) = self.flows.get_mut(at) else { return };
+        let Some(flow) = self.flows.get_mut(at) else {
+            return;
+        };
         flow.decision = Some(decision);
         let to = flow.dialled;
         self.report_opened(now, at, miss);
@@ -244,8 +283,12 @@ impl Engine {
         let seed = self.random.next_u64();
         let slot = self.rings.take();
         let mtu_bytes = self.config.mtu_bytes;
-        let Some(flow) = self.flows.get_mut(at) else { return };
-        let State::Dialing { syn, .. } = &flow.state else { return };
+        let Some(flow) = self.flows.get_mut(at) else {
+            return;
+        };
+        let State::Dialing { syn, .. } = &flow.state else {
+            return;
+        };
         let (Some(slot), SocketAddr::V4(peer)) = (slot, flow.key.peer) else {
             self.handle_refused(now, at, DialError::Local);
             return;
@@ -264,7 +307,9 @@ impl Engine {
     /// The host's side of a flow cannot be reached: say it to the guest as the network would.
     pub fn handle_refused(&mut self, now: Time, at: usize, error: DialError) {
         let Some(flow) = self.flows.get(at) else { return };
-        let State::Dialing { syn, .. } = &flow.state else { return };
+        let State::Dialing { syn, .. } = &flow.state else {
+            return;
+        };
         let syn = syn.clone();
         if let Ok(ip) = Ipv4::parse(&syn) {
             match error {
@@ -310,7 +355,11 @@ impl Engine {
         let seed = self.random.next_u64();
         let slot = self.rings.take()?;
         let connection = Connection::connect(now, client, target, self.config.mtu_bytes, slot, seed)?;
-        let key = FlowKey { protocol: Protocol::Tcp, guest: target.into(), peer: client.into() };
+        let key = FlowKey {
+            protocol: Protocol::Tcp,
+            guest: target.into(),
+            peer: client.into(),
+        };
         let at = self.new_flow(now, key, client.into(), State::Tcp(Box::new(connection)));
         if let Some(flow) = self.flows.get_mut(at) {
             flow.ingress = true;
@@ -342,14 +391,22 @@ impl Engine {
     }
 
     /// A port of the gateway that no flow to this target uses (RFC 6335 §6: dynamic ports).
-    pub(super) fn free_ingress_port(&mut self, protocol: Protocol, target: SocketAddrV4) -> Option<SocketAddrV4> {
+    pub(super) fn free_ingress_port(
+        &mut self,
+        protocol: Protocol,
+        target: SocketAddrV4,
+    ) -> Option<SocketAddrV4> {
         const FIRST: u16 = 49_152;
         const COUNT: u16 = u16::MAX - FIRST + 1;
         (0..COUNT).find_map(|_| {
             let port = FIRST + self.next_ingress_port % COUNT;
             self.next_ingress_port = self.next_ingress_port.wrapping_add(1);
             let client = SocketAddrV4::new(self.config.gateway, port);
-            let key = FlowKey { protocol, guest: target.into(), peer: client.into() };
+            let key = FlowKey {
+                protocol,
+                guest: target.into(),
+                peer: client.into(),
+            };
             (!self.flows.contains(&key)).then_some(client)
         })
     }
@@ -370,7 +427,9 @@ impl Engine {
 
     /// Queues RST towards the guest for a TCP flow in any state.
     pub(super) fn reset_guest(&mut self, now: Time, at: usize) {
-        let Some(flow) = self.flows.get_mut(at) else { return };
+        let Some(flow) = self.flows.get_mut(at) else {
+            return;
+        };
         match &mut flow.state {
             State::Tcp(connection) | State::Service(connection) => {
                 connection.abort();
@@ -393,12 +452,24 @@ impl Engine {
         if matches!(self.flows.get(at).map(|f| &f.state), Some(State::Service(_))) {
             self.serve_dns(now, at);
         }
-        let Some(flow) = self.flows.get_mut(at) else { return true };
-        let (State::Tcp(connection) | State::Service(connection)) = &mut flow.state else { return true };
+        let Some(flow) = self.flows.get_mut(at) else {
+            return true;
+        };
+        let (State::Tcp(connection) | State::Service(connection)) = &mut flow.state else {
+            return true;
+        };
         let sent_all = connection.poll_transmit(now, &mut self.transmit);
         if connection.phase() == Phase::Over {
-            let end = if connection.is_finished() { FlowEnd::Finished } else { FlowEnd::GuestReset };
-            let end = if flow.decision.is_none() && !flow.ingress { FlowEnd::Finished } else { end };
+            let end = if connection.is_finished() {
+                FlowEnd::Finished
+            } else {
+                FlowEnd::GuestReset
+            };
+            let end = if flow.decision.is_none() && !flow.ingress {
+                FlowEnd::Finished
+            } else {
+                end
+            };
             self.end_flow(at, end);
             return true;
         }
@@ -411,7 +482,9 @@ impl Engine {
         let flow = self.flows.get_mut(at)?;
         let ends_at = flow.decision.as_ref().and_then(|d| d.expires_at);
         let own = match &mut flow.state {
-            State::Held(waiting) => waiting.gives_up_at.map_or(waiting.deadline, |g| g.min(waiting.deadline)),
+            State::Held(waiting) => waiting
+                .gives_up_at
+                .map_or(waiting.deadline, |g| g.min(waiting.deadline)),
             State::Dialing { deadline, .. } => *deadline,
             State::Tcp(connection) | State::Service(connection) => {
                 let quiet = if connection.is_closing() {
@@ -432,8 +505,12 @@ impl Engine {
 
     /// Sets a flow's timer, if it must fire earlier than the one that is set.
     pub(super) fn schedule(&mut self, now: Time, at: usize) {
-        let Some(deadline) = self.flow_deadline(now, at) else { return };
-        let Some(flow) = self.flows.get_mut(at) else { return };
+        let Some(deadline) = self.flow_deadline(now, at) else {
+            return;
+        };
+        let Some(flow) = self.flows.get_mut(at) else {
+            return;
+        };
         if flow.scheduled.is_none_or(|set| deadline < set || set <= now) {
             flow.scheduled = Some(deadline);
             self.timers.set(deadline, Timer::Flow(at));
@@ -441,13 +518,20 @@ impl Engine {
     }
 
     pub(super) fn handle_flow_timeout(&mut self, now: Time, at: usize) {
-        let Some(flow) = self.flows.get_mut(at) else { return };
+        let Some(flow) = self.flows.get_mut(at) else {
+            return;
+        };
         // A place is taken again by other flows, and deadlines move: only the timer that is set counts.
         if flow.scheduled.is_none_or(|set| set > now) {
             return;
         }
         flow.scheduled = None;
-        if flow.decision.as_ref().and_then(|d| d.expires_at).is_some_and(|ends| ends <= now) {
+        if flow
+            .decision
+            .as_ref()
+            .and_then(|d| d.expires_at)
+            .is_some_and(|ends| ends <= now)
+        {
             self.cut(now, at, FlowEnd::GrantEnded);
             return;
         }

@@ -90,7 +90,10 @@ impl Transmit {
 
     fn reserve(&mut self, frame_bytes: usize) -> Option<&mut [u8]> {
         let length = u32::try_from(frame_bytes).ok()?;
-        let next = self.end.checked_add(PREFIX_BYTES + frame_bytes).filter(|n| *n <= self.buffer.len())?;
+        let next = self
+            .end
+            .checked_add(PREFIX_BYTES + frame_bytes)
+            .filter(|n| *n <= self.buffer.len())?;
         let room = &mut self.buffer[self.end..next];
         room[..PREFIX_BYTES].copy_from_slice(&length.to_be_bytes());
         self.end = next;
@@ -145,9 +148,14 @@ mod tests {
     fn frames_come_out_whole_and_in_order() {
         let mut queue = Transmit::new(Mac([2, 0, 0, 0, 0, 1]));
         queue.guest = Mac([2, 0, 0, 0, 0, 2]);
-        queue.packet(EtherType::Ipv4, 3, |room| room.copy_from_slice(b"abc")).unwrap();
+        queue
+            .packet(EtherType::Ipv4, 3, |room| room.copy_from_slice(b"abc"))
+            .unwrap();
         assert!(queue.frame(b"whole frame"));
-        assert_eq!(queue.first_frame().unwrap(), b"\x02\0\0\0\0\x02\x02\0\0\0\0\x01\x08\0abc");
+        assert_eq!(
+            queue.first_frame().unwrap(),
+            b"\x02\0\0\0\0\x02\x02\0\0\0\0\x01\x08\0abc"
+        );
         queue.consume(PREFIX_BYTES + 17);
         assert_eq!(queue.first_frame().unwrap(), b"whole frame");
         queue.consume(PREFIX_BYTES + 11);

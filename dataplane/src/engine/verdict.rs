@@ -18,6 +18,7 @@ use crate::message::{FlowEnd, MissEnd, Order, Report};
 impl Engine {
     /// Does what the session orders.
     pub fn handle_order(&mut self, now: Time, order: Order) {
+        self.clock = now;
         match order {
             Order::Verdict(verdict) => self.handle_verdict(now, &verdict),
             Order::Held { miss, hold } => self.handle_held(now, miss, hold),
@@ -26,12 +27,20 @@ impl Engine {
                     self.cache.revoke(epoch);
                 }
                 if let Some(command) = command {
-                    self.report(Report::Done { vm: self.config.vm, command, cut: 0 });
+                    self.report(Report::Done {
+                        vm: self.config.vm,
+                        command,
+                        cut: 0,
+                    });
                 }
             }
             Order::Cut { command, flows } => {
                 let cut = flows.into_iter().filter(|flow| self.cut_id(now, *flow)).count();
-                self.report(Report::Done { vm: self.config.vm, command, cut: cut as u64 });
+                self.report(Report::Done {
+                    vm: self.config.vm,
+                    command,
+                    cut: cut as u64,
+                });
             }
             Order::Lease { epoch, lease } => self.cache.renew(epoch, now + lease),
             Order::Settings(settings) => {
@@ -71,8 +80,15 @@ impl Engine {
                     // A verdict that does not cover what it answers decides nothing.
                     return;
                 }
-                let guest = flows.first().and_then(|at| self.flows.get(*at)).map(|f| f.key.guest);
-                guest.map(|guest| FlowKey { protocol: target.protocol, guest, peer: target.peer })
+                let guest = flows
+                    .first()
+                    .and_then(|at| self.flows.get(*at))
+                    .map(|f| f.key.guest);
+                guest.map(|guest| FlowKey {
+                    protocol: target.protocol,
+                    guest,
+                    peer: target.peer,
+                })
             }
             Some(HeldMiss::Lookup { name, .. }) => {
                 if !matches!(&verdict.found, Match::Lookup(found) if found.matches(name)) {
@@ -91,7 +107,10 @@ impl Engine {
         self.answer(now, verdict.miss, &decision);
         if !is_exact(&verdict.found) {
             for miss in self.held.covered_by(&verdict.found) {
-                self.report(Report::MissEnded { miss, end: MissEnd::Covered });
+                self.report(Report::MissEnded {
+                    miss,
+                    end: MissEnd::Covered,
+                });
                 self.answer(now, miss, &decision);
             }
         }
@@ -177,12 +196,22 @@ impl Engine {
                 reply::reset(&mut self.transmit, ip.source, ip.destination, &header);
             }
         } else {
-            reply::unreachable_quote(&mut self.transmit, self.config.gateway, &packet, Unreachable::Prohibited);
+            reply::unreachable_quote(
+                &mut self.transmit,
+                self.config.gateway,
+                &packet,
+                Unreachable::Prohibited,
+            );
         }
         self.end_flow(at, end);
     }
 
     fn handle_held(&mut self, now: Time, miss: MissId, hold: Duration) {
+        if let Some(HeldMiss::Lookup { name, .. }) = self.held.get(miss) {
+            let name = name.clone();
+            self.extend_lookup(now, &name, hold);
+            return;
+        }
         for at in self.held.extend(miss, hold).to_vec() {
             if let Some(flow) = self.flows.get_mut(at)
                 && let State::Held(waiting) = &mut flow.state
@@ -207,19 +236,30 @@ impl Engine {
     ) {
         let subject = Subject::Flow(self.subject(now, key, dialled));
         let held = u32::try_from(count).unwrap_or(u32::MAX);
-        self.report(Report::Miss(Miss { id: miss, vm: self.config.vm, subject, hold, held }));
+        self.report(Report::Miss(Miss {
+            id: miss,
+            vm: self.config.vm,
+            subject,
+            hold,
+            held,
+        }));
     }
 
     fn ask_again(&mut self, now: Time, miss: MissId) {
         match self.held.get(miss) {
             Some(HeldMiss::Flows { flows, hold, .. }) => {
                 let (count, hold) = (flows.len(), *hold);
-                let Some(flow) = flows.first().and_then(|at| self.flows.get(*at)) else { return };
+                let Some(flow) = flows.first().and_then(|at| self.flows.get(*at)) else {
+                    return;
+                };
                 let (key, dialled) = (flow.key, flow.dialled);
                 self.ask_flow(now, miss, &key, dialled, count, hold);
             }
             Some(HeldMiss::Lookup { name, query_type }) => {
-                let subject = LookupSubject { name: name.clone(), query_type: *query_type };
+                let subject = LookupSubject {
+                    name: name.clone(),
+                    query_type: *query_type,
+                };
                 self.ask_lookup(miss, subject);
             }
             None => {}
@@ -238,7 +278,9 @@ impl Engine {
 
     /// Cuts a flow by its id. False when there is none.
     fn cut_id(&mut self, now: Time, id: FlowId) -> bool {
-        let Some(at) = self.flows.find_id(id) else { return false };
+        let Some(at) = self.flows.find_id(id) else {
+            return false;
+        };
         self.cut(now, at, FlowEnd::Cut);
         true
     }

@@ -236,7 +236,9 @@ mod tests {
     #[test]
     fn a_new_address_is_guarded_at_once_and_a_removed_one_no_more() {
         // In a thread of its own, whose network namespace ends with it.
-        std::thread::spawn(guarded_in_a_namespace_of_its_own).join().unwrap();
+        std::thread::spawn(guarded_in_a_namespace_of_its_own)
+            .join()
+            .unwrap();
     }
 
     #[cfg(target_os = "linux")]

@@ -50,7 +50,13 @@ impl Names {
             // What pins one guest cannot pin another.
             (spec.pinned_mac, spec.pinned_address) = (None, None);
         }
-        Some((spec, Taken { names: Arc::clone(self), number }))
+        Some((
+            spec,
+            Taken {
+                names: Arc::clone(self),
+                number,
+            },
+        ))
     }
 }
 
@@ -61,7 +67,11 @@ struct Taken {
 
 impl Drop for Taken {
     fn drop(&mut self) {
-        self.names.taken.lock().unwrap_or_else(PoisonError::into_inner).remove(&self.number);
+        self.names
+            .taken
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .remove(&self.number);
     }
 }
 
@@ -100,7 +110,10 @@ fn accept_loop(
     accept: impl Fn() -> io::Result<Link> + Send + 'static,
 ) -> io::Result<()> {
     let network = Arc::clone(network);
-    let names = Arc::new(Names { spec, taken: Mutex::default() });
+    let names = Arc::new(Names {
+        spec,
+        taken: Mutex::default(),
+    });
     thread::Builder::new().name("accept".to_owned()).spawn(move || {
         loop {
             let link = match accept() {
@@ -112,7 +125,10 @@ fn accept_loop(
                 }
             };
             let Some((spec, taken)) = names.take() else {
-                tracing::warn!(limit = GUESTS_MAX, "too many guests on one socket; one was turned away");
+                tracing::warn!(
+                    limit = GUESTS_MAX,
+                    "too many guests on one socket; one was turned away"
+                );
                 continue;
             };
             if let Err(error) = network.attach_then(link, spec, move || drop(taken)) {
@@ -145,7 +161,12 @@ pub fn datagram(network: &Arc<Network>, path: &Path, spec: GuestSpec) -> io::Res
 }
 
 /// Serves one guest from its first datagram to its end.
-fn adopt(network: &Arc<Network>, socket: &UnixDatagram, spec: &GuestSpec, first: &mut [u8]) -> io::Result<()> {
+fn adopt(
+    network: &Arc<Network>,
+    socket: &UnixDatagram,
+    spec: &GuestSpec,
+    first: &mut [u8],
+) -> io::Result<()> {
     wait_readable(socket)?;
     let (length, sender) = match socket.recv_from(first) {
         Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(()),
@@ -185,7 +206,11 @@ fn disconnect(socket: &UnixDatagram) -> io::Result<()> {
         let length = std::mem::size_of::<libc::sockaddr>() as libc::socklen_t;
         libc::connect(socket.as_raw_fd(), &raw const address, length)
     };
-    if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+    if result == 0 {
+        Ok(())
+    } else {
+        Err(io::Error::last_os_error())
+    }
 }
 
 /// Binds a socket that only its owner may connect to. A socket file that nothing serves any more is

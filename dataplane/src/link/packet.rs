@@ -23,10 +23,19 @@ pub struct PacketLink {
 impl PacketLink {
     /// Over a TAP or packet socket, made non-blocking by whoever opened it.
     pub fn new(descriptor: OwnedFd) -> Self {
-        Self { descriptor, buffer: vec![0; BUFFER_BYTES].into_boxed_slice(), length: 0 }
+        Self {
+            descriptor,
+            buffer: vec![0; BUFFER_BYTES].into_boxed_slice(),
+            length: 0,
+        }
     }
 
-    pub(super) fn register(&mut self, registry: &Registry, token: Token, interest: Interest) -> io::Result<()> {
+    pub(super) fn register(
+        &mut self,
+        registry: &Registry,
+        token: Token,
+        interest: Interest,
+    ) -> io::Result<()> {
         SourceFd(&self.descriptor.as_raw_fd()).register(registry, token, interest)
     }
 

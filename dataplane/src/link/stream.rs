@@ -48,10 +48,20 @@ impl StreamLink {
     }
 
     fn new(socket: Socket) -> Self {
-        Self { socket, buffer: vec![0; BUFFER_BYTES].into_boxed_slice(), start: 0, end: 0 }
+        Self {
+            socket,
+            buffer: vec![0; BUFFER_BYTES].into_boxed_slice(),
+            start: 0,
+            end: 0,
+        }
     }
 
-    pub(super) fn register(&mut self, registry: &Registry, token: Token, interest: Interest) -> io::Result<()> {
+    pub(super) fn register(
+        &mut self,
+        registry: &Registry,
+        token: Token,
+        interest: Interest,
+    ) -> io::Result<()> {
         match &mut self.socket {
             Socket::Unix(socket) => socket.register(registry, token, interest),
             Socket::Tcp(socket) => socket.register(registry, token, interest),
@@ -84,7 +94,9 @@ impl StreamLink {
 
     pub(super) fn next_frame(&mut self) -> Result<Option<&[u8]>, LinkError> {
         let read = &self.buffer[self.start..self.end];
-        let Some((prefix, rest)) = read.split_first_chunk::<PREFIX_BYTES>() else { return Ok(None) };
+        let Some((prefix, rest)) = read.split_first_chunk::<PREFIX_BYTES>() else {
+            return Ok(None);
+        };
         let length = u32::from_be_bytes(*prefix) as usize;
         if length > FRAME_BYTES_MAX {
             return Err(LinkError::Oversize(length));
@@ -108,7 +120,10 @@ impl StreamLink {
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 Err(error) if would_block(&error) => return Ok(false),
                 Err(error)
-                    if matches!(error.kind(), io::ErrorKind::BrokenPipe | io::ErrorKind::ConnectionReset) =>
+                    if matches!(
+                        error.kind(),
+                        io::ErrorKind::BrokenPipe | io::ErrorKind::ConnectionReset
+                    ) =>
                 {
                     return Err(LinkError::Closed);
                 }

@@ -16,7 +16,10 @@ pub fn address_from_bytes(field: &'static str, bytes: &[u8]) -> Result<IpAddr, M
     } else if let Ok(v6) = <[u8; 16]>::try_from(bytes) {
         Ok(IpAddr::from(v6))
     } else {
-        Err(Malformed::AddressLength { field, length: bytes.len() })
+        Err(Malformed::AddressLength {
+            field,
+            length: bytes.len(),
+        })
     }
 }
 
@@ -40,12 +43,14 @@ pub fn parse_prefix(text: &str) -> Result<IpNet, String> {
             format!("{text:?} is not an address or prefix (expected one as 192.0.2.7 or 10.0.0.0/8)")
         })?,
         Some((address, length)) => {
-            let address: IpAddr = address
-                .parse()
-                .map_err(|_| format!("{address:?} is not an address (expected one as 10.0.0.0 in 10.0.0.0/8)"))?;
+            let address: IpAddr = address.parse().map_err(|_| {
+                format!("{address:?} is not an address (expected one as 10.0.0.0 in 10.0.0.0/8)")
+            })?;
             let widest = if address.is_ipv4() { 32 } else { 128 };
             if length.is_empty() || !length.bytes().all(|b| b.is_ascii_digit()) {
-                return Err(format!("prefix length {length:?} is not a number (expected 0 to {widest})"));
+                return Err(format!(
+                    "prefix length {length:?} is not a number (expected 0 to {widest})"
+                ));
             }
             let length: u8 = length.parse().ok().filter(|l| *l <= widest).ok_or_else(|| {
                 format!("prefix length {length} is out of range for {address} (expected 0 to {widest})")
@@ -54,7 +59,10 @@ pub fn parse_prefix(text: &str) -> Result<IpNet, String> {
         }
     };
     if net.trunc() != net {
-        return Err(format!("{text} has bits set beyond its prefix length (did you mean {}?)", net.trunc()));
+        return Err(format!(
+            "{text} has bits set beyond its prefix length (did you mean {}?)",
+            net.trunc()
+        ));
     }
     if let IpNet::V6(v6) = net
         && v6.prefix_len() >= 96

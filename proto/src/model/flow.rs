@@ -5,9 +5,7 @@ use std::net::{IpAddr, SocketAddr};
 use std::str::FromStr;
 use std::time::Duration;
 
-use crate::model::{
-    Epoch, Malformed, MissId, Name, VmId, address_from_bytes, address_to_bytes,
-};
+use crate::model::{Epoch, Malformed, MissId, Name, VmId, address_from_bytes, address_to_bytes};
 use crate::v1;
 
 /// A protocol that flows have.
@@ -64,7 +62,10 @@ impl TryFrom<v1::Protocol> for Protocol {
             v1::Protocol::Udp => Ok(Self::Udp),
             v1::Protocol::Icmp => Ok(Self::Icmp),
             v1::Protocol::Icmpv6 => Ok(Self::Icmpv6),
-            v1::Protocol::Unspecified => Err(Malformed::Enum { field: "protocol", value: 0 }),
+            v1::Protocol::Unspecified => Err(Malformed::Enum {
+                field: "protocol",
+                value: 0,
+            }),
         }
     }
 }
@@ -81,7 +82,12 @@ impl From<Protocol> for v1::Protocol {
 }
 
 pub(crate) fn protocol_from_wire(value: i32) -> Result<Protocol, Malformed> {
-    v1::Protocol::try_from(value).map_err(|_| Malformed::Enum { field: "protocol", value })?.try_into()
+    v1::Protocol::try_from(value)
+        .map_err(|_| Malformed::Enum {
+            field: "protocol",
+            value,
+        })?
+        .try_into()
 }
 
 /// How a VM's undecided traffic is treated.
@@ -101,7 +107,13 @@ pub enum Mode {
 
 impl Mode {
     /// All of them.
-    pub const ALL: [Self; 5] = [Self::Enforce, Self::Ask, Self::Observe, Self::Block, Self::Quarantine];
+    pub const ALL: [Self; 5] = [
+        Self::Enforce,
+        Self::Ask,
+        Self::Observe,
+        Self::Block,
+        Self::Quarantine,
+    ];
 }
 
 impl fmt::Display for Mode {
@@ -120,9 +132,12 @@ impl FromStr for Mode {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
-        Self::ALL.into_iter().find(|m| m.to_string() == text).ok_or_else(|| {
-            format!("{text:?} is not a mode (expected enforce, ask, observe, block or quarantine)")
-        })
+        Self::ALL
+            .into_iter()
+            .find(|m| m.to_string() == text)
+            .ok_or_else(|| {
+                format!("{text:?} is not a mode (expected enforce, ask, observe, block or quarantine)")
+            })
     }
 }
 
@@ -150,7 +165,12 @@ impl TryFrom<v1::Mode> for Option<Mode> {
             v1::Mode::Observe => Some(Mode::Observe),
             v1::Mode::Block => Some(Mode::Block),
             v1::Mode::Quarantine => Some(Mode::Quarantine),
-            v1::Mode::Open => return Err(Malformed::Enum { field: "mode", value: message as i32 }),
+            v1::Mode::Open => {
+                return Err(Malformed::Enum {
+                    field: "mode",
+                    value: message as i32,
+                });
+            }
         })
     }
 }
@@ -172,8 +192,13 @@ pub enum Guard {
 
 impl Guard {
     /// All of them.
-    pub const ALL: [Self; 5] =
-        [Self::Metadata, Self::Host, Self::PrivateFromDns, Self::Guest, Self::Daemon];
+    pub const ALL: [Self; 5] = [
+        Self::Metadata,
+        Self::Host,
+        Self::PrivateFromDns,
+        Self::Guest,
+        Self::Daemon,
+    ];
 }
 
 impl fmt::Display for Guard {
@@ -201,7 +226,10 @@ impl From<Guard> for v1::Guard {
 }
 
 fn guard_from_wire(value: i32) -> Result<Guard, Malformed> {
-    let refused = Malformed::Enum { field: "guards", value };
+    let refused = Malformed::Enum {
+        field: "guards",
+        value,
+    };
     match v1::Guard::try_from(value) {
         Ok(v1::Guard::Metadata) => Ok(Guard::Metadata),
         Ok(v1::Guard::Host) => Ok(Guard::Host),
@@ -342,7 +370,9 @@ impl TryFrom<v1::Miss> for Miss {
         Ok(Self {
             id: MissId(message.miss_id),
             vm: VmId(message.vm),
-            subject: match message.subject.ok_or(Malformed::Missing { field: "miss.subject" })? {
+            subject: match message.subject.ok_or(Malformed::Missing {
+                field: "miss.subject",
+            })? {
                 v1::miss::Subject::Flow(flow) => Subject::Flow(flow.try_into()?),
                 v1::miss::Subject::Lookup(lookup) => Subject::Lookup(lookup.try_into()?),
             },
@@ -361,18 +391,31 @@ impl TryFrom<v1::FlowSubject> for FlowSubject {
         let guest = address_from_bytes("flow.guest_address", &message.guest_address)?;
         let peer = address_from_bytes("flow.address", &message.address)?;
         if guest.is_ipv4() != peer.is_ipv4() {
-            return Err(Malformed::MixedFamilies { field: "flow.guest_address" });
+            return Err(Malformed::MixedFamilies {
+                field: "flow.guest_address",
+            });
         }
         let port = |field: &'static str, value: u32| {
-            u16::try_from(value).map_err(|_| Malformed::Ports { field, first: value, last: value })
+            u16::try_from(value).map_err(|_| Malformed::Ports {
+                field,
+                first: value,
+                last: value,
+            })
         };
         let guest_port = port("flow.guest_port", message.guest_port)?;
         let peer_port = port("flow.port", message.port)?;
         if protocol.has_ports() != (peer_port != 0) {
-            return Err(Malformed::Ports { field: "flow.port", first: message.port, last: message.port });
+            return Err(Malformed::Ports {
+                field: "flow.port",
+                first: message.port,
+                last: message.port,
+            });
         }
-        let guards =
-            message.guards.iter().map(|g| guard_from_wire(*g)).collect::<Result<GuardSet, _>>()?;
+        let guards = message
+            .guards
+            .iter()
+            .map(|g| guard_from_wire(*g))
+            .collect::<Result<GuardSet, _>>()?;
         Ok(Self {
             key: FlowKey {
                 protocol,
@@ -384,7 +427,11 @@ impl TryFrom<v1::FlowSubject> for FlowSubject {
             } else {
                 address_from_bytes("flow.dialled", &message.dialled)?
             },
-            names: message.names.iter().map(|n| name_from_wire("flow.names", n)).collect::<Result<_, _>>()?,
+            names: message
+                .names
+                .iter()
+                .map(|n| name_from_wire("flow.names", n))
+                .collect::<Result<_, _>>()?,
             guards,
             peer_vm: guards.contains(Guard::Guest).then_some(VmId(message.peer)),
         })
@@ -427,7 +474,10 @@ impl TryFrom<v1::LookupSubject> for LookupSubject {
 
 impl From<&LookupSubject> for v1::LookupSubject {
     fn from(lookup: &LookupSubject) -> Self {
-        Self { name: lookup.name.to_string(), query_type: lookup.query_type.into() }
+        Self {
+            name: lookup.name.to_string(),
+            query_type: lookup.query_type.into(),
+        }
     }
 }
 
@@ -446,7 +496,10 @@ pub(crate) fn duration_from_wire(
     message
         .map(|d| {
             let seconds = d.seconds.unsigned_abs();
-            Duration::try_from(d).map_err(|_| Malformed::Range { field, value: seconds })
+            Duration::try_from(d).map_err(|_| Malformed::Range {
+                field,
+                value: seconds,
+            })
         })
         .transpose()
 }

@@ -48,13 +48,19 @@ pub struct Epoch {
 impl Epoch {
     /// The first epoch of a controlplane that starts now.
     pub fn first(random: u64) -> Self {
-        Self { incarnation: random.max(1), counter: 1 }
+        Self {
+            incarnation: random.max(1),
+            counter: 1,
+        }
     }
 
     /// The next epoch of the same incarnation.
     #[must_use]
     pub fn next(self) -> Self {
-        Self { counter: self.counter + 1, ..self }
+        Self {
+            counter: self.counter + 1,
+            ..self
+        }
     }
 
     /// Whether something decided under `self` still stands when `in_force` is. One of another
@@ -75,14 +81,22 @@ impl TryFrom<v1::Epoch> for Epoch {
 
     fn try_from(message: v1::Epoch) -> Result<Self, Malformed> {
         if message.incarnation == 0 {
-            return Err(Malformed::Missing { field: "epoch.incarnation" });
+            return Err(Malformed::Missing {
+                field: "epoch.incarnation",
+            });
         }
-        Ok(Self { incarnation: message.incarnation, counter: message.counter })
+        Ok(Self {
+            incarnation: message.incarnation,
+            counter: message.counter,
+        })
     }
 }
 
 impl From<Epoch> for v1::Epoch {
     fn from(epoch: Epoch) -> Self {
-        Self { incarnation: epoch.incarnation, counter: epoch.counter }
+        Self {
+            incarnation: epoch.incarnation,
+            counter: epoch.counter,
+        }
     }
 }

@@ -19,7 +19,10 @@ pub struct PortRange {
 
 impl PortRange {
     /// Every port.
-    pub const ALL: Self = Self { first: 1, last: u16::MAX };
+    pub const ALL: Self = Self {
+        first: 1,
+        last: u16::MAX,
+    };
     /// What flows without ports have.
     pub const NONE: Self = Self { first: 0, last: 0 };
 
@@ -30,7 +33,10 @@ impl PortRange {
 
     /// One port; port zero is [`Self::NONE`].
     pub fn one(port: u16) -> Self {
-        Self { first: port, last: port }
+        Self {
+            first: port,
+            last: port,
+        }
     }
 
     /// First port.
@@ -147,14 +153,18 @@ impl TryFrom<v1::FlowMatch> for FlowMatch {
             .ok()
             .and_then(|length| IpNet::new(address, length).ok())
             .filter(|net| net.trunc() == *net)
-            .ok_or_else(|| Malformed::Prefix { prefix: format!("{address}/{}", message.prefix_length) })?;
+            .ok_or_else(|| Malformed::Prefix {
+                prefix: format!("{address}/{}", message.prefix_length),
+            })?;
         let ports = Malformed::Ports {
             field: "match.ports",
             first: message.first_port,
             last: message.last_port,
         };
-        let (Ok(first), Ok(last)) = (u16::try_from(message.first_port), u16::try_from(message.last_port))
-        else {
+        let (Ok(first), Ok(last)) = (
+            u16::try_from(message.first_port),
+            u16::try_from(message.last_port),
+        ) else {
             return Err(ports);
         };
         let range = match (protocol.has_ports(), first, last) {
@@ -162,9 +172,16 @@ impl TryFrom<v1::FlowMatch> for FlowMatch {
             (true, _, _) => PortRange::new(first, last).ok_or(ports)?,
             (false, _, _) => return Err(ports),
         };
-        let found = Self { protocol, prefix, ports: range, names_consulted: message.names_consulted };
+        let found = Self {
+            protocol,
+            prefix,
+            ports: range,
+            names_consulted: message.names_consulted,
+        };
         if found.names_consulted && !found.is_one_address() {
-            return Err(Malformed::WideNameMatch { found: found.to_string() });
+            return Err(Malformed::WideNameMatch {
+                found: found.to_string(),
+            });
         }
         Ok(found)
     }
@@ -226,7 +243,10 @@ impl TryFrom<v1::LookupMatch> for LookupMatch {
             Ok(Kind::Subdomains) => name().map(Self::Subdomains),
             Ok(Kind::Any) if message.name.is_empty() => Ok(Self::Any),
             Ok(Kind::Any) => Err(Malformed::Mismatch { field: "match.name" }),
-            Ok(Kind::Unspecified) | Err(_) => Err(Malformed::Enum { field: "match.kind", value: message.kind }),
+            Ok(Kind::Unspecified) | Err(_) => Err(Malformed::Enum {
+                field: "match.kind",
+                value: message.kind,
+            }),
         }
     }
 }
@@ -239,6 +259,9 @@ impl From<&LookupMatch> for v1::LookupMatch {
             LookupMatch::Subdomains(name) => (Kind::Subdomains, name.to_string()),
             LookupMatch::Any => (Kind::Any, String::new()),
         };
-        Self { kind: kind.into(), name }
+        Self {
+            kind: kind.into(),
+            name,
+        }
     }
 }

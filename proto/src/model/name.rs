@@ -83,7 +83,11 @@ impl Name {
             labels.push(unescape(label).ok_or_else(|| NameError::NotCanonical(text.to_owned()))?);
         }
         let name = Self::from_labels(labels.iter().map(Vec::as_slice))?;
-        if &*name.0 == text { Ok(name) } else { Err(NameError::NotCanonical(text.to_owned())) }
+        if &*name.0 == text {
+            Ok(name)
+        } else {
+            Err(NameError::NotCanonical(text.to_owned()))
+        }
     }
 
     /// The canonical text.
@@ -151,7 +155,10 @@ impl FromStr for Name {
         } else {
             idna::domain_to_ascii(bare).map_err(|_| NameError::Character(text.to_owned()))?
         };
-        if !ascii.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'_' | b'.')) {
+        if !ascii
+            .bytes()
+            .all(|b| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'_' | b'.'))
+        {
             return Err(NameError::Character(text.to_owned()));
         }
         Self::from_labels(ascii.split('.').map(str::as_bytes))

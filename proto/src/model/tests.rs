@@ -7,8 +7,16 @@ use crate::v1;
 
 fn key(protocol: Protocol, peer: &str) -> FlowKey {
     let peer: SocketAddr = peer.parse().unwrap();
-    let guest = if peer.is_ipv4() { "192.168.127.2:40000" } else { "[fd00::2]:40000" };
-    FlowKey { protocol, guest: guest.parse().unwrap(), peer }
+    let guest = if peer.is_ipv4() {
+        "192.168.127.2:40000"
+    } else {
+        "[fd00::2]:40000"
+    };
+    FlowKey {
+        protocol,
+        guest: guest.parse().unwrap(),
+        peer,
+    }
 }
 
 #[test]
@@ -28,8 +36,23 @@ fn wildcard_covers_names_below_and_not_the_apex() {
 #[test]
 fn typed_names_become_one_canonical_form_or_are_refused() {
     assert_eq!("EXAMPLE.com.".parse::<Name>().unwrap().as_str(), "example.com");
-    assert_eq!("bücher.example".parse::<Name>().unwrap().as_str(), "xn--bcher-kva.example");
-    for bad in ["", ".", "a..b", "a b", "10.0.0.1", "::1", "0x7f.1", "2130706433", "*.*.a", "a\0b", "a\\.b"] {
+    assert_eq!(
+        "bücher.example".parse::<Name>().unwrap().as_str(),
+        "xn--bcher-kva.example"
+    );
+    for bad in [
+        "",
+        ".",
+        "a..b",
+        "a b",
+        "10.0.0.1",
+        "::1",
+        "0x7f.1",
+        "2130706433",
+        "*.*.a",
+        "a\0b",
+        "a\\.b",
+    ] {
         assert!(bad.parse::<NamePattern>().is_err(), "{bad:?} was taken");
     }
     let long = format!("{}.test", "a".repeat(64));
@@ -51,7 +74,15 @@ fn prefixes_say_what_they_mean() {
     assert_eq!(parse_prefix("10.0.0.0/8").unwrap().to_string(), "10.0.0.0/8");
     assert_eq!(parse_prefix("192.0.2.7").unwrap().to_string(), "192.0.2.7/32");
     assert_eq!(parse_prefix("fe80::1").unwrap().to_string(), "fe80::1/128");
-    for bad in ["10.0.0.1/8", "10.0.0.0/33", "10.0.0.0/", "010.0.0.1", "10.0.0.0/+8", "::ffff:10.0.0.1", "x"] {
+    for bad in [
+        "10.0.0.1/8",
+        "10.0.0.0/33",
+        "10.0.0.0/",
+        "010.0.0.1",
+        "10.0.0.0/+8",
+        "::ffff:10.0.0.1",
+        "x",
+    ] {
         assert!(parse_prefix(bad).is_err(), "{bad} was taken");
     }
 }
@@ -67,11 +98,17 @@ fn ports_parse_strictly() {
 
 #[test]
 fn epochs_of_another_incarnation_never_stand() {
-    let one = Epoch { incarnation: 1, counter: 9 };
+    let one = Epoch {
+        incarnation: 1,
+        counter: 9,
+    };
     assert!(one.stands_under(one));
     assert!(one.next().stands_under(one));
     assert!(!one.stands_under(one.next()));
-    assert!(!one.stands_under(Epoch { incarnation: 2, counter: 1 }));
+    assert!(!one.stands_under(Epoch {
+        incarnation: 2,
+        counter: 1
+    }));
 }
 
 #[test]
@@ -126,12 +163,33 @@ fn malformed_messages_are_refused_with_their_reason() {
     };
     assert!(matches!(refused(&|m| m.protocol = 0), Malformed::Enum { .. }));
     assert!(matches!(refused(&|m| m.protocol = 99), Malformed::Enum { .. }));
-    assert!(matches!(refused(&|m| m.prefix = vec![1; 5]), Malformed::AddressLength { length: 5, .. }));
-    assert!(matches!(refused(&|m| m.prefix_length = 33), Malformed::Prefix { .. }));
-    assert!(matches!(refused(&|m| m.prefix = vec![10, 0, 0, 1]), Malformed::Prefix { .. }));
+    assert!(matches!(
+        refused(&|m| m.prefix = vec![1; 5]),
+        Malformed::AddressLength { length: 5, .. }
+    ));
+    assert!(matches!(
+        refused(&|m| m.prefix_length = 33),
+        Malformed::Prefix { .. }
+    ));
+    assert!(matches!(
+        refused(&|m| m.prefix = vec![10, 0, 0, 1]),
+        Malformed::Prefix { .. }
+    ));
     assert!(matches!(refused(&|m| m.first_port = 0), Malformed::Ports { .. }));
-    assert!(matches!(refused(&|m| m.last_port = 65536), Malformed::Ports { .. }));
-    assert!(matches!(refused(&|m| m.protocol = v1::Protocol::Icmp.into()), Malformed::Ports { .. }));
-    assert!(matches!(refused(&|m| m.names_consulted = true), Malformed::WideNameMatch { .. }));
-    assert!(matches!(Verdict::try_from(v1::Verdict::default()), Err(Malformed::Enum { .. })));
+    assert!(matches!(
+        refused(&|m| m.last_port = 65536),
+        Malformed::Ports { .. }
+    ));
+    assert!(matches!(
+        refused(&|m| m.protocol = v1::Protocol::Icmp.into()),
+        Malformed::Ports { .. }
+    ));
+    assert!(matches!(
+        refused(&|m| m.names_consulted = true),
+        Malformed::WideNameMatch { .. }
+    ));
+    assert!(matches!(
+        Verdict::try_from(v1::Verdict::default()),
+        Err(Malformed::Enum { .. })
+    ));
 }

@@ -52,7 +52,11 @@ pub struct Reason {
 impl Reason {
     /// From its parts.
     pub fn new(step: impl Into<String>, subject: impl Into<String>, text: impl Into<String>) -> Self {
-        Self { step: step.into(), subject: subject.into(), text: text.into() }
+        Self {
+            step: step.into(),
+            subject: subject.into(),
+            text: text.into(),
+        }
     }
 }
 
@@ -64,13 +68,21 @@ impl fmt::Display for Reason {
 
 impl From<v1::Reason> for Reason {
     fn from(message: v1::Reason) -> Self {
-        Self { step: message.step, subject: message.subject, text: message.text }
+        Self {
+            step: message.step,
+            subject: message.subject,
+            text: message.text,
+        }
     }
 }
 
 impl From<&Reason> for v1::Reason {
     fn from(reason: &Reason) -> Self {
-        Self { step: reason.step.clone(), subject: reason.subject.clone(), text: reason.text.clone() }
+        Self {
+            step: reason.step.clone(),
+            subject: reason.subject.clone(),
+            text: reason.text.clone(),
+        }
     }
 }
 
@@ -87,13 +99,21 @@ pub struct Budget {
 
 impl From<v1::Budget> for Budget {
     fn from(message: v1::Budget) -> Self {
-        Self { connections: message.connections, bytes_up: message.bytes_up, bytes_down: message.bytes_down }
+        Self {
+            connections: message.connections,
+            bytes_up: message.bytes_up,
+            bytes_down: message.bytes_down,
+        }
     }
 }
 
 impl From<Budget> for v1::Budget {
     fn from(budget: Budget) -> Self {
-        Self { connections: budget.connections, bytes_up: budget.bytes_up, bytes_down: budget.bytes_down }
+        Self {
+            connections: budget.connections,
+            bytes_up: budget.bytes_up,
+            bytes_down: budget.bytes_down,
+        }
     }
 }
 
@@ -149,10 +169,15 @@ impl TryFrom<v1::Verdict> for Verdict {
             Ok(v1::Action::Deny) => VerdictAction::Deny,
             Ok(v1::Action::Drop) => VerdictAction::Drop,
             Ok(v1::Action::Ask | v1::Action::Unspecified) | Err(_) => {
-                return Err(Malformed::Enum { field: "verdict.action", value: message.action });
+                return Err(Malformed::Enum {
+                    field: "verdict.action",
+                    value: message.action,
+                });
             }
         };
-        let found = match message.r#match.ok_or(Malformed::Missing { field: "verdict.match" })? {
+        let found = match message.r#match.ok_or(Malformed::Missing {
+            field: "verdict.match",
+        })? {
             v1::verdict::Match::Flow(flow) => Match::Flow(flow.try_into()?),
             v1::verdict::Match::Lookup(lookup) => Match::Lookup(lookup.try_into()?),
         };
@@ -160,7 +185,12 @@ impl TryFrom<v1::Verdict> for Verdict {
             miss: MissId(message.miss_id),
             action,
             found,
-            epoch: message.epoch.ok_or(Malformed::Missing { field: "verdict.epoch" })?.try_into()?,
+            epoch: message
+                .epoch
+                .ok_or(Malformed::Missing {
+                    field: "verdict.epoch",
+                })?
+                .try_into()?,
             expires_in: duration_from_wire("verdict.expires_in", message.expires_in)?,
             once: message.once,
             budget: message.budget.map(Into::into),

@@ -39,10 +39,8 @@ pub async fn supervise(sandbox: &mut Sandbox, terminal: Option<&Terminal>) -> st
         let next_signal = std::future::poll_fn(|context| {
             passed_on
                 .iter_mut()
-                .find(|(_, stream)| stream.poll_recv(context).is_ready())
-                .map_or(std::task::Poll::Pending, |(number, _)| {
-                    std::task::Poll::Ready(*number)
-                })
+                .find_map(|(number, stream)| stream.poll_recv(context).is_ready().then_some(*number))
+                .map_or(std::task::Poll::Pending, std::task::Poll::Ready)
         });
         tokio::select! {
             event = sandbox.event() => match event {

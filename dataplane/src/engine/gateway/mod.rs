@@ -1,3 +1,4 @@
-//! What the guest sees as its router.
+//! What the guest sees as its router beyond ARP and echo: addresses by DHCP, names by DNS.
+
 pub mod dhcp;
 pub mod dns;

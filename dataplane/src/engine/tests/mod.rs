@@ -1,0 +1,8 @@
+//! The engine under virtual time: a scripted guest on one side, scripted sockets and session on the
+//! other.
+
+mod datagram;
+mod identity;
+mod kit;
+mod tcp;
+mod verdict;

@@ -1,0 +1,396 @@
+//! TCP as the guest meets it.
+
+use std::convert::Infallible;
+use std::time::Duration;
+
+use vnet_proto::model::VerdictAction;
+
+use super::kit::*;
+use crate::engine::Event;
+use crate::engine::flow::State;
+use crate::engine::frame::DropReason;
+use crate::engine::tcp::{DIAL_PATIENCE, DialError, TCP_IDLE};
+use crate::message::{FlowEnd, MissEnd, Order, Report};
+
+const WEB: (std::net::Ipv4Addr, u16) = (SERVER, 80);
+const RST_ACK: u8 = 0x14;
+
+#[test]
+fn an_undecided_syn_is_held_unanswered_and_its_repetitions_join() {
+    let mut rig = Rig::new();
+    rig.syn(WEB);
+    assert_eq!(rig.misses().len(), 1);
+    rig.wait(Duration::from_secs(1));
+    rig.syn(WEB);
+    rig.wait(Duration::from_secs(2));
+    rig.syn(WEB);
+    assert!(rig.misses().is_empty());
+    assert!(rig.sent().is_empty());
+}
+
+#[test]
+fn the_host_is_dialled_before_the_guest_is_answered() {
+    let mut rig = Rig::new();
+    rig.syn(WEB);
+    let miss = rig.misses().remove(0);
+    rig.answer(&miss, VerdictAction::Allow);
+    let (at, to) = rig.only_dial();
+    assert_eq!(to, "203.0.113.9:80".parse().unwrap());
+    rig.service();
+    assert!(
+        rig.sent().is_empty(),
+        "answered before the host's side was connected"
+    );
+    rig.engine.handle_dialled(rig.now, at);
+    rig.service();
+    let (flags, _, acknowledgement, _) = rig.only_segment();
+    assert_eq!((flags, acknowledgement), (0x12, 1001));
+}
+
+#[test]
+fn a_denied_syn_is_reset_at_once_and_a_dropped_one_is_not_answered() {
+    let mut rig = Rig::new();
+    rig.syn(WEB);
+    let miss = rig.misses().remove(0);
+    rig.answer(&miss, VerdictAction::Deny);
+    let (flags, _, acknowledgement, _) = rig.only_segment();
+    assert_eq!((flags, acknowledgement), (RST_ACK, 1001));
+    rig.syn(WEB);
+    assert!(rig.misses().is_empty(), "the cache answers the second");
+    assert_eq!(rig.only_segment().0, RST_ACK);
+
+    rig.syn((SERVER, 81));
+    let miss = rig.misses().remove(0);
+    rig.answer(&miss, VerdictAction::Drop);
+    rig.syn((SERVER, 81));
+    assert!(rig.sent().is_empty() && rig.misses().is_empty());
+    assert_eq!(rig.engine.flow_count(), 0);
+}
+
+#[test]
+fn unanswered_it_is_refused_after_the_hold() {
+    let mut rig = Rig::new();
+    rig.syn(WEB);
+    let miss = rig.misses().remove(0);
+    for pause in [1, 2, 4, 8, 14] {
+        rig.wait(Duration::from_secs(pause));
+        assert!(rig.sent().is_empty());
+        rig.syn(WEB);
+    }
+    rig.wait(Duration::from_secs(1));
+    assert_eq!(rig.only_segment().0, RST_ACK);
+    assert_eq!(ended(&rig.reports()), [(miss.id, MissEnd::HoldExpired)]);
+}
+
+#[test]
+fn a_person_being_asked_moves_the_deadline() {
+    let mut rig = Rig::new();
+    rig.syn(WEB);
+    let miss = rig.misses().remove(0);
+    rig.order(Order::Held {
+        miss: miss.id,
+        hold: Duration::from_secs(2),
+    });
+    rig.wait(Duration::from_millis(1999));
+    assert!(rig.sent().is_empty());
+    rig.wait(Duration::from_millis(1));
+    assert_eq!(rig.only_segment().0, RST_ACK);
+}
+
+#[test]
+fn a_guest_that_stops_trying_has_given_up() {
+    let mut rig = Rig::new();
+    rig.syn(WEB);
+    let miss = rig.misses().remove(0);
+    rig.wait(Duration::from_secs(1));
+    rig.syn(WEB);
+    rig.wait(Duration::from_secs(5));
+    assert_eq!(ended(&rig.reports()), [(miss.id, MissEnd::GuestGaveUp)]);
+    assert_eq!(rig.engine.flow_count(), 0);
+}
+
+#[test]
+fn a_reset_from_the_guest_ends_the_question() {
+    let mut rig = Rig::new();
+    rig.syn(WEB);
+    let miss = rig.misses().remove(0);
+    rig.tcp(WEB, 4, 1001, 0, &[]);
+    assert_eq!(ended(&rig.reports()), [(miss.id, MissEnd::GuestGaveUp)]);
+    rig.answer(&miss, VerdictAction::Allow);
+    assert!(
+        rig.events.is_empty(),
+        "a verdict for a closed flow dials nothing: {:?}",
+        rig.events
+    );
+}
+
+#[test]
+fn a_dial_that_fails_looks_like_the_network() {
+    for (error, expected) in [
+        (DialError::HostUnreachable, (3, 1)),
+        (DialError::NetworkUnreachable, (3, 0)),
+        (DialError::TimedOut, (3, 1)),
+    ] {
+        let mut rig = Rig::new();
+        rig.syn(WEB);
+        let miss = rig.misses().remove(0);
+        rig.answer(&miss, VerdictAction::Allow);
+        let (at, _) = rig.only_dial();
+        rig.engine.handle_refused(rig.now, at, error);
+        assert_eq!(rig.only_icmp(), expected, "{error:?}");
+    }
+    let mut rig = Rig::new();
+    rig.syn(WEB);
+    let miss = rig.misses().remove(0);
+    rig.answer(&miss, VerdictAction::Allow);
+    let (at, _) = rig.only_dial();
+    rig.engine.handle_refused(rig.now, at, DialError::Refused);
+    assert_eq!(rig.only_segment().0, RST_ACK);
+}
+
+#[test]
+fn a_dial_without_an_answer_is_given_up() {
+    let mut rig = Rig::new();
+    rig.syn(WEB);
+    let miss = rig.misses().remove(0);
+    rig.answer(&miss, VerdictAction::Allow);
+    rig.wait(DIAL_PATIENCE);
+    assert_eq!(rig.only_icmp(), (3, 1));
+    assert!(rig.events.iter().any(|e| matches!(e, Event::Close { .. })));
+    assert_eq!(rig.engine.flow_count(), 0);
+}
+
+#[test]
+fn bytes_pass_both_ways_and_both_halves_close() {
+    let mut rig = Rig::new();
+    let (at, sequence) = rig.connect(WEB);
+    rig.tcp(WEB, 0x18, 1001, sequence, b"hello");
+    let connection = rig.engine.connection(at).unwrap();
+    let mut got = Vec::new();
+    connection
+        .lend_received(|b| {
+            got.extend_from_slice(b);
+            Ok::<_, Infallible>(b.len())
+        })
+        .unwrap();
+    assert_eq!(got, b"hello");
+    connection
+        .lend_room(|room| {
+            room[..3].copy_from_slice(b"abc");
+            Ok::<_, Infallible>(3)
+        })
+        .unwrap();
+    rig.service();
+    let (_, _, acknowledgement, payload) = rig.only_segment();
+    assert_eq!((acknowledgement, payload.as_slice()), (1006, b"abc".as_slice()));
+
+    // The guest finishes; the host may still send.
+    rig.tcp(WEB, 0x11, 1006, sequence + 3, &[]);
+    rig.service();
+    assert!(rig.engine.connection(at).unwrap().is_received_whole());
+    rig.sent();
+    let connection = rig.engine.connection(at).unwrap();
+    connection
+        .lend_room(|room| {
+            room[..4].copy_from_slice(b"more");
+            Ok::<_, Infallible>(4)
+        })
+        .unwrap();
+    connection.close();
+    rig.engine.finish_service(rig.now, at);
+    let payload: Vec<u8> = rig.sent().concat();
+    assert!(payload.windows(4).any(|w| w == b"more"));
+    rig.tcp(WEB, 0x10, 1007, sequence + 3 + 4 + 1, &[]);
+    rig.service();
+    assert!(
+        rig.reports()
+            .iter()
+            .any(|r| matches!(r, Report::FlowClosed { .. }))
+    );
+    assert_eq!(rig.engine.flow_count(), 0);
+}
+
+#[test]
+fn a_reset_passes_both_ways() {
+    let mut rig = Rig::new();
+    let (at, sequence) = rig.connect(WEB);
+    rig.tcp(WEB, 4, 1001, sequence, &[]);
+    rig.service();
+    assert!(
+        rig.events
+            .iter()
+            .any(|e| matches!(e, Event::Close { flow, reset: true } if *flow == at))
+    );
+
+    let mut rig = Rig::new();
+    let (at, _) = rig.connect(WEB);
+    rig.engine.handle_host_reset(rig.now, at);
+    assert_eq!(rig.only_segment().0 & 4, 4);
+    assert_eq!(rig.engine.flow_count(), 0);
+}
+
+#[test]
+fn a_guest_started_anew_may_use_its_port_again() {
+    let mut rig = Rig::new();
+    let (at, _) = rig.connect(WEB);
+    rig.tcp(WEB, 2, 999_999, 0, &[]);
+    let closed = |e: &Event| matches!(e, Event::Close { flow, .. } if *flow == at);
+    assert!(rig.events.iter().any(closed));
+    assert!(
+        rig.events.iter().any(|e| matches!(e, Event::Dial { .. })),
+        "the cache lets it dial anew"
+    );
+}
+
+#[test]
+fn a_segment_of_no_connection_is_reset() {
+    let mut rig = Rig::new();
+    rig.tcp(WEB, 0x10, 5, 77, &[]);
+    let (flags, sequence, ..) = rig.only_segment();
+    assert_eq!((flags, sequence), (4, 77));
+    rig.tcp(WEB, 4, 5, 0, &[]);
+    assert!(rig.sent().is_empty());
+}
+
+#[test]
+fn a_place_is_not_taken_again_before_its_socket_is_closed() {
+    let mut rig = Rig::new();
+    let (at, _) = rig.connect(WEB);
+    // Without the driver acting on events in between:
+    rig.engine.handle_host_reset(rig.now, at);
+    rig.syn((SERVER, 81));
+    let miss = rig.misses().remove(0);
+    let again = rig.engine.flow(at).is_some();
+    assert!(!again || rig.events.iter().any(|e| matches!(e, Event::Close { .. })));
+    rig.answer(&miss, VerdictAction::Deny);
+}
+
+#[test]
+fn the_limit_of_flows_refuses_and_counts() {
+    let mut rig = Rig::new();
+    for port in 1..=64 {
+        rig.syn((SERVER, port));
+    }
+    assert!(rig.sent().is_empty());
+    rig.syn((SERVER, 65));
+    assert_eq!(rig.only_segment().0, RST_ACK);
+    assert_eq!(rig.engine.dropped(DropReason::FlowLimit), 1);
+}
+
+#[test]
+fn nothing_is_offered_on_the_gateway_but_dns() {
+    let mut rig = Rig::new();
+    rig.syn((GATEWAY, 80));
+    assert_eq!(rig.only_segment().0, RST_ACK);
+    assert_eq!(rig.engine.dropped(DropReason::GatewayService), 1);
+    assert!(rig.misses().is_empty());
+}
+
+#[test]
+fn the_host_alias_is_dialled_as_loopback_and_guarded() {
+    let mut rig = Rig::new();
+    rig.syn((ALIAS, 80));
+    let miss = rig.misses().remove(0);
+    let vnet_proto::model::Subject::Flow(flow) = &miss.subject else {
+        panic!()
+    };
+    assert!(flow.dialled.is_loopback() && flow.guards.contains(vnet_proto::model::Guard::Host));
+    rig.answer(&miss, VerdictAction::Allow);
+    assert_eq!(rig.only_dial().1, "127.0.0.1:80".parse().unwrap());
+}
+
+#[test]
+fn nothing_opens_an_address_where_a_daemon_listens() {
+    let mut rig = Rig::new();
+    rig.syn((SERVER, 4444));
+    assert_eq!(rig.only_segment().0, RST_ACK);
+    assert!(rig.misses().is_empty());
+}
+
+#[test]
+fn destinations_that_no_guest_may_have_are_dropped() {
+    let mut rig = Rig::new();
+    for address in [
+        [127, 0, 0, 1],
+        [0, 1, 2, 3],
+        [224, 0, 0, 1],
+        [255, 255, 255, 255],
+        [240, 0, 0, 1],
+    ] {
+        rig.syn((address.into(), 80));
+    }
+    assert_eq!(rig.engine.dropped(DropReason::Destination), 5);
+    assert!(rig.misses().is_empty() && rig.sent().is_empty());
+}
+
+#[test]
+fn a_window_filled_beyond_its_scale_does_not_panic() {
+    // After the SYN-ACK the stack books its unscaled window as if it were scaled: a guest that sends
+    // past the ring and then fills the gap made it panic with a ring of another size.
+    let mut rig = Rig::with_mtu(65_520);
+    let (at, sequence) = rig.connect(WEB);
+    let far = 1001 + 262_140;
+    rig.tcp(WEB, 0x10, far - 100, sequence, &[1; 60_000]);
+    for start in (0..262_140u32).step_by(60_000) {
+        rig.tcp(
+            WEB,
+            0x10,
+            1001 + start,
+            sequence,
+            &vec![2; 60_000.min(262_140 - start as usize + 500)],
+        );
+    }
+    let mut got = 0;
+    loop {
+        let taken = rig.engine.connection(at).unwrap().lend_received(|b| {
+            assert!(b.iter().all(|b| *b == 1 || *b == 2));
+            Ok::<_, Infallible>(b.len())
+        });
+        match taken.unwrap() {
+            0 => break,
+            length => got += length,
+        }
+    }
+    assert_eq!(got, 262_140);
+}
+
+#[test]
+fn a_silent_connection_ends_at_last() {
+    let mut rig = Rig::new();
+    let (at, _) = rig.connect(WEB);
+    rig.wait(TCP_IDLE - Duration::from_secs(1));
+    assert!(matches!(rig.engine.flow(at).unwrap().state, State::Tcp(_)));
+    rig.wait(Duration::from_secs(1));
+    let reports = rig.reports();
+    assert!(reports.iter().any(|r| matches!(
+        r,
+        Report::FlowClosed {
+            end: FlowEnd::Idle,
+            ..
+        }
+    )));
+}
+
+#[test]
+fn a_forward_opens_towards_the_guest_from_the_gateway() {
+    let mut rig = Rig::new();
+    let at = rig
+        .engine
+        .open_ingress(rig.now, "192.168.127.2:22".parse().unwrap())
+        .unwrap();
+    rig.service();
+    let sent = rig.sent();
+    assert_eq!(sent.len(), 1);
+    assert_eq!(sent[0][12..16], GATEWAY.octets());
+    assert_eq!(sent[0][33] & 0x3f, 2, "a SYN");
+    assert!(
+        rig.reports()
+            .iter()
+            .any(|r| matches!(r, Report::FlowOpened(o) if o.ingress))
+    );
+    assert!(rig.engine.connection(at).is_some());
+    let outside = rig
+        .engine
+        .open_ingress(rig.now, "203.0.113.9:22".parse().unwrap());
+    assert!(outside.is_none(), "a forward leads into the subnet only");
+}
