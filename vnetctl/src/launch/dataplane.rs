@@ -6,7 +6,7 @@
 
 use std::ffi::OsString;
 use std::io::{self, Write as _};
-use std::os::fd::{AsRawFd as _, OwnedFd, RawFd};
+use std::os::fd::{AsRawFd as _, OwnedFd};
 use std::os::unix::process::CommandExt as _;
 use std::process::{ExitCode, ExitStatus, Stdio};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -14,14 +14,11 @@ use std::time::Duration;
 
 use tokio::io::AsyncReadExt as _;
 use tokio::process::{Child, Command};
-use tracing_subscriber::EnvFilter;
-use vnet_dataplane::args::{Args, Cli};
+use vnet_dataplane::args::Args;
 use vnet_dataplane::config::{Config, OwnPolicySettings, VmSettings, default_name};
-use vnet_dataplane::inherit;
 
 use super::descriptors::inherit_only;
 use crate::cmd::treat::Treatment;
-use crate::failure::EXIT_USAGE;
 use crate::output::text::safe;
 
 /// What a dataplane is told at its start.
@@ -281,40 +278,9 @@ fn flags(args: &Args) -> Vec<OsString> {
 
 /// This process as the dataplane.
 pub(super) fn main(arguments: Vec<OsString>) -> ExitCode {
-    super::parsed(arguments, |Cli { args }: Cli| {
-        let filter = EnvFilter::try_from_env(LOG_VARIABLE).unwrap_or_else(|_| LOG_DEFAULT.into());
-        tracing_subscriber::fmt().with_writer(io::stderr).with_env_filter(filter).init();
-        let settings = match args.vm_settings_fd.map(read_settings).transpose() {
-            Ok(settings) => settings.unwrap_or_default(),
-            Err(error) => return complain(&format!("{error:#}"), ExitCode::FAILURE),
-        };
-        let config = match Config::new(&args, settings, &default_name()) {
-            Ok(config) => config,
-            Err(problems) => return complain(&problems.to_string(), ExitCode::from(EXIT_USAGE)),
-        };
-        match vnet_dataplane::run::run(config).map_err(anyhow::Error::new) {
-            Ok(()) => ExitCode::SUCCESS,
-            Err(error) => complain(&format!("{error:#}"), ExitCode::FAILURE),
-        }
-    })
+    vnet_dataplane::run::main(arguments.into_iter())
 }
 
-fn read_settings(fd: RawFd) -> anyhow::Result<VmSettings> {
-    let from = inherit::take(fd)?;
-    Ok(VmSettings::read(std::fs::File::from(from))?)
-}
-
-fn complain(text: &str, code: ExitCode) -> ExitCode {
-    for line in text.lines() {
-        eprintln!("vnet-dataplane: {line}");
-    }
-    code
-}
-
-/// Says what a dataplane logs, as `vnet_dataplane=debug`.
-const LOG_VARIABLE: &str = "VNET_LOG";
-/// What is logged where nobody says: flows and lookups are in the history.
-const LOG_DEFAULT: &str = "warn";
 /// How long it may take to end in good order: sockets removed, the last counts sent.
 const STOP_PATIENCE: Duration = Duration::from_secs(3);
 const LAST_WORDS_PATIENCE: Duration = Duration::from_millis(50);

@@ -104,12 +104,8 @@ async fn supervise(plan: Plan, connection: Connection) -> Result<u8, Failure> {
     };
     let result = match guest.start() {
         Ok(()) => {
-            run.attend(
-                &mut guest,
-                &mut dataplane,
-                &mut attendant,
-                waiting, answers)
-            .await
+            run.attend(&mut guest, &mut dataplane, &mut attendant, waiting, answers)
+                .await
         }
         Err(error) => Err(Failure::Run(with_causes(&error))),
     };
