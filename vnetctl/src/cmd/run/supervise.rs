@@ -8,11 +8,10 @@
 
 use std::future::Future;
 use std::path::PathBuf;
-use std::pin::Pin;
+use std::pin::{Pin, pin};
 use std::time::{Duration, SystemTime};
 
-use nix::sys::signal::{Signal, raise};
-use tokio::signal::unix::{SignalKind, signal};
+use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::mpsc;
 use vnet_proto::v1;
 
@@ -23,7 +22,7 @@ use crate::cmd::questions::{Act, Questions};
 use crate::failure::Failure;
 use crate::launch::{Dataplane, own_directories};
 use crate::output::text::safe;
-use crate::sandbox::{self, Event, Exit, Sandbox, Spec};
+use crate::sandbox::{self, Exit, Sandbox, Spec};
 use crate::terminal::{Key, Terminal, standard_streams};
 
 /// Runs the plan to its end; gives the command's exit code.
@@ -32,7 +31,7 @@ pub(super) fn run(plan: Plan, connection: Connection) -> Result<u8, Failure> {
 }
 
 async fn supervise(plan: Plan, connection: Connection) -> Result<u8, Failure> {
-    let mut signals = Signals::new()?;
+    let mut ends = Ends::new()?;
     // Started by now, so that its directories exist and can be hidden from the command.
     connection.open().await?;
     let spec = Spec {
@@ -56,7 +55,7 @@ async fn supervise(plan: Plan, connection: Connection) -> Result<u8, Failure> {
     let vm = tokio::select! {
         vm = attached(&mut attendant, &mut waiting) => vm,
         error = dataplane.ended() => return Err(Failure::Run(error.to_string())),
-        signal = signals.next_end() => {
+        signal = ends.next() => {
             drop(guest);
             dataplane.stop().await;
             return Ok(SIGNAL_CODE_BASE.wrapping_add(signal as u8));
@@ -105,15 +104,8 @@ async fn supervise(plan: Plan, connection: Connection) -> Result<u8, Failure> {
     };
     let result = match guest.start() {
         Ok(()) => {
-            run.attend(
-                &mut guest,
-                &mut dataplane,
-                &mut attendant,
-                waiting,
-                answers,
-                &mut signals,
-            )
-            .await
+            run.attend(&mut guest, &mut dataplane, &mut attendant, waiting, answers)
+                .await
         }
         Err(error) => Err(Failure::Run(with_causes(&error))),
     };
@@ -192,17 +184,16 @@ impl<'a> Run<'a> {
         attendant: &mut Attendant,
         waiting: Vec<Seen>,
         mut answers: mpsc::Receiver<(String, Option<String>)>,
-        signals: &mut Signals,
     ) -> Result<Exit, Failure> {
         for seen in waiting {
             self.seen(seen);
         }
+        let mut command = pin!(sandbox::supervise(guest, self.voice.terminal));
         loop {
             tokio::select! {
-                event = guest.event() => match event {
-                    Event::Exited(exit) => return Ok(exit),
-                    Event::Stopped(_) => self.suspend(guest),
-                },
+                exit = &mut command => {
+                    return exit.map_err(|e| Failure::Run(format!("cannot wait for signals: {e}")));
+                }
                 error = dataplane.ended() => return Err(Failure::Run(error.to_string())),
                 seen = attendant.next() => self.seen(seen),
                 key = pressed(&mut self.prompt) => self.pressed(key),
@@ -210,7 +201,6 @@ impl<'a> Run<'a> {
                     let acts = self.questions.answered(&id, refused);
                     self.act(acts);
                 }
-                number = signals.next() => self.signalled(guest, number),
             }
         }
     }
@@ -286,37 +276,6 @@ impl<'a> Run<'a> {
         }
         NO_KEY
     }
-
-    /// The command was stopped, so this process stops too and the shell takes over; `fg` lets both go on.
-    fn suspend(&self, guest: &Sandbox) {
-        if let Some(terminal) = self.voice.terminal {
-            terminal.pause();
-        }
-        let _ = raise(Signal::SIGSTOP);
-        if let Some(terminal) = self.voice.terminal {
-            terminal.resume();
-        }
-        let _ = guest.signal(nix::libc::SIGCONT);
-    }
-
-    fn signalled(&self, guest: &Sandbox, number: i32) {
-        match number {
-            nix::libc::SIGWINCH => {
-                if let Some(terminal) = self.voice.terminal {
-                    terminal.resize();
-                }
-                return;
-            }
-            nix::libc::SIGCONT => {
-                if let Some(terminal) = self.voice.terminal {
-                    terminal.resume();
-                }
-            }
-            _ => {}
-        }
-        // If the guest is gone, its end is the next event.
-        let _ = guest.signal(number);
-    }
 }
 
 /// Waits for a key at the prompt; for ever where nothing is asked.
@@ -327,48 +286,30 @@ async fn pressed(prompt: &mut Option<Prompt<'_>>) -> Option<Key> {
     }
 }
 
-/// Signals that concern the command more than this process.
-struct Signals {
-    received: mpsc::Receiver<i32>,
-}
+/// Signals that end this process, before there is a command to pass them on to.
+struct Ends([Signal; 4]);
 
-impl Signals {
+impl Ends {
     fn new() -> Result<Self, Failure> {
-        let (sender, received) = mpsc::channel(SIGNALS_MAX);
-        for number in PASSED_ON {
-            let mut stream = signal(SignalKind::from_raw(number))
-                .map_err(|e| Failure::Run(format!("cannot wait for signal {number}: {e}")))?;
-            let sender = sender.clone();
-            tokio::spawn(async move {
-                while stream.recv().await.is_some() {
-                    if sender.send(number).await.is_err() {
-                        return;
-                    }
-                }
-            });
-        }
-        Ok(Self { received })
+        let catch = |kind: SignalKind| {
+            signal(kind).map_err(|e| Failure::Run(format!("cannot wait for signals: {e}")))
+        };
+        Ok(Self([
+            catch(SignalKind::hangup())?,
+            catch(SignalKind::interrupt())?,
+            catch(SignalKind::quit())?,
+            catch(SignalKind::terminate())?,
+        ]))
     }
 
-    /// The next one. Cancel safe.
+    /// The number of the next one. Cancel safe.
     async fn next(&mut self) -> i32 {
-        match self.received.recv().await {
-            Some(number) => number,
-            None => std::future::pending().await,
-        }
-    }
-
-    /// The next one that asks for the end. Others are of no concern before the command has started.
-    /// Cancel safe.
-    async fn next_end(&mut self) -> i32 {
-        loop {
-            let number = self.next().await;
-            if matches!(
-                number,
-                nix::libc::SIGHUP | nix::libc::SIGINT | nix::libc::SIGQUIT | nix::libc::SIGTERM
-            ) {
-                return number;
-            }
+        let [hangup, interrupt, quit, terminate] = &mut self.0;
+        tokio::select! {
+            _ = hangup.recv() => SignalKind::hangup().as_raw_value(),
+            _ = interrupt.recv() => SignalKind::interrupt().as_raw_value(),
+            _ = quit.recv() => SignalKind::quit().as_raw_value(),
+            _ = terminate.recv() => SignalKind::terminate().as_raw_value(),
         }
     }
 }
@@ -383,19 +324,6 @@ fn with_causes(error: &dyn std::error::Error) -> String {
     text
 }
 
-/// Passed on to the command, or to its terminal.
-const PASSED_ON: [i32; 9] = [
-    nix::libc::SIGHUP,
-    nix::libc::SIGINT,
-    nix::libc::SIGQUIT,
-    nix::libc::SIGTERM,
-    nix::libc::SIGUSR1,
-    nix::libc::SIGUSR2,
-    nix::libc::SIGTSTP,
-    nix::libc::SIGCONT,
-    nix::libc::SIGWINCH,
-];
-const SIGNALS_MAX: usize = 16;
 /// Answers on their way back; one is given at a time.
 const ANSWERS_MAX: usize = 4;
 /// What a shell adds to a signal's number.
