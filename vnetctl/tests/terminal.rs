@@ -42,7 +42,7 @@ fn front(script: &str) {
             std::future::pending::<()>().await;
         };
         let exit = tokio::select! {
-            exit = sandbox::supervise(&mut guest, Some(&terminal)) => exit.unwrap(),
+            exit = guest.wait() => exit,
             () = question => unreachable!(),
         };
         terminal.finish().await;

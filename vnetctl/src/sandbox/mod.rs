@@ -31,7 +31,6 @@ mod mounts;
 mod netlink;
 mod seccomp;
 pub mod stage;
-mod supervise;
 mod sys;
 mod userns;
 mod wire;
@@ -46,7 +45,6 @@ use ipnet::Ipv4Net;
 pub use self::error::SandboxError;
 pub use self::front::{Event, Exit, Link, LinkKind, Sandbox, spawn};
 pub use self::helper::guest_main;
-pub use self::supervise::supervise;
 
 /// The hidden first argument with which a front starts itself again as the helper.
 pub const GUEST_ARGUMENT: &str = "__guest";
