@@ -14,7 +14,7 @@ use std::time::Duration;
 
 use tokio::io::AsyncReadExt as _;
 use tokio::process::{Child, Command};
-use vnet_dataplane::args::Args;
+use vnet_dataplane::args::{Args, Cli};
 use vnet_dataplane::config::{Config, OwnPolicySettings, VmSettings, default_name};
 
 use super::descriptors::inherit_only;
@@ -278,7 +278,7 @@ fn flags(args: &Args) -> Vec<OsString> {
 
 /// This process as the dataplane.
 pub(super) fn main(arguments: Vec<OsString>) -> ExitCode {
-    vnet_dataplane::run::main(arguments.into_iter())
+    super::parsed(arguments, |cli: Cli| vnet_dataplane::main(cli.args))
 }
 
 /// How long it may take to end in good order: sockets removed, the last counts sent.

@@ -8,10 +8,11 @@
 
 use std::future::Future;
 use std::path::PathBuf;
-use std::pin::{Pin, pin};
+use std::pin::Pin;
 use std::time::{Duration, SystemTime};
 
-use tokio::signal::unix::{Signal, SignalKind, signal};
+use nix::sys::signal::{Signal, raise};
+use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::mpsc;
 use vnet_proto::v1;
 
@@ -22,7 +23,7 @@ use crate::cmd::questions::{Act, Questions};
 use crate::failure::Failure;
 use crate::launch::{Dataplane, own_directories};
 use crate::output::text::safe;
-use crate::sandbox::{self, Exit, Sandbox, Spec};
+use crate::sandbox::{self, Event, Exit, Sandbox, Spec};
 use crate::terminal::{Key, Terminal, standard_streams};
 
 /// Runs the plan to its end; gives the command's exit code.
@@ -31,7 +32,7 @@ pub(super) fn run(plan: Plan, connection: Connection) -> Result<u8, Failure> {
 }
 
 async fn supervise(plan: Plan, connection: Connection) -> Result<u8, Failure> {
-    let mut ends = Ends::new()?;
+    let mut signals = Signals::new()?;
     // Started by now, so that its directories exist and can be hidden from the command.
     connection.open().await?;
     let spec = Spec {
@@ -45,17 +46,14 @@ async fn supervise(plan: Plan, connection: Connection) -> Result<u8, Failure> {
         tracing::debug!(note = %safe(note), "guest");
     }
     let link = guest.link.take().map(|link| link.fd);
-    let mut dataplane = Dataplane::start(crate::launch::Settings {
-        link,
-        ..plan.settings
-    })
-    .map_err(|e| Failure::Run(e.to_string()))?;
+    let mut dataplane = Dataplane::start(crate::launch::Settings { link, ..plan.settings })
+        .map_err(|e| Failure::Run(e.to_string()))?;
     let mut attendant = Attendant::start(connection.clone(), plan.dataplane);
     let mut waiting = Vec::new();
     let vm = tokio::select! {
         vm = attached(&mut attendant, &mut waiting) => vm,
         error = dataplane.ended() => return Err(Failure::Run(error.to_string())),
-        signal = ends.next() => {
+        signal = signals.next_end() => {
             drop(guest);
             dataplane.stop().await;
             return Ok(SIGNAL_CODE_BASE.wrapping_add(signal as u8));
@@ -80,33 +78,16 @@ async fn supervise(plan: Plan, connection: Connection) -> Result<u8, Failure> {
         }
         None => None,
     };
-    let voice = Voice {
-        terminal: terminal.as_ref(),
-    };
+    let voice = Voice { terminal: terminal.as_ref() };
     if vm != plan.vm {
-        voice.say(&format!(
-            "vnet: {} is taken; this run's VM is {}",
-            safe(&plan.vm),
-            safe(&vm)
-        ));
+        voice.say(&format!("vnet: {} is taken; this run's VM is {}", safe(&plan.vm), safe(&vm)));
     }
-    let questions = Questions::new(
-        terminal.as_ref().is_some_and(Terminal::can_prompt),
-        command_line(&connection),
-    );
+    let questions =
+        Questions::new(terminal.as_ref().is_some_and(Terminal::can_prompt), command_line(&connection));
     let (answered, answers) = mpsc::channel(ANSWERS_MAX);
-    let mut run = Run {
-        voice: &voice,
-        connection,
-        questions,
-        prompt: None,
-        answered,
-    };
+    let mut run = Run { voice: &voice, connection, questions, prompt: None, answered };
     let result = match guest.start() {
-        Ok(()) => {
-            run.attend(&mut guest, &mut dataplane, &mut attendant, waiting, answers)
-                .await
-        }
+        Ok(()) => run.attend(&mut guest, &mut dataplane, &mut attendant, waiting, answers, &mut signals).await,
         Err(error) => Err(Failure::Run(with_causes(&error))),
     };
     drop(run);
@@ -184,16 +165,17 @@ impl<'a> Run<'a> {
         attendant: &mut Attendant,
         waiting: Vec<Seen>,
         mut answers: mpsc::Receiver<(String, Option<String>)>,
+        signals: &mut Signals,
     ) -> Result<Exit, Failure> {
         for seen in waiting {
             self.seen(seen);
         }
-        let mut command = pin!(sandbox::supervise(guest, self.voice.terminal));
         loop {
             tokio::select! {
-                exit = &mut command => {
-                    return exit.map_err(|e| Failure::Run(format!("cannot wait for signals: {e}")));
-                }
+                event = guest.event() => match event {
+                    Event::Exited(exit) => return Ok(exit),
+                    Event::Stopped(_) => self.suspend(guest),
+                },
                 error = dataplane.ended() => return Err(Failure::Run(error.to_string())),
                 seen = attendant.next() => self.seen(seen),
                 key = pressed(&mut self.prompt) => self.pressed(key),
@@ -201,6 +183,7 @@ impl<'a> Run<'a> {
                     let acts = self.questions.answered(&id, refused);
                     self.act(acts);
                 }
+                number = signals.next() => self.signalled(guest, number),
             }
         }
     }
@@ -211,10 +194,8 @@ impl<'a> Run<'a> {
             Seen::Pending(change) => self.questions.change(&change),
             Seen::Vm(_) => Vec::new(),
             Seen::Lost(why) => {
-                let line = format!(
-                    "vnet: no controlplane, so nothing new is let out; trying again ({})",
-                    safe(&why)
-                );
+                let line =
+                    format!("vnet: no controlplane, so nothing new is let out; trying again ({})", safe(&why));
                 self.voice.say(&line);
                 Vec::new()
             }
@@ -242,9 +223,7 @@ impl<'a> Run<'a> {
                     tokio::spawn(async move {
                         let id = request.id.clone();
                         let refused = send_answer(&connection, *request, answer).await.err();
-                        let _ = answered
-                            .send((id, refused.map(|failure| failure.to_string())))
-                            .await;
+                        let _ = answered.send((id, refused.map(|failure| failure.to_string()))).await;
                     });
                 }
             }
@@ -252,9 +231,7 @@ impl<'a> Run<'a> {
     }
 
     fn pressed(&mut self, key: Option<Key>) {
-        let Some(Prompt { id, .. }) = self.prompt.take() else {
-            return;
-        };
+        let Some(Prompt { id, .. }) = self.prompt.take() else { return };
         // Without a key none will come: the command has ended, or the terminal is gone.
         let Some(key) = key else { return };
         let key = match key {
@@ -276,6 +253,37 @@ impl<'a> Run<'a> {
         }
         NO_KEY
     }
+
+    /// The command was stopped, so this process stops too and the shell takes over; `fg` lets both go on.
+    fn suspend(&self, guest: &Sandbox) {
+        if let Some(terminal) = self.voice.terminal {
+            terminal.pause();
+        }
+        let _ = raise(Signal::SIGSTOP);
+        if let Some(terminal) = self.voice.terminal {
+            terminal.resume();
+        }
+        let _ = guest.signal(nix::libc::SIGCONT);
+    }
+
+    fn signalled(&self, guest: &Sandbox, number: i32) {
+        match number {
+            nix::libc::SIGWINCH => {
+                if let Some(terminal) = self.voice.terminal {
+                    terminal.resize();
+                }
+                return;
+            }
+            nix::libc::SIGCONT => {
+                if let Some(terminal) = self.voice.terminal {
+                    terminal.resume();
+                }
+            }
+            _ => {}
+        }
+        // If the guest is gone, its end is the next event.
+        let _ = guest.signal(number);
+    }
 }
 
 /// Waits for a key at the prompt; for ever where nothing is asked.
@@ -286,30 +294,45 @@ async fn pressed(prompt: &mut Option<Prompt<'_>>) -> Option<Key> {
     }
 }
 
-/// Signals that end this process, before there is a command to pass them on to.
-struct Ends([Signal; 4]);
+/// Signals that concern the command more than this process.
+struct Signals {
+    received: mpsc::Receiver<i32>,
+}
 
-impl Ends {
+impl Signals {
     fn new() -> Result<Self, Failure> {
-        let catch = |kind: SignalKind| {
-            signal(kind).map_err(|e| Failure::Run(format!("cannot wait for signals: {e}")))
-        };
-        Ok(Self([
-            catch(SignalKind::hangup())?,
-            catch(SignalKind::interrupt())?,
-            catch(SignalKind::quit())?,
-            catch(SignalKind::terminate())?,
-        ]))
+        let (sender, received) = mpsc::channel(SIGNALS_MAX);
+        for number in PASSED_ON {
+            let mut stream = signal(SignalKind::from_raw(number))
+                .map_err(|e| Failure::Run(format!("cannot wait for signal {number}: {e}")))?;
+            let sender = sender.clone();
+            tokio::spawn(async move {
+                while stream.recv().await.is_some() {
+                    if sender.send(number).await.is_err() {
+                        return;
+                    }
+                }
+            });
+        }
+        Ok(Self { received })
     }
 
-    /// The number of the next one. Cancel safe.
+    /// The next one. Cancel safe.
     async fn next(&mut self) -> i32 {
-        let [hangup, interrupt, quit, terminate] = &mut self.0;
-        tokio::select! {
-            _ = hangup.recv() => SignalKind::hangup().as_raw_value(),
-            _ = interrupt.recv() => SignalKind::interrupt().as_raw_value(),
-            _ = quit.recv() => SignalKind::quit().as_raw_value(),
-            _ = terminate.recv() => SignalKind::terminate().as_raw_value(),
+        match self.received.recv().await {
+            Some(number) => number,
+            None => std::future::pending().await,
+        }
+    }
+
+    /// The next one that asks for the end. Others are of no concern before the command has started.
+    /// Cancel safe.
+    async fn next_end(&mut self) -> i32 {
+        loop {
+            let number = self.next().await;
+            if matches!(number, nix::libc::SIGHUP | nix::libc::SIGINT | nix::libc::SIGQUIT | nix::libc::SIGTERM) {
+                return number;
+            }
         }
     }
 }
@@ -324,6 +347,19 @@ fn with_causes(error: &dyn std::error::Error) -> String {
     text
 }
 
+/// Passed on to the command, or to its terminal.
+const PASSED_ON: [i32; 9] = [
+    nix::libc::SIGHUP,
+    nix::libc::SIGINT,
+    nix::libc::SIGQUIT,
+    nix::libc::SIGTERM,
+    nix::libc::SIGUSR1,
+    nix::libc::SIGUSR2,
+    nix::libc::SIGTSTP,
+    nix::libc::SIGCONT,
+    nix::libc::SIGWINCH,
+];
+const SIGNALS_MAX: usize = 16;
 /// Answers on their way back; one is given at a time.
 const ANSWERS_MAX: usize = 4;
 /// What a shell adds to a signal's number.
