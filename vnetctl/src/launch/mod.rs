@@ -36,6 +36,13 @@ pub(crate) const DATAPLANE_ROLE: &str = "__dataplane";
 /// any thread or runtime is started: a guest's helper must be a single thread.
 pub fn role(arguments: &[OsString]) -> Option<ExitCode> {
     #[cfg(target_os = "linux")]
+    if arguments
+        .get(1)
+        .is_some_and(|role| role == crate::cmd::demo::FETCH_ROLE)
+    {
+        return Some(crate::cmd::demo::fetch_main(arguments));
+    }
+    #[cfg(target_os = "linux")]
     if let Some(code) = crate::sandbox::dispatch(arguments.iter().cloned()) {
         return Some(code);
     }
