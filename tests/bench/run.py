@@ -88,7 +88,7 @@ class Lab:
         self.bin = pathlib.Path(options.bin)
         self.dir = pathlib.Path(tempfile.mkdtemp(prefix="vnet-bench-"))
         self.socket = self.dir / "vm.sock"
-        self.processes, self.controlplane, self.by_name = [], None, by_name
+        self.processes, self.controlplane, self.by_name, self.guests = [], None, by_name, 0
 
     def __enter__(self):
         try:
@@ -103,11 +103,11 @@ class Lab:
                 self.until_there(self.dir / "session.sock")
                 self.process = self.start(self.bin / "vnet-dataplane", "--controlplane", f"unix://{self.dir}/session.sock",
                                           "--vm", "bench", "--mtu", self.mtu, "--listen-qemu", f"unix://{self.socket}")
-                self.address, self.gateway = "192.168.127.2/24", "192.168.127.1"
+                self.gateway = "192.168.127.1"
             else:
                 self.process = self.start("passt", "-f", "-s", self.socket, "-m", self.mtu, "-4", "-a", "10.88.0.2", "-n", "24",
                                           "-g", "10.88.0.1", "-t", "none", "-u", "none", "--runas", "0")
-                self.address, self.gateway = "10.88.0.2/24", "10.88.0.1"
+                self.gateway = "10.88.0.1"
             self.until_there(self.socket)
             # The first frames of all open the way.
             self.load("connect", "--to", SERVER, "--secs", "0.2", "--parallel", "1")
@@ -139,9 +139,11 @@ class Lab:
                 raise SystemExit(f"{self.target} did not come up:\n" + (self.dir / "log").read_text()[-2000:])
             time.sleep(0.01)
 
-    def guest(self, *command, batch=64, **kw):
-        """A guest's command, as an argv."""
-        words = [self.bin / "vnet-load", "guest", "--socket", self.socket, "--mtu", self.mtu, "--address", self.address,
+    def guest(self, *command, batch=64):
+        """A guest's command, as an argv. Each is a guest of its own, with an address of its own."""
+        self.guests += 1
+        address = f"192.168.127.{1 + self.guests}/24" if self.target == "vnet" else "10.88.0.2/24"
+        words = [self.bin / "vnet-load", "guest", "--socket", self.socket, "--mtu", self.mtu, "--address", address,
                  "--gateway", self.gateway, "--batch", batch, "--", *command]
         return [str(w) for w in words]
 
@@ -183,7 +185,7 @@ def bulk(options, target, emit):
                     runs = []
                     for _ in range(options.repeats):
                         argv = lab.guest("iperf3", "-c", SERVER, "-t", f"{options.secs:g}", "-J", *flags, batch=batch)
-                        result = lab.measured(lambda: lab.json(argv))
+                        result = lab.measured(lambda argv=argv: lab.json(argv))
                         if "error" in result:
                             raise SystemExit(f"iperf3: {result['error']}")
                         received = result["end"]["sum_received"]
