@@ -182,11 +182,11 @@ impl Driver {
     }
 
     fn timeout(&self) -> Option<Duration> {
-        let can_read = self.link_readable && self.may_read();
-        let more = can_read
+        let room = self.engine.transmit.has_room(ROOM_TO_READ);
+        let more = (self.link_readable && self.may_read())
             || !self.dirty.is_empty()
             || self.engine.has_dirty()
-            || (!self.unread.is_empty() && self.engine.transmit.has_room(ROOM_TO_READ));
+            || (room && !(self.unread.is_empty() && self.blocked.is_empty() && self.frames.is_empty()));
         if more {
             return Some(Duration::ZERO);
         }
@@ -460,6 +460,9 @@ impl Driver {
             self.dirty.append(&mut self.blocked);
         }
         self.engine.take_dirty(&mut self.dirty);
+        // A flow may be here for several reasons; it is serviced once.
+        self.dirty.sort_unstable();
+        self.dirty.dedup();
         let mut again = Vec::new();
         for at in std::mem::take(&mut self.dirty) {
             if let Some(HostSocket::Tcp(tcp)) = self.sockets.get_mut(at)

@@ -361,6 +361,11 @@ impl Engine {
         if !self.settings.switch_open {
             return Err(DropReason::GuestToGuest);
         }
+        if let Body::Ipv4(ip) = frame.body
+            && inbound::is_dhcp_answer(&ip)
+        {
+            return Err(DropReason::RogueDhcp);
+        }
         Ok(Outcome::Switch(frame.destination))
     }
 
