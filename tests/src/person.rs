@@ -81,6 +81,15 @@ impl Person {
         &self.seen
     }
 
+    /// Closes the terminal's window.
+    pub fn goes_away(mut self) {
+        drop(std::mem::replace(
+            &mut self.screen,
+            File::open("/dev/null").expect("it is there"),
+        ));
+        let _ = self.child.wait();
+    }
+
     /// Waits for the command's end; gives its exit code and all that was on the screen.
     ///
     /// # Panics
