@@ -205,7 +205,7 @@ impl Connection {
 fn how_to_start(path: &Path) -> String {
     let path = path.display();
     format!(
-        "start one with: vnet-controlplane --listen unix://{path} --session-listen unix://{path}.session\n  \
+        "start one with: vnet-controlplane --listen unix://{path}\n  \
          or leave --server and VNET_SERVER out: vnetctl then uses your own, and starts it when needed"
     )
 }
