@@ -167,8 +167,6 @@ fn a_refused_destination_refuses_and_an_unreachable_one_is_unreachable() {
             );
             assert_eq!(ended.stdout, "refused 7\nunreachable 7\n", "{ended:?}");
             assert!(ended.took < Duration::from_secs(15), "at once: {ended:?}");
-            assert!(ended.stderr.contains("refused"), "{ended:?}");
-            // curl's words for ENETUNREACH and EHOSTUNREACH do not hold across versions; its code does.
         },
     );
 }
@@ -252,7 +250,8 @@ fn published_ports_lead_into_the_guest() {
                 "
 import socket
 t = socket.socket(); t.bind(('', 8080)); t.listen()
-u = socket.socket(socket.AF_INET, socket.SOCK_DGRAM); u.bind(('', 5353)); print('ready')
+u = socket.socket(socket.AF_INET, socket.SOCK_DGRAM); u.bind(('', 5353))
+u.sendto(b'x', ('192.168.127.1', 9)); print('ready')
 c, _ = t.accept(); c.sendall(c.recv(100).upper()); c.close()
 d, a = u.recvfrom(100); u.sendto(d.upper(), a)
 ",

@@ -79,7 +79,7 @@ mod linux {
         /// Frames of a thousand that are lost, each way
         #[arg(long, default_value_t = 0)]
         loss: u64,
-        /// Frames of a thousand that are late by three others, each way
+        /// Frames of a thousand that up to three others overtake, of those under way together, each way
         #[arg(long, default_value_t = 0)]
         reorder: u64,
         /// What is lost and late follows from this
@@ -191,6 +191,16 @@ mod linux {
             "txqueuelen",
             "4096",
             "up",
+        ])?;
+        // The same guest has the same hardware address whenever it comes back.
+        let number = args.address.split(['.', '/']).nth(3);
+        let number = number.and_then(|n| n.parse::<u8>().ok()).unwrap_or_default();
+        ip(&[
+            "link",
+            "set",
+            TAP,
+            "address",
+            &format!("52:54:00:00:00:{number:02x}"),
         ])?;
         ip(&["addr", "add", &args.address, "dev", TAP])?;
         ip(&["route", "add", "default", "via", &args.gateway])?;
@@ -311,13 +321,21 @@ mod linux {
                 };
                 frames += 1;
                 weather.pass(&frame[..length], &mut |frame| {
-                    buffer.extend_from_slice(&u32::try_from(frame.len()).unwrap_or_default().to_be_bytes());
-                    buffer.extend_from_slice(frame);
+                    append(&mut buffer, frame);
                     Ok(())
                 })?;
             }
+            weather.settle(&mut |frame| {
+                append(&mut buffer, frame);
+                Ok(())
+            })?;
             socket.write_all(&buffer)?;
         }
+    }
+
+    fn append(buffer: &mut Vec<u8>, frame: &[u8]) {
+        buffer.extend_from_slice(&u32::try_from(frame.len()).unwrap_or_default().to_be_bytes());
+        buffer.extend_from_slice(frame);
     }
 
     fn stream_in(mut socket: UnixStream, tap: &File, mut weather: Weather) -> io::Result<()> {
@@ -339,6 +357,7 @@ mod linux {
                 weather.pass(frame, &mut |frame| into_tap(tap, frame))?;
                 start += 4 + length;
             }
+            weather.settle(&mut |frame| into_tap(tap, frame))?;
             buffer.copy_within(start..end, 0);
             end -= start;
         }
@@ -349,7 +368,10 @@ mod linux {
         loop {
             match (&*tap).read(&mut frame) {
                 Ok(length) => weather.pass(&frame[..length], &mut |frame| socket.send(frame).map(drop))?,
-                Err(e) if e.kind() == io::ErrorKind::WouldBlock => wait_readable(tap)?,
+                Err(e) if e.kind() == io::ErrorKind::WouldBlock => {
+                    weather.settle(&mut |frame| socket.send(frame).map(drop))?;
+                    wait_readable(tap)?;
+                }
                 Err(e) => return Err(e),
             }
         }
@@ -358,8 +380,10 @@ mod linux {
     fn datagrams_in(socket: &UnixDatagram, tap: &File, mut weather: Weather) -> io::Result<()> {
         let mut frame = vec![0; FRAME_BYTES_MAX];
         loop {
+            // Each is waited for alone, so that only losses are acted here.
             let length = socket.recv(&mut frame)?;
             weather.pass(&frame[..length], &mut |frame| into_tap(tap, frame))?;
+            weather.settle(&mut |frame| into_tap(tap, frame))?;
         }
     }
 
@@ -416,6 +440,14 @@ mod linux {
             Ok(())
         }
 
+        /// Nothing else is under way that could overtake.
+        fn settle(&mut self, deliver: &mut impl FnMut(&[u8]) -> io::Result<()>) -> io::Result<()> {
+            while let Some((frame, _)) = self.late.pop_front() {
+                deliver(&frame)?;
+            }
+            Ok(())
+        }
+
         /// xorshift64.
         fn next(&mut self) -> u64 {
             self.state ^= self.state << 13;
@@ -432,14 +464,13 @@ mod linux {
 
     async fn serve(args: ServeArgs) -> Result<()> {
         raise_limit();
-        let mut listeners = Vec::new();
         for port in args.port..args.port.saturating_add(args.ports) {
             let socket = TcpSocket::new_v4()?;
             socket.set_reuseaddr(true)?;
             let address = SocketAddr::from((args.bind, port));
             socket.bind(address).map_err(|e| format!("{address}: {e}"))?;
             let listener = socket.listen(BACKLOG)?;
-            listeners.push(tokio::spawn(async move {
+            tokio::spawn(async move {
                 // Out of descriptors: the next one may be closed by then.
                 loop {
                     match listener.accept().await {
@@ -447,12 +478,9 @@ mod linux {
                         Err(_) => tokio::time::sleep(Duration::from_millis(10)).await,
                     }
                 }
-            }));
+            });
         }
-        for listener in listeners {
-            listener.await?;
-        }
-        Ok(())
+        std::future::pending().await
     }
 
     async fn echo(mut stream: TcpStream) {
