@@ -4,7 +4,7 @@ use std::sync::OnceLock;
 use std::time::Duration;
 
 /// Time since the first call.
-pub fn now() -> Duration {
+pub(crate) fn now() -> Duration {
     static START: OnceLock<Duration> = OnceLock::new();
     let reading = read();
     reading.saturating_sub(*START.get_or_init(|| reading))

@@ -46,7 +46,7 @@ const BACKLOG_MAX: usize = 65_536;
 const ALIVE_INTERVAL: Duration = Duration::from_secs(1);
 
 /// A guest's loop.
-pub struct Driver {
+pub(crate) struct Driver {
     vm: VmId,
     poll: Poll,
     link: Link,
@@ -80,7 +80,7 @@ struct ForwardSocket {
 }
 
 /// What a driver is made with.
-pub struct DriverParts {
+pub(crate) struct DriverParts {
     /// The guest's handle.
     pub vm: VmId,
     /// Its link.
@@ -104,7 +104,7 @@ impl Driver {
     ///
     /// # Errors
     /// The system's poller.
-    pub fn new(parts: DriverParts) -> io::Result<(Self, Waker)> {
+    pub(crate) fn new(parts: DriverParts) -> io::Result<(Self, Waker)> {
         let poll = Poll::new()?;
         let waker = Waker::new(poll.registry(), WAKE)?;
         let mut link = parts.link;
@@ -138,7 +138,7 @@ impl Driver {
     ///
     /// # Errors
     /// Why the link ended, if not by [`Input::Stop`].
-    pub fn run(mut self) -> Result<(), LinkError> {
+    pub(crate) fn run(mut self) -> Result<(), LinkError> {
         let result = self.turn_until_over();
         self.engine.handle_link_down();
         let now = self.network.now();
@@ -182,11 +182,11 @@ impl Driver {
     }
 
     fn timeout(&self) -> Option<Duration> {
-        let can_read = self.link_readable && self.may_read();
-        let more = can_read
+        let room = self.engine.transmit.has_room(ROOM_TO_READ);
+        let more = (self.link_readable && self.may_read())
             || !self.dirty.is_empty()
             || self.engine.has_dirty()
-            || (!self.unread.is_empty() && self.engine.transmit.has_room(ROOM_TO_READ));
+            || (room && !(self.unread.is_empty() && self.blocked.is_empty() && self.frames.is_empty()));
         if more {
             return Some(Duration::ZERO);
         }
@@ -460,6 +460,9 @@ impl Driver {
             self.dirty.append(&mut self.blocked);
         }
         self.engine.take_dirty(&mut self.dirty);
+        // A flow may be here for several reasons; it is serviced once.
+        self.dirty.sort_unstable();
+        self.dirty.dedup();
         let mut again = Vec::new();
         for at in std::mem::take(&mut self.dirty) {
             if let Some(HostSocket::Tcp(tcp)) = self.sockets.get_mut(at)
@@ -488,7 +491,7 @@ impl Driver {
     fn act_on_events(&mut self, now: Time) {
         while let Some(event) = self.engine.poll_event() {
             match event {
-                Event::Report(report) => self.backlog.push_back(report),
+                Event::Report(report) => self.backlog.push_back(*report),
                 Event::Dial { flow, to } => {
                     if let Err(error) = self.sockets.dial(self.poll.registry(), flow, to) {
                         tracing::debug!(%to, %error, "cannot dial");

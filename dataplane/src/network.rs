@@ -199,10 +199,10 @@ impl Network {
             resolver: self.resolve_for(vm),
         })?;
         let waker = Arc::new(waker);
-        if let Some(address) = spec.pinned_address {
-            if !self.lock_leases().pin(vm, spec.pinned_mac, address) {
-                tracing::warn!(vm = %spec.name, %address, "the address is not free; the VM is given another");
-            }
+        if let Some(address) = spec.pinned_address
+            && !self.lock_leases().pin(vm, spec.pinned_mac, address)
+        {
+            tracing::warn!(vm = %spec.name, %address, "the address is not free; the VM is given another");
         }
         let guest = Guest {
             inputs,

@@ -49,5 +49,5 @@ pub use dns::{Answer, Dns};
 pub use person::Person;
 pub use process::{Ended, PATIENCE, Running, descendants, eventually};
 pub use servers::{Server, echo, http, tcp, udp_echo};
-pub use stage::{staged, staged_with};
-pub use world::World;
+pub use stage::{as_ordinary_user, staged, staged_with};
+pub use world::{World, id};

@@ -6,6 +6,7 @@ use std::os::fd::AsFd;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
+use nix::fcntl::{FcntlArg, FdFlag, fcntl};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::pty::openpty;
 
@@ -26,6 +27,8 @@ impl Person {
     /// When there is no terminal to be had.
     pub fn start(command: &Command) -> Person {
         let pty = openpty(None, None).expect("the system has ptys");
+        // Whoever inherits this end keeps the terminal alive.
+        fcntl(&pty.master, FcntlArg::F_SETFD(FdFlag::FD_CLOEXEC)).expect("a descriptor has flags");
         let stdio = || Stdio::from(pty.slave.try_clone().expect("a descriptor can be copied"));
         let mut session = Command::new("setsid");
         session
@@ -79,6 +82,15 @@ impl Person {
             self.look();
         }
         &self.seen
+    }
+
+    /// Closes the terminal's window.
+    pub fn goes_away(mut self) {
+        drop(std::mem::replace(
+            &mut self.screen,
+            File::open("/dev/null").expect("it is there"),
+        ));
+        let _ = self.child.wait();
     }
 
     /// Waits for the command's end; gives its exit code and all that was on the screen.

@@ -59,6 +59,10 @@ pub fn tcp(
     let listener = inside(namespace, move || {
         TcpListener::bind(&wanted).unwrap_or_else(|error| panic!("{wanted}: {error}"))
     });
+    serve_on(listener, serve)
+}
+
+fn serve_on(listener: TcpListener, serve: impl Fn(TcpStream, &Server) + Send + Sync + 'static) -> Server {
     let server = Server {
         address: listener.local_addr().expect("it is bound"),
         connections: Arc::default(),
@@ -80,6 +84,17 @@ pub fn tcp(
 /// end, anything else with a line that names the server and the path. Connections are kept alive.
 pub fn http(namespace: &NetNs, address: &str) -> Server {
     tcp(namespace, address, |stream, server| {
+        let _ = serve_http(stream, server);
+    })
+}
+
+/// The same where the caller is.
+///
+/// # Panics
+/// When the address cannot be listened on.
+pub fn http_here(address: &str) -> Server {
+    let listener = TcpListener::bind(address).unwrap_or_else(|error| panic!("{address}: {error}"));
+    serve_on(listener, |stream, server| {
         let _ = serve_http(stream, server);
     })
 }

@@ -1,7 +1,9 @@
 //! A test on a stage of its own: the libtest process starts the test again, alone, in new namespaces.
 
 use std::any::type_name;
-use std::process::Stdio;
+use std::fs;
+use std::os::unix::fs::PermissionsExt as _;
+use std::process::{Command, Stdio};
 use std::thread;
 use std::time::Duration;
 
@@ -70,4 +72,50 @@ pub fn staged_with<T: Fn()>(_test: T, spec: &StageSpec, what: impl FnOnce(&World
 fn name_of<T>() -> &'static str {
     let path = type_name::<T>();
     path.split_once("::").map_or(path, |(_, name)| name)
+}
+
+/// Runs a test again as `nobody`, if it runs as root; true in the run that is to do the work.
+///
+/// # Panics
+/// When that run fails.
+pub fn as_ordinary_user<T: Fn()>(_test: &T) -> bool {
+    if !nix::unistd::geteuid().is_root() || stage::inside() {
+        return true;
+    }
+    packages::check();
+    let name = name_of::<T>();
+    // The build directory need not be open to others.
+    let scratch = std::env::temp_dir().join(format!("vnet-ordinary-{}-{name}", std::process::id()));
+    let copy = || -> std::io::Result<()> {
+        fs::create_dir_all(&scratch)?;
+        fs::copy("/proc/self/exe", scratch.join("tests"))?;
+        for program in ["vnetctl", "vnet-controlplane", "vnet-dataplane"] {
+            fs::copy(binaries::binary(program), scratch.join(program))?;
+        }
+        fs::set_permissions(&scratch, fs::Permissions::from_mode(0o755))
+    };
+    copy().expect("a test may write to the temporary directory");
+    let output = Command::new("setpriv")
+        .args(["--reuid=65534", "--regid=65534", "--clear-groups"])
+        .arg(scratch.join("tests"))
+        .args([name, "--exact", "--nocapture"])
+        .env(binaries::DIRECTORY, &scratch)
+        .env_remove("XDG_RUNTIME_DIR")
+        .current_dir("/")
+        .stdin(Stdio::null())
+        .output()
+        .expect("setpriv (package util-linux) runs the test as an ordinary user");
+    let _ = fs::remove_dir_all(&scratch);
+    let text = String::from_utf8_lossy(&output.stdout);
+    print!("{text}{}", String::from_utf8_lossy(&output.stderr));
+    assert!(
+        output.status.success(),
+        "{name} failed as an ordinary user: {}",
+        output.status
+    );
+    assert!(
+        text.contains("1 passed"),
+        "{name} is not the name of a test of this file"
+    );
+    false
 }

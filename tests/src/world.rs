@@ -16,7 +16,7 @@ use crate::{Ended, Running, binaries, descendants, eventually, process};
 /// A stage with a user on it.
 #[derive(Debug)]
 pub struct World {
-    stage: Stage,
+    stage: Option<Stage>,
     directory: PathBuf,
 }
 
@@ -26,6 +26,19 @@ impl World {
     /// # Panics
     /// When the temporary directory cannot be written to.
     pub fn new(stage: Stage) -> World {
+        Self::with(Some(stage))
+    }
+
+    /// A user on this machine as it is, without a stage. What it starts becomes this process's child.
+    ///
+    /// # Panics
+    /// When the temporary directory cannot be written to.
+    pub fn unstaged() -> World {
+        nix::sys::prctl::set_child_subreaper(true).expect("any process may reap");
+        Self::with(None)
+    }
+
+    fn with(stage: Option<Stage>) -> World {
         // Short: sockets' paths have a limit.
         let directory = PathBuf::from(format!("/tmp/vnet-t{}", std::process::id()));
         let _ = fs::remove_dir_all(&directory);
@@ -40,13 +53,19 @@ impl World {
     }
 
     /// Where the user is.
+    ///
+    /// # Panics
+    /// Without a stage.
     pub fn host(&self) -> &NetNs {
-        &self.stage.host
+        &self.stage.as_ref().expect("there is a stage").host
     }
 
     /// Where the servers are.
+    ///
+    /// # Panics
+    /// Without a stage.
     pub fn internet(&self) -> &NetNs {
-        &self.stage.internet
+        &self.stage.as_ref().expect("there is a stage").internet
     }
 
     /// The directory that commands start in, which is empty.

@@ -205,12 +205,12 @@ impl Connection {
 fn how_to_start(path: &Path) -> String {
     let path = path.display();
     format!(
-        "start one with: vnet-controlplane --listen unix://{path} --session-listen unix://{path}.session\n  \
+        "start one with: vnet-controlplane --listen unix://{path}\n  \
          or leave --server and VNET_SERVER out: vnetctl then uses your own, and starts it when needed"
     )
 }
 
-/// A request that is given up after [`UNARY_PATIENCE`].
+/// A request that is given up after `UNARY_PATIENCE`.
 pub fn unary<T>(message: T) -> tonic::Request<T> {
     with_patience(message, UNARY_PATIENCE)
 }

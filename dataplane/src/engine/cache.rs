@@ -15,7 +15,8 @@ use std::sync::Arc;
 
 use ahash::{HashMap, HashMapExt as _};
 use vnet_proto::model::{
-    Epoch, FlowKey, FlowMatch, LookupMatch, Match, Name, PortRange, Protocol, Reason, Verdict, VerdictAction,
+    Epoch, FlowKey, FlowMatch, GuardSet, LookupMatch, Match, Name, PortRange, Protocol, Reason, Verdict,
+    VerdictAction,
 };
 
 use crate::engine::Time;
@@ -44,12 +45,16 @@ pub struct Decision {
     pub reason: Reason,
     /// Observe mode let through what would have been denied.
     pub would_deny: bool,
+    /// The guards that what missed was under. No match reaches across a guard: a flow under others is a
+    /// miss, whatever the match says.
+    pub guards: GuardSet,
 }
 
 impl Decision {
-    /// What a verdict that arrives now decides.
-    pub fn new(now: Time, verdict: &Verdict) -> Self {
+    /// What a verdict that arrives now decides, for what was under these guards.
+    pub fn new(now: Time, verdict: &Verdict, guards: GuardSet) -> Self {
         Self {
+            guards,
             action: verdict.action,
             epoch: verdict.epoch,
             expires_at: verdict.expires_in.map(|d| now.saturating_add(d)),
@@ -134,8 +139,8 @@ impl Cache {
         self.entries == 0
     }
 
-    /// The decision that covers a flow now, if one does. `None` is a miss.
-    pub fn lookup(&self, now: Time, key: &FlowKey) -> Option<&Arc<Decision>> {
+    /// The decision that covers a flow under these guards now, if one does. `None` is a miss.
+    pub fn lookup(&self, now: Time, key: &FlowKey, guards: GuardSet) -> Option<&Arc<Decision>> {
         let (port, address) = (key.peer.port(), key.peer.ip());
         self.shapes
             .iter()
@@ -144,7 +149,8 @@ impl Cache {
                 let regions = shape.table.get(&shape.key(address, port))?;
                 let at = regions.partition_point(|r| r.ports.last() < port);
                 let region = regions.get(at).filter(|r| r.ports.contains(port))?;
-                self.holds(now, &region.decision).then_some(&region.decision)
+                let decision = &region.decision;
+                (decision.guards == guards && self.holds(now, decision)).then_some(decision)
             })
     }
 
@@ -359,7 +365,11 @@ mod tests {
     }
 
     fn put(cache: &mut Cache, verdict: &Verdict, flow: Option<&FlowKey>) {
-        cache.install(verdict, &Arc::new(Decision::new(Time::ZERO, verdict)), flow);
+        cache.install(
+            verdict,
+            &Arc::new(Decision::new(Time::ZERO, verdict, GuardSet::EMPTY)),
+            flow,
+        );
     }
 
     fn cache() -> Cache {
@@ -383,7 +393,11 @@ mod tests {
             ("10.1.2.3:91", false),
             ("11.0.0.1:80", false),
         ] {
-            assert_eq!(cache.lookup(Time::ZERO, &key(peer)).is_some(), hit, "{peer}");
+            assert_eq!(
+                cache.lookup(Time::ZERO, &key(peer), GuardSet::EMPTY).is_some(),
+                hit,
+                "{peer}"
+            );
         }
     }
 
@@ -393,8 +407,8 @@ mod tests {
         put(&mut cache, &verdict(VerdictAction::Allow, "10.0.0.1", "80"), None);
         put(&mut cache, &verdict(VerdictAction::Deny, "10.0.0.2", "80"), None);
         let late = Duration::from_secs(61);
-        assert!(cache.lookup(late, &key("10.0.0.1:80")).is_none());
-        assert!(cache.lookup(late, &key("10.0.0.2:80")).is_some());
+        assert!(cache.lookup(late, &key("10.0.0.1:80"), GuardSet::EMPTY).is_none());
+        assert!(cache.lookup(late, &key("10.0.0.2:80"), GuardSet::EMPTY).is_some());
         cache.renew(
             Epoch {
                 incarnation: 2,
@@ -403,11 +417,11 @@ mod tests {
             Duration::from_secs(99),
         );
         assert!(
-            cache.lookup(late, &key("10.0.0.1:80")).is_none(),
+            cache.lookup(late, &key("10.0.0.1:80"), GuardSet::EMPTY).is_none(),
             "another incarnation renews nothing"
         );
         cache.renew(EPOCH, Duration::from_secs(99));
-        assert!(cache.lookup(late, &key("10.0.0.1:80")).is_some());
+        assert!(cache.lookup(late, &key("10.0.0.1:80"), GuardSet::EMPTY).is_some());
     }
 
     #[test]
@@ -418,12 +432,12 @@ mod tests {
         put(&mut cache, &timed, None);
         assert!(
             cache
-                .lookup(Duration::from_millis(4999), &key("10.0.0.1:80"))
+                .lookup(Duration::from_millis(4999), &key("10.0.0.1:80"), GuardSet::EMPTY)
                 .is_some()
         );
         assert!(
             cache
-                .lookup(Duration::from_secs(5), &key("10.0.0.1:80"))
+                .lookup(Duration::from_secs(5), &key("10.0.0.1:80"), GuardSet::EMPTY)
                 .is_none()
         );
         cache.revoke(EPOCH.next());
@@ -440,9 +454,34 @@ mod tests {
         put(&mut cache, &named, None);
         put(&mut cache, &verdict(VerdictAction::Deny, "10.0.0.1", "81"), None);
         cache.forget_address("10.0.0.1".parse().unwrap());
-        assert!(cache.lookup(Time::ZERO, &key("10.0.0.1:80")).is_none());
-        assert!(cache.lookup(Time::ZERO, &key("10.0.0.1:81")).is_some());
+        assert!(
+            cache
+                .lookup(Time::ZERO, &key("10.0.0.1:80"), GuardSet::EMPTY)
+                .is_none()
+        );
+        assert!(
+            cache
+                .lookup(Time::ZERO, &key("10.0.0.1:81"), GuardSet::EMPTY)
+                .is_some()
+        );
         assert_eq!(cache.len(), 1);
+    }
+
+    #[test]
+    fn no_match_reaches_across_a_guard() {
+        let mut cache = cache();
+        put(
+            &mut cache,
+            &verdict(VerdictAction::Allow, "10.0.0.0/8", "*"),
+            None,
+        );
+        let host = GuardSet::EMPTY.with(vnet_proto::model::Guard::Host);
+        assert!(cache.lookup(Time::ZERO, &key("10.1.2.3:80"), host).is_none());
+        assert!(
+            cache
+                .lookup(Time::ZERO, &key("10.1.2.3:80"), GuardSet::EMPTY)
+                .is_some()
+        );
     }
 
     #[test]
@@ -461,8 +500,12 @@ mod tests {
             &verdict(VerdictAction::Allow, "172.16.0.0/24", "*"),
             Some(&flow),
         );
-        assert!(cache.lookup(Time::ZERO, &flow).is_some());
-        assert!(cache.lookup(Time::ZERO, &key("172.16.0.1:23")).is_none());
+        assert!(cache.lookup(Time::ZERO, &flow, GuardSet::EMPTY).is_some());
+        assert!(
+            cache
+                .lookup(Time::ZERO, &key("172.16.0.1:23"), GuardSet::EMPTY)
+                .is_none()
+        );
         assert!(cache.shapes.len() <= SHAPES_MAX + 1);
     }
 
@@ -475,8 +518,16 @@ mod tests {
         }
         assert_eq!(cache.len(), FLOW_ENTRIES_MAX);
         assert_eq!(cache.evictions, 10);
-        assert!(cache.lookup(Time::ZERO, &key("10.0.0.0:80")).is_none());
-        assert!(cache.lookup(Time::ZERO, &key("10.0.0.10:80")).is_some());
+        assert!(
+            cache
+                .lookup(Time::ZERO, &key("10.0.0.0:80"), GuardSet::EMPTY)
+                .is_none()
+        );
+        assert!(
+            cache
+                .lookup(Time::ZERO, &key("10.0.0.10:80"), GuardSet::EMPTY)
+                .is_some()
+        );
     }
 
     #[test]

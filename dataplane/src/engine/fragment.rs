@@ -10,14 +10,14 @@ use crate::engine::Time;
 use crate::engine::frame::{DropReason, Ipv4};
 
 /// Datagrams under way at once.
-pub const DATAGRAMS_MAX: usize = 32;
+pub(super) const DATAGRAMS_MAX: usize = 32;
 /// How long the fragments of one datagram may take to arrive (RFC 791: 15 s).
-pub const PATIENCE: Duration = Duration::from_secs(15);
+pub(super) const PATIENCE: Duration = Duration::from_secs(15);
 const PAYLOAD_BYTES_MAX: usize = 65_515;
 
 /// The datagrams under way.
 #[derive(Default)]
-pub struct Fragments {
+pub(super) struct Fragments {
     under_way: Vec<Datagram>,
 }
 
@@ -38,7 +38,7 @@ impl Fragments {
     ///
     /// # Errors
     /// [`DropReason::Fragment`] when the datagram is given up.
-    pub fn handle(&mut self, now: Time, part: &Ipv4<'_>) -> Result<Option<Vec<u8>>, DropReason> {
+    pub(super) fn handle(&mut self, now: Time, part: &Ipv4<'_>) -> Result<Option<Vec<u8>>, DropReason> {
         self.under_way.retain(|d| now < d.ends_at);
         let id = (part.source, part.destination, part.protocol, part.identification);
         let at = match self.under_way.iter().position(|d| d.id == id) {
@@ -76,7 +76,7 @@ impl Datagram {
         let bytes = part.payload();
         let (start, end) = (part.fragment_offset, part.fragment_offset + bytes.len());
         let fits = end <= PAYLOAD_BYTES_MAX && self.total.is_none_or(|total| end <= total);
-        if !fits || bytes.is_empty() || (part.more_fragments && bytes.len() % 8 != 0) {
+        if !fits || bytes.is_empty() || (part.more_fragments && !bytes.len().is_multiple_of(8)) {
             return None;
         }
         if !part.more_fragments {

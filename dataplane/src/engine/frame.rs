@@ -78,11 +78,13 @@ pub enum DropReason {
     Oversize,
     /// A datagram from another hypervisor on a socket that one guest has.
     UnknownPeer,
+    /// A DHCP answer from a guest: only the gateway gives addresses.
+    RogueDhcp,
 }
 
 impl DropReason {
     /// All of them, in the order of their numbers.
-    pub const ALL: [Self; 20] = [
+    pub const ALL: [Self; 21] = [
         Self::Malformed,
         Self::SpoofedMac,
         Self::SpoofedAddress,
@@ -103,6 +105,7 @@ impl DropReason {
         Self::GatewayService,
         Self::Oversize,
         Self::UnknownPeer,
+        Self::RogueDhcp,
     ];
 
     /// Its word in metrics and docs.
@@ -128,6 +131,7 @@ impl DropReason {
             Self::GatewayService => "gateway_service",
             Self::Oversize => "oversize",
             Self::UnknownPeer => "unknown_peer",
+            Self::RogueDhcp => "rogue_dhcp",
         }
     }
 }

@@ -130,3 +130,10 @@ impl Engine {
         })
     }
 }
+
+/// Whether a packet comes from a DHCP server's port.
+pub(super) fn is_dhcp_answer(ip: &Ipv4<'_>) -> bool {
+    ip.protocol == UDP
+        && ip.fragment_offset == 0
+        && ip.payload().get(..2) == Some(&DHCP_SERVER_PORT.to_be_bytes())
+}

@@ -48,10 +48,16 @@ impl Engine {
         }
         if refused {
             connection.abort();
-        } else if connection.is_received_whole() {
-            connection.close();
         }
         self.act_on_dns(now);
+        // A guest that has finished asking still waits for its answers.
+        if self.dns.open_on(id) == 0
+            && let Some(flow) = self.flows.get_mut(at)
+            && let State::Service(connection) = &mut flow.state
+            && connection.is_received_whole()
+        {
+            connection.close();
+        }
     }
 
     /// Does what the gateway's DNS asks for, until it asks for nothing more.

@@ -187,7 +187,7 @@ pub enum Event {
         bytes: Vec<u8>,
     },
     /// Tell the session.
-    Report(Report),
+    Report(Box<Report>),
 }
 
 /// One guest.
@@ -361,6 +361,11 @@ impl Engine {
         if !self.settings.switch_open {
             return Err(DropReason::GuestToGuest);
         }
+        if let Body::Ipv4(ip) = frame.body
+            && inbound::is_dhcp_answer(&ip)
+        {
+            return Err(DropReason::RogueDhcp);
+        }
         Ok(Outcome::Switch(frame.destination))
     }
 
@@ -406,9 +411,10 @@ impl Engine {
                 grant: String::new(),
                 reason: Reason::new("guard", "daemon", "a vnet daemon listens there; nothing opens it"),
                 would_deny: false,
+                guards,
             }));
         }
-        self.cache.lookup(now, key).cloned()
+        self.cache.lookup(now, key, guards).cloned()
     }
 
     /// The evidence about a flow.
@@ -516,7 +522,7 @@ impl Engine {
     }
 
     fn report(&mut self, report: Report) {
-        self.events.push_back(Event::Report(report));
+        self.events.push_back(Event::Report(Box::new(report)));
     }
 
     /// Counts a decision that the cache made, for the next report.

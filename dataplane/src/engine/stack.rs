@@ -11,7 +11,7 @@ use smoltcp::iface::{Config, Interface, SocketHandle, SocketSet};
 use smoltcp::phy::{Checksum, Device, DeviceCapabilities, Medium, RxToken, TxToken};
 use smoltcp::socket::tcp::{CongestionControl, RecvError, Socket, SocketBuffer, State};
 use smoltcp::time::Instant;
-use smoltcp::wire::{HardwareAddress, IpCidr, IpListenEndpoint, Ipv4Address};
+use smoltcp::wire::{HardwareAddress, IpCidr, IpListenEndpoint};
 
 use crate::engine::Time;
 use crate::engine::frame::EtherType;
@@ -117,7 +117,7 @@ impl Connection {
         );
         interface.update_ip_addrs(|addresses| {
             // Room for one is always there; the set is new.
-            let _ = addresses.push(IpCidr::new(Ipv4Address::from(address).into(), 32));
+            let _ = addresses.push(IpCidr::new(address.into(), 32));
         });
         let mut sockets = SocketSet::new(Vec::with_capacity(1));
         let handle = sockets.add(socket);

@@ -10,11 +10,11 @@ use crate::engine::held::Target;
 use crate::message::Report;
 
 /// Different targets counted between two reports.
-pub const TARGETS_MAX: usize = 1_024;
+pub(super) const TARGETS_MAX: usize = 1_024;
 
 /// What was decided since the last report.
 #[derive(Default)]
-pub struct Tally {
+pub(super) struct Tally {
     counts: HashMap<Target, (u64, Subject, Arc<Decision>)>,
     /// Decisions that found no room here; they are counted, not named.
     pub unnamed: u64,
@@ -22,7 +22,12 @@ pub struct Tally {
 
 impl Tally {
     /// Counts one. `subject` is made only for a target not yet counted.
-    pub fn count(&mut self, target: Target, decision: &Arc<Decision>, subject: impl FnOnce() -> Subject) {
+    pub(super) fn count(
+        &mut self,
+        target: Target,
+        decision: &Arc<Decision>,
+        subject: impl FnOnce() -> Subject,
+    ) {
         if let Some((count, _, last)) = self.counts.get_mut(&target) {
             *count += 1;
             *last = Arc::clone(decision);
@@ -33,13 +38,8 @@ impl Tally {
         }
     }
 
-    /// Whether there is nothing to report.
-    pub fn is_empty(&self) -> bool {
-        self.counts.is_empty()
-    }
-
     /// Takes what is to be reported.
-    pub fn take(&mut self, vm: VmId) -> Vec<Report> {
+    pub(super) fn take(&mut self, vm: VmId) -> Vec<Report> {
         self.counts
             .drain()
             .map(|(_, (count, subject, decision))| Report::Decided {

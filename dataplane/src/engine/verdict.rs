@@ -4,7 +4,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use vnet_proto::model::{
-    Epoch, FlowId, FlowKey, LookupSubject, Match, Miss, MissId, Protocol, Subject, Verdict, VerdictAction,
+    Epoch, FlowId, FlowKey, GuardSet, LookupSubject, Match, Miss, MissId, Protocol, Subject, Verdict,
+    VerdictAction,
 };
 
 use crate::engine::cache::Decision;
@@ -67,6 +68,8 @@ impl Engine {
             self.ask_again(now, verdict.miss);
             return;
         }
+        // What no longer waits is taken for unguarded: under a guard it would be a miss again.
+        let mut guards = GuardSet::EMPTY;
         let flow_key = match self.held.get(verdict.miss) {
             Some(HeldMiss::Flows { target, flows, .. }) => {
                 let covered = match &verdict.found {
@@ -80,13 +83,13 @@ impl Engine {
                     // A verdict that does not cover what it answers decides nothing.
                     return;
                 }
-                let guest = flows
-                    .first()
-                    .and_then(|at| self.flows.get(*at))
-                    .map(|f| f.key.guest);
-                guest.map(|guest| FlowKey {
+                let first = flows.first().and_then(|at| self.flows.get(*at));
+                if let Some(flow) = first {
+                    guards = self.surroundings.guards(flow.dialled, flow.key.protocol);
+                }
+                first.map(|flow| FlowKey {
                     protocol: target.protocol,
-                    guest,
+                    guest: flow.key.guest,
                     peer: target.peer,
                 })
             }
@@ -98,7 +101,7 @@ impl Engine {
             }
             None => None,
         };
-        let decision = Arc::new(Decision::new(now, verdict));
+        let decision = Arc::new(Decision::new(now, verdict, guards));
         if verdict.once {
             self.answer_once(now, verdict.miss, &decision);
             return;
@@ -107,6 +110,9 @@ impl Engine {
         self.answer(now, verdict.miss, &decision);
         if !is_exact(&verdict.found) {
             for miss in self.held.covered_by(&verdict.found) {
+                if !self.is_under(miss, guards) {
+                    continue;
+                }
                 self.report(Report::MissEnded {
                     miss,
                     end: MissEnd::Covered,
@@ -114,6 +120,17 @@ impl Engine {
                 self.answer(now, miss, &decision);
             }
         }
+    }
+
+    /// Whether everything that waits for a miss is under exactly these guards.
+    fn is_under(&self, miss: MissId, guards: GuardSet) -> bool {
+        let Some(HeldMiss::Flows { flows, .. }) = self.held.get(miss) else {
+            return true;
+        };
+        flows
+            .iter()
+            .filter_map(|at| self.flows.get(*at))
+            .all(|flow| self.surroundings.guards(flow.dialled, flow.key.protocol) == guards)
     }
 
     /// Acts on everything that waits for a miss.

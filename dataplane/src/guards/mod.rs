@@ -348,7 +348,10 @@ mod tests {
         assert_eq!(names(&guards, "127.0.0.1", 0, Protocol::Icmp), [Guard::Host]);
 
         guards.add_listener("[::1]:9001".parse().unwrap());
-        assert_eq!(names(&guards, "::1", 9001, Protocol::Tcp), [Guard::Host, Guard::Daemon]);
+        assert_eq!(
+            names(&guards, "::1", 9001, Protocol::Tcp),
+            [Guard::Host, Guard::Daemon]
+        );
     }
 
     #[test]

@@ -5,6 +5,7 @@
 //! unseen. Of a destination, it holds for ever, for the only VM there is or those that were named.
 
 use clap::Args;
+use tonic_types::StatusExt as _;
 use vnet_proto::model::Target;
 use vnet_proto::v1;
 
@@ -12,7 +13,7 @@ use super::Context;
 use super::grants::sentence;
 use super::select::{LifetimeArgs, VmArgs};
 use crate::client::{Client, unary};
-use crate::failure::Failure;
+use crate::failure::{Failure, describe};
 use crate::output::words;
 
 /// How wide an answer reaches.
@@ -91,7 +92,7 @@ pub struct DenyArgs {
 /// Arguments of `allow`.
 #[derive(Debug, Args)]
 pub struct AllowArgs {
-    /// tcp|udp|icmp|icmpv6|any ADDRESS[/LENGTH][:PORTS], domain NAME[:PORTS], lookup NAME
+    /// `tcp|udp|icmp|icmpv6|any ADDRESS[/LENGTH][:PORTS]`, `domain NAME[:PORTS]` or `lookup NAME`
     #[arg(value_name = "DESTINATION", required = true)]
     pub words: Vec<String>,
     /// For how long.
@@ -259,7 +260,8 @@ async fn grant(
         request_id: request_id()?,
     };
     let client = context.connection.open().await?;
-    let answer = client.grants().create_grant(unary(request)).await?.into_inner();
+    let answer = client.grants().create_grant(unary(request)).await;
+    let answer = answer.map_err(|status| refused(&status))?.into_inner();
     context.output.done("vnet.v1.CreateGrantResponse", &answer, || {
         let held = match answer.answered {
             0 => String::new(),
@@ -269,6 +271,18 @@ async fn grant(
         let grant = answer.grant.clone().unwrap_or_default();
         format!("{}{held}{}", sentence(&grant), words::cut(answer.cut.as_ref()))
     })
+}
+
+/// A refusal; one for want of a VM says how to mean every VM.
+fn refused(status: &tonic::Status) -> Failure {
+    let text = describe(status);
+    let reason = status.get_details_error_info().map(|info| info.reason);
+    if reason.as_deref() != Some(NO_VM) {
+        return Failure::Failed(text);
+    }
+    Failure::Failed(format!(
+        "{text}\n  for every VM, those to come included: --all-vms; for one by its name: --vm NAME"
+    ))
 }
 
 /// Whether the words are a destination rather than ids: what kind it is comes first, always.
@@ -286,6 +300,8 @@ fn request_id() -> Result<String, Failure> {
     Ok(format!("{random:016x}"))
 }
 
+/// The `google.rpc.ErrorInfo` reason of a request that needs a VM when there is none.
+const NO_VM: &str = "NO_VM";
 const DESTINATION_KINDS: [&str; 7] = ["tcp", "udp", "icmp", "icmpv6", "any", "domain", "lookup"];
 
 #[cfg(test)]

@@ -137,8 +137,13 @@ pub fn asks(request: &v1::PendingRequest) -> String {
     words::target(request.target.as_ref())
 }
 
-/// Names bound to what is asked for, best first, as many as fit a line.
+/// Names bound to the address that is asked for, best first, as many as fit a line. A question about a
+/// name says it already.
 pub fn names(request: &v1::PendingRequest) -> String {
+    let kind = request.target.as_ref().and_then(|target| target.kind.as_ref());
+    if matches!(kind, Some(v1::target::Kind::Name(_))) {
+        return String::new();
+    }
     names_of(&request.names)
 }
 

@@ -136,6 +136,7 @@ fn start(socket: &Path) -> Result<Started, Failure> {
         .arg("--store")
         .arg(store)
         .args(["--if-absent", "--idle-exit", IDLE_EXIT_SECONDS])
+        .env("NO_COLOR", "1")
         .current_dir("/")
         .stdin(Stdio::null())
         .stdout(Stdio::null())

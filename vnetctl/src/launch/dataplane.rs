@@ -137,8 +137,14 @@ impl Dataplane {
             } else {
                 Stdio::piped()
             })
+            // Escapes of colour would be shown as text where its words are quoted.
+            .env("NO_COLOR", "1")
             // Ctrl-C is for this process, which ends the dataplane when it is ready to.
             .process_group(0);
+        if std::env::var_os("RUST_LOG").is_none() {
+            // What went well is in the history.
+            command.env("RUST_LOG", "warn");
+        }
         let keep: Vec<&OwnedFd> = settings
             .link
             .iter()

@@ -66,6 +66,7 @@ pub(crate) fn make(
     })?;
     netlink.configure(INTERFACE, mtu_bytes, QUEUE_LENGTH)?;
     netlink.add_address(INTERFACE, guest.into())?;
+    announce_when_up(&mut notes);
     netlink.up(INTERFACE)?;
     netlink.add_default_route(IpAddr::V4(gateway))?;
     allow_without_capabilities(&mut notes);
@@ -75,6 +76,17 @@ pub(crate) fn make(
         mac: mac_of(INTERFACE)?,
         notes,
     })
+}
+
+/// Has the kernel announce the address (RFC 5227 §2.3) as soon as the interface is up, so that the
+/// dataplane knows the guest before it has sent anything: a published port leads to it from the start.
+fn announce_when_up(notes: &mut Vec<String>) {
+    let path = format!("/proc/sys/net/ipv4/conf/{INTERFACE}/arp_notify");
+    if let Err(error) = fs::write(&path, "1") {
+        notes.push(format!(
+            "a published port works once the command has sent something: {path}: {error}"
+        ));
+    }
 }
 
 /// A TAP device in this namespace, or `None` where the system does not give one.

@@ -3,9 +3,10 @@
 use std::net::Ipv4Addr;
 
 use super::kit::*;
+use crate::engine::Outcome;
 use crate::engine::frame::DropReason;
 use crate::mac::Mac;
-use crate::message::Report;
+use crate::message::{Order, Report, Settings};
 use std::time::Duration;
 
 fn arp(operation: u8, sender_mac: Mac, sender: Ipv4Addr, target: Ipv4Addr) -> Vec<u8> {
@@ -100,6 +101,26 @@ fn other_guests_are_out_of_reach_while_the_switch_is_closed() {
     assert_eq!(rig.engine.dropped(DropReason::GuestToGuest), 1);
     rig.syn((Ipv4Addr::new(192, 168, 127, 4), 22));
     assert_eq!(rig.only_icmp(), (3, 1));
+}
+
+#[test]
+fn on_an_open_switch_frames_pass_but_for_dhcp_answers() {
+    let mut rig = Rig::new();
+    rig.order(Order::Settings(Settings {
+        name: "vm".into(),
+        switch_open: true,
+        forwards_closed: false,
+        lookup_hold: Duration::from_secs(4),
+        hold: HOLD,
+    }));
+    let neighbour = Mac([2, 0, 0, 0, 0, 3]);
+    let mut frame = [neighbour.0, GUEST_MAC.0].concat();
+    frame.extend_from_slice(&[8, 0]);
+    frame.extend_from_slice(&udp((Ipv4Addr::new(192, 168, 127, 3), 9), b"x"));
+    assert!(matches!(rig.engine.handle_frame(rig.now, &frame), Outcome::Switch(to) if to == neighbour));
+    frame[34..36].copy_from_slice(&67u16.to_be_bytes());
+    assert!(matches!(rig.engine.handle_frame(rig.now, &frame), Outcome::Done));
+    assert_eq!(rig.engine.dropped(DropReason::RogueDhcp), 1);
 }
 
 #[test]

@@ -16,22 +16,22 @@ use crate::engine::{Engine, EngineConfig, Event, Outcome, Surroundings, Time};
 use crate::mac::Mac;
 use crate::message::{Order, Report};
 
-pub const GUEST_MAC: Mac = Mac([2, 0, 0, 0, 0, 2]);
-pub const GATEWAY_MAC: Mac = Mac([0x5a, 0x94, 0xef, 0xe4, 0x0c, 0xdd]);
-pub const GUEST: Ipv4Addr = Ipv4Addr::new(192, 168, 127, 2);
-pub const GATEWAY: Ipv4Addr = Ipv4Addr::new(192, 168, 127, 1);
-pub const ALIAS: Ipv4Addr = Ipv4Addr::new(192, 168, 127, 254);
-pub const SERVER: Ipv4Addr = Ipv4Addr::new(203, 0, 113, 9);
-pub const EPOCH: Epoch = Epoch {
+pub(super) const GUEST_MAC: Mac = Mac([2, 0, 0, 0, 0, 2]);
+pub(super) const GATEWAY_MAC: Mac = Mac([0x5a, 0x94, 0xef, 0xe4, 0x0c, 0xdd]);
+pub(super) const GUEST: Ipv4Addr = Ipv4Addr::new(192, 168, 127, 2);
+pub(super) const GATEWAY: Ipv4Addr = Ipv4Addr::new(192, 168, 127, 1);
+pub(super) const ALIAS: Ipv4Addr = Ipv4Addr::new(192, 168, 127, 254);
+pub(super) const SERVER: Ipv4Addr = Ipv4Addr::new(203, 0, 113, 9);
+pub(super) const EPOCH: Epoch = Epoch {
     incarnation: 7,
     counter: 1,
 };
-pub const HOLD: Duration = Duration::from_secs(30);
+pub(super) const HOLD: Duration = Duration::from_secs(30);
 
 /// Surroundings in which this guest is alone but for one neighbour.
 #[derive(Default)]
-pub struct Alone {
-    pub neighbour: Mutex<Option<Ipv4Addr>>,
+pub(super) struct Alone {
+    pub(super) neighbour: Mutex<Option<Ipv4Addr>>,
 }
 
 impl Surroundings for Alone {
@@ -63,20 +63,20 @@ impl Surroundings for Alone {
 }
 
 /// An engine with its guest.
-pub struct Rig {
-    pub engine: Engine,
-    pub now: Time,
-    pub surroundings: Arc<Alone>,
-    pub events: Vec<Event>,
+pub(super) struct Rig {
+    pub(super) engine: Engine,
+    pub(super) now: Time,
+    pub(super) surroundings: Arc<Alone>,
+    pub(super) events: Vec<Event>,
 }
 
 impl Rig {
     /// A guest under an epoch and a lease, which has said nothing yet.
-    pub fn new() -> Self {
+    pub(super) fn new() -> Self {
         Self::with_mtu(1500)
     }
 
-    pub fn with_mtu(mtu_bytes: usize) -> Self {
+    pub(super) fn with_mtu(mtu_bytes: usize) -> Self {
         let config = EngineConfig {
             vm: VmId(1),
             gateway: GATEWAY,
@@ -113,17 +113,17 @@ impl Rig {
         rig
     }
 
-    pub fn order(&mut self, order: Order) {
+    pub(super) fn order(&mut self, order: Order) {
         self.engine.handle_order(self.now, order);
         self.collect();
     }
 
     /// The guest sends a frame to the gateway.
-    pub fn frame(&mut self, ether_type: u16, packet: &[u8]) {
+    pub(super) fn frame(&mut self, ether_type: u16, packet: &[u8]) {
         self.frame_from(GUEST_MAC, ether_type, packet);
     }
 
-    pub fn frame_from(&mut self, source: Mac, ether_type: u16, packet: &[u8]) {
+    pub(super) fn frame_from(&mut self, source: Mac, ether_type: u16, packet: &[u8]) {
         let mut frame = [GATEWAY_MAC.0, source.0].concat();
         frame.extend_from_slice(&ether_type.to_be_bytes());
         frame.extend_from_slice(packet);
@@ -149,12 +149,12 @@ impl Rig {
         self.collect();
     }
 
-    pub fn ip(&mut self, packet: &[u8]) {
+    pub(super) fn ip(&mut self, packet: &[u8]) {
         self.frame(0x0800, packet);
     }
 
     /// The guest sends a TCP segment.
-    pub fn tcp(
+    pub(super) fn tcp(
         &mut self,
         peer: (Ipv4Addr, u16),
         flags: u8,
@@ -165,11 +165,11 @@ impl Rig {
         self.ip(&segment(peer, flags, sequence, acknowledgement, payload));
     }
 
-    pub fn syn(&mut self, peer: (Ipv4Addr, u16)) {
+    pub(super) fn syn(&mut self, peer: (Ipv4Addr, u16)) {
         self.tcp(peer, 2, 1000, 0, &[]);
     }
 
-    pub fn wait(&mut self, time: Duration) {
+    pub(super) fn wait(&mut self, time: Duration) {
         let end = self.now + time;
         while let Some(at) = self.engine.poll_timeout().filter(|at| *at <= end) {
             self.now = self.now.max(at);
@@ -182,7 +182,7 @@ impl Rig {
     }
 
     /// Lets connections send what they have.
-    pub fn service(&mut self) {
+    pub(super) fn service(&mut self) {
         let mut dirty = Vec::new();
         self.engine.take_dirty(&mut dirty);
         for at in dirty {
@@ -198,7 +198,7 @@ impl Rig {
     }
 
     /// Takes what the engine has sent to the guest: IP packets.
-    pub fn sent(&mut self) -> Vec<Vec<u8>> {
+    pub(super) fn sent(&mut self) -> Vec<Vec<u8>> {
         self.frames()
             .into_iter()
             .filter(|f| f[12..14] == [8, 0])
@@ -206,7 +206,7 @@ impl Rig {
             .collect()
     }
 
-    pub fn frames(&mut self) -> Vec<Vec<u8>> {
+    pub(super) fn frames(&mut self) -> Vec<Vec<u8>> {
         let mut frames = Vec::new();
         while let Some(frame) = self.engine.transmit.first_frame() {
             let frame = frame.to_vec();
@@ -217,7 +217,7 @@ impl Rig {
     }
 
     /// Takes the only TCP segment sent: flags, sequence, acknowledgement, payload.
-    pub fn only_segment(&mut self) -> (u8, u32, u32, Vec<u8>) {
+    pub(super) fn only_segment(&mut self) -> (u8, u32, u32, Vec<u8>) {
         let sent = self.sent();
         assert_eq!(sent.len(), 1, "{} packets were sent", sent.len());
         let ip = Ipv4Packet::new_checked(&sent[0]).unwrap();
@@ -233,7 +233,7 @@ impl Rig {
     }
 
     /// Takes the only ICMP message sent: type and code.
-    pub fn only_icmp(&mut self) -> (u8, u8) {
+    pub(super) fn only_icmp(&mut self) -> (u8, u8) {
         let sent = self.sent();
         assert_eq!(sent.len(), 1, "{} packets were sent", sent.len());
         let ip = Ipv4Packet::new_checked(&sent[0]).unwrap();
@@ -243,7 +243,7 @@ impl Rig {
     }
 
     /// Takes the only UDP datagram sent: source port and payload.
-    pub fn only_datagram(&mut self) -> (u16, Vec<u8>) {
+    pub(super) fn only_datagram(&mut self) -> (u16, Vec<u8>) {
         let sent = self.sent();
         assert_eq!(sent.len(), 1, "{} packets were sent", sent.len());
         let ip = Ipv4Packet::new_checked(&sent[0]).unwrap();
@@ -253,19 +253,19 @@ impl Rig {
     }
 
     /// Takes the reports since the last call.
-    pub fn reports(&mut self) -> Vec<Report> {
+    pub(super) fn reports(&mut self) -> Vec<Report> {
         let (reports, others) = std::mem::take(&mut self.events)
             .into_iter()
             .partition::<Vec<_>, _>(|e| matches!(e, Event::Report(_)));
         self.events = others;
         reports
             .into_iter()
-            .filter_map(|e| if let Event::Report(r) = e { Some(r) } else { None })
+            .filter_map(|e| if let Event::Report(r) = e { Some(*r) } else { None })
             .collect()
     }
 
     /// Takes the misses since the last call.
-    pub fn misses(&mut self) -> Vec<Miss> {
+    pub(super) fn misses(&mut self) -> Vec<Miss> {
         self.reports()
             .into_iter()
             .filter_map(|r| if let Report::Miss(m) = r { Some(m) } else { None })
@@ -273,7 +273,7 @@ impl Rig {
     }
 
     /// Takes the place of the only dial asked for.
-    pub fn only_dial(&mut self) -> (usize, SocketAddr) {
+    pub(super) fn only_dial(&mut self) -> (usize, SocketAddr) {
         let dials: Vec<_> = std::mem::take(&mut self.events)
             .into_iter()
             .filter_map(|e| {
@@ -288,13 +288,13 @@ impl Rig {
         dials[0]
     }
 
-    pub fn answer(&mut self, miss: &Miss, action: VerdictAction) {
+    pub(super) fn answer(&mut self, miss: &Miss, action: VerdictAction) {
         self.order(Order::Verdict(Box::new(verdict(miss, action))));
     }
 
     /// Opens a connection to `peer` as far as the guest's handshake; its place, and the sequence number
     /// that the gateway's side continues with.
-    pub fn connect(&mut self, peer: (Ipv4Addr, u16)) -> (usize, u32) {
+    pub(super) fn connect(&mut self, peer: (Ipv4Addr, u16)) -> (usize, u32) {
         self.syn(peer);
         let miss = self.misses().remove(0);
         self.answer(&miss, VerdictAction::Allow);
@@ -311,7 +311,7 @@ impl Rig {
 }
 
 /// An exact verdict on a miss.
-pub fn verdict(miss: &Miss, action: VerdictAction) -> Verdict {
+pub(super) fn verdict(miss: &Miss, action: VerdictAction) -> Verdict {
     let Subject::Flow(flow) = &miss.subject else {
         panic!("not a flow")
     };
@@ -329,7 +329,7 @@ pub fn verdict(miss: &Miss, action: VerdictAction) -> Verdict {
     }
 }
 
-pub fn ended(reports: &[Report]) -> Vec<(MissId, crate::message::MissEnd)> {
+pub(super) fn ended(reports: &[Report]) -> Vec<(MissId, crate::message::MissEnd)> {
     reports
         .iter()
         .filter_map(|r| {
@@ -342,7 +342,7 @@ pub fn ended(reports: &[Report]) -> Vec<(MissId, crate::message::MissEnd)> {
         .collect()
 }
 
-pub fn segment(
+pub(super) fn segment(
     peer: (Ipv4Addr, u16),
     flags: u8,
     sequence: u32,
@@ -372,7 +372,7 @@ pub fn segment(
     ipv4(GUEST, peer.0, 6, &tcp)
 }
 
-pub fn udp(peer: (Ipv4Addr, u16), payload: &[u8]) -> Vec<u8> {
+pub(super) fn udp(peer: (Ipv4Addr, u16), payload: &[u8]) -> Vec<u8> {
     let mut udp = Vec::new();
     udp.extend_from_slice(&50_000u16.to_be_bytes());
     udp.extend_from_slice(&peer.1.to_be_bytes());
@@ -382,7 +382,7 @@ pub fn udp(peer: (Ipv4Addr, u16), payload: &[u8]) -> Vec<u8> {
     ipv4(GUEST, peer.0, 17, &udp)
 }
 
-pub fn echo(peer: Ipv4Addr, identifier: u16, payload: &[u8]) -> Vec<u8> {
+pub(super) fn echo(peer: Ipv4Addr, identifier: u16, payload: &[u8]) -> Vec<u8> {
     let mut icmp = vec![8, 0, 0, 0];
     icmp.extend_from_slice(&identifier.to_be_bytes());
     icmp.extend_from_slice(&[0, 1]);
@@ -390,7 +390,7 @@ pub fn echo(peer: Ipv4Addr, identifier: u16, payload: &[u8]) -> Vec<u8> {
     ipv4(GUEST, peer, 1, &icmp)
 }
 
-pub fn ipv4(source: Ipv4Addr, destination: Ipv4Addr, protocol: u8, payload: &[u8]) -> Vec<u8> {
+pub(super) fn ipv4(source: Ipv4Addr, destination: Ipv4Addr, protocol: u8, payload: &[u8]) -> Vec<u8> {
     let mut packet = vec![0x45, 0];
     packet.extend_from_slice(&((20 + payload.len()) as u16).to_be_bytes());
     packet.extend_from_slice(&[0, 0, 0x40, 0, 64, protocol, 0, 0]);

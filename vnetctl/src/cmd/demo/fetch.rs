@@ -28,7 +28,7 @@ pub fn main(arguments: &[OsString]) -> ExitCode {
 fn fetch(target: &str) -> io::Result<Vec<u8>> {
     let mut stream = TcpStream::connect(target)?;
     stream.set_read_timeout(Some(PATIENCE))?;
-    write!(stream, "GET / HTTP/1.0\r\nHost: {target}\r\n\r\n")?;
+    stream.write_all(format!("GET / HTTP/1.0\r\nHost: {target}\r\n\r\n").as_bytes())?;
     let mut answer = Vec::new();
     stream.take(PAGE_BYTES_MAX).read_to_end(&mut answer)?;
     let end = answer.windows(4).position(|w| w == b"\r\n\r\n");

@@ -49,14 +49,22 @@ pub(super) fn serve(internet: &NetNs) -> io::Result<()> {
 
 fn answer_page(mut stream: TcpStream) {
     let _ = stream.set_read_timeout(Some(PATIENCE));
-    let mut request = [0; 1024];
-    if stream.read(&mut request).is_ok_and(|length| length > 0) {
-        let page = page();
-        let head = format!("HTTP/1.0 200 OK\r\nContent-Length: {}\r\n\r\n", page.len());
-        let _ = stream
-            .write_all(head.as_bytes())
-            .and_then(|()| stream.write_all(&page));
+    let mut request = Vec::new();
+    let mut chunk = [0; 256];
+    // All of it: closing with something unread would reset the connection.
+    while !request.ends_with(b"\r\n\r\n") {
+        match stream.read(&mut chunk) {
+            Ok(length @ 1..) if request.len() < REQUEST_BYTES_MAX => {
+                request.extend_from_slice(&chunk[..length])
+            }
+            _ => return,
+        }
     }
+    let page = page();
+    let head = format!("HTTP/1.0 200 OK\r\nContent-Length: {}\r\n\r\n", page.len());
+    let _ = stream
+        .write_all(head.as_bytes())
+        .and_then(|()| stream.write_all(&page));
 }
 
 /// Every name has the page's address, and no other record (RFC 1035 §4.1).
@@ -78,6 +86,7 @@ fn answer_name(question: &[u8]) -> Option<Vec<u8>> {
 }
 
 const PAGE_LINES: usize = 10_000;
+const REQUEST_BYTES_MAX: usize = 4096;
 const PATIENCE: Duration = Duration::from_secs(10);
 const DNS_PORT: u16 = 53;
 const HEADER_BYTES: usize = 12;

@@ -78,7 +78,7 @@ fn tell(home: &Home) -> Result<(), Failure> {
     .expect_failure("")?;
 
     println!("\n7. The history has all of it.");
-    home.show(&["events", "list", "--limit", "40"])?;
+    home.show(&["events", "list", "--limit", "20"])?;
     let events = home.json(&["events", "list", "--limit", "200"])?;
     let has = |kind: &str, part: &str| {
         let events = events.as_array().map_or(&[][..], Vec::as_slice);

@@ -46,8 +46,11 @@ async fn supervise(plan: Plan, connection: Connection) -> Result<u8, Failure> {
         tracing::debug!(note = %safe(note), "guest");
     }
     let link = guest.link.take().map(|link| link.fd);
-    let mut dataplane = Dataplane::start(crate::launch::Settings { link, ..plan.settings })
-        .map_err(|e| Failure::Run(e.to_string()))?;
+    let mut dataplane = Dataplane::start(crate::launch::Settings {
+        link,
+        ..plan.settings
+    })
+    .map_err(|e| Failure::Run(e.to_string()))?;
     let mut attendant = Attendant::start(connection.clone(), plan.dataplane);
     let mut waiting = Vec::new();
     let vm = tokio::select! {
@@ -78,16 +81,40 @@ async fn supervise(plan: Plan, connection: Connection) -> Result<u8, Failure> {
         }
         None => None,
     };
-    let voice = Voice { terminal: terminal.as_ref() };
+    let voice = Voice {
+        terminal: terminal.as_ref(),
+    };
     if vm != plan.vm {
-        voice.say(&format!("vnet: {} is taken; this run's VM is {}", safe(&plan.vm), safe(&vm)));
+        voice.say(&format!(
+            "vnet: {} is taken; this run's VM is {}",
+            safe(&plan.vm),
+            safe(&vm)
+        ));
     }
-    let questions =
-        Questions::new(terminal.as_ref().is_some_and(Terminal::can_prompt), command_line(&connection));
+    let questions = Questions::new(
+        terminal.as_ref().is_some_and(Terminal::can_prompt),
+        command_line(&connection),
+    );
     let (answered, answers) = mpsc::channel(ANSWERS_MAX);
-    let mut run = Run { voice: &voice, connection, questions, prompt: None, answered };
+    let mut run = Run {
+        voice: &voice,
+        connection,
+        questions,
+        prompt: None,
+        answered,
+    };
     let result = match guest.start() {
-        Ok(()) => run.attend(&mut guest, &mut dataplane, &mut attendant, waiting, answers, &mut signals).await,
+        Ok(()) => {
+            run.attend(
+                &mut guest,
+                &mut dataplane,
+                &mut attendant,
+                waiting,
+                answers,
+                &mut signals,
+            )
+            .await
+        }
         Err(error) => Err(Failure::Run(with_causes(&error))),
     };
     drop(run);
@@ -194,8 +221,10 @@ impl<'a> Run<'a> {
             Seen::Pending(change) => self.questions.change(&change),
             Seen::Vm(_) => Vec::new(),
             Seen::Lost(why) => {
-                let line =
-                    format!("vnet: no controlplane, so nothing new is let out; trying again ({})", safe(&why));
+                let line = format!(
+                    "vnet: no controlplane, so nothing new is let out; trying again ({})",
+                    safe(&why)
+                );
                 self.voice.say(&line);
                 Vec::new()
             }
@@ -223,7 +252,9 @@ impl<'a> Run<'a> {
                     tokio::spawn(async move {
                         let id = request.id.clone();
                         let refused = send_answer(&connection, *request, answer).await.err();
-                        let _ = answered.send((id, refused.map(|failure| failure.to_string()))).await;
+                        let _ = answered
+                            .send((id, refused.map(|failure| failure.to_string())))
+                            .await;
                     });
                 }
             }
@@ -231,7 +262,9 @@ impl<'a> Run<'a> {
     }
 
     fn pressed(&mut self, key: Option<Key>) {
-        let Some(Prompt { id, .. }) = self.prompt.take() else { return };
+        let Some(Prompt { id, .. }) = self.prompt.take() else {
+            return;
+        };
         // Without a key none will come: the command has ended, or the terminal is gone.
         let Some(key) = key else { return };
         let key = match key {
@@ -330,7 +363,10 @@ impl Signals {
     async fn next_end(&mut self) -> i32 {
         loop {
             let number = self.next().await;
-            if matches!(number, nix::libc::SIGHUP | nix::libc::SIGINT | nix::libc::SIGQUIT | nix::libc::SIGTERM) {
+            if matches!(
+                number,
+                nix::libc::SIGHUP | nix::libc::SIGINT | nix::libc::SIGQUIT | nix::libc::SIGTERM
+            ) {
                 return number;
             }
         }

@@ -20,11 +20,13 @@ use tonic::{Request, Response, Status};
 use crate::client::{Connection, Server};
 
 type Answers = Vec<Result<Vec<u8>, Status>>;
+/// A method's path, and the request's bytes.
+type Asked = (String, Vec<u8>);
 
 #[derive(Clone, Default)]
 struct Script {
     answers: Arc<Mutex<HashMap<String, Answers>>>,
-    asked: Arc<Mutex<Vec<(String, Vec<u8>)>>>,
+    asked: Arc<Mutex<Vec<Asked>>>,
 }
 
 /// The server. It ends when this is dropped.

@@ -404,6 +404,11 @@ impl Dns {
         self.events.pop_front()
     }
 
+    /// Queries that came over a connection and are not answered yet.
+    pub fn open_on(&self, connection: u64) -> usize {
+        self.queries.of_connection(connection)
+    }
+
     /// What happened so far.
     pub fn counts(&self) -> DnsCounts {
         self.counts

@@ -1,0 +1,594 @@
+//! Asking and answering: what is held, how it is answered, what an answer reaches, and what ends it.
+#![cfg(target_os = "linux")]
+
+use std::time::Duration;
+
+use serde_json::Value;
+use vnet_tests::{Answer, Dns, Running, World, eventually, http, id, staged, udp_echo};
+
+const SERVER: &str = "http://203.0.113.10/";
+/// curl: it could not connect.
+const REFUSED: i32 = 7;
+/// curl: the name does not resolve.
+const UNRESOLVED: i32 = 6;
+/// A request that is refused at once takes no longer, on a loaded machine.
+const AT_ONCE: Duration = Duration::from_secs(4);
+
+fn dns(world: &World) -> Dns {
+    Dns::serve(
+        world.internet(),
+        "203.0.113.10:53",
+        &[
+            ("web.example.com", Answer::A("203.0.113.10")),
+            ("web.example.com", Answer::Aaaa("2001:db8::10")),
+            ("web.example.com", Answer::Txt(vec!["a text".to_owned()])),
+            ("alias.example.com", Answer::Cname("web.example.com")),
+            ("web.example.com", Answer::A("203.0.113.10")),
+            ("other.example.org", Answer::A("198.51.100.7")),
+            (
+                "large.example.com",
+                Answer::Txt((0..20).map(|n| format!("{n:0100}")).collect()),
+            ),
+        ],
+    )
+}
+
+/// A download that does not end by itself.
+fn drip(world: &World, flags: &[&str]) -> Running {
+    let mut run = world.run(flags, &["curl", "-sSN", "http://203.0.113.10/drip"]);
+    run.prints("...");
+    run
+}
+
+#[test]
+fn held_connection_completes_once_it_is_approved_elsewhere() {
+    staged(held_connection_completes_once_it_is_approved_elsewhere, |world| {
+        let server = http(world.internet(), "203.0.113.10:80");
+        let mut run = world.run(
+            &["--secure-mode", "--vm", "web"],
+            &["curl", "-sS", "http://203.0.113.10/story"],
+        );
+        let id = world.first_pending_id();
+        assert_eq!(
+            run.complains(&id),
+            format!(
+                "vnet: web asks for tcp 203.0.113.10:80 (answer: vnetctl approve {id}, or vnetctl deny {id})\n"
+            )
+        );
+        assert_eq!(server.connections(), 0, "nothing goes out before the yes");
+        let said = world.vnetctl(&["approve", &id]);
+        assert!(
+            said.starts_with(&format!("approved {id}: allow tcp 203.0.113.10:80 for web")),
+            "{said}"
+        );
+        let ended = run.wait();
+        assert_eq!(
+            (ended.code, ended.stdout.as_str()),
+            (0, "this is 203.0.113.10:80 at /story\n"),
+            "{ended:?}"
+        );
+        assert_eq!(server.connections(), 1, "the same connection");
+        world.is_clean();
+    });
+}
+
+#[test]
+fn pending_request_says_what_is_asked() {
+    staged(pending_request_says_what_is_asked, |world| {
+        let _run = world.run(
+            &["--secure-mode", "--vm", "web", "--label", "a=b"],
+            &["curl", "-sS", SERVER],
+        );
+        let request = world.first_pending();
+        assert_eq!(request["vm"], "web");
+        assert_eq!(request["labels"]["a"], "b");
+        assert_eq!(request["state"], "PENDING_STATE_OPEN");
+        let address = &request["target"]["address"];
+        assert_eq!(address["protocol"], "PROTOCOL_TCP", "{request}");
+        assert_eq!(address["ports"]["first"], 80, "{request}");
+        assert!(
+            address["prefix"].as_str().unwrap().starts_with("203.0.113.10"),
+            "{request}"
+        );
+        let table = world.vnetctl(&["pending", "list"]);
+        assert!(
+            table.contains(&id(&request)) && table.contains("tcp 203.0.113.10:80"),
+            "{table}"
+        );
+        let shown = world.vnetctl(&["pending", "show", &id(&request)]);
+        assert!(shown.contains("tcp 203.0.113.10:80"), "{shown}");
+    });
+}
+
+#[test]
+fn denied_connection_is_refused_at_once_and_asks_no_more() {
+    staged(denied_connection_is_refused_at_once_and_asks_no_more, |world| {
+        let server = http(world.internet(), "203.0.113.10:80");
+        let run = world.run(
+            &["--secure-mode"],
+            &[
+                "sh",
+                "-c",
+                "curl -sS http://203.0.113.10/; echo $?; curl -sS http://203.0.113.10/; echo $?",
+            ],
+        );
+        world.vnetctl(&["deny", &world.first_pending_id()]);
+        let denied = std::time::Instant::now();
+        let ended = run.wait();
+        assert_eq!(ended.stdout, "7\n7\n", "{ended:?}");
+        assert!(denied.elapsed() < AT_ONCE, "{:?}", denied.elapsed());
+        assert_eq!(ended.stderr.matches("asks for").count(), 1, "{ended:?}");
+        assert_eq!(server.connections(), 0);
+    });
+}
+
+#[test]
+fn unanswered_connection_is_refused_after_the_hold_and_a_late_yes_serves_the_next() {
+    staged(
+        unanswered_connection_is_refused_after_the_hold_and_a_late_yes_serves_the_next,
+        |world| {
+            let server = http(world.internet(), "203.0.113.10:80");
+            let file = world.file("policy.yaml", "defaultAction: deny\napprovalTimeout: 2\n");
+            let mut run = world.run(
+            &["--secure-mode", "--network-policy", file.to_str().unwrap()],
+            &["sh", "-c", "curl -sS -w '%{time_total}' http://203.0.113.10/; echo \" $?\"; while ! test -e go; do sleep 0.05; done; curl -sS http://203.0.113.10/"],
+        );
+            let first = run.prints(" 7\n");
+            let seconds: f64 = first.split(' ').next().unwrap().parse().unwrap();
+            assert!((1.5..6.0).contains(&seconds), "held for {seconds} s");
+            let id = world.first_pending_id();
+            world.vnetctl(&["approve", &id]);
+            world.file("go", "");
+            let ended = run.wait();
+            assert_eq!(ended.code, 0, "{ended:?}");
+            assert_eq!(server.connections(), 1);
+        },
+    );
+}
+
+#[test]
+fn one_yes_to_a_name_serves_its_lookup_and_its_connections() {
+    staged(one_yes_to_a_name_serves_its_lookup_and_its_connections, |world| {
+        let server = http(world.internet(), "203.0.113.10:80");
+        let upstream = dns(world);
+        let mut run = world.run(
+            &["--secure-mode", "--vm", "web"],
+            &["curl", "-sS", "http://web.example.com/"],
+        );
+        let request = world.first_pending();
+        let id = id(&request);
+        run.complains(&format!(
+            "web asks for domain web.example.com (answer: vnetctl approve {id}"
+        ));
+        assert_eq!(
+            upstream.asked(),
+            Vec::<String>::new(),
+            "nothing is asked upstream before the yes"
+        );
+        world.vnetctl(&["approve", &id]);
+        let ended = run.wait();
+        assert_eq!((ended.code, server.connections()), (0, 1), "{ended:?}");
+        assert_eq!(
+            ended.stderr.matches("asks for").count(),
+            1,
+            "one intent, one question: {ended:?}"
+        );
+        let opened = world.list(&["events", "list", "--kind", "pending-opened"]);
+        assert_eq!(opened.len(), 1, "{opened:?}");
+    });
+}
+
+#[test]
+fn denied_name_fails_at_once_and_nothing_is_asked_upstream() {
+    staged(denied_name_fails_at_once_and_nothing_is_asked_upstream, |world| {
+        let upstream = dns(world);
+        let run = world.run(&["--secure-mode"], &["curl", "-sS", "http://web.example.com/"]);
+        world.vnetctl(&["deny", &world.first_pending_id()]);
+        let denied = std::time::Instant::now();
+        let ended = run.wait();
+        assert_eq!(ended.code, UNRESOLVED, "{ended:?}");
+        assert!(denied.elapsed() < AT_ONCE, "{:?}", denied.elapsed());
+        assert_eq!(upstream.asked(), Vec::<String>::new());
+    });
+}
+
+#[test]
+fn name_behind_an_alias_is_bound_and_an_address_never_looked_up_is_not() {
+    staged(
+        name_behind_an_alias_is_bound_and_an_address_never_looked_up_is_not,
+        |world| {
+            http(world.internet(), "203.0.113.10:80");
+            http(world.internet(), "198.51.100.7:80");
+            dns(world);
+            let ended = world.script(
+            &["--allow", "domain alias.example.com"],
+            "curl -sS http://203.0.113.10/; echo $?; curl -sS http://alias.example.com/; curl -sS http://198.51.100.7/; echo $?; \
+             curl -sS http://other.example.org/; echo $?",
+        );
+            assert_eq!(
+                ended.stdout, "7\nthis is 203.0.113.10:80 at /\n7\n6\n",
+                "{ended:?}"
+            );
+            let bindings = world.list(&["events", "list", "--kind", "dns-allowed"]);
+            assert!(!bindings.is_empty());
+        },
+    );
+}
+
+#[test]
+fn lookups_over_udp_and_tcp_pass_whatever_they_ask_for() {
+    staged(lookups_over_udp_and_tcp_pass_whatever_they_ask_for, |world| {
+        let upstream = dns(world);
+        let ended = world.script(
+            &[],
+            "dig +short web.example.com A; dig +short web.example.com AAAA; dig +short web.example.com TXT; \
+             dig +tcp +short other.example.org A; dig +short +ignore +noedns large.example.com TXT | wc -l; \
+             dig large.example.com TXT +short | wc -l; dig +noall +comments +ignore +noedns large.example.com TXT | grep -o 'flags:.* tc' | wc -l; \
+             dig +noall +comments nothing.example.com A | grep -o NXDOMAIN; dig +short gateway.containers.internal A; dig +short host.docker.internal A",
+        );
+        assert_eq!(
+            ended.stdout,
+            "203.0.113.10\n203.0.113.10\n2001:db8::10\n\"a text\"\n198.51.100.7\n0\n20\n1\nNXDOMAIN\n192.168.127.1\n192.168.127.254\n",
+            "{ended:?}"
+        );
+        assert!(
+            upstream.asked().iter().any(|q| q == "tcp TXT large.example.com"),
+            "{:?}",
+            upstream.asked()
+        );
+        assert_eq!(upstream.asked_for("gateway.containers.internal"), 0);
+        assert_eq!(upstream.asked_for("host.docker.internal"), 0);
+    });
+}
+
+#[test]
+fn undecided_datagram_is_held_and_delivered_or_refused() {
+    staged(undecided_datagram_is_held_and_delivered_or_refused, |world| {
+        let server = udp_echo(world.internet(), "203.0.113.10:7000");
+        let send = "import socket\ns=socket.socket(socket.AF_INET,socket.SOCK_DGRAM)\ns.settimeout(20)\ns.connect(('203.0.113.10',7000))\n\
+                    s.send(b'first')\ntry: print(s.recv(99))\nexcept OSError as e: print(e.errno)\n";
+        let run = world.run(&["--secure-mode"], &["python3", "-c", send]);
+        let request = world.first_pending();
+        assert_eq!(request["target"]["address"]["protocol"], "PROTOCOL_UDP");
+        assert_eq!(server.requests(), 0);
+        world.vnetctl(&["approve", &id(&request)]);
+        assert_eq!(run.wait().stdout, "b'first'\n");
+        assert_eq!(server.requests(), 1);
+
+        let run = world.run(&["--secure-mode"], &["python3", "-c", send]);
+        world.vnetctl(&["deny", &world.first_pending_id()]);
+        // ICMP administratively prohibited, as the guest's kernel tells it (EHOSTUNREACH or EACCES).
+        let ended = run.wait();
+        assert!(ended.stdout == "113\n" || ended.stdout == "13\n", "{ended:?}");
+        assert_eq!(server.requests(), 1);
+    });
+}
+
+#[test]
+fn undecided_echo_request_is_held_and_answered_after_the_yes() {
+    staged(
+        undecided_echo_request_is_held_and_answered_after_the_yes,
+        |world| {
+            let run = world.run(
+                &["--secure-mode"],
+                &["ping", "-c", "1", "-W", "20", "203.0.113.10"],
+            );
+            let request = world.first_pending();
+            assert_eq!(
+                request["target"]["address"]["protocol"], "PROTOCOL_ICMP",
+                "{request}"
+            );
+            world.vnetctl(&["approve", &id(&request)]);
+            let ended = run.wait();
+            assert_eq!(ended.code, 0, "{ended:?}");
+            assert!(ended.stdout.contains("1 received"), "{ended:?}");
+        },
+    );
+}
+
+#[test]
+fn undecided_request_stalls_nothing_that_is_allowed() {
+    staged(undecided_request_stalls_nothing_that_is_allowed, |world| {
+        http(world.internet(), "203.0.113.10:80");
+        let ended = world.script(
+            &["--secure-mode", "--allow", "tcp 203.0.113.10:80"],
+            "curl -sS http://198.51.100.7/ & echo x | socat - udp:198.51.100.7:9 & sleep 0.3; \
+             for i in 1 2 3 4 5; do curl -sS -o /dev/null -w '%{http_code} ' --max-time 2 http://203.0.113.10/; done; kill %1",
+        );
+        assert_eq!(ended.stdout, "200 200 200 200 200 ", "{ended:?}");
+        assert!(ended.took < Duration::from_secs(10), "{ended:?}");
+    });
+}
+
+#[test]
+fn request_of_a_guest_that_gave_up_is_no_longer_held() {
+    staged(request_of_a_guest_that_gave_up_is_no_longer_held, |world| {
+        let mut run = world.run(
+            &["--secure-mode"],
+            &[
+                "sh",
+                "-c",
+                "curl -sS --max-time 1 http://203.0.113.10/; echo gave up; exec sleep 60",
+            ],
+        );
+        let request = world.first_pending();
+        run.prints("gave up");
+        eventually("nothing is held for it", || {
+            let now = world.pending();
+            now.iter()
+                .all(|r| r["id"] != request["id"] || r["held"].as_u64().unwrap_or(0) == 0)
+        });
+    });
+}
+
+#[test]
+fn allow_and_deny_of_a_destination_hold_for_ever() {
+    staged(allow_and_deny_of_a_destination_hold_for_ever, |world| {
+        let server = http(world.internet(), "203.0.113.10:80");
+        let run = world.run(&["--secure-mode", "--vm", "web"], &["curl", "-sS", SERVER]);
+        world.first_pending();
+        let said = world.vnetctl(&["allow", "tcp", "203.0.113.10:80"]);
+        assert!(
+            said.contains("for web") && said.contains("it answered 1 pending request"),
+            "{said}"
+        );
+        assert_eq!(run.wait().code, 0);
+        // Tomorrow, after a restart of everything, without a question.
+        world.stop_controlplane();
+        let ended = world
+            .run(&["--secure-mode", "--vm", "web"], &["curl", "-sS", SERVER])
+            .wait();
+        assert_eq!(
+            (ended.code, ended.stderr.as_str(), server.connections()),
+            (0, "", 2),
+            "{ended:?}"
+        );
+        // Another VM is not meant.
+        let run = world.run(&["--secure-mode", "--vm", "other"], &["curl", "-sS", SERVER]);
+        world.first_pending();
+        drop(run);
+        world.vnetctl(&["deny", "tcp", "203.0.113.10:80", "--vm", "web"]);
+        let ended = world
+            .run(&["--secure-mode", "--vm", "web"], &["curl", "-sS", SERVER])
+            .wait();
+        assert_eq!(ended.code, REFUSED, "a grant that denies comes first: {ended:?}");
+        assert_eq!(server.connections(), 2);
+    });
+}
+
+#[test]
+fn allow_of_a_domain_covers_the_names_below_it() {
+    staged(allow_of_a_domain_covers_the_names_below_it, |world| {
+        let server = http(world.internet(), "203.0.113.10:80");
+        http(world.internet(), "203.0.113.10:8080");
+        let upstream = dns(world);
+        world.vnetctl(&["allow", "domain", "*.example.com:80", "--all-vms"]);
+        let run = world.run(
+            &["--secure-mode"],
+            &[
+                "sh",
+                "-c",
+                "curl -sS http://web.example.com/ && exec curl -sS http://web.example.com:8080/",
+            ],
+        );
+        let request = world.first_pending();
+        assert!(
+            request.to_string().contains("8080"),
+            "only another port is asked for: {request}"
+        );
+        assert_eq!(server.connections(), 1);
+        assert_ne!(upstream.asked_for("web.example.com"), 0);
+        drop(run);
+    });
+}
+
+#[test]
+fn answer_for_once_serves_one_connection() {
+    staged(answer_for_once_serves_one_connection, |world| {
+        let server = http(world.internet(), "203.0.113.10:80");
+        let mut run = world.run(
+            &["--secure-mode"],
+            &[
+                "sh",
+                "-c",
+                "curl -sS http://203.0.113.10/ && echo one; exec curl -sS http://203.0.113.10/",
+            ],
+        );
+        let first = world.first_pending_id();
+        world.vnetctl(&["approve", &first, "--once"]);
+        run.prints("one\n");
+        let second = world.first_pending_id();
+        assert_ne!(first, second);
+        world.vnetctl(&["deny", &second]);
+        assert_eq!(run.wait().code, REFUSED);
+        assert_eq!(server.connections(), 1);
+    });
+}
+
+#[test]
+fn answer_for_a_time_ends_with_it_and_cuts() {
+    staged(answer_for_a_time_ends_with_it_and_cuts, |world| {
+        http(world.internet(), "203.0.113.10:80");
+        let mut run = world.run(&["--secure-mode"], &["curl", "-sSN", "http://203.0.113.10/drip"]);
+        world.vnetctl(&["approve", &world.first_pending_id(), "--for", "2s"]);
+        run.prints("...");
+        let ended = run.wait();
+        assert_ne!(ended.code, 0, "{ended:?}");
+        assert!(ended.took < Duration::from_secs(15), "{ended:?}");
+        eventually("the grant is gone", || world.list(&["grants", "list"]).is_empty());
+    });
+}
+
+#[test]
+fn answer_ends_when_the_vm_stops() {
+    staged(answer_ends_when_the_vm_stops, |world| {
+        http(world.internet(), "203.0.113.10:80");
+        let flags = ["--secure-mode", "--vm", "web"];
+        for _ in 0..2 {
+            let run = world.run(&flags, &["curl", "-sS", SERVER]);
+            world.vnetctl(&["approve", &world.first_pending_id()]);
+            assert_eq!(run.wait().code, 0);
+            eventually("the grant ended", || world.list(&["grants", "list"]).is_empty());
+        }
+    });
+}
+
+#[test]
+fn answer_to_a_request_that_is_gone_or_changed_is_refused() {
+    staged(answer_to_a_request_that_is_gone_or_changed_is_refused, |world| {
+        let run = world.run(&["--secure-mode"], &["curl", "-sS", SERVER]);
+        let id = world.first_pending_id();
+        let stale = world.try_vnetctl(&["approve", &id, "--etag", "0000"]);
+        assert_eq!(stale.code, 1, "{stale:?}");
+        world.vnetctl(&["deny", &id]);
+        assert_eq!(run.wait().code, REFUSED);
+        let late = world.try_vnetctl(&["approve", &id]);
+        assert_eq!(late.code, 1, "{late:?}");
+        let unknown = world.try_vnetctl(&["approve", "zzzz"]);
+        assert_eq!(unknown.code, 1, "{unknown:?}");
+    });
+}
+
+#[test]
+fn revoked_grant_cuts_what_it_alone_allowed() {
+    staged(revoked_grant_cuts_what_it_alone_allowed, |world| {
+        http(world.internet(), "203.0.113.10:80");
+        world.vnetctl(&["allow", "tcp", "203.0.113.10:80", "--vm", "web"]);
+        let run = drip(world, &["--secure-mode", "--vm", "web"]);
+        let grants = world.list(&["grants", "list"]);
+        let said = world.vnetctl(&["grants", "revoke", &id(&grants[0])]);
+        assert!(said.contains("1 live flow was cut"), "{said}");
+        let ended = run.wait();
+        assert_ne!(ended.code, 0, "{ended:?}");
+        assert!(ended.took < Duration::from_secs(15), "{ended:?}");
+        world.is_clean();
+    });
+}
+
+#[test]
+fn applied_policy_cuts_what_it_no_longer_allows() {
+    staged(applied_policy_cuts_what_it_no_longer_allows, |world| {
+        http(world.internet(), "203.0.113.10:80");
+        let open = world.file("open.yaml", "defaultAction: allow\n");
+        let same = world.file(
+            "same.yaml",
+            "defaultAction: deny\nrules:\n  - action: allow\n    cidr: 203.0.113.10/32\n    ports: [80]\n    protocol: tcp\n",
+        );
+        let closed = world.file("closed.yaml", "defaultAction: deny\n");
+        let bad = world.file("bad.yaml", "defaultAction: no\n");
+        world.vnetctl(&["policy", "apply", open.to_str().unwrap()]);
+        let mut run = drip(world, &[]);
+        let said = world.vnetctl(&["policy", "apply", same.to_str().unwrap()]);
+        assert!(said.contains("revision 2") && !said.contains("cut"), "{said}");
+        let refused = world.try_vnetctl(&["policy", "apply", bad.to_str().unwrap()]);
+        assert_eq!(refused.code, 1, "{refused:?}");
+        assert!(refused.stderr.contains("bad.yaml:1:16"), "{refused:?}");
+        let before = run.stdout().len();
+        eventually("it still flows", || run.stdout().len() > before + 3);
+        assert!(!run.has_ended());
+        let said = world.vnetctl(&["policy", "apply", closed.to_str().unwrap()]);
+        assert!(
+            said.contains("policy default is at revision 3") && said.contains("1 live flow was cut"),
+            "{said}"
+        );
+        assert_ne!(run.wait().code, 0);
+        let explained = world.json(&["policy", "revisions"]);
+        assert_eq!(explained.as_array().map(Vec::len), Some(3), "{explained}");
+    });
+}
+
+#[test]
+fn mode_block_cuts_and_closes_until_it_is_lifted() {
+    staged(mode_block_cuts_and_closes_until_it_is_lifted, |world| {
+        http(world.internet(), "203.0.113.10:80");
+        let mut run = world.run(
+            &["--allow", "tcp 203.0.113.10:80", "--vm", "web"],
+            &[
+                "sh",
+                "-c",
+                "curl -sSN http://203.0.113.10/drip; echo cut; curl -sS http://203.0.113.10/; echo $?; \
+               while ! curl -sS http://203.0.113.10/; do sleep 0.1; done",
+            ],
+        );
+        run.prints("...");
+        let said = world.vnetctl(&["vm", "mode", "web", "block"]);
+        assert!(
+            said.contains("web is in mode block; 1 live flow was cut"),
+            "{said}"
+        );
+        run.prints("cut\n7\n");
+        world.vnetctl(&["vm", "mode", "web", "enforce"]);
+        assert_eq!(run.wait().code, 0);
+    });
+}
+
+#[test]
+fn closed_flow_is_reset_and_its_verdict_stays() {
+    staged(closed_flow_is_reset_and_its_verdict_stays, |world| {
+        http(world.internet(), "203.0.113.10:80");
+        let mut run = world.run(
+            &["--allow", "tcp 203.0.113.10:80"],
+            &[
+                "sh",
+                "-c",
+                "curl -sSN http://203.0.113.10/drip; echo cut $?; curl -sS http://203.0.113.10/",
+            ],
+        );
+        run.prints("...");
+        let flows = world.list(&["flows", "list"]);
+        assert_eq!(flows.len(), 1, "{flows:?}");
+        assert_eq!(flows[0]["tuple"]["address"], "203.0.113.10", "{flows:?}");
+        world.vnetctl(&["flows", "close", &id(&flows[0])]);
+        run.prints("cut 56\n");
+        assert_eq!(run.wait().code, 0);
+    });
+}
+
+#[test]
+fn guards_hold_against_broad_rules_and_their_own_rules_open_them() {
+    staged(
+        guards_hold_against_broad_rules_and_their_own_rules_open_them,
+        |world| {
+            let own = vnet_tests::servers::http_here("203.0.113.1:80");
+            let looped = vnet_tests::servers::http_here("127.0.0.1:8099");
+            let metadata = "169.254.169.254";
+            let script = "for u in 203.0.113.1:80 192.168.127.254:8099 169.254.169.254:80; do curl -sS -o /dev/null --max-time 3 http://$u/; echo $?; done";
+            let ended = world.script(&["--allow", "any 0.0.0.0/0"], script);
+            assert_eq!(
+                ended.stdout, "7\n7\n7\n",
+                "{metadata} and the host are closed: {ended:?}"
+            );
+            assert_eq!((own.connections(), looped.connections()), (0, 0));
+            let ended = world.script(
+            &["--allow", "tcp 203.0.113.1:80", "--allow", "tcp 192.168.127.254:8099"],
+            "for u in 203.0.113.1:80 192.168.127.254:8099; do curl -sS -o /dev/null --max-time 3 http://$u/; echo $?; done",
+        );
+            assert_eq!(ended.stdout, "0\n0\n", "{ended:?}");
+        },
+    );
+}
+
+#[test]
+fn explanation_is_what_happens() {
+    staged(explanation_is_what_happens, |world| {
+        let mut run = world.run(
+            &[
+                "--secure-mode",
+                "--vm",
+                "web",
+                "--allow",
+                "tcp 203.0.113.10:80",
+                "--deny",
+                "tcp 203.0.113.10:81",
+            ],
+            &["sh", "-c", "echo up; exec sleep 60"],
+        );
+        run.prints("up");
+        let action = |words: &[&str]| -> Value {
+            world.json(&[&["policy", "explain", "--vm", "web"], words].concat())["action"].clone()
+        };
+        assert_eq!(action(&["tcp", "203.0.113.10:80"]), "ACTION_ALLOW");
+        assert_eq!(action(&["tcp", "203.0.113.10:81"]), "ACTION_DENY");
+        assert_eq!(action(&["tcp", "203.0.113.10:82"]), "ACTION_ASK");
+    });
+}
