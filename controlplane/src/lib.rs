@@ -32,6 +32,7 @@ pub mod watch;
 pub use config::{Args, Config, ConfigError};
 pub use server::{Ended, RunError, run};
 
+use std::io::IsTerminal as _;
 use std::process::ExitCode;
 
 /// Runs as a process of its own: logs to stderr, and turns the end into an exit code (0 done, 1 failed,
@@ -55,6 +56,9 @@ pub fn main(args: Args) -> ExitCode {
     let _ = tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_writer(std::io::stderr)
+        .with_ansi(
+            std::io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none_or(|v| v.is_empty()),
+        )
         .try_init();
     let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
         Ok(runtime) => runtime,

@@ -210,7 +210,7 @@ fn how_to_start(path: &Path) -> String {
     )
 }
 
-/// A request that is given up after [`UNARY_PATIENCE`].
+/// A request that is given up after `UNARY_PATIENCE`.
 pub fn unary<T>(message: T) -> tonic::Request<T> {
     with_patience(message, UNARY_PATIENCE)
 }

@@ -306,6 +306,15 @@ fn command_sees_its_own_processes_and_network_only() {
 }
 
 #[test]
+fn mounts_give_no_privilege() {
+    let mounts = script("cat /proc/self/mounts");
+    for line in mounts.lines() {
+        let options = line.split_whitespace().nth(3).unwrap_or_default();
+        assert!(options.split(',').any(|option| option == "nosuid"), "{line}");
+    }
+}
+
+#[test]
 fn init_is_closed_to_the_command() {
     let printed =
         script("for f in 0 1 3 4 5; do readlink /proc/1/fd/$f; done; readlink /proc/1/ns/net; echo end");

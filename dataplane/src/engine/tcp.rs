@@ -27,6 +27,8 @@ pub const DIAL_PATIENCE: Duration = Duration::from_secs(30);
 pub const TCP_IDLE: Duration = Duration::from_secs(7_500);
 /// How long a connection that both sides have closed may wait for the last acknowledgement.
 const CLOSING_IDLE: Duration = Duration::from_secs(60);
+/// The least time ahead that a flow's timer is set.
+const TIMER_STEP: Duration = Duration::from_millis(1);
 /// When rings of a quiet connection give memory back.
 const SHRINK_IDLE: Duration = Duration::from_secs(10);
 /// A guest that does not repeat its SYN within this long at first, or within a multiple of its last
@@ -508,6 +510,9 @@ impl Engine {
         let Some(deadline) = self.flow_deadline(now, at) else {
             return;
         };
+        // What is overdue waits for room or for service, both of which come by themselves; a timer that is
+        // due at once would fire for ever.
+        let deadline = deadline.max(now + TIMER_STEP);
         let Some(flow) = self.flows.get_mut(at) else {
             return;
         };
@@ -558,7 +563,9 @@ impl Engine {
                 if quiet >= SHRINK_IDLE {
                     connection.shrink_if_idle();
                 }
+                // Its service sends what is due, and sets the next timer.
                 self.mark_dirty(at);
+                return;
             }
             State::Udp | State::Echo => {
                 let idle = match flow.state {

@@ -1,8 +1,8 @@
 //! The session, dataplane side: one stream to the controlplane, and what outlives it.
 //!
 //! [`run`] dials, says Hello, carries misses and reports out and verdicts and commands in, and begins
-//! anew when the stream ends. What it means is in [`conversation`], which has no I/O; what a reconnect
-//! must repeat is in [`mirror`]; both are driven from here. Whose flows these are and how verdicts are
+//! anew when the stream ends. What it means is in `conversation`, which has no I/O; what a reconnect
+//! must repeat is in `mirror`; both are driven from here. Whose flows these are and how verdicts are
 //! kept is the engine's; this module gives orders and never sees a frame.
 //!
 //! Without a controlplane nothing opens: misses stay with their guests until their deadline, and cached

@@ -92,7 +92,7 @@ pub struct DenyArgs {
 /// Arguments of `allow`.
 #[derive(Debug, Args)]
 pub struct AllowArgs {
-    /// tcp|udp|icmp|icmpv6|any ADDRESS[/LENGTH][:PORTS], domain NAME[:PORTS], lookup NAME
+    /// `tcp|udp|icmp|icmpv6|any ADDRESS[/LENGTH][:PORTS]`, `domain NAME[:PORTS]` or `lookup NAME`
     #[arg(value_name = "DESTINATION", required = true)]
     pub words: Vec<String>,
     /// For how long.

@@ -40,7 +40,7 @@ pub struct ListArgs {
 /// Arguments of `forward add`.
 #[derive(Debug, Args)]
 pub struct AddArgs {
-    /// [ADDRESS:]PORT:[GUEST:]PORT[/tcp|/udp]; without an address it listens on 127.0.0.1
+    /// `[ADDRESS:]PORT:[GUEST:]PORT[/tcp|/udp]`; without an address it listens on 127.0.0.1
     #[arg(value_name = "FORWARD")]
     pub forward: ForwardSpec,
     /// The VM it leads into, where FORWARD names no guest address

@@ -92,7 +92,7 @@ pub struct ApplyArgs {
 /// Arguments of `policy explain`.
 #[derive(Debug, Args)]
 pub struct ExplainArgs {
-    /// tcp|udp|icmp|icmpv6 ADDRESS[:PORT], domain NAME or lookup NAME
+    /// `tcp|udp|icmp|icmpv6 ADDRESS[:PORT]`, `domain NAME` or `lookup NAME`
     #[arg(value_name = "DESTINATION", required = true)]
     pub words: Vec<String>,
     /// The VM; may be left out where there is only one

@@ -44,7 +44,7 @@ pub struct RunArgs {
     /// A label; may be repeated
     #[arg(long = "label", value_name = "K=V")]
     pub labels: Vec<String>,
-    /// Open a port of the host that leads to the command, as [ADDRESS:]PORT:PORT[/tcp|/udp]; may be repeated
+    /// Open a port of the host that leads to the command, as `[ADDRESS:]PORT:PORT[/tcp|/udp]`; may be repeated
     #[arg(short = 'p', long = "publish", value_name = "HOST:GUEST")]
     pub publish: Vec<String>,
     /// Resolver that lookups are forwarded to; may be repeated [default: the host's]

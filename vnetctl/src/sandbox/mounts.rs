@@ -63,34 +63,15 @@ pub(crate) fn set_up(places: &Places, resolv_conf: &str, cwd: Option<&Path>) -> 
     .step("give the guest terminals of its own at /dev/pts")?;
     workshop.close()?;
     mount_proc()?;
-    ignore_file_capabilities(&mut notes);
-    Ok(notes)
-}
-
-/// Has programs started without the capabilities that their files name. The command can gain none, and
-/// exec refuses a file that insists (capabilities(7), "safety checking for capability-dumb binaries"):
-/// ping is such a file on Debian, and needs none of them here.
-fn ignore_file_capabilities(notes: &mut Vec<String>) {
-    // SAFETY: zeroes are a valid mount_attr, which holds numbers only.
-    let mut attributes: libc::mount_attr = unsafe { std::mem::zeroed() };
-    attributes.attr_set = libc::MOUNT_ATTR_NOSUID;
-    // SAFETY: reads the path and the mount_attr that it is given, which live on.
-    let done = unsafe {
-        libc::syscall(
-            libc::SYS_mount_setattr,
-            libc::AT_FDCWD,
-            c"/".as_ptr(),
-            libc::AT_RECURSIVE,
-            &raw const attributes,
-            size_of::<libc::mount_attr>(),
-        )
-    };
-    // Linux before 5.12 has no such call.
-    if let Err(error) = Errno::result(done) {
+    // The kernel refuses to execute a file whose capabilities could not all be had; ping is such a file on
+    // some systems, and needs none here. Without set-id they count for nothing, and it runs.
+    if let Err(errno) = sys::set_nosuid_everywhere() {
+        let cause = errno.desc();
         notes.push(format!(
-            "programs whose files have capabilities do not start: {error}"
+            "programs with file capabilities cannot be executed: {cause}"
         ));
     }
+    Ok(notes)
 }
 
 /// Makes `path` say `text` in the mount namespace of this process. For [`stage`](super::stage) too.

@@ -394,3 +394,33 @@ fn a_forward_opens_towards_the_guest_from_the_gateway() {
         .open_ingress(rig.now, "203.0.113.9:22".parse().unwrap());
     assert!(outside.is_none(), "a forward leads into the subnet only");
 }
+
+#[test]
+fn timers_come_to_an_end_while_a_connection_has_something_to_send() {
+    let mut rig = Rig::new();
+    let (at, _) = rig.connect(WEB);
+    rig.engine
+        .connection(at)
+        .unwrap()
+        .lend_room(|room| {
+            room[..5].copy_from_slice(b"hello");
+            Ok::<_, Infallible>(5)
+        })
+        .unwrap();
+    // The queue towards the guest is full, so the connection cannot send although it is due.
+    while rig.engine.transmit.frame(&[0; 60_000]) {}
+    while rig.engine.transmit.frame(&[0; 600]) {}
+    assert!(!rig.engine.finish_service(rig.now, at));
+    for _ in 0..5 {
+        rig.now = rig.engine.poll_timeout().unwrap().max(rig.now);
+        rig.engine.handle_timeout(rig.now);
+        let mut dirty = Vec::new();
+        rig.engine.take_dirty(&mut dirty);
+        for at in dirty {
+            rig.engine.finish_service(rig.now, at);
+        }
+    }
+    rig.engine.transmit.clear();
+    assert!(rig.engine.finish_service(rig.now, at));
+    assert_eq!(rig.only_segment().3, b"hello");
+}

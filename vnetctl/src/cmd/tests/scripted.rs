@@ -20,13 +20,13 @@ use tonic::{Request, Response, Status};
 use crate::client::{Connection, Server};
 
 type Answers = Vec<Result<Vec<u8>, Status>>;
-/// Method and encoded request of each call, in order.
-type Asked = Vec<(String, Vec<u8>)>;
+/// A method's path, and the request's bytes.
+type Asked = (String, Vec<u8>);
 
 #[derive(Clone, Default)]
 struct Script {
     answers: Arc<Mutex<HashMap<String, Answers>>>,
-    asked: Arc<Mutex<Asked>>,
+    asked: Arc<Mutex<Vec<Asked>>>,
 }
 
 /// The server. It ends when this is dropped.

@@ -1,0 +1,289 @@
+#!/usr/bin/env python3
+"""Measures a dataplane, and passt beside it, on a guest of namespaces: a table, and a JSON line a figure.
+
+  cargo build --release --workspace --bins && tests/bench/run.py [--bin DIR] [--secs 5] [--repeats 3]
+      [--targets vnet,passt] [--figures bulk,conn,miss,idle] [--held 10000] [--json FILE]
+
+Needs Linux with user namespaces and /dev/net/tun, iproute2 and iperf3; passt is measured if it is there.
+Needs no root: it starts itself again under `unshare`. Nothing leaves the namespaces it makes.
+
+  "host" namespace                                    a namespace per load
+  controlplane, dataplane (or passt), servers on ◀── Unix socket ── vnet-load guest: TAP, iperf3 or
+  10.99.0.1 and, for misses, 10.98.0.0/16            qemu framing   vnet-load connect
+
+Figures (the names of a field say its unit):
+  bulk   iperf3, MTU 1500 and 65520, up and down: Gbit/s, CPU seconds of the target per 10^9 bytes; with
+         frames written many at a time and one at a time, as QEMU does
+  conn   connections per second at 64 in flight (connect, a byte each way, close), the verdict cached
+  miss   the same, every connection to an address of its own under a policy with a rule by name, whose
+         answers hold for one address: a question to the controlplane each. The controlplane's CPU is apart
+  idle   resident memory at rest, and for each of --held idle connections
+Rates depend on the machine and on what else runs on it: compare within one sitting.
+"""
+import argparse, json, os, pathlib, re, resource, shutil, signal, statistics, subprocess, sys, tempfile, time
+
+HERE = pathlib.Path(__file__).resolve()
+SERVER, MANY, PORT, PORTS = "10.99.0.1", "10.98.0.0", 7000, 8
+TICKS = os.sysconf("SC_CLK_TCK")
+POLICY = """version: 1
+defaultAction: deny
+rules:
+{extra}  - action: allow
+    cidr: "10.98.0.0/16"
+    protocol: tcp
+  - action: allow
+    cidr: "10.99.0.1/32"
+    protocol: tcp
+"""
+BY_NAME = """  - action: allow
+    domains: ["*.name.example"]
+"""
+
+
+def arguments():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--bin", default=str(HERE.parents[2] / "target/release"), help="where the programs are")
+    parser.add_argument("--secs", type=float, default=5)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--targets", default="vnet,passt")
+    parser.add_argument("--figures", default="bulk,conn,miss,idle")
+    parser.add_argument("--held", type=int, default=10_000)
+    parser.add_argument("--json", help="also append the JSON lines to this file")
+    return parser.parse_args()
+
+
+def own_namespaces():
+    """Starts this program again in namespaces of its own, as root there."""
+    if os.environ.get("VNET_BENCH_INSIDE"):
+        return
+    os.environ["VNET_BENCH_INSIDE"] = "1"
+    os.execvp("unshare", ["unshare", "--user", "--map-root-user", "--net", "--mount", "--pid", "--fork", "--kill-child",
+                          "--mount-proc", sys.executable, str(HERE), *sys.argv[1:]])
+
+
+def sh(*words):
+    subprocess.run([str(w) for w in words], check=True, capture_output=True, text=True)
+
+
+def stat(pid):
+    text = pathlib.Path(f"/proc/{pid}/stat").read_text()
+    return text[text.rindex(")") + 2:].split()
+
+
+def cpu(pid):
+    """CPU seconds, user and system, of all threads."""
+    fields = stat(pid)
+    return (int(fields[11]) + int(fields[12])) / TICKS
+
+
+def rss_kb(pid):
+    return int(re.search(r"VmRSS:\s+(\d+)", pathlib.Path(f"/proc/{pid}/status").read_text())[1])
+
+
+class Lab:
+    """Servers, a target and its socket."""
+
+    def __init__(self, options, target, mtu=1500, by_name=False):
+        self.options, self.target, self.mtu = options, target, mtu
+        self.bin = pathlib.Path(options.bin)
+        self.dir = pathlib.Path(tempfile.mkdtemp(prefix="vnet-bench-"))
+        self.socket = self.dir / "vm.sock"
+        self.processes, self.controlplane, self.by_name = [], None, by_name
+
+    def __enter__(self):
+        try:
+            self.start(self.bin / "vnet-load", "serve", "--bind", "0.0.0.0", "--port", PORT, "--ports", PORTS)
+            self.start("iperf3", "-s", "-B", SERVER)
+            if self.target == "vnet":
+                policy = self.dir / "policy.yaml"
+                policy.write_text(POLICY.format(extra=BY_NAME if self.by_name else ""))
+                self.controlplane = self.start(
+                    self.bin / "vnet-controlplane", "--listen", f"unix://{self.dir}/control.sock", "--session-listen",
+                    f"unix://{self.dir}/session.sock", "--store", "memory:", "--network-policy", policy, "--log-level", "warn")
+                self.until_there(self.dir / "session.sock")
+                self.process = self.start(self.bin / "vnet-dataplane", "--controlplane", f"unix://{self.dir}/session.sock",
+                                          "--vm", "bench", "--mtu", self.mtu, "--listen-qemu", f"unix://{self.socket}")
+                self.address, self.gateway = "192.168.127.2/24", "192.168.127.1"
+            else:
+                self.process = self.start("passt", "-f", "-s", self.socket, "-m", self.mtu, "-4", "-a", "10.88.0.2", "-n", "24",
+                                          "-g", "10.88.0.1", "-t", "none", "-u", "none", "--runas", "0")
+                self.address, self.gateway = "10.88.0.2/24", "10.88.0.1"
+            self.until_there(self.socket)
+            # The first frames of all open the way.
+            self.load("connect", "--to", SERVER, "--secs", "0.2", "--parallel", "1")
+            return self
+        except BaseException:
+            self.__exit__()
+            raise
+
+    def __exit__(self, *_):
+        for process in reversed(self.processes):
+            process.send_signal(signal.SIGTERM)
+            try:
+                process.wait(3)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+        shutil.rmtree(self.dir, ignore_errors=True)
+
+    def start(self, *words):
+        log = open(self.dir / "log", "ab")
+        process = subprocess.Popen([str(w) for w in words], stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+        self.processes.append(process)
+        return process
+
+    def until_there(self, path):
+        end = time.monotonic() + 10
+        while not path.exists():
+            if time.monotonic() > end or any(p.poll() is not None for p in self.processes):
+                raise SystemExit(f"{self.target} did not come up:\n" + (self.dir / "log").read_text()[-2000:])
+            time.sleep(0.01)
+
+    def guest(self, *command, batch=64, **kw):
+        """A guest's command, as an argv."""
+        words = [self.bin / "vnet-load", "guest", "--socket", self.socket, "--mtu", self.mtu, "--address", self.address,
+                 "--gateway", self.gateway, "--batch", batch, "--", *command]
+        return [str(w) for w in words]
+
+    def load(self, *words):
+        return self.json(self.guest(self.bin / "vnet-load", *words))
+
+    def json(self, argv):
+        ended = subprocess.run(argv, capture_output=True, text=True, timeout=self.options.secs + 60)
+        try:
+            return json.loads(ended.stdout)
+        except ValueError:
+            raise SystemExit(f"{argv}: {ended.stdout}{ended.stderr}\n" + (self.dir / "log").read_text()[-2000:])
+
+    def measured(self, work):
+        """What work gives, with the CPU seconds of the target and of its controlplane."""
+        before = cpu(self.process.pid), cpu(self.controlplane.pid) if self.controlplane else 0
+        result = work()
+        result["cpu_s"] = cpu(self.process.pid) - before[0]
+        result["controlplane_cpu_s"] = (cpu(self.controlplane.pid) if self.controlplane else 0) - before[1]
+        return result
+
+
+def middle(values):
+    values = [v for v in values if v is not None]
+    return round(statistics.median(values), 4) if values else None
+
+
+def spread(values):
+    return {"median": middle(values), "min": round(min(values), 4), "max": round(max(values), 4), "n": len(values)}
+
+
+def bulk(options, target, emit):
+    for mtu in (1500, 65520):
+        for batch in (64, 1):
+            with Lab(options, target, mtu) as lab:
+                for direction, flags in (("up", []), ("down", ["-R"])):
+                    if batch == 1 and direction == "down":
+                        continue
+                    runs = []
+                    for _ in range(options.repeats):
+                        argv = lab.guest("iperf3", "-c", SERVER, "-t", f"{options.secs:g}", "-J", *flags, batch=batch)
+                        result = lab.measured(lambda: lab.json(argv))
+                        if "error" in result:
+                            raise SystemExit(f"iperf3: {result['error']}")
+                        received = result["end"]["sum_received"]
+                        runs.append((received["bits_per_second"] * 1e-9, result["cpu_s"] / (received["bytes"] / 1e9),
+                                     result["end"]["sum_sent"].get("retransmits")))
+                    emit(target=target, figure=f"tcp_bulk_{direction}", mtu=mtu, batch=batch, secs=options.secs,
+                         gbit=spread([r[0] for r in runs]), peer_cpu_s_per_gb=spread([r[1] for r in runs]),
+                         retransmits=middle([r[2] for r in runs]), rss_after_kb=rss_kb(lab.process.pid))
+
+
+def connections(options, target, emit, miss=False):
+    if miss and target != "vnet":
+        return
+    with Lab(options, target, by_name=miss) as lab:
+        to = ["--to", MANY, "--addresses", 65_000] if miss else ["--to", SERVER, "--ports", PORTS]
+        runs = []
+        for _ in range(1 if miss else options.repeats):
+            # Once only where each connection is to be new: an address asked about is cached.
+            runs.append(lab.measured(lambda: lab.load("connect", *to, "--parallel", 64, "--secs", options.secs)))
+        done = [max(r["done"], 1) for r in runs]
+        emit(target=target, figure="tcp_connrate_miss" if miss else "tcp_connrate", parallel=64, secs=options.secs,
+             rate=spread([r["rate"] for r in runs]), total_p50_us=middle([r["p50_us"] for r in runs]),
+             total_p99_us=middle([r["p99_us"] for r in runs]), fails=sum(r["fails"] for r in runs),
+             peer_cpu_ms_per_conn=middle([r["cpu_s"] * 1e3 / n for r, n in zip(runs, done)]),
+             controlplane_cpu_ms_per_conn=middle([r["controlplane_cpu_s"] * 1e3 / n for r, n in zip(runs, done)]),
+             error=next((r["error"] for r in runs if r["error"]), None))
+
+
+def idle(options, target, emit):
+    with Lab(options, target) as lab:
+        time.sleep(1)
+        at_rest = rss_kb(lab.process.pid)
+        holder = subprocess.Popen(lab.guest(lab.bin / "vnet-load", "hold", "--to", SERVER, "--count", options.held),
+                                  stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        opened = json.loads(holder.stdout.readline())
+        time.sleep(2)
+        held = rss_kb(lab.process.pid)
+        before = cpu(lab.process.pid)
+        time.sleep(2)
+        busy = cpu(lab.process.pid) - before
+        holder.stdin.close()
+        alive = json.loads(holder.stdout.readline() or "{}").get("alive")
+        holder.wait(60)
+        emit(target=target, figure="idle_conns", want=options.held, opened=opened["opened"], alive=alive, error=opened["error"],
+             rss_idle_kb=at_rest, rss_held_kb=held, idle_cpu_pct=round(busy * 50, 2),
+             rss_per_conn_bytes=round((held - at_rest) * 1024 / max(opened["opened"], 1)))
+
+
+def main():
+    options = arguments()
+    for program, package in (("unshare", "util-linux"), ("ip", "iproute2"), ("iperf3", "iperf3")):
+        if not shutil.which(program):
+            raise SystemExit(f"{program} is missing (Debian package {package})")
+    own_namespaces()
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    sh("ip", "link", "set", "lo", "up")
+    # A veth pair with both ends here stands for an uplink, as not every kernel has the dummy device.
+    sh("ip", "link", "add", "up0", "type", "veth", "peer", "name", "up1")
+    sh("ip", "link", "set", "up1", "up")
+    sh("ip", "addr", "add", f"{SERVER}/24", "dev", "up0")
+    sh("ip", "link", "set", "up0", "up")
+    sh("ip", "route", "add", "default", "via", "10.99.0.254", "dev", "up0")
+    # Every address of it is answered here, though no interface has one.
+    sh("ip", "route", "add", "local", f"{MANY}/16", "dev", "lo")
+    for name, value in (("ip_local_port_range", "1024 65000"), ("tcp_tw_reuse", "1")):
+        pathlib.Path(f"/proc/sys/net/ipv4/{name}").write_text(value)
+
+    rows = []
+
+    def emit(**figure):
+        rows.append(figure)
+        line = json.dumps(figure)
+        print(line, flush=True)
+        if options.json:
+            with open(options.json, "a") as file:
+                file.write(line + "\n")
+
+    figures = {"bulk": bulk, "conn": connections, "miss": lambda *a: connections(*a, miss=True), "idle": idle}
+    for target in options.targets.split(","):
+        if target == "passt" and not shutil.which("passt"):
+            print("passt is not installed; left out", file=sys.stderr)
+            continue
+        for name in options.figures.split(","):
+            figures[name](options, target, emit)
+
+    print()
+    print(f"{'target':8} {'figure':20} {'':18} value")
+    for row in rows:
+        which, value = "", ""
+        if row["figure"].startswith("tcp_bulk"):
+            which = f"mtu {row['mtu']}, batch {row['batch']}"
+            value = f"{row['gbit']['median']:.2f} Gbit/s, {row['peer_cpu_s_per_gb']['median']:.2f} CPU s/GB"
+        elif row["figure"].startswith("tcp_connrate"):
+            which, value = "64 in flight", f"{row['rate']['median']:.0f} /s, {row['peer_cpu_ms_per_conn']} CPU ms each, {row['fails']} failed"
+        elif row["figure"] == "idle_conns":
+            which = f"{row['opened']} held"
+            value = f"{row['rss_idle_kb'] / 1024:.1f} MiB at rest, {row['rss_per_conn_bytes']} bytes each, {row['idle_cpu_pct']} % CPU"
+        print(f"{row['target']:8} {row['figure']:20} {which:18} {value}")
+
+
+if __name__ == "__main__":
+    main()

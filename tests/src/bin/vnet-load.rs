@@ -1,0 +1,587 @@
+//! Guests and load for measurements and for links that lose: `guest` stands a network namespace behind a
+//! dataplane's (or passt's) socket and runs a command in it, `serve`, `connect` and `hold` make connections.
+//! What is measured is printed as one line of JSON.
+//!
+//! It moves frames between a TAP device and a Unix socket, one thread a direction, several frames a
+//! call on a stream unless `--batch 1` (as QEMU writes them).
+#![cfg_attr(not(target_os = "linux"), allow(unused))]
+
+#[cfg(target_os = "linux")]
+fn main() -> std::process::ExitCode {
+    linux::main()
+}
+
+#[cfg(not(target_os = "linux"))]
+fn main() {
+    eprintln!("vnet-load needs Linux's namespaces and TAP devices");
+    std::process::exit(2);
+}
+
+#[cfg(target_os = "linux")]
+mod linux {
+    use std::collections::VecDeque;
+    use std::fs::{File, OpenOptions};
+    use std::io::{self, Read as _, Write as _};
+    use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+    use std::os::fd::{AsFd as _, AsRawFd as _};
+    use std::os::unix::fs::OpenOptionsExt as _;
+    use std::os::unix::net::{UnixDatagram, UnixStream};
+    use std::path::{Path, PathBuf};
+    use std::process::{Command, ExitCode};
+    use std::sync::Arc;
+    use std::sync::atomic::{AtomicUsize, Ordering};
+    use std::time::{Duration, Instant};
+
+    use clap::{Args, Parser, ValueEnum};
+    use nix::errno::Errno;
+    use nix::libc;
+    use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+    use nix::sched::{CloneFlags, unshare};
+    use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+    use tokio::net::{TcpSocket, TcpStream};
+
+    type Result<T> = std::result::Result<T, Box<dyn std::error::Error + Send + Sync>>;
+
+    /// Stands in for guests, and makes load.
+    #[derive(Debug, Parser)]
+    #[command(name = "vnet-load")]
+    enum Cli {
+        /// Run a command in a network namespace behind a user-mode network's socket
+        Guest(GuestArgs),
+        /// Echo on TCP ports
+        Serve(ServeArgs),
+        /// Connect, exchange a byte, close, as often as it goes
+        Connect(ConnectArgs),
+        /// Hold connections until stdin ends
+        Hold(HoldArgs),
+    }
+
+    #[derive(Debug, Args)]
+    struct GuestArgs {
+        /// The network's socket
+        #[arg(long)]
+        socket: PathBuf,
+        /// How frames are put on it
+        #[arg(long, default_value = "qemu")]
+        framing: Framing,
+        /// MTU in bytes
+        #[arg(long, default_value_t = 1500)]
+        mtu: u32,
+        /// The guest's address
+        #[arg(long, default_value = "192.168.127.2/24")]
+        address: String,
+        /// Its router
+        #[arg(long, default_value = "192.168.127.1")]
+        gateway: String,
+        /// Frames written at once at most, on a stream
+        #[arg(long, default_value_t = 64)]
+        batch: usize,
+        /// Frames of a thousand that are lost, each way
+        #[arg(long, default_value_t = 0)]
+        loss: u64,
+        /// Frames of a thousand that are late by three others, each way
+        #[arg(long, default_value_t = 0)]
+        reorder: u64,
+        /// What is lost and late follows from this
+        #[arg(long, default_value_t = 1)]
+        seed: u64,
+        /// The command
+        #[arg(last = true, required = true)]
+        command: Vec<String>,
+    }
+
+    #[derive(Debug, Clone, Copy, PartialEq, ValueEnum)]
+    enum Framing {
+        /// A stream with 4-byte big-endian lengths
+        Qemu,
+        /// Datagrams
+        Unixgram,
+    }
+
+    #[derive(Debug, Args)]
+    struct ServeArgs {
+        /// Where to listen
+        #[arg(long)]
+        bind: Ipv4Addr,
+        /// The first port
+        #[arg(long, default_value_t = 7000)]
+        port: u16,
+        /// How many ports
+        #[arg(long, default_value_t = 8)]
+        ports: u16,
+    }
+
+    #[derive(Debug, Args)]
+    struct Target {
+        /// The server's address, or the first of many
+        #[arg(long)]
+        to: Ipv4Addr,
+        /// How many addresses, each used in turn
+        #[arg(long, default_value_t = 1)]
+        addresses: u32,
+        /// The first port
+        #[arg(long, default_value_t = 7000)]
+        port: u16,
+        /// How many ports, each used in turn
+        #[arg(long, default_value_t = 8)]
+        ports: u16,
+    }
+
+    #[derive(Debug, Args)]
+    struct ConnectArgs {
+        #[command(flatten)]
+        target: Target,
+        /// How many at once
+        #[arg(long, default_value_t = 64)]
+        parallel: usize,
+        /// For so long
+        #[arg(long, default_value_t = 3.0)]
+        secs: f64,
+    }
+
+    #[derive(Debug, Args)]
+    struct HoldArgs {
+        #[command(flatten)]
+        target: Target,
+        /// How many
+        #[arg(long, default_value_t = 10_000)]
+        count: usize,
+    }
+
+    pub(super) fn main() -> ExitCode {
+        let ended = match Cli::parse() {
+            Cli::Guest(args) => guest(args),
+            Cli::Serve(args) => run(serve(args)),
+            Cli::Connect(args) => run(connect(args)),
+            Cli::Hold(args) => run(hold(args)),
+        };
+        ended.unwrap_or_else(|error| {
+            eprintln!("vnet-load: {error}");
+            ExitCode::from(125)
+        })
+    }
+
+    fn run(work: impl Future<Output = Result<()>>) -> Result<ExitCode> {
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .build()?;
+        runtime.block_on(work)?;
+        Ok(ExitCode::SUCCESS)
+    }
+
+    // ---- a guest
+
+    /// 64 KiB and an Ethernet header.
+    const FRAME_BYTES_MAX: usize = 65_550;
+    const STREAM_BYTES: usize = 512 * 1024;
+    const TAP: &str = "tap0";
+
+    fn guest(args: GuestArgs) -> Result<ExitCode> {
+        unshare(CloneFlags::CLONE_NEWNET).map_err(|e| {
+            format!("cannot make a network namespace: {e} (run it as root, or under unshare -Ur)")
+        })?;
+        let tap = Arc::new(open_tap()?);
+        ip(&["link", "set", "lo", "up"])?;
+        ip(&[
+            "link",
+            "set",
+            TAP,
+            "mtu",
+            &args.mtu.to_string(),
+            "txqueuelen",
+            "4096",
+            "up",
+        ])?;
+        ip(&["addr", "add", &args.address, "dev", TAP])?;
+        ip(&["route", "add", "default", "via", &args.gateway])?;
+        let weather = |direction: u64| Weather::new(args.loss, args.reorder, args.seed ^ (direction << 32));
+        let (into, out_of) = (weather(1), weather(2));
+        let batch = args.batch.max(1);
+        let from_tap = Arc::clone(&tap);
+        match args.framing {
+            Framing::Qemu => {
+                let socket = connect_when_there(|| UnixStream::connect(&args.socket), &args.socket)?;
+                let reader = socket.try_clone()?;
+                background("out", move || stream_out(&from_tap, socket, out_of, batch));
+                background("in", move || stream_in(reader, &tap, into));
+            }
+            Framing::Unixgram => {
+                let own = args.socket.with_extension(format!("guest{}", std::process::id()));
+                let socket = UnixDatagram::bind(&own)?;
+                connect_when_there(|| socket.connect(&args.socket), &args.socket)?;
+                let reader = socket.try_clone()?;
+                background("out", move || datagrams_out(&from_tap, &socket, out_of));
+                background("in", move || datagrams_in(&reader, &tap, into));
+                let ended = command(&args.command);
+                let _ = std::fs::remove_file(own);
+                return ended;
+            }
+        }
+        command(&args.command)
+    }
+
+    fn command(words: &[String]) -> Result<ExitCode> {
+        let (program, arguments) = words.split_first().ok_or("no command")?;
+        let status = Command::new(program)
+            .args(arguments)
+            .status()
+            .map_err(|e| format!("{program}: {e}"))?;
+        Ok(ExitCode::from(
+            u8::try_from(status.code().unwrap_or(128)).unwrap_or(255),
+        ))
+    }
+
+    fn ip(words: &[&str]) -> Result<()> {
+        let output = Command::new("ip")
+            .args(words)
+            .output()
+            .map_err(|e| format!("ip (package iproute2): {e}"))?;
+        if output.status.success() {
+            return Ok(());
+        }
+        Err(format!(
+            "ip {}: {}",
+            words.join(" "),
+            String::from_utf8_lossy(&output.stderr)
+        )
+        .into())
+    }
+
+    fn connect_when_there<T>(connect: impl Fn() -> io::Result<T>, socket: &Path) -> Result<T> {
+        let began = Instant::now();
+        loop {
+            match connect() {
+                Ok(connected) => return Ok(connected),
+                Err(_) if began.elapsed() < Duration::from_secs(10) => {
+                    std::thread::sleep(Duration::from_millis(5));
+                }
+                Err(error) => return Err(format!("{}: {error}", socket.display()).into()),
+            }
+        }
+    }
+
+    fn open_tap() -> Result<File> {
+        let file = OpenOptions::new()
+            .read(true)
+            .write(true)
+            .custom_flags(libc::O_NONBLOCK)
+            .open("/dev/net/tun")
+            .map_err(|e| format!("/dev/net/tun: {e}"))?;
+        // SAFETY: an ifreq of zeros is one.
+        let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
+        for (to, from) in request.ifr_name.iter_mut().zip(TAP.bytes()) {
+            *to = from.cast_signed();
+        }
+        request.ifr_ifru.ifru_flags = libc::c_short::try_from(libc::IFF_TAP | libc::IFF_NO_PI)?;
+        // SAFETY: TUNSETIFF reads an ifreq, which outlives the call.
+        Errno::result(unsafe { libc::ioctl(file.as_raw_fd(), libc::TUNSETIFF as _, &raw mut request) })?;
+        Ok(file)
+    }
+
+    /// Runs one direction; what ends it ends the program, as a guest without its link is of no use. When
+    /// the network closes the socket the guest's command is to see a dead link, so that is no error.
+    fn background(name: &'static str, work: impl FnOnce() -> io::Result<()> + Send + 'static) {
+        std::thread::spawn(move || {
+            if let Err(error) = work() {
+                eprintln!("vnet-load: link, {name}: {error}");
+            }
+        });
+    }
+
+    fn wait_readable(tap: &File) -> io::Result<()> {
+        poll(
+            &mut [PollFd::new(tap.as_fd(), PollFlags::POLLIN)],
+            PollTimeout::NONE,
+        )?;
+        Ok(())
+    }
+
+    fn stream_out(tap: &File, mut socket: UnixStream, mut weather: Weather, batch: usize) -> io::Result<()> {
+        let mut buffer = Vec::with_capacity(STREAM_BYTES + FRAME_BYTES_MAX);
+        let mut frame = vec![0; FRAME_BYTES_MAX];
+        loop {
+            wait_readable(tap)?;
+            buffer.clear();
+            let mut frames = 0;
+            while frames < batch && buffer.len() < STREAM_BYTES {
+                let length = match (&*tap).read(&mut frame) {
+                    Ok(length) => length,
+                    Err(e) if e.kind() == io::ErrorKind::WouldBlock => break,
+                    Err(e) => return Err(e),
+                };
+                frames += 1;
+                weather.pass(&frame[..length], &mut |frame| {
+                    buffer.extend_from_slice(&u32::try_from(frame.len()).unwrap_or_default().to_be_bytes());
+                    buffer.extend_from_slice(frame);
+                    Ok(())
+                })?;
+            }
+            socket.write_all(&buffer)?;
+        }
+    }
+
+    fn stream_in(mut socket: UnixStream, tap: &File, mut weather: Weather) -> io::Result<()> {
+        let mut buffer = vec![0; STREAM_BYTES];
+        let mut end = 0;
+        loop {
+            let length = socket.read(&mut buffer[end..])?;
+            if length == 0 {
+                return Ok(());
+            }
+            end += length;
+            let mut start = 0;
+            while let Some((head, rest)) = buffer[start..end].split_first_chunk::<4>() {
+                let length = u32::from_be_bytes(*head) as usize;
+                if length > FRAME_BYTES_MAX {
+                    return Err(io::Error::other(format!("a frame of {length} bytes")));
+                }
+                let Some(frame) = rest.get(..length) else { break };
+                weather.pass(frame, &mut |frame| into_tap(tap, frame))?;
+                start += 4 + length;
+            }
+            buffer.copy_within(start..end, 0);
+            end -= start;
+        }
+    }
+
+    fn datagrams_out(tap: &File, socket: &UnixDatagram, mut weather: Weather) -> io::Result<()> {
+        let mut frame = vec![0; FRAME_BYTES_MAX];
+        loop {
+            match (&*tap).read(&mut frame) {
+                Ok(length) => weather.pass(&frame[..length], &mut |frame| socket.send(frame).map(drop))?,
+                Err(e) if e.kind() == io::ErrorKind::WouldBlock => wait_readable(tap)?,
+                Err(e) => return Err(e),
+            }
+        }
+    }
+
+    fn datagrams_in(socket: &UnixDatagram, tap: &File, mut weather: Weather) -> io::Result<()> {
+        let mut frame = vec![0; FRAME_BYTES_MAX];
+        loop {
+            let length = socket.recv(&mut frame)?;
+            weather.pass(&frame[..length], &mut |frame| into_tap(tap, frame))?;
+        }
+    }
+
+    /// A frame that the device refuses is lost, as on a wire.
+    fn into_tap(mut tap: &File, frame: &[u8]) -> io::Result<()> {
+        let _ = tap.write(frame);
+        Ok(())
+    }
+
+    /// What becomes of frames on the way: most pass.
+    struct Weather {
+        loss: u64,
+        reorder: u64,
+        state: u64,
+        /// Late frames, and how many others each waits for.
+        late: VecDeque<(Vec<u8>, u8)>,
+    }
+
+    impl Weather {
+        fn new(loss: u64, reorder: u64, seed: u64) -> Weather {
+            Weather {
+                loss,
+                reorder,
+                state: seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1,
+                late: VecDeque::new(),
+            }
+        }
+
+        fn pass(
+            &mut self,
+            frame: &[u8],
+            deliver: &mut impl FnMut(&[u8]) -> io::Result<()>,
+        ) -> io::Result<()> {
+            if self.loss == 0 && self.reorder == 0 {
+                return deliver(frame);
+            }
+            let roll = self.next() % 1000;
+            if roll < self.loss {
+                return Ok(());
+            }
+            if roll < self.loss + self.reorder {
+                self.late.push_back((frame.to_vec(), 3));
+                return Ok(());
+            }
+            deliver(frame)?;
+            for (_, others) in &mut self.late {
+                *others = others.saturating_sub(1);
+            }
+            while self.late.front().is_some_and(|(_, others)| *others == 0) {
+                if let Some((frame, _)) = self.late.pop_front() {
+                    deliver(&frame)?;
+                }
+            }
+            Ok(())
+        }
+
+        /// xorshift64.
+        fn next(&mut self) -> u64 {
+            self.state ^= self.state << 13;
+            self.state ^= self.state >> 7;
+            self.state ^= self.state << 17;
+            self.state
+        }
+    }
+
+    // ---- load
+
+    const BACKLOG: u32 = 4096;
+    const ANSWER_PATIENCE: Duration = Duration::from_secs(10);
+
+    async fn serve(args: ServeArgs) -> Result<()> {
+        raise_limit();
+        let mut listeners = Vec::new();
+        for port in args.port..args.port.saturating_add(args.ports) {
+            let socket = TcpSocket::new_v4()?;
+            socket.set_reuseaddr(true)?;
+            let address = SocketAddr::from((args.bind, port));
+            socket.bind(address).map_err(|e| format!("{address}: {e}"))?;
+            let listener = socket.listen(BACKLOG)?;
+            listeners.push(tokio::spawn(async move {
+                // Out of descriptors: the next one may be closed by then.
+                loop {
+                    match listener.accept().await {
+                        Ok((stream, _)) => drop(tokio::spawn(echo(stream))),
+                        Err(_) => tokio::time::sleep(Duration::from_millis(10)).await,
+                    }
+                }
+            }));
+        }
+        for listener in listeners {
+            listener.await?;
+        }
+        Ok(())
+    }
+
+    async fn echo(mut stream: TcpStream) {
+        let mut chunk = [0; 64];
+        while let Ok(length @ 1..) = stream.read(&mut chunk).await {
+            if stream.write_all(&chunk[..length]).await.is_err() {
+                return;
+            }
+        }
+    }
+
+    impl Target {
+        /// The destination of the connection with this number.
+        fn number(&self, number: usize) -> SocketAddr {
+            let address = u32::from(self.to)
+                .wrapping_add(u32::try_from(number).unwrap_or_default() % self.addresses.max(1));
+            let port = u16::try_from(number % usize::from(self.ports.max(1))).unwrap_or_default();
+            SocketAddr::new(IpAddr::V4(address.into()), self.port.saturating_add(port))
+        }
+    }
+
+    async fn exchange(to: SocketAddr) -> io::Result<TcpStream> {
+        let answered = tokio::time::timeout(ANSWER_PATIENCE, async {
+            let mut stream = TcpStream::connect(to).await?;
+            stream.set_nodelay(true)?;
+            stream.write_all(b"x").await?;
+            let mut byte = [0];
+            stream.read_exact(&mut byte).await?;
+            Ok(stream)
+        });
+        answered
+            .await
+            .unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()))
+    }
+
+    async fn connect(args: ConnectArgs) -> Result<()> {
+        raise_limit();
+        let next = Arc::new(AtomicUsize::new(0));
+        let target = Arc::new(args.target);
+        let began = Instant::now();
+        let until = began + Duration::from_secs_f64(args.secs);
+        let workers: Vec<_> = (0..args.parallel)
+            .map(|_| {
+                let (next, target) = (Arc::clone(&next), Arc::clone(&target));
+                tokio::spawn(async move {
+                    let (mut took, mut failures, mut last) = (Vec::new(), 0_u64, None);
+                    while Instant::now() < until {
+                        let to = target.number(next.fetch_add(1, Ordering::Relaxed));
+                        let began = Instant::now();
+                        match exchange(to).await {
+                            Ok(_) => took.push(began.elapsed().as_micros()),
+                            Err(error) => {
+                                failures += 1;
+                                last = Some(error.to_string());
+                            }
+                        }
+                    }
+                    (took, failures, last)
+                })
+            })
+            .collect();
+        let (mut took, mut failures, mut error) = (Vec::new(), 0, None);
+        for worker in workers {
+            let (some, failed, last) = worker.await?;
+            took.extend(some);
+            failures += failed;
+            error = last.or(error);
+        }
+        let seconds = began.elapsed().as_secs_f64();
+        took.sort_unstable();
+        let at = |share: f64| {
+            #[expect(
+                clippy::cast_possible_truncation,
+                clippy::cast_sign_loss,
+                reason = "an index of a list"
+            )]
+            let index = ((took.len() as f64 * share) as usize).min(took.len().saturating_sub(1));
+            took.get(index).copied().unwrap_or_default() as u64
+        };
+        println!(
+            "{}",
+            serde_json::json!({
+                "done": took.len(), "fails": failures, "rate": took.len() as f64 / seconds,
+                "p50_us": at(0.5), "p99_us": at(0.99), "max_us": at(1.0), "error": error,
+            })
+        );
+        Ok(())
+    }
+
+    async fn hold(args: HoldArgs) -> Result<()> {
+        raise_limit();
+        let began = Instant::now();
+        let (mut held, mut error) = (Vec::with_capacity(args.count), None);
+        for number in 0..args.count {
+            match exchange(args.target.number(number)).await {
+                Ok(stream) => held.push(stream),
+                Err(e) => {
+                    error = Some(e.to_string());
+                    break;
+                }
+            }
+        }
+        let seconds = began.elapsed().as_secs_f64();
+        println!(
+            "{}",
+            serde_json::json!({ "opened": held.len(), "secs": seconds, "error": error })
+        );
+        tokio::task::spawn_blocking(|| io::copy(&mut io::stdin(), &mut io::sink())).await??;
+        let mut alive = 0;
+        for stream in &mut held {
+            let mut byte = [0];
+            let answered = async {
+                stream.write_all(b"x").await?;
+                stream.read_exact(&mut byte).await
+            };
+            alive += usize::from(matches!(
+                tokio::time::timeout(ANSWER_PATIENCE, answered).await,
+                Ok(Ok(_))
+            ));
+        }
+        println!("{}", serde_json::json!({ "alive": alive }));
+        Ok(())
+    }
+
+    /// As many descriptors as this user may have.
+    fn raise_limit() {
+        use nix::sys::resource::{Resource, getrlimit, setrlimit};
+        if let Ok((_, most)) = getrlimit(Resource::RLIMIT_NOFILE) {
+            let _ = setrlimit(Resource::RLIMIT_NOFILE, most, most);
+        }
+    }
+}

@@ -1,0 +1,297 @@
+//! Real virtual machines: QEMU's two socket backends against `vnetctl up`, with a Linux that finds its
+//! way by DHCP. The guest is built by `guest/make` out of Debian packages, once for a target directory.
+#![cfg(all(target_os = "linux", target_arch = "x86_64"))]
+
+use std::fs;
+use std::io::{Read as _, Write as _};
+use std::net::Shutdown;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use vnet_tests::{Answer, Dns, PATIENCE, Running, World, http, staged, tcp};
+use vnetctl::sandbox::stage;
+
+/// Names a directory with `vmlinuz` and `initramfs.cpio`, for a machine that cannot download.
+const GUEST: &str = "VNET_TEST_GUEST";
+/// Emulation boots in three seconds on an idle machine.
+const GUEST_PATIENCE: Duration = Duration::from_secs(90);
+
+const TRANSFER_BYTES: usize = 10_000_000;
+
+#[test]
+fn a_guest_over_a_stream_socket_is_served_and_asked_about() {
+    build_guest();
+    staged(a_guest_over_a_stream_socket_is_served_and_asked_about, |world| {
+        let socket = world.runtime_dir().join("qemu.sock");
+        let netdev = format!(
+            "stream,id=n0,server=off,addr.type=unix,addr.path={}",
+            socket.display()
+        );
+        let url = format!("unix://{}", socket.display());
+        story(world, &["--listen-qemu", &url], &socket, &netdev);
+    });
+}
+
+#[test]
+fn a_guest_over_a_datagram_socket_is_served_and_asked_about() {
+    build_guest();
+    staged(
+        a_guest_over_a_datagram_socket_is_served_and_asked_about,
+        |world| {
+            let socket = world.runtime_dir().join("vfkit.sock");
+            let own = world.runtime_dir().join("guest.sock");
+            let netdev = format!(
+                "dgram,id=n0,local.type=unix,local.path={},remote.type=unix,remote.path={}",
+                own.display(),
+                socket.display()
+            );
+            let url = format!("unixgram://{}", socket.display());
+            story(world, &["--listen-vfkit", &url], &socket, &netdev);
+            // QEMU leaves its end behind.
+            let _ = fs::remove_file(own);
+        },
+    );
+}
+
+/// What the guest does, in order; each line that it prints is checked below.
+const SCRIPT: &str = "
+echo mtu $(cat /sys/class/net/eth0/mtu)
+echo address $(ip -4 -o addr show eth0 | awk '{print $4}')
+echo name $(nslookup srv.example 192.168.127.1 | awk '/^Address: / {print $2}')
+udhcpc -f -i eth0 -t 20 -T 1 -p /tmp/pid -s /etc/udhcpc.script > /tmp/dhcp 2>&1 &
+sleep 1; kill -USR1 $(cat /tmp/pid); sleep 1; kill $!
+echo leases $(grep -c 'lease of 192.168.127.2 obtained' /tmp/dhcp)
+echo ping $(ping -c 1 -W 5 192.168.127.1 | grep -c 'bytes from')
+echo held $(wget -qO- http://198.51.100.7/held)
+echo denied $(nc 198.51.100.7 81 < /dev/null 2>&1)
+head -c 10000000 /dev/urandom > /tmp/up
+nc 203.0.113.10 9000 < /tmp/up > /tmp/answer
+echo up $(md5sum < /tmp/up) $(cat /tmp/answer)
+wget -qO /tmp/down http://203.0.113.10:8000/ && echo down $(md5sum < /tmp/down)
+";
+
+fn story(world: &World, listen: &[&str], socket: &Path, netdev: &str) {
+    let payload = random_bytes(TRANSFER_BYTES);
+    let payload_file = world.work().join("payload");
+    fs::write(&payload_file, &payload).unwrap();
+    let payload_sum = md5(&payload_file);
+    let collected = world.work().join("collected");
+    let wanted = collected.clone();
+    let _sink = tcp(world.internet(), "203.0.113.10:9000", move |mut stream, _| {
+        let mut bytes = Vec::new();
+        if stream.read_to_end(&mut bytes).is_ok() && fs::write(&wanted, &bytes).is_ok() {
+            let _ = stream.write_all(md5(&wanted).as_bytes());
+        }
+    });
+    let _source = tcp(world.internet(), "203.0.113.10:8000", move |mut stream, _| {
+        let mut request = [0; 4096];
+        let _ = stream.read(&mut request);
+        let _ = write!(
+            stream,
+            "HTTP/1.0 200 OK\r\nContent-Length: {}\r\n\r\n",
+            payload.len()
+        );
+        let _ = stream.write_all(&payload);
+        let _ = stream.shutdown(Shutdown::Write);
+    });
+    let held = http(world.internet(), "198.51.100.7:80");
+    let denied = http(world.internet(), "198.51.100.7:81");
+    let dns = Dns::serve(
+        world.internet(),
+        "203.0.113.10:53",
+        &[("srv.example", Answer::A("203.0.113.10"))],
+    );
+
+    let mut words = vec!["up", "--secure-mode", "--vm", "machine"];
+    words.extend(listen);
+    words.extend([
+        "--allow",
+        "tcp 203.0.113.10:8000-9000",
+        "--allow",
+        "domain srv.example",
+    ]);
+    let mut up = Running::start(world.command(&words));
+    // QEMU would run on with a dead NIC.
+    up.complains("serving VM machine");
+    assert!(socket.exists(), "{}", socket.display());
+
+    let qemu = Qemu::boot(world, netdev, SCRIPT);
+    let id = first_pending_for(world, 80);
+    assert_eq!(held.connections(), 0, "nothing goes out before the yes");
+    world.vnetctl(&["approve", &id]);
+    let id = first_pending_for(world, 81);
+    world.vnetctl(&["deny", &id]);
+    let said = qemu.wait(world);
+
+    let line = |word: &str| {
+        said.lines()
+            .find_map(|line| line.strip_prefix(word)?.strip_prefix(' '))
+            .unwrap_or_else(|| panic!("no {word} in {said}"))
+            .to_owned()
+    };
+    assert_eq!(line("mtu"), "1500");
+    assert_eq!(line("address"), "192.168.127.2/24");
+    assert_eq!(line("name"), "203.0.113.10");
+    assert_eq!(dns.asked_for("srv.example"), 2, "A and AAAA: {:?}", dns.asked());
+    assert_eq!(line("leases"), "2", "a new lease, then the renewal of it");
+    assert_eq!(line("ping"), "1");
+    assert_eq!(line("held"), "this is 198.51.100.7:80 at /held");
+    assert!(line("denied").contains("refused"), "{said}");
+    assert_eq!((held.connections(), denied.connections()), (1, 0));
+    let up_line = line("up").replace(" -", "");
+    let sums: Vec<&str> = up_line.split_whitespace().collect();
+    assert_eq!((sums.len(), sums[0]), (2, sums[1]), "{up_line}");
+    assert_eq!(line("down").replace(" -", "").trim(), payload_sum);
+
+    up.signal(nix::sys::signal::Signal::SIGTERM);
+    let ended = up.wait();
+    assert_eq!(ended.code, 0, "{ended:?}");
+    assert!(!socket.exists(), "up removes its socket");
+}
+
+fn first_pending_for(world: &World, port: u16) -> String {
+    let wanted = format!(":{port}");
+    let began = Instant::now();
+    loop {
+        let pending = world.pending();
+        let about = |item: &&serde_json::Value| item["target"].to_string().contains(&wanted);
+        if let Some(id) = pending.iter().find(about).and_then(|item| item["id"].as_str()) {
+            return id.to_owned();
+        }
+        let output = fs::read_to_string(world.work().join("output")).unwrap_or_default();
+        assert!(
+            began.elapsed() < PATIENCE,
+            "port {port} is not asked about; pending: {pending:?}; the guest said: {output}"
+        );
+        std::thread::sleep(Duration::from_millis(20));
+    }
+}
+
+/// A running machine.
+struct Qemu {
+    process: Running,
+    directory: PathBuf,
+}
+
+impl Qemu {
+    /// Boots a guest with one NIC, which runs a script and powers off.
+    fn boot(world: &World, netdev: &str, script: &str) -> Qemu {
+        let guest = guest_directory();
+        let directory = world.work();
+        let mut command = world.program("qemu-system-x86_64");
+        command
+            .args(["-no-user-config", "-nodefaults", "-display", "none", "-no-reboot"])
+            .args(["-machine", "q35", "-smp", "1", "-m", "256"])
+            // A /dev/kvm that opens need not run this kernel, and a test is not to depend on it.
+            .args(["-accel", "tcg", "-cpu", "max"])
+            .arg("-kernel")
+            .arg(guest.join("vmlinuz"))
+            .arg("-initrd")
+            .arg(guest.join("initramfs.cpio"))
+            .arg("-append")
+            .arg(format!(
+                "console=ttyS0 quiet panic=-1 reboot=t random.trust_cpu=on mitigations=off rootfstype=ramfs guest.cmd={}",
+                base64(script.as_bytes())
+            ))
+            .args(["-serial", "file:console", "-device", "virtio-serial-pci"])
+            .args(["-chardev", "file,id=output,path=output", "-device", "virtserialport,chardev=output,nr=1"])
+            .args(["-chardev", "file,id=status,path=status", "-device", "virtserialport,chardev=status,nr=2"])
+            .args(["-netdev", netdev])
+            .args(["-device", "virtio-net-pci,netdev=n0,romfile=,mac=52:54:00:12:34:56"]);
+        Qemu {
+            process: Running::start(command),
+            directory,
+        }
+    }
+
+    /// Waits until it has powered off; gives what the script printed.
+    fn wait(self, world: &World) -> String {
+        let read = |name: &str| {
+            String::from_utf8_lossy(&fs::read(self.directory.join(name)).unwrap_or_default()).into_owned()
+        };
+        let (mut process, began) = (self.process, Instant::now());
+        while !process.has_ended() && began.elapsed() < GUEST_PATIENCE {
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        let ended = process.has_ended();
+        let (status, output) = (read("status"), read("output"));
+        assert!(
+            status.starts_with("exit "),
+            "the guest: {status:?}, QEMU ended: {ended}, {}\noutput: {output}\nconsole: {}\npending: {:?}",
+            process.stderr(),
+            read("console"),
+            world.pending()
+        );
+        output
+    }
+}
+
+/// Makes the guest where there is a network to download from: not on a stage.
+fn build_guest() {
+    if stage::inside() || std::env::var_os(GUEST).is_some() {
+        return;
+    }
+    let made = Command::new(Path::new(env!("CARGO_MANIFEST_DIR")).join("guest/make"))
+        .arg(guest_directory())
+        .output()
+        .expect("bash runs guest/make");
+    assert!(
+        made.status.success(),
+        "{} (or name a directory with a guest in {GUEST})",
+        String::from_utf8_lossy(&made.stderr)
+    );
+}
+
+fn guest_directory() -> PathBuf {
+    std::env::var_os(GUEST).map_or_else(
+        || {
+            // TARGET/PROFILE/deps/TEST
+            let own = std::env::current_exe().expect("a test knows its file");
+            own.ancestors()
+                .nth(3)
+                .expect("a test lies in a target directory")
+                .join("guest")
+        },
+        PathBuf::from,
+    )
+}
+
+fn random_bytes(length: usize) -> Vec<u8> {
+    let mut bytes = vec![0; length];
+    fs::File::open("/dev/urandom")
+        .and_then(|mut file| file.read_exact(&mut bytes))
+        .expect("there is randomness");
+    bytes
+}
+
+fn md5(file: &Path) -> String {
+    let output = Command::new("md5sum")
+        .arg(file)
+        .output()
+        .expect("md5sum (package coreutils)");
+    String::from_utf8_lossy(&output.stdout)
+        .split_whitespace()
+        .next()
+        .unwrap_or_default()
+        .to_owned()
+}
+
+/// RFC 4648 §4.
+fn base64(bytes: &[u8]) -> String {
+    const ALPHABET: &[u8; 64] = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
+    let mut text = String::new();
+    for chunk in bytes.chunks(3) {
+        let group = [chunk[0], *chunk.get(1).unwrap_or(&0), *chunk.get(2).unwrap_or(&0)];
+        let bits = u32::from_be_bytes([0, group[0], group[1], group[2]]);
+        for position in 0..4 {
+            let index = (bits >> (18 - 6 * position)) & 63;
+            text.push(if position <= chunk.len() {
+                ALPHABET[index as usize] as char
+            } else {
+                '='
+            });
+        }
+    }
+    text
+}

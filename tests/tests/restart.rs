@@ -1,0 +1,248 @@
+//! What outlives which daemon: transfers, questions and answers over a restart of the controlplane, and
+//! what a guest sees of a daemon that is killed.
+#![cfg(target_os = "linux")]
+
+use std::io::{Read as _, Write as _};
+use std::thread;
+use std::time::Duration;
+
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use vnet_tests::{Running, World, binaries, eventually, http, staged, tcp};
+
+#[test]
+fn a_transfer_outlives_a_restart_of_the_controlplane() {
+    staged(a_transfer_outlives_a_restart_of_the_controlplane, |world| {
+        let controlplane = Controlplane::start(world, Signal::SIGTERM);
+        let server = slow_server(world);
+        let run = world.run(
+            &["--allow", "tcp 203.0.113.10:8000"],
+            &["sh", "-c", "curl -sS http://203.0.113.10:8000/ | wc -c"],
+        );
+        eventually("the transfer has begun", || server.connections() == 1);
+        let _again = controlplane.restart(world);
+        let ended = run.wait();
+        assert_eq!((ended.code, ended.stdout.trim()), (0, "2000000"), "{ended:?}");
+        assert_eq!(server.connections(), 1, "the same connection");
+    });
+}
+
+#[test]
+fn a_question_is_asked_once_and_answered_after_a_restart() {
+    staged(a_question_is_asked_once_and_answered_after_a_restart, |world| {
+        let controlplane = Controlplane::start(world, Signal::SIGKILL);
+        let server = http(world.internet(), "203.0.113.10:80");
+        let run = world.run(
+            &["--secure-mode"],
+            &["curl", "-sS", "--retry", "0", "http://203.0.113.10/kept"],
+        );
+        let before = world.first_pending_id();
+        let _again = controlplane.restart(world);
+        // The dataplane says again what it holds; an answer to it completes the attempt that began before.
+        let after = world.first_pending_id();
+        assert_eq!(world.pending().len(), 1, "before {before}, after {after}");
+        world.vnetctl(&["approve", &after]);
+        let ended = run.wait();
+        assert_eq!(ended.stdout, "this is 203.0.113.10:80 at /kept\n", "{ended:?}");
+        assert_eq!(server.connections(), 1, "the same attempt");
+    });
+}
+
+#[test]
+fn nothing_opens_while_the_controlplane_is_away() {
+    staged(nothing_opens_while_the_controlplane_is_away, |world| {
+        let controlplane = Controlplane::start(world, Signal::SIGKILL);
+        let server = http(world.internet(), "203.0.113.10:80");
+        let mut run = world.run(
+            &["--allow", "tcp 203.0.113.10:80"],
+            &[
+                "sh",
+                "-c",
+                "echo there; until [ -e go ]; do sleep 0.05; done
+                 curl -sS --max-time 3 http://203.0.113.10/; echo $?
+                 until [ -e again ]; do sleep 0.05; done; curl -sS --max-time 20 http://203.0.113.10/; echo $?",
+            ],
+        );
+        run.prints("there");
+        controlplane.end();
+        world.file("go", "");
+        run.prints("28\n");
+        assert_eq!(
+            server.connections(),
+            0,
+            "what a rule allows is not known without the controlplane"
+        );
+        let _again = Controlplane::start(world, Signal::SIGKILL);
+        world.file("again", "");
+        let ended = run.wait();
+        assert!(ended.stdout.ends_with("at /\n0\n"), "{ended:?}");
+        assert_eq!(server.connections(), 1);
+    });
+}
+
+#[test]
+fn an_answer_for_ever_survives_kill_9() {
+    staged(an_answer_for_ever_survives_kill_9, |world| {
+        let controlplane = Controlplane::start(world, Signal::SIGKILL);
+        let server = http(world.internet(), "203.0.113.10:80");
+        let flags = ["--secure-mode", "--vm", "web"];
+        let fetch = ["curl", "-sS", "http://203.0.113.10/"];
+        let run = world.run(&flags, &fetch);
+        let id = world.first_pending_id();
+        world.vnetctl(&["approve", &id, "--forever"]);
+        // Killed at once: what was answered has been written.
+        let _again = controlplane.restart(world);
+        assert_eq!(run.wait().code, 0);
+        let grants = world.list(&["grants", "list"]);
+        assert_eq!(grants.len(), 1, "{grants:?}");
+        let ended = world.run(&flags, &fetch).wait();
+        assert_eq!(ended.code, 0, "not asked again: {ended:?}");
+        assert_eq!((server.connections(), world.pending().len()), (2, 0));
+    });
+}
+
+#[test]
+fn a_killed_dataplane_ends_the_run_and_leaves_nothing() {
+    staged(a_killed_dataplane_ends_the_run_and_leaves_nothing, |world| {
+        let _server = slow_server(world);
+        let mut run = world.run(
+            &["--allow", "tcp 203.0.113.10:8000"],
+            &[
+                "sh",
+                "-c",
+                "echo begun; curl -sS http://203.0.113.10:8000/ >/dev/null; sleep 60",
+            ],
+        );
+        run.prints("begun");
+        let dataplanes = world.processes("__dataplane");
+        assert!(!dataplanes.is_empty());
+        for pid in dataplanes {
+            kill(Pid::from_raw(pid), Signal::SIGKILL).unwrap();
+        }
+        let ended = run.wait();
+        assert_eq!(ended.code, 125, "{ended:?}");
+        world.is_clean();
+        eventually("the VM is gone from the list", || {
+            world
+                .list(&["vm", "list"])
+                .iter()
+                .all(|vm| !vm.to_string().contains("CONNECTED"))
+        });
+    });
+}
+
+#[test]
+fn several_dataplanes_share_one_controlplane() {
+    staged(several_dataplanes_share_one_controlplane, |world| {
+        let controlplane = Controlplane::start(world, Signal::SIGTERM);
+        let _server = http(world.internet(), "203.0.113.10:80");
+        let dataplanes: Vec<(Running, String)> = ["red", "blue"]
+            .into_iter()
+            .map(|name| {
+                let socket = world
+                    .runtime_dir()
+                    .join(format!("{name}.sock"))
+                    .display()
+                    .to_string();
+                let mut command = world.program("vnet-dataplane");
+                command.args([
+                    "--controlplane",
+                    &controlplane.session_url,
+                    "--vm",
+                    name,
+                    "--name",
+                    name,
+                ]);
+                command.args(["--listen-qemu", &format!("unix://{socket}")]);
+                (Running::start(command), socket)
+            })
+            .collect();
+        let fetch = |socket: &str| {
+            let mut guest = world.program(binaries::binary("vnet-load"));
+            guest.args([
+                "guest",
+                "--socket",
+                socket,
+                "--",
+                "curl",
+                "-sS",
+                "--max-time",
+                "20",
+            ]);
+            guest.arg("http://203.0.113.10/");
+            Running::start(guest)
+        };
+        let guests: Vec<Running> = dataplanes.iter().map(|(_, socket)| fetch(socket)).collect();
+        eventually("both ask", || world.pending().len() == 2);
+        for (vm, fetched) in [("red", 0), ("blue", 7)] {
+            let pending = world.pending();
+            let item = pending.iter().find(|item| item["vm"] == vm).unwrap();
+            let answer = if fetched == 0 { "approve" } else { "deny" };
+            world.vnetctl(&[answer, item["id"].as_str().unwrap()]);
+        }
+        let codes: Vec<i32> = guests.into_iter().map(|guest| guest.wait().code).collect();
+        assert_eq!(codes, [0, 7], "each has an answer of its own");
+    });
+}
+
+/// A controlplane at the user's own sockets, started by hand, so that none is started by itself.
+struct Controlplane {
+    process: Running,
+    ends_by: Signal,
+    session_url: String,
+}
+
+impl Controlplane {
+    fn start(world: &World, ends_by: Signal) -> Controlplane {
+        let directory = world.runtime_dir().join("vnet");
+        let _ =
+            std::os::unix::fs::DirBuilderExt::mode(&mut std::fs::DirBuilder::new(), 0o700).create(&directory);
+        let at = |name: &str| format!("unix://{}", directory.join(name).display());
+        let store = world.state_dir().join("state.db");
+        let mut command = world.program("vnet-controlplane");
+        command.args([
+            "--listen",
+            &at("control.sock"),
+            "--session-listen",
+            &at("session.sock"),
+        ]);
+        command.args(["--secure-mode", "--store", &format!("sqlite:{}", store.display())]);
+        let process = Running::start(command);
+        let socket = world.control_socket();
+        eventually("the controlplane listens", || {
+            std::os::unix::net::UnixStream::connect(&socket).is_ok()
+        });
+        Controlplane {
+            process,
+            ends_by,
+            session_url: at("session.sock"),
+        }
+    }
+
+    /// Ends it, and starts another in its place.
+    fn restart(self, world: &World) -> Controlplane {
+        let ends_by = self.ends_by;
+        self.end();
+        Controlplane::start(world, ends_by)
+    }
+
+    fn end(self) {
+        self.process.signal(self.ends_by);
+        self.process.wait();
+    }
+}
+
+/// Two million bytes in two seconds.
+fn slow_server(world: &World) -> vnet_tests::Server {
+    tcp(world.internet(), "203.0.113.10:8000", |mut stream, _| {
+        let mut request = [0; 4096];
+        let _ = stream.read(&mut request);
+        let _ = stream.write_all(b"HTTP/1.0 200 OK\r\nContent-Length: 2000000\r\n\r\n");
+        for _ in 0..40 {
+            if stream.write_all(&[b'x'; 50_000]).is_err() {
+                return;
+            }
+            thread::sleep(Duration::from_millis(50));
+        }
+    })
+}
