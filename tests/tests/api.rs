@@ -271,8 +271,8 @@ fn established_flows_and_cached_verdicts_ask_nobody() {
         eventually("it serves", || world.control_socket().exists());
         let ended = world.script(
             &["--allow", "tcp 203.0.113.10:80"],
-            "curl -sS 'http://203.0.113.10/[1-50]' > /dev/null; \
-             for i in $(seq 30); do curl -sS http://203.0.113.10/bytes/100000 > /dev/null || exit 1; done",
+            "curl -sS 'http://203.0.113.10/[1-50]' > /dev/null; echo first; \
+             for i in $(seq 30); do curl -sS http://203.0.113.10/bytes/100000 > /dev/null || exit 1; echo $i; done",
         );
         assert_eq!(ended.code, 0, "{ended:?}");
         assert_eq!((server.connections(), server.requests()), (31, 80));
