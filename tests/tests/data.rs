@@ -46,7 +46,6 @@ fn a_hundred_megabytes_arrive_whole_in_each_direction() {
 }
 
 #[test]
-#[ignore = "recovery of the dataplane's sender from losses is too slow: 1 s a loss"]
 fn four_megabytes_arrive_whole_over_a_link_that_loses_and_reorders() {
     staged(
         four_megabytes_arrive_whole_over_a_link_that_loses_and_reorders,

@@ -98,8 +98,9 @@ impl Connection {
         // dropped before `slot`.
         let (receive, send) = unsafe { slot.slices() };
         let mut socket = Socket::new(SocketBuffer::new(receive), SocketBuffer::new(send));
-        // The link is lossless and in order; the window alone limits what is under way.
-        socket.set_congestion_control(CongestionControl::None);
+        // The links lose nothing, and slow start reaches the window at once. Where one does lose (a bridge
+        // between, a full queue), a smaller window turns a loss into a fast retransmission, not a time-out.
+        socket.set_congestion_control(CongestionControl::Reno);
         socket.set_nagle_enabled(false);
         // One acknowledgement per batch of segments, because egress runs once per batch.
         socket.set_ack_delay(None);
