@@ -10,7 +10,7 @@ use std::str::FromStr;
 
 use ipnet::IpNet;
 
-use crate::model::{FlowKey, Malformed, Name, NamePattern, PortRange, Protocol, parse_prefix};
+use crate::model::{FlowKey, Malformed, Name, NameError, NamePattern, PortRange, Protocol, parse_prefix};
 use crate::v1;
 
 /// What a grant, an inline rule or a question is about.
@@ -341,7 +341,7 @@ impl TryFrom<v1::Target> for Target {
                 }
             }
             v1::target::Kind::Name(name) => {
-                let pattern = name.name.parse().map_err(|source| Malformed::Name {
+                let pattern = pattern_from_wire(&name.name).map_err(|source| Malformed::Name {
                     field: "target.name",
                     source,
                 })?;
@@ -359,6 +359,18 @@ impl TryFrom<v1::Target> for Target {
             }
         }
     }
+}
+
+/// A pattern as a program may send it: what a person types, or the canonical form of any name that a guest
+/// may ask for, odd bytes as `\DDD`.
+fn pattern_from_wire(text: &str) -> Result<NamePattern, NameError> {
+    text.parse().or_else(|error| {
+        let canonical = match text.strip_prefix("*.") {
+            Some(parent) => Name::from_canonical(parent).map(NamePattern::Subdomains),
+            None => Name::from_canonical(text).map(NamePattern::Exact),
+        };
+        canonical.map_err(|_| error)
+    })
 }
 
 impl From<&Target> for v1::Target {
@@ -396,6 +408,30 @@ impl From<&Target> for v1::Target {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn every_name_that_a_guest_may_ask_for_survives_the_wire() {
+        let labels: [&[&[u8]]; 4] = [
+            &[b"se cret data", b"exfil", b"test"],
+            &[b"a.b", b"7"],
+            &[b"\\", b"*"],
+            &[b"ok", b"7"],
+        ];
+        for labels in labels {
+            let name = Name::from_labels(labels.iter().copied()).unwrap();
+            for pattern in [
+                NamePattern::Exact(name.clone()),
+                NamePattern::Subdomains(name.clone()),
+            ] {
+                let target = Target::Name {
+                    pattern,
+                    ports: None,
+                    lookup_only: false,
+                };
+                assert_eq!(Target::try_from(v1::Target::from(&target)).unwrap(), target);
+            }
+        }
+    }
 
     #[test]
     fn what_is_written_reads_back_the_same() {
