@@ -566,6 +566,12 @@ fn link_is_a_packet_socket_elsewhere() {
 }
 
 #[test]
+fn kernel_settings_are_closed_to_root_too() {
+    let text = "test ! -w /proc/sys/kernel/core_pattern && test -z \"$(head -c 1 /dev/kmsg)\" && test ! -w /proc/sys/kernel/modprobe";
+    assert_eq!(run(&spec(&["/bin/sh", "-c", text])).code, 0);
+}
+
+#[test]
 fn ordinary_user_has_a_guest_too() {
     if !as_ordinary_user("ordinary_user_has_a_guest_too") {
         return;

@@ -63,6 +63,7 @@ pub(crate) fn set_up(places: &Places, resolv_conf: &str, cwd: Option<&Path>) -> 
     .step("give the guest terminals of its own at /dev/pts")?;
     workshop.close()?;
     mount_proc()?;
+    close_kernel_settings(&mut notes);
     // The kernel refuses to execute a file whose capabilities could not all be had; ping is such a file on
     // some systems, and needs none here. Without set-id they count for nothing, and it runs.
     if let Err(errno) = sys::set_nosuid_everywhere() {
@@ -262,6 +263,36 @@ fn mount_proc() -> Result<(), Failure> {
             remedy,
         }
     })
+}
+
+/// Makes the kernel's settings read-only and hides what leads into the kernel. To an ordinary user they are
+/// closed anyway; a run by root would otherwise write them with root's own identity.
+fn close_kernel_settings(notes: &mut Vec<String>) {
+    const READ_ONLY: [&str; 4] = ["/proc/sys", "/proc/irq", "/proc/bus", "/proc/fs"];
+    const HIDDEN: [&str; 5] = [
+        "/proc/sysrq-trigger",
+        "/proc/kcore",
+        "/proc/kmsg",
+        "/proc/keys",
+        "/dev/kmsg",
+    ];
+    let bind = |from: &str, to: &str| mount(Some(from), to, NONE, MsFlags::MS_BIND, NONE);
+    let read_only = MsFlags::MS_BIND
+        | MsFlags::MS_REMOUNT
+        | MsFlags::MS_RDONLY
+        | MsFlags::MS_NOSUID
+        | MsFlags::MS_NODEV
+        | MsFlags::MS_NOEXEC;
+    for path in READ_ONLY.into_iter().filter(|path| Path::new(path).exists()) {
+        if let Err(errno) = bind(path, path).and_then(|()| mount(NONE, path, NONE, read_only, NONE)) {
+            notes.push(format!("{path} cannot be made read-only: {}", errno.desc()));
+        }
+    }
+    for path in HIDDEN.into_iter().filter(|path| Path::new(path).exists()) {
+        if let Err(errno) = bind("/dev/null", path) {
+            notes.push(format!("{path} cannot be hidden: {}", errno.desc()));
+        }
+    }
 }
 
 /// Mounts an empty temporary file system.
