@@ -219,10 +219,10 @@ impl Cache {
         self.entries = self.entries + 1 + regions.len() - 1 - before;
         self.order.push_back((shape, key));
         if found.names_consulted {
-            self.by_address
-                .entry(found.prefix.addr())
-                .or_default()
-                .push((shape, key));
+            let places = self.by_address.entry(found.prefix.addr()).or_default();
+            if !places.contains(&(shape, key)) {
+                places.push((shape, key));
+            }
         }
         while self.entries > FLOW_ENTRIES_MAX || self.order.len() > 2 * FLOW_ENTRIES_MAX {
             let Some((shape, key)) = self.order.pop_front() else {
@@ -231,6 +231,20 @@ impl Cache {
             if let Some(gone) = self.shapes[shape].table.remove(&key) {
                 self.entries -= gone.len();
                 self.evictions += gone.len() as u64;
+                if gone.iter().any(|region| region.names_consulted) {
+                    self.unindex(shape, key);
+                }
+            }
+        }
+    }
+
+    /// An entry that looked at names is gone: its address need not lead to it any more.
+    fn unindex(&mut self, shape: usize, key: ShapeKey) {
+        let address = self.shapes[shape].address(key);
+        if let Some(places) = self.by_address.get_mut(&address) {
+            places.retain(|place| *place != (shape, key));
+            if places.is_empty() {
+                self.by_address.remove(&address);
             }
         }
     }
@@ -302,6 +316,15 @@ impl Shape {
             IpAddr::V6(v6) => u128::from(v6) & mask(self.prefix_length, 128),
         };
         (bits, port)
+    }
+
+    /// The address of a key, for shapes of one address.
+    fn address(&self, key: ShapeKey) -> IpAddr {
+        if self.is_v4 {
+            IpAddr::from(u32::try_from(key.0).unwrap_or(0).to_be_bytes())
+        } else {
+            IpAddr::from(key.0.to_be_bytes())
+        }
     }
 
     fn is_exact(&self) -> bool {
@@ -528,6 +551,26 @@ mod tests {
                 .lookup(Time::ZERO, &key("10.0.0.10:80"), GuardSet::EMPTY)
                 .is_some()
         );
+    }
+
+    #[test]
+    fn the_index_of_addresses_stays_as_small_as_the_cache() {
+        let mut cache = cache();
+        for i in 0..FLOW_ENTRIES_MAX as u32 + 500 {
+            let mut named = verdict(
+                VerdictAction::Deny,
+                &Ipv4Addr::from(0x0a00_0000 + i).to_string(),
+                "80",
+            );
+            if let Match::Flow(found) = &mut named.found {
+                found.names_consulted = true;
+            }
+            put(&mut cache, &named, None);
+            put(&mut cache, &named, None);
+        }
+        assert!(cache.len() <= FLOW_ENTRIES_MAX);
+        assert_eq!(cache.by_address.len(), cache.len());
+        assert!(cache.by_address.values().all(|places| places.len() == 1));
     }
 
     #[test]

@@ -151,21 +151,31 @@ impl Engine {
 
     /// Room for one more flow of a kind: the longest idle association makes way.
     fn make_room(&mut self, state: &State) -> Result<(), DropReason> {
-        let is_udp = matches!(state, State::Udp);
+        self.evict_beyond_limit(matches!(state, State::Udp));
+        if self.flows.has_room() {
+            Ok(())
+        } else {
+            Err(DropReason::FlowLimit)
+        }
+    }
+
+    /// Ends the longest idle flow of a kind when there are as many as there may be.
+    fn evict_beyond_limit(&mut self, is_udp: bool) {
         let (count, max) = if is_udp {
             (self.udp_flows, UDP_FLOWS_MAX)
         } else {
             (self.echo_flows, ECHO_FLOWS_MAX)
         };
-        if count >= max {
-            let same = |s: &State| matches!(s, State::Udp) == is_udp && matches!(s, State::Udp | State::Echo);
-            let idle = self.flows.longest_idle(same).ok_or(DropReason::FlowLimit)?;
-            self.end_flow(idle, FlowEnd::Evicted);
+        if count < max {
+            return;
         }
-        if self.flows.has_room() {
-            Ok(())
-        } else {
-            Err(DropReason::FlowLimit)
+        let of_kind = |state: &State| match state {
+            State::Udp => is_udp,
+            State::Echo => !is_udp,
+            _ => false,
+        };
+        if let Some(idle) = self.flows.longest_idle(of_kind) {
+            self.end_flow(idle, FlowEnd::Evicted);
         }
     }
 
@@ -193,6 +203,12 @@ impl Engine {
         decision: &Arc<Decision>,
         miss: vnet_proto::model::MissId,
     ) {
+        let is_udp = self
+            .flows
+            .get(at)
+            .is_some_and(|flow| flow.key.protocol == Protocol::Udp);
+        // One answer may let many held flows go on at once; the limits hold for them too.
+        self.evict_beyond_limit(is_udp);
         let Some(flow) = self.flows.get_mut(at) else {
             return;
         };

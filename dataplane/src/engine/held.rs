@@ -18,6 +18,9 @@ pub const DATAGRAMS_MAX: usize = 4;
 /// Bytes kept of one held UDP flow.
 pub const DATAGRAM_BYTES_MAX: usize = 16 << 10;
 
+/// Differences of a hold smaller than this change nothing.
+const HOLD_STEP: Duration = Duration::from_millis(500);
+
 /// What all flows that join one miss have in common.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct Target {
@@ -47,6 +50,8 @@ pub enum HeldMiss {
         flows: Vec<usize>,
         /// How long each is held from its arrival.
         hold: Duration,
+        /// Names bound to the destination, as the session was told last.
+        names: Vec<Name>,
     },
     /// A lookup, with everything that joined it (the gateway's DNS holds the queries).
     Lookup {
@@ -113,6 +118,7 @@ impl Held {
                     target,
                     flows: Vec::new(),
                     hold,
+                    names: Vec::new(),
                 })?;
                 self.by_target.insert(target, miss);
                 miss
@@ -149,14 +155,26 @@ impl Held {
         Some(miss)
     }
 
-    /// A person is asked: flows of this miss may wait for so long. The flows, for new deadlines.
+    /// A person is asked: flows of this miss may wait for so long. The flows, for new deadlines; none when
+    /// that is what they may already: a flow that joins moves nobody else's deadline.
     pub fn extend(&mut self, miss: MissId, new_hold: Duration) -> &[usize] {
         match self.misses.get_mut(&miss) {
             Some(HeldMiss::Flows { flows, hold, .. }) => {
+                if hold.abs_diff(new_hold) < HOLD_STEP {
+                    return &[];
+                }
                 *hold = new_hold;
                 flows
             }
             _ => &[],
+        }
+    }
+
+    /// The session is told of these names.
+    pub fn note_names(&mut self, miss: MissId, told: &[Name]) {
+        if let Some(HeldMiss::Flows { names, .. }) = self.misses.get_mut(&miss) {
+            names.clear();
+            names.extend_from_slice(told);
         }
     }
 

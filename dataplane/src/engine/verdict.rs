@@ -68,6 +68,10 @@ impl Engine {
             self.ask_again(now, verdict.miss);
             return;
         }
+        if self.names_moved_on(now, verdict) {
+            self.ask_again(now, verdict.miss);
+            return;
+        }
         // What no longer waits is taken for unguarded: under a guard it would be a miss again.
         let mut guards = GuardSet::EMPTY;
         let flow_key = match self.held.get(verdict.miss) {
@@ -119,6 +123,23 @@ impl Engine {
                 });
                 self.answer(now, miss, &decision);
             }
+        }
+    }
+
+    /// Whether a verdict rests on names that are no longer those bound to the address. What no longer waits
+    /// cannot be compared, and is not taken.
+    fn names_moved_on(&self, now: Time, verdict: &Verdict) -> bool {
+        let Match::Flow(found) = &verdict.found else {
+            return false;
+        };
+        if !found.names_consulted {
+            return false;
+        }
+        match self.held.get(verdict.miss) {
+            Some(HeldMiss::Flows { target, names, .. }) => {
+                self.bindings.names_of(now, target.peer.ip()) != *names
+            }
+            _ => true,
         }
     }
 
@@ -251,7 +272,9 @@ impl Engine {
         count: usize,
         hold: Duration,
     ) {
-        let subject = Subject::Flow(self.subject(now, key, dialled));
+        let subject = self.subject(now, key, dialled);
+        self.held.note_names(miss, &subject.names);
+        let subject = Subject::Flow(subject);
         let held = u32::try_from(count).unwrap_or(u32::MAX);
         self.report(Report::Miss(Miss {
             id: miss,
