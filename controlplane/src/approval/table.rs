@@ -130,13 +130,15 @@ impl PendingTable {
         Changes::of(Change::Updated(id))
     }
 
-    /// A VM's link is gone for good: its requests are cancelled.
+    /// A VM's link is gone for good: its requests are cancelled. Nothing is released: what they held went
+    /// with the VM, and to decide it again would be to ask for a VM that is not there.
     pub fn vm_stopped(&mut self, now: SystemTime, instance: &VmInstance) -> Changes {
         let of_vm = self.open.values().filter(|r| r.vm.instance == *instance);
         let ids: Vec<PendingId> = of_vm.map(|r| r.id.clone()).collect();
         let mut changes = Changes::default();
         for id in ids {
-            changes.append(self.close(now, &id, PendingState::Cancelled, None));
+            let closed = self.close(now, &id, PendingState::Cancelled, None);
+            changes.changes.extend(closed.changes);
         }
         self.vms.remove(instance);
         changes

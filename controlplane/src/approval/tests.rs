@@ -386,6 +386,7 @@ fn a_vm_that_stops_takes_its_requests_along() {
     desk.ask_of(&vm("db"), 0, 3, tcp("1.2.3.4:443", &[]));
     let changes = desk.table.vm_stopped(at(1), &vm("web").instance);
     assert_eq!((changes.changes.len(), desk.table.open_count()), (2, 1));
+    assert_eq!(changes.released, [], "nobody is there to be answered");
     assert_eq!(desk.get("p1").state, PendingState::Cancelled);
     assert_eq!(desk.table.open_count_of(&vm("web").instance), 0);
 }

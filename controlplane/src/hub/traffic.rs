@@ -8,6 +8,7 @@ use vnet_proto::model::{
 use vnet_proto::v1;
 
 use super::events::{about, on_subject};
+use super::repeats::Key;
 use super::{Hub, State, ids, too_many_watches};
 use crate::clock::Now;
 use crate::convert;
@@ -138,7 +139,8 @@ impl State {
             self.metrics.limits_reached.add(1);
             self.cut(None, number, vec![id], "the limit of live flows is reached");
             let text = format!("{FLOWS_PER_DATAPLANE_MAX} flows are live, which is the limit");
-            self.event(now, about(v1::EventKind::LimitReached, &name, text));
+            let key = Key::limit(&text);
+            self.repeated_event(now, key, 1, about(v1::EventKind::LimitReached, &name, text));
             return Ok(());
         }
         self.last_flow += 1;
