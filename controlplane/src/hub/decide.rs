@@ -158,6 +158,7 @@ impl State {
     }
 
     fn ask(&mut self, now: Now, name: &str, miss: MissRef, subject: Subject, packets: u32, reason: Reason) {
+        self.last_request = self.last_request.wrapping_add(1);
         let Some(vm) = self.fleet.vms.get(name) else {
             return;
         };
@@ -167,7 +168,7 @@ impl State {
             Subject::Lookup(_) => timeout.min(vm.lookup_hold),
         };
         let ask = Ask {
-            id: PendingId(ids::random()),
+            id: PendingId(ids::spread(self.last_request)),
             vm: &vm.view,
             subject: subject.clone(),
             reason,

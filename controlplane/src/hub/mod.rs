@@ -97,6 +97,8 @@ struct State {
     last_session: u64,
     last_dataplane: u64,
     last_flow: u64,
+    /// Begins anywhere, so that another start gives other ids.
+    last_request: u64,
     /// Grants for once that are spent, so that the flow each let through is not cut for want of it.
     spent: VecDeque<GrantId>,
     request_ids: VecDeque<(String, v1::Grant)>,
@@ -123,8 +125,8 @@ impl Hub {
         secure_mode: bool,
     ) -> Result<Self, Refusal> {
         let now = clock.now();
-        let incarnation =
-            getrandom::u64().map_err(|e| Refusal::Unavailable(format!("no randomness: {e}")))?;
+        let randomness = || getrandom::u64().map_err(|e| Refusal::Unavailable(format!("no randomness: {e}")));
+        let incarnation = randomness()?;
         let watches = || (WATCH_QUEUE_MAX, WATCHES_MAX);
         let mut state = State {
             epoch: Epoch::first(incarnation),
@@ -140,6 +142,7 @@ impl Hub {
             last_session: 0,
             last_dataplane: 0,
             last_flow: 0,
+            last_request: randomness()?,
             spent: VecDeque::new(),
             request_ids: VecDeque::new(),
             events: EventLog::new(last_sequence, watches().0, watches().1),

@@ -13,6 +13,7 @@ use super::{Hub, State, ids, too_many_watches};
 use crate::clock::Now;
 use crate::convert;
 use crate::fleet::{Binding, DataplaneNo, FLOWS_PER_DATAPLANE_MAX, LiveFlow};
+use crate::grant::ID_PREFIX_MIN;
 use crate::policy::Outcome;
 use crate::refusal::Refusal;
 use crate::watch::Watch;
@@ -55,12 +56,21 @@ impl Hub {
     /// [`Refusal`] if no flow, or several, have ids that begin so.
     pub fn close_flow(&self, prefix: &str, actor: &str) -> Result<v1::Flow, Refusal> {
         self.read(|state, _| {
+            if prefix.len() < ID_PREFIX_MIN {
+                return Err(Refusal::field(
+                    "id",
+                    format!(
+                        "{prefix:?} is too short for the beginning of a flow's id (expected at least \
+                         {ID_PREFIX_MIN} characters); list them with: vnetctl flows list"
+                    ),
+                ));
+            }
             let mut fitting: Vec<(DataplaneNo, FlowId, &LiveFlow)> = state
                 .fleet
                 .dataplanes
                 .iter()
                 .flat_map(|(number, d)| d.flows.iter().map(|(id, flow)| (*number, *id, flow)))
-                .filter(|(_, _, flow)| !prefix.is_empty() && flow.id.starts_with(prefix))
+                .filter(|(_, _, flow)| flow.id.starts_with(prefix))
                 .collect();
             let (Some((number, id, flow)), true) = (fitting.pop(), fitting.is_empty()) else {
                 return Err(if fitting.is_empty() {
