@@ -37,6 +37,25 @@ impl Place {
     }
 }
 
+/// A log that a full disk is behind.
+#[cfg(target_os = "linux")]
+#[test]
+fn a_log_that_cannot_be_written_stops_nothing() {
+    let place = Place::new("full");
+    let full = std::fs::OpenOptions::new().write(true).open("/dev/full").unwrap();
+    let mut command = Command::new(env!("CARGO_BIN_EXE_vnet-controlplane"));
+    command
+        .args(["--listen", &format!("unix://{}", place.socket().display())])
+        .args(["--store", "memory:", "--log-level", "trace"])
+        .stdin(Stdio::null())
+        .stderr(full);
+    let mut running = Running(command.spawn().unwrap());
+    wait_for("the socket", || answers(&place.socket()));
+    running.signal(Signal::SIGTERM);
+    wait_for("the process to end", || running.ended().is_some());
+    assert_eq!(running.ended().unwrap().code(), Some(0));
+}
+
 impl Drop for Place {
     fn drop(&mut self) {
         let _ = std::fs::remove_dir_all(&self.0);
