@@ -27,8 +27,10 @@ pub(super) const VERSION: u32 = MIGRATIONS.len() as u32;
 /// One step: what SQL can do, then what it cannot. All of it happens, or nothing.
 pub(super) struct Step {
     pub(super) sql: &'static str,
-    pub(super) then: Option<fn(&Transaction<'_>) -> Result<(), StoreError>>,
+    pub(super) then: Option<Then>,
 }
+
+type Then = fn(&Transaction<'_>) -> Result<(), StoreError>;
 
 const FIRST: &str = "
     CREATE TABLE grants (
