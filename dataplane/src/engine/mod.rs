@@ -18,6 +18,7 @@
 
 pub mod bindings;
 pub mod cache;
+mod counters;
 mod datagram;
 pub mod flow;
 mod fragment;
@@ -52,6 +53,7 @@ use vnet_proto::model::{
 
 use crate::engine::bindings::Bindings;
 use crate::engine::cache::{Cache, Decision};
+use crate::engine::counters::DhcpCounts;
 use crate::engine::flow::{Flow, FlowTable, State};
 use crate::engine::fragment::Fragments;
 use crate::engine::frame::{Body, DropReason, Frame};
@@ -124,6 +126,8 @@ pub trait Surroundings: Send + Sync {
     fn guards(&self, dialled: SocketAddr, protocol: Protocol) -> GuardSet;
     /// The local zones.
     fn zones(&self) -> Arc<crate::engine::gateway::dns::zones::Zones>;
+    /// What is counted of the network as a whole, by name.
+    fn counters(&self) -> Vec<(&'static str, u64)>;
 }
 
 /// What the driver does next with a frame just handled.
@@ -210,7 +214,10 @@ pub struct Engine {
     held: Held,
     tally: Tally,
     bindings: Bindings,
+    dhcp: DhcpCounts,
     dns: Dns,
+    /// What was counted when it was last reported.
+    counted: BTreeMap<String, u64>,
     /// When the timers of the two above are set to fire.
     dns_set: Option<Time>,
     bindings_set: Option<Time>,
@@ -252,7 +259,9 @@ impl Engine {
             held: Held::new(config.vm, config.hold),
             tally: Tally::default(),
             bindings: Bindings::default(),
+            dhcp: DhcpCounts::default(),
             dns: Dns::new(config.lookup_hold),
+            counted: BTreeMap::new(),
             dns_set: None,
             bindings_set: None,
             fragments: Fragments::default(),
@@ -637,13 +646,15 @@ impl Engine {
         for report in self.tally.take(self.config.vm) {
             self.report(report);
         }
-        if std::mem::take(&mut self.status_changed) {
-            self.report_status(true);
+        let counters = self.counters();
+        if std::mem::take(&mut self.status_changed) || counters != self.counted {
+            self.report_status(counters);
         }
     }
 
     /// Reports the guest's status as it is now.
-    pub fn report_status(&mut self, attached: bool) {
+    fn report_status(&mut self, counters: BTreeMap<String, u64>) {
+        self.counted.clone_from(&counters);
         let dropped_frames: BTreeMap<String, u64> = DropReason::ALL
             .into_iter()
             .map(|reason| (reason.word().to_owned(), self.drops[reason as usize]))
@@ -655,13 +666,19 @@ impl Engine {
             mac: self.mac.map(|m| m.to_string()).unwrap_or_default(),
             claimed_hostname: self.claimed_hostname.clone(),
             dropped_frames,
-            attached,
+            counters,
+            attached: true,
         }));
     }
 
     /// Counts a frame that was not delivered.
     pub fn count_drop(&mut self, reason: DropReason) {
-        self.drops[reason as usize] += 1;
+        self.count_drops(reason, 1);
+    }
+
+    /// Counts frames that were not delivered.
+    pub fn count_drops(&mut self, reason: DropReason, count: u64) {
+        self.drops[reason as usize] += count;
         self.note_status();
     }
 
