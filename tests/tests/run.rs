@@ -632,9 +632,7 @@ fn without_a_tun_device_a_veth_pair_does() {
             .args(["-c", "mount --bind /dev/null /dev/net/tun && exec \"$0\" \"$@\""])
             .arg(vnet_tests::binaries::binary("vnetctl"))
             .args(["run", "--allow", "tcp 203.0.113.10:80", "--", "sh", "-c"])
-            .arg(
-                "curl -sS http://203.0.113.10/bytes/3000000 | wc -c",
-            );
+            .arg("curl -sS http://203.0.113.10/bytes/3000000 | wc -c");
         // The mask is to end with it.
         let mut apart = world.program("unshare");
         apart
