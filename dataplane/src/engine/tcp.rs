@@ -15,7 +15,6 @@ use crate::engine::flow::{State, Waiting};
 use crate::engine::frame::{DropReason, Ipv4};
 use crate::engine::reply::{self, TcpHeader, Unreachable};
 use crate::engine::stack::{Connection, Phase};
-use crate::engine::timer::Timer;
 use crate::engine::{Engine, Event, Outcome, Time};
 use crate::message::FlowEnd;
 
@@ -25,12 +24,6 @@ const DNS_PORT: u16 = 53;
 pub const DIAL_PATIENCE: Duration = Duration::from_secs(30);
 /// How long an established connection may be silent (RFC 5382 REQ-5: at least 2 hours 4 minutes).
 pub const TCP_IDLE: Duration = Duration::from_secs(7_500);
-/// How long a connection that both sides have closed may wait for the last acknowledgement.
-const CLOSING_IDLE: Duration = Duration::from_secs(60);
-/// The least time ahead that a flow's timer is set.
-const TIMER_STEP: Duration = Duration::from_millis(1);
-/// When rings of a quiet connection give memory back.
-const SHRINK_IDLE: Duration = Duration::from_secs(10);
 /// A guest that does not repeat its SYN within this long at first, or within a multiple of its last
 /// interval, has given up. RFC 6298 §5.7 repeats after 1 s, then doubles; some stacks begin at 3 s.
 const FIRST_REPEAT: Duration = Duration::from_secs(4);
@@ -477,108 +470,6 @@ impl Engine {
         }
         self.schedule(now, at);
         sent_all
-    }
-
-    /// When a flow wants attention next.
-    fn flow_deadline(&mut self, now: Time, at: usize) -> Option<Time> {
-        let flow = self.flows.get_mut(at)?;
-        let ends_at = flow.decision.as_ref().and_then(|d| d.expires_at);
-        let own = match &mut flow.state {
-            State::Held(waiting) => waiting
-                .gives_up_at
-                .map_or(waiting.deadline, |g| g.min(waiting.deadline)),
-            State::Dialing { deadline, .. } => *deadline,
-            State::Tcp(connection) | State::Service(connection) => {
-                let quiet = if connection.is_closing() {
-                    CLOSING_IDLE
-                } else if now < flow.last_active + SHRINK_IDLE {
-                    SHRINK_IDLE
-                } else {
-                    TCP_IDLE
-                };
-                let idle = flow.last_active + quiet;
-                connection.poll_timeout(now).map_or(idle, |at| at.min(idle))
-            }
-            State::Udp => flow.last_active + super::datagram::udp_idle(flow.bytes_down),
-            State::Echo => flow.last_active + super::ECHO_IDLE,
-        };
-        Some(ends_at.map_or(own, |ends| ends.min(own)))
-    }
-
-    /// Sets a flow's timer, if it must fire earlier than the one that is set.
-    pub(super) fn schedule(&mut self, now: Time, at: usize) {
-        let Some(deadline) = self.flow_deadline(now, at) else {
-            return;
-        };
-        // What is overdue waits for room or for service, both of which come by themselves; a timer that is
-        // due at once would fire for ever.
-        let deadline = deadline.max(now + TIMER_STEP);
-        let Some(flow) = self.flows.get_mut(at) else {
-            return;
-        };
-        if flow.scheduled.is_none_or(|set| deadline < set || set <= now) {
-            flow.scheduled = Some(deadline);
-            self.timers.set(deadline, Timer::Flow(at));
-        }
-    }
-
-    pub(super) fn handle_flow_timeout(&mut self, now: Time, at: usize) {
-        let Some(flow) = self.flows.get_mut(at) else {
-            return;
-        };
-        // A place is taken again by other flows, and deadlines move: only the timer that is set counts.
-        if flow.scheduled.is_none_or(|set| set > now) {
-            return;
-        }
-        flow.scheduled = None;
-        if flow
-            .decision
-            .as_ref()
-            .and_then(|d| d.expires_at)
-            .is_some_and(|ends| ends <= now)
-        {
-            self.cut(now, at, FlowEnd::GrantEnded);
-            return;
-        }
-        match &mut flow.state {
-            State::Held(waiting) => {
-                if waiting.gives_up_at.is_some_and(|g| g <= now) && waiting.deadline > now {
-                    self.end_flow(at, FlowEnd::GuestReset);
-                } else if waiting.deadline <= now {
-                    self.refuse_held(now, at, FlowEnd::Idle);
-                }
-            }
-            State::Dialing { deadline, .. } => {
-                if *deadline <= now {
-                    self.handle_refused(now, at, DialError::TimedOut);
-                }
-            }
-            State::Tcp(connection) | State::Service(connection) => {
-                let quiet = now.saturating_sub(flow.last_active);
-                if quiet >= TCP_IDLE || (connection.is_closing() && quiet >= CLOSING_IDLE) {
-                    self.reset_guest(now, at);
-                    self.end_flow(at, FlowEnd::Idle);
-                    return;
-                }
-                if quiet >= SHRINK_IDLE {
-                    connection.shrink_if_idle();
-                }
-                // Its service sends what is due, and sets the next timer.
-                self.mark_dirty(at);
-                return;
-            }
-            State::Udp | State::Echo => {
-                let idle = match flow.state {
-                    State::Udp => super::datagram::udp_idle(flow.bytes_down),
-                    _ => super::ECHO_IDLE,
-                };
-                if now.saturating_sub(flow.last_active) >= idle {
-                    self.end_flow(at, FlowEnd::Idle);
-                    return;
-                }
-            }
-        }
-        self.schedule(now, at);
     }
 }
 
