@@ -5,5 +5,7 @@ mod counters;
 mod datagram;
 mod identity;
 mod kit;
+mod neighbours;
 mod tcp;
+mod town;
 mod verdict;
