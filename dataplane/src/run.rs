@@ -167,7 +167,12 @@ pub async fn run(config: Config) -> Result<(), RunError> {
     let guards = Arc::new(Guards::new(host, []));
 
     let (reports, receiver) = mpsc::channel(REPORTS_MAX);
-    let network = make_network(&config, Arc::clone(&guards), reports.clone());
+    let network = make_network(
+        &config,
+        Arc::clone(&guards),
+        Arc::clone(&metrics),
+        reports.clone(),
+    );
     let forwards = Forwards::new(
         Arc::clone(&network) as Arc<dyn Router>,
         Arc::clone(&metrics),
@@ -201,7 +206,7 @@ pub async fn run(config: Config) -> Result<(), RunError> {
     let follow = follow(
         watcher,
         Arc::clone(&guards),
-        metrics,
+        Arc::clone(&metrics),
         reports.clone(),
         Arc::clone(&network) as Arc<dyn Router>,
     );
@@ -243,6 +248,9 @@ pub async fn run(config: Config) -> Result<(), RunError> {
             }
         }
     };
+    for line in metrics.render().lines().filter(|line| !line.starts_with('#')) {
+        tracing::debug!(metric = line, "counted");
+    }
     match session_end {
         SessionEnd::Finished => Ok(()),
         end => Err(RunError::Session(end)),
@@ -260,7 +268,12 @@ async fn lifeline_end(lifeline: Option<std::os::fd::OwnedFd>) {
     }
 }
 
-fn make_network(config: &Config, guards: Arc<Guards>, reports: mpsc::Sender<Report>) -> Arc<Network> {
+fn make_network(
+    config: &Config,
+    guards: Arc<Guards>,
+    metrics: Arc<Metrics>,
+    reports: mpsc::Sender<Report>,
+) -> Arc<Network> {
     let net = &config.network;
     let mut zones = Zones::new();
     for zone in &net.zones {
@@ -300,6 +313,7 @@ fn make_network(config: &Config, guards: Arc<Guards>, reports: mpsc::Sender<Repo
         },
         hold: HOLD,
         flows_max: FLOWS_MAX,
+        metrics,
     };
     Network::new(
         shared,

@@ -822,6 +822,29 @@ async fn a_guest_that_is_denied_again_and_again_makes_few_events_and_hides_none(
 }
 
 #[test]
+fn what_a_dataplane_counts_of_a_vm_is_shown_with_it() {
+    let rig = Rig::open();
+    let dp = rig.dataplane("web");
+    let many = (0..10_000).map(|n| (format!("made_up_{n}"), n));
+    dp.say(Message::VmStatus(v1::VmStatus {
+        vm: 1,
+        attached: true,
+        dropped_frames: [("denied".to_owned(), 2)].into(),
+        counters: [("dns_relayed".to_owned(), 5)].into(),
+        ..Default::default()
+    }));
+    let vm = rig.hub.vm("web").unwrap();
+    assert_eq!((vm.dropped_frames["denied"], vm.counters["dns_relayed"]), (2, 5));
+    dp.say(Message::VmStatus(v1::VmStatus {
+        vm: 1,
+        attached: true,
+        counters: many.collect(),
+        ..Default::default()
+    }));
+    assert_eq!(rig.hub.vm("web").unwrap().counters.len(), 256, "no more are kept");
+}
+
+#[test]
 fn watches_begin_with_what_is_there() {
     let rig = Rig::secure();
     let mut dp = rig.dataplane("web");
