@@ -345,18 +345,19 @@ fn request(spec: &Spec) -> (Request, Vec<RawFd>) {
         .map(|(number, _)| number)
         .collect();
     let terminals = crate::terminal::device_paths();
-    let masks = spec
-        .masks
-        .iter()
-        .chain(&terminals)
-        .map(|path| mounts::path_bytes(path))
-        .collect();
+    let bytes =
+        |paths: &[PathBuf]| -> Vec<Vec<u8>> { paths.iter().map(|path| mounts::path_bytes(path)).collect() };
+    let mut masks = bytes(&spec.masks);
+    masks.extend(bytes(&terminals));
     let request = Request {
         mtu_bytes: spec.mtu_bytes,
         guest: (spec.guest.addr(), spec.guest.prefix_len()),
         gateway: spec.gateway,
         hostname: spec.hostname.clone(),
         masks,
+        programs: bytes(&spec.programs),
+        writable: spec.writable.as_deref().map(bytes),
+        sockets: bytes(&spec.sockets),
         pty: spec.pty,
         force_packet_socket: spec.force_packet_socket,
     };
