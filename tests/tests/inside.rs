@@ -4,6 +4,7 @@
 
 use std::fs;
 use std::io::{ErrorKind, Write as _};
+use std::os::fd::OwnedFd;
 use std::os::unix::net::{UnixDatagram, UnixListener, UnixStream};
 use std::path::Path;
 
@@ -385,6 +386,83 @@ print(ctypes.get_errno())
             assert!(heard.is_err_and(|error| error.kind() == ErrorKind::WouldBlock));
         },
     );
+}
+
+#[test]
+fn own_sockets_and_waiting_connects_are_bounded() {
+    staged(own_sockets_and_waiting_connects_are_bounded, |world| {
+        let program = r#"
+import errno, os, socket, sys, threading, time
+SOCKETS, WAITING = 4096, 1024
+def listening(path):
+    s = socket.socket(socket.AF_UNIX)
+    s.bind(path)
+    s.listen(1)
+    return s
+for n in range(SOCKETS):
+    listening("s%d" % n).close()
+try:
+    listening("more")
+    print("no limit")
+except OSError as e:
+    print(errno.errorcode[e.errno])
+for n in range(SOCKETS):
+    os.unlink("s%d" % n)
+server = listening("again")
+# Of files that are gone nothing is kept; a full queue has every further connect wait.
+for n in range(2):
+    c = socket.socket(socket.AF_UNIX)
+    c.connect("again")
+threading.stack_size(65536)
+results = []
+def wait():
+    s = socket.socket(socket.AF_UNIX)
+    try:
+        s.connect("again")
+        results.append("connected")
+    except OSError as e:
+        results.append(errno.errorcode[e.errno])
+import resource
+resource.setrlimit(resource.RLIMIT_NOFILE, (resource.getrlimit(resource.RLIMIT_NOFILE)[1],) * 2)
+for n in range(WAITING + 1):
+    threading.Thread(target=wait, daemon=True).start()
+while not results:
+    time.sleep(0.01)
+print(results)
+for n in range(WAITING + 2):
+    server.accept()[0].close()
+while len(results) <= WAITING:
+    time.sleep(0.01)
+print(results.count("connected"))
+"#;
+        let ended = python(world, &[], program, &[]);
+        assert_eq!(ended.stdout, "ENOBUFS\n['ENOBUFS']\n1024\n", "{ended:?}");
+    });
+}
+
+#[test]
+fn standard_stream_that_is_a_socket_leads_nowhere_else() {
+    staged(standard_stream_that_is_a_socket_leads_nowhere_else, |world| {
+        let unconnected = std::net::UdpSocket::bind("127.0.0.1:0").unwrap();
+        let mut command = world.command(&["run", "--", "true"]);
+        command.stdin(OwnedFd::from(unconnected));
+        let ended = Running::start_with_input(command).wait();
+        assert_eq!(ended.code, 125, "{ended:?}");
+        assert!(ended.stderr.contains("stdin is a socket"), "{ended:?}");
+
+        // A stream is passed on, and cannot be connected anew.
+        let server = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let client = std::net::TcpStream::connect(server.local_addr().unwrap()).unwrap();
+        server.accept().unwrap().0.write_all(b"hello\n").unwrap();
+        let program = "import ctypes, socket, sys\nprint(sys.stdin.readline().strip())\n\
+                       libc = ctypes.CDLL(None, use_errno=True)\n\
+                       print(libc.connect(0, bytes(16), 16), ctypes.get_errno())\n";
+        let file = world.file("program.py", program);
+        let mut command = world.command(&["run", "--", "python3", file.to_str().unwrap()]);
+        command.stdin(OwnedFd::from(client));
+        let ended = Running::start_with_input(command).wait();
+        assert_eq!(ended.stdout, "hello\n-1 13\n", "{ended:?}");
+    });
 }
 
 #[test]

@@ -328,7 +328,7 @@ fn not_confined(errno: Errno) -> Failure {
              whose manager intercepts system calls; start it outside of that",
         ),
         Errno::ENOSYS | Errno::E2BIG => Some(
-            "this needs Linux 5.6 or later with CONFIG_SECCOMP_FILTER, on x86-64 or arm64; serve a VM with \
+            "this needs Linux 5.9 or later with CONFIG_SECCOMP_FILTER, on x86-64 or arm64; serve a VM with \
              `vnetctl up` instead",
         ),
         _ => None,
@@ -369,6 +369,6 @@ mod tests {
             nested.contains("was not started") && nested.contains("inside another `vnetctl run`"),
             "{nested}"
         );
-        assert!(not_confined(Errno::ENOSYS).to_string().contains("Linux 5.6"));
+        assert!(not_confined(Errno::ENOSYS).to_string().contains("Linux 5.9"));
     }
 }

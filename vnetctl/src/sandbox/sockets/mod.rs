@@ -54,11 +54,11 @@ use super::{sys, wire};
 /// Files of listening sockets that are known as the run's own. Beyond it listen(2) says `ENOBUFS`.
 pub(crate) const OWN_SOCKETS_MAX: usize = 4096;
 /// Connects of blocking sockets that wait at the same time. Beyond it connect(2) says `ENOBUFS`.
-pub(crate) const WAITING_MAX: usize = 4096;
+pub(crate) const WAITING_MAX: usize = 1024;
 /// How often it is looked whether those who wait still do: one that a signal took away is not told.
 const LOOK_INTERVAL: Duration = Duration::from_millis(250);
-/// How often a listener whose queue is full is tried again.
-const RETRY_INTERVAL: Duration = Duration::from_millis(10);
+/// When a listener whose queue is full is first tried again; later ever more seldom, up to [`LOOK_INTERVAL`].
+const RETRY_INTERVAL: Duration = Duration::from_millis(5);
 
 /// Said by the command to be, beside the descriptors of the listener and of its network namespace.
 #[derive(Debug, Serialize, Deserialize)]
@@ -225,6 +225,10 @@ struct Waiting {
     socket: OwnedFd,
     to: Destination,
     deadline: Option<Instant>,
+    /// How long until it is looked at again.
+    interval: Duration,
+    /// When that is.
+    look_at: Instant,
 }
 
 /// Where a socket is to be connected to.
@@ -254,40 +258,52 @@ impl Watch {
         }
     }
 
-    /// Waits for something to do: whether a call is to be heard, and whether none will ever be again.
-    fn wait(&self) -> nix::Result<(bool, bool)> {
+    /// Waits for something to do: whether a call is to be heard, and whether none will ever be again. Of those who
+    /// wait, whom something happened to is due.
+    fn wait(&mut self) -> nix::Result<(bool, bool)> {
         let mut fds = vec![PollFd::new(self.listener.as_fd(), PollFlags::POLLIN)];
-        let mut patience = None;
+        let mut next = None;
         for waiting in &self.waiting {
             // Its end is told at once, so that a socket which nobody has any more is let go.
             fds.push(PollFd::new(waiting.caller.process(), PollFlags::POLLIN));
-            let interval = match waiting.to {
-                Destination::Verbatim(_) => {
-                    fds.push(PollFd::new(waiting.socket.as_fd(), PollFlags::POLLOUT));
-                    LOOK_INTERVAL
-                }
-                // There is no event for room in a listener's queue.
-                Destination::File(_) => RETRY_INTERVAL,
-            };
-            let interval = match waiting.deadline {
-                Some(deadline) => interval.min(deadline.saturating_duration_since(Instant::now())),
-                None => interval,
-            };
-            patience = Some(patience.map_or(interval, |p: Duration| p.min(interval)));
+            fds.push(match waiting.to {
+                Destination::Verbatim(_) => PollFd::new(waiting.socket.as_fd(), PollFlags::POLLOUT),
+                // There is no event for room in a listener's queue, and a Unix socket that is not connected
+                // would be said to be hung up without end.
+                Destination::File(_) => PollFd::new(waiting.caller.process(), PollFlags::empty()),
+            });
+            let due = waiting
+                .deadline
+                .map_or(waiting.look_at, |at| at.min(waiting.look_at));
+            next = Some(next.map_or(due, |next: Instant| next.min(due)));
         }
         // Rounded up: a deadline is over then.
-        let timeout = patience.map_or(PollTimeout::NONE, |patience| {
-            PollTimeout::try_from(patience + Duration::from_millis(1)).unwrap_or(PollTimeout::ZERO)
+        let timeout = next.map_or(PollTimeout::NONE, |next| {
+            let patience = next.saturating_duration_since(Instant::now()) + Duration::from_millis(1);
+            PollTimeout::try_from(patience).unwrap_or(PollTimeout::ZERO)
         });
         match poll(&mut fds, timeout) {
             Ok(_) | Err(Errno::EINTR) => {}
             Err(error) => return Err(error),
         }
-        let told = fds[0].revents().unwrap_or(PollFlags::empty());
-        Ok((
-            told.contains(PollFlags::POLLIN),
-            told.intersects(PollFlags::POLLHUP | PollFlags::POLLERR),
-        ))
+        let happened = |fd: &PollFd<'_>, events| fd.revents().is_some_and(|told| told.intersects(events));
+        // One that fails is ready to tell so.
+        const READY: PollFlags = PollFlags::POLLOUT
+            .union(PollFlags::POLLERR)
+            .union(PollFlags::POLLHUP);
+        let heard = happened(&fds[0], PollFlags::POLLIN);
+        let over = happened(&fds[0], PollFlags::POLLHUP | PollFlags::POLLERR);
+        let due: Vec<bool> = fds[1..]
+            .chunks(2)
+            .map(|pair| happened(&pair[0], PollFlags::POLLIN) || happened(&pair[1], READY))
+            .collect();
+        let now = Instant::now();
+        for (waiting, due) in self.waiting.iter_mut().zip(due) {
+            if due {
+                waiting.look_at = now;
+            }
+        }
+        Ok((heard, over))
     }
 
     fn heard(&mut self, notice: Notice) {
@@ -391,12 +407,18 @@ impl Watch {
                     return Err(Errno::ENOBUFS);
                 }
                 let deadline = sys::send_timeout(socket.as_fd())?.map(|patience| Instant::now() + patience);
+                let interval = match to {
+                    Destination::File(_) => RETRY_INTERVAL,
+                    Destination::Verbatim(_) => LOOK_INTERVAL,
+                };
                 Ok(Some(Waiting {
                     notice: *notice,
                     caller,
                     socket,
                     to,
                     deadline,
+                    interval,
+                    look_at: Instant::now() + interval,
                 }))
             }
             Err(error) => Err(error),
@@ -426,15 +448,21 @@ impl Watch {
     /// Tries those that wait once more, and forgets those that wait no more.
     fn look_at_waiting(&mut self) {
         let now = Instant::now();
-        for waiting in std::mem::take(&mut self.waiting) {
+        for mut waiting in std::mem::take(&mut self.waiting) {
+            let over = waiting.deadline.is_some_and(|deadline| deadline <= now);
+            if waiting.look_at > now && !over {
+                self.waiting.push(waiting);
+                continue;
+            }
             if self.listener.is_valid(&waiting.notice).is_err() {
                 continue;
             }
-            let over = waiting.deadline.is_some_and(|deadline| deadline <= now);
             let answer = match self.try_connect(&waiting.socket, &waiting.to) {
                 // The attempt before has succeeded.
                 Ok(()) | Err(Errno::EISCONN) => Answer::Done,
                 Err(error) if is_not_yet(error) && !over => {
+                    waiting.interval = (waiting.interval * 2).min(LOOK_INTERVAL);
+                    waiting.look_at = now + waiting.interval;
                     self.waiting.push(waiting);
                     continue;
                 }
