@@ -95,13 +95,13 @@ struct Plan {
 pub fn execute(args: RunArgs, connection: Connection) -> Result<u8, Failure> {
     let plan = plan(args, &connection)?;
     for warning in &plan.settings.treatment.warnings {
-        eprintln!("{warning}");
+        crate::output::say(warning);
     }
     #[cfg(target_os = "linux")]
     {
         // For a person; a script's stderr is the command's.
         if std::io::stderr().is_terminal() {
-            eprintln!("{}", not_filtered(&plan));
+            crate::output::say(not_filtered(&plan));
         }
         supervise::run(plan, connection)
     }
