@@ -75,6 +75,7 @@ impl Desk {
         let ask = Ask {
             id: PendingId(format!("p{number}")),
             vm,
+            peer: String::new(),
             subject,
             reason: Reason::new("default", "deny", "nothing allows it"),
             miss: miss(number),
@@ -285,6 +286,7 @@ fn the_beginning_of_an_id_never_means_a_request_that_came_later() {
         let ask = Ask {
             id: PendingId(id.into()),
             vm: &vm,
+            peer: String::new(),
             subject: tcp(&format!("1.2.3.4:{port}"), &[]),
             reason: Reason::new("default", "deny", ""),
             miss: miss(number),

@@ -13,7 +13,7 @@ use crate::clock::Now;
 use crate::convert;
 use crate::fleet::{DataplaneNo, Fleet, LiveFlow, Vm};
 use crate::grant::{Grant, GrantId, Lifetime, Use};
-use crate::policy::{Context, Decision, GuardedRanges, Outcome, decide_flow, decide_lookup};
+use crate::policy::{Context, Decision, GuardedRanges, Outcome, PeerView, decide_flow, decide_lookup};
 
 /// Spent grants for once that are remembered.
 const SPENT_MAX: usize = 4_096;
@@ -22,10 +22,7 @@ const SPENT_MAX: usize = 4_096;
 pub(super) fn decide(fleet: &Fleet, vm: &str, subject: &Subject) -> Option<Decision<Match>> {
     let vm = fleet.vms.get(vm)?;
     let dataplane = fleet.dataplanes.get(&vm.dataplane)?;
-    let peer = match subject {
-        Subject::Flow(flow) => flow.peer_vm.and_then(|handle| fleet.vm_of(vm.dataplane, handle)),
-        Subject::Lookup(_) => None,
-    };
+    let peer = fleet.peer_of(vm.dataplane, subject);
     Some(decide_for(vm, &dataplane.guarded, peer, subject))
 }
 
@@ -42,13 +39,16 @@ pub(super) fn decide_for(
     }
 }
 
-pub(super) fn context<'a>(vm: &'a Vm, guarded: &'a GuardedRanges, peer: Option<&Vm>) -> Context<'a> {
+pub(super) fn context<'a>(vm: &'a Vm, guarded: &'a GuardedRanges, peer: Option<&'a Vm>) -> Context<'a> {
     Context {
         vm: &vm.view,
         policy: &vm.effective,
         grants: &vm.grants,
         guarded,
-        peer_open: peer.is_some_and(|peer| peer.effective.is_open()),
+        peer: peer.map(|peer| PeerView {
+            name: &peer.view.name,
+            mode: peer.effective.mode(),
+        }),
     }
 }
 
@@ -170,6 +170,7 @@ impl State {
         let ask = Ask {
             id: PendingId(ids::spread(self.last_request)),
             vm: &vm.view,
+            peer: self.peer_name(name, &subject),
             subject: subject.clone(),
             reason,
             miss,
@@ -203,7 +204,8 @@ impl State {
                 self.metrics.pending_refused.add(1);
                 if count == 1 {
                     let event = about(v1::EventKind::LimitReached, name, reason.text.clone());
-                    let event = on_subject(event, &subject);
+                    let peer = self.peer_name(name, &subject);
+                    let event = on_subject(event, &subject, &peer);
                     self.repeated_event(now, Key::limit(&reason.text), 1, event);
                 }
                 // For this miss alone: there may be room for the next.
@@ -259,7 +261,8 @@ impl State {
         if !allowed {
             tracing::debug!(target: "flow", vm = name, reason = %reason, cached, "denied");
         }
-        let event = on_subject(about(kind, name, reason.text.clone()), subject);
+        let peer = self.peer_name(name, subject);
+        let event = on_subject(about(kind, name, reason.text.clone()), subject, &peer);
         let event = v1::Event {
             action: convert::action(outcome).into(),
             reason: Some(reason.into()),
@@ -286,6 +289,14 @@ impl State {
         if self.grants.get(&id).is_some_and(|g| g.lifetime != Lifetime::Once) {
             self.use_grant(now, &id, Use::Flow);
         }
+    }
+
+    /// The name of the other guest that a subject of a VM's is for; empty where that is none.
+    pub(super) fn peer_name(&self, name: &str, subject: &Subject) -> String {
+        let vm = self.fleet.vms.get(name);
+        vm.and_then(|vm| self.fleet.peer_of(vm.dataplane, subject))
+            .map(|peer| peer.view.name.clone())
+            .unwrap_or_default()
     }
 
     /// Whether a live flow may live on.
