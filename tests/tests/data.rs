@@ -5,11 +5,9 @@
 use std::fs;
 use std::io::{Read as _, Write as _};
 use std::net::{Shutdown, TcpStream, UdpSocket};
-use std::process::Command;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use nix::sys::signal::Signal;
 use vnet_tests::{Running, Server, World, binaries, echo, eventually, http, staged, tcp, udp_echo};
 use vnetctl::sandbox::stage::NetNs;
 

@@ -18,6 +18,7 @@
 
 pub mod bindings;
 pub mod cache;
+mod counters;
 mod datagram;
 pub mod flow;
 mod fragment;
@@ -43,7 +44,7 @@ mod verdict;
 #[cfg(test)]
 mod tests;
 
-use std::collections::VecDeque;
+use std::collections::{BTreeMap, VecDeque};
 use std::net::{Ipv4Addr, SocketAddr};
 use std::sync::Arc;
 use std::time::Duration;
@@ -55,6 +56,7 @@ use vnet_proto::model::{FlowId, GuardSet, Protocol, VmId};
 
 use crate::engine::bindings::Bindings;
 use crate::engine::cache::Cache;
+use crate::engine::counters::DhcpCounts;
 use crate::engine::flow::{Flow, FlowTable};
 use crate::engine::fragment::Fragments;
 use crate::engine::frame::{Body, DropReason, Frame};
@@ -124,6 +126,8 @@ pub trait Surroundings: Send + Sync {
     fn guards(&self, dialled: SocketAddr, protocol: Protocol) -> GuardSet;
     /// The local zones.
     fn zones(&self) -> Arc<crate::engine::gateway::dns::zones::Zones>;
+    /// What is counted of the network as a whole, by name.
+    fn counters(&self) -> Vec<(&'static str, u64)>;
 }
 
 /// What the driver does next with a frame just handled.
@@ -236,7 +240,10 @@ pub struct Engine {
     held: Held,
     tally: Tally,
     bindings: Bindings,
+    dhcp: DhcpCounts,
     dns: Dns,
+    /// What was counted when it was last reported.
+    counted: BTreeMap<String, u64>,
     /// When the timers of the two above are set to fire.
     dns_set: Option<Time>,
     bindings_set: Option<Time>,
@@ -279,7 +286,9 @@ impl Engine {
             held: Held::new(config.vm, config.hold),
             tally: Tally::default(),
             bindings: Bindings::default(),
+            dhcp: DhcpCounts::default(),
             dns: Dns::new(config.lookup_hold),
+            counted: BTreeMap::new(),
             dns_set: None,
             bindings_set: None,
             fragments: Fragments::default(),

@@ -10,7 +10,7 @@ use vnet_proto::model::{
     VerdictAction, VmId,
 };
 
-use crate::engine::gateway::dhcp::DhcpOutcome;
+use crate::engine::gateway::dhcp::{DhcpIgnored, DhcpOutcome};
 use crate::engine::gateway::dns::zones::Zones;
 use crate::engine::switch::Neighbour;
 use crate::engine::{Engine, EngineConfig, Event, Outcome, Surroundings, Time};
@@ -29,6 +29,8 @@ pub(super) const EPOCH: Epoch = Epoch {
     counter: 1,
 };
 pub(super) const HOLD: Duration = Duration::from_secs(30);
+/// A DHCP message that [`Alone`] has no address for.
+pub(super) const NO_ADDRESS: &[u8] = b"no address";
 
 /// Surroundings in which this guest is alone but for one neighbour.
 #[derive(Default)]
@@ -43,8 +45,11 @@ impl Surroundings for Alone {
     fn learn_mac(&self, _: VmId, _: Mac) -> bool {
         true
     }
-    fn dhcp(&self, _: VmId, _: Mac, _: &[u8], _: Time) -> DhcpOutcome {
-        DhcpOutcome::default()
+    fn dhcp(&self, _: VmId, _: Mac, message: &[u8], _: Time) -> DhcpOutcome {
+        DhcpOutcome {
+            ignored: (message == NO_ADDRESS).then_some(DhcpIgnored::NoAddress),
+            ..DhcpOutcome::default()
+        }
     }
     fn neighbour(&self, address: Ipv4Addr) -> Option<Neighbour> {
         (*self.neighbour.lock().unwrap() == Some(address)).then_some(Neighbour {
@@ -65,6 +70,9 @@ impl Surroundings for Alone {
     }
     fn zones(&self) -> Arc<Zones> {
         Arc::new(Zones::default())
+    }
+    fn counters(&self) -> Vec<(&'static str, u64)> {
+        vec![("network_lease_exhausted", 0), ("network_resolver_busy", 3)]
     }
 }
 
