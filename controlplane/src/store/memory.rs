@@ -5,6 +5,8 @@ use std::time::SystemTime;
 
 use vnet_proto::v1;
 
+use crate::lists::described;
+
 use super::{EventQuery, HISTORY_EVENTS_MAX, Snapshot, Store, StoreError, StoredGrant, StoredVm, Write};
 
 /// State and history that are gone with the process.
@@ -12,8 +14,20 @@ use super::{EventQuery, HISTORY_EVENTS_MAX, Snapshot, Store, StoreError, StoredG
 pub struct MemoryStore {
     grants: BTreeMap<String, StoredGrant>,
     policies: BTreeMap<String, BTreeMap<u64, v1::Policy>>,
+    /// The content of lists, by their digests.
+    lists: BTreeMap<String, Vec<u8>>,
     vms: BTreeMap<String, StoredVm>,
     events: VecDeque<v1::Event>,
+}
+
+impl MemoryStore {
+    fn with_lists(&self, policy: &v1::Policy) -> v1::Policy {
+        let mut policy = policy.clone();
+        for list in &mut policy.lists {
+            list.content = self.lists.get(&list.sha256).cloned().unwrap_or_default();
+        }
+        policy
+    }
 }
 
 impl Store for MemoryStore {
@@ -23,7 +37,7 @@ impl Store for MemoryStore {
             policies: self
                 .policies
                 .values()
-                .filter_map(|p| p.values().next_back().cloned())
+                .filter_map(|p| p.values().next_back().map(|p| self.with_lists(p)))
                 .collect(),
             vms: self.vms.clone(),
         })
@@ -41,7 +55,19 @@ impl Store for MemoryStore {
                 }
                 Write::PutPolicy(policy) => {
                     let revisions = self.policies.entry(policy.name.clone()).or_default();
-                    revisions.insert(policy.revision, policy.clone());
+                    for list in &policy.lists {
+                        self.lists
+                            .entry(list.sha256.clone())
+                            .or_insert_with(|| list.content.clone());
+                    }
+                    let lists = described(&policy.lists);
+                    revisions.insert(
+                        policy.revision,
+                        v1::Policy {
+                            lists,
+                            ..policy.clone()
+                        },
+                    );
                 }
                 Write::PutVm(name, Some(stored)) => {
                     self.vms.insert(name.clone(), stored.clone());
@@ -55,7 +81,8 @@ impl Store for MemoryStore {
     }
 
     fn policy(&mut self, name: &str, revision: u64) -> Result<Option<v1::Policy>, StoreError> {
-        Ok(self.policies.get(name).and_then(|r| r.get(&revision)).cloned())
+        let found = self.policies.get(name).and_then(|r| r.get(&revision));
+        Ok(found.map(|policy| self.with_lists(policy)))
     }
 
     fn revisions(&mut self, name: &str, before: u64, limit: usize) -> Result<Vec<v1::Policy>, StoreError> {

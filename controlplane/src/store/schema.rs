@@ -4,7 +4,8 @@
 //! adds one.
 
 /// Each step takes the schema from its index to the next version.
-pub(super) const MIGRATIONS: &[&str] = &["
+pub(super) const MIGRATIONS: &[&str] = &[
+    "
     CREATE TABLE grants (
         id        TEXT PRIMARY KEY,
         message   BLOB NOT NULL,             -- vnet.v1.Grant
@@ -29,7 +30,14 @@ pub(super) const MIGRATIONS: &[&str] = &["
         message  BLOB NOT NULL               -- vnet.v1.Event
     ) STRICT;
     CREATE INDEX events_by_kind ON events (kind, sequence);
-"];
+",
+    "
+    CREATE TABLE lists (
+        sha256  TEXT PRIMARY KEY,            -- of the list's content, as vnet.v1.PolicyList says it
+        content BLOB NOT NULL                -- compressed; once, however many revisions name it
+    ) STRICT;
+",
+];
 
 /// The version that this program writes.
 pub(super) const VERSION: u32 = MIGRATIONS.len() as u32;

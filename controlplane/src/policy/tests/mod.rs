@@ -1,9 +1,11 @@
 //! What policy means, tested through its public functions.
 
 mod defaults;
+mod language;
 mod loading;
 mod order;
 mod property;
+mod sets;
 
 use std::collections::BTreeMap;
 use std::net::IpAddr;
@@ -33,6 +35,14 @@ approvalTimeout: 30
 
 fn now() -> SystemTime {
     SystemTime::UNIX_EPOCH + Duration::from_secs(1_800_000_000)
+}
+
+/// A moment at which both clocks agree.
+fn at(time: SystemTime) -> crate::clock::Now {
+    crate::clock::Now {
+        steady: time,
+        wall: time,
+    }
 }
 
 fn vm() -> VmView {
@@ -66,7 +76,7 @@ fn effective(document: Option<&str>, mode: Option<Mode>) -> Effective {
         revision: 3,
         policy,
     });
-    Effective::compose(&vm(), claimed, None, Modes { set: None, own: mode })
+    Effective::compose(at(now()), &vm(), claimed, None, Modes { set: None, own: mode })
 }
 
 fn grants<'a>(texts: impl IntoIterator<Item = &'a str>) -> VmGrants {
