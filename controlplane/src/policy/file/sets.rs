@@ -309,10 +309,7 @@ pub fn list_paths(document: &str) -> Vec<String> {
         return Vec::new();
     };
     let mut paths: Vec<String> = Vec::new();
-    for (_, set) in entries(&root, "sets")
-        .into_iter()
-        .flat_map(|sets| entries_of(sets))
-    {
+    for (_, set) in entries(&root, "sets").into_iter().flat_map(entries_of) {
         if let Some(Value::Text(path)) = entries(set, "file").map(|node| &node.value)
             && !paths.contains(path)
             && paths.len() < SETS_MAX
