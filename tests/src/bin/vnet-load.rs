@@ -5,6 +5,11 @@
 //! It moves frames between a TAP device and a Unix socket, one thread a direction, several frames a
 //! call on a stream unless `--batch 1` (as QEMU writes them).
 #![cfg_attr(not(target_os = "linux"), allow(unused))]
+#![allow(
+    clippy::print_stdout,
+    clippy::print_stderr,
+    reason = "it prints what it measured"
+)]
 
 #[cfg(target_os = "linux")]
 fn main() -> std::process::ExitCode {
