@@ -10,7 +10,7 @@ use std::time::{Duration, SystemTime};
 
 use vnet_proto::model::{Budget, Target, VmSelector};
 
-use crate::policy::{FlowTest, NameSet, ProtocolSet};
+use crate::policy::{FlowTest, NameSet, PrefixSet, ProtocolSet};
 
 /// Grants in force at one time, all VMs together.
 pub const GRANTS_MAX: usize = 65_536;
@@ -463,7 +463,7 @@ impl ReadyGrant {
                 };
                 let test = FlowTest {
                     protocols,
-                    prefixes: vec![*prefix],
+                    prefixes: PrefixSet::from_iter([*prefix]),
                     ports: ports.iter().copied().collect(),
                     names: None,
                 };
@@ -476,7 +476,7 @@ impl ReadyGrant {
             } => {
                 let test = FlowTest {
                     protocols: ported(*ports),
-                    prefixes: Vec::new(),
+                    prefixes: PrefixSet::default(),
                     ports: ports.iter().copied().collect(),
                     names: Some(Arc::new(NameSet::from_iter([pattern.clone()]))),
                 };

@@ -1,7 +1,7 @@
 //! Decisions: a miss becomes a verdict, or joins a question.
 
 use vnet_proto::model::{
-    FlowMatch, LookupMatch, Match, Miss, MissId, Mode, Reason, Subject, Verdict, VerdictAction,
+    FlowMatch, LookupMatch, Match, Miss, MissId, Mode, NameDemand, Reason, Subject, Verdict, VerdictAction,
 };
 use vnet_proto::v1;
 
@@ -62,6 +62,8 @@ fn with_match<M>(decision: Decision<M>, found: impl FnOnce(M) -> Match) -> Decis
         once: decision.once,
         budget: decision.budget,
         expires_at: decision.expires_at,
+        name_demand: decision.name_demand,
+        names: decision.names,
         remedy: decision.remedy,
     }
 }
@@ -154,6 +156,8 @@ impl State {
             grant: decision.grant.map(|g| g.0).unwrap_or_default(),
             reason: decision.reason,
             would_deny: decision.would_deny,
+            name_demand: decision.name_demand,
+            names: decision.names,
         });
     }
 
@@ -221,6 +225,8 @@ impl State {
                     grant: String::new(),
                     reason,
                     would_deny: false,
+                    name_demand: NameDemand::Off,
+                    names: Vec::new(),
                 });
             }
         }

@@ -39,6 +39,7 @@ use crate::convert;
 use crate::fleet::{Fleet, LOST_GRACE};
 use crate::grant::{GrantId, Grants};
 use crate::metrics::Metrics;
+use crate::policy::ListCache;
 use crate::refusal::Refusal;
 use crate::store::{Durable, Snapshot, StoredVm, Write, Writer};
 use crate::watch::{Watch, Watchers};
@@ -50,6 +51,7 @@ pub use attach::SessionKey;
 pub use change::Ticket;
 pub use events::EventFilter;
 pub(crate) use policies::DEFAULT;
+pub(crate) use policies::without_content;
 pub use policies::{Applied, Candidate};
 pub use vms::VmUpdate;
 
@@ -78,6 +80,8 @@ pub struct Hub {
     writer: Writer,
     clock: Clock,
     metrics: Arc<Metrics>,
+    /// Lists in use, shared by policies, their revisions and VMs.
+    lists: ListCache,
 }
 
 #[derive(Debug)]
@@ -153,12 +157,14 @@ impl Hub {
             writes: Vec::new(),
             metrics: Arc::clone(&metrics),
         };
-        state.restore(now, snapshot.grants, snapshot.policies);
+        let lists = ListCache::default();
+        state.restore(now, snapshot.grants, snapshot.policies, &lists);
         Ok(Self {
             state: Mutex::new(state),
             writer,
             clock,
             metrics,
+            lists,
         })
     }
 
@@ -271,6 +277,7 @@ impl State {
                 "a grant ended",
             );
         }
+        self.end_rules(now);
         let changes = self.pending.expire(now.steady);
         self.take_up(now, changes);
 
@@ -302,7 +309,13 @@ impl State {
         }
     }
 
-    fn restore(&mut self, now: Now, grants: Vec<crate::store::StoredGrant>, policies: Vec<v1::Policy>) {
+    fn restore(
+        &mut self,
+        now: Now,
+        grants: Vec<crate::store::StoredGrant>,
+        policies: Vec<v1::Policy>,
+        lists: &ListCache,
+    ) {
         let mut instances = HashSet::new();
         for stored in grants {
             let id = stored.grant.id.clone();
@@ -328,7 +341,7 @@ impl State {
         }
         for policy in policies {
             let name = policy.name.clone();
-            if let Err(e) = self.restore_policy(policy) {
+            if let Err(e) = self.restore_policy(policy, lists) {
                 tracing::error!(policy = name, error = %e, "stored policy does not load: VMs under it are blocked");
             }
         }

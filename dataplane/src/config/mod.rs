@@ -24,7 +24,7 @@ use crate::message::{Forward, OwnPolicy, Zone};
 use url::{ListenUrl, Schemes, socket_path};
 
 pub use problem::{Problem, Problems};
-pub use settings::{OwnPolicySettings, SettingsError, VmSettings};
+pub use settings::{OwnListSettings, OwnPolicySettings, SettingsError, VmSettings};
 pub use url::{ListenAt, UrlError};
 
 /// The subnet of guests.

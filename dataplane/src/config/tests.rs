@@ -517,6 +517,25 @@ fn every_problem_is_reported_at_once() {
 }
 
 #[test]
+fn the_lists_of_a_policy_come_through_the_settings_as_they_are() {
+    let list = OwnListSettings {
+        path: "lists/a.txt".to_owned(),
+        sha256: "ab".repeat(32),
+        content: (0..=255).collect(),
+        size_bytes: 7,
+    };
+    let settings = VmSettings {
+        own_policy: Some(OwnPolicySettings {
+            lists: vec![list],
+            ..Default::default()
+        }),
+        ..Default::default()
+    };
+    let written = serde_json::to_vec(&settings).unwrap();
+    assert_eq!(VmSettings::read(written.as_slice()).unwrap(), settings);
+}
+
+#[test]
 fn settings_with_an_unknown_key_or_too_long_are_refused() {
     let unknown = VmSettings::read(br#"{"modes": "ask"}"#.as_slice()).unwrap_err();
     let SettingsError::Json(cause) = &unknown else {
@@ -524,7 +543,7 @@ fn settings_with_an_unknown_key_or_too_long_are_refused() {
     };
     assert!(cause.to_string().contains("unknown field `modes`"), "{cause}");
 
-    let long = format!("{{\"mode\": \"{}\"}}", "a".repeat(2 << 20));
+    let long = format!("{{\"mode\": \"{}\"}}", "a".repeat(64 << 20));
     assert!(matches!(
         VmSettings::read(long.as_bytes()),
         Err(SettingsError::TooLong)

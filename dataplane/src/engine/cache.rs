@@ -360,7 +360,7 @@ mod tests {
     use std::net::Ipv4Addr;
     use std::time::Duration;
 
-    use vnet_proto::model::{MissId, parse_prefix};
+    use vnet_proto::model::{MissId, NameDemand, parse_prefix};
 
     use super::*;
 
@@ -394,6 +394,8 @@ mod tests {
             grant: String::new(),
             reason: Reason::default(),
             would_deny: false,
+            name_demand: NameDemand::Off,
+            names: Vec::new(),
         }
     }
 

@@ -15,7 +15,7 @@ use std::time::Duration;
 use tokio::io::AsyncReadExt as _;
 use tokio::process::{Child, Command};
 use vnet_dataplane::args::{Args, Cli};
-use vnet_dataplane::config::{Config, OwnPolicySettings, VmSettings, default_name};
+use vnet_dataplane::config::{Config, OwnListSettings, OwnPolicySettings, VmSettings, default_name};
 
 use super::descriptors::inherit_only;
 use crate::cmd::treat::Treatment;
@@ -93,6 +93,7 @@ impl Settings {
                 document: document.text,
                 source: document.source,
                 rules: rules.clone(),
+                lists: document.lists.into_iter().map(own_list).collect(),
             }
         });
         VmSettings {
@@ -103,6 +104,15 @@ impl Settings {
                 .map(|p| u64::try_from(p.as_millis()).unwrap_or(u64::MAX)),
             ..VmSettings::default()
         }
+    }
+}
+
+fn own_list(list: vnet_proto::v1::PolicyList) -> OwnListSettings {
+    OwnListSettings {
+        path: list.path,
+        sha256: list.sha256,
+        content: list.content,
+        size_bytes: list.size_bytes,
     }
 }
 

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use smoltcp::wire::{Icmpv4Packet, Ipv4Packet, TcpPacket, UdpPacket};
 use vnet_proto::model::{
-    Epoch, FlowMatch, Guard, GuardSet, Match, Miss, MissId, Protocol, Reason, Subject, Verdict,
+    Epoch, FlowMatch, Guard, GuardSet, Match, Miss, MissId, NameDemand, Protocol, Reason, Subject, Verdict,
     VerdictAction, VmId,
 };
 
@@ -346,6 +346,8 @@ pub(super) fn verdict(miss: &Miss, action: VerdictAction) -> Verdict {
         grant: String::new(),
         reason: Reason::new("rule", "rules[0]", "because"),
         would_deny: false,
+        name_demand: NameDemand::Off,
+        names: Vec::new(),
     }
 }
 
