@@ -3,7 +3,7 @@
 
 use std::collections::HashMap;
 use std::io;
-use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::Sender as InputSender;
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
@@ -16,9 +16,12 @@ use mio::Waker;
 use tokio::sync::mpsc::Sender;
 use vnet_proto::model::{GuardSet, Protocol, VmId};
 
+use crate::claims::Claims;
 use crate::clock;
 use crate::driver::{Driver, DriverParts};
 use crate::egress::resolver::Resolver;
+use crate::egress::way;
+use crate::engine::discovery::Ipv6Config;
 use crate::engine::frame::DropReason;
 use crate::engine::gateway::dhcp::{self, DhcpConfig, DhcpOutcome};
 use crate::engine::gateway::dns::zones::Zones;
@@ -48,6 +51,8 @@ pub struct NetworkConfig {
     pub subnet: Ipv4Net,
     /// The address that stands for the host's loopback.
     pub host_alias: Option<Ipv4Addr>,
+    /// IPv6, unless it carries none.
+    pub ipv6: Option<Ipv6Config>,
     /// Largest IP packet towards a guest, bytes.
     pub mtu_bytes: usize,
     /// What the DHCP server hands out.
@@ -81,6 +86,7 @@ pub struct GuestSpec {
 pub struct Network {
     config: NetworkConfig,
     leases: Mutex<Leases>,
+    claims: Mutex<Claims>,
     zones: RwLock<Arc<Zones>>,
     guards: Arc<Guards>,
     resolver: Resolver,
@@ -120,6 +126,7 @@ impl Network {
         Arc::new(Self {
             config,
             leases: Mutex::new(leases),
+            claims: Mutex::default(),
             zones: RwLock::new(Arc::new(zones)),
             guards,
             resolver,
@@ -173,6 +180,7 @@ impl Network {
             gateway_mac: self.config.gateway_mac,
             subnet: self.config.subnet,
             host_alias: self.config.host_alias,
+            ipv6: self.config.ipv6.clone(),
             mtu_bytes: self.config.mtu_bytes,
             pinned_mac: spec.pinned_mac,
             flows_max: self.config.flows_max,
@@ -272,6 +280,7 @@ impl Network {
         guests.by_mac.retain(|_, owner| *owner != vm);
         drop(guests);
         self.lock_leases().release_vm(vm);
+        self.lock_claims().release_vm(vm);
     }
 
     /// Ends every guest.
@@ -327,18 +336,41 @@ impl Network {
         self.leases.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    fn lock_claims(&self) -> std::sync::MutexGuard<'_, Claims> {
+        self.claims.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     fn write_guests(&self) -> std::sync::RwLockWriteGuard<'_, Guests> {
         self.guests.write().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 impl Surroundings for Network {
-    fn claim(&self, vm: VmId, mac: Mac, address: Ipv4Addr, now: Time) -> bool {
-        let owned = self.lock_leases().claim(vm, mac, address, now);
+    fn claim(&self, vm: VmId, mac: Mac, address: IpAddr, now: Time) -> bool {
+        let owned = match address {
+            IpAddr::V4(v4) => self.lock_leases().claim(vm, mac, v4, now),
+            IpAddr::V6(v6) => self.lock_claims().claim(vm, v6),
+        };
         if owned && let Some(forwards) = self.forwards.get() {
-            forwards.guest_attached(vm, address.into());
+            forwards.guest_attached(vm, address);
         }
         owned
+    }
+
+    fn release(&self, vm: VmId, address: Ipv6Addr) {
+        self.lock_claims().release(vm, address);
+    }
+
+    fn has_ipv6(&self) -> bool {
+        self.guards.has_ipv6()
+    }
+
+    fn has_way(&self, dialled: IpAddr) -> bool {
+        match dialled {
+            IpAddr::V4(_) => true,
+            // Without a default route there may be one to this place.
+            IpAddr::V6(v6) => self.guards.has_ipv6() || way::has_way(v6),
+        }
     }
 
     fn dhcp(&self, vm: VmId, mac: Mac, message: &[u8], now: Time) -> DhcpOutcome {
@@ -356,7 +388,7 @@ impl Surroundings for Network {
     fn guest_at(&self, address: IpAddr) -> Option<VmId> {
         match address {
             IpAddr::V4(v4) => self.lock_leases().owner(v4),
-            IpAddr::V6(_) => None,
+            IpAddr::V6(v6) => self.lock_claims().owner(v6),
         }
     }
 

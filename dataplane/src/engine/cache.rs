@@ -141,6 +141,7 @@ impl Cache {
 
     /// The decision that covers a flow under these guards now, if one does. `None` is a miss.
     pub fn lookup(&self, now: Time, key: &FlowKey, guards: GuardSet) -> Option<&Arc<Decision>> {
+        let key = key.judged();
         let (port, address) = (key.peer.port(), key.peer.ip());
         self.shapes
             .iter()

@@ -1,6 +1,6 @@
 //! UDP associations and ICMP echo sessions.
 
-use std::net::{IpAddr, SocketAddr, SocketAddrV4};
+use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -8,7 +8,8 @@ use vnet_proto::model::{FlowKey, Protocol, VerdictAction};
 
 use crate::engine::cache::Decision;
 use crate::engine::flow::State;
-use crate::engine::frame::{DropReason, Ipv4};
+use crate::engine::frame::DropReason;
+use crate::engine::ip::Ip;
 use crate::engine::reply::{self, Unreachable};
 use crate::engine::{
     ECHO_FLOWS_MAX, Engine, Event, Outcome, Time, UDP_FLOWS_MAX, UDP_IDLE, UDP_UNANSWERED_IDLE, held,
@@ -18,7 +19,9 @@ use crate::message::FlowEnd;
 const UDP_BYTES: usize = 8;
 const ICMP_BYTES: usize = 8;
 const DNS_PORT: u16 = 53;
-const ECHO_REQUEST: u8 = 8;
+/// Types of echo request and reply (RFC 792, RFC 4443 §4).
+const ECHO: [u8; 2] = [8, 0];
+const ECHO_V6: [u8; 2] = [128, 129];
 
 /// How long a UDP association lives without a packet.
 pub(super) fn udp_idle(bytes_down: u64) -> Duration {
@@ -30,18 +33,18 @@ pub(super) fn udp_idle(bytes_down: u64) -> Duration {
 }
 
 impl Engine {
-    pub(super) fn handle_udp<'a>(&mut self, now: Time, ip: Ipv4<'a>) -> Result<Outcome<'a>, DropReason> {
+    pub(super) fn handle_udp<'a>(&mut self, now: Time, ip: Ip<'a>) -> Result<Outcome<'a>, DropReason> {
         let datagram = ip.payload();
         let header = datagram.first_chunk::<UDP_BYTES>().ok_or(DropReason::Malformed)?;
         let length = usize::from(u16::from_be_bytes([header[4], header[5]]));
         let length = if length == 0 { datagram.len() } else { length };
         let payload = datagram.get(UDP_BYTES..length).ok_or(DropReason::Malformed)?;
-        let guest = SocketAddrV4::new(ip.source, u16::from_be_bytes([header[0], header[1]]));
-        let peer = SocketAddrV4::new(ip.destination, u16::from_be_bytes([header[2], header[3]]));
+        let guest = SocketAddr::new(ip.source, u16::from_be_bytes([header[0], header[1]]));
+        let peer = SocketAddr::new(ip.destination, u16::from_be_bytes([header[2], header[3]]));
         let key = FlowKey {
             protocol: Protocol::Udp,
-            guest: guest.into(),
-            peer: peer.into(),
+            guest,
+            peer,
         };
 
         if let Some(at) = self.flows.find(&key) {
@@ -56,9 +59,9 @@ impl Engine {
         if peer.port() == 0 {
             return Err(DropReason::Malformed);
         }
-        if *peer.ip() == self.config.gateway {
+        if self.is_gateway(peer.ip()) {
             if peer.port() == DNS_PORT {
-                self.handle_dns_datagram(now, guest, payload);
+                self.handle_dns_datagram(now, guest, peer.ip(), payload);
                 return Ok(Outcome::Done);
             }
             self.refuse_unreachable(&ip, Unreachable::Port);
@@ -68,16 +71,20 @@ impl Engine {
             .map(|at| at.map_or(Outcome::Done, |at| Outcome::Datagram { flow: at, payload }))
     }
 
-    pub(super) fn handle_icmp<'a>(&mut self, now: Time, ip: Ipv4<'a>) -> Result<Outcome<'a>, DropReason> {
+    pub(super) fn handle_icmp<'a>(&mut self, now: Time, ip: Ip<'a>) -> Result<Outcome<'a>, DropReason> {
         let message = ip.payload();
         let header = message.first_chunk::<ICMP_BYTES>().ok_or(DropReason::Malformed)?;
+        let (protocol, [request, reply]) = match ip.destination {
+            IpAddr::V4(_) => (Protocol::Icmp, ECHO),
+            IpAddr::V6(_) => (Protocol::Icmpv6, ECHO_V6),
+        };
         // Errors and the like are for the guest's own kernel; only echo requests open sessions.
-        if (header[0], header[1]) != (ECHO_REQUEST, 0) {
+        if header[..2] != [request, 0] {
             return Err(DropReason::IpProtocol);
         }
-        if ip.destination == self.config.gateway {
+        if self.is_gateway(ip.destination) {
             let mut answer = message.to_vec();
-            answer[0] = 0;
+            answer[0] = reply;
             let mtu = self.config.mtu_bytes;
             if !reply::icmp(&mut self.transmit, ip.destination, ip.source, &answer, mtu) {
                 return Err(DropReason::TransmitQueueFull);
@@ -86,9 +93,9 @@ impl Engine {
         }
         let identifier = u16::from_be_bytes([header[4], header[5]]);
         let key = FlowKey {
-            protocol: Protocol::Icmp,
-            guest: SocketAddrV4::new(ip.source, identifier).into(),
-            peer: SocketAddrV4::new(ip.destination, 0).into(),
+            protocol,
+            guest: SocketAddr::new(ip.source, identifier),
+            peer: SocketAddr::new(ip.destination, 0),
         };
         if let Some(at) = self.flows.find(&key) {
             return Ok(match self.flows.get(at).map(|f| &f.state) {
@@ -104,7 +111,7 @@ impl Engine {
     fn open_datagrams(
         &mut self,
         now: Time,
-        ip: &Ipv4<'_>,
+        ip: &Ip<'_>,
         key: FlowKey,
         state: State,
         payload: &[u8],
@@ -117,6 +124,7 @@ impl Engine {
         }
         self.make_room(&state)?;
         let dialled = self.dialled(key.peer);
+        self.check_way(ip, dialled.ip())?;
         match self.decide(now, &key, dialled) {
             Some(decision) if decision.action == VerdictAction::Allow => {
                 let at = self.new_flow(now, key, dialled, state);
@@ -138,7 +146,7 @@ impl Engine {
                 if payload.len() > held::DATAGRAM_BYTES_MAX {
                     return Err(DropReason::HeldLimit);
                 }
-                let quote = ip.packet[..ip.packet.len().min(ip.header_bytes + 8)].into();
+                let quote = ip.short_quote().into();
                 if self.hold(now, key, dialled, vec![payload.into()], quote, None) {
                     Ok(None)
                 } else {
@@ -233,9 +241,7 @@ impl Engine {
     /// A datagram for a UDP flow came from the host's side.
     pub fn handle_datagram(&mut self, now: Time, at: usize, payload: &[u8]) {
         let Some(flow) = self.flows.get(at) else { return };
-        let (SocketAddr::V4(guest), SocketAddr::V4(peer)) = (flow.key.guest, flow.key.peer) else {
-            return;
-        };
+        let (guest, peer) = (flow.key.guest, flow.key.peer);
         if reply::udp(&mut self.transmit, peer, guest, payload, self.config.mtu_bytes) {
             self.count_bytes(now, at, 0, payload.len());
         } else {
@@ -246,9 +252,7 @@ impl Engine {
     /// An echo reply for an echo flow came from the host's side: the message, header included.
     pub fn handle_echo_reply(&mut self, now: Time, at: usize, message: &mut [u8]) {
         let Some(flow) = self.flows.get(at) else { return };
-        let (IpAddr::V4(guest), IpAddr::V4(peer)) = (flow.key.guest.ip(), flow.key.peer.ip()) else {
-            return;
-        };
+        let (guest, peer) = (flow.key.guest.ip(), flow.key.peer.ip());
         // The host's kernel chose its own identifier; the guest knows its own.
         let Some(header) = message.first_chunk_mut::<ICMP_BYTES>() else {
             return;
@@ -267,27 +271,26 @@ impl Engine {
         let (Some(why), Some(flow)) = (unreachable, self.flows.get(at)) else {
             return;
         };
-        let (SocketAddr::V4(guest), SocketAddr::V4(peer)) = (flow.key.guest, flow.key.peer) else {
-            return;
-        };
+        let (guest, peer) = (flow.key.guest, flow.key.peer);
         if flow.key.protocol == Protocol::Udp && !flow.ingress {
-            reply::unreachable_for_udp(&mut self.transmit, self.config.gateway, guest, peer, why);
+            let gateway = self.gateway_towards(guest.ip());
+            reply::unreachable_for_udp(&mut self.transmit, gateway, guest, peer, why);
         }
     }
 
     /// A datagram from a client of a UDP forward: the flow's place, `None` when it is refused.
-    pub fn open_ingress_udp(&mut self, now: Time, target: SocketAddrV4) -> Option<usize> {
-        if self.settings.forwards_closed || !self.is_guest_address(*target.ip()) {
+    pub fn open_ingress_udp(&mut self, now: Time, target: SocketAddr) -> Option<usize> {
+        if self.settings.forwards_closed || !self.is_guest_address(target.ip()) {
             return None;
         }
         self.make_room(&State::Udp).ok()?;
         let client = self.free_ingress_port(Protocol::Udp, target)?;
         let key = FlowKey {
             protocol: Protocol::Udp,
-            guest: target.into(),
-            peer: client.into(),
+            guest: target,
+            peer: client,
         };
-        let at = self.new_flow(now, key, client.into(), State::Udp);
+        let at = self.new_flow(now, key, client, State::Udp);
         if let Some(flow) = self.flows.get_mut(at) {
             flow.ingress = true;
         }

@@ -26,12 +26,13 @@ const HOLD_STEP: Duration = Duration::from_millis(500);
 pub struct Target {
     /// Protocol.
     pub protocol: Protocol,
-    /// Destination as the guest sees it.
+    /// Destination as it is judged.
     pub peer: SocketAddr,
 }
 
 impl From<&FlowKey> for Target {
     fn from(key: &FlowKey) -> Self {
+        let key = key.judged();
         Self {
             protocol: key.protocol,
             peer: key.peer,

@@ -3,11 +3,14 @@
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::sync::Arc;
 
+use vnet_proto::model::special::{is_private_or_special, is_refused};
 use vnet_proto::model::{FlowKey, FlowSubject, Guard, Reason, VerdictAction};
 
 use crate::engine::cache::Decision;
 use crate::engine::frame::DropReason;
-use crate::engine::{Engine, Time, bindings};
+use crate::engine::ip::Ip;
+use crate::engine::reply::Unreachable;
+use crate::engine::{Engine, Time};
 
 impl Engine {
     /// What a guest-visible destination is dialled as.
@@ -21,21 +24,35 @@ impl Engine {
     }
 
     /// Whether a flow may go there at all.
-    pub(super) fn check_destination(&self, address: Ipv4Addr) -> Result<(), DropReason> {
-        if Some(address) == self.config.host_alias {
+    pub(super) fn check_destination(&self, address: IpAddr) -> Result<(), DropReason> {
+        if Some(address) == self.config.host_alias.map(IpAddr::V4) {
             return Ok(());
         }
-        if self.config.subnet.contains(&address) {
-            return Err(match self.surroundings.guest_at(address.into()) {
+        if self.is_on_link(address) {
+            return Err(match self.surroundings.guest_at(address) {
                 Some(_) => DropReason::GuestToGuest,
                 None => DropReason::UnknownStation,
             });
         }
-        let first = address.octets()[0];
-        if first == 0 || address.is_loopback() || first >= 224 {
+        let refused = match address {
+            IpAddr::V4(v4) => v4.octets()[0] == 0 || v4.is_loopback() || v4.octets()[0] >= 224,
+            IpAddr::V6(v6) => is_refused(v6),
+        };
+        if refused {
             return Err(DropReason::Destination);
         }
         Ok(())
+    }
+
+    /// Whether the host has a way to what would be dialled. Where it has none, the guest is told at once,
+    /// and nobody is asked about what cannot be: most hosts without IPv6 are found out so, and a program
+    /// goes on to the IPv4 address without having waited.
+    pub(super) fn check_way(&mut self, ip: &Ip<'_>, dialled: IpAddr) -> Result<(), DropReason> {
+        if dialled.is_ipv4() || self.surroundings.has_way(dialled) {
+            return Ok(());
+        }
+        self.refuse_unreachable(ip, Unreachable::Network);
+        Err(DropReason::HostRefused)
     }
 
     /// The cache's answer for a new flow; `None` is a miss.
@@ -62,7 +79,7 @@ impl Engine {
     pub(super) fn subject(&mut self, now: Time, key: &FlowKey, dialled: SocketAddr) -> FlowSubject {
         let mut guards = self.surroundings.guards(dialled, key.protocol);
         let bound = self.bindings.names_of(now, key.peer.ip());
-        if !bound.is_empty() && bindings::is_private_or_special(key.peer.ip()) {
+        if !bound.is_empty() && is_private_or_special(key.peer.ip()) {
             guards = guards.with(Guard::PrivateFromDns);
         }
         FlowSubject {

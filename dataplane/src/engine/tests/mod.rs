@@ -3,6 +3,7 @@
 
 mod datagram;
 mod identity;
+mod ipv6;
 mod kit;
 mod tcp;
 mod verdict;
