@@ -9,25 +9,27 @@ use std::net::Ipv6Addr;
 use ahash::AHashMap;
 use vnet_proto::model::VmId;
 
+use crate::mac::Mac;
+
 /// Addresses held in one network at once.
 pub const CLAIMS_MAX: usize = 8_192;
 
 /// The IPv6 addresses of one network.
 #[derive(Debug, Default)]
 pub struct Claims {
-    held: AHashMap<Ipv6Addr, VmId>,
+    held: AHashMap<Ipv6Addr, (VmId, Mac)>,
     refused: u64,
 }
 
 impl Claims {
     /// Whether an address is this guest's from now on: it was free, or its own already. The caller has checked
     /// that it may be a guest's at all.
-    pub fn claim(&mut self, vm: VmId, address: Ipv6Addr) -> bool {
+    pub fn claim(&mut self, vm: VmId, mac: Mac, address: Ipv6Addr) -> bool {
         let claimed = match self.held.get(&address) {
-            Some(owner) => *owner == vm,
+            Some((owner, _)) => *owner == vm,
             None if self.held.len() >= CLAIMS_MAX => false,
             None => {
-                self.held.insert(address, vm);
+                self.held.insert(address, (vm, mac));
                 true
             }
         };
@@ -37,18 +39,18 @@ impl Claims {
 
     /// The guest gives an address back.
     pub fn release(&mut self, vm: VmId, address: Ipv6Addr) {
-        if self.held.get(&address) == Some(&vm) {
+        if self.held.get(&address).is_some_and(|(owner, _)| *owner == vm) {
             self.held.remove(&address);
         }
     }
 
     /// A guest's link is gone: all that it held is free.
     pub fn release_vm(&mut self, vm: VmId) {
-        self.held.retain(|_, owner| *owner != vm);
+        self.held.retain(|_, (owner, _)| *owner != vm);
     }
 
-    /// The guest whose an address is.
-    pub fn owner(&self, address: Ipv6Addr) -> Option<VmId> {
+    /// The guest whose an address is, and the MAC address that it showed it with.
+    pub fn holder(&self, address: Ipv6Addr) -> Option<(VmId, Mac)> {
         self.held.get(&address).copied()
     }
 
@@ -62,6 +64,8 @@ impl Claims {
 mod tests {
     use super::*;
 
+    const MAC: Mac = Mac([2, 0, 0, 0, 0, 2]);
+
     fn address(n: usize) -> Ipv6Addr {
         Ipv6Addr::from_bits((0xfd00 << 112) + n as u128)
     }
@@ -70,24 +74,27 @@ mod tests {
     fn an_address_is_the_first_guests_until_it_gives_it_back_or_is_gone() {
         let (one, two) = (VmId(1), VmId(2));
         let mut claims = Claims::default();
-        assert!(claims.claim(one, address(2)) && claims.claim(one, address(2)));
-        assert!(!claims.claim(two, address(2)));
-        assert_eq!((claims.owner(address(2)), claims.refused()), (Some(one), 1));
+        assert!(claims.claim(one, MAC, address(2)) && claims.claim(one, MAC, address(2)));
+        assert!(!claims.claim(two, MAC, address(2)));
+        assert_eq!(
+            (claims.holder(address(2)), claims.refused()),
+            (Some((one, MAC)), 1)
+        );
         claims.release(two, address(2));
-        assert_eq!(claims.owner(address(2)), Some(one), "it was not its own");
+        assert_eq!(claims.holder(address(2)), Some((one, MAC)), "it was not its own");
         claims.release(one, address(2));
-        assert!(claims.claim(two, address(2)));
+        assert!(claims.claim(two, MAC, address(2)));
         claims.release_vm(two);
-        assert_eq!(claims.owner(address(2)), None);
+        assert_eq!(claims.holder(address(2)), None);
     }
 
     #[test]
     fn a_full_table_refuses_what_is_new() {
         let mut claims = Claims::default();
         for n in 0..CLAIMS_MAX {
-            assert!(claims.claim(VmId(1), address(n)));
+            assert!(claims.claim(VmId(1), MAC, address(n)));
         }
-        assert!(!claims.claim(VmId(2), address(CLAIMS_MAX)));
-        assert!(claims.claim(VmId(1), address(0)), "its own already");
+        assert!(!claims.claim(VmId(2), MAC, address(CLAIMS_MAX)));
+        assert!(claims.claim(VmId(1), MAC, address(0)), "its own already");
     }
 }

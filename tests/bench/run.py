@@ -2,7 +2,7 @@
 """Measures a dataplane, and passt beside it, on a guest of namespaces: a table, and a JSON line a figure.
 
   cargo build --release --workspace --bins && tests/bench/run.py [--bin DIR] [--secs 5] [--repeats 3]
-      [--targets vnet,passt] [--figures bulk,conn,miss,idle] [--held 10000] [--json FILE]
+      [--targets vnet,passt] [--figures bulk,conn,miss,pending,idle] [--held 10000] [--json FILE]
 
 Needs Linux with user namespaces and /dev/net/tun, iproute2 and iperf3; passt is measured if it is there.
 Needs no root: it starts itself again under `unshare`. Nothing leaves the namespaces it makes.
@@ -17,6 +17,8 @@ Figures (the names of a field say its unit):
   conn   connections per second at 64 in flight (connect, a byte each way, close), the verdict cached
   miss   the same, every connection to an address of its own under a policy with a rule by name, whose
          answers hold for one address: a question to the controlplane each. The controlplane's CPU is apart
+  pending how long a connection takes, one at a time, before and while 1,000 questions of the same guest are
+         open: for that guest, and for another at the same time
   idle   resident memory at rest, and for each of --held idle connections
 Rates depend on the machine and on what else runs on it: compare within one sitting.
 """
@@ -24,6 +26,8 @@ import argparse, json, os, pathlib, re, resource, shutil, signal, statistics, su
 
 HERE = pathlib.Path(__file__).resolve()
 SERVER, MANY, PORT, PORTS = "10.99.0.1", "10.98.0.0", 7000, 8
+# Nothing is there, and nobody is to find out: what goes there is asked about.
+ASKED, QUESTIONS = "10.97.0.0", 1_000
 TICKS = os.sysconf("SC_CLK_TCK")
 POLICY = """version: 1
 defaultAction: deny
@@ -34,6 +38,9 @@ rules:
   - action: allow
     cidr: "10.99.0.1/32"
     protocol: tcp
+"""
+ASK = """mode: ask
+approvalTimeout: 600
 """
 BY_NAME = """  - action: allow
     domains: ["*.name.example"]
@@ -46,7 +53,7 @@ def arguments():
     parser.add_argument("--secs", type=float, default=5)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--targets", default="vnet,passt")
-    parser.add_argument("--figures", default="bulk,conn,miss,idle")
+    parser.add_argument("--figures", default="bulk,conn,miss,pending,idle")
     parser.add_argument("--held", type=int, default=10_000)
     parser.add_argument("--json", help="also append the JSON lines to this file")
     return parser.parse_args()
@@ -83,12 +90,13 @@ def rss_kb(pid):
 class Lab:
     """Servers, a target and its socket."""
 
-    def __init__(self, options, target, mtu=1500, by_name=False):
+    def __init__(self, options, target, mtu=1500, by_name=False, ask=False):
         self.options, self.target, self.mtu = options, target, mtu
         self.bin = pathlib.Path(options.bin)
         self.dir = pathlib.Path(tempfile.mkdtemp(prefix="vnet-bench-"))
         self.socket = self.dir / "vm.sock"
         self.processes, self.controlplane, self.by_name, self.guests = [], None, by_name, 0
+        self.ask = ask
 
     def __enter__(self):
         try:
@@ -96,10 +104,11 @@ class Lab:
             self.start("iperf3", "-s", "-B", SERVER)
             if self.target == "vnet":
                 policy = self.dir / "policy.yaml"
-                policy.write_text(POLICY.format(extra=BY_NAME if self.by_name else ""))
+                extra = BY_NAME if self.by_name else ""
+                policy.write_text((ASK if self.ask else "") + POLICY.format(extra=extra))
                 self.controlplane = self.start(
                     self.bin / "vnet-controlplane", "--listen", f"unix://{self.dir}/control.sock", "--session-listen",
-                    f"unix://{self.dir}/session.sock", "--store", "memory:", "--network-policy", policy, "--log-level", "warn")
+                    f"unix://{self.dir}/session.sock", "--store", "memory:", "--network-policy", policy, "--log-level", "warn,vnet_controlplane::server=debug")
                 self.until_there(self.dir / "session.sock")
                 self.process = self.start(self.bin / "vnet-dataplane", "--controlplane", f"unix://{self.dir}/session.sock",
                                           "--vm", "bench", "--mtu", self.mtu, "--listen-qemu", f"unix://{self.socket}")
@@ -138,6 +147,26 @@ class Lab:
             if time.monotonic() > end or any(p.poll() is not None for p in self.processes):
                 raise SystemExit(f"{self.target} did not come up:\n" + (self.dir / "log").read_text()[-2000:])
             time.sleep(0.01)
+
+    def misses(self):
+        """Questions that the controlplane got, all told: it says so when it ends, and so it is ended by this."""
+        self.process.terminate()
+        self.process.wait(10)
+        self.controlplane.terminate()
+        self.controlplane.wait(10)
+        log = re.sub(r"\x1b\[[0-9;]*m", "", (self.dir / "log").read_text())
+        return int(re.search(r"vnet_controlplane_misses_total\S* value=(\d+)", log)[1])
+
+    def until_asked(self, count):
+        end = time.monotonic() + 20
+        while True:
+            words = [self.bin / "vnetctl", "--server", f"unix://{self.dir}/control.sock", "pending", "list", "-o", "json"]
+            listed = subprocess.run([str(w) for w in words], capture_output=True, text=True)
+            if listed.returncode == 0 and len(json.loads(listed.stdout)) >= count:
+                return
+            if time.monotonic() > end:
+                raise SystemExit(f"{count} questions were not asked: {listed.stdout[-300:]}{listed.stderr}")
+            time.sleep(0.1)
 
     def guest(self, *command, batch=64):
         """A guest's command, as an argv. Each is a guest of its own, with an address of its own."""
@@ -186,6 +215,12 @@ def bulk(options, target, emit):
                     for _ in range(options.repeats):
                         argv = lab.guest("iperf3", "-c", SERVER, "-t", f"{options.secs:g}", "-J", *flags, batch=batch)
                         result = lab.measured(lambda argv=argv: lab.json(argv))
+                        for _ in range(10):
+                            # A run that stalled leaves iperf3's server busy for a while.
+                            if "busy" not in result.get("error", ""):
+                                break
+                            time.sleep(2)
+                            result = lab.measured(lambda argv=argv: lab.json(argv))
                         if "error" in result:
                             raise SystemExit(f"iperf3: {result['error']}")
                         received = result["end"]["sum_received"]
@@ -206,12 +241,36 @@ def connections(options, target, emit, miss=False):
             # Once only where each connection is to be new: an address asked about is cached.
             runs.append(lab.measured(lambda: lab.load("connect", *to, "--parallel", 64, "--secs", options.secs)))
         done = [max(r["done"], 1) for r in runs]
+        asked = lab.misses() if target == "vnet" else None
         emit(target=target, figure="tcp_connrate_miss" if miss else "tcp_connrate", parallel=64, secs=options.secs,
              rate=spread([r["rate"] for r in runs]), total_p50_us=middle([r["p50_us"] for r in runs]),
              total_p99_us=middle([r["p99_us"] for r in runs]), fails=sum(r["fails"] for r in runs),
              peer_cpu_ms_per_conn=middle([r["cpu_s"] * 1e3 / n for r, n in zip(runs, done)]),
              controlplane_cpu_ms_per_conn=middle([r["controlplane_cpu_s"] * 1e3 / n for r, n in zip(runs, done)]),
-             error=next((r["error"] for r in runs if r["error"]), None))
+             misses=asked, connections=sum(r["done"] for r in runs), error=next((r["error"] for r in runs if r["error"]), None))
+
+
+def pending(options, target, emit):
+    if target != "vnet":
+        return
+    with Lab(options, target, ask=True) as lab:
+        one = [lab.bin / "vnet-load", "connect", "--to", SERVER, "--ports", PORTS, "--parallel", 1, "--secs", options.secs]
+        before, same, other = [], [], []
+        for _ in range(options.repeats):
+            before.append(lab.json(lab.guest(*one)))
+            asking = lab.guest(lab.bin / "vnet-load", "knock", "--to", ASKED, "--addresses", QUESTIONS, "--count", QUESTIONS,
+                               "--", *one)
+            same.append(lab.json(asking))
+            holder = subprocess.Popen(lab.guest(lab.bin / "vnet-load", "knock", "--to", ASKED, "--addresses", QUESTIONS, "--count",
+                                                QUESTIONS, "--", "cat"), stdin=subprocess.PIPE, stdout=subprocess.DEVNULL)
+            lab.until_asked(QUESTIONS)
+            other.append(lab.json(lab.guest(*one)))
+            holder.stdin.close()
+            holder.wait(30)
+        for who, runs in (("nobody", before), ("itself", same), ("another", other)):
+            emit(target=target, figure="connect_while_pending", asking=who, questions=0 if who == "nobody" else QUESTIONS,
+                 rate=spread([r["rate"] for r in runs]), p50_us=spread([r["p50_us"] for r in runs]),
+                 p99_us=spread([r["p99_us"] for r in runs]), fails=sum(r["fails"] for r in runs))
 
 
 def idle(options, target, emit):
@@ -264,7 +323,8 @@ def main():
             with open(options.json, "a") as file:
                 file.write(line + "\n")
 
-    figures = {"bulk": bulk, "conn": connections, "miss": lambda *a: connections(*a, miss=True), "idle": idle}
+    figures = {"bulk": bulk, "conn": connections, "miss": lambda *a: connections(*a, miss=True), "pending": pending,
+               "idle": idle}
     for target in options.targets.split(","):
         if target == "passt" and not shutil.which("passt"):
             print("passt is not installed; left out", file=sys.stderr)
@@ -280,7 +340,10 @@ def main():
             which = f"mtu {row['mtu']}, batch {row['batch']}"
             value = f"{row['gbit']['median']:.2f} Gbit/s, {row['peer_cpu_s_per_gb']['median']:.2f} CPU s/GB"
         elif row["figure"].startswith("tcp_connrate"):
-            which, value = "64 in flight", f"{row['rate']['median']:.0f} /s, {row['peer_cpu_ms_per_conn']} CPU ms each, {row['fails']} failed"
+            which, value = "64 in flight", f"{row['rate']['median']:.0f} /s, {row['peer_cpu_ms_per_conn']} CPU ms each, {row['fails']} failed, {row['misses']} misses"
+        elif row["figure"] == "connect_while_pending":
+            which = f"{row['questions']} by {row['asking']}"
+            value = f"p50 {row['p50_us']['median']:.0f} us, p99 {row['p99_us']['median']:.0f} us, {row['fails']} failed"
         elif row["figure"] == "idle_conns":
             which = f"{row['opened']} held"
             value = f"{row['rss_idle_kb'] / 1024:.1f} MiB at rest, {row['rss_per_conn_bytes']} bytes each, {row['idle_cpu_pct']} % CPU"

@@ -72,7 +72,10 @@ impl Engine {
         }
         self.check_source_ipv6(now, frame.source, source)?;
         if frame.destination != self.config.gateway_mac {
-            return self.switch(frame);
+            return self.switch(now, frame);
+        }
+        if let Some(mac) = self.routed(&ip) {
+            return Ok(Outcome::Switch(mac));
         }
         self.handle_ip(now, ip)
     }
@@ -102,7 +105,9 @@ impl Engine {
             Message::NeighbourSolicitation { target, .. } if source.is_unspecified() => {
                 self.handle_probe(now, frame.source, target)
             }
-            Message::NeighbourSolicitation { target, .. } if self.is_gateway(target.into()) => {
+            Message::NeighbourSolicitation { target, .. }
+                if self.is_gateway(target.into()) || self.closed_neighbour(target.into()).is_some() =>
+            {
                 self.tell_neighbour(target, source, true)
             }
             Message::NeighbourAdvertisement { target, .. } => {
@@ -112,9 +117,9 @@ impl Engine {
                 if frame.destination == self.config.gateway_mac || !self.settings.switch_open {
                     return Ok(Outcome::Done);
                 }
-                return self.switch(frame);
+                return self.switch(now, frame);
             }
-            _ => return self.switch(frame),
+            _ => return self.switch(now, frame),
         }?;
         Ok(Outcome::Done)
     }
@@ -138,11 +143,16 @@ impl Engine {
         }
     }
 
-    /// Says that the gateway has an address.
+    /// Says who has an address: the gateway, or another guest, whose own MAC address is told (see
+    /// [`super::switch`]).
     fn tell_neighbour(&mut self, target: Ipv6Addr, to: Ipv6Addr, is_answer: bool) -> Result<(), DropReason> {
         let is_router = self.is_gateway(target.into());
-        let message = ndp::advertisement(target, self.config.gateway_mac, is_router, is_answer);
-        if reply::discovery(&mut self.transmit, target, to, &message) {
+        let mac = match self.surroundings.neighbour(target.into()) {
+            Some(neighbour) if !is_router => neighbour.mac,
+            _ => self.config.gateway_mac,
+        };
+        let message = ndp::advertisement(target, mac, is_router, is_answer);
+        if reply::discovery(&mut self.transmit, mac, target, to, &message) {
             Ok(())
         } else {
             Err(DropReason::TransmitQueueFull)
@@ -163,7 +173,14 @@ impl Engine {
             is_default: self.surroundings.has_ipv6(),
         };
         let to = to.filter(|to| !to.is_unspecified()).unwrap_or(ndp::ALL_NODES);
-        if reply::discovery(&mut self.transmit, ipv6.link_local, to, &router.advertisement()) {
+        let mac = self.config.gateway_mac;
+        if reply::discovery(
+            &mut self.transmit,
+            mac,
+            ipv6.link_local,
+            to,
+            &router.advertisement(),
+        ) {
             Ok(())
         } else {
             Err(DropReason::TransmitQueueFull)

@@ -1,4 +1,5 @@
-//! Puts a guest's fragments together (RFC 791 §3.2, RFC 815; RFC 8200 §4.5), for UDP and ICMP.
+//! Puts a guest's fragments together (RFC 791 §3.2, RFC 815; RFC 8200 §4.5), for UDP and ICMP; and takes apart
+//! what was put together, for another guest.
 //!
 //! Bounded in datagrams, bytes and time. Overlaps throw the whole datagram away (RFC 5722 says so for
 //! IPv6, and nobody honest sends them in IPv4). What comes out is parsed as one packet: no rule is asked
@@ -8,8 +9,11 @@ use std::net::IpAddr;
 use std::time::Duration;
 
 use crate::engine::Time;
-use crate::engine::frame::DropReason;
+use crate::engine::frame::{DropReason, ETHERNET_BYTES, EtherType};
 use crate::engine::ip::{IPV4_BYTES, IPV6_BYTES, Ip, Part};
+use crate::engine::reply;
+use crate::engine::transmit::{PREFIX_BYTES, Transmit};
+use crate::mac::Mac;
 
 /// Datagrams under way at once.
 pub(super) const DATAGRAMS_MAX: usize = 32;
@@ -17,6 +21,9 @@ pub(super) const DATAGRAMS_MAX: usize = 32;
 pub(super) const PATIENCE: Duration = Duration::from_secs(15);
 /// The longest payload: what an IPv4 packet has room for.
 const PAYLOAD_BYTES_MAX: usize = 65_535 - IPV4_BYTES;
+const MORE_FRAGMENTS: u16 = 0x2000;
+/// What a packet takes in the queue beside itself.
+const FRAME_BYTES: usize = PREFIX_BYTES + ETHERNET_BYTES;
 
 /// The datagrams under way.
 #[derive(Default)]
@@ -112,9 +119,7 @@ impl Datagram {
     fn whole(mut self) -> Vec<u8> {
         let total = self.header.len() + self.payload.len();
         if self.id.0.is_ipv4() {
-            let total = u16::try_from(total).unwrap_or(1);
-            self.header[2..4].copy_from_slice(&total.to_be_bytes());
-            self.header[6..8].fill(0);
+            mark(&mut self.header, u16::try_from(total).unwrap_or(1), 0);
         } else {
             let length = u16::try_from(total - IPV6_BYTES).unwrap_or(0);
             self.header[4..6].copy_from_slice(&length.to_be_bytes());
@@ -122,6 +127,79 @@ impl Datagram {
         self.header.extend_from_slice(&self.payload);
         self.header
     }
+}
+
+/// Queues a packet in fragments that no MTU is too small for, each with the packet's own header. False when
+/// there is no room for all of them.
+pub(super) fn split(whole: &Ip<'_>, mtu_bytes: usize, from: Mac, out: &mut Transmit) -> bool {
+    if whole.source.is_ipv6() {
+        return split_ipv6(whole, mtu_bytes, from, out);
+    }
+    let (header, payload) = whole.packet.split_at(whole.header_bytes);
+    let step = (mtu_bytes.saturating_sub(header.len()) / 8 * 8).max(8);
+    let count = payload.len().div_ceil(step);
+    if !out.has_room(count * (header.len() + step + FRAME_BYTES)) {
+        return false;
+    }
+    for (index, part) in payload.chunks(step).enumerate() {
+        let more = if index + 1 < count { MORE_FRAGMENTS } else { 0 };
+        let (Ok(offset), Ok(total)) = (
+            u16::try_from(index * step / 8),
+            u16::try_from(header.len() + part.len()),
+        ) else {
+            return false;
+        };
+        out.packet_from(from, EtherType::Ipv4, total.into(), |packet| {
+            let (own, room) = packet.split_at_mut(header.len());
+            own.copy_from_slice(header);
+            mark(own, total, offset | more);
+            room.copy_from_slice(part);
+        });
+    }
+    true
+}
+
+/// The same for IPv6: extension headers, which have no effect, stay behind.
+fn split_ipv6(whole: &Ip<'_>, mtu_bytes: usize, from: Mac, out: &mut Transmit) -> bool {
+    const FRAGMENT_BYTES: usize = 8;
+    let step = (mtu_bytes.saturating_sub(IPV6_BYTES + FRAGMENT_BYTES) / 8 * 8).max(8);
+    let payload = whole.payload();
+    let count = payload.len().div_ceil(step);
+    if !out.has_room(count * (IPV6_BYTES + FRAGMENT_BYTES + step + FRAME_BYTES)) {
+        return false;
+    }
+    let identification = u32::from(out.next_identification());
+    for (index, part) in payload.chunks(step).enumerate() {
+        let more = u16::from(index + 1 < count);
+        let (Ok(offset), Ok(length)) = (
+            u16::try_from(index * step),
+            u16::try_from(FRAGMENT_BYTES + part.len()),
+        ) else {
+            return false;
+        };
+        let total = IPV6_BYTES + FRAGMENT_BYTES + part.len();
+        out.packet_from(from, EtherType::Ipv6, total, |packet| {
+            let (header, rest) = packet.split_at_mut(IPV6_BYTES);
+            let (fragment, room) = rest.split_at_mut(FRAGMENT_BYTES);
+            header.copy_from_slice(&whole.packet[..IPV6_BYTES]);
+            header[4..6].copy_from_slice(&length.to_be_bytes());
+            header[6] = reply::FRAGMENT_HEADER;
+            fragment[..2].copy_from_slice(&[whole.protocol, 0]);
+            fragment[2..4].copy_from_slice(&(offset | more).to_be_bytes());
+            fragment[4..].copy_from_slice(&identification.to_be_bytes());
+            room.copy_from_slice(part);
+        });
+    }
+    true
+}
+
+/// Gives a header another length and place.
+fn mark(header: &mut [u8], total: u16, flags_and_offset: u16) {
+    header[2..4].copy_from_slice(&total.to_be_bytes());
+    header[6..8].copy_from_slice(&flags_and_offset.to_be_bytes());
+    header[10..12].fill(0);
+    let sum = reply::checksum(header);
+    header[10..12].copy_from_slice(&sum.to_be_bytes());
 }
 
 #[cfg(test)]

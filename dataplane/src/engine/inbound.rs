@@ -2,7 +2,7 @@
 
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 
-use crate::engine::frame::{Arp, DropReason, EtherType, Frame};
+use crate::engine::frame::{Arp, DropReason, Frame};
 use crate::engine::ip::Ip;
 use crate::engine::reply::{self, ICMP, ICMPV6, TCP, UDP};
 use crate::engine::{Engine, Outcome, Time};
@@ -27,24 +27,16 @@ impl Engine {
         if arp.sender != Ipv4Addr::UNSPECIFIED {
             self.check_source(now, frame.source, arp.sender)?;
         }
-        let ours = arp.target == self.config.gateway || Some(arp.target) == self.config.host_alias;
-        if arp.is_request && ours {
-            let mac = self.config.gateway_mac;
-            let sent = self
-                .transmit
-                .packet(EtherType::Arp, Arp::BYTES, |out| arp.write_reply(mac, out))
-                .is_some();
-            return if sent {
-                Ok(Outcome::Done)
-            } else {
-                Err(DropReason::TransmitQueueFull)
-            };
+        match self.tell_mac(arp) {
+            Some(true) => return Ok(Outcome::Done),
+            Some(false) => return Err(DropReason::TransmitQueueFull),
+            None => {}
         }
         if frame.destination == self.config.gateway_mac || arp.target == arp.sender {
             // A reply to us, or an announcement, which the claim above has taken note of.
             return Ok(Outcome::Done);
         }
-        self.switch(frame)
+        self.switch(now, frame)
     }
 
     /// DHCP goes to the gateway's server whatever its addresses, and nowhere else.
@@ -68,6 +60,7 @@ impl Engine {
         }
         if let Some(address) = outcome.released {
             self.addresses.retain(|a| *a != address);
+            self.end_switched_of(now, address.into());
             self.note_status();
         }
         if let Some(name) = outcome.claimed_hostname
@@ -101,10 +94,7 @@ impl Engine {
             (TCP, _) => match ip.without_extensions() {
                 None => self.handle_tcp(now, ip),
                 // What a connection keeps of it, and smoltcp, know no extensions.
-                Some(packet) => {
-                    self.handle_tcp(now, Ip::parse(&packet)?)?;
-                    Ok(Outcome::Done)
-                }
+                Some(packet) => Ok(self.handle_tcp(now, Ip::parse(&packet)?)?.into_owned()),
             },
             (UDP, _) => self.handle_udp(now, ip),
             (ICMP, IpAddr::V4(_)) | (ICMPV6, IpAddr::V6(_)) => self.handle_icmp(now, ip),
@@ -134,17 +124,24 @@ impl Engine {
             (TCP, _) => return Err(DropReason::Fragment),
             _ => return Err(DropReason::IpProtocol),
         };
-        Ok(match outcome {
-            Outcome::Datagram { flow, payload } => Outcome::Assembled {
-                flow,
-                payload: payload.to_vec(),
-            },
-            Outcome::Echo { flow, message } => Outcome::Assembled {
-                flow,
-                payload: message.to_vec(),
-            },
-            _ => Outcome::Done,
-        })
+        Ok(outcome.into_owned())
+    }
+}
+
+impl Outcome<'_> {
+    /// The same, with bytes of its own.
+    fn into_owned<'b>(self) -> Outcome<'b> {
+        let (flow, payload) = match self {
+            Outcome::Datagram { flow, payload } => (flow, payload),
+            Outcome::Echo { flow, message } => (flow, message),
+            Outcome::Pass { flow, packet } => (flow, packet),
+            Outcome::Assembled { flow, payload } => return Outcome::Assembled { flow, payload },
+            Outcome::Done | Outcome::Switch(_) => return Outcome::Done,
+        };
+        Outcome::Assembled {
+            flow,
+            payload: payload.to_vec(),
+        }
     }
 }
 

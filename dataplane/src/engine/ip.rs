@@ -9,7 +9,7 @@
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
-use crate::engine::frame::DropReason;
+use crate::engine::frame::{DropReason, EtherType};
 
 /// An IPv4 header without options, bytes.
 pub const IPV4_BYTES: usize = 20;
@@ -77,16 +77,30 @@ impl<'a> Ip<'a> {
         }
     }
 
+    /// Reads the headers of a packet of which only the start is there, as in an ICMP error. `None` where that
+    /// is no packet, or too little.
+    pub fn parse_quote(bytes: &'a [u8]) -> Option<Self> {
+        let read = match bytes.first()? >> 4 {
+            4 => Self::read_ipv4(bytes, Length::AtMost),
+            _ => Self::read_ipv6(bytes, Length::AtMost),
+        };
+        read.ok()
+    }
+
     /// Reads the header of an IPv4 packet.
     ///
     /// # Errors
     /// [`DropReason::Malformed`].
     pub fn parse_ipv4(bytes: &'a [u8]) -> Result<Self, DropReason> {
+        Self::read_ipv4(bytes, Length::Exact)
+    }
+
+    fn read_ipv4(bytes: &'a [u8], length: Length) -> Result<Self, DropReason> {
         let header = bytes.first_chunk::<IPV4_BYTES>().ok_or(DropReason::Malformed)?;
         let header_bytes = usize::from(header[0] & 0x0f) * 4;
         let total = usize::from(u16::from_be_bytes([header[2], header[3]]));
         // A super-frame of an offloading hypervisor may leave the length zero.
-        let total = if total == 0 { bytes.len() } else { total };
+        let total = length.of(if total == 0 { bytes.len() } else { total }, bytes);
         if header[0] >> 4 != 4 || header_bytes < IPV4_BYTES || total < header_bytes {
             return Err(DropReason::Malformed);
         }
@@ -117,10 +131,16 @@ impl<'a> Ip<'a> {
     /// # Errors
     /// [`DropReason::Malformed`], [`DropReason::IpProtocol`].
     pub fn parse_ipv6(bytes: &'a [u8]) -> Result<Self, DropReason> {
+        Self::read_ipv6(bytes, Length::Exact)
+    }
+
+    fn read_ipv6(bytes: &'a [u8], length: Length) -> Result<Self, DropReason> {
         let header = bytes.first_chunk::<IPV6_BYTES>().ok_or(DropReason::Malformed)?;
         // A jumbogram (RFC 2675) says zero here: it ends with its headers, and so has none for its payload.
         let total = IPV6_BYTES + usize::from(u16::from_be_bytes([header[4], header[5]]));
-        let packet = bytes.get(..total).ok_or(DropReason::Malformed)?;
+        let packet = bytes
+            .get(..length.of(total, bytes))
+            .ok_or(DropReason::Malformed)?;
         if header[0] >> 4 != 6 {
             return Err(DropReason::Malformed);
         }
@@ -162,6 +182,19 @@ impl<'a> Ip<'a> {
         &self.packet[self.header_bytes..]
     }
 
+    /// Whether nobody may take it apart. Of IPv6 only what came in fragments ever need be.
+    pub fn do_not_fragment(&self) -> bool {
+        self.source.is_ipv4() && self.packet[6] & 0x40 != 0
+    }
+
+    /// The EtherType of the frame that carries it.
+    pub fn ether_type(&self) -> EtherType {
+        match self.source {
+            IpAddr::V4(_) => EtherType::Ipv4,
+            IpAddr::V6(_) => EtherType::Ipv6,
+        }
+    }
+
     /// Whether it is a part of a larger packet.
     pub fn is_fragment(&self) -> bool {
         self.part.is_some()
@@ -193,6 +226,24 @@ impl<'a> Ip<'a> {
         packet[4..6].copy_from_slice(&length.to_be_bytes());
         packet[6] = self.protocol;
         Some(packet)
+    }
+}
+
+/// What the length that a packet says means for the bytes that are there.
+#[derive(Clone, Copy)]
+enum Length {
+    /// So many are there.
+    Exact,
+    /// There may be fewer.
+    AtMost,
+}
+
+impl Length {
+    fn of(self, said: usize, bytes: &[u8]) -> usize {
+        match self {
+            Self::Exact => said,
+            Self::AtMost => said.min(bytes.len()),
+        }
     }
 }
 
@@ -284,8 +335,8 @@ fn address(bytes: &[u8]) -> Ipv6Addr {
 mod tests {
     use super::*;
 
-    /// An IPv6 packet to 2001:db8::9 with these headers (kind, content without its first two bytes).
-    fn packet(headers: &[(u8, &[u8])], protocol: u8, payload: &[u8]) -> Vec<u8> {
+    /// An IPv6 packet to 2001:db8::9 with these headers.
+    fn packet(headers: Headers<'_>, protocol: u8, payload: &[u8]) -> Vec<u8> {
         let mut body = Vec::new();
         for (index, (_, content)) in headers.iter().enumerate() {
             let next = headers.get(index + 1).map_or(protocol, |(kind, _)| *kind);
@@ -301,6 +352,9 @@ mod tests {
         packet.extend_from_slice(&body);
         packet
     }
+
+    /// Headers by kind, with their content but for its first two bytes.
+    type Headers<'a> = &'a [(u8, &'a [u8])];
 
     const PADDING: &[u8] = &[1, 4, 0, 0, 0, 0];
 
@@ -330,7 +384,7 @@ mod tests {
 
     #[test]
     fn headers_without_effect_are_passed_over() {
-        let chain: &[(u8, &[u8])] = &[
+        let chain: Headers<'_> = &[
             (HOP_BY_HOP, &[5, 2, 0, 0, 1, 0]),
             (DESTINATION_OPTIONS, PADDING),
             (ROUTING, &[2, 0, 0, 0, 0, 0]),
@@ -348,7 +402,7 @@ mod tests {
 
     #[test]
     fn headers_with_an_effect_end_a_packet() {
-        let refused: &[(&str, &[(u8, &[u8])])] = &[
+        let refused: &[(&str, Headers<'_>)] = &[
             ("routing of type 0", &[(ROUTING, &[0, 0, 0, 0, 0, 0])]),
             ("a way still to go", &[(ROUTING, &[4, 1, 0, 0, 0, 0])]),
             ("a jumbogram", &[(HOP_BY_HOP, &[0xc2, 4, 0, 1, 0, 0])]),
@@ -364,12 +418,12 @@ mod tests {
                 "{what}"
             );
         }
-        let late: &[(u8, &[u8])] = &[(DESTINATION_OPTIONS, PADDING), (HOP_BY_HOP, PADDING)];
+        let late: Headers<'_> = &[(DESTINATION_OPTIONS, PADDING), (HOP_BY_HOP, PADDING)];
         assert_eq!(
             Ip::parse(&packet(late, 17, b"x")).unwrap_err(),
             DropReason::Malformed
         );
-        let cut: &[(u8, &[u8])] = &[(DESTINATION_OPTIONS, &[1, 5, 0, 0, 0, 0])];
+        let cut: Headers<'_> = &[(DESTINATION_OPTIONS, &[1, 5, 0, 0, 0, 0])];
         assert_eq!(
             Ip::parse(&packet(cut, 17, b"x")).unwrap_err(),
             DropReason::Malformed
@@ -391,7 +445,7 @@ mod tests {
 
     #[test]
     fn a_fragment_says_which_part_it_is_and_one_that_is_whole_is_none() {
-        let headers: &[(u8, &[u8])] = &[(DESTINATION_OPTIONS, PADDING), (FRAGMENT, &[0, 17, 0, 0, 0, 7])];
+        let headers: Headers<'_> = &[(DESTINATION_OPTIONS, PADDING), (FRAGMENT, &[0, 17, 0, 0, 0, 7])];
         let bytes = packet(headers, 17, b"payload.");
         let ip = Ip::parse(&bytes).unwrap();
         let part = Part {
@@ -404,7 +458,7 @@ mod tests {
         assert_eq!((ip.part, ip.protocol), (Some(part), 17));
         assert_eq!(ip.payload(), b"payload.");
 
-        let atomic: &[(u8, &[u8])] = &[(FRAGMENT, &[0, 0, 0, 0, 0, 7])];
+        let atomic: Headers<'_> = &[(FRAGMENT, &[0, 0, 0, 0, 0, 7])];
         let bytes = packet(atomic, 17, b"payload.");
         let ip = Ip::parse(&bytes).unwrap();
         assert!(!ip.is_fragment());

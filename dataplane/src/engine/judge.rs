@@ -4,17 +4,72 @@ use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::sync::Arc;
 
 use vnet_proto::model::special::{is_private_or_special, is_refused};
-use vnet_proto::model::{FlowKey, FlowSubject, Guard, Reason, VerdictAction};
+use vnet_proto::model::{FlowKey, FlowSubject, Guard, Reason, VerdictAction, VmId};
 
-use crate::engine::cache::Decision;
+use crate::engine::cache::{Decision, Standing};
 use crate::engine::frame::DropReason;
+use crate::engine::held::Target;
 use crate::engine::ip::Ip;
 use crate::engine::reply::Unreachable;
 use crate::engine::{Engine, Time};
 
+/// Where a flow goes, or would go.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Wanted {
+    /// Its addresses as the guest sees them.
+    pub(super) key: FlowKey,
+    /// The address that the host would dial.
+    pub(super) dialled: SocketAddr,
+    /// The other guest that it is for.
+    pub(super) neighbour: Option<VmId>,
+}
+
+impl Wanted {
+    /// To nobody but who its addresses say.
+    pub(super) fn plain(key: FlowKey) -> Self {
+        Self {
+            key,
+            dialled: key.peer,
+            neighbour: None,
+        }
+    }
+
+    /// By whom misses are told apart.
+    pub(super) fn target(&self) -> Target {
+        let key = self.key.judged();
+        Target {
+            protocol: key.protocol,
+            peer: key.peer,
+            neighbour: self.neighbour,
+        }
+    }
+}
+
 impl Engine {
+    /// Where a flow that begins with this packet would go, if it may at all.
+    pub(super) fn wanted(&mut self, ip: &Ip<'_>, key: FlowKey) -> Result<Wanted, DropReason> {
+        let dialled = self.dialled(key.peer);
+        let neighbour = match self.check_destination(ip.destination) {
+            Ok(neighbour) => neighbour,
+            Err(reason) => {
+                if reason == DropReason::UnknownStation {
+                    self.refuse_unreachable(ip, Unreachable::Host);
+                }
+                return Err(reason);
+            }
+        };
+        if neighbour.is_none() {
+            self.check_way(ip, dialled.ip())?;
+        }
+        Ok(Wanted {
+            key,
+            dialled,
+            neighbour,
+        })
+    }
+
     /// What a guest-visible destination is dialled as.
-    pub(super) fn dialled(&self, peer: SocketAddr) -> SocketAddr {
+    fn dialled(&self, peer: SocketAddr) -> SocketAddr {
         match (peer.ip(), self.config.host_alias) {
             (IpAddr::V4(v4), Some(alias)) if v4 == alias => {
                 SocketAddr::new(Ipv4Addr::LOCALHOST.into(), peer.port())
@@ -23,16 +78,18 @@ impl Engine {
         }
     }
 
-    /// Whether a flow may go there at all.
-    pub(super) fn check_destination(&self, address: IpAddr) -> Result<(), DropReason> {
+    /// Whether a flow may go there at all, and which other guest it is that has the address.
+    fn check_destination(&self, address: IpAddr) -> Result<Option<VmId>, DropReason> {
         if Some(address) == self.config.host_alias.map(IpAddr::V4) {
-            return Ok(());
+            return Ok(None);
         }
         if self.is_on_link(address) {
-            return Err(match self.surroundings.guest_at(address) {
-                Some(_) => DropReason::GuestToGuest,
-                None => DropReason::UnknownStation,
-            });
+            return match self.owner_of(address) {
+                // Its own address is no way out.
+                Some(vm) if vm == self.config.vm => Err(DropReason::Destination),
+                Some(vm) => Ok(Some(vm)),
+                None => Err(DropReason::UnknownStation),
+            };
         }
         let refused = match address {
             IpAddr::V4(v4) => v4.octets()[0] == 0 || v4.is_loopback() || v4.octets()[0] >= 224,
@@ -41,13 +98,25 @@ impl Engine {
         if refused {
             return Err(DropReason::Destination);
         }
-        Ok(())
+        Ok(None)
+    }
+
+    /// How a destination stands now.
+    pub(super) fn standing(&self, wanted: &Wanted) -> Standing {
+        let guards = self.surroundings.guards(wanted.dialled, wanted.key.protocol);
+        Standing {
+            guards: match wanted.neighbour {
+                Some(_) => guards.with(Guard::Guest),
+                None => guards,
+            },
+            neighbour: wanted.neighbour,
+        }
     }
 
     /// Whether the host has a way to what would be dialled. Where it has none, the guest is told at once,
     /// and nobody is asked about what cannot be: most hosts without IPv6 are found out so, and a program
     /// goes on to the IPv4 address without having waited.
-    pub(super) fn check_way(&mut self, ip: &Ip<'_>, dialled: IpAddr) -> Result<(), DropReason> {
+    fn check_way(&mut self, ip: &Ip<'_>, dialled: IpAddr) -> Result<(), DropReason> {
         if dialled.is_ipv4() || self.surroundings.has_way(dialled) {
             return Ok(());
         }
@@ -56,9 +125,9 @@ impl Engine {
     }
 
     /// The cache's answer for a new flow; `None` is a miss.
-    pub(super) fn decide(&self, now: Time, key: &FlowKey, dialled: SocketAddr) -> Option<Arc<Decision>> {
-        let guards = self.surroundings.guards(dialled, key.protocol);
-        if guards.contains(Guard::Daemon) {
+    pub(super) fn decide(&self, now: Time, wanted: &Wanted) -> Option<Arc<Decision>> {
+        let standing = self.standing(wanted);
+        if standing.guards.contains(Guard::Daemon) {
             return Some(Arc::new(Decision {
                 action: VerdictAction::Deny,
                 epoch: self.cache.epoch().unwrap_or(vnet_proto::model::Epoch {
@@ -69,25 +138,26 @@ impl Engine {
                 grant: String::new(),
                 reason: Reason::new("guard", "daemon", "a vnet daemon listens there; nothing opens it"),
                 would_deny: false,
-                guards,
+                standing,
             }));
         }
-        self.cache.lookup(now, key, guards).cloned()
+        self.cache.lookup(now, &wanted.key, standing).cloned()
     }
 
     /// The evidence about a flow.
-    pub(super) fn subject(&mut self, now: Time, key: &FlowKey, dialled: SocketAddr) -> FlowSubject {
-        let mut guards = self.surroundings.guards(dialled, key.protocol);
-        let bound = self.bindings.names_of(now, key.peer.ip());
-        if !bound.is_empty() && is_private_or_special(key.peer.ip()) {
+    pub(super) fn subject(&mut self, now: Time, wanted: &Wanted) -> FlowSubject {
+        let mut guards = self.standing(wanted).guards;
+        let address = wanted.key.peer.ip();
+        let bound = self.bindings.names_of(now, address);
+        if !bound.is_empty() && is_private_or_special(address) {
             guards = guards.with(Guard::PrivateFromDns);
         }
         FlowSubject {
-            key: *key,
-            dialled: dialled.ip(),
+            key: wanted.key,
+            dialled: wanted.dialled.ip(),
             names: bound,
             guards,
-            peer_vm: None,
+            peer_vm: wanted.neighbour,
         }
     }
 }

@@ -1,11 +1,11 @@
 //! A flow's life, whatever its protocol: it opens, it counts, it has deadlines, it ends.
 
-use std::net::SocketAddr;
-use std::time::{Duration, SystemTime};
+use std::time::Duration;
 
-use vnet_proto::model::{FlowKey, MissId, Reason};
+use vnet_proto::model::{FlowId, MissId, Protocol, Reason};
 
 use crate::engine::flow::{Flow, State};
+use crate::engine::judge::Wanted;
 use crate::engine::tcp::{DialError, TCP_IDLE};
 use crate::engine::timer::Timer;
 use crate::engine::{ECHO_IDLE, Engine, Event, Time, datagram};
@@ -19,36 +19,38 @@ const TIMER_STEP: Duration = Duration::from_millis(1);
 const SHRINK_IDLE: Duration = Duration::from_secs(10);
 
 impl Engine {
-    pub(super) fn new_flow(&mut self, now: Time, key: FlowKey, dialled: SocketAddr, state: State) -> usize {
+    /// A flow of this guest's; its place.
+    pub(super) fn new_flow(&mut self, now: Time, wanted: Wanted, state: State) -> usize {
+        let flow = Flow::new(self.next_flow_id(), now, wanted, state);
+        self.insert(flow)
+    }
+
+    pub(super) fn next_flow_id(&mut self) -> FlowId {
         let id = flow_id(self.config.vm, self.next_flow);
         self.next_flow += 1;
-        match state {
-            State::Udp => self.udp_flows += 1,
-            State::Echo => self.echo_flows += 1,
-            _ => {}
+        id
+    }
+
+    pub(super) fn insert(&mut self, flow: Flow) -> usize {
+        if let Some(kind) = flow.kind() {
+            *self.count_of(kind) += 1;
         }
-        self.flows.insert(Flow {
-            id,
-            key,
-            dialled,
-            ingress: false,
-            state,
-            decision: None,
-            last_active: now,
-            opened_at: SystemTime::now(),
-            bytes_up: 0,
-            bytes_down: 0,
-            scheduled: None,
-            dirty: false,
-            touched: false,
-        })
+        self.flows.insert(flow)
+    }
+
+    /// How many flows of a kind that has a limit of its own there are; of TCP nobody asks.
+    pub(super) fn count_of(&mut self, kind: Protocol) -> &mut usize {
+        match kind {
+            Protocol::Udp => &mut self.udp_flows,
+            _ => &mut self.echo_flows,
+        }
     }
 
     /// A flow was let through: tell the session.
     pub(super) fn report_opened(&mut self, now: Time, at: usize, miss: Option<MissId>) {
         let Some(flow) = self.flows.get(at) else { return };
-        let (key, dialled, ingress) = (flow.key, flow.dialled, flow.ingress);
-        let subject = self.subject(now, &key, dialled);
+        let (wanted, ingress) = (flow.wanted(), flow.ingress);
+        let subject = self.subject(now, &wanted);
         let Some(flow) = self.flows.get(at) else { return };
         let decision = flow.decision.as_deref();
         let opened = FlowOpened {
@@ -73,9 +75,10 @@ impl Engine {
     /// has to see must be queued before.
     pub(super) fn end_flow(&mut self, at: usize, end: FlowEnd) {
         let Some(flow) = self.flows.remove(at) else { return };
+        if let Some(kind) = flow.kind() {
+            *self.count_of(kind) -= 1;
+        }
         match &flow.state {
-            State::Udp => self.udp_flows -= 1,
-            State::Echo => self.echo_flows -= 1,
             State::Held(waiting) => {
                 let miss = waiting.miss;
                 if self.held.leave(miss, at) {
@@ -95,7 +98,13 @@ impl Engine {
                 self.close_dns(flow.id.0);
                 return;
             }
-            State::Dialing { .. } | State::Tcp(_) => {}
+            State::Switched(switched) => {
+                // It has no socket that would have to be closed first.
+                self.flows.release(at);
+                self.end_switched(&flow, switched, end);
+                return;
+            }
+            State::Dialing { .. } | State::Tcp(_) | State::Udp | State::Echo => {}
         }
         let reset = !matches!(end, FlowEnd::Finished | FlowEnd::Idle);
         self.events.push_back(Event::Close { flow: at, reset });
@@ -166,6 +175,9 @@ impl Engine {
             }
             State::Udp => flow.last_active + datagram::udp_idle(flow.bytes_down),
             State::Echo => flow.last_active + ECHO_IDLE,
+            State::Switched(switched) => {
+                switched.deadline(flow.key.protocol, flow.last_active, flow.bytes_down)?
+            }
         };
         Some(ends_at.map_or(own, |ends| ends.min(own)))
     }
@@ -239,6 +251,14 @@ impl Engine {
                 };
                 if now.saturating_sub(flow.last_active) >= idle {
                     self.end_flow(at, FlowEnd::Idle);
+                    return;
+                }
+            }
+            State::Switched(switched) => {
+                let deadline = switched.deadline(flow.key.protocol, flow.last_active, flow.bytes_down);
+                if deadline.is_some_and(|at| at <= now) {
+                    let end = switched.end_by_time();
+                    self.cut(now, at, end);
                     return;
                 }
             }

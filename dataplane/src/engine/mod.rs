@@ -8,7 +8,8 @@
 //!
 //! 1. parse ([`frame`]); what cannot be delivered is counted by its [`DropReason`]
 //! 2. check that the sender's addresses are its own
-//! 3. the gateway's own answers (ARP, neighbour discovery, DHCP, DNS, echo), or another guest, or
+//! 3. the gateway's own answers (ARP, neighbour discovery, DHCP, DNS, echo), or another guest's by plain
+//!    switching ([`switch`]), or
 //! 4. the flow table: an established flow costs one look-up and no allocation
 //! 5. the verdict cache: a new flow that it covers is dialled or refused at once
 //! 6. a miss: the packet is held, the session asks
@@ -35,6 +36,7 @@ mod report;
 pub mod ring;
 pub mod stack;
 mod station;
+pub mod switch;
 mod tally;
 pub mod tcp;
 mod timer;
@@ -52,7 +54,7 @@ use std::time::Duration;
 use ipnet::Ipv4Net;
 use rand::SeedableRng as _;
 use rand::rngs::StdRng;
-use vnet_proto::model::{GuardSet, Protocol, VmId};
+use vnet_proto::model::{FlowId, GuardSet, Protocol, VmId};
 
 use crate::engine::bindings::Bindings;
 use crate::engine::cache::Cache;
@@ -64,6 +66,8 @@ use crate::engine::gateway::dhcp::DhcpOutcome;
 use crate::engine::gateway::dns::Dns;
 use crate::engine::held::Held;
 use crate::engine::ring::RingPool;
+use crate::engine::switch::Neighbour;
+use crate::engine::switch::flow::Targeted;
 use crate::engine::tally::Tally;
 use crate::engine::timer::{Timer, Timers};
 use crate::engine::transmit::Transmit;
@@ -127,7 +131,7 @@ pub trait Surroundings: Send + Sync {
     /// Answers a DHCP message.
     fn dhcp(&self, vm: VmId, mac: Mac, message: &[u8], now: Time) -> DhcpOutcome;
     /// The guest that owns an address of the subnet.
-    fn guest_at(&self, address: IpAddr) -> Option<VmId>;
+    fn neighbour(&self, address: IpAddr) -> Option<Neighbour>;
     /// The guards that a destination is under, judged on what would really be dialled.
     fn guards(&self, dialled: SocketAddr, protocol: Protocol) -> GuardSet;
     /// The local zones.
@@ -152,14 +156,22 @@ pub enum Outcome<'a> {
         /// The message, header included.
         message: &'a [u8],
     },
-    /// As [`Outcome::Datagram`] or [`Outcome::Echo`], from fragments put together.
+    /// Hand a packet of a flow between guests to the other one ([`Engine::to_neighbour`]).
+    Pass {
+        /// The flow's place.
+        flow: usize,
+        /// The whole packet.
+        packet: &'a [u8],
+    },
+    /// As [`Outcome::Datagram`], [`Outcome::Echo`] or [`Outcome::Pass`], from fragments put together.
     Assembled {
         /// The flow's place.
         flow: usize,
-        /// The payload or message.
+        /// The payload, message or packet.
         payload: Vec<u8>,
     },
-    /// Pass the frame to other guests.
+    /// Pass the frame to the guest that has this MAC address, or to all; with the address as its
+    /// destination. If the one that it is for is not open: [`Engine::handle_unswitched`].
     Switch(Mac),
 }
 
@@ -179,6 +191,23 @@ pub enum Event {
         flow: usize,
         /// Payloads or messages, oldest first.
         packets: Vec<Box<[u8]>>,
+    },
+    /// Hand these packets of a flow to the other guest ([`Engine::to_neighbour`]).
+    Pass {
+        /// The flow's place.
+        flow: usize,
+        /// Whole packets, oldest first.
+        packets: Vec<Box<[u8]>>,
+    },
+    /// Tell another guest's engine that a flow between the two is over
+    /// ([`Engine::handle_permit_closed`]).
+    PermitClosed {
+        /// The other guest.
+        to: VmId,
+        /// The flow.
+        flow: FlowId,
+        /// How it ended.
+        end: FlowEnd,
     },
     /// Close a flow's host socket; its place may be taken again right after.
     Close {
@@ -211,6 +240,7 @@ pub struct Engine {
     next_flow: u64,
     udp_flows: usize,
     echo_flows: usize,
+    targeted: Targeted,
     next_ingress_port: u16,
     dirty: Vec<usize>,
     touched: Vec<usize>,
@@ -256,6 +286,7 @@ impl Engine {
             next_flow: 1,
             udp_flows: 0,
             echo_flows: 0,
+            targeted: Targeted::default(),
             next_ingress_port: 0,
             dirty: Vec::new(),
             touched: Vec::new(),
@@ -313,24 +344,14 @@ impl Engine {
                 };
                 self.check_source(now, frame.source, source)?;
                 if frame.destination != self.config.gateway_mac {
-                    return self.switch(&frame);
+                    return self.switch(now, &frame);
+                }
+                if let Some(mac) = self.routed(&ip) {
+                    return Ok(Outcome::Switch(mac));
                 }
                 self.handle_ip(now, ip)
             }
         }
-    }
-
-    /// Frames to other guests, where the switch is open. The network decides whether theirs is too.
-    fn switch<'a>(&mut self, frame: &Frame<'a>) -> Result<Outcome<'a>, DropReason> {
-        if !self.settings.switch_open {
-            return Err(DropReason::GuestToGuest);
-        }
-        if let Body::Ipv4(ip) | Body::Ipv6(ip) = frame.body
-            && inbound::is_dhcp_answer(&ip)
-        {
-            return Err(DropReason::RogueDhcp);
-        }
-        Ok(Outcome::Switch(frame.destination))
     }
 
     /// A flow by its place.

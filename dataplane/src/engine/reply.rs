@@ -25,7 +25,8 @@ const UDP_BYTES: usize = 8;
 const ICMP_BYTES: usize = 8;
 /// An IPv6 fragment header, bytes.
 const FRAGMENT_BYTES: usize = 8;
-const FRAGMENT_HEADER: u8 = 44;
+/// What announces it.
+pub(super) const FRAGMENT_HEADER: u8 = 44;
 
 /// Why a destination could not be reached, as ICMP type 3 (RFC 792, RFC 1122 §3.2.2.1) and ICMPv6 type 1
 /// (RFC 4443 §3.1) say it.
@@ -129,15 +130,41 @@ pub fn reset(out: &mut Transmit, to: IpAddr, from: IpAddr, header: &TcpHeader) {
             TcpHeader::RST | TcpHeader::ACK,
         )
     };
-    packet(out, from, to, TCP, TCP_BYTES, |segment| {
+    let from = SocketAddr::new(from, header.destination);
+    let to = SocketAddr::new(to, header.source);
+    bare_segment(out, from, to, sequence, acknowledgement, flags);
+}
+
+/// Queues a RST of a connection that is cut, from a peer that does not know of it.
+pub fn abort(
+    out: &mut Transmit,
+    from: SocketAddr,
+    to: SocketAddr,
+    sequence: u32,
+    acknowledgement: Option<u32>,
+) {
+    let flags = acknowledgement.map_or(TcpHeader::RST, |_| TcpHeader::RST | TcpHeader::ACK);
+    bare_segment(out, from, to, sequence, acknowledgement.unwrap_or(0), flags);
+}
+
+/// A segment of nothing but its header.
+fn bare_segment(
+    out: &mut Transmit,
+    from: SocketAddr,
+    to: SocketAddr,
+    sequence: u32,
+    acknowledgement: u32,
+    flags: u8,
+) {
+    packet(out, from.ip(), to.ip(), TCP, TCP_BYTES, |segment| {
         segment.fill(0);
-        segment[..2].copy_from_slice(&header.destination.to_be_bytes());
-        segment[2..4].copy_from_slice(&header.source.to_be_bytes());
+        segment[..2].copy_from_slice(&from.port().to_be_bytes());
+        segment[2..4].copy_from_slice(&to.port().to_be_bytes());
         segment[4..8].copy_from_slice(&sequence.to_be_bytes());
         segment[8..12].copy_from_slice(&acknowledgement.to_be_bytes());
         segment[12] = 5 << 4;
         segment[13] = flags;
-        let sum = pseudo_header_sum(from, to, TCP, TCP_BYTES) + word_sum(segment);
+        let sum = pseudo_header_sum(from.ip(), to.ip(), TCP, TCP_BYTES) + word_sum(segment);
         segment[16..18].copy_from_slice(&fold(sum).to_be_bytes());
     });
 }
@@ -194,15 +221,16 @@ pub fn icmp(out: &mut Transmit, from: IpAddr, to: IpAddr, message: &[u8], mtu_by
 }
 
 /// Queues a message of neighbour discovery, to the MAC address of its multicast group (RFC 2464 §7) where
-/// that is whom it is for. False when there was no room.
-pub fn discovery(out: &mut Transmit, from: Ipv6Addr, to: Ipv6Addr, message: &[u8]) -> bool {
+/// that is whom it is for, from the MAC address that it is about. False when there was no room.
+pub fn discovery(out: &mut Transmit, source: Mac, from: Ipv6Addr, to: Ipv6Addr, message: &[u8]) -> bool {
     let [.., a, b, c, d] = to.octets();
     let mac = if to.is_multicast() {
         Mac([0x33, 0x33, a, b, c, d])
     } else {
         out.guest
     };
-    out.packet_to(mac, EtherType::Ipv6, IPV6_BYTES + message.len(), |packet| {
+    let length = IPV6_BYTES + message.len();
+    out.packet_between(source, mac, EtherType::Ipv6, length, |packet| {
         let (header, room) = packet.split_at_mut(IPV6_BYTES);
         write_ipv6(header, from, to, ICMPV6, message.len(), ON_LINK_HOPS);
         room.copy_from_slice(message);
@@ -419,6 +447,11 @@ fn pseudo_header_sum(from: IpAddr, to: IpAddr, protocol: u8, length: usize) -> u
         IpAddr::V6(v6) => word_sum(&v6.octets()),
     };
     sum(from) + sum(to) + u64::from(protocol) + length as u64
+}
+
+/// The checksum of a header whose own field is zero (RFC 1071).
+pub(super) fn checksum(header: &[u8]) -> u16 {
+    fold(word_sum(header))
 }
 
 /// The ones' complement sum of big-endian words (RFC 1071), not folded.

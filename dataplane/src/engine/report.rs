@@ -1,15 +1,15 @@
 //! What the session is told: at once of what happens to a flow, once a second of what only counts.
 
 use std::collections::BTreeMap;
-use std::net::{IpAddr, SocketAddr};
+use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
-use vnet_proto::model::{FlowKey, Subject};
+use vnet_proto::model::Subject;
 
 use crate::engine::cache::Decision;
 use crate::engine::frame::DropReason;
-use crate::engine::held::Target;
+use crate::engine::judge::Wanted;
 use crate::engine::timer::Timer;
 use crate::engine::{Engine, Event, Time};
 use crate::message::{Report, VmStatus};
@@ -23,10 +23,10 @@ impl Engine {
     }
 
     /// Counts a decision that the cache made, for the next report.
-    pub(super) fn tally(&mut self, now: Time, key: &FlowKey, dialled: SocketAddr, decision: &Arc<Decision>) {
+    pub(super) fn tally(&mut self, now: Time, wanted: &Wanted, decision: &Arc<Decision>) {
         let mut tally = std::mem::take(&mut self.tally);
-        tally.count(Target::from(key), decision, || {
-            Subject::Flow(self.subject(now, key, dialled))
+        tally.count(wanted.target(), decision, || {
+            Subject::Flow(self.subject(now, wanted))
         });
         self.tally = tally;
         self.want_report(now);

@@ -83,6 +83,14 @@ impl Engine {
         Ok(())
     }
 
+    /// Whether an address is the guest's.
+    pub(super) fn has_address(&self, address: IpAddr) -> bool {
+        match address {
+            IpAddr::V4(v4) => self.addresses.contains(&v4),
+            IpAddr::V6(v6) => self.addresses_ipv6.iter().any(|own| own.address == v6),
+        }
+    }
+
     /// Room for one more address: an IPv6 address that was not used for long makes way.
     fn make_room_for_address(&mut self, now: Time) -> Result<(), DropReason> {
         if self.addresses.len() + self.addresses_ipv6.len() < ADDRESSES_MAX {
@@ -98,6 +106,7 @@ impl Engine {
             .ok_or(DropReason::AddressLimit)?;
         let gone = self.addresses_ipv6.swap_remove(idle);
         self.surroundings.release(self.config.vm, gone.address);
+        self.end_switched_of(now, gone.address.into());
         self.note_status();
         Ok(())
     }

@@ -14,6 +14,7 @@ use crate::engine::cache::Decision;
 use crate::engine::flow::{State, Waiting};
 use crate::engine::frame::DropReason;
 use crate::engine::ip::Ip;
+use crate::engine::judge::Wanted;
 use crate::engine::reply::{self, TcpHeader, Unreachable};
 use crate::engine::stack::{Connection, Phase};
 use crate::engine::{Engine, Event, Outcome, Time};
@@ -54,6 +55,9 @@ impl Engine {
             peer: SocketAddr::new(ip.destination, header.destination),
         };
         if let Some(at) = self.flows.find(&key) {
+            if let Some(outcome) = self.pass_segment(now, at, &ip, &header)? {
+                return Ok(outcome);
+            }
             if let Some(flow) = self.flows.get_mut(at)
                 && let State::Tcp(connection) | State::Service(connection) = &mut flow.state
                 && !header.is_syn()
@@ -70,8 +74,7 @@ impl Engine {
             reply::reset(&mut self.transmit, ip.source, ip.destination, &header);
             return Ok(Outcome::Done);
         }
-        self.open_tcp(now, ip, key, &header)?;
-        Ok(Outcome::Done)
+        self.open_tcp(now, ip, key, &header)
     }
 
     /// A segment for a flow that is held, dialling, or gets a SYN. True when the flow made way and
@@ -114,17 +117,17 @@ impl Engine {
                 self.end_flow(at, FlowEnd::GuestReset);
                 true
             }
-            State::Udp | State::Echo => false,
+            State::Udp | State::Echo | State::Switched(_) => false,
         }
     }
 
-    fn open_tcp(
+    fn open_tcp<'a>(
         &mut self,
         now: Time,
-        ip: Ip<'_>,
+        ip: Ip<'a>,
         key: FlowKey,
         header: &TcpHeader,
-    ) -> Result<(), DropReason> {
+    ) -> Result<Outcome<'a>, DropReason> {
         let refuse = |engine: &mut Self, reason| {
             reply::reset(&mut engine.transmit, ip.source, ip.destination, header);
             Err(reason)
@@ -139,42 +142,31 @@ impl Engine {
             if header.destination != DNS_PORT {
                 return refuse(self, DropReason::GatewayService);
             }
-            return self.open_service(now, ip, key);
+            return self.open_service(now, ip, key).map(|()| Outcome::Done);
         }
-        if let Err(reason) = self.check_destination(ip.destination) {
-            if reason == DropReason::UnknownStation {
-                self.refuse_unreachable(&ip, Unreachable::Host);
-            }
-            return Err(reason);
-        }
-        let dialled = self.dialled(key.peer);
-        self.check_way(&ip, dialled.ip())?;
-        match self.decide(now, &key, dialled) {
-            Some(decision) => match decision.action {
-                VerdictAction::Allow => {
-                    self.dial(now, key, dialled, ip.packet.into(), decision);
-                    Ok(())
+        let wanted = self.wanted(&ip, key)?;
+        match self.decide(now, &wanted) {
+            Some(decision) => match (decision.action, wanted.neighbour) {
+                (VerdictAction::Allow, Some(neighbour)) => {
+                    Ok(self.open_switched(now, &ip, wanted, neighbour, decision))
                 }
-                VerdictAction::Deny => {
-                    self.tally(now, &key, dialled, &decision);
+                (VerdictAction::Allow, None) => {
+                    self.dial(now, wanted, ip.packet.into(), decision);
+                    Ok(Outcome::Done)
+                }
+                (VerdictAction::Deny, _) => {
+                    self.tally(now, &wanted, &decision);
                     refuse(self, DropReason::Denied)
                 }
-                VerdictAction::Drop => {
-                    self.tally(now, &key, dialled, &decision);
+                (VerdictAction::Drop, _) => {
+                    self.tally(now, &wanted, &decision);
                     Err(DropReason::Denied)
                 }
             },
             None => {
                 let waiting = vec![ip.packet.into()];
-                if self.hold(
-                    now,
-                    key,
-                    dialled,
-                    waiting,
-                    Box::default(),
-                    Some(now + FIRST_REPEAT),
-                ) {
-                    Ok(())
+                if self.hold(now, wanted, waiting, Box::default(), Some(now + FIRST_REPEAT)) {
+                    Ok(Outcome::Done)
                 } else {
                     refuse(self, DropReason::HeldLimit)
                 }
@@ -186,8 +178,7 @@ impl Engine {
     pub(super) fn hold(
         &mut self,
         now: Time,
-        key: FlowKey,
-        dialled: SocketAddr,
+        wanted: Wanted,
         packets: Vec<Box<[u8]>>,
         quote: Box<[u8]>,
         gives_up_at: Option<Time>,
@@ -199,8 +190,8 @@ impl Engine {
             deadline: now,
             gives_up_at,
         };
-        let at = self.new_flow(now, key, dialled, State::Held(placeholder));
-        let Some((miss, count, hold)) = self.held.join_flow(&key, at) else {
+        let at = self.new_flow(now, wanted, State::Held(placeholder));
+        let Some((miss, count, hold)) = self.held.join_flow(wanted.target(), at) else {
             self.flows.remove(at);
             self.flows.release(at);
             return false;
@@ -212,22 +203,14 @@ impl Engine {
             waiting.deadline = now + hold;
         }
         self.schedule(now, at);
-        self.ask_flow(now, miss, &key, dialled, count, hold);
+        self.ask_flow(now, miss, &wanted, count, hold);
         true
     }
 
-    fn dial(
-        &mut self,
-        now: Time,
-        key: FlowKey,
-        dialled: SocketAddr,
-        syn: Box<[u8]>,
-        decision: Arc<Decision>,
-    ) {
+    fn dial(&mut self, now: Time, wanted: Wanted, syn: Box<[u8]>, decision: Arc<Decision>) {
         let at = self.new_flow(
             now,
-            key,
-            dialled,
+            wanted,
             State::Dialing {
                 syn,
                 deadline: now + DIAL_PATIENCE,
@@ -336,7 +319,7 @@ impl Engine {
         let mtu = self.config.mtu_bytes;
         let connection = Connection::accept(now, key.peer, mtu, slot, seed, ip.packet, &mut self.transmit)
             .ok_or(DropReason::Malformed)?;
-        let at = self.new_flow(now, key, key.peer, State::Service(Box::new(connection)));
+        let at = self.new_flow(now, Wanted::plain(key), State::Service(Box::new(connection)));
         self.mark_dirty(at);
         Ok(())
     }
@@ -356,7 +339,7 @@ impl Engine {
             guest: target,
             peer: client,
         };
-        let at = self.new_flow(now, key, client, State::Tcp(Box::new(connection)));
+        let at = self.new_flow(now, Wanted::plain(key), State::Tcp(Box::new(connection)));
         if let Some(flow) = self.flows.get_mut(at) {
             flow.ingress = true;
         }
@@ -435,6 +418,7 @@ impl Engine {
                     reply::reset(&mut self.transmit, ip.source, ip.destination, &header);
                 }
             }
+            State::Switched(_) => self.reset_switched(at),
             State::Held(_) | State::Udp | State::Echo => {}
         }
     }

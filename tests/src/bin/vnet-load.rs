@@ -54,6 +54,8 @@ mod linux {
         Connect(ConnectArgs),
         /// Hold connections until stdin ends
         Hold(HoldArgs),
+        /// Begin connections that nobody answers, and run a command meanwhile
+        Knock(KnockArgs),
     }
 
     #[derive(Debug, Args)]
@@ -70,6 +72,9 @@ mod linux {
         /// The guest's address
         #[arg(long, default_value = "192.168.127.2/24")]
         address: String,
+        /// Give it none: its command asks for one
+        #[arg(long, conflicts_with = "address")]
+        no_address: bool,
         /// Its router
         #[arg(long, default_value = "192.168.127.1")]
         gateway: String,
@@ -148,12 +153,25 @@ mod linux {
         count: usize,
     }
 
+    #[derive(Debug, Args)]
+    struct KnockArgs {
+        #[command(flatten)]
+        target: Target,
+        /// How many
+        #[arg(long, default_value_t = 1_000)]
+        count: usize,
+        /// The command
+        #[arg(last = true, required = true)]
+        command: Vec<String>,
+    }
+
     pub(super) fn main() -> ExitCode {
         let ended = match Cli::parse() {
             Cli::Guest(args) => guest(args),
             Cli::Serve(args) => run(serve(args)),
             Cli::Connect(args) => run(connect(args)),
             Cli::Hold(args) => run(hold(args)),
+            Cli::Knock(args) => knock(&args),
         };
         ended.unwrap_or_else(|error| {
             eprintln!("vnet-load: {error}");
@@ -202,8 +220,10 @@ mod linux {
             "address",
             &format!("52:54:00:00:00:{number:02x}"),
         ])?;
-        ip(&["addr", "add", &args.address, "dev", TAP])?;
-        ip(&["route", "add", "default", "via", &args.gateway])?;
+        if !args.no_address {
+            ip(&["addr", "add", &args.address, "dev", TAP])?;
+            ip(&["route", "add", "default", "via", &args.gateway])?;
+        }
         let weather = |direction: u64| Weather::new(args.loss, args.reorder, args.seed ^ (direction << 32));
         let (into, out_of) = (weather(1), weather(2));
         let batch = args.batch.max(1);
@@ -603,6 +623,25 @@ mod linux {
         }
         println!("{}", serde_json::json!({ "alive": alive }));
         Ok(())
+    }
+
+    /// The connections stay half open, by sockets that do not wait, for as long as the command runs.
+    fn knock(args: &KnockArgs) -> Result<ExitCode> {
+        use nix::sys::socket::{AddressFamily, SockFlag, SockType, SockaddrIn, connect, socket};
+        raise_limit();
+        let mut knocking = Vec::with_capacity(args.count);
+        for number in 0..args.count {
+            let SocketAddr::V4(to) = args.target.number(number) else {
+                continue;
+            };
+            let flags = SockFlag::SOCK_NONBLOCK | SockFlag::SOCK_CLOEXEC;
+            let one = socket(AddressFamily::Inet, SockType::Stream, flags, None)?;
+            match connect(one.as_raw_fd(), &SockaddrIn::from(to)) {
+                Ok(()) | Err(Errno::EINPROGRESS) => knocking.push(one),
+                Err(error) => return Err(format!("{to}: {error}").into()),
+            }
+        }
+        command(&args.command)
     }
 
     /// As many descriptors as this user may have.

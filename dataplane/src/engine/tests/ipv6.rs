@@ -9,6 +9,7 @@ use smoltcp::wire::{Icmpv6Packet, Icmpv6Repr, TcpPacket, UdpPacket};
 use vnet_proto::model::{FlowMatch, Match, Miss, Protocol, Subject, VerdictAction, parse_prefix};
 
 use super::kit::*;
+use super::town::{self, ANN, BOB, Town, address6};
 use crate::engine::discovery::ADVERTISE_INTERVAL;
 use crate::engine::frame::DropReason;
 use crate::engine::gateway::ndp;
@@ -18,18 +19,18 @@ use crate::engine::{Event, Outcome};
 use crate::mac::Mac;
 use crate::message::{Order, Report, Settings};
 
-const GUEST6: &str = "fd00::2";
+pub(super) const GUEST6: &str = "fd00::2";
 const GATEWAY6: &str = "fd00::1";
 const LINK_LOCAL: &str = "fe80::aa:2";
 const ROUTER: &str = "fe80::1";
 const SERVER6: &str = "2001:db8::9";
 
-fn ip6(text: &str) -> Ipv6Addr {
+pub(super) fn ip6(text: &str) -> Ipv6Addr {
     text.parse().unwrap()
 }
 
 /// An IPv6 packet.
-fn packet(source: &str, destination: &str, next: u8, hops: u8, payload: &[u8]) -> Vec<u8> {
+pub(super) fn packet(source: &str, destination: &str, next: u8, hops: u8, payload: &[u8]) -> Vec<u8> {
     let mut packet = vec![0x60, 0, 0, 0];
     packet.extend_from_slice(&(payload.len() as u16).to_be_bytes());
     packet.extend_from_slice(&[next, hops]);
@@ -40,7 +41,7 @@ fn packet(source: &str, destination: &str, next: u8, hops: u8, payload: &[u8]) -
 }
 
 /// A message of neighbour discovery about an address.
-fn neighbour(kind: u8, flags: u8, target: &str, option: Option<(u8, Mac)>) -> Vec<u8> {
+pub(super) fn neighbour(kind: u8, flags: u8, target: &str, option: Option<(u8, Mac)>) -> Vec<u8> {
     let mut message = vec![kind, 0, 0, 0, flags, 0, 0, 0];
     message.extend_from_slice(&ip6(target).octets());
     if let Some((kind, mac)) = option {
@@ -50,7 +51,7 @@ fn neighbour(kind: u8, flags: u8, target: &str, option: Option<(u8, Mac)>) -> Ve
     message
 }
 
-fn probe(target: &str) -> Vec<u8> {
+pub(super) fn probe(target: &str) -> Vec<u8> {
     let group = ndp::solicited_node(ip6(target)).to_string();
     packet("::", &group, 58, 255, &neighbour(135, 0, target, None))
 }
@@ -404,7 +405,7 @@ fn on_an_open_switch_ipv6_passes_but_for_what_servers_and_routers_say() {
         rig.engine.handle_frame(rig.now, &packet_to_other),
         Outcome::Done
     ));
-    assert_eq!(rig.engine.dropped(DropReason::GuestToGuest), 1);
+    assert_eq!(rig.engine.dropped(DropReason::UnknownStation), 1);
     rig.settings(true);
     assert!(matches!(rig.engine.handle_frame(rig.now, &packet_to_other), Outcome::Switch(to) if to == other));
     let mut answer = udp6(GUEST6, "fd00::9", 546, b"x");
@@ -788,4 +789,141 @@ fn only_segment6(rig: &mut Rig) -> (u8, u32, u32, Vec<u8>) {
         tcp.ack_number().0 as u32,
         tcp.payload().to_vec(),
     )
+}
+
+// Other guests.
+
+fn datagram6(from: (usize, u16), to: (usize, u16), payload: &[u8]) -> Vec<u8> {
+    let whole = town::datagram(from, to, payload);
+    packet(&address6(from.0), &address6(to.0), 17, 64, &whole[20..])
+}
+
+fn between(from: usize, to: usize, message: &[u8]) -> Vec<u8> {
+    packet(&address6(from), &address6(to), 58, 64, message)
+}
+
+#[test]
+fn of_a_closed_neighbour_its_own_mac_address_is_told_and_nothing_reaches_it() {
+    let mut town = Town::dual();
+    let target = address6(BOB);
+    let question = neighbour(135, 0, &target, Some((1, town::mac(ANN))));
+    let group = ndp::solicited_node(ip6(&target)).to_string();
+    let group_mac = Mac([0x33, 0x33, 0xff, 0, 0, 3]);
+    town.frame(
+        ANN,
+        group_mac,
+        0x86dd,
+        &packet(&address6(ANN), &group, 58, 255, &question),
+    );
+    let frames = town.frames(ANN);
+    assert_eq!(frames.len(), 1);
+    assert_eq!(frames[0][6..12], town::mac(BOB).0);
+    let ip = Ip::parse(&frames[0][14..]).unwrap();
+    assert_eq!(ip.source.to_string(), target);
+    assert_eq!((ip.payload()[0], ip.payload()[4]), (136, 0x60), "no router");
+    assert_eq!(ip.payload()[26..32], town::mac(BOB).0);
+    town.frame(
+        ANN,
+        town::mac(BOB),
+        0x86dd,
+        &packet(&address6(ANN), &target, 58, 255, &question),
+    );
+    assert_eq!(town.frames(ANN).len(), 1, "asked directly");
+    town.frame(ANN, group_mac, 0x86dd, &probe(&target));
+    assert_eq!(town.frames(ANN)[0][..2], [0x33, 0x33], "taken");
+    assert!(town.frames(BOB).is_empty());
+}
+
+#[test]
+fn a_flow_to_another_guest_is_asked_for_and_filtered_like_over_ipv4() {
+    let mut town = Town::dual();
+    let (ann, bob) = ((ANN, 40_000), (BOB, 53));
+    let question = datagram6(ann, bob, b"question");
+    town.frame(ANN, town::mac(BOB), 0x86dd, &question);
+    let miss = town.answer_only(ANN, VerdictAction::Allow);
+    assert!(town::has_guest_guard(&miss));
+    assert_eq!(flow(&miss).peer_vm, Some(town::vm(BOB)));
+    assert_eq!(town.packets(BOB), [question]);
+    let answer = datagram6(bob, ann, b"answer");
+    town.frame(BOB, town::mac(ANN), 0x86dd, &answer);
+    assert_eq!(town.packets(ANN), std::slice::from_ref(&answer));
+    town.frame(
+        BOB,
+        town::mac(ANN),
+        0x86dd,
+        &datagram6((BOB, 54), ann, b"unasked"),
+    );
+    assert_eq!(town.misses(BOB).len(), 1, "a flow of its own");
+    assert!(town.packets(ANN).is_empty());
+
+    // An error about the flow passes; about anything else it does not.
+    let about = |packet: &[u8]| [&[1, 4, 0, 0, 0, 0, 0, 0], packet].concat();
+    let error = between(ANN, BOB, &about(&answer));
+    town.frame(ANN, town::mac(BOB), 0x86dd, &error);
+    assert_eq!(town.packets(BOB), [error]);
+    let made_up = between(ANN, BOB, &about(&datagram6(bob, (ANN, 1), b"x")));
+    town.frame(ANN, town::mac(BOB), 0x86dd, &made_up);
+    assert!(town.packets(BOB).is_empty());
+}
+
+#[test]
+fn echo_between_guests_passes_with_its_answer() {
+    let mut town = Town::dual();
+    let question = between(ANN, BOB, &[128, 0, 0, 0, 0, 77, 0, 1]);
+    town.frame(ANN, town::mac(BOB), 0x86dd, &question);
+    town.answer_only(ANN, VerdictAction::Allow);
+    assert_eq!(town.packets(BOB), [question]);
+    let answer = between(BOB, ANN, &[129, 0, 0, 0, 0, 77, 0, 1]);
+    town.frame(BOB, town::mac(ANN), 0x86dd, &answer);
+    assert_eq!(town.packets(ANN), [answer]);
+    town.frame(
+        BOB,
+        town::mac(ANN),
+        0x86dd,
+        &between(BOB, ANN, &[129, 0, 0, 0, 0, 78, 0, 1]),
+    );
+    assert!(town.packets(ANN).is_empty(), "an answer to nothing");
+}
+
+#[test]
+fn what_came_in_fragments_leaves_in_fragments_to_another_guest() {
+    let mut town = Town::dual();
+    let whole = datagram6((ANN, 1000), (BOB, 2000), &[7; 3000]);
+    let body = &whole[40..];
+    for (offset, more) in [(0usize, true), (1448, true), (2896, false)] {
+        let end = if more { offset + 1448 } else { body.len() };
+        let [high, low] = (offset as u16 | u16::from(more)).to_be_bytes();
+        let part = [&[17, 0, high, low, 0, 0, 0, 9][..], &body[offset..end]].concat();
+        town.frame(
+            ANN,
+            town::mac(BOB),
+            0x86dd,
+            &packet(&address6(ANN), &address6(BOB), 44, 64, &part),
+        );
+    }
+    town.answer_only(ANN, VerdictAction::Allow);
+    let mut put_together = vec![0; body.len()];
+    for packet in town.packets(BOB) {
+        assert!(packet.len() <= 1500);
+        let ip = Ip::parse(&packet).unwrap();
+        let part = ip.part.unwrap();
+        assert_eq!(part.more, part.offset + ip.payload().len() < body.len());
+        put_together[part.offset..][..ip.payload().len()].copy_from_slice(ip.payload());
+    }
+    assert_eq!(put_together, body);
+}
+
+#[test]
+fn open_neighbours_reach_each_other_plainly_also_through_their_router() {
+    let mut town = Town::dual();
+    town.settings(ANN, true, false);
+    town.settings(BOB, true, false);
+    let packet = datagram6((ANN, 1), (BOB, 2), b"hello");
+    for to in [town::mac(BOB), GATEWAY_MAC] {
+        town.frame(ANN, to, 0x86dd, &packet);
+        let frames = town.frames(BOB);
+        assert_eq!(frames.len(), 1);
+        assert_eq!(frames[0][14..], packet);
+    }
+    assert!(town.misses(ANN).is_empty());
 }

@@ -5,5 +5,7 @@ mod datagram;
 mod identity;
 mod ipv6;
 mod kit;
+mod neighbours;
 mod tcp;
+mod town;
 mod verdict;
