@@ -97,6 +97,7 @@ pub(crate) fn flow(flow: &LiveFlow) -> v1::Flow {
         } else {
             subject.dialled.to_string()
         },
+        peer_vm: flow.peer.clone(),
     }
 }
 
@@ -196,6 +197,7 @@ pub(crate) fn request(request: &Request) -> v1::PendingRequest {
         scopes: request.scopes().into_iter().map(|s| scope(s).into()).collect(),
         grant_id: request.grant.as_ref().map(|g| g.0.clone()).unwrap_or_default(),
         labels: request.vm.labels.clone().into_iter().collect(),
+        peer_vm: request.peer.clone(),
     }
 }
 

@@ -9,7 +9,7 @@ use std::time::{Duration, SystemTime};
 
 use ipnet::IpNet;
 use tokio::sync::{mpsc, oneshot};
-use vnet_proto::model::{CommandId, Epoch, FlowId, FlowSubject, Mode, Name, Reason, VmId};
+use vnet_proto::model::{CommandId, Epoch, FlowId, FlowSubject, Mode, Name, Reason, Subject, VmId};
 use vnet_proto::v1;
 
 use crate::grant::{VmGrants, VmInstance, VmView};
@@ -121,6 +121,8 @@ pub struct LiveFlow {
     pub ingress: bool,
     /// What it is.
     pub subject: FlowSubject,
+    /// The VM that it is for; empty where that is none.
+    pub peer: String,
     /// The grant that it rests on; empty for none.
     pub grant: String,
     /// That grant was for once, and is spent on it.
@@ -220,6 +222,14 @@ impl Fleet {
     /// The VM of a dataplane's handle.
     pub fn vm_of(&self, dataplane: DataplaneNo, handle: VmId) -> Option<&Vm> {
         self.vms.get(self.dataplanes.get(&dataplane)?.vms.get(&handle)?)
+    }
+
+    /// The other guest that a subject of a dataplane is for, if it is there.
+    pub fn peer_of(&self, dataplane: DataplaneNo, subject: &Subject) -> Option<&Vm> {
+        match subject {
+            Subject::Flow(flow) => self.vm_of(dataplane, flow.peer_vm?),
+            Subject::Lookup(_) => None,
+        }
     }
 
     /// The dataplane of a network; without a name, the only one.

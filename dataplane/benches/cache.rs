@@ -9,9 +9,9 @@ use std::time::Duration;
 
 use divan::{Bencher, black_box, counter::ItemsCount};
 use vnet_dataplane::engine::Time;
-use vnet_dataplane::engine::cache::{Cache, Decision};
+use vnet_dataplane::engine::cache::{Cache, Decision, Standing};
 use vnet_proto::model::{
-    Epoch, FlowKey, FlowMatch, GuardSet, Match, MissId, PortRange, Protocol, Reason, Verdict, VerdictAction,
+    Epoch, FlowKey, FlowMatch, Match, MissId, PortRange, Protocol, Reason, Verdict, VerdictAction,
     parse_prefix,
 };
 
@@ -70,7 +70,7 @@ fn look_up(bencher: Bencher<'_, '_>, cache: &Cache, address: impl Fn(u32) -> Ipv
     let flows: Vec<FlowKey> = (0..ROUND).map(|i| flow(address(i.wrapping_mul(97)))).collect();
     bencher.counter(ItemsCount::new(ROUND)).bench_local(|| {
         for key in &flows {
-            black_box(cache.lookup(Time::ZERO, black_box(key), GuardSet::EMPTY));
+            black_box(cache.lookup(Time::ZERO, black_box(key), Standing::default()));
         }
     });
 }
@@ -114,7 +114,7 @@ fn install(cache: &mut Cache, prefix: &str, ports: PortRange) {
         reason: Reason::default(),
         would_deny: false,
     };
-    let decision = Arc::new(Decision::new(Time::ZERO, &verdict, GuardSet::EMPTY));
+    let decision = Arc::new(Decision::new(Time::ZERO, &verdict, Standing::default()));
     cache.install(&verdict, &decision, None);
 }
 

@@ -17,6 +17,8 @@ pub struct Ask<'a> {
     pub id: PendingId,
     /// Who asks.
     pub vm: &'a VmView,
+    /// The name of the other guest that it is for; empty where that is none.
+    pub peer: String,
     /// What for.
     pub subject: Subject,
     /// Why a person is asked.

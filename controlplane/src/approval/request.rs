@@ -107,6 +107,8 @@ pub struct Request {
     pub vm: VmView,
     /// What is asked for, as it was first asked.
     pub subject: Subject,
+    /// The name of the other guest that the destination belonged to then; empty where that is none.
+    pub peer: String,
     /// Names bound to the destination; the first is the one that the narrowest answer is about. Of a
     /// lookup, its name.
     pub names: Vec<Name>,
@@ -144,6 +146,7 @@ impl Request {
         hash.text(&self.id.0);
         hash.text(&self.vm.name);
         hash.text(&self.target().to_string());
+        hash.text(&self.peer);
         for name in &self.names {
             hash.text(name.as_str());
         }

@@ -86,6 +86,7 @@ impl PendingTable {
             id: id.clone(),
             vm: ask.vm.clone(),
             subject: held.subject.clone(),
+            peer: ask.peer,
             names: names.into_iter().take(NAMES_PER_REQUEST_MAX).collect(),
             guards,
             reason: ask.reason,

@@ -73,6 +73,7 @@ impl Desk {
         let ask = Ask {
             id: PendingId(format!("p{number}")),
             vm,
+            peer: String::new(),
             subject,
             reason: Reason::new("default", "deny", "nothing allows it"),
             miss: miss(number),

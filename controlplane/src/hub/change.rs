@@ -1,7 +1,7 @@
 //! Changes: whatever can alter a decision raises the epoch, revokes what was decided before on every
 //! dataplane concerned, cuts live flows that are no longer allowed, and decides open questions anew.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 
 use tokio::sync::oneshot;
 use vnet_proto::model::{CommandId, FlowId};
@@ -9,7 +9,7 @@ use vnet_proto::v1;
 
 use super::{ACK_WAIT, Hub, State};
 use crate::clock::Now;
-use crate::fleet::{Dataplane, DataplaneNo, OUTSTANDING_MAX, Outstanding, Vm};
+use crate::fleet::{Dataplane, DataplaneNo, LiveFlow, OUTSTANDING_MAX, Outstanding, Vm};
 use crate::policy::Outcome;
 
 /// A change that is not yet acknowledged everywhere.
@@ -117,16 +117,26 @@ impl State {
         }
     }
 
-    /// Cuts live flows of these VMs that are no longer allowed.
+    /// Cuts live flows of these VMs, and of others to them, that are no longer allowed.
     pub(super) fn cut_disallowed(&mut self, id: Option<u64>, concerns: impl Fn(&Vm) -> bool, text: &str) {
-        let names: Vec<String> = self
+        let concerned: HashSet<String> = self
             .fleet
             .vms
             .values()
             .filter(|vm| concerns(vm))
             .map(|vm| vm.view.name.clone())
             .collect();
-        for name in &names {
+        let is_concerned =
+            |flow: &LiveFlow| concerned.contains(&flow.vm) || concerned.contains(flow.peer.as_str());
+        let openers = self
+            .fleet
+            .dataplanes
+            .values()
+            .flat_map(|dataplane| dataplane.flows.values())
+            .filter(|flow| concerned.contains(flow.peer.as_str()))
+            .map(|flow| flow.vm.clone());
+        let judged: HashSet<String> = concerned.iter().cloned().chain(openers).collect();
+        for name in &judged {
             self.refresh_grants(name);
         }
         let mut cuts: Vec<(DataplaneNo, Vec<FlowId>)> = Vec::new();
@@ -134,7 +144,7 @@ impl State {
             let flows: Vec<FlowId> = dataplane
                 .flows
                 .iter()
-                .filter(|(_, flow)| self.fleet.vms.get(&flow.vm).is_some_and(&concerns))
+                .filter(|(_, flow)| is_concerned(flow))
                 .filter(|(_, flow)| !self.is_allowed(*number, flow))
                 .map(|(id, _)| *id)
                 .collect();

@@ -12,7 +12,7 @@ use crate::clock::Now;
 use crate::convert;
 use crate::fleet::{DataplaneNo, Fleet, LiveFlow, Vm};
 use crate::grant::{Grant, GrantId, Lifetime, Use};
-use crate::policy::{Context, Decision, GuardedRanges, Outcome, decide_flow, decide_lookup};
+use crate::policy::{Context, Decision, GuardedRanges, Outcome, PeerView, decide_flow, decide_lookup};
 
 /// Spent grants for once that are remembered.
 const SPENT_MAX: usize = 4_096;
@@ -21,10 +21,7 @@ const SPENT_MAX: usize = 4_096;
 pub(super) fn decide(fleet: &Fleet, vm: &str, subject: &Subject) -> Option<Decision<Match>> {
     let vm = fleet.vms.get(vm)?;
     let dataplane = fleet.dataplanes.get(&vm.dataplane)?;
-    let peer = match subject {
-        Subject::Flow(flow) => flow.peer_vm.and_then(|handle| fleet.vm_of(vm.dataplane, handle)),
-        Subject::Lookup(_) => None,
-    };
+    let peer = fleet.peer_of(vm.dataplane, subject);
     Some(decide_for(vm, &dataplane.guarded, peer, subject))
 }
 
@@ -41,13 +38,16 @@ pub(super) fn decide_for(
     }
 }
 
-pub(super) fn context<'a>(vm: &'a Vm, guarded: &'a GuardedRanges, peer: Option<&Vm>) -> Context<'a> {
+pub(super) fn context<'a>(vm: &'a Vm, guarded: &'a GuardedRanges, peer: Option<&'a Vm>) -> Context<'a> {
     Context {
         vm: &vm.view,
         policy: &vm.effective,
         grants: &vm.grants,
         guarded,
-        peer_open: peer.is_some_and(|peer| peer.effective.is_open()),
+        peer: peer.map(|peer| PeerView {
+            name: &peer.view.name,
+            mode: peer.effective.mode(),
+        }),
     }
 }
 
@@ -166,6 +166,7 @@ impl State {
         let ask = Ask {
             id: PendingId(ids::random()),
             vm: &vm.view,
+            peer: self.peer_name(name, &subject),
             subject: subject.clone(),
             reason,
             miss,
@@ -199,7 +200,8 @@ impl State {
                 self.metrics.pending_refused.add(1);
                 if count == 1 {
                     let event = about(v1::EventKind::LimitReached, name, reason.text.clone());
-                    self.event(now, on_subject(event, &subject));
+                    let peer = self.peer_name(name, &subject);
+                    self.event(now, on_subject(event, &subject, &peer));
                 }
                 // For this miss alone: there may be room for the next.
                 self.decided(now, name, &subject, Outcome::Deny, &reason, 1, false, false);
@@ -254,7 +256,8 @@ impl State {
         if !allowed {
             tracing::debug!(target: "flow", vm = name, reason = %reason, cached, "denied");
         }
-        let event = on_subject(about(kind, name, reason.text.clone()), subject);
+        let peer = self.peer_name(name, subject);
+        let event = on_subject(about(kind, name, reason.text.clone()), subject, &peer);
         self.event(
             now,
             v1::Event {
@@ -283,6 +286,14 @@ impl State {
         if self.grants.get(&id).is_some_and(|g| g.lifetime != Lifetime::Once) {
             self.use_grant(now, &id, Use::Flow);
         }
+    }
+
+    /// The name of the other guest that a subject of a VM's is for; empty where that is none.
+    pub(super) fn peer_name(&self, name: &str, subject: &Subject) -> String {
+        let vm = self.fleet.vms.get(name);
+        vm.and_then(|vm| self.fleet.peer_of(vm.dataplane, subject))
+            .map(|peer| peer.view.name.clone())
+            .unwrap_or_default()
     }
 
     /// Whether a live flow may live on.

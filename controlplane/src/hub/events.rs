@@ -100,8 +100,9 @@ pub(super) fn about(kind: v1::EventKind, vm: &str, text: impl Into<String>) -> v
     }
 }
 
-/// Adds what a flow or lookup is to an event.
-pub(super) fn on_subject(mut event: v1::Event, subject: &Subject) -> v1::Event {
+/// Adds what a flow or lookup is to an event, and the other guest that it is for.
+pub(super) fn on_subject(mut event: v1::Event, subject: &Subject, peer: &str) -> v1::Event {
+    event.peer_vm = peer.to_owned();
     match subject {
         Subject::Flow(flow) => {
             event.tuple = Some(convert::tuple(&flow.key));
@@ -115,22 +116,37 @@ pub(super) fn on_subject(mut event: v1::Event, subject: &Subject) -> v1::Event {
     event
 }
 
+/// Whose an address is, for a sentence: nothing where it is no guest's.
+pub(super) fn of_peer(peer: &str) -> String {
+    if peer.is_empty() {
+        String::new()
+    } else {
+        format!(" of VM {peer}")
+    }
+}
+
 pub(super) fn pending_opened(request: &Request) -> v1::Event {
-    let text = format!("{} asks for {}", request.vm.name, request.target());
+    let text = format!(
+        "{} asks for {}{}",
+        request.vm.name,
+        request.target(),
+        of_peer(&request.peer)
+    );
     let event = about(v1::EventKind::PendingOpened, &request.vm.name, text);
     v1::Event {
         subject: request.id.0.clone(),
         reason: Some((&request.reason).into()),
         action: v1::Action::Ask.into(),
-        ..on_subject(event, &request.subject)
+        ..on_subject(event, &request.subject, &request.peer)
     }
 }
 
 pub(super) fn pending_closed(request: &Request) -> v1::Event {
     let text = format!(
-        "{} for {} is {}",
+        "{} for {}{} is {}",
         request.vm.name,
         request.target(),
+        of_peer(&request.peer),
         request.state
     );
     let event = about(v1::EventKind::PendingClosed, &request.vm.name, text);
@@ -143,6 +159,6 @@ pub(super) fn pending_closed(request: &Request) -> v1::Event {
         subject: request.id.0.clone(),
         action: action.into(),
         count: request.count,
-        ..on_subject(event, &request.subject)
+        ..on_subject(event, &request.subject, &request.peer)
     }
 }

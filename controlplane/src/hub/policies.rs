@@ -388,7 +388,8 @@ impl State {
                     .fleet
                     .vms
                     .values()
-                    .find(|other| other.dataplane == vm.dataplane && other.addresses.contains(&text));
+                    .find(|other| other.dataplane == vm.dataplane && other.addresses.contains(&text))
+                    .filter(|other| other.view.name != vm.view.name);
                 let names = vm.names_of(address);
                 let dialled = match dataplane.host_alias {
                     Some(alias) if alias == address => IpAddr::from(Ipv4Addr::LOCALHOST),
@@ -429,6 +430,7 @@ impl State {
             names,
             guards: guards.iter().map(|g| v1::Guard::from(g).into()).collect(),
             r#match: decision.found.to_string(),
+            peer_vm: peer.map(|peer| peer.view.name.clone()).unwrap_or_default(),
         })
     }
 

@@ -1,3 +1,5 @@
+mod guests;
+
 use std::time::Duration;
 
 use vnet_proto::model::{Epoch, MissId, Mode, Target, VmSelector};

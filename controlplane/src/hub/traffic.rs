@@ -7,7 +7,7 @@ use vnet_proto::model::{
 };
 use vnet_proto::v1;
 
-use super::events::{about, on_subject};
+use super::events::{about, of_peer, on_subject};
 use super::{Hub, State, ids, too_many_watches};
 use crate::clock::Now;
 use crate::convert;
@@ -148,6 +148,11 @@ impl State {
             vm: name.clone(),
             ingress: message.ingress,
             once: self.is_spent(&message.grant_id),
+            peer: subject
+                .peer_vm
+                .and_then(|handle| self.fleet.vm_of(number, handle))
+                .map(|peer| peer.view.name.clone())
+                .unwrap_or_default(),
             subject,
             grant: message.grant_id,
             reason: message.reason.map(Reason::from).unwrap_or_default(),
@@ -163,13 +168,17 @@ impl State {
         // What a verdict in force let through is allowed; a forward's flow never had one.
         let allowed = (stands && !flow.ingress) || self.is_allowed(number, &flow);
         let subject = Subject::Flow(flow.subject.clone());
-        let text = format!("{name} opened {}", flow.subject.key);
+        let text = format!("{name} opened {}{}", flow.subject.key, of_peer(&flow.peer));
         let event = v1::Event {
             subject: flow.id.clone(),
             action: v1::Action::Allow.into(),
             reason: Some((&flow.reason).into()),
             would_deny: flow.would_deny,
-            ..on_subject(about(v1::EventKind::FlowOpened, &name, text), &subject)
+            ..on_subject(
+                about(v1::EventKind::FlowOpened, &name, text),
+                &subject,
+                &flow.peer,
+            )
         };
         self.event(now, event);
         self.publish_flow(v1::FlowChange::Added, &flow);
@@ -234,7 +243,7 @@ impl State {
             ms = u64::try_from(duration.as_millis()).unwrap_or(u64::MAX), end = how, reason = %flow.reason,
             "flow ended"
         );
-        let text = format!("{} of {} {how}", flow.subject.key, flow.vm);
+        let text = format!("{}{} of {} {how}", flow.subject.key, of_peer(&flow.peer), flow.vm);
         let subject = Subject::Flow(flow.subject);
         let event = v1::Event {
             subject: flow.id,
@@ -242,7 +251,11 @@ impl State {
             bytes_up: flow.bytes_up,
             bytes_down: flow.bytes_down,
             would_deny: flow.would_deny,
-            ..on_subject(about(v1::EventKind::FlowClosed, &flow.vm, text), &subject)
+            ..on_subject(
+                about(v1::EventKind::FlowClosed, &flow.vm, text),
+                &subject,
+                &flow.peer,
+            )
         };
         self.event(now, event);
     }

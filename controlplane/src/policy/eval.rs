@@ -1,7 +1,8 @@
 //! The decision: one pure function for flows and one for lookups, in the design's order.
 //!
-//! First answer wins. For a flow: modes `block` and `quarantine`, grants that deny, rules in order,
-//! grants that allow, a rule that asks, guards, `dns.allowedDomains`, the default action. For a lookup:
+//! First answer wins. For a flow: modes `block` and `quarantine` (of the VM, and of the other guest that
+//! the flow is for), grants that deny, rules in order, grants that allow, a rule that asks, guards,
+//! `dns.allowedDomains`, the default action. For a lookup:
 //! `block`, `dns.blockedDomains`, grants that deny, rules with `domains`, grants that allow, a rule that
 //! asks, `dns.allowedDomains`, the lookups' default. Addresses where a vnet daemon listens come before
 //! all of it: nothing opens them.
@@ -29,8 +30,17 @@ pub struct Context<'a> {
     pub grants: &'a VmGrants,
     /// What its dataplane guards.
     pub guarded: &'a GuardedRanges,
-    /// For a flow to another guest: whether that one, too, is under neither policy nor mode.
-    pub peer_open: bool,
+    /// For a flow to another guest: that one, if it is known.
+    pub peer: Option<PeerView<'a>>,
+}
+
+/// The other guest that a flow is for, as far as it has a say.
+#[derive(Debug, Clone, Copy)]
+pub struct PeerView<'a> {
+    /// Its name.
+    pub name: &'a str,
+    /// Its mode in force; `None`: it is open, under neither policy nor mode.
+    pub mode: Option<Mode>,
 }
 
 /// What comes of a flow or lookup.
@@ -145,7 +155,7 @@ fn flow_answer(context: &Context<'_>, flow: &FlowSubject, region: &mut Region) -
             String::new(),
         );
     }
-    if let Some(answer) = blocked_by_mode(context) {
+    if let Some(answer) = blocked_by_mode(context).or_else(|| closed_by_peer(context, flow)) {
         return answer;
     }
 
@@ -306,11 +316,25 @@ fn blocked_by_mode(context: &Context<'_>) -> Option<Answer> {
     Some(Answer::new(Outcome::Deny, "mode", mode.to_string(), text, remedy))
 }
 
+/// A guest in mode `block` or `quarantine` is closed to the others, too.
+fn closed_by_peer(context: &Context<'_>, flow: &FlowSubject) -> Option<Answer> {
+    let peer = context.peer.filter(|_| flow.guards.contains(Guard::Guest))?;
+    let mode = peer
+        .mode
+        .filter(|mode| matches!(mode, Mode::Block | Mode::Quarantine))?;
+    let text = format!("mode {mode} of {} closes it to other guests", peer.name);
+    let remedy = format!("vnetctl vm mode {} enforce", peer.name);
+    Some(Answer::new(Outcome::Deny, "mode", mode.to_string(), text, remedy))
+}
+
 /// The guards that a flow is under and that apply: all of them, but for a VM under neither policy nor
 /// mode only those of metadata and of guests that are not as open themselves.
 fn guards_in_force(context: &Context<'_>, flow: &FlowSubject) -> GuardSet {
     let in_force = |guard: &Guard| match guard {
-        Guard::Guest => !(context.policy.is_open() && context.peer_open),
+        Guard::Guest => {
+            let peer_open = context.peer.is_some_and(|peer| peer.mode.is_none());
+            !(context.policy.is_open() && peer_open)
+        }
         Guard::Metadata | Guard::Daemon => true,
         Guard::Host | Guard::PrivateFromDns => !context.policy.is_open(),
     };
@@ -382,7 +406,10 @@ fn guarded(context: &Context<'_>, flow: &FlowSubject, guard: Guard) -> Answer {
         }
         Guard::Host => format!("{address} is an address of the host itself"),
         Guard::PrivateFromDns => format!("{address} is a private address that was learned from DNS"),
-        Guard::Guest => format!("{address} belongs to another guest"),
+        Guard::Guest => match context.peer {
+            Some(peer) => format!("{address} is the address of VM {}", peer.name),
+            None => format!("{address} is an address for guests"),
+        },
         Guard::Daemon => format!("a vnet daemon listens at {target}"),
     };
     let text = format!("{what}, which only a rule or grant that names it opens");

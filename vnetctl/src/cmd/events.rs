@@ -163,7 +163,7 @@ fn what(event: &v1::Event) -> String {
     }
     let mut facts = Vec::new();
     if event.tuple.is_some() {
-        facts.push(words::far_end(event.tuple.as_ref()));
+        facts.push(words::of_vm(words::far_end(event.tuple.as_ref()), &event.peer_vm));
     }
     facts.extend(event.names.iter().take(1).cloned());
     if !event.subject.is_empty() {

@@ -65,7 +65,7 @@ impl FlowsCommand {
                         let flow = answer.flow.clone().unwrap_or_default();
                         format!(
                             "closed {} of {} (flow {})",
-                            words::far_end(flow.tuple.as_ref()),
+                            words::of_vm(words::far_end(flow.tuple.as_ref()), &flow.peer_vm),
                             flow.vm,
                             flow.id
                         )
@@ -99,7 +99,7 @@ impl Row for v1::Flow {
             self.vm.clone(),
             words::direction(self.direction),
             words::near_end(self.tuple.as_ref()),
-            words::far_end(self.tuple.as_ref()),
+            words::of_vm(words::far_end(self.tuple.as_ref()), &self.peer_vm),
             text::or_none(names_of(&self.names)),
             text::bytes(self.bytes_up),
             text::bytes(self.bytes_down),

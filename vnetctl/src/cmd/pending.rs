@@ -132,9 +132,9 @@ impl Row for v1::PendingRequest {
     }
 }
 
-/// What is asked for, as `tcp 10.99.0.1:8080` or `domain example.com`.
+/// What is asked for, as `tcp 10.99.0.1:8080`, `domain example.com` or, of another VM, `tcp 192.168.127.3:22 (db)`.
 pub fn asks(request: &v1::PendingRequest) -> String {
-    words::target(request.target.as_ref())
+    words::of_vm(words::target(request.target.as_ref()), &request.peer_vm)
 }
 
 /// Names bound to the address that is asked for, best first, as many as fit a line. A question about a

@@ -250,6 +250,9 @@ async fn explain(args: ExplainArgs, context: &mut Context) -> Result<(), Failure
             ("Names", text::or_none(answer.names.join(", "))),
             ("Guards", text::or_none(guards.join(", "))),
         ];
+        if !answer.peer_vm.is_empty() {
+            lines.push(("Address of", answer.peer_vm.clone()));
+        }
         if !answer.remedy.is_empty() {
             lines.push(("To change it", answer.remedy.clone()));
         }

@@ -152,6 +152,16 @@ pub fn far_end(tuple: Option<&v1::FlowTuple>) -> String {
     )
 }
 
+/// What is reached, with the VM whose address it is, as `tcp 192.168.127.3:22 (db)`; nothing is added where
+/// that is none.
+pub fn of_vm(what: String, peer_vm: &str) -> String {
+    if peer_vm.is_empty() {
+        what
+    } else {
+        format!("{what} ({peer_vm})")
+    }
+}
+
 /// A flow's end in the guest, as `192.168.127.2:40000`.
 pub fn near_end(tuple: Option<&v1::FlowTuple>) -> String {
     tuple.map_or_else(

@@ -74,13 +74,18 @@ fn with_no_policy_no_mode_and_no_allow_it_is_open_but_for_metadata() {
 fn an_open_vm_reaches_only_guests_that_are_open_too() {
     let (vm, guarded, open, none) = (vm(), guarded(), effective(None, None), none());
     let subject = flow("tcp 192.168.127.3:22 !guest");
-    for (peer_open, outcome) in [(true, Allow), (false, Deny)] {
+    let peer = |mode| Some(PeerView { name: "db", mode });
+    for (peer, outcome) in [
+        (peer(None), Allow),
+        (peer(Some(Mode::Enforce)), Deny),
+        (None, Deny),
+    ] {
         let context = Context {
             vm: &vm,
             policy: &open,
             grants: &none,
             guarded: &guarded,
-            peer_open,
+            peer,
         };
         assert_eq!(decide_flow(&context, &subject).outcome, outcome);
     }
@@ -90,7 +95,7 @@ fn an_open_vm_reaches_only_guests_that_are_open_too() {
         policy: &closed,
         grants: &none,
         guarded: &guarded,
-        peer_open: true,
+        peer: peer(None),
     };
     assert_eq!(
         decide_flow(&context, &subject).outcome,

@@ -1,6 +1,7 @@
 //! What policy means, tested through its public functions.
 
 mod defaults;
+mod guests;
 mod loading;
 mod order;
 mod property;
@@ -151,7 +152,7 @@ fn decide(effective: &Effective, grants: &VmGrants, text: &str) -> FlowDecision 
         policy: effective,
         grants,
         guarded: &guarded,
-        peer_open: false,
+        peer: None,
     };
     let decision = decide_flow(&context, &flow(text));
     assert!(
@@ -169,7 +170,7 @@ fn ask_name(effective: &Effective, grants: &VmGrants, name: &str) -> LookupDecis
         policy: effective,
         grants,
         guarded: &guarded,
-        peer_open: false,
+        peer: None,
     };
     let decision = decide_lookup(&context, &lookup(name));
     assert!(

@@ -643,7 +643,7 @@ dns: {blockedDomains: ['*.bad.test']}
         policy: &effective,
         grants: &none,
         guarded: &guarded,
-        peer_open: false,
+        peer: None,
     };
     for (text, rule) in [
         ("allow tcp 10.2.3.4:443", Some("lan")),

@@ -291,7 +291,16 @@ fn a_flow_inside_a_match_is_decided_like_the_flow_that_the_match_is_of() {
             policy: &effective,
             grants: &grants,
             guarded: &guarded,
-            peer_open: draw.chance(50),
+            peer: draw.chance(80).then(|| PeerView {
+                name: "web-2",
+                mode: *draw.one(&[
+                    None,
+                    None,
+                    Some(Mode::Enforce),
+                    Some(Mode::Ask),
+                    Some(Mode::Block),
+                ]),
+            }),
         };
         for _ in 0..20 {
             let address = draw.one(&ADDRESSES).parse().unwrap();
@@ -303,6 +312,12 @@ fn a_flow_inside_a_match_is_decided_like_the_flow_that_the_match_is_of() {
             assert!(
                 !found.names_consulted || found.is_one_address(),
                 "{found} rests on names and is wide"
+            );
+            // What is decided of one guest is never another's, and nothing wide has a guest in it.
+            let subnet: ipnet::IpNet = "192.168.127.0/24".parse().unwrap();
+            assert!(
+                found.is_one_address() || !(found.prefix.contains(&subnet) || subnet.contains(&found.prefix)),
+                "{found} reaches guests"
             );
             wide += u32::from(!found.is_one_address());
             *outcomes.entry(decision.outcome).or_default() += 1;
@@ -372,7 +387,7 @@ fn a_name_inside_a_match_is_decided_like_the_name_that_the_match_is_of() {
             policy: &effective,
             grants: &grants,
             guarded: &guarded,
-            peer_open: false,
+            peer: None,
         };
         for _ in 0..20 {
             let first = LookupSubject {

@@ -250,6 +250,41 @@ ID    VM    DIRECTION   GUEST                 PEER                    NAMES     
 }
 
 #[tokio::test]
+async fn what_is_of_another_vm_names_it() {
+    let flows = vec![v1::Flow {
+        id: "7.2".to_owned(),
+        vm: "web".to_owned(),
+        tuple: Some(v1::FlowTuple {
+            protocol: v1::Protocol::Tcp.into(),
+            guest_address: "192.168.127.2".to_owned(),
+            guest_port: 40000,
+            address: "192.168.127.3".to_owned(),
+            port: 22,
+        }),
+        peer_vm: "db\u{1b}[2J".to_owned(),
+        ..Default::default()
+    }];
+    let answer = v1::ListFlowsResponse {
+        flows,
+        ..Default::default()
+    };
+    let (table, json) = printed(&["flows", "list"], "FlowService/ListFlows", answer).await;
+    assert!(table.contains("tcp 192.168.127.3:22 (db\\u{1b}[2J)"), "{table}");
+    assert_eq!(json[0]["peerVm"], "db\u{1b}[2J");
+
+    let asked = v1::PendingRequest {
+        peer_vm: "db".to_owned(),
+        ..request()
+    };
+    let answer = v1::ListPendingResponse {
+        requests: vec![asked],
+        ..Default::default()
+    };
+    let (table, _) = printed(&["pending", "list"], "PendingService/ListPending", answer).await;
+    assert!(table.contains("tcp 10.99.0.1:8080 (db)"), "{table}");
+}
+
+#[tokio::test]
 async fn events_list_reads_no_more_than_was_asked_for() {
     let server = Scripted::start();
     let event = |sequence| v1::Event {
