@@ -120,6 +120,7 @@ pub(crate) fn vm(vm: &Vm, dataplane: Option<&Dataplane>, pending: u64) -> v1::Vm
         etag: vm_etag(vm),
         transport: vm.transport.clone(),
         dropped_frames: vm.dropped_frames.clone().into_iter().collect(),
+        counters: vm.counters.clone().into_iter().collect(),
     }
 }
 

@@ -198,6 +198,8 @@ pub struct Vm {
     pub claimed_hostname: String,
     /// Frames not delivered, by reason.
     pub dropped_frames: BTreeMap<String, u64>,
+    /// What else its dataplane counts of it, by name.
+    pub counters: BTreeMap<String, u64>,
     /// How many flows are live.
     pub live_flows: u64,
     /// What its lookups taught.

@@ -352,6 +352,10 @@ impl Driver {
                 self.link_readable = false;
                 return Ok(());
             }
+            let strangers = self.link.take_strangers();
+            if strangers > 0 {
+                self.engine.count_drops(DropReason::UnknownPeer, strangers);
+            }
             self.link_heard = now;
             while let Some(frame) = self.link.next_frame()? {
                 let io = &mut FrameIo {

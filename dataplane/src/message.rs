@@ -202,6 +202,8 @@ pub struct VmStatus {
     pub claimed_hostname: String,
     /// Frames not delivered so far, by drop reason.
     pub dropped_frames: BTreeMap<String, u64>,
+    /// What else is counted of it, and of its network, by name.
+    pub counters: BTreeMap<String, u64>,
     /// Whether its link is there.
     pub attached: bool,
 }

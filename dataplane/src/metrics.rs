@@ -1,8 +1,9 @@
 //! Every metric of the dataplane, registered in one place.
 //!
-//! Owns the counters and gauges of what happens off the packet path: the session, forwards, guards.
-//! What one guest's engine counts (frames dropped by reason, held flows) stays in that engine and
-//! reaches the controlplane as the VM's status. Names are plane, thing, unit; labels come from closed
+//! Owns the counters and gauges of what happens off the packet path: the session, forwards, guards, and
+//! what the guests of a network share (its addresses, the upstream resolver). What one guest's engine
+//! counts (frames dropped by reason, what its gateway did) stays in that engine and reaches the
+//! controlplane as the VM's status. All of them are logged when the dataplane ends. Names are plane, thing, unit; labels come from closed
 //! sets, never an address or a name. [`Metrics::render`] writes the text exposition format.
 
 use std::fmt::Write as _;
@@ -21,6 +22,11 @@ impl Counter {
     /// So many more.
     pub fn add(&self, count: u64) {
         self.0.fetch_add(count, Relaxed);
+    }
+
+    /// At least so many: what is counted elsewhere is brought here.
+    pub fn raise_to(&self, count: u64) {
+        self.0.fetch_max(count, Relaxed);
     }
 
     /// The count so far.
@@ -156,6 +162,34 @@ labels! {
     }
 }
 
+labels! {
+    /// Why an address was not given to a guest, or taken from it.
+    LeaseRefusal {
+        /// No address was free to be offered.
+        Exhausted = "exhausted",
+        /// A guest found it in use and declined it.
+        Declined = "declined",
+        /// It is somebody else's, or nobody's to have.
+        Claim = "claim",
+        /// The same of an IPv6 address, or the network has as many as it may.
+        ClaimIpv6 = "claim_ipv6",
+        /// A limit of addresses was reached.
+        Limit = "limit",
+    }
+}
+
+labels! {
+    /// What went wrong with a question to an upstream resolver.
+    ResolverFault {
+        /// Too many were under way.
+        Busy = "busy",
+        /// Nobody answered in time.
+        Unanswered = "unanswered",
+        /// A datagram answered another question than the one asked.
+        Mismatched = "mismatched",
+    }
+}
+
 macro_rules! metrics {
     ($($kind:ident $field:ident: $type:ty = $name:literal, $help:literal;)*) => {
         /// Every metric. Shared by reference; each is updated alone and without order.
@@ -207,6 +241,10 @@ metrics! {
     counter guard_changes: Counter = "vnet_dataplane_guard_changes_total", "Changes of guarded addresses, each of which voids cached verdicts.";
     gauge forwards_open: Gauge = "vnet_dataplane_forwards_open", "Forwards that listen.";
     counter forward_connections: Counter = "vnet_dataplane_forward_connections_total", "Connections that forwards handed to guests.";
+    by_cause lease_refusals: Family<LeaseRefusal> = "vnet_dataplane_lease_refusals_total", "Addresses that were not given to a guest, or taken from it.";
+    counter resolver_questions: Counter = "vnet_dataplane_resolver_questions_total", "Questions asked of upstream resolvers.";
+    counter resolver_over_tcp: Counter = "vnet_dataplane_resolver_over_tcp_total", "Questions asked again over TCP.";
+    by_cause resolver_faults: Family<ResolverFault> = "vnet_dataplane_resolver_faults_total", "Questions to upstream resolvers that went wrong.";
     by_cause forward_refusals: Family<ForwardRefusal> = "vnet_dataplane_forward_refusals_total", "Connections that forwards closed at once.";
 }
 

@@ -4,7 +4,7 @@
 use std::collections::HashMap;
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc::Sender as InputSender;
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 use std::thread;
@@ -29,10 +29,11 @@ use crate::engine::{Engine, EngineConfig, Surroundings, Time};
 use crate::forward::Forwards;
 use crate::guards::Guards;
 use crate::inbox::Inbox;
-use crate::leases::Leases;
+use crate::leases::{LeaseCounts, Leases};
 use crate::link::Link;
 use crate::mac::Mac;
 use crate::message::{Input, Order, OwnPolicy, Report, Router, VmUp, Zone};
+use crate::metrics::{LeaseRefusal, Metrics, ResolverFault};
 use crate::session;
 
 /// What a network is made with.
@@ -56,6 +57,8 @@ pub struct NetworkConfig {
     pub hold: Duration,
     /// Flows of one guest at once.
     pub flows_max: usize,
+    /// Where what guests share is counted.
+    pub metrics: Arc<Metrics>,
 }
 
 /// How a guest attaches.
@@ -263,10 +266,40 @@ impl Network {
                     }
                 };
                 if let Some(network) = network.upgrade() {
+                    network.count_resolver();
                     network.send(vm, Input::Resolved { query, answer });
                 }
             });
         })
+    }
+
+    fn count_leases(&self, counts: LeaseCounts) {
+        let LeaseCounts {
+            exhausted,
+            declined,
+            claims_refused,
+            limited,
+        } = counts;
+        let refusals = &self.config.metrics.lease_refusals;
+        refusals.of(LeaseRefusal::Exhausted).raise_to(exhausted);
+        refusals.of(LeaseRefusal::Declined).raise_to(declined);
+        refusals.of(LeaseRefusal::Claim).raise_to(claims_refused);
+        refusals.of(LeaseRefusal::Limit).raise_to(limited);
+    }
+
+    fn count_resolver(&self) {
+        let (metrics, counts) = (&self.config.metrics, self.resolver.counts());
+        let so_far = |count: &AtomicU64| count.load(Ordering::Relaxed);
+        metrics.resolver_questions.raise_to(so_far(&counts.questions));
+        metrics.resolver_over_tcp.raise_to(so_far(&counts.over_tcp));
+        let faults = &metrics.resolver_faults;
+        faults.of(ResolverFault::Busy).raise_to(so_far(&counts.busy));
+        faults
+            .of(ResolverFault::Unanswered)
+            .raise_to(so_far(&counts.unanswered));
+        faults
+            .of(ResolverFault::Mismatched)
+            .raise_to(so_far(&counts.mismatched));
     }
 
     fn detach(&self, vm: VmId) {
@@ -367,8 +400,21 @@ impl Guest {
 impl Surroundings for Network {
     fn claim(&self, vm: VmId, mac: Mac, address: IpAddr, now: Time) -> bool {
         let owned = match address {
-            IpAddr::V4(v4) => self.lock_leases().claim(vm, mac, v4, now),
-            IpAddr::V6(v6) => self.lock_claims().claim(vm, mac, v6),
+            IpAddr::V4(v4) => {
+                let (owned, counts) = {
+                    let mut leases = self.lock_leases();
+                    (leases.claim(vm, mac, v4, now), leases.counts())
+                };
+                self.count_leases(counts);
+                owned
+            }
+            IpAddr::V6(v6) => {
+                let mut claims = self.lock_claims();
+                let owned = claims.claim(vm, mac, v6);
+                let refusals = &self.config.metrics.lease_refusals;
+                refusals.of(LeaseRefusal::ClaimIpv6).raise_to(claims.refused());
+                owned
+            }
         };
         if owned && let Some(forwards) = self.forwards.get() {
             forwards.guest_attached(vm, address);
@@ -393,7 +439,12 @@ impl Surroundings for Network {
     }
 
     fn dhcp(&self, vm: VmId, mac: Mac, message: &[u8], now: Time) -> DhcpOutcome {
-        let outcome = dhcp::handle(&mut self.lock_leases(), &self.config.dhcp, vm, mac, message, now);
+        let (outcome, counts) = {
+            let mut leases = self.lock_leases();
+            let outcome = dhcp::handle(&mut leases, &self.config.dhcp, vm, mac, message, now);
+            (outcome, leases.counts())
+        };
+        self.count_leases(counts);
         if let (Some(address), Some(forwards)) = (outcome.bound, self.forwards.get()) {
             forwards.guest_attached(vm, address.into());
         }
@@ -420,6 +471,38 @@ impl Surroundings for Network {
 
     fn zones(&self) -> Arc<Zones> {
         Arc::clone(&self.zones.read().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    fn counters(&self) -> Vec<(&'static str, u64)> {
+        let metrics = &self.config.metrics;
+        let (leases, faults) = (&metrics.lease_refusals, &metrics.resolver_faults);
+        vec![
+            (
+                "network_lease_exhausted",
+                leases.of(LeaseRefusal::Exhausted).get(),
+            ),
+            ("network_lease_declined", leases.of(LeaseRefusal::Declined).get()),
+            (
+                "network_lease_claim_refused",
+                leases.of(LeaseRefusal::Claim).get(),
+            ),
+            (
+                "network_lease_claim_ipv6_refused",
+                leases.of(LeaseRefusal::ClaimIpv6).get(),
+            ),
+            ("network_lease_limit", leases.of(LeaseRefusal::Limit).get()),
+            ("network_resolver_questions", metrics.resolver_questions.get()),
+            ("network_resolver_over_tcp", metrics.resolver_over_tcp.get()),
+            ("network_resolver_busy", faults.of(ResolverFault::Busy).get()),
+            (
+                "network_resolver_unanswered",
+                faults.of(ResolverFault::Unanswered).get(),
+            ),
+            (
+                "network_resolver_mismatched",
+                faults.of(ResolverFault::Mismatched).get(),
+            ),
+        ]
     }
 }
 
@@ -497,5 +580,135 @@ impl std::fmt::Display for DisplayChain<'_> {
             cause = error.source();
         }
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::net::UnixDatagram;
+
+    use super::*;
+    use crate::egress::resolver::{ResolverConfig, Upstreams};
+    use crate::leases::LeaseConfig;
+    use crate::link::datagram::DatagramLink;
+
+    const GATEWAY: Ipv4Addr = Ipv4Addr::new(192, 168, 127, 1);
+
+    fn network(reports: Sender<Report>) -> Arc<Network> {
+        let subnet: Ipv4Net = "192.168.127.0/29".parse().unwrap();
+        let lease_time = Duration::from_secs(3600);
+        let config = NetworkConfig {
+            gateway: GATEWAY,
+            gateway_mac: Mac([0x5a, 0x94, 0xef, 0xe4, 0x0c, 0xdd]),
+            subnet,
+            host_alias: None,
+            ipv6: None,
+            mtu_bytes: 1500,
+            dhcp: DhcpConfig {
+                gateway: GATEWAY,
+                subnet,
+                dns: vec![GATEWAY],
+                mtu_bytes: 1500,
+                search_domains: Vec::new(),
+                lease_time,
+            },
+            hold: Duration::from_secs(30),
+            flows_max: 16,
+            metrics: Arc::default(),
+        };
+        let leases = Leases::new(LeaseConfig {
+            subnet,
+            reserved: vec![GATEWAY],
+            fixed: Default::default(),
+            lease_time,
+        });
+        let resolver = Resolver::new(ResolverConfig {
+            upstreams: Upstreams::Fixed(Vec::new()),
+            never: Vec::new(),
+            in_flight_max: 0,
+            total_time: Duration::from_secs(1),
+        });
+        let guards = Arc::new(Guards::new(crate::guards::HostAddresses::default(), []));
+        let runtime = tokio::runtime::Handle::current();
+        Network::new(
+            config,
+            leases,
+            Zones::default(),
+            guards,
+            resolver,
+            runtime,
+            reports,
+        )
+    }
+
+    fn counter(network: &Network, wanted: &str) -> u64 {
+        let counters = Surroundings::counters(network);
+        counters.iter().find(|(name, _)| *name == wanted).unwrap().1
+    }
+
+    #[tokio::test]
+    async fn what_guests_share_is_counted_for_all_of_them() {
+        let (reports, _receiver) = tokio::sync::mpsc::channel(16);
+        let network = network(reports);
+        let mac = |n| Mac([2, 0, 0, 0, 0, n]);
+        let address = IpAddr::from([192, 168, 127, 2]);
+        assert!(network.claim(VmId(1), mac(1), address, Time::ZERO));
+        assert!(!network.claim(VmId(2), mac(2), address, Time::ZERO));
+        assert_eq!(counter(&network, "network_lease_claim_refused"), 1);
+        let address = "fd00::2".parse().unwrap();
+        assert!(network.claim(VmId(1), mac(1), address, Time::ZERO));
+        assert!(!network.claim(VmId(2), mac(2), address, Time::ZERO));
+        assert_eq!(counter(&network, "network_lease_claim_ipv6_refused"), 1);
+        assert_eq!(Router::guest_at(&*network, address), Some(VmId(1)));
+        let refusals = &network.config.metrics.lease_refusals;
+        assert_eq!(
+            refusals.of(LeaseRefusal::Claim).get(),
+            1,
+            "the dataplane's metrics have it too"
+        );
+
+        // No room for any question.
+        let query = b"\x12\x34\x01\x00\x00\x01\x00\x00\x00\x00\x00\x00\x01a\x04test\x00\x00\x01\x00\x01";
+        network.resolve_for(VmId(1))(7, query.to_vec());
+        while counter(&network, "network_resolver_busy") == 0 {
+            tokio::task::yield_now().await;
+        }
+        assert_eq!(counter(&network, "network_resolver_questions"), 0);
+    }
+
+    #[tokio::test]
+    async fn frames_of_strangers_are_told_with_the_guests_status() {
+        let directory = std::env::temp_dir().join(format!("vnet-strangers{}", std::process::id()));
+        let _ = std::fs::remove_dir_all(&directory);
+        std::fs::create_dir_all(&directory).unwrap();
+        let bind = |name: &str| UnixDatagram::bind(directory.join(name)).unwrap();
+        let (ours, peer, stranger) = (bind("ours"), bind("peer"), bind("stranger"));
+        let (reports, mut receiver) = tokio::sync::mpsc::channel(16);
+        let network = network(reports);
+        let link = DatagramLink::adopt_unconnected(ours, &directory.join("peer"), b"VFKT");
+        let spec = GuestSpec {
+            name: "web".to_owned(),
+            ..GuestSpec::default()
+        };
+        let guest = network.attach(Link::Datagram(link), spec).unwrap();
+        stranger.send_to(&[0; 60], directory.join("ours")).unwrap();
+
+        let dropped = loop {
+            match receiver.recv().await.expect("the guest is there") {
+                Report::VmStatus(status) => break status.dropped_frames,
+                _ => continue,
+            }
+        };
+        assert_eq!(dropped.get("unknown_peer"), Some(&1), "{dropped:?}");
+        network.stop();
+        // What it says at its end must find room.
+        while receiver
+            .recv()
+            .await
+            .is_some_and(|r| !matches!(r, Report::VmDown(_)))
+        {}
+        guest.join().unwrap();
+        drop(peer);
+        let _ = std::fs::remove_dir_all(&directory);
     }
 }

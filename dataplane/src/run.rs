@@ -1,6 +1,6 @@
 //! A running dataplane: from a checked configuration to its end.
 
-use std::io::{self, IsTerminal as _};
+use std::io::{self, IsTerminal as _, Write as _};
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -91,7 +91,7 @@ pub fn main(args: Args) -> ExitCode {
     let config = match Config::new(&args, settings, &default_name()) {
         Ok(config) => config,
         Err(problems) => {
-            eprintln!("{problems}");
+            say(&problems.to_string());
             return ExitCode::from(2);
         }
     };
@@ -120,8 +120,13 @@ fn fail(error: &dyn std::error::Error, status: u8) -> ExitCode {
         text.push_str(&format!(": {error}"));
         cause = error.source();
     }
-    eprintln!("vnet-dataplane: {text}");
+    say(&format!("vnet-dataplane: {text}"));
     ExitCode::from(status)
+}
+
+/// The last words. If nobody can read them, the exit code still says as much.
+fn say(text: &str) {
+    let _ = io::stderr().write_all(format!("{text}\n").as_bytes());
 }
 
 fn start_log() {
@@ -131,6 +136,8 @@ fn start_log() {
     let _ = tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_writer(io::stderr)
+        // What cannot be written is lost. Its own complaint would be an `eprintln!`, which panics then.
+        .log_internal_errors(false)
         .with_ansi(io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none_or(|v| v.is_empty()))
         .try_init();
 }
@@ -163,7 +170,12 @@ pub async fn run(config: Config) -> Result<(), RunError> {
     guards.set_ipv6(has_way(ANYWHERE));
 
     let (reports, receiver) = mpsc::channel(REPORTS_MAX);
-    let network = make_network(&config, Arc::clone(&guards), reports.clone());
+    let network = make_network(
+        &config,
+        Arc::clone(&guards),
+        Arc::clone(&metrics),
+        reports.clone(),
+    );
     let forwards = Forwards::new(
         Arc::clone(&network) as Arc<dyn Router>,
         Arc::clone(&metrics),
@@ -198,7 +210,7 @@ pub async fn run(config: Config) -> Result<(), RunError> {
     let follow = follow(
         watcher,
         Arc::clone(&guards),
-        metrics,
+        Arc::clone(&metrics),
         reports.clone(),
         Arc::clone(&network) as Arc<dyn Router>,
     );
@@ -240,6 +252,9 @@ pub async fn run(config: Config) -> Result<(), RunError> {
             }
         }
     };
+    for line in metrics.render().lines().filter(|line| !line.starts_with('#')) {
+        tracing::debug!(metric = line, "counted");
+    }
     match session_end {
         SessionEnd::Finished => Ok(()),
         end => Err(RunError::Session(end)),
@@ -257,7 +272,12 @@ async fn lifeline_end(lifeline: Option<std::os::fd::OwnedFd>) {
     }
 }
 
-fn make_network(config: &Config, guards: Arc<Guards>, reports: mpsc::Sender<Report>) -> Arc<Network> {
+fn make_network(
+    config: &Config,
+    guards: Arc<Guards>,
+    metrics: Arc<Metrics>,
+    reports: mpsc::Sender<Report>,
+) -> Arc<Network> {
     let net = &config.network;
     let mut zones = Zones::new();
     for zone in &net.zones {
@@ -301,6 +321,7 @@ fn make_network(config: &Config, guards: Arc<Guards>, reports: mpsc::Sender<Repo
         },
         hold: HOLD,
         flows_max: FLOWS_MAX,
+        metrics,
     };
     Network::new(
         shared,

@@ -188,6 +188,21 @@ impl World {
         Running::start(self.command(&[&["run"], flags, &["--"], command].concat()))
     }
 
+    /// The program that stands in for guests, and makes load.
+    pub fn load(&self) -> Command {
+        self.program(binaries::binary("vnet-load"))
+    }
+
+    /// Serves VMs, the first of which is `web`: `vnetctl up` with these flags, and the socket for guests.
+    pub fn up(&self, flags: &[&str]) -> (Running, String) {
+        let socket = self.runtime_dir().join("vm.sock").display().to_string();
+        let url = format!("unix://{socket}");
+        let words = [&["up", "--vm", "web", "--listen-qemu", &url], flags].concat();
+        let mut up = Running::start(self.command(&words));
+        up.complains("serving VM web");
+        (up, socket)
+    }
+
     /// Runs `vnetctl run FLAGS -- sh -c SCRIPT` to its end.
     pub fn script(&self, flags: &[&str], script: &str) -> Ended {
         self.run(flags, &["sh", "-c", script]).wait()

@@ -5,11 +5,9 @@
 use std::fs;
 use std::io::{Read as _, Write as _};
 use std::net::{Shutdown, TcpStream, UdpSocket};
-use std::process::Command;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use nix::sys::signal::Signal;
 use vnet_tests::{Running, Server, World, binaries, echo, eventually, http, staged, tcp, udp_echo};
 use vnetctl::sandbox::stage::NetNs;
 
@@ -53,8 +51,8 @@ fn four_megabytes_arrive_whole_over_a_link_that_loses_and_reorders() {
             let payload = Arc::new(random_bytes(4_000_000));
             let (_source, collected) = source_and_sink(world.internet(), &payload);
             fs::write(world.work().join("up"), &*payload).unwrap();
-            let (mut up, socket) = up(world, &["--allow", "tcp 203.0.113.10:8000-9000"]);
-            let mut guest = load(world);
+            let (mut up, socket) = world.up(&["--allow", "tcp 203.0.113.10:8000-9000"]);
+            let mut guest = world.load();
             // 1 % of the frames are lost in each direction and 5 % overtaken.
             guest.args([
                 "guest",
@@ -213,8 +211,8 @@ for n in (0, 1, 1472, 8000):
         assert_eq!(server.requests(), 4);
 
         // `run` gives its command no capability; a ping socket needs none where the group may.
-        let (_up, socket) = up(world, &[]);
-        let mut guest = load(world);
+        let (_up, socket) = world.up(&[]);
+        let mut guest = world.load();
         guest.args([
             "guest",
             "--socket",
@@ -286,81 +284,6 @@ fn the_host_alias_leads_to_the_hosts_loopback() {
         assert_ne!(ended.code, 0, "not without being named: {ended:?}");
         assert_eq!(server.requests(), 1);
     });
-}
-
-#[test]
-fn guests_under_a_policy_are_named_in_turn_and_do_not_reach_each_other() {
-    staged(
-        guests_under_a_policy_are_named_in_turn_and_do_not_reach_each_other,
-        |world| {
-            assert!(
-                !pings_neighbour(world, &["--allow", "tcp 203.0.113.10:80"]),
-                "under a policy"
-            );
-            assert!(pings_neighbour(world, &[]), "in an open network");
-        },
-    );
-}
-
-/// Puts two guests behind one dataplane, checks their names, and tells whether one reaches the other.
-fn pings_neighbour(world: &World, flags: &[&str]) -> bool {
-    let (up, socket) = up(world, flags);
-    let guest = |address: &str, command: &[&str]| {
-        let mut guest = load(world);
-        guest
-            .args(["guest", "--socket", &socket, "--address", address, "--"])
-            .args(command);
-        Running::start(guest)
-    };
-    // Its own ping makes it known.
-    let first = guest(
-        "192.168.127.2/24",
-        &["sh", "-c", "ping -c 1 -W 5 192.168.127.1 && sleep 60"],
-    );
-    eventually("the first guest is there", || {
-        first.stdout().contains("1 received")
-    });
-    let second = guest(
-        "192.168.127.3/24",
-        &[
-            "sh",
-            "-c",
-            "ping -c 1 -W 5 192.168.127.1; echo; ping -c 2 -W 3 192.168.127.2",
-        ],
-    );
-    eventually("the second guest is there", || {
-        second.stdout().contains("1 received")
-    });
-    let names: Vec<String> = world
-        .list(&["vm", "list"])
-        .iter()
-        .filter_map(|vm| vm["name"].as_str().map(str::to_owned))
-        .collect();
-    assert!(
-        names.contains(&"web".to_owned()) && names.contains(&"web-2".to_owned()),
-        "{names:?}"
-    );
-    let reached = second.wait().stdout.contains("2 received");
-    first.signal(Signal::SIGKILL);
-    up.signal(Signal::SIGTERM);
-    let ended = up.wait();
-    assert_eq!(ended.code, 0, "{ended:?}");
-    reached
-}
-
-/// The program that stands in for guests.
-fn load(world: &World) -> Command {
-    world.program(binaries::binary("vnet-load"))
-}
-
-/// Serves VMs on a socket.
-fn up(world: &World, flags: &[&str]) -> (Running, String) {
-    let socket = world.runtime_dir().join("vm.sock").display().to_string();
-    let url = format!("unix://{socket}");
-    let mut up =
-        Running::start(world.command(&[&["up", "--vm", "web", "--listen-qemu", &url], flags].concat()));
-    up.complains("serving VM web");
-    (up, socket)
 }
 
 /// Runs a Python script in a guest; gives what it prints.

@@ -571,7 +571,8 @@ fn command_can_reach_no_controlplane() {
              curl -sS --unix-socket {} http://x/; echo $?; {vnetctl} pending list; echo $?; kill %1; exit 0",
             world.control_socket().display(),
         );
-        let ended = world.script(&["--secure-mode"], &script);
+        // The second is opened to the command, and still tells it from its user.
+        let ended = world.script(&["--secure-mode", "--socket", open.to_str().unwrap()], &script);
         let codes: Vec<&str> = ended
             .stdout
             .lines()

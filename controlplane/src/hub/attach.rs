@@ -23,6 +23,8 @@ use crate::policy::{Effective, GuardedRanges, Modes, OwnPolicy};
 const PROTOCOL_VERSION: u32 = 1;
 /// Messages that a session may fall behind.
 pub(crate) const OUTBOX_MAX: usize = 65_536;
+/// Names of counts taken of one VM, of each kind.
+const COUNTS_MAX: usize = 256;
 /// How long a flow is held where no policy says.
 const HOLD: Duration = Duration::from_secs(30);
 
@@ -404,6 +406,7 @@ impl State {
             mac: up.mac,
             claimed_hostname: String::new(),
             dropped_frames: BTreeMap::new(),
+            counters: BTreeMap::new(),
             live_flows,
             bindings,
             denied,
@@ -461,7 +464,8 @@ impl State {
         vm.addresses = status.addresses;
         vm.mac = status.mac;
         vm.claimed_hostname = status.claimed_hostname;
-        vm.dropped_frames = status.dropped_frames.into_iter().collect();
+        vm.dropped_frames = counts(status.dropped_frames);
+        vm.counters = counts(status.counters);
         let name = vm.view.name.clone();
         match (was_attached, status.attached) {
             (true, false) => {
@@ -498,6 +502,9 @@ impl State {
             return;
         };
         self.instance_stopped(now, &instance);
+        for event in self.repeats.end_of(&name) {
+            self.event(now, event);
+        }
         self.publish_vm(v1::VmChange::Removed, &name);
         self.fleet.vms.remove(&name);
         self.event(
@@ -617,6 +624,11 @@ fn host_addresses(message: &v1::HostAddresses) -> Result<Vec<IpAddr>, Malformed>
         .iter()
         .map(|a| address_from_bytes("host_addresses.addresses", a))
         .collect()
+}
+
+/// Counts by name, of a bounded number: no dataplane of ours has more.
+fn counts(counts: HashMap<String, u64>) -> BTreeMap<String, u64> {
+    counts.into_iter().take(COUNTS_MAX).collect()
 }
 
 fn malformed(error: Malformed) -> Status {

@@ -55,6 +55,9 @@ impl Engine {
             return;
         };
         let outcome = self.surroundings.dhcp(self.config.vm, source, message, now);
+        if let Some(why) = outcome.ignored {
+            self.dhcp.add(why);
+        }
         if let Some(address) = outcome.bound {
             self.bind_address(address);
         }

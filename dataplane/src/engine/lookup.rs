@@ -77,6 +77,8 @@ impl Engine {
 
     /// Does what the gateway's DNS asks for, until it asks for nothing more.
     fn act_on_dns(&mut self, now: Time) {
+        // Whatever came of it was counted.
+        self.want_report(now);
         while let Some(event) = self.dns.poll_event() {
             match event {
                 dns::Event::Reply {

@@ -19,6 +19,7 @@
 
 pub mod bindings;
 pub mod cache;
+mod counters;
 mod datagram;
 pub mod discovery;
 pub mod flow;
@@ -46,7 +47,7 @@ mod verdict;
 #[cfg(test)]
 mod tests;
 
-use std::collections::VecDeque;
+use std::collections::{BTreeMap, VecDeque};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::sync::Arc;
 use std::time::Duration;
@@ -58,6 +59,7 @@ use vnet_proto::model::{FlowId, GuardSet, Protocol, VmId};
 
 use crate::engine::bindings::Bindings;
 use crate::engine::cache::Cache;
+use crate::engine::counters::DhcpCounts;
 use crate::engine::discovery::Ipv6Config;
 use crate::engine::flow::{Flow, FlowTable};
 use crate::engine::fragment::Fragments;
@@ -136,6 +138,8 @@ pub trait Surroundings: Send + Sync {
     fn guards(&self, dialled: SocketAddr, protocol: Protocol) -> GuardSet;
     /// The local zones.
     fn zones(&self) -> Arc<crate::engine::gateway::dns::zones::Zones>;
+    /// What is counted of the network as a whole, by name.
+    fn counters(&self) -> Vec<(&'static str, u64)>;
 }
 
 /// What the driver does next with a frame just handled.
@@ -248,7 +252,10 @@ pub struct Engine {
     held: Held,
     tally: Tally,
     bindings: Bindings,
+    dhcp: DhcpCounts,
     dns: Dns,
+    /// What was counted when it was last reported.
+    counted: BTreeMap<String, u64>,
     /// When the timers of the two above are set to fire.
     dns_set: Option<Time>,
     bindings_set: Option<Time>,
@@ -294,7 +301,9 @@ impl Engine {
             held: Held::new(config.vm, config.hold),
             tally: Tally::default(),
             bindings: Bindings::default(),
+            dhcp: DhcpCounts::default(),
             dns: Dns::new(config.lookup_hold),
+            counted: BTreeMap::new(),
             dns_set: None,
             bindings_set: None,
             fragments: Fragments::default(),

@@ -55,13 +55,15 @@ impl Engine {
         for report in self.tally.take(self.config.vm) {
             self.report(report);
         }
-        if std::mem::take(&mut self.status_changed) {
-            self.report_status(true);
+        let counters = self.counters();
+        if std::mem::take(&mut self.status_changed) || counters != self.counted {
+            self.report_status(counters);
         }
     }
 
     /// Reports the guest's status as it is now.
-    pub fn report_status(&mut self, attached: bool) {
+    fn report_status(&mut self, counters: BTreeMap<String, u64>) {
+        self.counted.clone_from(&counters);
         let dropped_frames: BTreeMap<String, u64> = DropReason::ALL
             .into_iter()
             .map(|reason| (reason.word().to_owned(), self.drops[reason as usize]))
@@ -78,13 +80,19 @@ impl Engine {
             mac: self.mac.map(|m| m.to_string()).unwrap_or_default(),
             claimed_hostname: self.claimed_hostname.clone(),
             dropped_frames,
-            attached,
+            counters,
+            attached: true,
         }));
     }
 
     /// Counts a frame that was not delivered.
     pub fn count_drop(&mut self, reason: DropReason) {
-        self.drops[reason as usize] += 1;
+        self.count_drops(reason, 1);
+    }
+
+    /// Counts frames that were not delivered.
+    pub fn count_drops(&mut self, reason: DropReason, count: u64) {
+        self.drops[reason as usize] += count;
         self.note_status();
     }
 

@@ -105,6 +105,14 @@ impl Link {
         }
     }
 
+    /// How many frames of others than the adopted hypervisor came since this was last asked.
+    pub fn take_strangers(&mut self) -> u64 {
+        match self {
+            Self::Datagram(link) => link.take_strangers(),
+            Self::Stream(_) | Self::Packet(_) => 0,
+        }
+    }
+
     /// How long to wait before trying again to write, where no readiness event comes for it.
     pub fn retry_after_ms(&self) -> Option<u64> {
         match self {

@@ -42,6 +42,7 @@ pub(super) fn vm_status(status: &VmStatus) -> v1::VmStatus {
         mac: status.mac.clone(),
         claimed_hostname: status.claimed_hostname.clone(),
         dropped_frames: status.dropped_frames.clone().into_iter().collect(),
+        counters: status.counters.clone().into_iter().collect(),
         attached: status.attached,
     }
 }

@@ -5,6 +5,11 @@
 //! It moves frames between a TAP device and a Unix socket, one thread a direction, several frames a
 //! call on a stream unless `--batch 1` (as QEMU writes them).
 #![cfg_attr(not(target_os = "linux"), allow(unused))]
+#![allow(
+    clippy::print_stdout,
+    clippy::print_stderr,
+    reason = "it prints what it measured"
+)]
 
 #[cfg(target_os = "linux")]
 fn main() -> std::process::ExitCode {
@@ -200,6 +205,17 @@ mod linux {
         })?;
         let tap = Arc::new(open_tap()?);
         ip(&["link", "set", "lo", "up"])?;
+        // The same guest has the same hardware address whenever it comes back. Before the link is up: the first
+        // address that is seen on it is the guest's.
+        let number = args.address.split(['.', '/']).nth(3);
+        let number = number.and_then(|n| n.parse::<u8>().ok()).unwrap_or_default();
+        ip(&[
+            "link",
+            "set",
+            TAP,
+            "address",
+            &format!("52:54:00:00:00:{number:02x}"),
+        ])?;
         ip(&[
             "link",
             "set",
@@ -209,16 +225,6 @@ mod linux {
             "txqueuelen",
             "4096",
             "up",
-        ])?;
-        // The same guest has the same hardware address whenever it comes back.
-        let number = args.address.split(['.', '/']).nth(3);
-        let number = number.and_then(|n| n.parse::<u8>().ok()).unwrap_or_default();
-        ip(&[
-            "link",
-            "set",
-            TAP,
-            "address",
-            &format!("52:54:00:00:00:{number:02x}"),
         ])?;
         if !args.no_address {
             ip(&["addr", "add", &args.address, "dev", TAP])?;

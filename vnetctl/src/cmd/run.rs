@@ -7,8 +7,11 @@
 mod supervise;
 
 use std::ffi::OsString;
+#[cfg(target_os = "linux")]
+use std::io::IsTerminal as _;
 use std::os::unix::ffi::OsStrExt as _;
-use std::path::Path;
+use std::os::unix::fs::FileTypeExt as _;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use clap::Args;
@@ -16,7 +19,7 @@ use ipnet::Ipv6Net;
 
 use super::attend::dataplane_name;
 use super::treat::{TreatArgs, all};
-use crate::client::Connection;
+use crate::client::{Connection, Server};
 use crate::failure::Failure;
 use crate::launch::{DataplaneArgs, Settings, session_url};
 
@@ -33,6 +36,8 @@ use crate::launch::{DataplaneArgs, Settings, session_url};
         vnetctl run --secure-mode -- npm install\n  \
         vnetctl run --allow 'tcp 192.0.2.7:443' --allow 'domain *.github.com' -- git fetch\n  \
         vnetctl run --network-policy policy.yaml --vm build --label team=net -- make\n  \
+        vnetctl run --socket \"$SSH_AUTH_SOCK\" -- git pull\n  \
+        vnetctl run --write . -- make\n  \
         vnetctl run -p 8080:80 -- python3 -m http.server 80"
 )]
 pub struct RunArgs {
@@ -51,6 +56,13 @@ pub struct RunArgs {
     /// Resolver that lookups are forwarded to; may be repeated [default: the host's]
     #[arg(long, value_name = "ADDRESS[:PORT]")]
     pub dns: Vec<String>,
+    /// Let the command connect to the Unix socket that is at this path now; may be repeated
+    #[arg(long, value_name = "PATH")]
+    pub socket: Vec<PathBuf>,
+    /// Let the command write to these files and directories, and to a /tmp, /var/tmp and /dev/shm of its own; all
+    /// else is read-only
+    #[arg(long, value_name = "PATH", num_args = 1..)]
+    pub write: Vec<PathBuf>,
     /// MTU of the command's link in bytes, 576 to 65520
     #[arg(long, value_name = "BYTES", default_value_t = MTU_BYTES_DEFAULT)]
     pub mtu: u16,
@@ -76,6 +88,9 @@ struct Plan {
     mtu_bytes: u16,
     /// The prefix of the network that the dataplane makes.
     ipv6: Option<Ipv6Net>,
+    sockets: Vec<PathBuf>,
+    /// Where alone the command may write, if that is said.
+    writable: Option<Vec<PathBuf>>,
     command: Vec<OsString>,
 }
 
@@ -86,10 +101,16 @@ struct Plan {
 pub fn execute(args: RunArgs, connection: Connection) -> Result<u8, Failure> {
     let plan = plan(args, &connection)?;
     for warning in &plan.settings.treatment.warnings {
-        eprintln!("{warning}");
+        crate::output::say(warning);
     }
     #[cfg(target_os = "linux")]
-    return supervise::run(plan, connection);
+    {
+        // For a person; a script's stderr is the command's.
+        if std::io::stderr().is_terminal() {
+            crate::output::say(not_filtered(&plan));
+        }
+        supervise::run(plan, connection)
+    }
     #[cfg(not(target_os = "linux"))]
     Err(Failure::Failed(format!(
         "`run` needs Linux's namespaces, so {:?} was not started; serve a Linux VM with `vnetctl up` instead",
@@ -126,6 +147,8 @@ fn plan(args: RunArgs, connection: &Connection) -> Result<Plan, Failure> {
         ..Settings::default()
     };
     let config = settings.check(true, &mut problems);
+    let sockets = sockets(&args.socket, connection, &mut problems);
+    let writable = writable(&args.write, &mut problems);
     all(problems)?;
     Ok(Plan {
         vm,
@@ -133,8 +156,80 @@ fn plan(args: RunArgs, connection: &Connection) -> Result<Plan, Failure> {
         settings,
         mtu_bytes: args.mtu,
         ipv6: config.and_then(|config| config.network.ipv6),
+        sockets,
+        writable,
         command: args.command,
     })
+}
+
+/// The real paths of the sockets that are opened. Vnet's own would let the command answer for itself.
+fn sockets(paths: &[PathBuf], connection: &Connection, problems: &mut Vec<String>) -> Vec<PathBuf> {
+    let mut own = crate::launch::own_directories();
+    own.extend(named_sockets(connection));
+    let own: Vec<PathBuf> = own.iter().filter_map(|path| path.canonicalize().ok()).collect();
+    let mut found = Vec::new();
+    for path in paths {
+        let shown = path.display();
+        match path.canonicalize() {
+            Err(error) => problems.push(format!("--socket {shown}: {error}")),
+            Ok(real) if own.iter().any(|own| real.starts_with(own)) => problems.push(format!(
+                "--socket {shown} is vnet's own, over which the command could answer for itself; open another"
+            )),
+            Ok(real) if !is_socket(&real) => problems.push(format!(
+                "--socket {shown} is not a socket; name the file that a service listens on, or use --write"
+            )),
+            Ok(real) => found.push(real),
+        }
+    }
+    found
+}
+
+/// The sockets of a controlplane that was named with `--server`.
+fn named_sockets(connection: &Connection) -> Vec<PathBuf> {
+    match &connection.named {
+        Some(Server::Unix(path)) => vec![path.clone(), path.with_file_name(crate::launch::SESSION_SOCKET)],
+        None => Vec::new(),
+    }
+}
+
+fn is_socket(path: &Path) -> bool {
+    std::fs::metadata(path).is_ok_and(|metadata| metadata.file_type().is_socket())
+}
+
+/// The real paths of where alone may be written.
+fn writable(paths: &[PathBuf], problems: &mut Vec<String>) -> Option<Vec<PathBuf>> {
+    let mut found = Vec::new();
+    for path in paths {
+        let shown = path.display();
+        match path.canonicalize() {
+            Err(error) => problems.push(format!("--write {shown}: {error}; make it first")),
+            Ok(real) if real.parent().is_none() => problems.push(format!(
+                "--write {shown} makes nothing read-only; leave the option out, or name directories below"
+            )),
+            Ok(real) => found.push(real),
+        }
+    }
+    (!paths.is_empty()).then_some(found)
+}
+
+/// What of the command's doings is not filtered, in a line.
+#[cfg(target_os = "linux")]
+fn not_filtered(plan: &Plan) -> String {
+    match &plan.writable {
+        None => "vnet: not filtered: your files; the command may read and write them (--write PATH makes all else \
+                 read-only)"
+            .to_owned(),
+        Some(writable) => {
+            let places: Vec<String> = writable
+                .iter()
+                .map(|path| crate::output::text::safe(&path.display().to_string()).into_owned())
+                .collect();
+            format!(
+                "vnet: not filtered: your files; the command may read them, and write to {} alone",
+                places.join(", ")
+            )
+        }
+    }
 }
 
 /// A name that the same directory has again tomorrow, and another directory of that name has not.

@@ -170,12 +170,6 @@ impl Row for v1::Vm {
 }
 
 fn details(vm: &v1::Vm, now: SystemTime) -> Vec<(&'static str, String)> {
-    let mut dropped: Vec<String> = vm
-        .dropped_frames
-        .iter()
-        .map(|(why, n)| format!("{why}={n}"))
-        .collect();
-    dropped.sort();
     vec![
         ("Name", vm.name.clone()),
         ("Labels", text::or_none(words::labels(&vm.labels))),
@@ -197,8 +191,16 @@ fn details(vm: &v1::Vm, now: SystemTime) -> Vec<(&'static str, String)> {
         ),
         ("Live flows", vm.live_flows.to_string()),
         ("Pending requests", vm.pending_requests.to_string()),
-        ("Dropped frames", text::or_none(dropped.join(", "))),
+        ("Dropped frames", counts(&vm.dropped_frames)),
+        ("Counters", counts(&vm.counters)),
     ]
+}
+
+/// Counts by name, in order.
+fn counts(counts: &std::collections::HashMap<String, u64>) -> String {
+    let mut counts: Vec<String> = counts.iter().map(|(what, n)| format!("{what}={n}")).collect();
+    counts.sort();
+    text::or_none(counts.join(", "))
 }
 
 fn label_change(text: &str) -> Result<(String, String), String> {

@@ -64,6 +64,32 @@ pub fn own_directories() -> Vec<PathBuf> {
         .collect()
 }
 
+/// Vnet's own programs: this one, by its real path and by the one it was called by, and those that lie beside it.
+pub fn own_programs() -> Vec<PathBuf> {
+    let mut programs = Vec::new();
+    for own in std::env::current_exe().into_iter().chain(called_as()) {
+        programs
+            .extend(["vnetctl", "vnet-controlplane", "vnet-dataplane"].map(|name| own.with_file_name(name)));
+        programs.push(own);
+    }
+    programs.retain(|path| path.is_file());
+    programs.sort();
+    programs.dedup();
+    programs
+}
+
+/// The path by which this program was called: as typed, or where a shell finds it.
+fn called_as() -> Option<PathBuf> {
+    let name = PathBuf::from(std::env::args_os().next()?);
+    if name.components().count() > 1 {
+        return std::path::absolute(name).ok();
+    }
+    let path = std::env::var_os("PATH")?;
+    std::env::split_paths(&path)
+        .map(|directory| directory.join(&name))
+        .find(|file| file.is_file())
+}
+
 /// Parses a daemon's arguments and runs it. What is wrong with them is said as the daemon would.
 fn parsed<A: clap::Parser>(arguments: Vec<OsString>, run: impl FnOnce(A) -> ExitCode) -> ExitCode {
     match A::try_parse_from(arguments) {

@@ -1,4 +1,5 @@
-//! Taking every privilege from the process that becomes the command: capabilities(7), prctl(2).
+//! Taking every privilege from the process that becomes the command, and laying the helper's own down for a
+//! while: capabilities(7), prctl(2).
 
 use nix::errno::Errno;
 
@@ -25,21 +26,67 @@ pub(crate) fn drop_all() -> nix::Result<()> {
 
 /// Empties the effective, permitted and inheritable sets, and with them what the ambient set may hold.
 fn clear_sets() -> nix::Result<()> {
-    /// `struct __user_cap_header_struct` of linux/capability.h.
-    #[repr(C)]
-    struct Header {
-        version: u32,
-        pid: i32,
+    set(&[Set::default(); 2])
+}
+
+/// Has this thread do without its capabilities until [`take_up`].
+///
+/// # Errors
+/// The kernel refused; none was laid down then.
+pub(crate) fn lay_down() -> nix::Result<()> {
+    let mut sets = get()?;
+    for set in &mut sets {
+        set.effective = 0;
     }
-    /// `_LINUX_CAPABILITY_VERSION_3`: two words a set.
-    const VERSION_3: u32 = 0x2008_0522;
-    let header = Header {
-        version: VERSION_3,
-        pid: 0,
-    };
-    let sets = [0u32; 6];
-    // SAFETY: both point to live values of the layout that version 3 defines; the kernel only reads them.
-    Errno::result(unsafe { libc::syscall(libc::SYS_capset, &raw const header, sets.as_ptr()) }).map(drop)
+    set(&sets)
+}
+
+/// Has this thread use again every capability that it may.
+///
+/// # Errors
+/// The kernel refused.
+pub(crate) fn take_up() -> nix::Result<()> {
+    let mut sets = get()?;
+    for set in &mut sets {
+        set.effective = set.permitted;
+    }
+    set(&sets)
+}
+
+/// `struct __user_cap_data_struct` of linux/capability.h.
+#[repr(C)]
+#[derive(Clone, Copy, Default)]
+struct Set {
+    effective: u32,
+    permitted: u32,
+    inheritable: u32,
+}
+
+/// `struct __user_cap_header_struct` of linux/capability.h.
+#[repr(C)]
+struct Header {
+    version: u32,
+    pid: i32,
+}
+
+/// `_LINUX_CAPABILITY_VERSION_3`: two words a set. Of the calling thread.
+const OWN: Header = Header {
+    version: 0x2008_0522,
+    pid: 0,
+};
+
+fn get() -> nix::Result<[Set; 2]> {
+    let mut header = OWN;
+    let mut sets = [Set::default(); 2];
+    // SAFETY: both point to live values of the layout that version 3 defines.
+    Errno::result(unsafe { libc::syscall(libc::SYS_capget, &raw mut header, sets.as_mut_ptr()) })?;
+    Ok(sets)
+}
+
+fn set(sets: &[Set; 2]) -> nix::Result<()> {
+    let mut header = OWN;
+    // SAFETY: both point to live values of the layout that version 3 defines; the sets are only read.
+    Errno::result(unsafe { libc::syscall(libc::SYS_capset, &raw mut header, sets.as_ptr()) }).map(drop)
 }
 
 /// prctl(2) with one argument.

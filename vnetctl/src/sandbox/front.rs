@@ -2,7 +2,7 @@
 //! the command.
 
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
@@ -320,7 +320,29 @@ fn check(spec: &Spec) -> Result<(), SandboxError> {
             "router {router} is not another address of the guest's prefix {guest}"
         ));
     }
+    for (number, name) in (0..).zip(["stdin", "stdout", "stderr"]) {
+        if !spec.pty[number as usize] && !is_harmless(number) {
+            return wrong(format!(
+                "{name} is a socket of the host's network that could be sent elsewhere (expected a connected \
+                 stream); pass it through a pipe, as in `cat | vnetctl run ...`"
+            ));
+        }
+    }
     Ok(())
+}
+
+/// A socket keeps the network that it was made in. One that is connected as a stream leads where it leads; any other
+/// leads the command past its own network.
+fn is_harmless(stream: RawFd) -> bool {
+    use nix::sys::socket::{SockaddrStorage, getpeername, getsockopt, sockopt::SockType as Type};
+    // SAFETY: standard streams stay open for the whole call, or it fails.
+    let fd = unsafe { BorrowedFd::borrow_raw(stream) };
+    match getsockopt(&fd, Type) {
+        // No socket, or closed.
+        Err(_) => true,
+        Ok(SockType::Stream | SockType::SeqPacket) => getpeername::<SockaddrStorage>(stream).is_ok(),
+        Ok(_) => false,
+    }
 }
 
 /// The command that becomes the helper.
@@ -352,12 +374,10 @@ fn request(spec: &Spec) -> (Request, Vec<RawFd>) {
         .map(|(number, _)| number)
         .collect();
     let terminals = crate::terminal::device_paths();
-    let masks = spec
-        .masks
-        .iter()
-        .chain(&terminals)
-        .map(|path| mounts::path_bytes(path))
-        .collect();
+    let bytes =
+        |paths: &[PathBuf]| -> Vec<Vec<u8>> { paths.iter().map(|path| mounts::path_bytes(path)).collect() };
+    let mut masks = bytes(&spec.masks);
+    masks.extend(bytes(&terminals));
     let request = Request {
         mtu_bytes: spec.mtu_bytes,
         guest: (spec.guest.addr(), spec.guest.prefix_len()),
@@ -367,6 +387,9 @@ fn request(spec: &Spec) -> (Request, Vec<RawFd>) {
             .map(|(net, router)| (net.addr(), net.prefix_len(), router)),
         hostname: spec.hostname.clone(),
         masks,
+        programs: bytes(&spec.programs),
+        writable: spec.writable.as_deref().map(bytes),
+        sockets: bytes(&spec.sockets),
         pty: spec.pty,
         force_packet_socket: spec.force_packet_socket,
     };

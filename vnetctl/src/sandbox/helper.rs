@@ -1,5 +1,5 @@
 //! The process between front and guest: it enters the namespaces, makes the link, forks init, and then
-//! only carries signals and the exit status. It ends, and init with it, when the front does: the
+//! only carries signals and the exit status, and looks after the guest's sockets (`sockets`). It ends, and init with it, when the front does: the
 //! kernel kills it (prctl(2), `PR_SET_PDEATHSIG`), and the end of their socket pair tells the same.
 
 use std::ffi::OsString;
@@ -12,11 +12,13 @@ use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, fcntl};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::{SigHandler, Signal, kill};
+use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
 use nix::sys::wait::{WaitStatus, waitpid};
 use nix::unistd::{ForkResult, Pid, fork};
 
 use super::error::{Failure, Step};
 use super::init::Init;
+use super::sockets::{self, Opened, Outside};
 use super::wire::{self, Order, Reply, Request};
 use super::{EXIT_FAILED, link, masks, mounts, sys, userns};
 
@@ -26,7 +28,9 @@ pub fn guest_main(command: Vec<OsString>) -> ExitCode {
     let control = match take_control() {
         Ok(control) => control,
         Err(failure) => {
-            eprintln!("vnetctl: {failure}; this is started by `vnetctl run`, not by hand");
+            crate::output::say(format_args!(
+                "vnetctl: {failure}; this is started by `vnetctl run`, not by hand"
+            ));
             return EXIT_FAILED.into();
         }
     };
@@ -73,8 +77,22 @@ fn serve(control: &OwnedFd, command: Vec<OsString>) -> Result<u8, Failure> {
 
     let cwd = std::env::current_dir().ok();
     let uid = nix::unistd::geteuid().as_raw();
-    let places = masks::places(uid, |name| std::env::var_os(name), request.masks);
-    userns::enter()?;
+    let opened = mounts::paths(request.sockets)
+        .iter()
+        .map(|path| Opened::find(path))
+        .collect::<Result<_, _>>()?;
+    let outside = Outside::look(opened)?;
+    let own = mounts::paths(request.masks);
+    let places = masks::places(uid, |name| std::env::var_os(name), own.clone());
+    let (channel, sockets) = socketpair(
+        AddressFamily::Unix,
+        SockType::SeqPacket,
+        None,
+        SockFlag::SOCK_CLOEXEC,
+    )
+    .step("make a channel for the guest's sockets")?;
+    let watcher = userns::enter(|| sockets::watch(&channel, &outside))?;
+    drop(channel);
     // Entering may have changed the credentials, which takes it back.
     die_with_parent()?;
     if let Some(name) = &request.hostname {
@@ -99,12 +117,19 @@ fn serve(control: &OwnedFd, command: Vec<OsString>) -> Result<u8, Failure> {
     match unsafe { fork() }.step("fork the guest's first process")? {
         ForkResult::Child => {
             drop(opener);
+            // Its parent's to end.
+            std::mem::forget(watcher);
             let control = control.try_clone().step("copy the channel to the front")?;
             die_with_parent()?;
             Init {
                 command,
                 cwd,
                 places,
+                own,
+                programs: mounts::paths(request.programs),
+                writable: request.writable.map(mounts::paths),
+                outside,
+                sockets,
                 resolv_conf: mounts::resolv_conf(request.gateway),
                 pty: request.pty,
                 streams,
@@ -119,8 +144,10 @@ fn serve(control: &OwnedFd, command: Vec<OsString>) -> Result<u8, Failure> {
         }
         ForkResult::Parent { child } => {
             // Their only holders are to be init and the front.
-            drop((made, streams, gate));
-            relay(control, child, opener)
+            drop((made, streams, gate, sockets));
+            let code = relay(control, child, opener);
+            drop(watcher);
+            code
         }
     }
 }

@@ -11,14 +11,18 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::path::PathBuf;
 
 use nix::errno::Errno;
+use nix::fcntl::OFlag;
 use nix::sys::signal::{SigSet, SigmaskHow, Signal, kill, sigprocmask};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
+use nix::sys::stat::Mode;
 use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 use nix::unistd::{ForkResult, Pid, fork, setpgid, setsid, tcsetpgrp};
 
 use super::error::{Failure, Step};
 use super::front::LinkKind;
 use super::masks::Places;
+use super::mounts::View;
+use super::sockets::{Filtered, Outside, Watching};
 use super::wire::{self, Reply};
 use super::{EXIT_CANNOT_EXECUTE, EXIT_FAILED, EXIT_NOT_FOUND, caps, mounts, seccomp, sys};
 
@@ -30,6 +34,16 @@ pub(crate) struct Init {
     pub(crate) cwd: Option<PathBuf>,
     /// What is hidden from it.
     pub(crate) places: Places,
+    /// Vnet's own places, hidden all of them.
+    pub(crate) own: Vec<PathBuf>,
+    /// Vnet's own programs.
+    pub(crate) programs: Vec<PathBuf>,
+    /// Where alone it may write, if that is said.
+    pub(crate) writable: Option<Vec<PathBuf>>,
+    /// What was outside, the sockets that are opened to it among it.
+    pub(crate) outside: Outside,
+    /// To the thread that looks after its sockets.
+    pub(crate) sockets: OwnedFd,
     /// Its resolver configuration.
     pub(crate) resolv_conf: String,
     /// Which standard streams are the pty.
@@ -67,11 +81,15 @@ impl Init {
     /// Everything before the command; returns the pty's guest side.
     fn prepare(&mut self) -> Result<Option<OwnedFd>, Failure> {
         let mut notes = std::mem::take(&mut self.notes);
-        notes.extend(mounts::set_up(
-            &self.places,
-            &self.resolv_conf,
-            self.cwd.as_deref(),
-        )?);
+        notes.extend(mounts::set_up(&View {
+            places: &self.places,
+            own: &self.own,
+            programs: &self.programs,
+            opened: self.outside.opened(),
+            writable: self.writable.as_deref(),
+            resolv_conf: &self.resolv_conf,
+            cwd: self.cwd.as_deref(),
+        })?);
         // By path, again: the old one may lie beneath what was mounted since.
         if let Some(cwd) = &self.cwd {
             std::env::set_current_dir(cwd).step(format!("enter the directory {}", cwd.display()))?;
@@ -106,6 +124,7 @@ impl Init {
         let outcome = started.and_then(|(child, signals)| match child {
             Started::Running(child) => self.look_after(child, &signals),
             Started::NotExecuted(errno) => Ok(self.not_executed(errno)),
+            Started::NotConfined(errno) => Err(not_confined(errno)),
         });
         let reply = match outcome {
             Ok(reply) => reply,
@@ -152,21 +171,26 @@ impl Init {
             ForkResult::Parent { child } => child,
             ForkResult::Child => {
                 drop(failed);
-                let errno = match become_command(&program, self, terminal) {
-                    Err(errno) => errno,
+                let (at, errno) = match become_command(&program, self, terminal) {
+                    Err(refused) => refused,
                     Ok(never) => match never {},
                 };
                 let mut report = report;
-                let _ = report.write_all(&(errno as i32).to_ne_bytes());
+                let _ = report.write_all(&[at as i32, errno as i32].map(i32::to_ne_bytes).concat());
                 // SAFETY: ends the child without running the exit handlers of the program it is.
                 unsafe { libc::_exit(EXIT_FAILED.into()) }
             }
         };
         drop(report);
-        let mut errno = [0; 4];
+        let (mut at, mut errno) = ([0; 4], [0; 4]);
         // The pipe closes with the exec that succeeds.
-        let started = match failed.read_exact(&mut errno) {
-            Ok(()) => Started::NotExecuted(Errno::from_raw(i32::from_ne_bytes(errno))),
+        let told = failed
+            .read_exact(&mut at)
+            .and_then(|()| failed.read_exact(&mut errno));
+        let errno = Errno::from_raw(i32::from_ne_bytes(errno));
+        let started = match told {
+            Ok(()) if i32::from_ne_bytes(at) == At::Confining as i32 => Started::NotConfined(errno),
+            Ok(()) => Started::NotExecuted(errno),
             Err(_) => Started::Running(child),
         };
         Ok((started, signals))
@@ -240,6 +264,17 @@ enum Started {
     Running(Pid),
     /// It could not become the command.
     NotExecuted(Errno),
+    /// It could not be confined, so that it was not to become the command.
+    NotConfined(Errno),
+}
+
+/// Where the forked child failed.
+#[derive(Clone, Copy)]
+enum At {
+    /// Giving it its streams, or executing it.
+    Executing = 1,
+    /// Taking from it what it is not to have.
+    Confining = 2,
 }
 
 /// Turns this freshly forked process into the command: its streams, its process group, nothing else.
@@ -247,7 +282,16 @@ fn become_command(
     command: &[CString],
     init: &Init,
     terminal: Option<&OwnedFd>,
-) -> Result<std::convert::Infallible, Errno> {
+) -> Result<std::convert::Infallible, (At, Errno)> {
+    take_streams(init, terminal).map_err(|errno| (At::Executing, errno))?;
+    confine(init).map_err(|errno| (At::Confining, errno))?;
+    match nix::unistd::execvp(&command[0], command) {
+        Err(errno) => Err((At::Executing, errno)),
+        Ok(never) => match never {},
+    }
+}
+
+fn take_streams(init: &Init, terminal: Option<&OwnedFd>) -> nix::Result<()> {
     setpgid(Pid::from_raw(0), Pid::from_raw(0))?;
     if let Some(terminal) = terminal {
         // From the background that would stop us, were signals not blocked.
@@ -259,11 +303,41 @@ fn become_command(
         // SAFETY: replaces a standard stream, which nothing in this process owns as an `OwnedFd`.
         Errno::result(unsafe { libc::dup2(stream.as_raw_fd(), number) })?;
     }
-    sys::reset_signals()?;
+    sys::reset_signals()
+}
+
+fn confine(init: &Init) -> nix::Result<()> {
     caps::drop_all()?;
-    seccomp::confine()?;
-    sys::close_above_2_on_exec()?;
-    nix::unistd::execvp(&command[0], command)
+    let flags = OFlag::O_RDONLY | OFlag::O_CLOEXEC;
+    let network = nix::fcntl::open("/proc/self/ns/net", flags, Mode::empty())?;
+    let listener = seccomp::confine()?;
+    // From here on calls that are looked at wait for whoever has the listener.
+    let channel = init.sockets.as_fd();
+    wire::send(channel, &Filtered, &[listener.as_raw_fd(), network.as_raw_fd()]).map_err(|_| Errno::EPIPE)?;
+    match wire::receive::<Watching>(channel) {
+        Ok(Some(_)) => sys::close_above_2_on_exec(),
+        Ok(None) | Err(_) => Err(Errno::EPIPE),
+    }
+}
+
+/// Why a command that cannot be confined is not started, and what helps.
+fn not_confined(errno: Errno) -> Failure {
+    let remedy = match errno {
+        Errno::EBUSY => Some(
+            "a filter with a listener is in force already, as inside another `vnetctl run` or a container \
+             whose manager intercepts system calls; start it outside of that",
+        ),
+        Errno::ENOSYS | Errno::E2BIG => Some(
+            "this needs Linux 5.9 or later with CONFIG_SECCOMP_FILTER, on x86-64 or arm64; serve a VM with \
+             `vnetctl up` instead",
+        ),
+        _ => None,
+    };
+    Failure {
+        step: "confine the command, so it was not started".into(),
+        cause: errno.desc().into(),
+        remedy: remedy.map(str::to_owned),
+    }
 }
 
 /// A pty in the guest's own devpts: first the front's side, then the guest's.
@@ -282,4 +356,19 @@ fn open_pty() -> Result<(OwnedFd, OwnedFd), Failure> {
         .step(step)?;
     let terminal = sys::pty_peer(master.as_fd()).step(step)?;
     Ok((master, terminal))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_stands_in_the_way_of_confining_is_named_with_its_remedy() {
+        let nested = not_confined(Errno::EBUSY).to_string();
+        assert!(
+            nested.contains("was not started") && nested.contains("inside another `vnetctl run`"),
+            "{nested}"
+        );
+        assert!(not_confined(Errno::ENOSYS).to_string().contains("Linux 5.9"));
+    }
 }

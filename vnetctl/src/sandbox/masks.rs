@@ -2,12 +2,14 @@
 //! sockets of the system's resolver, name services, D-Bus, service managers, container engines, virtual
 //! machine managers and terminal multiplexers, and what the caller adds.
 //!
+//! That no socket from outside can be connected to is the work of `sockets`, wherever it is. Hiding the known
+//! ones has programs see at once that they are not there, and hides what lies beside them.
+//!
 //! Directories for sockets ([`Places::rebuilt`]) are replaced by copies that hold everything else, so that a
 //! service which is started or restarted later does not appear in the guest either. Elsewhere a directory
 //! is covered by an empty one and a socket by an empty file.
 
 use std::ffi::OsString;
-use std::os::unix::ffi::OsStringExt;
 use std::path::{Path, PathBuf};
 
 /// Directories that hold sockets, hidden wherever they are.
@@ -123,7 +125,7 @@ pub(crate) struct Places {
 }
 
 /// The built-in places and the caller's, by user and environment.
-pub(crate) fn places(uid: u32, variable: impl Fn(&str) -> Option<OsString>, callers: Vec<Vec<u8>>) -> Places {
+pub(crate) fn places(uid: u32, variable: impl Fn(&str) -> Option<OsString>, callers: Vec<PathBuf>) -> Places {
     let absolute = |name: &str| {
         variable(name)
             .map(PathBuf::from)
@@ -148,11 +150,7 @@ pub(crate) fn places(uid: u32, variable: impl Fn(&str) -> Option<OsString>, call
             hidden.extend(socket_paths(&value));
         }
     }
-    hidden.extend(
-        callers
-            .into_iter()
-            .map(|bytes| PathBuf::from(OsString::from_vec(bytes))),
-    );
+    hidden.extend(callers);
 
     let mut rebuilt = vec![PathBuf::from("/run")];
     // Never the home directory or what holds it: what the command writes there is to stay.
@@ -198,7 +196,7 @@ mod tests {
             };
             Some(OsString::from(value))
         };
-        let places = places(1000, variable, vec![b"/state/vnet".to_vec()]);
+        let places = places(1000, variable, vec!["/state/vnet".into()]);
         for path in [
             "/tmp/dbus-1",
             "/home/u/engine.sock",

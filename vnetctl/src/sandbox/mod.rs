@@ -11,9 +11,10 @@
 //! process dies with the one to its left, whatever ends that one, and every process of the command's
 //! dies with init: nothing is left behind, because nothing was ever placed on disk.
 //!
-//! The command has the files of the user who ran it and nothing of the host's network: its network
-//! namespace holds `lo` and one Ethernet interface whose other end is [`Link`]. It has no capability,
-//! cannot gain one, and inherits no descriptor above 2. IPv6 is switched off on its interface.
+//! The command has the files of the user who ran it ([`Spec::writable`] narrows where it may write) and nothing
+//! of the host's network: its network namespace holds `lo` and one Ethernet interface whose other end is
+//! [`Link`]. It reaches no Unix socket but its own and those of [`Spec::sockets`]. It has no capability, cannot
+//! gain one, and inherits no descriptor above 2. IPv6 is switched off on its interface.
 //!
 //! What this leaves to others: what happens to the frames ([`Link`]'s reader), and which directories of
 //! vnet's own are to be hidden ([`Spec::masks`]).
@@ -29,11 +30,14 @@ mod link;
 mod masks;
 mod mounts;
 mod netlink;
+mod pins;
 mod seccomp;
+mod sockets;
 pub mod stage;
 mod sys;
 mod userns;
 mod wire;
+mod writes;
 
 use std::ffi::{OsStr, OsString};
 use std::net::{Ipv4Addr, Ipv6Addr};
@@ -77,8 +81,16 @@ pub struct Spec {
     pub hostname: Option<String>,
     /// Files and directories to hide, beside the built-in ones: vnet's own runtime and state
     /// directories. They should exist by now: what appears later in a directory that is not rebuilt
-    /// (see `masks.rs`) is not hidden.
+    /// (see `masks.rs`) is not hidden. Nothing can be put in their place, under the same name, from inside.
     pub masks: Vec<PathBuf>,
+    /// Files that the command cannot change or replace: vnet's own programs.
+    pub programs: Vec<PathBuf>,
+    /// Files and directories, by their real paths, that alone may be written to, beside a `/tmp`, a `/var/tmp` and
+    /// a `/dev/shm` of the command's own; whatever the user may write to when `None`.
+    pub writable: Option<Vec<PathBuf>>,
+    /// Unix sockets from outside that the command may connect to, streams only. It may connect to none but these
+    /// and its own.
+    pub sockets: Vec<PathBuf>,
     /// Which of stdin, stdout and stderr are replaced by a pseudo terminal of the guest's own. The
     /// others are inherited as they are. [`crate::terminal::standard_streams`] says which are terminals.
     pub pty: [bool; 3],
@@ -101,6 +113,9 @@ impl Spec {
             ipv6: None,
             hostname: None,
             masks: Vec::new(),
+            programs: Vec::new(),
+            writable: None,
+            sockets: Vec::new(),
             pty: [false; 3],
             program: None,
             force_packet_socket: false,

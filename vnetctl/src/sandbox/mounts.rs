@@ -4,9 +4,10 @@
 //! Everything made here lives in temporary file systems of the guest's mount namespace and is gone with
 //! it. They are prepared under [`WORKSHOP`], which ends as the guest's own `/proc`.
 
+use std::ffi::OsString;
 use std::fs;
 use std::io;
-use std::os::unix::ffi::OsStrExt;
+use std::os::unix::ffi::{OsStrExt, OsStringExt as _};
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, symlink};
 use std::path::{Path, PathBuf};
 
@@ -15,7 +16,8 @@ use nix::mount::{MntFlags, MsFlags, mount, umount2};
 
 use super::error::{Failure, Step};
 use super::masks::Places;
-use super::{sys, userns};
+use super::sockets::Opened;
+use super::{pins, sys, userns, writes};
 
 /// Where mounts are prepared: it exists everywhere, and nothing else below it is needed meanwhile.
 const WORKSHOP: &str = "/proc";
@@ -25,9 +27,27 @@ const MAX_ENTRIES: usize = 2048;
 const RESOLV_CONF: &str = "/etc/resolv.conf";
 const NONE: Option<&str> = None;
 
+/// What a guest's view is made of.
+pub(crate) struct View<'a> {
+    /// What is hidden, vnet's own among it.
+    pub(crate) places: &'a Places,
+    /// Vnet's own files and directories, hidden or not, which nothing is to take the place of.
+    pub(crate) own: &'a [PathBuf],
+    /// Vnet's own programs.
+    pub(crate) programs: &'a [PathBuf],
+    /// Sockets that are shown although they may lie where something is hidden.
+    pub(crate) opened: &'a [Opened],
+    /// Where alone may be written, if that is said.
+    pub(crate) writable: Option<&'a [PathBuf]>,
+    /// Its resolver configuration.
+    pub(crate) resolv_conf: &'a str,
+    /// Where the command starts.
+    pub(crate) cwd: Option<&'a Path>,
+}
+
 /// Makes the guest's view, to be called in its mount namespace by the first process of its PID namespace.
 /// Returns what could not be had and does not matter much.
-pub(crate) fn set_up(places: &Places, resolv_conf: &str, cwd: Option<&Path>) -> Result<Vec<String>, Failure> {
+pub(crate) fn set_up(view: &View<'_>) -> Result<Vec<String>, Failure> {
     let mut notes = Vec::new();
     // Nothing that is mounted here is seen outside, nor the reverse.
     mount(NONE, "/", NONE, MsFlags::MS_REC | MsFlags::MS_PRIVATE, NONE)
@@ -36,23 +56,16 @@ pub(crate) fn set_up(places: &Places, resolv_conf: &str, cwd: Option<&Path>) -> 
         .map_err(|errno| userns::refused("mount a temporary file system", errno))?;
     let workshop = Workshop::open()?;
 
-    let hidden = existing(&places.hidden);
-    for directory in existing(&places.rebuilt) {
-        if cwd == Some(&directory) {
-            // New files of the command's would be lost in a copy: cover what is there instead.
-            notes.push(format!(
-                "sockets made later in {} are not hidden",
-                directory.display()
-            ));
-        } else if is_private(&directory) {
-            rebuild(&directory, &hidden, &mut notes)?;
-        }
+    pins::pin(view.own.iter().chain(view.programs))?;
+    for program in view.programs {
+        pins::seal(program)?;
     }
-    for path in &hidden {
-        hide(path, &workshop)?;
-    }
-    give_resolv_conf(resolv_conf)?;
+    hide_all(view, &workshop, &mut notes)?;
+    give_resolv_conf(view.resolv_conf)?;
     mount_sys(&workshop, &mut notes);
+    if let Some(writable) = view.writable {
+        writes::restrict(writable, view.cwd)?;
+    }
     mount(
         Some("devpts"),
         "/dev/pts",
@@ -73,6 +86,48 @@ pub(crate) fn set_up(places: &Places, resolv_conf: &str, cwd: Option<&Path>) -> 
         ));
     }
     Ok(notes)
+}
+
+/// Hides what is to be hidden, and shows in its place what is opened.
+fn hide_all(view: &View<'_>, workshop: &Workshop, notes: &mut Vec<String>) -> Result<(), Failure> {
+    let mut opened = Vec::new();
+    for socket in view.opened {
+        let step = || format!("show the socket {}", socket.path.display());
+        opened.push((&socket.path, sys::copy_mount(&socket.path, false).step(step())?));
+    }
+    let mut hidden = existing(&view.places.hidden);
+    hidden.retain(|path| !opened.iter().any(|(socket, _)| *socket == path));
+    for directory in existing(&view.places.rebuilt) {
+        if view.cwd == Some(&directory) {
+            // New files of the command's would be lost in a copy: cover what is there instead.
+            notes.push(format!(
+                "files made later in {} are not hidden",
+                directory.display()
+            ));
+        } else if is_private(&directory) {
+            rebuild(&directory, &hidden, notes)?;
+        }
+    }
+    let mut covered = Vec::new();
+    for path in &hidden {
+        if hide(path, workshop)? {
+            covered.push(path);
+        }
+    }
+    for (path, tree) in &opened {
+        if !path.exists() {
+            let step = || format!("show the socket {}", path.display());
+            path.parent()
+                .map_or(Ok(()), fs::create_dir_all)
+                .and_then(|()| write_new(path, ""))
+                .step(step())?;
+            sys::place_mount(tree, path).step(step())?;
+        }
+    }
+    for path in covered {
+        read_only(path).step(format!("hide {}", path.display()))?;
+    }
+    Ok(())
 }
 
 /// Makes `path` say `text` in the mount namespace of this process. For [`stage`](super::stage) too.
@@ -183,20 +238,19 @@ fn show(original: &Path, copy: &Path) -> io::Result<()> {
     })
 }
 
-/// Covers a directory by an empty one, anything else by an empty file.
-fn hide(path: &Path, workshop: &Workshop) -> Result<(), Failure> {
-    let step = || format!("hide {}", path.display());
+/// Covers a directory by an empty one, anything else by an empty file; false if there is nothing to cover.
+fn hide(path: &Path, workshop: &Workshop) -> Result<bool, Failure> {
     let covered = match fs::symlink_metadata(path) {
         // Hidden with its parent, or gone.
-        Err(_) => return Ok(()),
+        Err(_) => return Ok(false),
         Ok(metadata) if metadata.is_dir() => temporary(path, "mode=0555"),
         Ok(_) => bind(&workshop.empty, path),
     };
     match covered {
-        Ok(()) => read_only(path).step(step()),
+        Ok(()) => Ok(true),
         // Not reachable for the helper, which may do no less than the command.
-        Err(Errno::EACCES | Errno::ENOENT) => Ok(()),
-        Err(error) => Err(Failure::new(step(), error)),
+        Err(Errno::EACCES | Errno::ENOENT) => Ok(false),
+        Err(error) => Err(Failure::new(format!("hide {}", path.display()), error)),
     }
 }
 
@@ -207,9 +261,9 @@ fn give_resolv_conf(text: &str) -> Result<(), Failure> {
     let placed = match fs::canonicalize(RESOLV_CONF) {
         Ok(target) => bind(&ours, &target),
         // A link that leads nowhere, or into a place that is hidden: the link itself is covered.
-        Err(_) if fs::symlink_metadata(RESOLV_CONF).is_ok() => {
-            sys::bind_without_following(&ours, Path::new(RESOLV_CONF)).or_else(|_| overlay_etc(text))
-        }
+        Err(_) if fs::symlink_metadata(RESOLV_CONF).is_ok() => sys::copy_mount(&ours, false)
+            .and_then(|tree| sys::place_mount(&tree, Path::new(RESOLV_CONF)))
+            .or_else(|_| overlay_etc(text)),
         Err(_) => overlay_etc(text),
     };
     placed.step("put the guest's resolv.conf in the place of /etc/resolv.conf")?;
@@ -349,7 +403,15 @@ pub(crate) fn resolv_conf(gateway: std::net::Ipv4Addr) -> String {
     format!("nameserver {gateway}\noptions timeout:30 attempts:2\n")
 }
 
-/// A path as it came over the wire.
+/// A path as it goes over the wire.
 pub(crate) fn path_bytes(path: &Path) -> Vec<u8> {
     path.as_os_str().as_bytes().to_vec()
+}
+
+/// Paths that came over the wire.
+pub(crate) fn paths(bytes: Vec<Vec<u8>>) -> Vec<PathBuf> {
+    bytes
+        .into_iter()
+        .map(|bytes| OsString::from_vec(bytes).into())
+        .collect()
 }

@@ -16,11 +16,12 @@ use nix::unistd::{ForkResult, Gid, Pid, Uid, fork, getegid, geteuid, getpid};
 use super::error::{Failure, Step};
 
 /// Leaves the caller's user, network, mount, IPC and UTS namespaces, and its PID namespace for the
-/// children to come. The process must have one thread only.
+/// children to come. The process must have one thread only. `between` is done in the user namespace and in the
+/// caller's others: whom it forks stays outside of the guest's processes.
 ///
 /// An ordinary user is mapped to itself, so that its files look as before; where the caller may map
 /// more ids (root), every id that it has is mapped to itself.
-pub(crate) fn enter() -> Result<(), Failure> {
+pub(crate) fn enter<T>(between: impl FnOnce() -> Result<T, Failure>) -> Result<T, Failure> {
     let others = CloneFlags::CLONE_NEWNET
         | CloneFlags::CLONE_NEWNS
         | CloneFlags::CLONE_NEWIPC
@@ -39,12 +40,16 @@ pub(crate) fn enter() -> Result<(), Failure> {
             if !mapped {
                 map_self(uid, gid).map_err(|errno| refused("map the user into its user namespace", errno))?;
             }
-            unshare(others).map_err(|errno| refused("make namespaces inside the user namespace", errno))
+            let made = between()?;
+            unshare(others).map_err(|errno| refused("make namespaces inside the user namespace", errno))?;
+            Ok(made)
         }
         // Real root needs no user namespace where those are forbidden.
         Err(errno) => {
             drop(mapper);
-            unshare(others).map_err(|_| refused("make a user namespace", errno))
+            let made = between()?;
+            unshare(others).map_err(|_| refused("make a user namespace", errno))?;
+            Ok(made)
         }
     }
 }

@@ -32,6 +32,9 @@ pub(crate) struct Request {
     pub(crate) hostname: Option<String>,
     /// Paths as bytes: they need not be UTF-8.
     pub(crate) masks: Vec<Vec<u8>>,
+    pub(crate) programs: Vec<Vec<u8>>,
+    pub(crate) writable: Option<Vec<Vec<u8>>>,
+    pub(crate) sockets: Vec<Vec<u8>>,
     pub(crate) pty: [bool; 3],
     pub(crate) force_packet_socket: bool,
 }

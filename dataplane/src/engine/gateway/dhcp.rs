@@ -78,6 +78,28 @@ pub enum DhcpIgnored {
     NoAddress,
 }
 
+impl DhcpIgnored {
+    /// Every one, in order of declaration.
+    pub const ALL: [Self; 5] = [
+        Self::Malformed,
+        Self::ForeignClient,
+        Self::OtherServer,
+        Self::Unexpected,
+        Self::NoAddress,
+    ];
+
+    /// What it is counted under.
+    pub fn word(self) -> &'static str {
+        match self {
+            Self::Malformed => "dhcp_malformed",
+            Self::ForeignClient => "dhcp_foreign_client",
+            Self::OtherServer => "dhcp_other_server",
+            Self::Unexpected => "dhcp_unexpected",
+            Self::NoAddress => "dhcp_no_address",
+        }
+    }
+}
+
 /// Handles one message from a guest's link.
 pub fn handle(
     leases: &mut Leases,

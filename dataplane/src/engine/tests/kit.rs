@@ -11,7 +11,7 @@ use vnet_proto::model::{
 };
 
 use crate::engine::discovery::Ipv6Config;
-use crate::engine::gateway::dhcp::DhcpOutcome;
+use crate::engine::gateway::dhcp::{DhcpIgnored, DhcpOutcome};
 use crate::engine::gateway::dns::zones::Zones;
 use crate::engine::switch::Neighbour;
 use crate::engine::{Engine, EngineConfig, Event, Outcome, Surroundings, Time};
@@ -30,6 +30,8 @@ pub(super) const EPOCH: Epoch = Epoch {
     counter: 1,
 };
 pub(super) const HOLD: Duration = Duration::from_secs(30);
+/// A DHCP message that [`Alone`] has no address for.
+pub(super) const NO_ADDRESS: &[u8] = b"no address";
 
 /// Surroundings in which this guest is alone but for one neighbour.
 #[derive(Default)]
@@ -59,8 +61,11 @@ impl Surroundings for Alone {
     fn learn_mac(&self, _: VmId, _: Mac) -> bool {
         true
     }
-    fn dhcp(&self, _: VmId, _: Mac, _: &[u8], _: Time) -> DhcpOutcome {
-        DhcpOutcome::default()
+    fn dhcp(&self, _: VmId, _: Mac, message: &[u8], _: Time) -> DhcpOutcome {
+        DhcpOutcome {
+            ignored: (message == NO_ADDRESS).then_some(DhcpIgnored::NoAddress),
+            ..DhcpOutcome::default()
+        }
     }
     fn neighbour(&self, address: IpAddr) -> Option<Neighbour> {
         let there = match address {
@@ -85,6 +90,9 @@ impl Surroundings for Alone {
     }
     fn zones(&self) -> Arc<Zones> {
         Arc::new(Zones::default())
+    }
+    fn counters(&self) -> Vec<(&'static str, u64)> {
+        vec![("network_lease_exhausted", 0), ("network_resolver_busy", 3)]
     }
 }
 

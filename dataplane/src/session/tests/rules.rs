@@ -147,6 +147,7 @@ async fn hello_says_who_is_there() {
         mac: "5a:94:ef:00:00:02".into(),
         claimed_hostname: "guest".into(),
         dropped_frames: [("runt".to_owned(), 3)].into(),
+        counters: [("dns_local".to_owned(), 4)].into(),
         attached: true,
     }));
 

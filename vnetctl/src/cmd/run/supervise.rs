@@ -18,13 +18,13 @@ use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::mpsc;
 use vnet_proto::v1;
 
-use super::Plan;
-use crate::client::{Connection, Server};
+use super::{Plan, named_sockets};
+use crate::client::Connection;
 use crate::cmd::attend::{Attendant, Seen, command_line, send_answer};
 use crate::cmd::questions::{Act, Questions};
 use crate::failure::Failure;
-use crate::launch::{Dataplane, own_directories};
-use crate::output::text::safe;
+use crate::launch::{Dataplane, own_directories, own_programs};
+use crate::output::{self, text::safe};
 use crate::sandbox::{self, Event, Exit, Sandbox, Spec};
 use crate::terminal::{Key, Terminal, standard_streams};
 
@@ -40,7 +40,10 @@ async fn supervise(plan: Plan, connection: Connection) -> Result<u8, Failure> {
     let spec = Spec {
         mtu_bytes: plan.mtu_bytes,
         ipv6: plan.ipv6.and_then(ipv6_of),
-        masks: masks(&connection)?,
+        masks: masks(&connection),
+        programs: own_programs(),
+        writable: plan.writable,
+        sockets: plan.sockets,
         pty: standard_streams(),
         ..Spec::new(plan.command)
     };
@@ -155,14 +158,11 @@ fn ipv6_of(prefix: Ipv6Net) -> Option<(Ipv6Net, Ipv6Addr)> {
 }
 
 /// What the command must not see: sockets that would let it answer its own questions, and the state.
-fn masks(connection: &Connection) -> Result<Vec<PathBuf>, Failure> {
+fn masks(connection: &Connection) -> Vec<PathBuf> {
     let mut masks = own_directories();
-    if let Some(Server::Unix(path)) = &connection.named {
-        masks.push(path.clone());
-        masks.push(path.with_file_name(crate::launch::SESSION_SOCKET));
-    }
+    masks.extend(named_sockets(connection));
     masks.retain(|path| path.exists());
-    Ok(masks)
+    masks
 }
 
 /// Where vnet's own lines go: past the command's output, not into it.
@@ -174,7 +174,7 @@ impl Voice<'_> {
     fn say(&self, line: &str) {
         match self.terminal {
             Some(terminal) => terminal.say(line),
-            None => eprintln!("{line}"),
+            None => output::say(line),
         }
     }
 }

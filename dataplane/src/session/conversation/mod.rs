@@ -3,23 +3,31 @@
 //! The rules are those above `Session` in `vnet/v1/dataplane.proto`. Messages to the controlplane leave
 //! through one queue in the order in which things happened, so that an acknowledgement never overtakes
 //! the flows that were reported before it.
+//!
+//! This file has its course: who speaks when, heartbeats and silence, reports and the queue. [`hello`] is
+//! how it begins, [`answers`] what the controlplane decides, [`orders`] what it has done and is told of.
 
-use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
+mod answers;
+mod hello;
+mod orders;
+
+use std::collections::{HashMap, HashSet, VecDeque};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use prost::Message as _;
-use vnet_proto::model::{CommandId, Epoch, FlowId, Malformed, Match, MissId, Subject, Verdict, VmId};
+use vnet_proto::model::{CommandId, Epoch, Malformed, VmId};
 use vnet_proto::v1;
 use vnet_proto::v1::session_request::Message;
 use vnet_proto::v1::session_response::Message as Response;
 
 use crate::guards::Guards;
-use crate::message::{Forward, Input, Order, Report, Router, Settings, vm_of_flow, vm_of_miss};
+use crate::message::{Input, Order, Report, Router};
 use crate::metrics::{Metrics, MirrorTable, RefusedMessage};
-use crate::session::commands::{Commands, Refusal};
+use crate::session::commands::Commands;
 use crate::session::mirror::{Full, Limits, Mirror};
 use crate::session::{Identity, wire};
+
+use orders::{COMMANDS_MAX, Pending};
 
 /// Why the conversation cannot go on. The stream is closed, and a new one begun.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -53,15 +61,6 @@ enum Link {
         nonsense: u32,
         lease: Duration,
     },
-}
-
-/// A command that guests still work on.
-struct Pending {
-    /// Its id on the wire. Orders carry ids of our own, because those of the wire begin anew with each
-    /// session, and a late answer to an old one must not count for a new one.
-    id: u64,
-    waiting: HashSet<VmId>,
-    cut: u64,
 }
 
 pub(super) struct Conversation {
@@ -129,70 +128,6 @@ impl Conversation {
     /// Whether reports may be taken from the drivers now. When not, they wait with the drivers.
     pub(super) fn accepts_reports(&self) -> bool {
         self.outbox.len() < OUTBOX_HIGH
-    }
-
-    /// Begins a stream. The answer is its first message; nothing else may be sent before a Welcome.
-    pub(super) fn hello(&mut self, now: Instant) -> v1::SessionRequest {
-        self.outbox.clear();
-        self.pending.clear();
-        self.link = Link::Greeting {
-            until: now + WELCOME_PATIENCE,
-        };
-        let mut hello = v1::Hello {
-            protocol_version: PROTOCOL_VERSION,
-            dataplane: self.identity.dataplane.clone(),
-            boot_id: self.identity.boot_id.to_vec(),
-            network: self.identity.network.clone(),
-            subnet: self.identity.subnet.to_string(),
-            subnet_ipv6: self
-                .identity
-                .subnet_ipv6
-                .map(|net| net.to_string())
-                .unwrap_or_default(),
-            gateway: self.identity.gateway.to_string(),
-            host_alias: self
-                .identity
-                .host_alias
-                .map(|a| a.to_string())
-                .unwrap_or_default(),
-            host_addresses: Some(wire::host_addresses(&self.guards.host_addresses())),
-            vms: self.mirror.vms().collect(),
-            live_flows: Vec::new(),
-            forwards: self.forwards(),
-            zones: self.zones(),
-            bindings: Vec::new(),
-            capabilities: Vec::new(),
-            software: concat!("vnet-dataplane ", env!("CARGO_PKG_VERSION")).to_owned(),
-        };
-        // A gRPC message has a limit of size; what does not fit follows as if it happened just now.
-        let mut room = HELLO_BYTES_MAX.saturating_sub(hello.encoded_len());
-        for flow in self.mirror.flows() {
-            if fits(&mut room, flow.encoded_len()) {
-                hello.live_flows.push(flow);
-            } else {
-                self.outbox.push_back(Message::FlowOpened(flow));
-            }
-        }
-        for binding in self.mirror.bindings(now) {
-            if fits(&mut room, binding.encoded_len()) {
-                hello.bindings.push(binding);
-            } else {
-                self.outbox.push_back(Message::Binding(binding));
-            }
-        }
-        self.outbox.extend(self.mirror.statuses().map(Message::VmStatus));
-        let before = self.outbox.len();
-        self.outbox.extend(
-            self.mirror
-                .misses(now)
-                .map(|held| Message::Miss(held.to_message(now, None))),
-        );
-        self.metrics
-            .misses_reannounced
-            .add((self.outbox.len() - before) as u64);
-        self.outbox.append(&mut self.refusals);
-        self.replay = self.outbox.len();
-        request(Message::Hello(hello))
     }
 
     /// The stream is gone.
@@ -414,208 +349,6 @@ impl Conversation {
         }
     }
 
-    fn verdict(&mut self, message: v1::Verdict, now: Instant) -> Result<(), String> {
-        // Malformed, it decides nothing: the miss ends at its deadline.
-        let verdict = Verdict::try_from(message).map_err(|error| chain(&error))?;
-        let miss = verdict.miss;
-        if let Some(held) = self.mirror.held_miss(miss)
-            && !covers(&verdict.found, &held.miss.subject)
-        {
-            return Err(format!(
-                "a verdict for {} does not cover miss {miss}",
-                verdict.found
-            ));
-        }
-        if !self.epoch.is_some_and(|epoch| verdict.epoch.stands_under(epoch)) {
-            self.metrics
-                .messages_refused
-                .of(RefusedMessage::StaleVerdict)
-                .increment();
-            self.ask_again(miss, now);
-            return Ok(());
-        }
-        self.mirror.miss_ended(miss);
-        if self
-            .router
-            .send(vm_of_miss(miss), Input::Order(Order::Verdict(Box::new(verdict))))
-        {
-            self.metrics.verdicts.increment();
-        } else {
-            self.metrics
-                .messages_refused
-                .of(RefusedMessage::NoSuchVm)
-                .increment();
-        }
-        Ok(())
-    }
-
-    fn ask_again(&mut self, miss: MissId, now: Instant) {
-        if let Some(held) = self.mirror.held_miss(miss) {
-            let message = held.to_message(now, self.epoch);
-            self.metrics.misses_reannounced.increment();
-            self.outbox.push_back(Message::Miss(message));
-        }
-    }
-
-    fn held(&mut self, message: &v1::Held, now: Instant) -> Result<(), String> {
-        let miss = MissId(message.miss_id);
-        let hold =
-            wire::positive("held.hold", message.hold, wire::HOLD_MAX).map_err(|error| error.to_string())?;
-        self.mirror.held(miss, hold, now);
-        if !self
-            .router
-            .send(vm_of_miss(miss), Input::Order(Order::Held { miss, hold }))
-        {
-            self.metrics
-                .messages_refused
-                .of(RefusedMessage::NoSuchVm)
-                .increment();
-        }
-        Ok(())
-    }
-
-    fn heartbeat(&mut self, message: v1::Heartbeat) -> Result<(), String> {
-        let heard = wire::required("heartbeat.epoch", message.epoch)
-            .and_then(Epoch::try_from)
-            .map_err(|error| error.to_string())?;
-        let Link::Open { lease, .. } = self.link else {
-            return Ok(());
-        };
-        if self.epoch == Some(heard) {
-            self.router.broadcast(&Order::Lease { epoch: heard, lease });
-        } else {
-            // Of an epoch whose Revoke is still to come, or of an old one: neither may prolong anything.
-            self.metrics
-                .messages_refused
-                .of(RefusedMessage::StaleHeartbeat)
-                .increment();
-        }
-        Ok(())
-    }
-
-    fn settings(&mut self, message: v1::VmSettings) -> Result<(), Malformed> {
-        let vm = VmId(message.vm);
-        let lookup_hold = match message.lookup_hold {
-            None => self.mirror.resolver_patience(vm).unwrap_or(RESOLVER_PATIENCE),
-            given => wire::positive("vm_settings.lookup_hold", given, wire::HOLD_MAX)?,
-        };
-        let settings = Settings {
-            name: message.name,
-            switch_open: message.switch_open,
-            forwards_closed: message.forwards_closed,
-            lookup_hold,
-            hold: self.hold,
-        };
-        if !self.router.send(vm, Input::Order(Order::Settings(settings))) {
-            self.metrics
-                .messages_refused
-                .of(RefusedMessage::NoSuchVm)
-                .increment();
-        }
-        Ok(())
-    }
-
-    fn revoke(&mut self, message: v1::Revoke) -> Result<Result<(), String>, Broken> {
-        let id = message.command_id;
-        let epoch = wire::required("revoke.epoch", message.epoch).and_then(Epoch::try_from);
-        let epoch = match (epoch, self.epoch) {
-            (Ok(epoch), Some(known)) if epoch.incarnation == known.incarnation => {
-                // An older one asks for less than what is done already.
-                Epoch {
-                    counter: epoch.counter.max(known.counter),
-                    ..epoch
-                }
-            }
-            (Ok(_), _) => {
-                return Ok(Err(
-                    self.refuse_malformed(id, "revoke.epoch is of another incarnation")
-                ));
-            }
-            (Err(error), _) => return Ok(Err(self.refuse_malformed(id, &error.to_string()))),
-        };
-        self.epoch = Some(epoch);
-        let command = self.next_command()?;
-        let told = self.router.broadcast(&Order::Revoke {
-            command: Some(command),
-            epoch,
-        });
-        self.wait_for(command, id, told);
-        Ok(Ok(()))
-    }
-
-    fn cut(&mut self, message: &v1::Cut) -> Result<Result<(), String>, Broken> {
-        let command = self.next_command()?;
-        let mut by_vm: BTreeMap<VmId, Vec<FlowId>> = BTreeMap::new();
-        for flow in message.flow_ids.iter().copied().map(FlowId) {
-            by_vm.entry(vm_of_flow(flow)).or_default().push(flow);
-        }
-        if !message.flow_ids.is_empty() {
-            tracing::info!(
-                flows = message.flow_ids.len(),
-                why = message.text,
-                "flows are to be cut"
-            );
-        }
-        let told = by_vm
-            .into_iter()
-            .filter(|(vm, flows)| {
-                self.router.send(
-                    *vm,
-                    Input::Order(Order::Cut {
-                        command,
-                        flows: flows.clone(),
-                    }),
-                )
-            })
-            .map(|(vm, _)| vm)
-            .collect();
-        self.wait_for(command, message.command_id, told);
-        Ok(Ok(()))
-    }
-
-    fn command(&mut self, message: v1::Command) {
-        use v1::command::Command;
-        let answer = match message.command {
-            Some(Command::Expose(forward)) => self.expose(&forward).map(Some),
-            Some(Command::Unexpose(forward)) => wire::forward_from_wire(&forward)
-                .and_then(|(protocol, listen, _)| {
-                    self.commands
-                        .forwards
-                        .unexpose(protocol, listen)
-                        .map_err(Into::into)
-                })
-                .map(Some),
-            Some(Command::SetZone(zone)) => wire::zone_from_wire(&zone)
-                .and_then(|zone| self.commands.zones.set_zone(zone))
-                .map(|()| None),
-            Some(Command::DeleteZone(zone)) => wire::zone_name(&zone.name)
-                .and_then(|name| self.commands.zones.delete_zone(name.as_ref()))
-                .map(|()| None),
-            None => Err(Refusal {
-                code: tonic::Code::Unimplemented,
-                text: "the command is none that this version knows".to_owned(),
-            }),
-        };
-        let (forward, error) = match answer {
-            Ok(forward) => (
-                forward.map(|f| wire::forward_to_wire(&f, &self.identity.network)),
-                None,
-            ),
-            Err(refusal) => (None, Some(refusal)),
-        };
-        self.acknowledge(message.command_id, 0, forward, error);
-    }
-
-    fn expose(&self, message: &v1::Forward) -> Result<Forward, Refusal> {
-        let (protocol, listen, target) = wire::forward_from_wire(message)?;
-        let target = target.ok_or_else(|| Refusal::invalid("forward.target is not set"))?;
-        self.commands.expose(Forward {
-            protocol,
-            listen,
-            target,
-        })
-    }
-
     /// A guest that attaches while a Welcome is in force learns the epoch; its settings follow.
     fn brief(&self, vm: VmId) {
         if let (Link::Open { lease, .. }, Some(epoch)) = (&self.link, self.epoch) {
@@ -624,81 +357,6 @@ impl Conversation {
             self.router
                 .send(vm, Input::Order(Order::Lease { epoch, lease: *lease }));
         }
-    }
-
-    fn next_command(&mut self) -> Result<CommandId, Broken> {
-        if self.pending.len() >= COMMANDS_MAX {
-            return Err(Broken::Commands);
-        }
-        self.last_command += 1;
-        Ok(CommandId(self.last_command))
-    }
-
-    fn wait_for(&mut self, command: CommandId, id: u64, told: Vec<VmId>) {
-        self.pending.insert(
-            command,
-            Pending {
-                id,
-                waiting: told.into_iter().collect(),
-                cut: 0,
-            },
-        );
-        self.settle(|_| {});
-    }
-
-    fn done(&mut self, vm: VmId, command: CommandId, cut: u64) {
-        let Some(pending) = self.pending.get_mut(&command) else {
-            return;
-        };
-        if pending.waiting.remove(&vm) {
-            pending.cut += cut;
-        }
-        if pending.waiting.is_empty()
-            && let Some(done) = self.pending.remove(&command)
-        {
-            self.acknowledge(done.id, done.cut, None, None);
-        }
-    }
-
-    /// Changes who is waited for, and acknowledges what nobody is waited for any more, oldest first.
-    fn settle(&mut self, change: impl Fn(&mut HashSet<VmId>)) {
-        let mut done: Vec<CommandId> = Vec::new();
-        for (command, pending) in &mut self.pending {
-            change(&mut pending.waiting);
-            if pending.waiting.is_empty() {
-                done.push(*command);
-            }
-        }
-        done.sort_unstable();
-        for command in done {
-            if let Some(done) = self.pending.remove(&command) {
-                self.acknowledge(done.id, done.cut, None, None);
-            }
-        }
-    }
-
-    fn acknowledge(
-        &mut self,
-        command_id: u64,
-        cut: u64,
-        forward: Option<v1::Forward>,
-        error: Option<Refusal>,
-    ) {
-        let error = error.map(|refusal| v1::CommandError {
-            code: (refusal.code as i32).cast_unsigned(),
-            text: refusal.text,
-        });
-        self.outbox.push_back(Message::Ack(v1::Ack {
-            command_id,
-            error,
-            cut_flows: cut,
-            forward,
-        }));
-    }
-
-    fn refuse_malformed(&mut self, command_id: u64, what: &str) -> String {
-        self.acknowledge(command_id, 0, None, Some(Refusal::invalid(what)));
-        what.to_owned()
     }
 
     /// Queues a report's message, or keeps it for later where nobody would know of it otherwise.
@@ -718,16 +376,6 @@ impl Conversation {
             }
             self.refusals.push_back(message);
         }
-    }
-
-    /// A flow that a reconnect would not mention could never be cut again: it ends now.
-    fn cut_unmirrored(&mut self, flow: FlowId) {
-        self.last_command += 1;
-        let order = Order::Cut {
-            command: CommandId(self.last_command),
-            flows: vec![flow],
-        };
-        self.router.send(vm_of_flow(flow), Input::Order(order));
     }
 
     fn note_full(&self, mirrored: Result<(), Full>) -> bool {
@@ -763,46 +411,11 @@ impl Conversation {
             Ok(())
         }
     }
-
-    fn forwards(&self) -> Vec<v1::Forward> {
-        let forwards = self.commands.forwards.list();
-        forwards
-            .iter()
-            .map(|f| wire::forward_to_wire(f, &self.identity.network))
-            .collect()
-    }
-
-    fn zones(&self) -> Vec<v1::Zone> {
-        let zones = self.commands.zones.zones();
-        zones
-            .iter()
-            .map(|z| wire::zone_to_wire(z, &self.identity.network))
-            .collect()
-    }
 }
 
 fn request(message: Message) -> v1::SessionRequest {
     v1::SessionRequest {
         message: Some(message),
-    }
-}
-
-/// Takes `bytes` and some framing out of `room`, if they fit.
-fn fits(room: &mut usize, bytes: usize) -> bool {
-    match room.checked_sub(bytes + FIELD_BYTES) {
-        Some(left) => {
-            *room = left;
-            true
-        }
-        None => false,
-    }
-}
-
-fn covers(found: &Match, subject: &Subject) -> bool {
-    match (found, subject) {
-        (Match::Flow(found), Subject::Flow(flow)) => found.matches(&flow.key),
-        (Match::Lookup(found), Subject::Lookup(lookup)) => found.matches(&lookup.name),
-        _ => false,
     }
 }
 
@@ -817,25 +430,15 @@ fn chain(error: &dyn std::error::Error) -> String {
     text
 }
 
-/// The version of the conversation that this is.
-const PROTOCOL_VERSION: u32 = 1;
 /// How long a Welcome may take.
 const WELCOME_PATIENCE: Duration = Duration::from_secs(5);
 /// So many heartbeat intervals without a word end a session.
 const SILENT_INTERVALS: u32 = 3;
 /// So many malformed messages end a session.
 const NONSENSE_MAX: u32 = 16;
-/// Commands that may wait for guests at once.
-const COMMANDS_MAX: usize = 1024;
 /// Messages queued for the stream at which no more reports are taken.
 const OUTBOX_HIGH: usize = 4096;
 /// Acknowledgements and repeated misses that may be queued beyond that.
 const OUTBOX_SPARE: usize = 4096;
 /// Refusals kept without a session.
 const REFUSALS_MAX: usize = 1024;
-/// How long a VM's resolver waits where nobody says.
-const RESOLVER_PATIENCE: Duration = Duration::from_secs(4);
-/// Bytes of a Hello, half of what gRPC takes by default, so that the estimate may be rough.
-const HELLO_BYTES_MAX: usize = 2 << 20;
-/// Bytes of a repeated field's tag and length, at most.
-const FIELD_BYTES: usize = 8;

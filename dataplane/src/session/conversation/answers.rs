@@ -1,0 +1,128 @@
+//! What the controlplane decides: verdicts, how long a miss may wait, leases, and how a guest is treated.
+//!
+//! Nothing here is acknowledged. What is malformed decides nothing, and a miss ends at its deadline.
+
+use std::time::{Duration, Instant};
+
+use vnet_proto::model::{Epoch, Malformed, Match, MissId, Subject, Verdict, VmId};
+use vnet_proto::v1;
+use vnet_proto::v1::session_request::Message;
+
+use super::{Conversation, Link, chain};
+use crate::message::{Input, Order, Settings, vm_of_miss};
+use crate::metrics::RefusedMessage;
+use crate::session::wire;
+
+impl Conversation {
+    pub(super) fn verdict(&mut self, message: v1::Verdict, now: Instant) -> Result<(), String> {
+        // Malformed, it decides nothing: the miss ends at its deadline.
+        let verdict = Verdict::try_from(message).map_err(|error| chain(&error))?;
+        let miss = verdict.miss;
+        if let Some(held) = self.mirror.held_miss(miss)
+            && !covers(&verdict.found, &held.miss.subject)
+        {
+            return Err(format!(
+                "a verdict for {} does not cover miss {miss}",
+                verdict.found
+            ));
+        }
+        if !self.epoch.is_some_and(|epoch| verdict.epoch.stands_under(epoch)) {
+            self.metrics
+                .messages_refused
+                .of(RefusedMessage::StaleVerdict)
+                .increment();
+            self.ask_again(miss, now);
+            return Ok(());
+        }
+        self.mirror.miss_ended(miss);
+        if self
+            .router
+            .send(vm_of_miss(miss), Input::Order(Order::Verdict(Box::new(verdict))))
+        {
+            self.metrics.verdicts.increment();
+        } else {
+            self.metrics
+                .messages_refused
+                .of(RefusedMessage::NoSuchVm)
+                .increment();
+        }
+        Ok(())
+    }
+
+    fn ask_again(&mut self, miss: MissId, now: Instant) {
+        if let Some(held) = self.mirror.held_miss(miss) {
+            let message = held.to_message(now, self.epoch);
+            self.metrics.misses_reannounced.increment();
+            self.outbox.push_back(Message::Miss(message));
+        }
+    }
+
+    pub(super) fn held(&mut self, message: &v1::Held, now: Instant) -> Result<(), String> {
+        let miss = MissId(message.miss_id);
+        let hold =
+            wire::positive("held.hold", message.hold, wire::HOLD_MAX).map_err(|error| error.to_string())?;
+        self.mirror.held(miss, hold, now);
+        if !self
+            .router
+            .send(vm_of_miss(miss), Input::Order(Order::Held { miss, hold }))
+        {
+            self.metrics
+                .messages_refused
+                .of(RefusedMessage::NoSuchVm)
+                .increment();
+        }
+        Ok(())
+    }
+
+    pub(super) fn heartbeat(&mut self, message: v1::Heartbeat) -> Result<(), String> {
+        let heard = wire::required("heartbeat.epoch", message.epoch)
+            .and_then(Epoch::try_from)
+            .map_err(|error| error.to_string())?;
+        let Link::Open { lease, .. } = self.link else {
+            return Ok(());
+        };
+        if self.epoch == Some(heard) {
+            self.router.broadcast(&Order::Lease { epoch: heard, lease });
+        } else {
+            // Of an epoch whose Revoke is still to come, or of an old one: neither may prolong anything.
+            self.metrics
+                .messages_refused
+                .of(RefusedMessage::StaleHeartbeat)
+                .increment();
+        }
+        Ok(())
+    }
+
+    pub(super) fn settings(&mut self, message: v1::VmSettings) -> Result<(), Malformed> {
+        let vm = VmId(message.vm);
+        let lookup_hold = match message.lookup_hold {
+            None => self.mirror.resolver_patience(vm).unwrap_or(RESOLVER_PATIENCE),
+            given => wire::positive("vm_settings.lookup_hold", given, wire::HOLD_MAX)?,
+        };
+        let settings = Settings {
+            name: message.name,
+            switch_open: message.switch_open,
+            forwards_closed: message.forwards_closed,
+            lookup_hold,
+            hold: self.hold,
+        };
+        if !self.router.send(vm, Input::Order(Order::Settings(settings))) {
+            self.metrics
+                .messages_refused
+                .of(RefusedMessage::NoSuchVm)
+                .increment();
+        }
+        Ok(())
+    }
+}
+
+fn covers(found: &Match, subject: &Subject) -> bool {
+    match (found, subject) {
+        (Match::Flow(found), Subject::Flow(flow)) => found.matches(&flow.key),
+        (Match::Lookup(found), Subject::Lookup(lookup)) => found.matches(&lookup.name),
+        _ => false,
+    }
+}
+
+/// How long a VM's resolver waits where nobody says.
+const RESOLVER_PATIENCE: Duration = Duration::from_secs(4);

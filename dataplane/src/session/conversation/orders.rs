@@ -1,0 +1,215 @@
+//! What the controlplane orders, and the acknowledgement of each: revocations, cuts, commands.
+//!
+//! Guests carry out what concerns them, each in its own thread; an order is acknowledged when the last
+//! of them is done, or gone.
+
+use std::collections::{BTreeMap, HashSet};
+
+use vnet_proto::model::{CommandId, Epoch, FlowId, VmId};
+use vnet_proto::v1;
+use vnet_proto::v1::session_request::Message;
+
+use super::{Broken, Conversation};
+use crate::message::{Forward, Input, Order, vm_of_flow};
+use crate::session::commands::Refusal;
+use crate::session::wire;
+
+/// A command that guests still work on.
+pub(super) struct Pending {
+    /// Its id on the wire. Orders carry ids of our own, because those of the wire begin anew with each
+    /// session, and a late answer to an old one must not count for a new one.
+    id: u64,
+    waiting: HashSet<VmId>,
+    cut: u64,
+}
+
+impl Conversation {
+    pub(super) fn revoke(&mut self, message: v1::Revoke) -> Result<Result<(), String>, Broken> {
+        let id = message.command_id;
+        let epoch = wire::required("revoke.epoch", message.epoch).and_then(Epoch::try_from);
+        let epoch = match (epoch, self.epoch) {
+            (Ok(epoch), Some(known)) if epoch.incarnation == known.incarnation => {
+                // An older one asks for less than what is done already.
+                Epoch {
+                    counter: epoch.counter.max(known.counter),
+                    ..epoch
+                }
+            }
+            (Ok(_), _) => {
+                return Ok(Err(
+                    self.refuse_malformed(id, "revoke.epoch is of another incarnation")
+                ));
+            }
+            (Err(error), _) => return Ok(Err(self.refuse_malformed(id, &error.to_string()))),
+        };
+        self.epoch = Some(epoch);
+        let command = self.next_command()?;
+        let told = self.router.broadcast(&Order::Revoke {
+            command: Some(command),
+            epoch,
+        });
+        self.wait_for(command, id, told);
+        Ok(Ok(()))
+    }
+
+    pub(super) fn cut(&mut self, message: &v1::Cut) -> Result<Result<(), String>, Broken> {
+        let command = self.next_command()?;
+        let mut by_vm: BTreeMap<VmId, Vec<FlowId>> = BTreeMap::new();
+        for flow in message.flow_ids.iter().copied().map(FlowId) {
+            by_vm.entry(vm_of_flow(flow)).or_default().push(flow);
+        }
+        if !message.flow_ids.is_empty() {
+            tracing::info!(
+                flows = message.flow_ids.len(),
+                why = message.text,
+                "flows are to be cut"
+            );
+        }
+        let told = by_vm
+            .into_iter()
+            .filter(|(vm, flows)| {
+                self.router.send(
+                    *vm,
+                    Input::Order(Order::Cut {
+                        command,
+                        flows: flows.clone(),
+                    }),
+                )
+            })
+            .map(|(vm, _)| vm)
+            .collect();
+        self.wait_for(command, message.command_id, told);
+        Ok(Ok(()))
+    }
+
+    pub(super) fn command(&mut self, message: v1::Command) {
+        use v1::command::Command;
+        let answer = match message.command {
+            Some(Command::Expose(forward)) => self.expose(&forward).map(Some),
+            Some(Command::Unexpose(forward)) => wire::forward_from_wire(&forward)
+                .and_then(|(protocol, listen, _)| {
+                    self.commands
+                        .forwards
+                        .unexpose(protocol, listen)
+                        .map_err(Into::into)
+                })
+                .map(Some),
+            Some(Command::SetZone(zone)) => wire::zone_from_wire(&zone)
+                .and_then(|zone| self.commands.zones.set_zone(zone))
+                .map(|()| None),
+            Some(Command::DeleteZone(zone)) => wire::zone_name(&zone.name)
+                .and_then(|name| self.commands.zones.delete_zone(name.as_ref()))
+                .map(|()| None),
+            None => Err(Refusal {
+                code: tonic::Code::Unimplemented,
+                text: "the command is none that this version knows".to_owned(),
+            }),
+        };
+        let (forward, error) = match answer {
+            Ok(forward) => (
+                forward.map(|f| wire::forward_to_wire(&f, &self.identity.network)),
+                None,
+            ),
+            Err(refusal) => (None, Some(refusal)),
+        };
+        self.acknowledge(message.command_id, 0, forward, error);
+    }
+
+    fn expose(&self, message: &v1::Forward) -> Result<Forward, Refusal> {
+        let (protocol, listen, target) = wire::forward_from_wire(message)?;
+        let target = target.ok_or_else(|| Refusal::invalid("forward.target is not set"))?;
+        self.commands.expose(Forward {
+            protocol,
+            listen,
+            target,
+        })
+    }
+
+    fn next_command(&mut self) -> Result<CommandId, Broken> {
+        if self.pending.len() >= COMMANDS_MAX {
+            return Err(Broken::Commands);
+        }
+        self.last_command += 1;
+        Ok(CommandId(self.last_command))
+    }
+
+    fn wait_for(&mut self, command: CommandId, id: u64, told: Vec<VmId>) {
+        self.pending.insert(
+            command,
+            Pending {
+                id,
+                waiting: told.into_iter().collect(),
+                cut: 0,
+            },
+        );
+        self.settle(|_| {});
+    }
+
+    pub(super) fn done(&mut self, vm: VmId, command: CommandId, cut: u64) {
+        let Some(pending) = self.pending.get_mut(&command) else {
+            return;
+        };
+        if pending.waiting.remove(&vm) {
+            pending.cut += cut;
+        }
+        if pending.waiting.is_empty()
+            && let Some(done) = self.pending.remove(&command)
+        {
+            self.acknowledge(done.id, done.cut, None, None);
+        }
+    }
+
+    /// Changes who is waited for, and acknowledges what nobody is waited for any more, oldest first.
+    pub(super) fn settle(&mut self, change: impl Fn(&mut HashSet<VmId>)) {
+        let mut done: Vec<CommandId> = Vec::new();
+        for (command, pending) in &mut self.pending {
+            change(&mut pending.waiting);
+            if pending.waiting.is_empty() {
+                done.push(*command);
+            }
+        }
+        done.sort_unstable();
+        for command in done {
+            if let Some(done) = self.pending.remove(&command) {
+                self.acknowledge(done.id, done.cut, None, None);
+            }
+        }
+    }
+
+    fn acknowledge(
+        &mut self,
+        command_id: u64,
+        cut: u64,
+        forward: Option<v1::Forward>,
+        error: Option<Refusal>,
+    ) {
+        let error = error.map(|refusal| v1::CommandError {
+            code: (refusal.code as i32).cast_unsigned(),
+            text: refusal.text,
+        });
+        self.outbox.push_back(Message::Ack(v1::Ack {
+            command_id,
+            error,
+            cut_flows: cut,
+            forward,
+        }));
+    }
+
+    fn refuse_malformed(&mut self, command_id: u64, what: &str) -> String {
+        self.acknowledge(command_id, 0, None, Some(Refusal::invalid(what)));
+        what.to_owned()
+    }
+
+    /// A flow that a reconnect would not mention could never be cut again: it ends now.
+    pub(super) fn cut_unmirrored(&mut self, flow: FlowId) {
+        self.last_command += 1;
+        let order = Order::Cut {
+            command: CommandId(self.last_command),
+            flows: vec![flow],
+        };
+        self.router.send(vm_of_flow(flow), Input::Order(order));
+    }
+}
+
+/// Commands that may wait for guests at once.
+pub(super) const COMMANDS_MAX: usize = 1024;
