@@ -13,7 +13,7 @@
 //! | the target cannot keep it | told so: its guest sees RST; reported | refused |
 //! | either guest goes away | as cut | as cut |
 //!
-//! What a guest sends is in [`super::sending`], what comes to it in [`super::receiving`]; here is what both ends
+//! What a guest sends is in `sending.rs`, what comes to it in `receiving.rs`; here is what both ends
 //! keep, and how it is over. The permit is closed before anybody is told, so that nothing passes while the
 //! word is on its way.
 
