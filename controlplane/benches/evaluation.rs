@@ -65,7 +65,7 @@ fn decide(bencher: Bencher, policy: &Effective, flow: &FlowSubject, expected: Ou
         policy,
         grants: &grants,
         guarded: &guarded,
-        peer_open: false,
+        peer: None,
     };
     assert_eq!(decide_flow(&context, flow).outcome, expected);
     bencher.bench(|| decide_flow(black_box(&context), black_box(flow)));
@@ -168,7 +168,7 @@ fn a_lookup_with_names_in_lists(bencher: Bencher, names: usize) {
         policy: &policy,
         grants: &grants,
         guarded: &guarded,
-        peer_open: false,
+        peer: None,
     };
     let lookup = LookupSubject {
         name: "a.track77.ads77.example".parse().unwrap(),

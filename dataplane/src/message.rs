@@ -323,6 +323,8 @@ pub enum Order {
     Settings(Settings),
     /// Addresses that the host owns changed; every cached verdict is void.
     GuardsChanged,
+    /// The host's way out over IPv6 came or went.
+    WayChanged,
 }
 
 /// How a VM is treated, as far as the dataplane must know.

@@ -115,7 +115,14 @@ impl State {
             )));
         }
         // Everything is read before anything is changed.
-        let subnet = optional("subnet", &hello.subnet, |t| t.parse::<ipnet::IpNet>().ok())?;
+        let subnet = |field, text| optional(field, text, |t| t.parse::<ipnet::IpNet>().ok());
+        let subnets: Vec<_> = [
+            subnet("subnet", &hello.subnet)?,
+            subnet("subnet_ipv6", &hello.subnet_ipv6)?,
+        ]
+        .into_iter()
+        .flatten()
+        .collect();
         let host_alias = optional("host_alias", &hello.host_alias, |t| t.parse::<IpAddr>().ok())?;
         let host = hello.host_addresses.clone().unwrap_or_default();
         let host_addresses = host_addresses(&host).map_err(malformed)?;
@@ -171,9 +178,9 @@ impl State {
             }),
             lost_at: None,
             epoch: self.epoch,
-            subnet,
+            guarded: GuardedRanges::new(subnets.iter().copied(), host_alias, host_addresses),
+            subnets,
             host_alias,
-            guarded: GuardedRanges::new(subnet, host_alias, host_addresses),
             vms: HashMap::new(),
             flows: HashMap::new(),
             forwards: hello.forwards,
@@ -317,7 +324,8 @@ impl State {
     fn host_addresses(&mut self, number: DataplaneNo, message: &v1::HostAddresses) -> Result<(), Malformed> {
         let addresses = host_addresses(message)?;
         if let Some(dataplane) = self.fleet.dataplanes.get_mut(&number) {
-            dataplane.guarded = GuardedRanges::new(dataplane.subnet, dataplane.host_alias, addresses);
+            dataplane.guarded =
+                GuardedRanges::new(dataplane.subnets.iter().copied(), dataplane.host_alias, addresses);
         }
         // A verdict made a moment ago may have been widened over what is now guarded.
         self.revoke(None, |vm| vm.dataplane == number);

@@ -9,6 +9,7 @@
 
 use std::time::SystemTime;
 
+use vnet_proto::model::special::judged;
 use vnet_proto::model::{
     Budget, FlowMatch, FlowSubject, Guard, GuardSet, LookupMatch, LookupSubject, Mode, Name, NameDemand,
     Reason, Target,
@@ -373,7 +374,7 @@ fn opens(
     guards: GuardSet,
     region: &mut Region,
 ) -> bool {
-    let (peer, dialled) = (flow.key.peer.ip(), flow.dialled);
+    let (peer, dialled) = (flow.key.peer.ip(), judged(flow.dialled));
     if guards.is_empty() {
         if !region.test(test, flow, Sides::Visible) {
             return false;
@@ -417,7 +418,7 @@ fn guarded(context: &Context<'_>, flow: &FlowSubject, guard: Guard) -> Answer {
     let address = flow.key.peer.ip();
     let what = match guard {
         Guard::Metadata => format!("{address} is a link-local or metadata address"),
-        Guard::Host if flow.dialled != address => {
+        Guard::Host if judged(flow.dialled) != address => {
             format!(
                 "{address} stands for {}, an address of the host itself",
                 flow.dialled

@@ -8,6 +8,7 @@ use std::net::IpAddr;
 use std::sync::Arc;
 
 use ipnet::IpNet;
+use vnet_proto::model::special::judged;
 use vnet_proto::model::{FlowMatch, FlowSubject, PortRange, Protocol};
 
 use crate::policy::{GuardedRanges, NameSet, PortSet, PrefixSet};
@@ -118,7 +119,8 @@ impl Region {
     /// range, stands for itself alone: guards are judged on the very address and port.
     pub(crate) fn around(flow: &FlowSubject, guarded: &GuardedRanges) -> Self {
         let peer = flow.key.peer;
-        let alone = !flow.guards.is_empty() || flow.dialled != peer.ip() || guarded.holds(peer.ip());
+        let moved = judged(flow.dialled) != peer.ip();
+        let alone = !flow.guards.is_empty() || moved || guarded.holds(peer.ip());
         if alone {
             return Self {
                 prefix: IpNet::from(peer.ip()),
@@ -156,7 +158,7 @@ impl Region {
             .holding(address)
             .min_by_key(|prefix| prefix.prefix_len());
         // Where the dialled address differs, the region is the flow alone.
-        let dialled = sides == Sides::Either && test.prefixes.contains(flow.dialled);
+        let dialled = sides == Sides::Either && test.prefixes.contains(judged(flow.dialled));
         let prefixes = test.prefixes.is_empty() || prefix.is_some() || dialled;
         if !prefixes && (ports || !test.prefixes.nearest(address).any(|p| self.touches(p))) {
             for prefix in test.prefixes.nearest(address) {

@@ -151,6 +151,7 @@ impl Cache {
 
     /// The decision that covers a flow that stands so now, if one does. `None` is a miss.
     pub fn lookup(&self, now: Time, key: &FlowKey, standing: Standing) -> Option<&Arc<Decision>> {
+        let key = key.judged();
         let (port, address) = (key.peer.port(), key.peer.ip());
         self.shapes
             .iter()

@@ -16,6 +16,8 @@ pub(super) enum Timer {
     Dns,
     /// ... end bindings whose time is over.
     Bindings,
+    /// ... advertise the gateway as a router.
+    Advertise,
 }
 
 /// The table of deadlines. An entry may be out of date: whoever it is for finds nothing to do.

@@ -9,6 +9,7 @@ mod id;
 mod matching;
 mod name;
 mod selector;
+pub mod special;
 mod target;
 mod verdict;
 

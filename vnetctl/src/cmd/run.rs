@@ -15,6 +15,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use clap::Args;
+use ipnet::Ipv6Net;
 
 use super::attend::dataplane_name;
 use super::treat::{TreatArgs, all};
@@ -65,6 +66,9 @@ pub struct RunArgs {
     /// MTU of the command's link in bytes, 576 to 65520
     #[arg(long, value_name = "BYTES", default_value_t = MTU_BYTES_DEFAULT)]
     pub mtu: u16,
+    /// IPv6 prefix of the command's network, a /64, or off [default: fd00::/64; off where the MTU is below 1280]
+    #[arg(long, value_name = "CIDR|off")]
+    pub ipv6_prefix: Option<String>,
     /// The command and its arguments
     #[arg(value_name = "COMMAND", last = true, required = true)]
     pub command: Vec<OsString>,
@@ -82,6 +86,8 @@ struct Plan {
     dataplane: String,
     settings: Settings,
     mtu_bytes: u16,
+    /// The prefix of the network that the dataplane makes.
+    ipv6: Option<Ipv6Net>,
     sockets: Vec<PathBuf>,
     /// Where alone the command may write, if that is said.
     writable: Option<Vec<PathBuf>>,
@@ -133,13 +139,14 @@ fn plan(args: RunArgs, connection: &Connection) -> Result<Plan, Failure> {
             mtu: Some(args.mtu.to_string()),
             dns: args.dns,
             publish: args.publish,
+            ipv6_prefix: args.ipv6_prefix,
             ..DataplaneArgs::default()
         },
         treatment,
         resolver_patience: Some(RESOLVER_PATIENCE),
         ..Settings::default()
     };
-    settings.check(true, &mut problems);
+    let config = settings.check(true, &mut problems);
     let sockets = sockets(&args.socket, connection, &mut problems);
     let writable = writable(&args.write, &mut problems);
     all(problems)?;
@@ -148,6 +155,7 @@ fn plan(args: RunArgs, connection: &Connection) -> Result<Plan, Failure> {
         dataplane,
         settings,
         mtu_bytes: args.mtu,
+        ipv6: config.and_then(|config| config.network.ipv6),
         sockets,
         writable,
         command: args.command,

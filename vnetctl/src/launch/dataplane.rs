@@ -244,6 +244,7 @@ fn flags(args: &Args) -> Vec<OsString> {
         gateway,
         gateway_mac,
         host_alias,
+        ipv6_prefix,
         static_leases,
         dns,
         dns_search,
@@ -263,6 +264,7 @@ fn flags(args: &Args) -> Vec<OsString> {
         ("gateway", gateway.clone()),
         ("gateway-mac", gateway_mac.clone()),
         ("host-alias", host_alias.clone()),
+        ("ipv6-prefix", ipv6_prefix.clone()),
         ("vm-settings-fd", number(vm_settings_fd)),
         ("exit-with-fd", number(exit_with_fd)),
     ];
@@ -329,6 +331,7 @@ mod tests {
             "--gateway=10.0.0.1",
             "--gateway-mac=5a:94:ef:e4:0c:dd",
             "--host-alias=none",
+            "--ipv6-prefix=fd12:3456:789a:1::/64",
             "--static-lease=5a:94:ef:00:00:02=10.0.0.9",
             "--dns=192.0.2.53",
             "--dns-search=lan",

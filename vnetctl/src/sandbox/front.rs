@@ -313,6 +313,13 @@ fn check(spec: &Spec) -> Result<(), SandboxError> {
             "gateway {gateway} is not another address of the guest's subnet {guest}"
         ));
     }
+    if let Some((guest, router)) = spec.ipv6
+        && (!guest.contains(&router) || guest.addr() == router)
+    {
+        return wrong(format!(
+            "router {router} is not another address of the guest's prefix {guest}"
+        ));
+    }
     for (number, name) in (0..).zip(["stdin", "stdout", "stderr"]) {
         if !spec.pty[number as usize] && !is_harmless(number) {
             return wrong(format!(
@@ -375,6 +382,9 @@ fn request(spec: &Spec) -> (Request, Vec<RawFd>) {
         mtu_bytes: spec.mtu_bytes,
         guest: (spec.guest.addr(), spec.guest.prefix_len()),
         gateway: spec.gateway,
+        ipv6: spec
+            .ipv6
+            .map(|(net, router)| (net.addr(), net.prefix_len(), router)),
         hostname: spec.hostname.clone(),
         masks,
         programs: bytes(&spec.programs),

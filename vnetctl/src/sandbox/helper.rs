@@ -7,7 +7,7 @@ use std::io::Write;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::process::ExitCode;
 
-use ipnet::Ipv4Net;
+use ipnet::{Ipv4Net, Ipv6Net};
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, fcntl};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
@@ -99,9 +99,15 @@ fn serve(control: &OwnedFd, command: Vec<OsString>) -> Result<u8, Failure> {
         nix::unistd::sethostname(name).step(format!("set the guest's host name to {name:?}"))?;
     }
     let guest = Ipv4Net::new(request.guest.0, request.guest.1).step("read the guest's address")?;
+    let ipv6 = request
+        .ipv6
+        .map(|(address, length, router)| Ipv6Net::new(address, length).map(|net| (net, router)))
+        .transpose()
+        .step("read the guest's IPv6 address")?;
     let made = link::make(
         guest,
         request.gateway,
+        ipv6,
         request.mtu_bytes,
         request.force_packet_socket,
     )?;

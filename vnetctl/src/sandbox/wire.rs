@@ -2,7 +2,7 @@
 //! descriptors beside it where a message says so.
 
 use std::io::{self, IoSlice, IoSliceMut};
-use std::net::Ipv4Addr;
+use std::net::{Ipv4Addr, Ipv6Addr};
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 
 use nix::sys::socket::{ControlMessage, ControlMessageOwned, MsgFlags, recvmsg, sendmsg};
@@ -27,6 +27,8 @@ pub(crate) struct Request {
     pub(crate) mtu_bytes: u16,
     pub(crate) guest: (Ipv4Addr, u8),
     pub(crate) gateway: Ipv4Addr,
+    /// Address, length of its prefix, router.
+    pub(crate) ipv6: Option<(Ipv6Addr, u8, Ipv6Addr)>,
     pub(crate) hostname: Option<String>,
     /// Paths as bytes: they need not be UTF-8.
     pub(crate) masks: Vec<Vec<u8>>,

@@ -130,7 +130,13 @@ fn bad_addresses_and_ports_say_what_is_expected() {
     refused(&cidr("10.0.0/8"), "3:11", &["10.0.0"]);
     refused(&cidr("host"), "3:11", &["\"host\"", "expected"]);
     refused(&cidr("10"), "3:11", &["10", "text is expected"]);
-    refused(&cidr("\"::ffff:10.0.0.0/104\""), "3:11", &["IPv4-mapped"]);
+    for spelling in ["::ffff:10.0.0.0/104", "64:ff9b::10.0.0.0/104"] {
+        refused(
+            &cidr(&format!("{spelling:?}")),
+            "3:11",
+            &["write it as 10.0.0.0/8"],
+        );
+    }
     let ports = |text: &str| format!("rules:\n  - action: deny\n    ports: {text}");
     refused(&ports("[0]"), "3:13", &["port \"0\"", "1 to 65535"]);
     refused(&ports("[443, 65536]"), "3:18", &["65536"]);

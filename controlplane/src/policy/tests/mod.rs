@@ -105,7 +105,8 @@ fn grants<'a>(texts: impl IntoIterator<Item = &'a str>) -> VmGrants {
     VmGrants::new(made, 1)
 }
 
-/// `tcp 1.2.3.4:443 [name...] [!guard...]`, dialled as seen but for the host alias.
+/// `tcp 1.2.3.4:443 [name...] [!guard...]`, dialled as seen but for the host alias, and judged as it comes
+/// from the wire.
 fn flow(text: &str) -> FlowSubject {
     let mut words = text.split(' ');
     let protocol: Protocol = words.next().unwrap().parse().unwrap();
@@ -125,7 +126,8 @@ fn flow(text: &str) -> FlowSubject {
             protocol,
             guest: guest.parse().unwrap(),
             peer,
-        },
+        }
+        .judged(),
         dialled: peer.ip(),
         names: Vec::new(),
         guards: Default::default(),

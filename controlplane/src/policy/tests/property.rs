@@ -409,7 +409,10 @@ fn first_by_walking<'a>(context: &Context<'a>, flow: &FlowSubject) -> Option<&'a
     let guards: Vec<Guard> = flow
         .guards
         .iter()
-        .filter(|guard| *guard != Guard::Guest || !(context.policy.is_open() && context.peer_open))
+        .filter(|guard| {
+            *guard != Guard::Guest
+                || !(context.policy.is_open() && context.peer.is_some_and(|peer| peer.mode.is_none()))
+        })
         .collect();
     let (peer, port) = (flow.key.peer.ip(), flow.key.peer.port());
     let found = context.policy.rules().find(|rule| {
@@ -448,7 +451,7 @@ fn the_index_finds_the_rule_that_walking_finds() {
             policy: &effective,
             grants: &grants,
             guarded: &guarded,
-            peer_open: false,
+            peer: None,
         };
         for _ in 0..20 {
             let address = draw.one(&ADDRESSES).parse().unwrap();

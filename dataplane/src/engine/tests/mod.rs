@@ -4,6 +4,7 @@
 mod counters;
 mod datagram;
 mod identity;
+mod ipv6;
 mod kit;
 mod neighbours;
 mod tcp;

@@ -23,6 +23,11 @@ impl Conversation {
             boot_id: self.identity.boot_id.to_vec(),
             network: self.identity.network.clone(),
             subnet: self.identity.subnet.to_string(),
+            subnet_ipv6: self
+                .identity
+                .subnet_ipv6
+                .map(|net| net.to_string())
+                .unwrap_or_default(),
             gateway: self.identity.gateway.to_string(),
             host_alias: self
                 .identity

@@ -7,10 +7,12 @@
 //! dataplane by its lifeline.
 
 use std::future::Future;
+use std::net::Ipv6Addr;
 use std::path::PathBuf;
 use std::pin::Pin;
 use std::time::{Duration, SystemTime};
 
+use ipnet::Ipv6Net;
 use nix::sys::signal::{Signal, raise};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::mpsc;
@@ -37,6 +39,7 @@ async fn supervise(plan: Plan, connection: Connection) -> Result<u8, Failure> {
     connection.open().await?;
     let spec = Spec {
         mtu_bytes: plan.mtu_bytes,
+        ipv6: plan.ipv6.and_then(ipv6_of),
         masks: masks(&connection),
         programs: own_programs(),
         writable: plan.writable,
@@ -145,6 +148,13 @@ async fn attached(attendant: &mut Attendant, waiting: &mut Vec<Seen>) -> String 
             seen => waiting.push(seen),
         }
     }
+}
+
+/// The command's address in a prefix, the first that is not the gateway's, and the gateway's.
+fn ipv6_of(prefix: Ipv6Net) -> Option<(Ipv6Net, Ipv6Addr)> {
+    let host = |n: u128| Ipv6Addr::from_bits(prefix.network().to_bits() | n);
+    let address = Ipv6Net::new(host(2), prefix.prefix_len()).ok()?;
+    Some((address, host(1)))
 }
 
 /// What the command must not see: sockets that would let it answer its own questions, and the state.
