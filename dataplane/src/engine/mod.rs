@@ -25,6 +25,7 @@ pub mod frame;
 pub mod gateway;
 pub mod held;
 mod inbound;
+pub mod inspect;
 mod lookup;
 pub mod reply;
 pub mod ring;
