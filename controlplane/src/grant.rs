@@ -18,6 +18,9 @@ pub const GRANTS_MAX: usize = 65_536;
 /// How long a [`Lifetime::Once`] grant may lie unused.
 pub const ONCE_UNUSED_MAX: Duration = Duration::from_secs(60);
 
+/// Characters of an id that may stand for the whole.
+pub const ID_PREFIX_MIN: usize = 4;
+
 /// A grant's id, unique for ever.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct GrantId(pub String);
@@ -198,6 +201,12 @@ pub enum GrantError {
     /// The id is taken.
     #[error("grant {0} already exists")]
     Exists(GrantId),
+    /// A prefix that is too short to mean one.
+    #[error(
+        "{0:?} is too short for the beginning of a grant's id (expected at least {ID_PREFIX_MIN} characters); \
+         list them with: vnetctl grants list"
+    )]
+    Short(String),
     /// No grant has this id or prefix.
     #[error("no grant has an id that begins with {0:?}; list them with: vnetctl grants list")]
     NotFound(String),
@@ -316,23 +325,26 @@ impl Grants {
     /// One by its id or a prefix of it that fits it only.
     ///
     /// # Errors
-    /// [`GrantError::NotFound`] and [`GrantError::Ambiguous`].
+    /// [`GrantError::Short`], [`GrantError::NotFound`] and [`GrantError::Ambiguous`].
     pub fn find(&self, prefix: &str) -> Result<&Arc<Grant>, GrantError> {
         let exact = GrantId(prefix.to_owned());
         if let Some(grant) = self.by_id.get(&exact) {
             return Ok(grant);
+        }
+        if prefix.len() < ID_PREFIX_MIN {
+            return Err(GrantError::Short(prefix.to_owned()));
         }
         let mut fitting = self
             .by_id
             .range(exact..)
             .take_while(|(id, _)| id.0.starts_with(prefix));
         match (fitting.next(), fitting.count()) {
-            (Some((_, grant)), 0) if !prefix.is_empty() => Ok(grant),
-            (Some(_), more) if !prefix.is_empty() => Err(GrantError::Ambiguous {
+            (Some((_, grant)), 0) => Ok(grant),
+            (Some(_), more) => Err(GrantError::Ambiguous {
                 prefix: prefix.to_owned(),
                 count: more + 1,
             }),
-            _ => Err(GrantError::NotFound(prefix.to_owned())),
+            (None, _) => Err(GrantError::NotFound(prefix.to_owned())),
         }
     }
 
@@ -592,26 +604,38 @@ mod tests {
     fn grants_are_capped_and_ids_are_unique() {
         let mut grants = Grants::default();
         for n in 0..GRANTS_MAX {
-            grants.insert(grant(&format!("g{n}"), Lifetime::Forever)).unwrap();
+            grants
+                .insert(grant(&format!("gran{n}"), Lifetime::Forever))
+                .unwrap();
         }
         assert_eq!(
             grants.insert(grant("more", Lifetime::Forever)),
             Err(GrantError::Full)
         );
-        let taken = GrantId("g0".into());
+        let taken = GrantId("gran0".into());
         assert_eq!(
-            grants.insert(grant("g0", Lifetime::Forever)),
+            grants.insert(grant("gran0", Lifetime::Forever)),
             Err(GrantError::Exists(taken))
         );
         assert!(matches!(
-            grants.find("g"),
+            grants.find("gran"),
             Err(GrantError::Ambiguous {
                 count: GRANTS_MAX,
                 ..
             })
         ));
-        assert_eq!(grants.find("g0").unwrap().id.0, "g0");
-        assert!(matches!(grants.find(""), Err(GrantError::NotFound(_))));
-        assert!(matches!(grants.find("h"), Err(GrantError::NotFound(_))));
+        assert_eq!(grants.find("gran0").unwrap().id.0, "gran0");
+        assert_eq!(grants.find("gran65535").unwrap().id.0, "gran65535");
+        assert!(matches!(grants.find("grand"), Err(GrantError::NotFound(_))));
+    }
+
+    #[test]
+    fn an_id_may_be_cut_to_four_characters_and_no_fewer() {
+        let mut grants = Grants::default();
+        grants.insert(grant("abcdefgh", Lifetime::Forever)).unwrap();
+        assert_eq!(grants.find("abcd").unwrap().id.0, "abcdefgh");
+        for short in ["", "a", "abc"] {
+            assert_eq!(grants.find(short), Err(GrantError::Short(short.to_owned())));
+        }
     }
 }

@@ -32,7 +32,7 @@ pub mod watch;
 pub use config::{Args, Config, ConfigError};
 pub use server::{Ended, RunError, run};
 
-use std::io::IsTerminal as _;
+use std::io::{IsTerminal as _, Write as _};
 use std::process::ExitCode;
 
 /// Runs as a process of its own: logs to stderr, and turns the end into an exit code (0 done, 1 failed,
@@ -41,14 +41,14 @@ pub fn main(args: Args) -> ExitCode {
     let config = match Config::try_from(args) {
         Ok(config) => config,
         Err(e) => {
-            eprintln!("vnet-controlplane: {e}");
+            say(&e.to_string());
             return ExitCode::from(2);
         }
     };
     let filter = match tracing_subscriber::EnvFilter::try_new(&config.log_level) {
         Ok(filter) => filter,
         Err(e) => {
-            eprintln!("vnet-controlplane: --log-level {:?}: {e}", config.log_level);
+            say(&format!("--log-level {:?}: {e}", config.log_level));
             return ExitCode::from(2);
         }
     };
@@ -56,6 +56,8 @@ pub fn main(args: Args) -> ExitCode {
     let _ = tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_writer(std::io::stderr)
+        // What cannot be written is lost. Its own complaint would be an `eprintln!`, which panics then.
+        .log_internal_errors(false)
         .with_ansi(
             std::io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none_or(|v| v.is_empty()),
         )
@@ -63,7 +65,7 @@ pub fn main(args: Args) -> ExitCode {
     let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
         Ok(runtime) => runtime,
         Err(e) => {
-            eprintln!("vnet-controlplane: no runtime can be had: {e}");
+            say(&format!("no runtime can be had: {e}"));
             return ExitCode::from(1);
         }
     };
@@ -79,8 +81,13 @@ pub fn main(args: Args) -> ExitCode {
                 }
                 cause = next.source();
             }
-            eprintln!("vnet-controlplane: {text}");
+            say(&text);
             ExitCode::from(1)
         }
     }
+}
+
+/// The last words. If nobody can read them, the exit code still says as much.
+fn say(text: &str) {
+    let _ = std::io::stderr().write_all(format!("vnet-controlplane: {text}\n").as_bytes());
 }

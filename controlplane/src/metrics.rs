@@ -60,6 +60,10 @@ metrics! {
     peers_refused => "vnet_controlplane_peers_refused_total",
     /// Events made.
     events => "vnet_controlplane_events_total",
+    /// Decisions counted in an event of others like them rather than told by themselves.
+    events_counted => "vnet_controlplane_events_counted_total",
+    /// Events that the history let go to make room for newer ones.
+    events_let_go => "vnet_controlplane_events_let_go_total",
     /// Events that the history lost because its writer was behind.
     events_unrecorded => "vnet_controlplane_events_unrecorded_total",
     /// Writes to the store that failed.

@@ -2,9 +2,17 @@
 //!
 //! A peer must run as this user or as root, and (Linux) in this process's own network namespace: a
 //! command that `vnetctl run` confined has the user's uid too, and must not approve its own
-//! requests. The namespace is judged by the peer's process as the kernel noted it when it
-//! connected (unix(7), `SO_PEERCRED`), held by a pidfd against reuse of its number where the kernel
-//! has `SO_PEERPIDFD` (Linux 6.5). What cannot be told is refused.
+//! requests. Two things tell the namespace:
+//!
+//! - **the connection**. The kernel makes the accepted socket in the namespace of the socket that
+//!   connected, and `sock_diag(7)` answers for sockets of the asker's own namespace only. That says where
+//!   the peer's socket was made, whoever holds it, and needs no right to look at the peer
+//! - **the process**, as the kernel noted it when it connected (unix(7), `SO_PEERCRED`). Its number may be
+//!   another's by now; where the kernel has `SO_PEERPIDFD` (Linux 6.5) it is held against that
+//!
+//! Both must agree where both can be told. The connection alone is enough for root, whose processes
+//! another user may not look at; the process alone where its number is held. What cannot be told is
+//! refused.
 
 use std::io;
 
@@ -46,6 +54,21 @@ pub enum PeerError {
         /// The process.
         pid: i32,
     },
+    /// The kernel says too little to be sure of its namespace.
+    #[error(
+        "the network namespace of peer process {pid} cannot be told for sure (expected a kernel with unix_diag, \
+         which AF_NETLINK sockets ask, or Linux 6.5)"
+    )]
+    Unsure {
+        /// The process.
+        pid: i32,
+        /// Why the connection does not tell.
+        #[source]
+        source: io::Error,
+    },
+    /// A user whom this namespace has no number for looks like the one that runs this.
+    #[error("the peer's uid {0} stands for every user that this user namespace does not know")]
+    Unmapped(u32),
 }
 
 /// Checks the peer of an accepted connection.
@@ -54,17 +77,24 @@ pub enum PeerError {
 /// [`PeerError`]: the connection is to be closed without a word.
 pub fn check(stream: &UnixStream) -> Result<Peer, PeerError> {
     let credentials = stream.peer_cred().map_err(PeerError::Unknown)?;
-    let expected = nix::unistd::geteuid().as_raw();
-    check_uid(credentials.uid(), expected)?;
+    let (found, expected) = (credentials.uid(), nix::unistd::geteuid().as_raw());
     #[cfg(target_os = "linux")]
-    linux::check_namespace(stream, credentials.pid())?;
+    let unmapped = linux::unmapped_uid();
+    #[cfg(not(target_os = "linux"))]
+    let unmapped = None;
+    check_uid(found, expected, unmapped)?;
+    #[cfg(target_os = "linux")]
+    linux::check_namespace(stream, credentials.pid(), found == expected)?;
     Ok(Peer {
-        user: user_name(credentials.uid()),
+        user: user_name(found),
     })
 }
 
-fn check_uid(found: u32, expected: u32) -> Result<(), PeerError> {
-    if found == expected || found == 0 {
+/// Root is root of this process's own user namespace: that is whose numbers `SO_PEERCRED` speaks in.
+fn check_uid(found: u32, expected: u32, unmapped: Option<u32>) -> Result<(), PeerError> {
+    if Some(found) == unmapped {
+        Err(PeerError::Unmapped(found))
+    } else if found == expected || found == 0 {
         Ok(())
     } else {
         Err(PeerError::Uid { found, expected })
@@ -79,63 +109,7 @@ fn user_name(uid: u32) -> String {
 }
 
 #[cfg(target_os = "linux")]
-mod linux {
-    use std::fs;
-    use std::io;
-    use std::os::fd::{AsFd, OwnedFd};
-    use std::os::unix::fs::MetadataExt as _;
-
-    use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-    use nix::sys::socket::{getsockopt, sockopt};
-    use tokio::net::UnixStream;
-
-    use super::PeerError;
-
-    pub(super) fn check_namespace(stream: &UnixStream, pid: Option<i32>) -> Result<(), PeerError> {
-        // Zero: the peer is outside this PID namespace, so nothing can be told of it.
-        let pid = pid.unwrap_or(0);
-        let gone = || PeerError::Namespace {
-            pid,
-            source: io::ErrorKind::NotFound.into(),
-        };
-        if pid <= 0 {
-            return Err(gone());
-        }
-        let pidfd = peer_pidfd(stream).map_err(|source| PeerError::Namespace { pid, source })?;
-        let own = namespace("/proc/self/ns/net").map_err(|source| PeerError::Namespace { pid, source })?;
-        let theirs = namespace(&format!("/proc/{pid}/ns/net"))
-            .map_err(|source| PeerError::Namespace { pid, source })?;
-        // Still alive after the look: so the number was its own when it was looked at.
-        if let Some(pidfd) = pidfd
-            && has_ended(&pidfd)
-        {
-            return Err(gone());
-        }
-        if own == theirs {
-            Ok(())
-        } else {
-            Err(PeerError::OtherNamespace { pid })
-        }
-    }
-
-    fn peer_pidfd(stream: &UnixStream) -> io::Result<Option<OwnedFd>> {
-        match getsockopt(&stream.as_fd(), sockopt::PeerPidfd) {
-            Ok(pidfd) => Ok(Some(pidfd)),
-            Err(nix::errno::Errno::ENOPROTOOPT) => Ok(None),
-            Err(e) => Err(e.into()),
-        }
-    }
-
-    fn has_ended(pidfd: &OwnedFd) -> bool {
-        let mut fds = [PollFd::new(pidfd.as_fd(), PollFlags::POLLIN)];
-        // A pidfd becomes readable when its process ends (pidfd_open(2)).
-        !matches!(poll(&mut fds, PollTimeout::ZERO), Ok(0))
-    }
-
-    fn namespace(path: &str) -> io::Result<(u64, u64)> {
-        fs::metadata(path).map(|m| (m.dev(), m.ino()))
-    }
-}
+mod linux;
 
 #[cfg(test)]
 mod tests {
@@ -143,15 +117,24 @@ mod tests {
 
     #[test]
     fn only_this_user_and_root_may_speak() {
-        assert!(check_uid(1000, 1000).is_ok());
-        assert!(check_uid(0, 1000).is_ok());
+        assert!(check_uid(1000, 1000, None).is_ok());
+        assert!(check_uid(0, 1000, None).is_ok());
         assert!(matches!(
-            check_uid(1001, 1000),
+            check_uid(1001, 1000, None),
             Err(PeerError::Uid {
                 found: 1001,
                 expected: 1000
             })
         ));
+    }
+
+    #[test]
+    fn a_user_without_a_number_here_is_not_taken_for_the_one_whose_number_it_shows() {
+        assert!(matches!(
+            check_uid(65534, 65534, Some(65534)),
+            Err(PeerError::Unmapped(65534))
+        ));
+        assert!(check_uid(65534, 65534, None).is_ok());
     }
 
     #[tokio::test]

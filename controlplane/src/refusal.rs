@@ -157,9 +157,11 @@ impl From<Refusal> for Status {
 
 impl From<FindError> for Refusal {
     fn from(error: FindError) -> Self {
+        let text = error.to_string();
         match error {
-            FindError::NotFound(_) => Self::NotFound(error.to_string()),
-            FindError::Ambiguous { .. } => Self::Ambiguous(error.to_string()),
+            FindError::Short(_) => Self::field("id", text),
+            FindError::NotFound(_) => Self::NotFound(text),
+            FindError::Ambiguous { .. } | FindError::Forgotten(_) => Self::Ambiguous(text),
         }
     }
 }
@@ -186,6 +188,7 @@ impl From<GrantError> for Refusal {
         match error {
             GrantError::Full => Self::Limit(text),
             GrantError::Exists(_) => Self::Exists(text),
+            GrantError::Short(_) => Self::field("id", text),
             GrantError::NotFound(_) => Self::NotFound(text),
             GrantError::Ambiguous { .. } => Self::Ambiguous(text),
         }

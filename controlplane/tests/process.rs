@@ -37,6 +37,89 @@ impl Place {
     }
 }
 
+/// Root is not the user that a service runs as, and may not be looked at by it.
+#[cfg(target_os = "linux")]
+#[test]
+fn root_may_speak_to_another_users_controlplane() {
+    use std::os::unix::process::CommandExt as _;
+
+    if !nix::unistd::geteuid().is_root() {
+        eprintln!("skipped: only root can be root, and start another user's process");
+        return;
+    }
+    let place = Place::new("root");
+    // Where that user may go: the program may lie below somebody's home.
+    let program = place.0.join("vnet-controlplane");
+    std::fs::copy(env!("CARGO_BIN_EXE_vnet-controlplane"), &program).unwrap();
+    std::os::unix::fs::chown(&place.0, Some(SERVICE_UID), Some(SERVICE_UID)).unwrap();
+    let mut command = Command::new(program);
+    command
+        .args(["--listen", &format!("unix://{}", place.socket().display())])
+        .args(["--store", "memory:"])
+        .current_dir("/")
+        .uid(SERVICE_UID)
+        .gid(SERVICE_UID)
+        .stdin(Stdio::null())
+        .stderr(Stdio::piped());
+    let running = Running(command.spawn().unwrap());
+    wait_for("the socket", || answers(&place.socket()));
+    assert_eq!(
+        std::os::unix::fs::MetadataExt::uid(&std::fs::metadata(place.socket()).unwrap()),
+        SERVICE_UID
+    );
+    assert!(lists_vms(&place.socket()), "root is served");
+    drop(running);
+}
+
+/// Whether the controlplane serves this process.
+#[cfg(target_os = "linux")]
+fn lists_vms(socket: &Path) -> bool {
+    use hyper_util::rt::TokioIo;
+    use vnet_proto::v1;
+    use vnet_proto::v1::vm_service_client::VmServiceClient;
+
+    let socket = socket.to_owned();
+    let connector = tower::service_fn(move |_| {
+        let socket = socket.clone();
+        async move { std::io::Result::Ok(TokioIo::new(tokio::net::UnixStream::connect(socket).await?)) }
+    });
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .unwrap();
+    runtime.block_on(async {
+        let endpoint = tonic::transport::Endpoint::from_static("http://controlplane");
+        let Ok(channel) = endpoint.connect_with_connector(connector).await else {
+            return false;
+        };
+        let mut vms = VmServiceClient::new(channel);
+        vms.list_vms(v1::ListVmsRequest::default()).await.is_ok()
+    })
+}
+
+/// A user who need not exist.
+#[cfg(target_os = "linux")]
+const SERVICE_UID: u32 = 54_321;
+
+/// A log that a full disk is behind.
+#[cfg(target_os = "linux")]
+#[test]
+fn a_log_that_cannot_be_written_stops_nothing() {
+    let place = Place::new("full");
+    let full = std::fs::OpenOptions::new().write(true).open("/dev/full").unwrap();
+    let mut command = Command::new(env!("CARGO_BIN_EXE_vnet-controlplane"));
+    command
+        .args(["--listen", &format!("unix://{}", place.socket().display())])
+        .args(["--store", "memory:", "--log-level", "trace"])
+        .stdin(Stdio::null())
+        .stderr(full);
+    let mut running = Running(command.spawn().unwrap());
+    wait_for("the socket", || answers(&place.socket()));
+    running.signal(Signal::SIGTERM);
+    wait_for("the process to end", || running.ended().is_some());
+    assert_eq!(running.ended().unwrap().code(), Some(0));
+}
+
 impl Drop for Place {
     fn drop(&mut self) {
         let _ = std::fs::remove_dir_all(&self.0);

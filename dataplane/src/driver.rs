@@ -22,9 +22,10 @@ use crate::engine::frame::DropReason;
 use crate::engine::reply::Unreachable;
 use crate::engine::tcp::DialError;
 use crate::engine::{Engine, Event, Outcome, Time};
+use crate::inbox::Inbox;
 use crate::link::{Filled, Link, LinkError};
-use crate::message::{Input, Report};
-use crate::network::{FrameQueue, Network};
+use crate::message::{Input, Report, Router as _};
+use crate::network::Network;
 
 const LINK: Token = Token(usize::MAX - 1);
 const WAKE: Token = Token(usize::MAX - 2);
@@ -36,6 +37,8 @@ const EVENTS_A_TURN: usize = 1024;
 const READS_A_TURN: usize = 64;
 /// Datagrams taken from one host socket before the others have their turn.
 const DATAGRAMS_A_TURN: usize = 64;
+/// Frames and packets of other guests taken before everything else has its turn.
+const PASSED_A_TURN: usize = 512;
 /// Largest datagram, bytes.
 const DATAGRAM_BYTES_MAX: usize = 65_536;
 /// Room that must be left towards the guest for the link to be read: answers must fit.
@@ -59,7 +62,7 @@ pub(crate) struct Driver {
     /// Places of flows from clients of UDP forwards.
     clients: HashMap<(usize, SocketAddr), usize>,
     inputs: Receiver<Input>,
-    frames: Arc<FrameQueue>,
+    inbox: Arc<Inbox>,
     reports: Sender<Report>,
     backlog: std::collections::VecDeque<Report>,
     network: Arc<Network>,
@@ -89,8 +92,8 @@ pub(crate) struct DriverParts {
     pub engine: Engine,
     /// From the rest of the dataplane.
     pub inputs: Receiver<Input>,
-    /// Frames of other guests.
-    pub frames: Arc<FrameQueue>,
+    /// From other guests.
+    pub inbox: Arc<Inbox>,
     /// To the session.
     pub reports: Sender<Report>,
     /// What guests share.
@@ -121,7 +124,7 @@ impl Driver {
             forwards: Vec::new(),
             clients: HashMap::default(),
             inputs: parts.inputs,
-            frames: parts.frames,
+            inbox: parts.inbox,
             reports: parts.reports,
             backlog: std::collections::VecDeque::new(),
             network: parts.network,
@@ -169,7 +172,7 @@ impl Driver {
             if self.take_inputs(now) {
                 return Ok(());
             }
-            self.take_peer_frames();
+            self.take_passed(now);
             self.read_link(now)?;
             self.engine.handle_timeout(now);
             self.read_datagrams(now);
@@ -186,7 +189,7 @@ impl Driver {
         let more = (self.link_readable && self.may_read())
             || !self.dirty.is_empty()
             || self.engine.has_dirty()
-            || (room && !(self.unread.is_empty() && self.blocked.is_empty() && self.frames.is_empty()));
+            || (room && !(self.unread.is_empty() && self.blocked.is_empty() && self.inbox.is_empty()));
         if more {
             return Some(Duration::ZERO);
         }
@@ -259,6 +262,8 @@ impl Driver {
                     target,
                 } => self.take_forward(listen, socket, target),
                 Input::IngressClosed { udp, listen } => self.close_forward(now, udp, listen),
+                Input::PermitClosed { flow, end } => self.engine.handle_permit_closed(now, flow, end),
+                Input::GuestGone(vm) => self.engine.handle_guest_gone(now, vm),
                 Input::Stop => return true,
             }
         }
@@ -327,13 +332,16 @@ impl Driver {
         }
     }
 
-    fn take_peer_frames(&mut self) {
-        while self.engine.transmit.has_room(ROOM_TO_READ)
-            && let Some(frame) = self.frames.pop()
-        {
-            if !self.engine.transmit.frame(&frame) {
-                self.engine.count_drop(DropReason::TransmitQueueFull);
+    /// Takes what other guests sent, for its turn: a guest that sends without end must not keep this one
+    /// from its own work.
+    fn take_passed(&mut self, now: Time) {
+        self.inbox.look();
+        for _ in 0..PASSED_A_TURN {
+            if !self.engine.transmit.has_room(ROOM_TO_READ) {
+                return;
             }
+            let Some(passed) = self.inbox.take() else { return };
+            self.engine.handle_passed(now, &passed);
         }
     }
 
@@ -351,15 +359,27 @@ impl Driver {
                     poll: &self.poll,
                     sockets: &mut self.sockets,
                     forwards: &self.forwards,
+                    network: &self.network,
                 };
-                match self.engine.handle_frame(now, frame) {
-                    Outcome::Done => {}
+                let mut outcome = self.engine.handle_frame(now, frame);
+                if let Outcome::Switch(to) = outcome {
+                    outcome = match self.network.switch(self.vm, to, frame) {
+                        Ok(()) => Outcome::Done,
+                        Err(DropReason::GuestToGuest) => self.engine.handle_unswitched(now, frame),
+                        Err(reason) => {
+                            self.engine.count_drop(reason);
+                            Outcome::Done
+                        }
+                    };
+                }
+                match outcome {
+                    Outcome::Done | Outcome::Switch(_) => {}
                     Outcome::Datagram { flow, payload } => io.send(now, &mut self.engine, flow, payload),
                     Outcome::Echo { flow, message } => io.send(now, &mut self.engine, flow, message),
-                    Outcome::Assembled { flow, payload } => io.send(now, &mut self.engine, flow, &payload),
-                    Outcome::Switch(to) => {
-                        if let Err(reason) = self.network.switch(self.vm, to, frame) {
-                            self.engine.count_drop(reason);
+                    Outcome::Pass { flow, packet } => drop(io.pass(now, &mut self.engine, flow, packet)),
+                    Outcome::Assembled { flow, payload } => {
+                        if !io.pass(now, &mut self.engine, flow, &payload) {
+                            io.send(now, &mut self.engine, flow, &payload);
                         }
                     }
                 }
@@ -498,15 +518,22 @@ impl Driver {
                         self.engine.handle_refused(now, flow, dial_error(&error));
                     }
                 }
-                Event::Send { flow, packets } => {
+                Event::Send { flow, packets } | Event::Pass { flow, packets } => {
                     let io = &mut FrameIo {
                         poll: &self.poll,
                         sockets: &mut self.sockets,
                         forwards: &self.forwards,
+                        network: &self.network,
                     };
                     for packet in packets {
-                        io.send(now, &mut self.engine, flow, &packet);
+                        if !io.pass(now, &mut self.engine, flow, &packet) {
+                            io.send(now, &mut self.engine, flow, &packet);
+                        }
                     }
+                }
+                Event::PermitClosed { to, flow, end } => {
+                    // A guest that is gone needs no word.
+                    self.network.send(to, Input::PermitClosed { flow, end });
                 }
                 Event::Close { flow, reset } => {
                     if let Some(HostSocket::Client { forward, address }) = self.sockets.get_mut(flow) {
@@ -552,14 +579,27 @@ impl Driver {
     }
 }
 
-/// What sending a datagram needs, apart from the engine and the link that lends it.
+/// What sending a datagram or a packet needs, apart from the engine and the link that lends it.
 struct FrameIo<'a> {
     poll: &'a Poll,
     sockets: &'a mut Sockets,
     forwards: &'a [Option<ForwardSocket>],
+    network: &'a Network,
 }
 
 impl FrameIo<'_> {
+    /// Hands a packet to the other guest, if the flow is one between two.
+    fn pass(&self, now: Time, engine: &mut Engine, at: usize, packet: &[u8]) -> bool {
+        let Some((to, passed)) = engine.to_neighbour(at, packet) else {
+            return false;
+        };
+        match self.network.pass(to, passed) {
+            Ok(()) => engine.handle_handed_over(now, at, packet),
+            Err(reason) => engine.count_drop(reason),
+        }
+        true
+    }
+
     /// Sends a datagram or echo on a flow's socket, opening it first if need be.
     fn send(&mut self, now: Time, engine: &mut Engine, at: usize, payload: &[u8]) {
         if self.sockets.get_mut(at).is_none()

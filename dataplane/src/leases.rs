@@ -289,10 +289,15 @@ impl Leases {
 
     /// The VM whose an address is, by lease or claim.
     pub fn owner(&self, address: Ipv4Addr) -> Option<VmId> {
+        self.holder(address).map(|(vm, _)| vm)
+    }
+
+    /// The same, and which of its MAC addresses has it.
+    pub fn holder(&self, address: Ipv4Addr) -> Option<(VmId, Mac)> {
         self.held
             .get(&address)
             .filter(|h| matches!(h.hold, Hold::Leased { .. } | Hold::Claimed))
-            .map(|h| h.vm)
+            .map(|h| (h.vm, h.mac))
     }
 
     /// A VM's link is gone: all that it held is free, and its pin is void. What its clients had last is remembered.
@@ -435,7 +440,7 @@ mod tests {
         assert_eq!(leases.offer(A, MAC_A, None, at(0)), Some(ip(2)));
         assert_eq!(leases.owner(ip(2)), None, "only offered");
         assert_eq!(leases.lease(A, MAC_A, ip(2), at(1)), Some(None));
-        assert_eq!(leases.owner(ip(2)), Some(A));
+        assert_eq!(leases.holder(ip(2)), Some((A, MAC_A)));
         assert_eq!(leases.offer(A, MAC_A, None, at(9_000)), Some(ip(2)));
         assert_eq!(
             leases.offer(B, MAC_B, None, at(9_000)),

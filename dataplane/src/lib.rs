@@ -8,6 +8,7 @@ pub mod egress;
 pub mod engine;
 pub mod forward;
 pub mod guards;
+mod inbox;
 pub mod inherit;
 pub mod leases;
 pub mod link;

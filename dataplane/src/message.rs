@@ -384,6 +384,15 @@ pub enum Input {
         /// Where it listened.
         listen: SocketAddr,
     },
+    /// Another guest's engine ended a flow between the two.
+    PermitClosed {
+        /// Which.
+        flow: FlowId,
+        /// How it ended.
+        end: FlowEnd,
+    },
+    /// Another guest is gone.
+    GuestGone(VmId),
     /// End the driver; its link closes.
     Stop,
 }

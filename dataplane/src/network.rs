@@ -1,4 +1,4 @@
-//! What guests of one network share, off the fast path: leases, zones, guards, the switch's queues,
+//! What guests of one network share, off the fast path: leases, zones, guards, the switch's inboxes,
 //! and who is there.
 
 use std::collections::HashMap;
@@ -10,7 +10,6 @@ use std::sync::{Arc, Mutex, PoisonError, RwLock};
 use std::thread;
 use std::time::{Duration, SystemTime};
 
-use crossbeam_queue::ArrayQueue;
 use ipnet::Ipv4Net;
 use mio::Waker;
 use tokio::sync::mpsc::Sender;
@@ -22,20 +21,16 @@ use crate::egress::resolver::Resolver;
 use crate::engine::frame::DropReason;
 use crate::engine::gateway::dhcp::{self, DhcpConfig, DhcpOutcome};
 use crate::engine::gateway::dns::zones::Zones;
+use crate::engine::switch::{Neighbour, Passed};
 use crate::engine::{Engine, EngineConfig, Surroundings, Time};
 use crate::forward::Forwards;
 use crate::guards::Guards;
+use crate::inbox::Inbox;
 use crate::leases::Leases;
 use crate::link::Link;
 use crate::mac::Mac;
 use crate::message::{Input, Order, OwnPolicy, Report, Router, VmUp, Zone};
 use crate::session;
-
-/// Frames of other guests that wait for one guest.
-const PEER_FRAMES_MAX: usize = 1_024;
-
-/// Frames of other guests, for one guest.
-pub type FrameQueue = ArrayQueue<Box<[u8]>>;
 
 /// What a network is made with.
 #[derive(Debug, Clone)]
@@ -98,11 +93,11 @@ struct Guests {
 }
 
 struct Guest {
-    /// Unbounded: what comes in are answers to the guest's own misses and queries, which are bounded,
-    /// and orders, none of which may be lost.
+    /// Unbounded: what comes in are answers to the guest's own misses and queries, which are bounded, the
+    /// ends of its flows with other guests, of which each has one, and orders, none of which may be lost.
     inputs: InputSender<Input>,
     waker: Arc<Waker>,
-    frames: Arc<FrameQueue>,
+    inbox: Arc<Inbox>,
     switch_open: AtomicBool,
 }
 
@@ -186,14 +181,14 @@ impl Network {
             spec.name.clone(),
         );
         let transport = link.transport();
-        let frames = Arc::new(FrameQueue::new(PEER_FRAMES_MAX));
+        let inbox = Arc::new(Inbox::default());
         let (inputs, receiver) = std::sync::mpsc::channel();
         let (driver, waker) = Driver::new(DriverParts {
             vm,
             link,
             engine,
             inputs: receiver,
-            frames: Arc::clone(&frames),
+            inbox: Arc::clone(&inbox),
             reports: self.reports.clone(),
             network: Arc::clone(self),
             resolver: self.resolve_for(vm),
@@ -207,7 +202,7 @@ impl Network {
         let guest = Guest {
             inputs,
             waker,
-            frames,
+            inbox,
             switch_open: AtomicBool::new(false),
         };
         self.write_guests().by_vm.insert(vm, guest);
@@ -272,6 +267,9 @@ impl Network {
         guests.by_mac.retain(|_, owner| *owner != vm);
         drop(guests);
         self.lock_leases().release_vm(vm);
+        for other in self.vms() {
+            self.send(other, Input::GuestGone(vm));
+        }
     }
 
     /// Ends every guest.
@@ -281,7 +279,8 @@ impl Network {
         }
     }
 
-    /// Passes a frame to the guest that has a MAC address, or to all for broadcast and multicast.
+    /// Passes a frame to the guest that has a MAC address, or to all for broadcast and multicast. The
+    /// address becomes its destination.
     ///
     /// # Errors
     /// Why it was not passed on, to one that should have had it.
@@ -291,12 +290,11 @@ impl Network {
             if !guest.switch_open.load(Ordering::Relaxed) {
                 return Err(DropReason::GuestToGuest);
             }
-            guest
-                .frames
-                .push(frame.into())
-                .map_err(|_| DropReason::PeerQueueFull)?;
-            let _ = guest.waker.wake();
-            Ok(())
+            let mut frame: Box<[u8]> = frame.into();
+            if let Some(destination) = frame.first_chunk_mut() {
+                *destination = to.0;
+            }
+            guest.put(Passed::Frame(frame))
         };
         if to.is_unicast() {
             let vm = guests
@@ -315,6 +313,18 @@ impl Network {
         Ok(())
     }
 
+    /// Hands what belongs to a flow between two guests to the other one.
+    ///
+    /// # Errors
+    /// Why it was not taken.
+    pub(crate) fn pass(&self, to: VmId, passed: Passed) -> Result<(), DropReason> {
+        let guests = self.guests.read().unwrap_or_else(PoisonError::into_inner);
+        guests
+            .by_vm
+            .get(&to)
+            .map_or(Err(DropReason::UnknownStation), |guest| guest.put(passed))
+    }
+
     fn change_zones<R>(&self, change: impl FnOnce(&mut Zones) -> R) -> R {
         let mut zones = self.zones.write().unwrap_or_else(PoisonError::into_inner);
         let mut next = Zones::clone(&zones);
@@ -329,6 +339,15 @@ impl Network {
 
     fn write_guests(&self) -> std::sync::RwLockWriteGuard<'_, Guests> {
         self.guests.write().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Guest {
+    fn put(&self, passed: Passed) -> Result<(), DropReason> {
+        if self.inbox.put(passed)? {
+            let _ = self.waker.wake();
+        }
+        Ok(())
     }
 }
 
@@ -353,11 +372,11 @@ impl Surroundings for Network {
         *self.write_guests().by_mac.entry(mac).or_insert(vm) == vm
     }
 
-    fn guest_at(&self, address: IpAddr) -> Option<VmId> {
-        match address {
-            IpAddr::V4(v4) => self.lock_leases().owner(v4),
-            IpAddr::V6(_) => None,
-        }
+    fn neighbour(&self, address: Ipv4Addr) -> Option<Neighbour> {
+        let (vm, mac) = self.lock_leases().holder(address)?;
+        let guests = self.guests.read().unwrap_or_else(PoisonError::into_inner);
+        let open = guests.by_vm.get(&vm)?.switch_open.load(Ordering::Relaxed);
+        Some(Neighbour { vm, mac, open })
     }
 
     fn guards(&self, dialled: SocketAddr, protocol: Protocol) -> GuardSet {
@@ -401,7 +420,10 @@ impl Router for Network {
     }
 
     fn guest_at(&self, address: IpAddr) -> Option<VmId> {
-        Surroundings::guest_at(self, address)
+        match address {
+            IpAddr::V4(v4) => self.lock_leases().owner(v4),
+            IpAddr::V6(_) => None,
+        }
     }
 }
 

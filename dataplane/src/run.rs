@@ -1,6 +1,6 @@
 //! A running dataplane: from a checked configuration to its end.
 
-use std::io::{self, IsTerminal as _};
+use std::io::{self, IsTerminal as _, Write as _};
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -89,7 +89,7 @@ pub fn main(args: Args) -> ExitCode {
     let config = match Config::new(&args, settings, &default_name()) {
         Ok(config) => config,
         Err(problems) => {
-            eprintln!("{problems}");
+            say(&problems.to_string());
             return ExitCode::from(2);
         }
     };
@@ -118,8 +118,13 @@ fn fail(error: &dyn std::error::Error, status: u8) -> ExitCode {
         text.push_str(&format!(": {error}"));
         cause = error.source();
     }
-    eprintln!("vnet-dataplane: {text}");
+    say(&format!("vnet-dataplane: {text}"));
     ExitCode::from(status)
+}
+
+/// The last words. If nobody can read them, the exit code still says as much.
+fn say(text: &str) {
+    let _ = io::stderr().write_all(format!("{text}\n").as_bytes());
 }
 
 fn start_log() {
@@ -129,6 +134,8 @@ fn start_log() {
     let _ = tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_writer(io::stderr)
+        // What cannot be written is lost. Its own complaint would be an `eprintln!`, which panics then.
+        .log_internal_errors(false)
         .with_ansi(io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none_or(|v| v.is_empty()))
         .try_init();
 }

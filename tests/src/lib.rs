@@ -35,6 +35,11 @@
 //! `VNET_TEST_BINARIES` names a directory that has them. What must be installed is listed in
 //! [`packages`]; what is missing fails every test with one message that names the packages.
 #![cfg(target_os = "linux")]
+#![allow(
+    clippy::print_stdout,
+    clippy::print_stderr,
+    reason = "tests and their tools say what they see"
+)]
 
 pub mod binaries;
 pub mod dns;

@@ -5,6 +5,7 @@ use std::path::Path;
 /// Programs and their packages.
 const PROGRAMS: &[(&str, &str)] = &[
     ("curl", "curl"),
+    ("dhclient", "isc-dhcp-client"),
     ("dig", "bind9-dnsutils"),
     ("getent", "libc-bin"),
     ("iperf3", "iperf3"),

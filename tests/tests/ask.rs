@@ -440,10 +440,22 @@ fn answer_to_a_request_that_is_gone_or_changed_is_refused() {
         let id = world.first_pending_id();
         let stale = world.try_vnetctl(&["approve", &id, "--etag", "0000"]);
         assert_eq!(stale.code, 1, "{stale:?}");
-        world.vnetctl(&["deny", &id]);
+        let short = world.try_vnetctl(&["approve", &id[..3]]);
+        assert_eq!(short.code, 1, "{short:?}");
+        assert!(short.stderr.contains("at least 4 characters"), "{short:?}");
+        world.vnetctl(&["deny", &id[..4]]);
         assert_eq!(run.wait().code, REFUSED);
-        let late = world.try_vnetctl(&["approve", &id]);
-        assert_eq!(late.code, 1, "{late:?}");
+        // Nothing else is answered in its place, whole or cut.
+        let next = world.run(&["--secure-mode"], &["curl", "-sS", "http://203.0.113.10:81/"]);
+        let other = world.first_pending_id();
+        assert_ne!(other, id);
+        for late in [&id[..], &id[..4]] {
+            let late = world.try_vnetctl(&["approve", late]);
+            assert_eq!(late.code, 1, "{late:?}");
+            assert!(late.stderr.contains("no longer open"), "{late:?}");
+        }
+        world.vnetctl(&["deny", &other]);
+        assert_eq!(next.wait().code, REFUSED);
         let unknown = world.try_vnetctl(&["approve", "zzzz"]);
         assert_eq!(unknown.code, 1, "{unknown:?}");
     });

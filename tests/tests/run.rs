@@ -624,6 +624,30 @@ fn sockets_of_the_system_cannot_be_reached() {
 }
 
 #[test]
+fn without_a_tun_device_a_veth_pair_does() {
+    staged(without_a_tun_device_a_veth_pair_does, |world| {
+        let server = http(world.internet(), "203.0.113.10:80");
+        let mut command = world.program("sh");
+        command
+            .args(["-c", "mount --bind /dev/null /dev/net/tun && exec \"$0\" \"$@\""])
+            .arg(vnet_tests::binaries::binary("vnetctl"))
+            .args(["run", "--allow", "tcp 203.0.113.10:80", "--", "sh", "-c"])
+            .arg("curl -sS http://203.0.113.10/bytes/3000000 | wc -c");
+        // The mask is to end with it.
+        let mut apart = world.program("unshare");
+        apart
+            .arg("--mount")
+            .arg(command.get_program())
+            .args(command.get_args());
+        let ended = Running::start(apart).wait();
+        assert_eq!(ended.code, 0, "{ended:?}");
+        assert!(ended.stdout.ends_with("3000000\n"), "{ended:?}");
+        assert_eq!(server.requests(), 1);
+        world.is_clean();
+    });
+}
+
+#[test]
 fn ordinary_user_needs_nobodys_permission() {
     if !as_ordinary_user(&ordinary_user_needs_nobodys_permission) {
         return;

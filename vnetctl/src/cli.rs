@@ -23,7 +23,7 @@ use crate::cmd::up::UpArgs;
 use crate::cmd::vm::VmCommand;
 use crate::cmd::{Context, demo, run, up};
 use crate::failure::{EXIT_RUN_FAILED, EXIT_USAGE, Failure};
-use crate::output::{Format, Output};
+use crate::output::{self, Format, Output};
 
 /// A network for VMs and commands that asks before it lets anything out
 #[derive(Debug, Parser)]
@@ -135,7 +135,7 @@ pub fn main(arguments: Vec<OsString>) -> u8 {
         Ok(code) => code,
         Err(failure) => {
             if let Some(message) = failure.message() {
-                eprintln!("{message}");
+                output::say(message);
             }
             failure.exit_code()
         }

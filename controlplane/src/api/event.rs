@@ -55,6 +55,9 @@ impl EventService for Api {
             vms: selector(request.vms)?,
             kinds: kinds(request.kinds)?,
         };
+        if request.page_token.is_empty() {
+            self.hub.bring_history_up_to_date();
+        }
         let size = match request.page_size as usize {
             0 => PAGE_DEFAULT,
             size => size.min(PAGE_MAX),
@@ -136,8 +139,7 @@ fn past(
             if reached == last && expected <= last {
                 events.push(gap(last + 1 - expected));
             }
-            let items = hub
-                .filter_events(&filter, events)
+            let items = join_gaps(hub.filter_events(&filter, events))
                 .into_iter()
                 .map(Ok::<_, Status>);
             let items: Vec<Result<v1::Event, Status>> = items.collect();
@@ -145,6 +147,18 @@ fn past(
         }
     });
     chunks.try_flatten()
+}
+
+/// Makes one of gaps with nothing between them: what is kept of traffic has many holes.
+fn join_gaps(events: Vec<v1::Event>) -> Vec<v1::Event> {
+    let mut joined: Vec<v1::Event> = Vec::with_capacity(events.len());
+    for event in events {
+        match joined.last_mut() {
+            Some(last) if last.missed > 0 && event.missed > 0 => *last = gap(last.missed + event.missed),
+            _ => joined.push(event),
+        }
+    }
+    joined
 }
 
 fn gap(missed: u64) -> v1::Event {
@@ -163,4 +177,21 @@ fn kinds(kinds: Vec<i32>) -> Result<Vec<i32>, Refusal> {
         }
     }
     Ok(kinds)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn gaps_with_nothing_between_them_are_one() {
+        let event = |sequence| v1::Event {
+            sequence,
+            ..Default::default()
+        };
+        let joined = join_gaps(vec![gap(2), gap(3), event(6), gap(1), event(8), gap(4)]);
+        let read: Vec<(u64, u64)> = joined.iter().map(|e| (e.sequence, e.missed)).collect();
+        assert_eq!(read, [(0, 5), (6, 0), (0, 1), (8, 0), (0, 4)]);
+        assert!(joined[0].text.starts_with("5 events"));
+    }
 }

@@ -8,7 +8,7 @@ use vnet_proto::model::{Reason, Subject, Target};
 #[cfg(doc)]
 use crate::approval::{HELD_PER_VM_MAX, OPEN_MAX, OPEN_PER_VM_MAX, PendingTable};
 use crate::approval::{MissRef, PendingId, PendingState, Scope};
-use crate::grant::VmView;
+use crate::grant::{ID_PREFIX_MIN, VmView};
 
 /// A miss for which a person is to be asked.
 #[derive(Debug, Clone)]
@@ -88,7 +88,7 @@ pub enum MissEnd {
 pub enum Change {
     /// It was opened.
     Added(PendingId),
-    /// Its count, its held packets or its names changed.
+    /// Its count or its held packets changed. What it asks never does.
     Updated(PendingId),
     /// It is no longer open; its state says why.
     Removed(PendingId),
@@ -158,11 +158,26 @@ impl Changes {
 /// Why no request was found.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum FindError {
+    /// A prefix that is too short to mean one.
+    #[error(
+        "{0:?} is too short for the beginning of a pending request's id (expected at least {ID_PREFIX_MIN} \
+         characters); list them with: vnetctl pending list"
+    )]
+    Short(String),
+    /// Too many have come and gone to tell what a prefix was read off.
+    #[error(
+        "so many requests have come and gone today that the beginning of an id, as {0:?}, may mean another \
+         than the one that was shown; give the whole id"
+    )]
+    Forgotten(String),
     /// None has this id or prefix.
     #[error("no pending request has an id that begins with {0:?}; list them with: vnetctl pending list")]
     NotFound(String),
     /// Several have ids that begin so.
-    #[error("{count} pending requests have ids that begin with {prefix:?}; give more of the id")]
+    #[error(
+        "{count} pending requests, those that ended today included, have ids that begin with {prefix:?}; \
+         give the whole id"
+    )]
     Ambiguous {
         /// What was given.
         prefix: String,

@@ -98,7 +98,8 @@ pub struct HeldMiss {
     pub packets: u32,
 }
 
-/// A question to a person.
+/// A question to a person. Who asks, for what, under which guards, and so what an answer reaches, stays
+/// as it was when it was opened: what asks for anything else is another request, with another id.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Request {
     /// Its id.
@@ -107,8 +108,8 @@ pub struct Request {
     pub vm: VmView,
     /// What is asked for, as it was first asked.
     pub subject: Subject,
-    /// Names bound to the destination; the first is the one that the narrowest answer is about. Of a
-    /// lookup, its name.
+    /// Names bound to the destination when it was first asked; the first is the one that the narrowest
+    /// answer is about. Of a lookup, its name.
     pub names: Vec<Name>,
     /// Guards that the destination is under.
     pub guards: GuardSet,
@@ -138,7 +139,7 @@ pub struct Request {
 }
 
 impl Request {
-    /// Changes whenever what is asked does, and not when its count does.
+    /// Says what is asked, and whether it is still open; its count does not matter.
     pub fn etag(&self) -> String {
         let mut hash = Fnv::new();
         hash.text(&self.id.0);
@@ -149,6 +150,9 @@ impl Request {
         }
         for guard in self.guards.iter() {
             hash.text(&guard.to_string());
+        }
+        for scope in self.scopes() {
+            hash.text(&scope.to_string());
         }
         hash.text(&self.state.to_string());
         format!("{:016x}", hash.0)

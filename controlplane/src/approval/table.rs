@@ -1,16 +1,16 @@
 //! The table of pending requests: open, join, hold, answer, expire, cancel, decide again.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::time::{Duration, SystemTime};
 
-use vnet_proto::model::{GuardSet, Name, Protocol, Reason, Subject, Target};
+use vnet_proto::model::{GuardSet, Name, Protocol, Reason, Subject, Target, VmId};
 
 use crate::approval::{
     Answer, AnswerError, Answered, Ask, AskOutcome, Change, Changes, FindError, HeldMiss, Limit, MissEnd,
     MissRef, PendingId, PendingState, Released, Request, Scope, scope,
 };
-use crate::grant::{GrantId, VmInstance, VmView};
+use crate::grant::{GrantId, ID_PREFIX_MIN, VmInstance, VmView};
 
 /// How long a request lives unanswered.
 pub const LIFE: Duration = Duration::from_secs(600);
@@ -26,12 +26,20 @@ pub const NAMES_PER_REQUEST_MAX: usize = 16;
 pub const HOLD_GRACE: Duration = Duration::from_secs(2);
 /// Requests kept after their end.
 pub const RECENT_MAX: usize = 1_024;
+/// Ids kept of requests that ended.
+pub const RETIRED_MAX: usize = 65_536;
+/// How long the beginning of a request's id stands for no other request after its end.
+pub const RETIRED_FOR: Duration = Duration::from_secs(24 * 3600);
 
 /// All pending requests: those open, and the last that ended.
 #[derive(Debug, Default)]
 pub struct PendingTable {
     open: BTreeMap<PendingId, Request>,
     recent: VecDeque<Request>,
+    /// Ids of those that ended within [`RETIRED_FOR`], oldest first.
+    retired: VecDeque<(SystemTime, PendingId)>,
+    /// Until then ids are unknown that ended within [`RETIRED_FOR`], for want of room.
+    forgotten_until: Option<SystemTime>,
     by_question: HashMap<Question, PendingId>,
     by_miss: HashMap<MissRef, PendingId>,
     vms: HashMap<VmInstance, VmCounts>,
@@ -130,13 +138,15 @@ impl PendingTable {
         Changes::of(Change::Updated(id))
     }
 
-    /// A VM's link is gone for good: its requests are cancelled.
+    /// A VM's link is gone for good: its requests are cancelled. Nothing is released: what they held went
+    /// with the VM, and to decide it again would be to ask for a VM that is not there.
     pub fn vm_stopped(&mut self, now: SystemTime, instance: &VmInstance) -> Changes {
         let of_vm = self.open.values().filter(|r| r.vm.instance == *instance);
         let ids: Vec<PendingId> = of_vm.map(|r| r.id.clone()).collect();
         let mut changes = Changes::default();
         for id in ids {
-            changes.append(self.close(now, &id, PendingState::Cancelled, None));
+            let closed = self.close(now, &id, PendingState::Cancelled, None);
+            changes.changes.extend(closed.changes);
         }
         self.vms.remove(instance);
         changes
@@ -290,40 +300,51 @@ impl PendingTable {
             .or_else(|| self.recent.iter().rev().find(|r| r.id == *id))
     }
 
-    /// One by its id or a prefix of it that fits it only; open ones come before those that ended.
+    /// One by its id, or by a prefix of it that fits no other, open or ended within [`RETIRED_FOR`]. So
+    /// what a person read off a screen never answers a question that took the place of that one since.
     ///
     /// # Errors
     /// [`FindError`].
-    pub fn find(&self, prefix: &str) -> Result<&Request, FindError> {
+    pub fn find(&self, now: SystemTime, prefix: &str) -> Result<&Request, FindError> {
         let exact = PendingId(prefix.to_owned());
         if let Some(request) = self.get(&exact) {
             return Ok(request);
         }
-        let open = self
-            .open
-            .range(exact..)
-            .map(|(_, r)| r)
-            .take_while(|r| r.id.0.starts_with(prefix));
-        let open: Vec<&Request> = if prefix.is_empty() {
-            Vec::new()
-        } else {
-            open.collect()
-        };
-        let fitting = if open.is_empty() && !prefix.is_empty() {
-            self.recent
+        if prefix.len() < ID_PREFIX_MIN {
+            return Err(FindError::Short(prefix.to_owned()));
+        }
+        if self.forgotten_until.is_some_and(|until| now < until) {
+            return Err(FindError::Forgotten(prefix.to_owned()));
+        }
+        let open = self.open.range(exact..).map(|(id, _)| id);
+        let mut fitting = open.take_while(|id| id.0.starts_with(prefix)).chain(
+            self.retired
                 .iter()
-                .filter(|r| r.id.0.starts_with(prefix))
-                .collect()
-        } else {
-            open
-        };
-        match fitting.as_slice() {
-            [] => Err(FindError::NotFound(prefix.to_owned())),
-            [one] => Ok(one),
-            many => Err(FindError::Ambiguous {
+                .map(|(_, id)| id)
+                .filter(|id| id.0.starts_with(prefix)),
+        );
+        let not_found = || FindError::NotFound(prefix.to_owned());
+        let one = fitting.next().ok_or_else(not_found)?;
+        match fitting.count() {
+            0 => self.get(one).ok_or_else(not_found),
+            more => Err(FindError::Ambiguous {
                 prefix: prefix.to_owned(),
-                count: many.len(),
+                count: more + 1,
             }),
+        }
+    }
+
+    /// Remembers the id of a request that ended.
+    fn retire(&mut self, now: SystemTime, id: PendingId) {
+        self.retired.push_back((now, id));
+        let gone = |at: SystemTime| at.checked_add(RETIRED_FOR).unwrap_or(at);
+        while let Some((at, _)) = self.retired.front()
+            && (gone(*at) <= now || self.retired.len() > RETIRED_MAX)
+        {
+            if gone(*at) > now {
+                self.forgotten_until = Some(gone(*at));
+            }
+            self.retired.pop_front();
         }
     }
 
@@ -337,6 +358,11 @@ impl PendingTable {
     /// How many are open.
     pub fn open_count(&self) -> usize {
         self.open.len()
+    }
+
+    /// How many ids of ended requests are kept.
+    pub fn retired_count(&self) -> usize {
+        self.retired.len()
     }
 
     /// How many of an attachment's are open.
@@ -376,12 +402,6 @@ impl PendingTable {
         let Some(request) = self.open.get_mut(id) else {
             return;
         };
-        let (names, _) = evidence(&held.subject);
-        for name in names {
-            if request.names.len() < NAMES_PER_REQUEST_MAX && !request.names.contains(&name) {
-                request.names.push(name);
-            }
-        }
         let end = grace_end(&held);
         let life = now.checked_add(LIFE).unwrap_or(now);
         request.expires_at = request.expires_at.max(life).max(end);
@@ -447,6 +467,7 @@ impl PendingTable {
             self.recent.pop_front();
         }
         self.recent.push_back(request);
+        self.retire(now, id.clone());
         Changes {
             changes: vec![Change::Removed(id.clone())],
             released,
@@ -454,13 +475,15 @@ impl PendingTable {
     }
 }
 
-/// What makes two misses one question.
+/// What makes two misses one question. All that an answer reaches follows from it, so that what is
+/// asked under an id stays what was shown.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 enum Question {
     /// The name that the guest meant, on a port, whichever of its addresses was picked.
     NamedFlow(VmInstance, Protocol, Name, u16),
-    /// One address and port.
-    Flow(VmInstance, Protocol, IpAddr, u16),
+    /// One address and port, what is dialled for it, the guards that it is under, and the guest that has
+    /// it.
+    Flow(VmInstance, Protocol, SocketAddr, IpAddr, GuardSet, Option<VmId>),
     /// A name, whatever the record type: the A/AAAA pair is one question.
     Lookup(VmInstance, Name),
 }
@@ -476,7 +499,7 @@ impl Question {
                     Some(name) if flow.guards.is_empty() && protocol.has_ports() => {
                         Self::NamedFlow(instance, protocol, name.clone(), peer.port())
                     }
-                    _ => Self::Flow(instance, protocol, peer.ip(), peer.port()),
+                    _ => Self::Flow(instance, protocol, peer, flow.dialled, flow.guards, flow.peer_vm),
                 }
             }
         }

@@ -4,7 +4,9 @@ use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::time::{Duration, SystemTime};
 
-use vnet_proto::model::{FlowKey, FlowSubject, Guard, LookupSubject, MissId, Protocol, Reason, Subject};
+use vnet_proto::model::{
+    FlowKey, FlowSubject, Guard, LookupSubject, MissId, Protocol, Reason, Subject, VmId,
+};
 
 use super::*;
 use crate::grant::{GrantId, VmInstance, VmView};
@@ -225,13 +227,129 @@ fn an_etag_changes_with_what_is_asked_and_not_with_its_count() {
     let shown = desk.get("p1").etag();
     desk.ask(1, 2, tcp("1.2.3.4:443", &["a.test"]));
     assert_eq!(desk.get("p1").etag(), shown);
-    desk.ask(2, 3, tcp("1.2.3.4:443", &["a.test", "b.test"]));
-    assert_ne!(desk.get("p1").etag(), shown);
+    desk.ask(2, 3, tcp("1.2.3.4:80", &["a.test"]));
+    let other = desk.get("p3").etag();
     let id = PendingId("p1".into());
-    let old = desk.table.quote(&id, Some(&shown), None, false);
+    let old = desk.table.quote(&id, Some(&other), None, false);
     assert_eq!(old, Err(AnswerError::Changed { id: id.clone() }));
-    let new = desk.get("p1").etag();
-    assert!(desk.table.quote(&id, Some(&new), None, false).is_ok());
+    assert!(desk.table.quote(&id, Some(&shown), None, false).is_ok());
+    desk.approve(3, "p1", None).unwrap();
+    assert_ne!(desk.get("p1").etag(), shown, "it is no longer open");
+}
+
+#[test]
+fn what_is_asked_under_an_id_never_changes() {
+    let mut desk = Desk::default();
+    desk.ask(0, 1, tcp("1.2.3.4:443", &["a.test"]));
+    desk.ask(0, 2, tcp("1.2.3.4:80", &[]));
+    let shown = |desk: &Desk, id: &str| {
+        let request = desk.get(id);
+        let targets: Vec<_> = request.scopes().into_iter().map(|s| desk.quote(id, s)).collect();
+        (request.names.clone(), request.guards, request.etag(), targets)
+    };
+    let before = [shown(&desk, "p1"), shown(&desk, "p2")];
+
+    // Other names for the same, and other addresses of the same name, join and change nothing.
+    assert_eq!(
+        desk.ask(1, 3, tcp("1.2.3.4:443", &["a.test", "b.test"])),
+        joined(1)
+    );
+    assert_eq!(
+        desk.ask(1, 4, tcp("9.9.9.9:443", &["a.test", "c.test"])),
+        joined(1)
+    );
+    // What an answer would reach further for asks by itself: a name, a guard, an address that is dialled.
+    assert_eq!(desk.ask(1, 5, tcp("1.2.3.4:80", &["a.test"])), opened(5));
+    assert_eq!(desk.ask(1, 6, guarded("1.2.3.4:80", &[])), opened(6));
+    let alias = |peer_vm| match tcp("1.2.3.4:80", &[]) {
+        Subject::Flow(flow) => Subject::Flow(FlowSubject {
+            dialled: "127.0.0.1".parse().unwrap(),
+            peer_vm,
+            ..flow
+        }),
+        lookup => lookup,
+    };
+    assert_eq!(desk.ask(1, 7, alias(None)), opened(7));
+    // The same address, which another guest has by now.
+    assert_eq!(desk.ask(1, 8, alias(Some(VmId(2)))), opened(8));
+    assert_eq!(desk.ask(1, 9, alias(Some(VmId(3)))), opened(9));
+
+    assert_eq!([shown(&desk, "p1"), shown(&desk, "p2")], before);
+}
+
+#[test]
+fn the_beginning_of_an_id_never_means_a_request_that_came_later() {
+    let mut desk = Desk::default();
+    let ask = |desk: &mut Desk, now, id: &str, number: u64, port: u64| {
+        let vm = vm("web");
+        let ask = Ask {
+            id: PendingId(id.into()),
+            vm: &vm,
+            subject: tcp(&format!("1.2.3.4:{port}"), &[]),
+            reason: Reason::new("default", "deny", ""),
+            miss: miss(number),
+            hold: HOLD,
+            packets: 1,
+        };
+        desk.table.ask(at(now), ask);
+    };
+    ask(&mut desk, 0, "bpvh846r", 1, 80);
+    let found = |desk: &Desk, now, prefix: &str| desk.table.find(at(now), prefix).map(|r| r.id.0.clone());
+    assert_eq!(found(&desk, 0, "bpvh").unwrap(), "bpvh846r");
+    // The guest gives up, and asks for something else whose id begins alike.
+    desk.table.miss_ended(at(1), miss(1), MissEnd::GuestGaveUp);
+    ask(&mut desk, 2, "bpvh0000", 2, 22);
+    let ambiguous = FindError::Ambiguous {
+        prefix: "bpvh".to_owned(),
+        count: 2,
+    };
+    assert_eq!(found(&desk, 3, "bpvh"), Err(ambiguous));
+    assert_eq!(
+        found(&desk, 3, "bpvh8").unwrap(),
+        "bpvh846r",
+        "to say that it ended"
+    );
+    assert_eq!(found(&desk, 3, "bpvh0000").unwrap(), "bpvh0000");
+    // A day later nobody has it in mind.
+    desk.table.miss_ended(at(4), miss(2), MissEnd::GuestGaveUp);
+    let day = RETIRED_FOR.as_secs() + 4;
+    ask(&mut desk, day, "cccc0000", 3, 22);
+    desk.table.miss_ended(at(day), miss(3), MissEnd::GuestGaveUp);
+    ask(&mut desk, day, "bpvh1111", 4, 22);
+    assert_eq!(found(&desk, day, "bpvh").unwrap(), "bpvh1111");
+}
+
+#[test]
+fn beginnings_of_ids_are_not_taken_once_some_are_forgotten() {
+    let mut desk = Desk::default();
+    let mut opened = 0;
+    let mut open_one = |desk: &mut Desk, now| {
+        opened += 1;
+        desk.ask(now, opened, tcp("1.2.3.4:80", &[]));
+        desk.table.miss_ended(at(now), miss(opened), MissEnd::GuestGaveUp);
+        format!("p{opened}")
+    };
+    for _ in 0..RETIRED_MAX {
+        open_one(&mut desk, 0);
+    }
+    assert_eq!(desk.table.retired_count(), RETIRED_MAX);
+    assert!(desk.table.find(at(1), "p65536").is_ok());
+    assert!(matches!(
+        desk.table.find(at(1), "p6553"),
+        Err(FindError::Ambiguous { count: 8, .. })
+    ));
+    let last = open_one(&mut desk, 1);
+    assert_eq!(desk.table.retired_count(), RETIRED_MAX, "it stays bounded");
+    assert_eq!(
+        desk.table.find(at(1), "p6553").map(|_| ()),
+        Err(FindError::Forgotten("p6553".to_owned()))
+    );
+    assert_eq!(desk.table.find(at(1), &last).unwrap().id.0, last, "a whole id is");
+    assert!(
+        desk.table
+            .find(at(RETIRED_FOR.as_secs()), "p6553")
+            .is_err_and(|e| matches!(e, FindError::Ambiguous { .. }))
+    );
 }
 
 #[test]
@@ -386,6 +504,7 @@ fn a_vm_that_stops_takes_its_requests_along() {
     desk.ask_of(&vm("db"), 0, 3, tcp("1.2.3.4:443", &[]));
     let changes = desk.table.vm_stopped(at(1), &vm("web").instance);
     assert_eq!((changes.changes.len(), desk.table.open_count()), (2, 1));
+    assert_eq!(changes.released, [], "nobody is there to be answered");
     assert_eq!(desk.get("p1").state, PendingState::Cancelled);
     assert_eq!(desk.table.open_count_of(&vm("web").instance), 0);
 }
@@ -507,37 +626,36 @@ fn what_is_held_for_one_vm_is_capped() {
 #[test]
 fn names_of_a_request_are_capped() {
     let mut desk = Desk::default();
-    for number in 0..40 {
-        desk.ask(
-            0,
-            number,
-            tcp("1.2.3.4:443", &["a.test", format!("n{number}.test").as_str()]),
-        );
-    }
+    let names: Vec<String> = (0..40).map(|n| format!("n{n}.test")).collect();
+    let mut all = vec!["a.test"];
+    all.extend(names.iter().map(String::as_str));
+    desk.ask(0, 0, tcp("1.2.3.4:443", &all));
     assert_eq!(desk.get("p0").names.len(), NAMES_PER_REQUEST_MAX);
     assert_eq!(desk.get("p0").names[0].as_str(), "a.test");
 }
 
 #[test]
-fn ids_are_found_by_a_prefix_that_fits_one() {
+fn ids_are_found_whole_or_by_four_characters_that_fit_one() {
     let mut desk = Desk::default();
-    desk.ask(0, 10, tcp("1.2.3.4:443", &[]));
-    desk.ask(0, 12, tcp("1.2.3.4:80", &[]));
-    let found = |desk: &Desk, prefix: &str| desk.table.find(prefix).map(|r| r.id.0.clone());
-    assert_eq!(found(&desk, "p12").unwrap(), "p12");
+    desk.ask(0, 1000, tcp("1.2.3.4:443", &[]));
+    desk.ask(0, 1001, tcp("1.2.3.4:80", &[]));
+    desk.ask(0, 2, tcp("1.2.3.4:81", &[]));
+    let found = |desk: &Desk, prefix: &str| desk.table.find(at(1), prefix).map(|r| r.id.0.clone());
+    assert_eq!(found(&desk, "p1001").unwrap(), "p1001");
     let many = FindError::Ambiguous {
-        prefix: "p1".into(),
+        prefix: "p100".into(),
         count: 2,
     };
-    assert_eq!(found(&desk, "p1"), Err(many));
-    desk.approve(1, "p12", None).unwrap();
-    assert_eq!(found(&desk, "p1").unwrap(), "p10", "open ones come first");
+    assert_eq!(found(&desk, "p100"), Err(many));
+    assert_eq!(found(&desk, "p2").unwrap(), "p2", "a whole id, however short");
+    for short in ["", "p", "p10"] {
+        assert_eq!(found(&desk, short), Err(FindError::Short(short.into())));
+    }
+    assert_eq!(found(&desk, "xxxx"), Err(FindError::NotFound("xxxx".into())));
+    desk.approve(1, "p1001", None).unwrap();
     assert_eq!(
-        found(&desk, "p12").unwrap(),
-        "p12",
+        found(&desk, "p1001").unwrap(),
+        "p1001",
         "lately answered ones are found too"
     );
-    for none in ["", "x"] {
-        assert_eq!(found(&desk, none), Err(FindError::NotFound(none.into())));
-    }
 }

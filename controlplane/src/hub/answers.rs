@@ -75,7 +75,7 @@ impl Hub {
     /// # Errors
     /// [`Refusal`] if none, or several, have ids that begin so.
     pub fn pending_request(&self, prefix: &str) -> Result<v1::PendingRequest, Refusal> {
-        self.read(|state, _| Ok(convert::request(state.pending.find(prefix)?)))
+        self.read(|state, now| Ok(convert::request(state.pending.find(now.steady, prefix)?)))
     }
 
     /// Answers a request.
@@ -156,10 +156,10 @@ impl Hub {
 
 impl State {
     fn reply(&mut self, now: Now, reply: &Reply<'_>) -> Result<(v1::PendingRequest, v1::Grant), Refusal> {
-        let id = self.pending.find(reply.id)?.id.clone();
+        let found = self.pending.find(now.steady, reply.id)?;
+        let (id, asker) = (found.id.clone(), found.vm.clone());
         let etag = (!reply.etag.is_empty()).then_some(reply.etag);
         let target = self.pending.quote(&id, etag, reply.scope, reply.lookup_only)?;
-        let asker = self.pending.find(&id.0)?.vm.clone();
         let action = match reply.answer {
             Answer::Approve => GrantAction::Allow,
             Answer::Deny => GrantAction::Deny,
@@ -209,7 +209,7 @@ impl State {
         self.cut_disallowed(None, |vm| grant.reaches(&vm.view), "denied");
         self.take_up(now, answered.changes);
         self.decide_pending(now);
-        let request = convert::request(self.pending.find(&id.0)?);
+        let request = convert::request(self.pending.find(now.steady, &id.0)?);
         Ok((
             request,
             convert::grant(self.grants.get(&grant_id).unwrap_or(&grant)),

@@ -490,6 +490,9 @@ impl State {
             return;
         };
         self.instance_stopped(now, &instance);
+        for event in self.repeats.end_of(&name) {
+            self.event(now, event);
+        }
         self.publish_vm(v1::VmChange::Removed, &name);
         self.fleet.vms.remove(&name);
         self.event(

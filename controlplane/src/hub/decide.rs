@@ -6,6 +6,7 @@ use vnet_proto::model::{
 use vnet_proto::v1;
 
 use super::events::{about, on_subject};
+use super::repeats::Key;
 use super::{State, ids};
 use crate::approval::{Ask, AskOutcome, MissRef, PendingId, Released};
 use crate::clock::Now;
@@ -88,14 +89,16 @@ impl State {
         }
     }
 
-    /// A miss that no request holds any more.
+    /// A miss that no request holds any more. Of a VM whose dataplane is lost none can be answered, so
+    /// none is asked anew and none spends a grant: what it still holds when it comes back, it
+    /// announces again.
     pub(super) fn decide_released(&mut self, now: Now, released: Released) {
         let name = released.vm.name;
         let here = self
             .fleet
             .vms
             .get(&name)
-            .is_some_and(|vm| vm.view.instance == released.vm.instance);
+            .is_some_and(|vm| vm.view.instance == released.vm.instance && !vm.lost);
         if !here {
             return;
         }
@@ -155,6 +158,7 @@ impl State {
     }
 
     fn ask(&mut self, now: Now, name: &str, miss: MissRef, subject: Subject, packets: u32, reason: Reason) {
+        self.last_request = self.last_request.wrapping_add(1);
         let Some(vm) = self.fleet.vms.get(name) else {
             return;
         };
@@ -164,7 +168,7 @@ impl State {
             Subject::Lookup(_) => timeout.min(vm.lookup_hold),
         };
         let ask = Ask {
-            id: PendingId(ids::random()),
+            id: PendingId(ids::spread(self.last_request)),
             vm: &vm.view,
             subject: subject.clone(),
             reason,
@@ -199,7 +203,8 @@ impl State {
                 self.metrics.pending_refused.add(1);
                 if count == 1 {
                     let event = about(v1::EventKind::LimitReached, name, reason.text.clone());
-                    self.event(now, on_subject(event, &subject));
+                    let event = on_subject(event, &subject);
+                    self.repeated_event(now, Key::limit(&reason.text), 1, event);
                 }
                 // For this miss alone: there may be room for the next.
                 self.decided(now, name, &subject, Outcome::Deny, &reason, 1, false, false);
@@ -255,16 +260,14 @@ impl State {
             tracing::debug!(target: "flow", vm = name, reason = %reason, cached, "denied");
         }
         let event = on_subject(about(kind, name, reason.text.clone()), subject);
-        self.event(
-            now,
-            v1::Event {
-                action: convert::action(outcome).into(),
-                reason: Some(reason.into()),
-                count: if count > 1 { count } else { 0 },
-                would_deny,
-                ..event
-            },
-        );
+        let event = v1::Event {
+            action: convert::action(outcome).into(),
+            reason: Some(reason.into()),
+            would_deny,
+            ..event
+        };
+        let key = Key::decided(kind, subject, reason, would_deny);
+        self.repeated_event(now, key, count, event);
     }
 
     fn use_grant(&mut self, now: Now, id: &GrantId, what: Use) {

@@ -82,6 +82,11 @@ impl Hub {
         })
     }
 
+    /// Leaves to the history what was only counted so far: somebody is about to read it.
+    pub fn bring_history_up_to_date(&self) {
+        self.read(super::State::tell_repeats);
+    }
+
     /// The events of a list that a filter lets through; gaps always are.
     pub fn filter_events(&self, filter: &EventFilter, events: Vec<v1::Event>) -> Vec<v1::Event> {
         let gap = i32::from(v1::EventKind::Gap);

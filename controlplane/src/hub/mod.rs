@@ -9,7 +9,7 @@
 //! - `traffic`: what dataplanes report of flows, lookups and bindings.
 //! - `change`: what can alter a decision: the epoch, revocations, cuts.
 //! - `answers`, `policies`, `vms`, `commands`: what people and programs do.
-//! - `events`: what happened.
+//! - `events`: what happened; `repeats`: what happens again and again.
 
 mod answers;
 mod attach;
@@ -19,6 +19,7 @@ mod decide;
 mod events;
 mod ids;
 mod policies;
+mod repeats;
 mod traffic;
 mod vms;
 
@@ -55,6 +56,7 @@ pub use vms::VmUpdate;
 use change::Change;
 use events::EventLog;
 use policies::NamedPolicy;
+use repeats::Repeats;
 
 /// How long a cached allow holds without a heartbeat.
 pub const LEASE: Duration = Duration::from_secs(60);
@@ -95,10 +97,13 @@ struct State {
     last_session: u64,
     last_dataplane: u64,
     last_flow: u64,
+    /// Begins anywhere, so that another start gives other ids.
+    last_request: u64,
     /// Grants for once that are spent, so that the flow each let through is not cut for want of it.
     spent: VecDeque<GrantId>,
     request_ids: VecDeque<(String, v1::Grant)>,
     events: EventLog,
+    repeats: Repeats,
     pending_watches: Watchers<Option<VmSelector>, v1::WatchPendingResponse>,
     vm_watches: Watchers<Option<VmSelector>, v1::WatchVmsResponse>,
     flow_watches: Watchers<Option<VmSelector>, v1::WatchFlowsResponse>,
@@ -120,8 +125,8 @@ impl Hub {
         secure_mode: bool,
     ) -> Result<Self, Refusal> {
         let now = clock.now();
-        let incarnation =
-            getrandom::u64().map_err(|e| Refusal::Unavailable(format!("no randomness: {e}")))?;
+        let randomness = || getrandom::u64().map_err(|e| Refusal::Unavailable(format!("no randomness: {e}")));
+        let incarnation = randomness()?;
         let watches = || (WATCH_QUEUE_MAX, WATCHES_MAX);
         let mut state = State {
             epoch: Epoch::first(incarnation),
@@ -137,9 +142,11 @@ impl Hub {
             last_session: 0,
             last_dataplane: 0,
             last_flow: 0,
+            last_request: randomness()?,
             spent: VecDeque::new(),
             request_ids: VecDeque::new(),
             events: EventLog::new(last_sequence, watches().0, watches().1),
+            repeats: Repeats::default(),
             pending_watches: Watchers::new(watches().0, watches().1),
             vm_watches: Watchers::new(watches().0, watches().1),
             flow_watches: Watchers::new(watches().0, watches().1),
@@ -177,7 +184,8 @@ impl Hub {
 
     /// Ends every watch and session: the controlplane ends.
     pub fn close(&self) {
-        self.with(|state, _| {
+        self.with(|state, now| {
+            state.tell_repeats(now);
             state.events.watchers.close();
             state.pending_watches.close();
             state.vm_watches.close();
@@ -286,6 +294,9 @@ impl State {
         for number in lost {
             self.remove_dataplane(now, number);
         }
+        for event in self.repeats.due(now.steady) {
+            self.event(now, event);
+        }
         for vm in self.fleet.vms.values_mut() {
             vm.bindings.retain(|_, binding| binding.expires_at > now.steady);
         }
@@ -365,6 +376,21 @@ impl State {
 
     fn event(&mut self, now: Now, event: v1::Event) {
         self.events.publish(now, &self.fleet, &self.metrics, event);
+    }
+
+    /// Makes an event of what a guest brings about, unless it only adds to the count of one like it.
+    fn repeated_event(&mut self, now: Now, key: repeats::Key, count: u64, event: v1::Event) {
+        match self.repeats.note(now.steady, key, count, event) {
+            Some(event) => self.event(now, event),
+            None => self.metrics.events_counted.add(count),
+        }
+    }
+
+    /// Makes events of what was only counted so far.
+    fn tell_repeats(&mut self, now: Now) {
+        for event in self.repeats.so_far() {
+            self.event(now, event);
+        }
     }
 }
 

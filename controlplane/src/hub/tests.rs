@@ -1,6 +1,6 @@
 use std::time::Duration;
 
-use vnet_proto::model::{Epoch, MissId, Mode, Target, VmSelector};
+use vnet_proto::model::{Epoch, MissId, Mode, Subject, Target, VmSelector};
 use vnet_proto::v1;
 use vnet_proto::v1::session_request::Message;
 use vnet_proto::v1::session_response::Message as Told;
@@ -513,6 +513,67 @@ fn a_lost_dataplanes_vms_go_after_the_grace_and_until_vm_stops_with_them() {
 }
 
 #[test]
+fn nothing_is_asked_anew_for_a_vm_that_is_gone() {
+    let gone: [fn(&Rig, &FakeDataplane); 4] = [
+        // Its run was killed: its dataplane ends in order,
+        |_, dp| dp.say(Message::VmDown(v1::VmDown { vm: 1 })),
+        // or with it.
+        |rig, dp| {
+            dp.lose();
+            rig.pass(LOST_GRACE);
+        },
+        // Another run took its name.
+        |rig, dp| {
+            dp.lose();
+            rig.dataplane_with(hello(2, vec![vm_up(1, "web")]));
+        },
+        // Its dataplane came back without it.
+        |rig, dp| {
+            dp.lose();
+            rig.dataplane_with(hello(1, vec![]));
+        },
+    ];
+    for (case, gone) in gone.into_iter().enumerate() {
+        let rig = Rig::secure();
+        let mut dp = rig.dataplane("web");
+        let (mut watch, _) = rig.hub.watch_events(EventFilter::default()).unwrap();
+        let (_, id) = dp.held(flow(WEB, &[]));
+        dp.held(lookup("example.com", 1));
+        gone(&rig, &dp);
+        assert_eq!(rig.hub.pending(None), [], "case {case}");
+        let state = rig.hub.pending_request(&id).unwrap().state;
+        assert_eq!(state, v1::PendingState::Cancelled as i32, "case {case}");
+        let opened = std::iter::from_fn(|| watch.try_next())
+            .filter(|next| matches!(next, Next::Change(e) if e.kind() == v1::EventKind::PendingOpened))
+            .count();
+        assert_eq!(opened, 2, "case {case}: none is opened again");
+    }
+}
+
+#[test]
+fn an_answer_for_a_lost_vm_waits_for_it_and_spends_nothing() {
+    let rig = Rig::secure();
+    let mut dp = rig.dataplane("web");
+    let (miss, id) = dp.held(flow(WEB, &[]));
+    dp.lose();
+    let once = Reply {
+        lifetime: Some(Lifetime::Once),
+        ..reply(&id, Answer::Approve)
+    };
+    rig.hub.reply(&once).unwrap();
+    assert_eq!(rig.hub.pending(None), []);
+    assert_eq!(rig.hub.grants("").unwrap().len(), 1, "nobody used it yet");
+    // It comes back, and says again what it holds.
+    let mut dp = rig.dataplane("web");
+    dp.announce(miss, 1, flow(WEB, &[]));
+    let verdict = verdicts(&dp.told()).remove(0);
+    assert_eq!(
+        (verdict.miss_id, verdict.action, verdict.once),
+        (miss.0, ALLOW, true)
+    );
+}
+
+#[test]
 fn a_newer_session_of_the_same_dataplane_takes_over() {
     let rig = Rig::open();
     let old = rig.dataplane("web");
@@ -694,8 +755,18 @@ fn a_slow_watcher_gets_a_gap_and_the_hub_does_not_wait() {
     let misses = WATCH_QUEUE_MAX + 10;
     rig.apply("defaultAction: deny\n");
     dp.told();
-    for _ in 0..misses {
-        assert_eq!(dp.verdict(flow(WEB, &[])).action, DENY);
+    for n in 0..misses {
+        let reset = v1::FlowOpened {
+            flow_id: n as u64 + 1,
+            vm: 1,
+            subject: match flow(WEB, &[]) {
+                Subject::Flow(flow) => Some((&flow).into()),
+                Subject::Lookup(_) => None,
+            },
+            ..Default::default()
+        };
+        dp.say(Message::FlowOpened(reset));
+        dp.told();
     }
     let mut seen = 0;
     let missed = loop {
@@ -706,6 +777,48 @@ fn a_slow_watcher_gets_a_gap_and_the_hub_does_not_wait() {
         }
     };
     assert_eq!((seen, missed), (WATCH_QUEUE_MAX, 11), "one event is the policy's");
+}
+
+#[tokio::test]
+async fn a_guest_that_is_denied_again_and_again_makes_few_events_and_hides_none() {
+    let rig = Rig::open();
+    let mut dp = rig.dataplane("web");
+    rig.apply("defaultAction: deny\n");
+    dp.told();
+    let (made, ..) = rig
+        .hub
+        .create_grant(grant(
+            GrantAction::Allow,
+            "tcp 192.0.2.9:1",
+            None,
+            Lifetime::Forever,
+        ))
+        .unwrap();
+    let attempts = 2 * repeats::KEYS_PER_VM_MAX;
+    for n in 0..attempts {
+        for _ in 0..3 {
+            let to = format!("10.0.{}.{}:80", n / 256, n % 256);
+            assert_eq!(dp.verdict(flow(&to, &[])).action, DENY);
+        }
+        dp.told();
+    }
+    assert_eq!(dp.verdict(lookup("example.com", 1)).action, ALLOW);
+    rig.hub.bring_history_up_to_date();
+    let all = crate::store::EventQuery {
+        limit: 100_000,
+        ..Default::default()
+    };
+    let events = rig.hub.writer().events(all).await.unwrap();
+    let of = |kind: v1::EventKind| events.iter().filter(move |e| e.kind() == kind);
+    let denied: Vec<_> = of(v1::EventKind::FlowDenied).collect();
+    // Of each that has room: the first, and the two that followed; and twice for all others.
+    assert_eq!(denied.len(), 2 * (repeats::KEYS_PER_VM_MAX + 1));
+    let counted: u64 = denied.iter().map(|e| e.count.max(1)).sum();
+    assert_eq!(counted, 3 * attempts as u64, "none is lost");
+    assert_eq!(of(v1::EventKind::DnsAllowed).count(), 1);
+    assert!(of(v1::EventKind::GrantCreated).any(|e| e.subject == made.id));
+    let told = denied.len() as u64;
+    assert_eq!(rig.metrics.events_counted.get(), 3 * attempts as u64 - told / 2);
 }
 
 #[test]

@@ -8,10 +8,12 @@ use vnet_proto::model::{
 use vnet_proto::v1;
 
 use super::events::{about, on_subject};
+use super::repeats::Key;
 use super::{Hub, State, ids, too_many_watches};
 use crate::clock::Now;
 use crate::convert;
 use crate::fleet::{Binding, DataplaneNo, FLOWS_PER_DATAPLANE_MAX, LiveFlow};
+use crate::grant::ID_PREFIX_MIN;
 use crate::policy::Outcome;
 use crate::refusal::Refusal;
 use crate::watch::Watch;
@@ -54,12 +56,21 @@ impl Hub {
     /// [`Refusal`] if no flow, or several, have ids that begin so.
     pub fn close_flow(&self, prefix: &str, actor: &str) -> Result<v1::Flow, Refusal> {
         self.read(|state, _| {
+            if prefix.len() < ID_PREFIX_MIN {
+                return Err(Refusal::field(
+                    "id",
+                    format!(
+                        "{prefix:?} is too short for the beginning of a flow's id (expected at least \
+                         {ID_PREFIX_MIN} characters); list them with: vnetctl flows list"
+                    ),
+                ));
+            }
             let mut fitting: Vec<(DataplaneNo, FlowId, &LiveFlow)> = state
                 .fleet
                 .dataplanes
                 .iter()
                 .flat_map(|(number, d)| d.flows.iter().map(|(id, flow)| (*number, *id, flow)))
-                .filter(|(_, _, flow)| !prefix.is_empty() && flow.id.starts_with(prefix))
+                .filter(|(_, _, flow)| flow.id.starts_with(prefix))
                 .collect();
             let (Some((number, id, flow)), true) = (fitting.pop(), fitting.is_empty()) else {
                 return Err(if fitting.is_empty() {
@@ -138,7 +149,8 @@ impl State {
             self.metrics.limits_reached.add(1);
             self.cut(None, number, vec![id], "the limit of live flows is reached");
             let text = format!("{FLOWS_PER_DATAPLANE_MAX} flows are live, which is the limit");
-            self.event(now, about(v1::EventKind::LimitReached, &name, text));
+            let key = Key::limit(&text);
+            self.repeated_event(now, key, 1, about(v1::EventKind::LimitReached, &name, text));
             return Ok(());
         }
         self.last_flow += 1;

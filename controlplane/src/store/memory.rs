@@ -1,11 +1,12 @@
 //! `memory:`: a store for throw-away runs, and the reference that SQLite is tested against.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::SystemTime;
 
 use vnet_proto::v1;
 
-use super::{EventQuery, HISTORY_EVENTS_MAX, Snapshot, Store, StoreError, StoredGrant, StoredVm, Write};
+use super::retention::Census;
+use super::{Class, EventQuery, Snapshot, Store, StoreError, StoredGrant, StoredVm, Write};
 
 /// State and history that are gone with the process.
 #[derive(Debug, Default)]
@@ -13,7 +14,32 @@ pub struct MemoryStore {
     grants: BTreeMap<String, StoredGrant>,
     policies: BTreeMap<String, BTreeMap<u64, v1::Policy>>,
     vms: BTreeMap<String, StoredVm>,
-    events: VecDeque<v1::Event>,
+    events: BTreeMap<u64, v1::Event>,
+    by_class: BTreeMap<Class, BTreeSet<u64>>,
+    /// Of the traffic.
+    by_vm: BTreeMap<String, BTreeSet<u64>>,
+    census: Census,
+}
+
+impl MemoryStore {
+    fn let_go(&mut self, sequence: u64) {
+        let Some(event) = self.events.remove(&sequence) else {
+            return;
+        };
+        let class = Class::of(&event);
+        if let Some(sequences) = self.by_class.get_mut(&class) {
+            sequences.remove(&sequence);
+        }
+        if class == Class::Traffic
+            && let Some(sequences) = self.by_vm.get_mut(&event.vm)
+        {
+            sequences.remove(&sequence);
+            if sequences.is_empty() {
+                self.by_vm.remove(&event.vm);
+            }
+        }
+        self.census.remove(class, &event.vm, 1);
+    }
 }
 
 impl Store for MemoryStore {
@@ -74,14 +100,32 @@ impl Store for MemoryStore {
             .collect())
     }
 
-    fn append_events(&mut self, events: &[v1::Event]) -> Result<(), StoreError> {
-        self.events.extend(events.iter().cloned());
-        let excess = self
-            .events
-            .len()
-            .saturating_sub(usize::try_from(HISTORY_EVENTS_MAX).unwrap_or(0));
-        self.events.drain(..excess);
-        Ok(())
+    fn append_events(&mut self, events: &[v1::Event]) -> Result<u64, StoreError> {
+        let mut gone = 0;
+        for event in events {
+            let (sequence, class) = (event.sequence, Class::of(event));
+            self.let_go(sequence);
+            self.events.insert(sequence, event.clone());
+            self.by_class.entry(class).or_default().insert(sequence);
+            self.census.add(class, &event.vm, 1);
+            if class == Class::Traffic {
+                let of_vm = self.by_vm.entry(event.vm.clone()).or_default();
+                of_vm.insert(sequence);
+                if self.census.excess_of_vm(&event.vm) > 0
+                    && let Some(oldest) = of_vm.first().copied()
+                {
+                    self.let_go(oldest);
+                    gone += 1;
+                }
+            }
+            if self.census.excess(class) > 0
+                && let Some(oldest) = self.by_class.get(&class).and_then(|s| s.first()).copied()
+            {
+                self.let_go(oldest);
+                gone += 1;
+            }
+        }
+        Ok(gone)
     }
 
     fn events(&mut self, query: &EventQuery) -> Result<Vec<v1::Event>, StoreError> {
@@ -93,7 +137,7 @@ impl Store for MemoryStore {
                 && query.start.is_none_or(|start| time.is_some_and(|t| t >= start))
                 && query.end.is_none_or(|end| time.is_some_and(|t| t < end))
         };
-        let fitting = self.events.iter().filter(fits);
+        let fitting = self.events.values().filter(fits);
         Ok(if query.oldest_first {
             fitting.take(query.limit).cloned().collect()
         } else {
@@ -102,6 +146,6 @@ impl Store for MemoryStore {
     }
 
     fn last_sequence(&mut self) -> Result<u64, StoreError> {
-        Ok(self.events.back().map_or(0, |event| event.sequence))
+        Ok(self.events.last_key_value().map_or(0, |(sequence, _)| *sequence))
     }
 }

@@ -6,6 +6,7 @@
 //! disk delays no decision. Deciding and remembering while running are the hub's.
 
 mod memory;
+mod retention;
 mod schema;
 mod sqlite;
 mod writer;
@@ -22,11 +23,11 @@ use std::time::SystemTime;
 use vnet_proto::v1;
 
 pub use memory::MemoryStore;
+pub use retention::{
+    Class, HISTORY_ACTS_MAX, HISTORY_PRESENCE_MAX, HISTORY_TRAFFIC_MAX, HISTORY_TRAFFIC_PER_VM_MAX,
+};
 pub use sqlite::SqliteStore;
 pub use writer::{Durable, Writer};
-
-/// Events kept in the history; older ones go.
-pub const HISTORY_EVENTS_MAX: u64 = 100_000;
 
 /// Where a store is.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -205,11 +206,12 @@ pub trait Store: Send + 'static {
     /// [`StoreError`].
     fn revisions(&mut self, name: &str, before: u64, limit: usize) -> Result<Vec<v1::Policy>, StoreError>;
 
-    /// Adds events, oldest first, and lets the oldest go beyond [`HISTORY_EVENTS_MAX`].
+    /// Adds events, oldest first, and lets the oldest of each part of the history go beyond its limit
+    /// ([`Class`]). Says how many went.
     ///
     /// # Errors
     /// [`StoreError`].
-    fn append_events(&mut self, events: &[v1::Event]) -> Result<(), StoreError>;
+    fn append_events(&mut self, events: &[v1::Event]) -> Result<u64, StoreError>;
 
     /// Events, in the query's order.
     ///

@@ -3,8 +3,36 @@
 //! `PRAGMA user_version` holds the version. A step is never changed once released: a newer version
 //! adds one.
 
+use prost::Message as _;
+use rusqlite::{Transaction, params};
+use vnet_proto::v1;
+
+use super::{Class, StoreError};
+
 /// Each step takes the schema from its index to the next version.
-pub(super) const MIGRATIONS: &[&str] = &["
+pub(super) const MIGRATIONS: &[Step] = &[
+    Step {
+        sql: FIRST,
+        then: None,
+    },
+    Step {
+        sql: CLASSES,
+        then: Some(sort_events),
+    },
+];
+
+/// The version that this program writes.
+pub(super) const VERSION: u32 = MIGRATIONS.len() as u32;
+
+/// One step: what SQL can do, then what it cannot. All of it happens, or nothing.
+pub(super) struct Step {
+    pub(super) sql: &'static str,
+    pub(super) then: Option<Then>,
+}
+
+type Then = fn(&Transaction<'_>) -> Result<(), StoreError>;
+
+const FIRST: &str = "
     CREATE TABLE grants (
         id        TEXT PRIMARY KEY,
         message   BLOB NOT NULL,             -- vnet.v1.Grant
@@ -29,7 +57,31 @@ pub(super) const MIGRATIONS: &[&str] = &["
         message  BLOB NOT NULL               -- vnet.v1.Event
     ) STRICT;
     CREATE INDEX events_by_kind ON events (kind, sequence);
-"];
+";
 
-/// The version that this program writes.
-pub(super) const VERSION: u32 = MIGRATIONS.len() as u32;
+const CLASSES: &str = "
+    ALTER TABLE events ADD COLUMN class INTEGER NOT NULL DEFAULT 2;  -- store::Class
+    ALTER TABLE events ADD COLUMN vm TEXT NOT NULL DEFAULT '';
+    CREATE INDEX events_by_class ON events (class, sequence);
+    CREATE INDEX events_by_vm ON events (class, vm, sequence);
+";
+
+/// Gives events of before the class and the VM that their messages say.
+fn sort_events(transaction: &Transaction<'_>) -> Result<(), StoreError> {
+    let mut read = transaction.prepare("SELECT sequence, message FROM events")?;
+    let mut sort = transaction.prepare("UPDATE events SET class = ?2, vm = ?3 WHERE sequence = ?1")?;
+    let mut rows = read.query([])?;
+    let mut events: Vec<(i64, Class, String)> = Vec::new();
+    while let Some(row) = rows.next()? {
+        let message = row.get_ref(1)?.as_blob().map_err(rusqlite::Error::from)?;
+        let event = v1::Event::decode(message).map_err(|source| StoreError::Damaged {
+            table: "events",
+            source,
+        })?;
+        events.push((row.get(0)?, Class::of(&event), event.vm));
+    }
+    for (sequence, class, vm) in events {
+        sort.execute(params![sequence, class as i64, vm])?;
+    }
+    Ok(())
+}

@@ -3,6 +3,7 @@
 //! The file is 0600 in a directory that only its user may enter. A lock beside it keeps a second
 //! controlplane out; it ends with the process, however that ends.
 
+use std::collections::BTreeSet;
 use std::fs::{self, OpenOptions};
 use std::os::unix::fs::{OpenOptionsExt as _, PermissionsExt as _};
 use std::path::{Path, PathBuf};
@@ -13,14 +14,17 @@ use prost::Message;
 use rusqlite::{Connection, OptionalExtension as _, params, params_from_iter, types::Value};
 use vnet_proto::v1;
 
+use super::retention::Census;
 use super::schema::{MIGRATIONS, VERSION};
-use super::{EventQuery, HISTORY_EVENTS_MAX, Snapshot, Store, StoreError, StoredGrant, StoredVm, Write};
+use super::{Class, EventQuery, Snapshot, Store, StoreError, StoredGrant, StoredVm, Write};
 use crate::paths;
 
 /// A SQLite file, and the lock on it.
 #[derive(Debug)]
 pub struct SqliteStore {
     connection: Connection,
+    /// `None`: to be taken anew.
+    census: Option<Census>,
     _lock: Flock<fs::File>,
 }
 
@@ -58,6 +62,7 @@ impl SqliteStore {
         migrate(&mut connection, &file)?;
         Ok(Self {
             connection,
+            census: None,
             _lock: lock,
         })
     }
@@ -178,28 +183,68 @@ impl Store for SqliteStore {
         Ok(found)
     }
 
-    fn append_events(&mut self, events: &[v1::Event]) -> Result<(), StoreError> {
+    fn append_events(&mut self, events: &[v1::Event]) -> Result<u64, StoreError> {
+        // Put back when all is done: what fails on the way is counted anew.
+        let mut census = match self.census.take() {
+            Some(census) => census,
+            None => take_census(&self.connection)?,
+        };
         let transaction = self.connection.transaction()?;
+        let mut gone = 0;
         {
             let mut insert = transaction.prepare_cached(
-                "INSERT OR REPLACE INTO events (sequence, time_us, kind, message) VALUES (?1, ?2, ?3, ?4)",
+                "INSERT INTO events (sequence, time_us, kind, message, class, vm) VALUES (?1, ?2, ?3, ?4, ?5, ?6)",
             )?;
+            let mut vms: BTreeSet<&str> = BTreeSet::new();
             for event in events {
                 let time = event.time.and_then(|t| SystemTime::try_from(t).ok());
                 let time = time.map_or(0, microseconds);
+                let class = Class::of(event);
                 insert.execute(params![
                     number(event.sequence),
                     time,
                     event.kind,
-                    event.encode_to_vec()
+                    event.encode_to_vec(),
+                    class as i64,
+                    event.vm
                 ])?;
+                census.add(class, &event.vm, 1);
+                if class == Class::Traffic {
+                    vms.insert(&event.vm);
+                }
+            }
+            let mut forget_of_vm = transaction.prepare_cached(
+                "DELETE FROM events WHERE sequence IN
+                 (SELECT sequence FROM events WHERE class = ?1 AND vm = ?2 ORDER BY sequence LIMIT ?3)",
+            )?;
+            for vm in vms {
+                let excess = census.excess_of_vm(vm);
+                if excess > 0 {
+                    let traffic = Class::Traffic;
+                    let forgotten = forget_of_vm.execute(params![traffic as i64, vm, number(excess)])?;
+                    census.remove(traffic, vm, forgotten as u64);
+                    gone += forgotten as u64;
+                }
+            }
+            let mut forget = transaction.prepare_cached(
+                "DELETE FROM events WHERE sequence IN
+                 (SELECT sequence FROM events WHERE class = ?1 ORDER BY sequence LIMIT ?2) RETURNING vm",
+            )?;
+            for class in Class::ALL {
+                let excess = census.excess(class);
+                if excess > 0 {
+                    let mut rows = forget.query(params![class as i64, number(excess)])?;
+                    while let Some(row) = rows.next()? {
+                        let vm = row.get_ref(0)?.as_str().map_err(rusqlite::Error::from)?;
+                        census.remove(class, vm, 1);
+                        gone += 1;
+                    }
+                }
             }
         }
-        let newest = events.last().map_or(0, |event| event.sequence);
-        transaction
-            .prepare_cached("DELETE FROM events WHERE sequence <= ?1")?
-            .execute([number(newest.saturating_sub(HISTORY_EVENTS_MAX))])?;
-        Ok(transaction.commit()?)
+        transaction.commit()?;
+        self.census = Some(census);
+        Ok(gone)
     }
 
     fn events(&mut self, query: &EventQuery) -> Result<Vec<v1::Event>, StoreError> {
@@ -249,6 +294,21 @@ impl Store for SqliteStore {
     }
 }
 
+fn take_census(connection: &Connection) -> Result<Census, StoreError> {
+    let mut census = Census::default();
+    let mut count = connection.prepare("SELECT class, vm, count(*) FROM events GROUP BY class, vm")?;
+    let mut rows = count.query([])?;
+    while let Some(row) = rows.next()? {
+        let class: i64 = row.get(0)?;
+        if let Some(class) = Class::ALL.into_iter().find(|c| *c as i64 == class) {
+            let vm = row.get_ref(1)?.as_str().map_err(rusqlite::Error::from)?;
+            let found: i64 = row.get(2)?;
+            census.add(class, vm, u64::try_from(found).unwrap_or(0));
+        }
+    }
+    Ok(census)
+}
+
 fn lock(file: &Path) -> Result<Flock<fs::File>, StoreError> {
     let mut name = file.as_os_str().to_owned();
     name.push(".lock");
@@ -282,7 +342,10 @@ fn migrate(connection: &mut Connection, file: &Path) -> Result<(), StoreError> {
     }
     for (version, step) in MIGRATIONS.iter().enumerate().skip(found as usize) {
         let transaction = connection.transaction()?;
-        transaction.execute_batch(step)?;
+        transaction.execute_batch(step.sql)?;
+        if let Some(then) = step.then {
+            then(&transaction)?;
+        }
         transaction.pragma_update(None, "user_version", version as u32 + 1)?;
         transaction.commit()?;
     }

@@ -199,35 +199,6 @@ fn changes_are_made_all_or_none() {
     assert_eq!(store.load().unwrap().grants, []);
 }
 
-#[test]
-fn history_keeps_the_newest_events() {
-    let dir = TempDir::new();
-    let stores: [Box<dyn Store>; 2] = [
-        Box::new(MemoryStore::default()),
-        Box::new(SqliteStore::open(&dir.path().join("s.db")).unwrap()),
-    ];
-    for mut store in stores {
-        let events: Vec<_> = (1..=HISTORY_EVENTS_MAX + 5)
-            .map(|n| event(n, v1::EventKind::FlowOpened))
-            .collect();
-        for chunk in events.chunks(50_000) {
-            store.append_events(chunk).unwrap();
-        }
-        let oldest = EventQuery {
-            before: 8,
-            limit: 100,
-            ..Default::default()
-        };
-        let kept: Vec<u64> = store
-            .events(&oldest)
-            .unwrap()
-            .iter()
-            .map(|e| e.sequence)
-            .collect();
-        assert_eq!(kept, [7, 6]);
-    }
-}
-
 #[tokio::test]
 async fn writer_answers_when_durable_and_reads_what_was_left() {
     let dir = TempDir::new();
@@ -272,4 +243,209 @@ fn locations_are_read_and_refused_by_name() {
     );
     assert!("sqlite:".parse::<Location>().is_err());
     assert!("postgres://x".parse::<Location>().is_err());
+}
+
+fn traffic(sequence: u64, vm: &str) -> v1::Event {
+    v1::Event {
+        vm: vm.to_owned(),
+        ..event(sequence, v1::EventKind::FlowDenied)
+    }
+}
+
+/// Both stores, with what keeps the second one's file.
+fn both(dir: &TempDir) -> [Box<dyn Store>; 2] {
+    [
+        Box::new(MemoryStore::default()),
+        Box::new(SqliteStore::open(&dir.path().join("s.db")).unwrap()),
+    ]
+}
+
+fn append(store: &mut dyn Store, events: &[v1::Event]) -> u64 {
+    events
+        .chunks(10_000)
+        .map(|chunk| store.append_events(chunk).unwrap())
+        .sum()
+}
+
+fn kept(store: &mut dyn Store, which: impl Fn(&v1::Event) -> bool) -> Vec<u64> {
+    let all = EventQuery {
+        limit: usize::MAX >> 1,
+        oldest_first: true,
+        ..Default::default()
+    };
+    let events = store.events(&all).unwrap();
+    events.iter().filter(|e| which(e)).map(|e| e.sequence).collect()
+}
+
+#[test]
+fn one_vm_pushes_out_neither_anothers_traffic_nor_what_people_did() {
+    for mut store in both(&TempDir::new()) {
+        let store = store.as_mut();
+        let answered = v1::Event {
+            action: v1::Action::Allow.into(),
+            vm: "flood".to_owned(),
+            ..event(3, v1::EventKind::PendingClosed)
+        };
+        let first = [
+            event(1, v1::EventKind::GrantCreated),
+            traffic(2, "quiet"),
+            answered,
+            event(4, v1::EventKind::VmAttached),
+        ];
+        assert_eq!(append(store, &first), 0);
+        let many = HISTORY_TRAFFIC_PER_VM_MAX + 1_000;
+        let flood: Vec<_> = (5..5 + many).map(|n| traffic(n, "flood")).collect();
+
+        assert_eq!(append(store, &flood), 1_000, "what goes is counted");
+
+        let flooded = kept(store, |e| {
+            e.vm == "flood" && e.kind() == v1::EventKind::FlowDenied
+        });
+        assert_eq!(flooded.len() as u64, HISTORY_TRAFFIC_PER_VM_MAX);
+        assert_eq!(flooded[0], 5 + 1_000, "the oldest go first");
+        assert_eq!(kept(store, |e| e.sequence <= 4), [1, 2, 3, 4]);
+        assert_eq!(store.last_sequence().unwrap(), 4 + many);
+    }
+}
+
+#[test]
+fn many_vms_together_push_out_the_oldest_traffic_and_no_act() {
+    for mut store in both(&TempDir::new()) {
+        let store = store.as_mut();
+        append(store, &[event(1, v1::EventKind::PolicyApplied)]);
+        let flood: Vec<_> = (2..HISTORY_TRAFFIC_MAX + 12)
+            .map(|n| traffic(n, &format!("vm{}", n % 10)))
+            .collect();
+
+        assert_eq!(append(store, &flood), 10);
+
+        let traffic = kept(store, |e| e.kind() == v1::EventKind::FlowDenied);
+        assert_eq!((traffic.len() as u64, traffic[0]), (HISTORY_TRAFFIC_MAX, 12));
+        assert_eq!(kept(store, |e| e.kind() == v1::EventKind::PolicyApplied), [1]);
+    }
+}
+
+#[test]
+fn acts_and_presence_have_limits_too() {
+    for mut store in both(&TempDir::new()) {
+        let store = store.as_mut();
+        let mut next = 0;
+        for (kind, limit) in [
+            (v1::EventKind::GrantEnded, HISTORY_ACTS_MAX),
+            (v1::EventKind::VmDetached, HISTORY_PRESENCE_MAX),
+        ] {
+            let events: Vec<_> = (0..limit + 3).map(|n| event(next + 1 + n, kind)).collect();
+            let first = next + 1;
+            next += limit + 3;
+            assert_eq!(append(store, &events), 3);
+            let left = kept(store, |e| e.kind() == kind);
+            assert_eq!((left.len() as u64, left[0]), (limit, first + 3));
+        }
+    }
+}
+
+#[test]
+fn what_is_kept_is_counted_anew_after_a_restart() {
+    let dir = TempDir::new();
+    let file = dir.path().join("s.db");
+    let half: Vec<_> = (1..=HISTORY_TRAFFIC_PER_VM_MAX)
+        .map(|n| traffic(n, "web"))
+        .collect();
+    append(&mut SqliteStore::open(&file).unwrap(), &half);
+    let mut store = SqliteStore::open(&file).unwrap();
+    let next = HISTORY_TRAFFIC_PER_VM_MAX + 1;
+    assert_eq!(append(&mut store, &[traffic(next, "web")]), 1);
+    assert_eq!(kept(&mut store, |_| true)[0], 2);
+}
+
+#[test]
+fn the_history_of_the_first_schema_is_sorted_when_it_is_opened() {
+    use prost::Message as _;
+    let dir = TempDir::new();
+    let file = dir.path().join("s.db");
+    let connection = rusqlite::Connection::open(&file).unwrap();
+    connection.execute_batch(schema::MIGRATIONS[0].sql).unwrap();
+    connection.pragma_update(None, "user_version", 1).unwrap();
+    let many = HISTORY_TRAFFIC_PER_VM_MAX + 10;
+    let old = (1..=many).map(|n| traffic(n, "web"));
+    connection.execute_batch("BEGIN").unwrap();
+    for event in old.chain([event(many + 1, v1::EventKind::GrantCreated)]) {
+        connection
+            .execute(
+                "INSERT INTO events (sequence, time_us, kind, message) VALUES (?1, 0, ?2, ?3)",
+                rusqlite::params![event.sequence as i64, event.kind, event.encode_to_vec()],
+            )
+            .unwrap();
+    }
+    connection.execute_batch("COMMIT").unwrap();
+    drop(connection);
+
+    let mut store = SqliteStore::open(&file).unwrap();
+    assert_eq!(append(&mut store, &[traffic(many + 2, "web")]), 11);
+    let grants = kept(&mut store, |e| e.kind() == v1::EventKind::GrantCreated);
+    assert_eq!(grants, [many + 1]);
+    assert_eq!(
+        kept(&mut store, |e| e.vm == "web").len() as u64,
+        HISTORY_TRAFFIC_PER_VM_MAX
+    );
+}
+
+/// A disk that writes no event until it is let.
+struct Stuck {
+    store: MemoryStore,
+    go: std::sync::mpsc::Receiver<()>,
+}
+
+impl Store for Stuck {
+    fn load(&mut self) -> Result<Snapshot, StoreError> {
+        self.store.load()
+    }
+    fn apply(&mut self, writes: &[Write]) -> Result<(), StoreError> {
+        self.store.apply(writes)
+    }
+    fn policy(&mut self, name: &str, revision: u64) -> Result<Option<v1::Policy>, StoreError> {
+        self.store.policy(name, revision)
+    }
+    fn revisions(&mut self, name: &str, before: u64, limit: usize) -> Result<Vec<v1::Policy>, StoreError> {
+        self.store.revisions(name, before, limit)
+    }
+    fn append_events(&mut self, events: &[v1::Event]) -> Result<u64, StoreError> {
+        // An error is that nobody holds it back any more.
+        let _ = self.go.recv();
+        self.store.append_events(events)
+    }
+    fn events(&mut self, query: &EventQuery) -> Result<Vec<v1::Event>, StoreError> {
+        self.store.events(query)
+    }
+    fn last_sequence(&mut self) -> Result<u64, StoreError> {
+        self.store.last_sequence()
+    }
+}
+
+#[tokio::test]
+async fn a_flood_of_traffic_leaves_room_in_the_queue_for_what_people_do() {
+    let (go, held_back) = std::sync::mpsc::channel();
+    let stuck = Stuck {
+        store: MemoryStore::default(),
+        go: held_back,
+    };
+    let metrics = std::sync::Arc::new(crate::metrics::Metrics::default());
+    let writer = Writer::start(Box::new(stuck), None, std::sync::Arc::clone(&metrics)).unwrap();
+    let flood = (writer::QUEUED_TRAFFIC_MAX + writer::EVENT_BATCH + 500) as u64;
+    for n in 1..=flood {
+        writer.event(traffic(n, "web"));
+    }
+    let lost = metrics.events_unrecorded.get();
+    assert!(lost >= 500, "{lost} lost");
+
+    writer.event(event(flood + 1, v1::EventKind::GrantCreated));
+    let saved = writer.write(vec![Write::PutGrant(Box::new(grant("g1")))]);
+    assert_eq!(metrics.events_unrecorded.get(), lost, "there is room for it");
+    drop(go);
+    saved.wait().await.unwrap();
+    let newest = EventQuery {
+        limit: 1,
+        ..Default::default()
+    };
+    assert_eq!(writer.events(newest).await.unwrap()[0].sequence, flood + 1);
 }

@@ -5,6 +5,7 @@
 //! written in batches, and lost (and counted) rather than waited for when the disk is too slow.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, TrySendError, sync_channel};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -12,15 +13,17 @@ use std::time::{Duration, Instant};
 use tokio::sync::oneshot;
 use vnet_proto::v1;
 
-use super::{EventQuery, Store, StoreError, Write};
+use super::{Class, EventQuery, Store, StoreError, Write};
 use crate::metrics::Metrics;
 
 /// Work that may wait for the thread.
 const QUEUE_MAX: usize = 65_536;
+/// Of that, events of what guests do: they never take the room of what is to be kept.
+pub(super) const QUEUED_TRAFFIC_MAX: usize = QUEUE_MAX / 2;
 /// Events are written at least this often.
 const EVENT_DELAY: Duration = Duration::from_millis(200);
 /// So many events are written at once.
-const EVENT_BATCH: usize = 1_000;
+pub(super) const EVENT_BATCH: usize = 1_000;
 
 /// Ends when the changes that it stands for are durable.
 #[derive(Debug)]
@@ -49,12 +52,14 @@ impl Durable {
 pub struct Writer {
     jobs: Option<SyncSender<Job>>,
     thread: Option<JoinHandle<()>>,
+    /// Events of what guests do that wait in the queue.
+    traffic: Arc<AtomicUsize>,
     metrics: Arc<Metrics>,
 }
 
 enum Job {
     Write(Vec<Write>, oneshot::Sender<Result<(), StoreError>>),
-    Event(Box<v1::Event>),
+    Event(Class, Box<v1::Event>),
     Read(Box<dyn FnOnce(&mut Stores) + Send>),
 }
 
@@ -80,10 +85,11 @@ impl Writer {
         metrics: Arc<Metrics>,
     ) -> Result<Self, StoreError> {
         let (jobs, queue) = sync_channel(QUEUE_MAX);
-        let counted = Arc::clone(&metrics);
+        let traffic = Arc::new(AtomicUsize::new(0));
+        let (counted, waiting) = (Arc::clone(&metrics), Arc::clone(&traffic));
         let thread = std::thread::Builder::new()
             .name("store".to_owned())
-            .spawn(move || run(Stores { state, history }, &queue, &counted))
+            .spawn(move || run(Stores { state, history }, &queue, &waiting, &counted))
             .map_err(|source| StoreError::Open {
                 file: "thread".into(),
                 source,
@@ -91,6 +97,7 @@ impl Writer {
         Ok(Self {
             jobs: Some(jobs),
             thread: Some(thread),
+            traffic,
             metrics,
         })
     }
@@ -117,7 +124,16 @@ impl Writer {
 
     /// Leaves an event to be recorded. If there is no room it is lost, and counted.
     pub fn event(&self, event: v1::Event) {
-        if self.send(Job::Event(Box::new(event))).is_err() {
+        let class = Class::of(&event);
+        if class == Class::Traffic && self.traffic.fetch_add(1, Ordering::Relaxed) >= QUEUED_TRAFFIC_MAX {
+            self.traffic.fetch_sub(1, Ordering::Relaxed);
+            self.metrics.events_unrecorded.add(1);
+            return;
+        }
+        if self.send(Job::Event(class, Box::new(event))).is_err() {
+            if class == Class::Traffic {
+                self.traffic.fetch_sub(1, Ordering::Relaxed);
+            }
             self.metrics.events_unrecorded.add(1);
         }
     }
@@ -186,7 +202,7 @@ impl Drop for Writer {
     }
 }
 
-fn run(mut stores: Stores, queue: &Receiver<Job>, metrics: &Metrics) {
+fn run(mut stores: Stores, queue: &Receiver<Job>, traffic: &AtomicUsize, metrics: &Metrics) {
     let mut batch: Vec<v1::Event> = Vec::new();
     let mut due: Option<Instant> = None;
     loop {
@@ -195,7 +211,10 @@ fn run(mut stores: Stores, queue: &Receiver<Job>, metrics: &Metrics) {
             Some(due) => queue.recv_timeout(due.saturating_duration_since(Instant::now())),
         };
         let flush = match job {
-            Ok(Job::Event(event)) => {
+            Ok(Job::Event(class, event)) => {
+                if class == Class::Traffic {
+                    traffic.fetch_sub(1, Ordering::Relaxed);
+                }
                 batch.push(*event);
                 due.get_or_insert_with(|| Instant::now() + EVENT_DELAY);
                 batch.len() >= EVENT_BATCH
@@ -232,10 +251,13 @@ fn record(stores: &mut Stores, batch: &mut Vec<v1::Event>, metrics: &Metrics) {
     if batch.is_empty() {
         return;
     }
-    if let Err(e) = stores.history().append_events(batch) {
-        metrics.store_failures.add(1);
-        metrics.events_unrecorded.add(batch.len() as u64);
-        tracing::error!(error = %e, cause = cause(&e), "events could not be recorded");
+    match stores.history().append_events(batch) {
+        Ok(gone) => metrics.events_let_go.add(gone),
+        Err(e) => {
+            metrics.store_failures.add(1);
+            metrics.events_unrecorded.add(batch.len() as u64);
+            tracing::error!(error = %e, cause = cause(&e), "events could not be recorded");
+        }
     }
     batch.clear();
 }

@@ -16,7 +16,7 @@ use std::sync::Arc;
 use ahash::{HashMap, HashMapExt as _};
 use vnet_proto::model::{
     Epoch, FlowKey, FlowMatch, GuardSet, LookupMatch, Match, Name, PortRange, Protocol, Reason, Verdict,
-    VerdictAction,
+    VerdictAction, VmId,
 };
 
 use crate::engine::Time;
@@ -45,16 +45,26 @@ pub struct Decision {
     pub reason: Reason,
     /// Observe mode let through what would have been denied.
     pub would_deny: bool,
-    /// The guards that what missed was under. No match reaches across a guard: a flow under others is a
-    /// miss, whatever the match says.
+    /// How what missed stood. No match reaches across it: a flow that stands otherwise is a miss,
+    /// whatever the match says.
+    pub standing: Standing,
+}
+
+/// What holds of a destination at one moment and does not show in its address.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Standing {
+    /// The guards that it is under.
     pub guards: GuardSet,
+    /// The other guest that it belongs to, under [`Guard::Guest`](vnet_proto::model::Guard::Guest). Whoever
+    /// has the address next is judged anew.
+    pub neighbour: Option<VmId>,
 }
 
 impl Decision {
-    /// What a verdict that arrives now decides, for what was under these guards.
-    pub fn new(now: Time, verdict: &Verdict, guards: GuardSet) -> Self {
+    /// What a verdict that arrives now decides, for what stands so.
+    pub fn new(now: Time, verdict: &Verdict, standing: Standing) -> Self {
         Self {
-            guards,
+            standing,
             action: verdict.action,
             epoch: verdict.epoch,
             expires_at: verdict.expires_in.map(|d| now.saturating_add(d)),
@@ -139,8 +149,8 @@ impl Cache {
         self.entries == 0
     }
 
-    /// The decision that covers a flow under these guards now, if one does. `None` is a miss.
-    pub fn lookup(&self, now: Time, key: &FlowKey, guards: GuardSet) -> Option<&Arc<Decision>> {
+    /// The decision that covers a flow that stands so now, if one does. `None` is a miss.
+    pub fn lookup(&self, now: Time, key: &FlowKey, standing: Standing) -> Option<&Arc<Decision>> {
         let (port, address) = (key.peer.port(), key.peer.ip());
         self.shapes
             .iter()
@@ -150,7 +160,7 @@ impl Cache {
                 let at = regions.partition_point(|r| r.ports.last() < port);
                 let region = regions.get(at).filter(|r| r.ports.contains(port))?;
                 let decision = &region.decision;
-                (decision.guards == guards && self.holds(now, decision)).then_some(decision)
+                (decision.standing == standing && self.holds(now, decision)).then_some(decision)
             })
     }
 
@@ -390,7 +400,7 @@ mod tests {
     fn put(cache: &mut Cache, verdict: &Verdict, flow: Option<&FlowKey>) {
         cache.install(
             verdict,
-            &Arc::new(Decision::new(Time::ZERO, verdict, GuardSet::EMPTY)),
+            &Arc::new(Decision::new(Time::ZERO, verdict, Standing::default())),
             flow,
         );
     }
@@ -417,7 +427,9 @@ mod tests {
             ("11.0.0.1:80", false),
         ] {
             assert_eq!(
-                cache.lookup(Time::ZERO, &key(peer), GuardSet::EMPTY).is_some(),
+                cache
+                    .lookup(Time::ZERO, &key(peer), Standing::default())
+                    .is_some(),
                 hit,
                 "{peer}"
             );
@@ -430,8 +442,16 @@ mod tests {
         put(&mut cache, &verdict(VerdictAction::Allow, "10.0.0.1", "80"), None);
         put(&mut cache, &verdict(VerdictAction::Deny, "10.0.0.2", "80"), None);
         let late = Duration::from_secs(61);
-        assert!(cache.lookup(late, &key("10.0.0.1:80"), GuardSet::EMPTY).is_none());
-        assert!(cache.lookup(late, &key("10.0.0.2:80"), GuardSet::EMPTY).is_some());
+        assert!(
+            cache
+                .lookup(late, &key("10.0.0.1:80"), Standing::default())
+                .is_none()
+        );
+        assert!(
+            cache
+                .lookup(late, &key("10.0.0.2:80"), Standing::default())
+                .is_some()
+        );
         cache.renew(
             Epoch {
                 incarnation: 2,
@@ -440,11 +460,17 @@ mod tests {
             Duration::from_secs(99),
         );
         assert!(
-            cache.lookup(late, &key("10.0.0.1:80"), GuardSet::EMPTY).is_none(),
+            cache
+                .lookup(late, &key("10.0.0.1:80"), Standing::default())
+                .is_none(),
             "another incarnation renews nothing"
         );
         cache.renew(EPOCH, Duration::from_secs(99));
-        assert!(cache.lookup(late, &key("10.0.0.1:80"), GuardSet::EMPTY).is_some());
+        assert!(
+            cache
+                .lookup(late, &key("10.0.0.1:80"), Standing::default())
+                .is_some()
+        );
     }
 
     #[test]
@@ -455,12 +481,16 @@ mod tests {
         put(&mut cache, &timed, None);
         assert!(
             cache
-                .lookup(Duration::from_millis(4999), &key("10.0.0.1:80"), GuardSet::EMPTY)
+                .lookup(
+                    Duration::from_millis(4999),
+                    &key("10.0.0.1:80"),
+                    Standing::default()
+                )
                 .is_some()
         );
         assert!(
             cache
-                .lookup(Duration::from_secs(5), &key("10.0.0.1:80"), GuardSet::EMPTY)
+                .lookup(Duration::from_secs(5), &key("10.0.0.1:80"), Standing::default())
                 .is_none()
         );
         cache.revoke(EPOCH.next());
@@ -479,30 +509,39 @@ mod tests {
         cache.forget_address("10.0.0.1".parse().unwrap());
         assert!(
             cache
-                .lookup(Time::ZERO, &key("10.0.0.1:80"), GuardSet::EMPTY)
+                .lookup(Time::ZERO, &key("10.0.0.1:80"), Standing::default())
                 .is_none()
         );
         assert!(
             cache
-                .lookup(Time::ZERO, &key("10.0.0.1:81"), GuardSet::EMPTY)
+                .lookup(Time::ZERO, &key("10.0.0.1:81"), Standing::default())
                 .is_some()
         );
         assert_eq!(cache.len(), 1);
     }
 
     #[test]
-    fn no_match_reaches_across_a_guard() {
+    fn no_match_reaches_across_a_guard_or_to_another_guest() {
         let mut cache = cache();
         put(
             &mut cache,
             &verdict(VerdictAction::Allow, "10.0.0.0/8", "*"),
             None,
         );
-        let host = GuardSet::EMPTY.with(vnet_proto::model::Guard::Host);
-        assert!(cache.lookup(Time::ZERO, &key("10.1.2.3:80"), host).is_none());
+        let host = Standing {
+            guards: GuardSet::EMPTY.with(vnet_proto::model::Guard::Host),
+            neighbour: None,
+        };
+        let guest = Standing {
+            neighbour: Some(VmId(2)),
+            ..Standing::default()
+        };
+        for other in [host, guest] {
+            assert!(cache.lookup(Time::ZERO, &key("10.1.2.3:80"), other).is_none());
+        }
         assert!(
             cache
-                .lookup(Time::ZERO, &key("10.1.2.3:80"), GuardSet::EMPTY)
+                .lookup(Time::ZERO, &key("10.1.2.3:80"), Standing::default())
                 .is_some()
         );
     }
@@ -523,10 +562,10 @@ mod tests {
             &verdict(VerdictAction::Allow, "172.16.0.0/24", "*"),
             Some(&flow),
         );
-        assert!(cache.lookup(Time::ZERO, &flow, GuardSet::EMPTY).is_some());
+        assert!(cache.lookup(Time::ZERO, &flow, Standing::default()).is_some());
         assert!(
             cache
-                .lookup(Time::ZERO, &key("172.16.0.1:23"), GuardSet::EMPTY)
+                .lookup(Time::ZERO, &key("172.16.0.1:23"), Standing::default())
                 .is_none()
         );
         assert!(cache.shapes.len() <= SHAPES_MAX + 1);
@@ -543,12 +582,12 @@ mod tests {
         assert_eq!(cache.evictions, 10);
         assert!(
             cache
-                .lookup(Time::ZERO, &key("10.0.0.0:80"), GuardSet::EMPTY)
+                .lookup(Time::ZERO, &key("10.0.0.0:80"), Standing::default())
                 .is_none()
         );
         assert!(
             cache
-                .lookup(Time::ZERO, &key("10.0.0.10:80"), GuardSet::EMPTY)
+                .lookup(Time::ZERO, &key("10.0.0.10:80"), Standing::default())
                 .is_some()
         );
     }

@@ -4,14 +4,15 @@ use std::net::{IpAddr, SocketAddr, SocketAddrV4};
 use std::sync::Arc;
 use std::time::Duration;
 
-use vnet_proto::model::{FlowKey, Protocol, VerdictAction};
+use vnet_proto::model::{FlowKey, Protocol, VerdictAction, VmId};
 
 use crate::engine::cache::Decision;
 use crate::engine::flow::State;
 use crate::engine::frame::{DropReason, Ipv4};
+use crate::engine::judge::Wanted;
 use crate::engine::reply::{self, Unreachable};
 use crate::engine::{
-    ECHO_FLOWS_MAX, Engine, Event, Outcome, Time, UDP_FLOWS_MAX, UDP_IDLE, UDP_UNANSWERED_IDLE, held,
+    ECHO_FLOWS_MAX, Engine, Event, Outcome, Time, UDP_FLOWS_MAX, UDP_IDLE, UDP_UNANSWERED_IDLE, held, inbound,
 };
 use crate::message::FlowEnd;
 
@@ -44,14 +45,22 @@ impl Engine {
             peer: peer.into(),
         };
 
+        if inbound::is_dhcp_answer(&ip) && self.is_guest_address(ip.destination) {
+            return Err(DropReason::RogueDhcp);
+        }
         if let Some(at) = self.flows.find(&key) {
-            return Ok(match self.flows.get(at).map(|f| &f.state) {
-                Some(State::Udp) => Outcome::Datagram { flow: at, payload },
-                _ => {
-                    self.keep_held(at, payload)?;
-                    Outcome::Done
+            match self.flows.get(at).map(|f| &f.state) {
+                Some(State::Udp) => return Ok(Outcome::Datagram { flow: at, payload }),
+                Some(State::Switched(_)) => {
+                    if let Some(outcome) = self.pass_datagram(now, at, &ip)? {
+                        return Ok(outcome);
+                    }
                 }
-            });
+                _ => {
+                    self.keep_held(at, &ip, payload)?;
+                    return Ok(Outcome::Done);
+                }
+            }
         }
         if peer.port() == 0 {
             return Err(DropReason::Malformed);
@@ -65,15 +74,14 @@ impl Engine {
             return Err(DropReason::GatewayService);
         }
         self.open_datagrams(now, &ip, key, State::Udp, payload)
-            .map(|at| at.map_or(Outcome::Done, |at| Outcome::Datagram { flow: at, payload }))
     }
 
     pub(super) fn handle_icmp<'a>(&mut self, now: Time, ip: Ipv4<'a>) -> Result<Outcome<'a>, DropReason> {
         let message = ip.payload();
         let header = message.first_chunk::<ICMP_BYTES>().ok_or(DropReason::Malformed)?;
-        // Errors and the like are for the guest's own kernel; only echo requests open sessions.
+        // Only echo requests open sessions; errors and the like have a place between guests alone.
         if (header[0], header[1]) != (ECHO_REQUEST, 0) {
-            return Err(DropReason::IpProtocol);
+            return self.pass_answer(now, &ip);
         }
         if ip.destination == self.config.gateway {
             let mut answer = message.to_vec();
@@ -91,56 +99,64 @@ impl Engine {
             peer: SocketAddrV4::new(ip.destination, 0).into(),
         };
         if let Some(at) = self.flows.find(&key) {
-            return Ok(match self.flows.get(at).map(|f| &f.state) {
-                Some(State::Echo) => Outcome::Echo { flow: at, message },
-                _ => Outcome::Done,
-            });
+            match self.flows.get(at).map(|f| &f.state) {
+                Some(State::Echo) => return Ok(Outcome::Echo { flow: at, message }),
+                Some(State::Switched(_)) => {
+                    if let Some(outcome) = self.pass_datagram(now, at, &ip)? {
+                        return Ok(outcome);
+                    }
+                }
+                _ => return Ok(Outcome::Done),
+            }
         }
         self.open_datagrams(now, &ip, key, State::Echo, message)
-            .map(|at| at.map_or(Outcome::Done, |at| Outcome::Echo { flow: at, message }))
     }
 
-    /// The first packet of a UDP or echo flow: its place when it may be sent at once, `None` when held.
-    fn open_datagrams(
+    /// The first packet of a UDP or echo flow: sent at once, or held.
+    fn open_datagrams<'a>(
         &mut self,
         now: Time,
-        ip: &Ipv4<'_>,
+        ip: &Ipv4<'a>,
         key: FlowKey,
         state: State,
-        payload: &[u8],
-    ) -> Result<Option<usize>, DropReason> {
-        if let Err(reason) = self.check_destination(ip.destination) {
-            if reason == DropReason::UnknownStation {
-                self.refuse_unreachable(ip, Unreachable::Host);
-            }
-            return Err(reason);
-        }
-        self.make_room(&state)?;
-        let dialled = self.dialled(key.peer);
-        match self.decide(now, &key, dialled) {
+        payload: &'a [u8],
+    ) -> Result<Outcome<'a>, DropReason> {
+        let wanted = self.wanted(ip, key)?;
+        self.make_room(key.protocol)?;
+        match self.decide(now, &wanted) {
             Some(decision) if decision.action == VerdictAction::Allow => {
-                let at = self.new_flow(now, key, dialled, state);
+                if let Some(neighbour) = wanted.neighbour {
+                    return Ok(self.open_switched(now, ip, wanted, neighbour, decision));
+                }
+                let at = self.new_flow(now, wanted, state);
                 if let Some(flow) = self.flows.get_mut(at) {
                     flow.decision = Some(decision);
                 }
                 self.report_opened(now, at, None);
                 self.schedule(now, at);
-                Ok(Some(at))
+                Ok(match key.protocol {
+                    Protocol::Udp => Outcome::Datagram { flow: at, payload },
+                    _ => Outcome::Echo {
+                        flow: at,
+                        message: payload,
+                    },
+                })
             }
             Some(decision) => {
-                self.tally(now, &key, dialled, &decision);
+                self.tally(now, &wanted, &decision);
                 if decision.action == VerdictAction::Deny {
                     self.refuse_unreachable(ip, Unreachable::Prohibited);
                 }
                 Err(DropReason::Denied)
             }
             None => {
-                if payload.len() > held::DATAGRAM_BYTES_MAX {
+                let kept = to_keep(wanted.neighbour, ip, payload);
+                if kept.len() > held::DATAGRAM_BYTES_MAX {
                     return Err(DropReason::HeldLimit);
                 }
                 let quote = ip.packet[..ip.packet.len().min(ip.header_bytes + 8)].into();
-                if self.hold(now, key, dialled, vec![payload.into()], quote, None) {
-                    Ok(None)
+                if self.hold(now, wanted, vec![kept.into()], quote, None) {
+                    Ok(Outcome::Done)
                 } else {
                     self.refuse_unreachable(ip, Unreachable::Prohibited);
                     Err(DropReason::HeldLimit)
@@ -150,8 +166,8 @@ impl Engine {
     }
 
     /// Room for one more flow of a kind: the longest idle association makes way.
-    fn make_room(&mut self, state: &State) -> Result<(), DropReason> {
-        self.evict_beyond_limit(matches!(state, State::Udp));
+    fn make_room(&mut self, kind: Protocol) -> Result<(), DropReason> {
+        self.evict_beyond_limit(kind);
         if self.flows.has_room() {
             Ok(())
         } else {
@@ -160,30 +176,25 @@ impl Engine {
     }
 
     /// Ends the longest idle flow of a kind when there are as many as there may be.
-    fn evict_beyond_limit(&mut self, is_udp: bool) {
-        let (count, max) = if is_udp {
-            (self.udp_flows, UDP_FLOWS_MAX)
-        } else {
-            (self.echo_flows, ECHO_FLOWS_MAX)
+    pub(super) fn evict_beyond_limit(&mut self, kind: Protocol) {
+        let max = match kind {
+            Protocol::Tcp => return,
+            Protocol::Udp => UDP_FLOWS_MAX,
+            Protocol::Icmp | Protocol::Icmpv6 => ECHO_FLOWS_MAX,
         };
-        if count < max {
-            return;
-        }
-        let of_kind = |state: &State| match state {
-            State::Udp => is_udp,
-            State::Echo => !is_udp,
-            _ => false,
-        };
-        if let Some(idle) = self.flows.longest_idle(of_kind) {
+        if *self.count_of(kind) >= max
+            && let Some(idle) = self.flows.longest_idle(|flow| flow.kind() == Some(kind))
+        {
             self.end_flow(idle, FlowEnd::Evicted);
         }
     }
 
     /// Keeps a further datagram of a held flow: the first few, the oldest.
-    fn keep_held(&mut self, at: usize, payload: &[u8]) -> Result<(), DropReason> {
+    fn keep_held(&mut self, at: usize, ip: &Ipv4<'_>, payload: &[u8]) -> Result<(), DropReason> {
         let Some(flow) = self.flows.get_mut(at) else {
             return Ok(());
         };
+        let payload = to_keep(flow.neighbour, ip, payload);
         let State::Held(waiting) = &mut flow.state else {
             return Ok(());
         };
@@ -203,12 +214,11 @@ impl Engine {
         decision: &Arc<Decision>,
         miss: vnet_proto::model::MissId,
     ) {
-        let is_udp = self
-            .flows
-            .get(at)
-            .is_some_and(|flow| flow.key.protocol == Protocol::Udp);
+        let Some(kind) = self.flows.get(at).map(|flow| flow.key.protocol) else {
+            return;
+        };
         // One answer may let many held flows go on at once; the limits hold for them too.
-        self.evict_beyond_limit(is_udp);
+        self.evict_beyond_limit(kind);
         let Some(flow) = self.flows.get_mut(at) else {
             return;
         };
@@ -216,15 +226,13 @@ impl Engine {
             return;
         };
         let packets = std::mem::take(&mut waiting.packets);
-        if flow.key.protocol == Protocol::Udp {
-            flow.state = State::Udp;
-            self.udp_flows += 1;
-        } else {
-            flow.state = State::Echo;
-            self.echo_flows += 1;
-        }
+        flow.state = match kind {
+            Protocol::Udp => State::Udp,
+            _ => State::Echo,
+        };
         flow.decision = Some(Arc::clone(decision));
         flow.last_active = now;
+        *self.count_of(kind) += 1;
         self.report_opened(now, at, Some(miss));
         self.events.push_back(Event::Send { flow: at, packets });
         self.schedule(now, at);
@@ -280,19 +288,27 @@ impl Engine {
         if self.settings.forwards_closed || !self.is_guest_address(*target.ip()) {
             return None;
         }
-        self.make_room(&State::Udp).ok()?;
+        self.make_room(Protocol::Udp).ok()?;
         let client = self.free_ingress_port(Protocol::Udp, target)?;
         let key = FlowKey {
             protocol: Protocol::Udp,
             guest: target.into(),
             peer: client.into(),
         };
-        let at = self.new_flow(now, key, client.into(), State::Udp);
+        let at = self.new_flow(now, Wanted::plain(key), State::Udp);
         if let Some(flow) = self.flows.get_mut(at) {
             flow.ingress = true;
         }
         self.report_opened(now, at, None);
         self.schedule(now, at);
         Some(at)
+    }
+}
+
+/// What is kept of a held datagram: to another guest the whole packet goes on as it is.
+fn to_keep<'a>(neighbour: Option<VmId>, ip: &Ipv4<'a>, payload: &'a [u8]) -> &'a [u8] {
+    match neighbour {
+        Some(_) => ip.packet,
+        None => payload,
     }
 }

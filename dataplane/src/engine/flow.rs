@@ -6,11 +6,13 @@ use std::time::SystemTime;
 
 use ahash::HashMap;
 use slab::Slab;
-use vnet_proto::model::{FlowId, FlowKey, MissId};
+use vnet_proto::model::{FlowId, FlowKey, MissId, Protocol, VmId};
 
 use crate::engine::Time;
 use crate::engine::cache::Decision;
+use crate::engine::judge::Wanted;
 use crate::engine::stack::Connection;
+use crate::engine::switch::flow::Switched;
 
 /// Flows of one VM at once, when nothing else is configured.
 pub const FLOWS_MAX: usize = 32_768;
@@ -23,6 +25,8 @@ pub struct Flow {
     pub key: FlowKey,
     /// Where the host's side goes.
     pub dialled: SocketAddr,
+    /// The other guest that the far side belongs to.
+    pub neighbour: Option<VmId>,
     /// Opened from the host's side.
     pub ingress: bool,
     /// Where it is in its life.
@@ -64,6 +68,50 @@ pub enum State {
     Udp,
     /// An ICMP echo session.
     Echo,
+    /// Any of the three, with another guest.
+    Switched(Box<Switched>),
+}
+
+impl Flow {
+    /// A flow of which nothing has passed yet.
+    pub(super) fn new(id: FlowId, now: Time, wanted: Wanted, state: State) -> Self {
+        Self {
+            id,
+            key: wanted.key,
+            dialled: wanted.dialled,
+            neighbour: wanted.neighbour,
+            ingress: false,
+            state,
+            decision: None,
+            last_active: now,
+            opened_at: SystemTime::now(),
+            bytes_up: 0,
+            bytes_down: 0,
+            scheduled: None,
+            dirty: false,
+            touched: false,
+        }
+    }
+
+    /// Where it goes.
+    pub(super) fn wanted(&self) -> Wanted {
+        Wanted {
+            key: self.key,
+            dialled: self.dialled,
+            neighbour: self.neighbour,
+        }
+    }
+
+    /// Which of the limits for UDP associations and echo sessions it counts for.
+    pub fn kind(&self) -> Option<Protocol> {
+        match &self.state {
+            State::Udp | State::Echo => Some(self.key.protocol),
+            State::Switched(switched) if switched.is_opener() && self.key.protocol != Protocol::Tcp => {
+                Some(self.key.protocol)
+            }
+            _ => None,
+        }
+    }
 }
 
 /// What a held flow keeps.
@@ -189,11 +237,11 @@ impl FlowTable {
     }
 
     /// The flow of one kind that has been idle longest. Linear: for limits only.
-    pub fn longest_idle(&self, of: impl Fn(&State) -> bool) -> Option<usize> {
+    pub fn longest_idle(&self, of: impl Fn(&Flow) -> bool) -> Option<usize> {
         self.flows
             .iter()
             .filter_map(|(at, flow)| Some((at, flow.as_ref()?)))
-            .filter(|(_, flow)| of(&flow.state))
+            .filter(|(_, flow)| of(flow))
             .min_by_key(|(_, flow)| flow.last_active)
             .map(|(at, _)| at)
     }

@@ -1,4 +1,5 @@
-//! Puts a guest's IPv4 fragments together (RFC 791 §3.2, RFC 815), for UDP and ICMP.
+//! Puts a guest's IPv4 fragments together (RFC 791 §3.2, RFC 815), for UDP and ICMP; and takes apart what
+//! was put together, for another guest.
 //!
 //! Bounded in datagrams, bytes and time. Overlaps throw the whole datagram away (RFC 5722 says so for
 //! IPv6, and nobody honest sends them in IPv4).
@@ -7,13 +8,19 @@ use std::net::Ipv4Addr;
 use std::time::Duration;
 
 use crate::engine::Time;
-use crate::engine::frame::{DropReason, Ipv4};
+use crate::engine::frame::{DropReason, ETHERNET_BYTES, EtherType, Ipv4};
+use crate::engine::reply;
+use crate::engine::transmit::{PREFIX_BYTES, Transmit};
+use crate::mac::Mac;
 
 /// Datagrams under way at once.
 pub(super) const DATAGRAMS_MAX: usize = 32;
 /// How long the fragments of one datagram may take to arrive (RFC 791: 15 s).
 pub(super) const PATIENCE: Duration = Duration::from_secs(15);
 const PAYLOAD_BYTES_MAX: usize = 65_515;
+const MORE_FRAGMENTS: u16 = 0x2000;
+/// What a packet takes in the queue beside itself.
+const FRAME_BYTES: usize = PREFIX_BYTES + ETHERNET_BYTES;
 
 /// The datagrams under way.
 #[derive(Default)]
@@ -103,11 +110,46 @@ impl Datagram {
 
     fn whole(mut self) -> Vec<u8> {
         let total = u16::try_from(self.header.len() + self.payload.len()).unwrap_or(0);
-        self.header[2..4].copy_from_slice(&total.to_be_bytes());
-        self.header[6..8].fill(0);
+        mark(&mut self.header, total, 0);
         self.header.extend_from_slice(&self.payload);
         self.header
     }
+}
+
+/// Queues a packet in fragments that no MTU is too small for, each with the packet's own header. False when
+/// there is no room for all of them.
+pub(super) fn split(whole: &Ipv4<'_>, mtu_bytes: usize, from: Mac, out: &mut Transmit) -> bool {
+    let (header, payload) = whole.packet.split_at(whole.header_bytes);
+    let step = (mtu_bytes.saturating_sub(header.len()) / 8 * 8).max(8);
+    let count = payload.len().div_ceil(step);
+    if !out.has_room(count * (header.len() + step + FRAME_BYTES)) {
+        return false;
+    }
+    for (index, part) in payload.chunks(step).enumerate() {
+        let more = if index + 1 < count { MORE_FRAGMENTS } else { 0 };
+        let (Ok(offset), Ok(total)) = (
+            u16::try_from(index * step / 8),
+            u16::try_from(header.len() + part.len()),
+        ) else {
+            return false;
+        };
+        out.packet_from(from, EtherType::Ipv4, total.into(), |packet| {
+            let (own, room) = packet.split_at_mut(header.len());
+            own.copy_from_slice(header);
+            mark(own, total, offset | more);
+            room.copy_from_slice(part);
+        });
+    }
+    true
+}
+
+/// Gives a header another length and place.
+fn mark(header: &mut [u8], total: u16, flags_and_offset: u16) {
+    header[2..4].copy_from_slice(&total.to_be_bytes());
+    header[6..8].copy_from_slice(&flags_and_offset.to_be_bytes());
+    header[10..12].fill(0);
+    let sum = reply::checksum(header);
+    header[10..12].copy_from_slice(&sum.to_be_bytes());
 }
 
 #[cfg(test)]

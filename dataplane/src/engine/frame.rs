@@ -225,6 +225,11 @@ impl<'a> Ipv4<'a> {
         &self.packet[self.header_bytes..]
     }
 
+    /// Whether nobody may take it apart.
+    pub fn do_not_fragment(&self) -> bool {
+        self.packet[6] & 0x40 != 0
+    }
+
     /// Whether it is a part of a larger packet.
     pub fn is_fragment(&self) -> bool {
         self.more_fragments || self.fragment_offset != 0

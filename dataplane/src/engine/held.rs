@@ -28,15 +28,8 @@ pub struct Target {
     pub protocol: Protocol,
     /// Destination as the guest sees it.
     pub peer: SocketAddr,
-}
-
-impl From<&FlowKey> for Target {
-    fn from(key: &FlowKey) -> Self {
-        Self {
-            protocol: key.protocol,
-            peer: key.peer,
-        }
-    }
+    /// The other guest that it belongs to. Whoever has the address next is another question.
+    pub neighbour: Option<VmId>,
 }
 
 /// An open miss.
@@ -105,11 +98,10 @@ impl Held {
 
     /// Adds a flow. The miss it waits for, how many flows wait for it now, and for how long from now;
     /// `None` at a limit.
-    pub fn join_flow(&mut self, key: &FlowKey, flow: usize) -> Option<(MissId, usize, Duration)> {
+    pub fn join_flow(&mut self, target: Target, flow: usize) -> Option<(MissId, usize, Duration)> {
         if self.flows >= HELD_FLOWS_MAX {
             return None;
         }
-        let target = Target::from(key);
         let miss = match self.by_target.get(&target) {
             Some(miss) => *miss,
             None => {
@@ -252,24 +244,33 @@ fn unspecified_like(address: IpAddr) -> IpAddr {
 mod tests {
     use super::*;
 
-    fn key(peer: String) -> FlowKey {
-        FlowKey {
+    fn to(peer: &str) -> Target {
+        Target {
             protocol: Protocol::Tcp,
-            guest: "192.168.127.2:9".parse().unwrap(),
             peer: peer.parse().unwrap(),
+            neighbour: None,
         }
     }
 
     #[test]
     fn flows_to_one_destination_share_a_miss_until_the_last_leaves() {
         let mut held = Held::new(VmId(3), Duration::from_secs(30));
-        let (miss, count, _) = held.join_flow(&key("10.0.0.1:80".into()), 7).unwrap();
+        let (miss, count, _) = held.join_flow(to("10.0.0.1:80"), 7).unwrap();
         assert_eq!((miss.0 >> 40, count), (3, 1));
-        assert_eq!(held.join_flow(&key("10.0.0.1:80".into()), 8).unwrap().0, miss);
-        assert_ne!(held.join_flow(&key("10.0.0.1:81".into()), 9).unwrap().0, miss);
+        assert_eq!(held.join_flow(to("10.0.0.1:80"), 8).unwrap().0, miss);
+        assert_ne!(held.join_flow(to("10.0.0.1:81"), 9).unwrap().0, miss);
+        let guests = Target {
+            neighbour: Some(VmId(4)),
+            ..to("10.0.0.1:80")
+        };
+        assert_ne!(
+            held.join_flow(guests, 10).unwrap().0,
+            miss,
+            "another owner, another question"
+        );
         assert!(!held.leave(miss, 7));
         assert!(held.leave(miss, 8));
-        assert_eq!(held.len(), 1);
+        assert_eq!(held.len(), 2);
     }
 
     #[test]
@@ -277,16 +278,16 @@ mod tests {
         let mut held = Held::new(VmId(1), Duration::from_secs(30));
         for i in 0..MISSES_MAX {
             assert!(
-                held.join_flow(&key(format!("10.0.{}.{}:80", i / 256, i % 256)), i)
+                held.join_flow(to(&format!("10.0.{}.{}:80", i / 256, i % 256)), i)
                     .is_some()
             );
         }
-        assert!(held.join_flow(&key("10.1.0.0:80".into()), 1).is_none());
+        assert!(held.join_flow(to("10.1.0.0:80"), 1).is_none());
         assert!(held.join_lookup(&"a.test".parse().unwrap(), 1).is_none());
         for i in MISSES_MAX..HELD_FLOWS_MAX {
-            assert!(held.join_flow(&key("10.0.0.0:80".into()), i).is_some());
+            assert!(held.join_flow(to("10.0.0.0:80"), i).is_some());
         }
-        assert!(held.join_flow(&key("10.0.0.0:80".into()), 1).is_none());
+        assert!(held.join_flow(to("10.0.0.0:80"), 1).is_none());
         for miss in held.all() {
             held.take(miss);
         }

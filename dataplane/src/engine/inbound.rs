@@ -2,7 +2,7 @@
 
 use std::net::Ipv4Addr;
 
-use crate::engine::frame::{Arp, DropReason, EtherType, Frame, Ipv4};
+use crate::engine::frame::{Arp, DropReason, Frame, Ipv4};
 use crate::engine::reply::{self, ICMP, TCP, UDP};
 use crate::engine::{Engine, Outcome, Time};
 use crate::mac::Mac;
@@ -24,24 +24,16 @@ impl Engine {
         if arp.sender != Ipv4Addr::UNSPECIFIED {
             self.check_source(now, frame.source, arp.sender)?;
         }
-        let ours = arp.target == self.config.gateway || Some(arp.target) == self.config.host_alias;
-        if arp.is_request && ours {
-            let mac = self.config.gateway_mac;
-            let sent = self
-                .transmit
-                .packet(EtherType::Arp, Arp::BYTES, |out| arp.write_reply(mac, out))
-                .is_some();
-            return if sent {
-                Ok(Outcome::Done)
-            } else {
-                Err(DropReason::TransmitQueueFull)
-            };
+        match self.tell_mac(arp) {
+            Some(true) => return Ok(Outcome::Done),
+            Some(false) => return Err(DropReason::TransmitQueueFull),
+            None => {}
         }
         if frame.destination == self.config.gateway_mac || arp.target == arp.sender {
             // A reply to us, or an announcement, which the claim above has taken note of.
             return Ok(Outcome::Done);
         }
-        self.switch(frame)
+        self.switch(now, frame)
     }
 
     /// DHCP goes to the gateway's server whatever its addresses, and nowhere else.
@@ -65,6 +57,7 @@ impl Engine {
         }
         if let Some(address) = outcome.released {
             self.addresses.retain(|a| *a != address);
+            self.end_switched_of(now, address);
             self.note_status();
         }
         if let Some(name) = outcome.claimed_hostname
@@ -117,16 +110,15 @@ impl Engine {
         } else {
             self.handle_icmp(now, whole)?
         };
-        Ok(match outcome {
-            Outcome::Datagram { flow, payload } => Outcome::Assembled {
-                flow,
-                payload: payload.to_vec(),
-            },
-            Outcome::Echo { flow, message } => Outcome::Assembled {
-                flow,
-                payload: message.to_vec(),
-            },
-            _ => Outcome::Done,
+        let (flow, payload) = match outcome {
+            Outcome::Datagram { flow, payload } => (flow, payload),
+            Outcome::Echo { flow, message } => (flow, message),
+            Outcome::Pass { flow, packet } => (flow, packet),
+            Outcome::Done | Outcome::Assembled { .. } | Outcome::Switch(_) => return Ok(Outcome::Done),
+        };
+        Ok(Outcome::Assembled {
+            flow,
+            payload: payload.to_vec(),
         })
     }
 }

@@ -115,15 +115,41 @@ pub fn reset(out: &mut Transmit, to: Ipv4Addr, from: Ipv4Addr, header: &TcpHeade
             TcpHeader::RST | TcpHeader::ACK,
         )
     };
-    ipv4(out, from, to, TCP, TCP_BYTES, |segment| {
+    let from = SocketAddrV4::new(from, header.destination);
+    let to = SocketAddrV4::new(to, header.source);
+    bare_segment(out, from, to, sequence, acknowledgement, flags);
+}
+
+/// Queues a RST of a connection that is cut, from a peer that does not know of it.
+pub fn abort(
+    out: &mut Transmit,
+    from: SocketAddrV4,
+    to: SocketAddrV4,
+    sequence: u32,
+    acknowledgement: Option<u32>,
+) {
+    let flags = acknowledgement.map_or(TcpHeader::RST, |_| TcpHeader::RST | TcpHeader::ACK);
+    bare_segment(out, from, to, sequence, acknowledgement.unwrap_or(0), flags);
+}
+
+/// A segment of nothing but its header.
+fn bare_segment(
+    out: &mut Transmit,
+    from: SocketAddrV4,
+    to: SocketAddrV4,
+    sequence: u32,
+    acknowledgement: u32,
+    flags: u8,
+) {
+    ipv4(out, *from.ip(), *to.ip(), TCP, TCP_BYTES, |segment| {
         segment.fill(0);
-        segment[..2].copy_from_slice(&header.destination.to_be_bytes());
-        segment[2..4].copy_from_slice(&header.source.to_be_bytes());
+        segment[..2].copy_from_slice(&from.port().to_be_bytes());
+        segment[2..4].copy_from_slice(&to.port().to_be_bytes());
         segment[4..8].copy_from_slice(&sequence.to_be_bytes());
         segment[8..12].copy_from_slice(&acknowledgement.to_be_bytes());
         segment[12] = 5 << 4;
         segment[13] = flags;
-        let sum = pseudo_header_sum(from, to, TCP, TCP_BYTES) + word_sum(segment);
+        let sum = pseudo_header_sum(*from.ip(), *to.ip(), TCP, TCP_BYTES) + word_sum(segment);
         segment[16..18].copy_from_slice(&fold(sum).to_be_bytes());
     });
 }
@@ -309,6 +335,11 @@ fn packet(
 
 fn pseudo_header_sum(from: Ipv4Addr, to: Ipv4Addr, protocol: u8, length: usize) -> u64 {
     word_sum(&from.octets()) + word_sum(&to.octets()) + u64::from(protocol) + length as u64
+}
+
+/// The checksum of a header whose own field is zero (RFC 1071).
+pub(super) fn checksum(header: &[u8]) -> u16 {
+    fold(word_sum(header))
 }
 
 /// The ones' complement sum of big-endian words (RFC 1071), not folded.

@@ -13,9 +13,9 @@ use vnet_proto::model::{FlowKey, Protocol, VerdictAction};
 use crate::engine::cache::Decision;
 use crate::engine::flow::{State, Waiting};
 use crate::engine::frame::{DropReason, Ipv4};
+use crate::engine::judge::Wanted;
 use crate::engine::reply::{self, TcpHeader, Unreachable};
 use crate::engine::stack::{Connection, Phase};
-use crate::engine::timer::Timer;
 use crate::engine::{Engine, Event, Outcome, Time};
 use crate::message::FlowEnd;
 
@@ -25,12 +25,6 @@ const DNS_PORT: u16 = 53;
 pub const DIAL_PATIENCE: Duration = Duration::from_secs(30);
 /// How long an established connection may be silent (RFC 5382 REQ-5: at least 2 hours 4 minutes).
 pub const TCP_IDLE: Duration = Duration::from_secs(7_500);
-/// How long a connection that both sides have closed may wait for the last acknowledgement.
-const CLOSING_IDLE: Duration = Duration::from_secs(60);
-/// The least time ahead that a flow's timer is set.
-const TIMER_STEP: Duration = Duration::from_millis(1);
-/// When rings of a quiet connection give memory back.
-const SHRINK_IDLE: Duration = Duration::from_secs(10);
 /// A guest that does not repeat its SYN within this long at first, or within a multiple of its last
 /// interval, has given up. RFC 6298 §5.7 repeats after 1 s, then doubles; some stacks begin at 3 s.
 const FIRST_REPEAT: Duration = Duration::from_secs(4);
@@ -60,6 +54,9 @@ impl Engine {
             peer: SocketAddrV4::new(ip.destination, header.destination).into(),
         };
         if let Some(at) = self.flows.find(&key) {
+            if let Some(outcome) = self.pass_segment(now, at, &ip, &header)? {
+                return Ok(outcome);
+            }
             if let Some(flow) = self.flows.get_mut(at)
                 && let State::Tcp(connection) | State::Service(connection) = &mut flow.state
                 && !header.is_syn()
@@ -76,8 +73,7 @@ impl Engine {
             reply::reset(&mut self.transmit, ip.source, ip.destination, &header);
             return Ok(Outcome::Done);
         }
-        self.open_tcp(now, ip, key, &header)?;
-        Ok(Outcome::Done)
+        self.open_tcp(now, ip, key, &header)
     }
 
     /// A segment for a flow that is held, dialling, or gets a SYN. True when the flow made way and
@@ -120,17 +116,17 @@ impl Engine {
                 self.end_flow(at, FlowEnd::GuestReset);
                 true
             }
-            State::Udp | State::Echo => false,
+            State::Udp | State::Echo | State::Switched(_) => false,
         }
     }
 
-    fn open_tcp(
+    fn open_tcp<'a>(
         &mut self,
         now: Time,
-        ip: Ipv4<'_>,
+        ip: Ipv4<'a>,
         key: FlowKey,
         header: &TcpHeader,
-    ) -> Result<(), DropReason> {
+    ) -> Result<Outcome<'a>, DropReason> {
         let refuse = |engine: &mut Self, reason| {
             reply::reset(&mut engine.transmit, ip.source, ip.destination, header);
             Err(reason)
@@ -145,41 +141,31 @@ impl Engine {
             if header.destination != DNS_PORT {
                 return refuse(self, DropReason::GatewayService);
             }
-            return self.open_service(now, ip, key);
+            return self.open_service(now, ip, key).map(|()| Outcome::Done);
         }
-        if let Err(reason) = self.check_destination(ip.destination) {
-            if reason == DropReason::UnknownStation {
-                self.refuse_unreachable(&ip, Unreachable::Host);
-            }
-            return Err(reason);
-        }
-        let dialled = self.dialled(key.peer);
-        match self.decide(now, &key, dialled) {
-            Some(decision) => match decision.action {
-                VerdictAction::Allow => {
-                    self.dial(now, key, dialled, ip.packet.into(), decision);
-                    Ok(())
+        let wanted = self.wanted(&ip, key)?;
+        match self.decide(now, &wanted) {
+            Some(decision) => match (decision.action, wanted.neighbour) {
+                (VerdictAction::Allow, Some(neighbour)) => {
+                    Ok(self.open_switched(now, &ip, wanted, neighbour, decision))
                 }
-                VerdictAction::Deny => {
-                    self.tally(now, &key, dialled, &decision);
+                (VerdictAction::Allow, None) => {
+                    self.dial(now, wanted, ip.packet.into(), decision);
+                    Ok(Outcome::Done)
+                }
+                (VerdictAction::Deny, _) => {
+                    self.tally(now, &wanted, &decision);
                     refuse(self, DropReason::Denied)
                 }
-                VerdictAction::Drop => {
-                    self.tally(now, &key, dialled, &decision);
+                (VerdictAction::Drop, _) => {
+                    self.tally(now, &wanted, &decision);
                     Err(DropReason::Denied)
                 }
             },
             None => {
                 let waiting = vec![ip.packet.into()];
-                if self.hold(
-                    now,
-                    key,
-                    dialled,
-                    waiting,
-                    Box::default(),
-                    Some(now + FIRST_REPEAT),
-                ) {
-                    Ok(())
+                if self.hold(now, wanted, waiting, Box::default(), Some(now + FIRST_REPEAT)) {
+                    Ok(Outcome::Done)
                 } else {
                     refuse(self, DropReason::HeldLimit)
                 }
@@ -191,8 +177,7 @@ impl Engine {
     pub(super) fn hold(
         &mut self,
         now: Time,
-        key: FlowKey,
-        dialled: SocketAddr,
+        wanted: Wanted,
         packets: Vec<Box<[u8]>>,
         quote: Box<[u8]>,
         gives_up_at: Option<Time>,
@@ -204,8 +189,8 @@ impl Engine {
             deadline: now,
             gives_up_at,
         };
-        let at = self.new_flow(now, key, dialled, State::Held(placeholder));
-        let Some((miss, count, hold)) = self.held.join_flow(&key, at) else {
+        let at = self.new_flow(now, wanted, State::Held(placeholder));
+        let Some((miss, count, hold)) = self.held.join_flow(wanted.target(), at) else {
             self.flows.remove(at);
             self.flows.release(at);
             return false;
@@ -217,22 +202,14 @@ impl Engine {
             waiting.deadline = now + hold;
         }
         self.schedule(now, at);
-        self.ask_flow(now, miss, &key, dialled, count, hold);
+        self.ask_flow(now, miss, &wanted, count, hold);
         true
     }
 
-    fn dial(
-        &mut self,
-        now: Time,
-        key: FlowKey,
-        dialled: SocketAddr,
-        syn: Box<[u8]>,
-        decision: Arc<Decision>,
-    ) {
+    fn dial(&mut self, now: Time, wanted: Wanted, syn: Box<[u8]>, decision: Arc<Decision>) {
         let at = self.new_flow(
             now,
-            key,
-            dialled,
+            wanted,
             State::Dialing {
                 syn,
                 deadline: now + DIAL_PATIENCE,
@@ -342,7 +319,7 @@ impl Engine {
         let mtu = self.config.mtu_bytes;
         let connection = Connection::accept(now, peer, mtu, slot, seed, ip.packet, &mut self.transmit)
             .ok_or(DropReason::Malformed)?;
-        let at = self.new_flow(now, key, key.peer, State::Service(Box::new(connection)));
+        let at = self.new_flow(now, Wanted::plain(key), State::Service(Box::new(connection)));
         self.mark_dirty(at);
         Ok(())
     }
@@ -362,7 +339,7 @@ impl Engine {
             guest: target.into(),
             peer: client.into(),
         };
-        let at = self.new_flow(now, key, client.into(), State::Tcp(Box::new(connection)));
+        let at = self.new_flow(now, Wanted::plain(key), State::Tcp(Box::new(connection)));
         if let Some(flow) = self.flows.get_mut(at) {
             flow.ingress = true;
         }
@@ -444,6 +421,7 @@ impl Engine {
                     reply::reset(&mut self.transmit, ip.source, ip.destination, &header);
                 }
             }
+            State::Switched(_) => self.reset_switched(at),
             State::Held(_) | State::Udp | State::Echo => {}
         }
     }
@@ -477,108 +455,6 @@ impl Engine {
         }
         self.schedule(now, at);
         sent_all
-    }
-
-    /// When a flow wants attention next.
-    fn flow_deadline(&mut self, now: Time, at: usize) -> Option<Time> {
-        let flow = self.flows.get_mut(at)?;
-        let ends_at = flow.decision.as_ref().and_then(|d| d.expires_at);
-        let own = match &mut flow.state {
-            State::Held(waiting) => waiting
-                .gives_up_at
-                .map_or(waiting.deadline, |g| g.min(waiting.deadline)),
-            State::Dialing { deadline, .. } => *deadline,
-            State::Tcp(connection) | State::Service(connection) => {
-                let quiet = if connection.is_closing() {
-                    CLOSING_IDLE
-                } else if now < flow.last_active + SHRINK_IDLE {
-                    SHRINK_IDLE
-                } else {
-                    TCP_IDLE
-                };
-                let idle = flow.last_active + quiet;
-                connection.poll_timeout(now).map_or(idle, |at| at.min(idle))
-            }
-            State::Udp => flow.last_active + super::datagram::udp_idle(flow.bytes_down),
-            State::Echo => flow.last_active + super::ECHO_IDLE,
-        };
-        Some(ends_at.map_or(own, |ends| ends.min(own)))
-    }
-
-    /// Sets a flow's timer, if it must fire earlier than the one that is set.
-    pub(super) fn schedule(&mut self, now: Time, at: usize) {
-        let Some(deadline) = self.flow_deadline(now, at) else {
-            return;
-        };
-        // What is overdue waits for room or for service, both of which come by themselves; a timer that is
-        // due at once would fire for ever.
-        let deadline = deadline.max(now + TIMER_STEP);
-        let Some(flow) = self.flows.get_mut(at) else {
-            return;
-        };
-        if flow.scheduled.is_none_or(|set| deadline < set || set <= now) {
-            flow.scheduled = Some(deadline);
-            self.timers.set(deadline, Timer::Flow(at));
-        }
-    }
-
-    pub(super) fn handle_flow_timeout(&mut self, now: Time, at: usize) {
-        let Some(flow) = self.flows.get_mut(at) else {
-            return;
-        };
-        // A place is taken again by other flows, and deadlines move: only the timer that is set counts.
-        if flow.scheduled.is_none_or(|set| set > now) {
-            return;
-        }
-        flow.scheduled = None;
-        if flow
-            .decision
-            .as_ref()
-            .and_then(|d| d.expires_at)
-            .is_some_and(|ends| ends <= now)
-        {
-            self.cut(now, at, FlowEnd::GrantEnded);
-            return;
-        }
-        match &mut flow.state {
-            State::Held(waiting) => {
-                if waiting.gives_up_at.is_some_and(|g| g <= now) && waiting.deadline > now {
-                    self.end_flow(at, FlowEnd::GuestReset);
-                } else if waiting.deadline <= now {
-                    self.refuse_held(now, at, FlowEnd::Idle);
-                }
-            }
-            State::Dialing { deadline, .. } => {
-                if *deadline <= now {
-                    self.handle_refused(now, at, DialError::TimedOut);
-                }
-            }
-            State::Tcp(connection) | State::Service(connection) => {
-                let quiet = now.saturating_sub(flow.last_active);
-                if quiet >= TCP_IDLE || (connection.is_closing() && quiet >= CLOSING_IDLE) {
-                    self.reset_guest(now, at);
-                    self.end_flow(at, FlowEnd::Idle);
-                    return;
-                }
-                if quiet >= SHRINK_IDLE {
-                    connection.shrink_if_idle();
-                }
-                // Its service sends what is due, and sets the next timer.
-                self.mark_dirty(at);
-                return;
-            }
-            State::Udp | State::Echo => {
-                let idle = match flow.state {
-                    State::Udp => super::datagram::udp_idle(flow.bytes_down),
-                    _ => super::ECHO_IDLE,
-                };
-                if now.saturating_sub(flow.last_active) >= idle {
-                    self.end_flow(at, FlowEnd::Idle);
-                    return;
-                }
-            }
-        }
-        self.schedule(now, at);
     }
 }
 

@@ -48,28 +48,28 @@ impl Transmit {
         packet_bytes: usize,
         fill: impl FnOnce(&mut [u8]) -> R,
     ) -> Option<R> {
-        let guest = self.guest;
-        self.packet_to(guest, ether_type, packet_bytes, fill)
+        self.packet_from(self.gateway, ether_type, packet_bytes, fill)
     }
 
-    /// Queues a packet to a MAC. `None` when there is no room.
-    pub fn packet_to<R>(
+    /// Queues a packet to the guest's own MAC that comes from another than the gateway's. `None` when there
+    /// is no room.
+    pub fn packet_from<R>(
         &mut self,
-        to: Mac,
+        from: Mac,
         ether_type: EtherType,
         packet_bytes: usize,
         fill: impl FnOnce(&mut [u8]) -> R,
     ) -> Option<R> {
-        self.room_to(to, ether_type, packet_bytes).map(fill)
+        self.room_from(from, ether_type, packet_bytes).map(fill)
     }
 
     /// Room for a packet to the guest's own MAC, queued as soon as it is taken.
     pub fn room(&mut self, ether_type: EtherType, packet_bytes: usize) -> Option<&mut [u8]> {
-        self.room_to(self.guest, ether_type, packet_bytes)
+        self.room_from(self.gateway, ether_type, packet_bytes)
     }
 
-    fn room_to(&mut self, to: Mac, ether_type: EtherType, packet_bytes: usize) -> Option<&mut [u8]> {
-        let from = self.gateway;
+    fn room_from(&mut self, from: Mac, ether_type: EtherType, packet_bytes: usize) -> Option<&mut [u8]> {
+        let to = self.guest;
         let frame = self.reserve(ETHERNET_BYTES + packet_bytes)?;
         frame[..6].copy_from_slice(&to.0);
         frame[6..12].copy_from_slice(&from.0);

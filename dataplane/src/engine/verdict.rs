@@ -4,14 +4,14 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use vnet_proto::model::{
-    Epoch, FlowId, FlowKey, GuardSet, LookupSubject, Match, Miss, MissId, Protocol, Subject, Verdict,
-    VerdictAction,
+    Epoch, FlowId, FlowKey, LookupSubject, Match, Miss, MissId, Protocol, Subject, Verdict, VerdictAction,
 };
 
-use crate::engine::cache::Decision;
+use crate::engine::cache::{Decision, Standing};
 use crate::engine::flow::State;
 use crate::engine::frame::{DropReason, Ipv4};
 use crate::engine::held::HeldMiss;
+use crate::engine::judge::Wanted;
 use crate::engine::reply::{self, TcpHeader, Unreachable};
 use crate::engine::{Engine, Time};
 use crate::message::{FlowEnd, MissEnd, Order, Report};
@@ -55,6 +55,7 @@ impl Engine {
                             self.cut(now, at, FlowEnd::Cut);
                         }
                     }
+                    self.cut_targeted(now);
                 }
             }
             Order::GuardsChanged => self.cache.clear(),
@@ -72,8 +73,8 @@ impl Engine {
             self.ask_again(now, verdict.miss);
             return;
         }
-        // What no longer waits is taken for unguarded: under a guard it would be a miss again.
-        let mut guards = GuardSet::EMPTY;
+        // What no longer waits is taken for unguarded and nobody's: else it would be a miss again.
+        let mut standing = Standing::default();
         let flow_key = match self.held.get(verdict.miss) {
             Some(HeldMiss::Flows { target, flows, .. }) => {
                 let covered = match &verdict.found {
@@ -89,7 +90,7 @@ impl Engine {
                 }
                 let first = flows.first().and_then(|at| self.flows.get(*at));
                 if let Some(flow) = first {
-                    guards = self.surroundings.guards(flow.dialled, flow.key.protocol);
+                    standing = self.standing(&flow.wanted());
                 }
                 first.map(|flow| FlowKey {
                     protocol: target.protocol,
@@ -105,7 +106,7 @@ impl Engine {
             }
             None => None,
         };
-        let decision = Arc::new(Decision::new(now, verdict, guards));
+        let decision = Arc::new(Decision::new(now, verdict, standing));
         if verdict.once {
             self.answer_once(now, verdict.miss, &decision);
             return;
@@ -114,7 +115,7 @@ impl Engine {
         self.answer(now, verdict.miss, &decision);
         if !is_exact(&verdict.found) {
             for miss in self.held.covered_by(&verdict.found) {
-                if !self.is_under(miss, guards) {
+                if !self.stands_so(miss, standing) {
                     continue;
                 }
                 self.report(Report::MissEnded {
@@ -143,15 +144,15 @@ impl Engine {
         }
     }
 
-    /// Whether everything that waits for a miss is under exactly these guards.
-    fn is_under(&self, miss: MissId, guards: GuardSet) -> bool {
+    /// Whether everything that waits for a miss stands exactly so.
+    fn stands_so(&self, miss: MissId, standing: Standing) -> bool {
         let Some(HeldMiss::Flows { flows, .. }) = self.held.get(miss) else {
             return true;
         };
         flows
             .iter()
             .filter_map(|at| self.flows.get(*at))
-            .all(|flow| self.surroundings.guards(flow.dialled, flow.key.protocol) == guards)
+            .all(|flow| self.standing(&flow.wanted()) == standing)
     }
 
     /// Acts on everything that waits for a miss.
@@ -186,15 +187,15 @@ impl Engine {
 
     fn hold_again(&mut self, now: Time, at: usize) {
         let Some(flow) = self.flows.get(at) else { return };
-        let (key, dialled) = (flow.key, flow.dialled);
-        match self.held.join_flow(&key, at) {
+        let wanted = flow.wanted();
+        match self.held.join_flow(wanted.target(), at) {
             Some((miss, count, hold)) => {
                 if let Some(flow) = self.flows.get_mut(at)
                     && let State::Held(waiting) = &mut flow.state
                 {
                     waiting.miss = miss;
                 }
-                self.ask_flow(now, miss, &key, dialled, count, hold);
+                self.ask_flow(now, miss, &wanted, count, hold);
             }
             None => self.refuse_held(now, at, FlowEnd::Evicted),
         }
@@ -202,14 +203,17 @@ impl Engine {
 
     fn answer_flow(&mut self, now: Time, at: usize, decision: &Arc<Decision>, miss: MissId) {
         let Some(flow) = self.flows.get(at) else { return };
-        match (decision.action, flow.key.protocol) {
-            (VerdictAction::Allow, Protocol::Tcp) => self.dial_held(now, at, decision, miss),
-            (VerdictAction::Allow, _) => self.open_held(now, at, decision, miss),
-            (VerdictAction::Deny, _) => {
+        match (decision.action, flow.key.protocol, flow.neighbour) {
+            (VerdictAction::Allow, _, Some(neighbour)) => {
+                self.open_held_switched(now, at, neighbour, decision, miss);
+            }
+            (VerdictAction::Allow, Protocol::Tcp, None) => self.dial_held(now, at, decision, miss),
+            (VerdictAction::Allow, _, None) => self.open_held(now, at, decision, miss),
+            (VerdictAction::Deny, ..) => {
                 self.count_drop(DropReason::Denied);
                 self.refuse_held(now, at, FlowEnd::Cut);
             }
-            (VerdictAction::Drop, _) => {
+            (VerdictAction::Drop, ..) => {
                 self.count_drop(DropReason::Denied);
                 self.flows.remove(at);
                 self.flows.release(at);
@@ -267,12 +271,11 @@ impl Engine {
         &mut self,
         now: Time,
         miss: MissId,
-        key: &FlowKey,
-        dialled: std::net::SocketAddr,
+        wanted: &Wanted,
         count: usize,
         hold: Duration,
     ) {
-        let subject = self.subject(now, key, dialled);
+        let subject = self.subject(now, wanted);
         self.held.note_names(miss, &subject.names);
         let subject = Subject::Flow(subject);
         let held = u32::try_from(count).unwrap_or(u32::MAX);
@@ -292,8 +295,8 @@ impl Engine {
                 let Some(flow) = flows.first().and_then(|at| self.flows.get(*at)) else {
                     return;
                 };
-                let (key, dialled) = (flow.key, flow.dialled);
-                self.ask_flow(now, miss, &key, dialled, count, hold);
+                let wanted = flow.wanted();
+                self.ask_flow(now, miss, &wanted, count, hold);
             }
             Some(HeldMiss::Lookup { name, query_type }) => {
                 let subject = LookupSubject {

@@ -5,6 +5,11 @@
 //! It moves frames between a TAP device and a Unix socket, one thread a direction, several frames a
 //! call on a stream unless `--batch 1` (as QEMU writes them).
 #![cfg_attr(not(target_os = "linux"), allow(unused))]
+#![allow(
+    clippy::print_stdout,
+    clippy::print_stderr,
+    reason = "it prints what it measured"
+)]
 
 #[cfg(target_os = "linux")]
 fn main() -> std::process::ExitCode {
@@ -72,6 +77,9 @@ mod linux {
         /// The guest's address
         #[arg(long, default_value = "192.168.127.2/24")]
         address: String,
+        /// Give it none: its command asks for one
+        #[arg(long, conflicts_with = "address")]
+        no_address: bool,
         /// Its router
         #[arg(long, default_value = "192.168.127.1")]
         gateway: String,
@@ -217,8 +225,10 @@ mod linux {
             "address",
             &format!("52:54:00:00:00:{number:02x}"),
         ])?;
-        ip(&["addr", "add", &args.address, "dev", TAP])?;
-        ip(&["route", "add", "default", "via", &args.gateway])?;
+        if !args.no_address {
+            ip(&["addr", "add", &args.address, "dev", TAP])?;
+            ip(&["route", "add", "default", "via", &args.gateway])?;
+        }
         let weather = |direction: u64| Weather::new(args.loss, args.reorder, args.seed ^ (direction << 32));
         let (into, out_of) = (weather(1), weather(2));
         let batch = args.batch.max(1);

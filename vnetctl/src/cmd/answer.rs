@@ -1,8 +1,9 @@
 //! `approve`, `deny` and `allow`: a person's answers.
 //!
-//! By id, an answer holds until the VM stops, in the narrowest scope, for the VM that asked; it
-//! carries the etag of what was read, so that a question that changed meanwhile is not answered
-//! unseen. Of a destination, it holds for ever, for the only VM there is or those that were named.
+//! By id, an answer holds until the VM stops, in the narrowest scope, for the VM that asked. What is
+//! asked under an id never changes, and the beginning of one never stands for a request that came
+//! later (`controlplane/src/approval`), so an id answers what was shown under it and nothing else. Of a
+//! destination, an answer holds for ever, for the only VM there is or those that were named.
 
 use clap::Args;
 use tonic_types::StatusExt as _;
@@ -12,7 +13,7 @@ use vnet_proto::v1;
 use super::Context;
 use super::grants::sentence;
 use super::select::{LifetimeArgs, VmArgs};
-use crate::client::{Client, unary};
+use crate::client::unary;
 use crate::failure::{Failure, describe};
 use crate::output::words;
 
@@ -58,8 +59,8 @@ pub struct AnswerArgs {
     /// Why, for the record
     #[arg(long, value_name = "TEXT")]
     pub reason: Option<String>,
-    /// The etag of what was shown; the answer is refused if it changed since. If left out, that of
-    /// what this command reads
+    /// The etag of what was shown; the answer is refused if it is not that of the request. The id
+    /// alone says as much
     #[arg(long, value_name = "ETAG")]
     pub etag: Option<String>,
 }
@@ -67,7 +68,7 @@ pub struct AnswerArgs {
 /// Arguments of `approve`.
 #[derive(Debug, Args)]
 pub struct ApproveArgs {
-    /// Ids of pending requests, or their beginnings
+    /// Ids of pending requests, or their beginnings of at least four characters
     #[arg(value_name = "ID", required = true)]
     pub ids: Vec<String>,
     /// The answer.
@@ -81,7 +82,8 @@ pub struct ApproveArgs {
 /// Arguments of `deny`.
 #[derive(Debug, Args)]
 pub struct DenyArgs {
-    /// Ids of pending requests, or a destination as `tcp 192.0.2.7:443`
+    /// Ids of pending requests (or beginnings of at least four characters), or a destination as
+    /// `tcp 192.0.2.7:443`
     #[arg(value_name = "ID|DESTINATION", required = true)]
     pub words: Vec<String>,
     /// The answer.
@@ -116,10 +118,9 @@ impl ApproveArgs {
         let lifetime = self.answer.lifetime.message()?;
         let client = context.connection.open().await?;
         super::each(self.ids, async |id| {
-            let (id, etag) = shown(&client, id, &self.answer).await?;
             let request = v1::ApproveRequest {
                 id,
-                etag,
+                etag: self.answer.etag(),
                 scope: self.answer.scope(),
                 lifetime,
                 vms: self.answer.vms.message(),
@@ -161,10 +162,9 @@ impl DenyArgs {
         let lifetime = self.answer.lifetime.message()?;
         let client = context.connection.open().await?;
         super::each(self.words, async |id| {
-            let (id, etag) = shown(&client, id, &self.answer).await?;
             let request = v1::DenyRequest {
                 id,
-                etag,
+                etag: self.answer.etag(),
                 scope: self.answer.scope(),
                 lifetime,
                 vms: self.answer.vms.message(),
@@ -214,23 +214,13 @@ impl AnswerArgs {
         Ok(())
     }
 
+    fn etag(&self) -> String {
+        self.etag.clone().unwrap_or_default()
+    }
+
     fn scope(&self) -> i32 {
         self.scope.map_or(v1::Scope::Unspecified, Into::into).into()
     }
-}
-
-/// The whole id and the etag of what is about to be answered.
-async fn shown(client: &Client, id: String, answer: &AnswerArgs) -> Result<(String, String), Failure> {
-    if let Some(etag) = &answer.etag {
-        return Ok((id, etag.clone()));
-    }
-    let read = client
-        .pending()
-        .get_pending(unary(v1::GetPendingRequest { id }))
-        .await?
-        .into_inner();
-    let request = read.request.unwrap_or_default();
-    Ok((request.id, request.etag))
 }
 
 fn answered(done: &str, request: Option<&v1::PendingRequest>, grant: Option<&v1::Grant>) -> String {

@@ -217,7 +217,7 @@ pub fn say(acts: Vec<Act>) -> Vec<Act> {
     let (lines, rest): (Vec<Act>, Vec<Act>) = acts.into_iter().partition(|act| matches!(act, Act::Say(_)));
     for line in lines {
         if let Act::Say(line) = line {
-            eprintln!("{line}");
+            crate::output::say(line);
         }
     }
     rest

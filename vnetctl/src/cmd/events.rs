@@ -9,7 +9,7 @@ use super::Context;
 use super::select::{ListVmArgs, duration};
 use crate::client::{LIST_ITEMS_MAX, PAGE_SIZE, unary};
 use crate::failure::Failure;
-use crate::output::{Format, Row, text, words};
+use crate::output::{self, Format, Row, text, words};
 
 /// Verbs of `events`.
 #[derive(Debug, Subcommand)]
@@ -84,10 +84,10 @@ async fn watch(args: WatchArgs, context: &mut Context) -> Result<(), Failure> {
     while let Some(answer) = events.message().await? {
         let Some(event) = answer.event else { continue };
         if event.kind() == v1::EventKind::Gap && context.output.format() == Format::Table {
-            eprintln!(
+            output::say(format!(
                 "{} events were missed; `vnetctl events list` has the history",
                 event.missed
-            );
+            ));
             continue;
         }
         context.output.stream(v1::Event::NAME, &event, WATCH, |_| {

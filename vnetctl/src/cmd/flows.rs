@@ -28,7 +28,7 @@ pub enum FlowsCommand {
 /// Arguments of `flows close`.
 #[derive(Debug, Args)]
 pub struct CloseArgs {
-    /// Ids, or their beginnings
+    /// Ids, or their beginnings of at least four characters
     #[arg(value_name = "ID", required = true)]
     pub ids: Vec<String>,
 }

@@ -34,7 +34,7 @@ pub struct ListArgs {
 /// Arguments of `grants revoke`.
 #[derive(Debug, Args)]
 pub struct RevokeArgs {
-    /// Ids, or their beginnings
+    /// Ids, or their beginnings of at least four characters
     #[arg(value_name = "ID", required = true)]
     pub ids: Vec<String>,
 }

@@ -22,7 +22,7 @@ mod tests;
 
 use crate::client::Connection;
 use crate::failure::Failure;
-use crate::output::Output;
+use crate::output::{self, Output};
 
 /// What every command works with.
 pub struct Context {
@@ -47,7 +47,7 @@ async fn each(
             Err(error) if only => return Err(error),
             Err(error) => {
                 if let Some(message) = error.message() {
-                    eprintln!("{message}");
+                    output::say(message);
                 }
                 failed = Some(Failure::Code(error.exit_code()));
             }

@@ -9,7 +9,7 @@ use super::Context;
 use super::select::ListVmArgs;
 use crate::client::{PAGE_SIZE, pages, unary};
 use crate::failure::Failure;
-use crate::output::{Row, text, words};
+use crate::output::{self, Row, text, words};
 
 /// Verbs of `pending`.
 #[derive(Debug, Subcommand)]
@@ -32,7 +32,7 @@ pub enum PendingCommand {
 /// Arguments of `pending show`.
 #[derive(Debug, Args)]
 pub struct ShowArgs {
-    /// The id, or the beginning of it
+    /// The id, or a beginning of it of at least four characters
     #[arg(value_name = "ID")]
     pub id: String,
 }
@@ -88,10 +88,10 @@ impl PendingCommand {
 fn watch_line(context: &mut Context, change: &v1::WatchPendingResponse) -> Result<(), Failure> {
     use v1::PendingChange as Change;
 
-    let is_table = context.output.format() == crate::output::Format::Table;
+    let is_table = context.output.format() == output::Format::Table;
     match (change.change(), &change.request) {
         (Change::Gap, _) if is_table => {
-            eprintln!("some changes were missed; `vnetctl pending list` has what is open now");
+            output::say("some changes were missed; `vnetctl pending list` has what is open now");
             Ok(())
         }
         (Change::Synced, _) if is_table => Ok(()),

@@ -12,7 +12,7 @@ use crate::client::{PAGE_SIZE, pages, unary};
 use crate::failure::Failure;
 use crate::launch;
 use crate::output::text::safe;
-use crate::output::{Format, Row, text, words};
+use crate::output::{self, Format, Row, text, words};
 
 /// Verbs of `policy`.
 #[derive(Debug, Subcommand)]
@@ -164,7 +164,7 @@ async fn show(args: ShowArgs, context: &mut Context) -> Result<(), Failure> {
         return context.output.one(v1::Policy::NAME, &policy, Vec::new);
     }
     // The words go to stderr, so that `policy show > policy.yaml` is the document and nothing else.
-    eprintln!("{}", safe(&header(&policy, context.output.now())));
+    output::say(safe(&header(&policy, context.output.now())));
     let mut document = policy.document.lines().map(safe).collect::<Vec<_>>().join("\n");
     if !document.is_empty() {
         document.push('\n');
@@ -316,7 +316,7 @@ impl Row for v1::Policy {
 fn warn(context: &Context, source: &str, warnings: &[v1::PolicyWarning]) {
     if context.output.format() == Format::Table {
         for line in launch::warning_lines(source, warnings) {
-            eprintln!("{line}");
+            output::say(line);
         }
     }
 }

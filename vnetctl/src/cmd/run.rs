@@ -80,7 +80,7 @@ struct Plan {
 pub fn execute(args: RunArgs, connection: Connection) -> Result<u8, Failure> {
     let plan = plan(args, &connection)?;
     for warning in &plan.settings.treatment.warnings {
-        eprintln!("{warning}");
+        crate::output::say(warning);
     }
     #[cfg(target_os = "linux")]
     return supervise::run(plan, connection);

@@ -11,7 +11,7 @@ use super::treat::{TreatArgs, all};
 use crate::client::Connection;
 use crate::failure::Failure;
 use crate::launch::{Dataplane, DataplaneArgs, DataplaneConfig, ListenAt, Settings, Transport, session_url};
-use crate::output::text::safe;
+use crate::output::{self, text::safe};
 
 /// Arguments of `up`.
 #[derive(Debug, Args)]
@@ -60,7 +60,7 @@ pub fn execute(args: UpArgs, connection: Connection) -> Result<(), Failure> {
     let config = settings.check(false, &mut problems);
     all(problems)?;
     for warning in &settings.treatment.warnings {
-        eprintln!("{warning}");
+        output::say(warning);
     }
     let Some(config) = config else { return Ok(()) };
     crate::cli::runtime()?.block_on(serve(settings, &config, name, connection))
@@ -93,7 +93,7 @@ async fn serve(
     }
     let command = command_line(&connection);
     for line in greeting(config, &command) {
-        eprintln!("{line}");
+        output::say(line);
     }
 
     let mut questions = Questions::new(false, command);
@@ -111,10 +111,10 @@ async fn serve(
             Seen::Pending(change) => questions.change(&change),
             Seen::Vm(_) => Vec::new(),
             Seen::Lost(why) => {
-                eprintln!(
+                output::say(format!(
                     "vnet: no controlplane, so nothing new is let out; trying again ({})",
                     safe(&why)
-                );
+                ));
                 Vec::new()
             }
         };

@@ -9,6 +9,7 @@ mod table;
 pub mod text;
 pub mod words;
 
+use std::fmt::Display;
 use std::io::{self, Write};
 use std::time::SystemTime;
 
@@ -190,6 +191,13 @@ impl Output {
         self.sink.flush()?;
         Ok(())
     }
+}
+
+/// A line of words to stderr. One that cannot be written is lost: there is nobody left to tell. (`eprintln!`
+/// would panic, and end what the words were only beside.)
+pub fn say(line: impl Display) {
+    // One write, so that lines of several processes do not mix.
+    let _ = io::stderr().write_all(format!("{line}\n").as_bytes());
 }
 
 #[cfg(test)]

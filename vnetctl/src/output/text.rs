@@ -49,19 +49,25 @@ pub(crate) fn safe_json(json: &str) -> Cow<'_, str> {
     Cow::Owned(escaped)
 }
 
-/// Whether a character does something other than stand in its place.
+/// Whether a character does something other than stand in its place: a control character, or one that
+/// reorders, joins or hides its neighbours (Unicode's `Cf`, what is not shown, the separators of lines, and
+/// the blanks that are not the ordinary space).
 pub(crate) fn acts(c: char) -> bool {
     c.is_control()
-        || matches!(
-            u32::from(c),
-            // Soft hyphen; Arabic letter mark; Mongolian vowel separator; Hangul fillers.
-            0xad | 0x61c | 0x180e | 0x115f | 0x1160 | 0x3164 | 0xffa0
+        || (c.is_whitespace() && c != ' ')
+        || matches!(c,
+            // Soft hyphen, combining grapheme joiner.
+            '\u{ad}' | '\u{34f}'
+            // Arabic, Syriac, Khmer and Mongolian signs that are not shown; Hangul fillers.
+            | '\u{600}'..='\u{605}' | '\u{61c}' | '\u{6dd}' | '\u{70f}' | '\u{890}'..='\u{891}' | '\u{8e2}'
+            | '\u{115f}'..='\u{1160}' | '\u{17b4}'..='\u{17b5}' | '\u{180b}'..='\u{180f}' | '\u{3164}' | '\u{ffa0}'
             // Zero-width characters, directional marks, line and paragraph separators, embeddings
             // and overrides, invisible operators and isolates.
-            | 0x200b..=0x200f | 0x2028..=0x202e | 0x2060..=0x206f
-            // Variation selectors, byte order mark, annotations, tags.
-            | 0xfe00..=0xfe0f | 0xfeff | 0xfff9..=0xfffb | 0xe0000..=0xe0fff
-        )
+            | '\u{200b}'..='\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2060}'..='\u{206f}'
+            // Variation selectors, byte order mark, annotations; signs of notations; tags.
+            | '\u{fe00}'..='\u{fe0f}' | '\u{feff}' | '\u{fff0}'..='\u{fffb}'
+            | '\u{110bd}' | '\u{110cd}' | '\u{13430}'..='\u{1343f}' | '\u{1bca0}'..='\u{1bca3}'
+            | '\u{1d173}'..='\u{1d17a}' | '\u{e0000}'..='\u{e0fff}')
 }
 
 /// A span of time in its largest unit, as `45s`, `3m`, `7h`, `12d`.
@@ -151,6 +157,14 @@ mod tests {
             ),
             ("\u{9b}31m\u{7f}", "\\u{9b}31m\\u{7f}"),
             ("tag\u{e0041}", "tag\\u{e0041}"),
+            (
+                "b\u{fc}cher.example: \u{65e5}\u{672c} ok",
+                "b\u{fc}cher.example: \u{65e5}\u{672c} ok",
+            ),
+            // What only one of two lists had, when there were two.
+            ("a\u{34f}b\u{600}c\u{180b}d", "a\\u{34f}b\\u{600}c\\u{180b}d"),
+            ("web\u{a0}ok\u{2003}\u{3000}x", "web\\u{a0}ok\\u{2003}\\u{3000}x"),
+            ("n\u{1d173}\u{fff0}", "n\\u{1d173}\\u{fff0}"),
         ];
 
         for (text, expected) in cases {

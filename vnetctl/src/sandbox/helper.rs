@@ -26,7 +26,9 @@ pub fn guest_main(command: Vec<OsString>) -> ExitCode {
     let control = match take_control() {
         Ok(control) => control,
         Err(failure) => {
-            eprintln!("vnetctl: {failure}; this is started by `vnetctl run`, not by hand");
+            crate::output::say(format_args!(
+                "vnetctl: {failure}; this is started by `vnetctl run`, not by hand"
+            ));
             return EXIT_FAILED.into();
         }
     };

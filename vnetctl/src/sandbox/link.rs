@@ -51,7 +51,7 @@ pub(crate) fn make(
     force_packet_socket: bool,
 ) -> Result<Made, Failure> {
     let mut notes = Vec::new();
-    let tap = if force_packet_socket { None } else { open_tap()? };
+    let tap = if force_packet_socket { None } else { open_tap() };
     let (fd, kind) = match tap {
         Some(fd) => (fd, LinkKind::Tap),
         None => (make_veth(mtu_bytes)?, LinkKind::Packet),
@@ -90,27 +90,21 @@ fn announce_when_up(notes: &mut Vec<String>) {
 }
 
 /// A TAP device in this namespace, or `None` where the system does not give one.
-fn open_tap() -> Result<Option<OwnedFd>, Failure> {
-    let opened = OpenOptions::new()
+fn open_tap() -> Option<OwnedFd> {
+    // Not there, not allowed, the module is missing, or something else lies there (containers mask it): all the
+    // same to the veth pair.
+    let file = OpenOptions::new()
         .read(true)
         .write(true)
         .custom_flags(libc::O_CLOEXEC)
-        .open("/dev/net/tun");
-    let file = match opened {
-        Ok(file) => file,
-        // Not there, not allowed, or the module is missing: all the same to the veth pair.
-        Err(_) => return Ok(None),
-    };
+        .open("/dev/net/tun")
+        .ok()?;
     let mut request = interface_request(INTERFACE);
     // Both fit: they are bits of a 16-bit field.
     request.ifr_ifru.ifru_flags = (libc::IFF_TAP | libc::IFF_NO_PI) as libc::c_short;
     // SAFETY: TUNSETIFF reads and writes the ifreq that it is given, which lives on.
     let made = unsafe { libc::ioctl(file.as_raw_fd(), libc::TUNSETIFF as _, &raw mut request) };
-    match Errno::result(made) {
-        Ok(_) => Ok(Some(file.into())),
-        Err(Errno::EPERM | Errno::EACCES | Errno::ENODEV | Errno::EBUSY) => Ok(None),
-        Err(error) => Err(Failure::new("make a TAP device", error)),
-    }
+    Errno::result(made).ok().map(|_| file.into())
 }
 
 /// A veth pair: one end in a new network namespace, which this process enters, the other in the present

@@ -12,7 +12,6 @@
 //!
 //! When stdin is no terminal, no keys are read: nobody is asked and the command gets none.
 
-mod escape;
 mod keys;
 mod relay;
 mod tty;
@@ -25,7 +24,6 @@ use std::time::Duration;
 
 use tokio::sync::oneshot;
 
-pub use self::escape::escape;
 pub use self::keys::Key;
 pub use self::tty::{device_paths, restore, standard_streams};
 
@@ -87,7 +85,7 @@ impl Terminal {
     /// the terminal is gone, or the command ended. Questions are shown one after the other; dropping
     /// the future takes the question back.
     ///
-    /// What a guest chose must have gone through [`escape`].
+    /// What a guest chose must have gone through [`safe`](crate::output::text::safe).
     pub async fn prompt(&self, question: &str) -> Option<Key> {
         let (reply, answer) = oneshot::channel();
         let _wake_when_dropped = self.sender.waker();

@@ -93,13 +93,15 @@ fn one_link_binds_few_addresses() {
 }
 
 #[test]
-fn other_guests_are_out_of_reach_while_the_switch_is_closed() {
+fn an_address_that_nobody_has_is_unreachable() {
     let mut rig = Rig::new();
     let neighbour = Ipv4Addr::new(192, 168, 127, 3);
     *rig.surroundings.neighbour.lock().unwrap() = Some(neighbour);
     rig.syn((neighbour, 22));
-    assert_eq!(rig.engine.dropped(DropReason::GuestToGuest), 1);
+    assert_eq!(rig.misses().len(), 1, "somebody has it");
     rig.syn((Ipv4Addr::new(192, 168, 127, 4), 22));
+    assert!(rig.misses().is_empty());
+    assert_eq!(rig.engine.dropped(DropReason::UnknownStation), 1);
     assert_eq!(rig.only_icmp(), (3, 1));
 }
 

@@ -1,6 +1,6 @@
 //! The scripted guest and what it is given.
 
-use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::net::{Ipv4Addr, SocketAddr};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -12,11 +12,13 @@ use vnet_proto::model::{
 
 use crate::engine::gateway::dhcp::DhcpOutcome;
 use crate::engine::gateway::dns::zones::Zones;
+use crate::engine::switch::Neighbour;
 use crate::engine::{Engine, EngineConfig, Event, Outcome, Surroundings, Time};
 use crate::mac::Mac;
 use crate::message::{Order, Report};
 
 pub(super) const GUEST_MAC: Mac = Mac([2, 0, 0, 0, 0, 2]);
+pub(super) const NEIGHBOUR_MAC: Mac = Mac([2, 0, 0, 0, 0, 3]);
 pub(super) const GATEWAY_MAC: Mac = Mac([0x5a, 0x94, 0xef, 0xe4, 0x0c, 0xdd]);
 pub(super) const GUEST: Ipv4Addr = Ipv4Addr::new(192, 168, 127, 2);
 pub(super) const GATEWAY: Ipv4Addr = Ipv4Addr::new(192, 168, 127, 1);
@@ -44,8 +46,12 @@ impl Surroundings for Alone {
     fn dhcp(&self, _: VmId, _: Mac, _: &[u8], _: Time) -> DhcpOutcome {
         DhcpOutcome::default()
     }
-    fn guest_at(&self, address: IpAddr) -> Option<VmId> {
-        (self.neighbour.lock().unwrap().map(IpAddr::V4) == Some(address)).then_some(VmId(9))
+    fn neighbour(&self, address: Ipv4Addr) -> Option<Neighbour> {
+        (*self.neighbour.lock().unwrap() == Some(address)).then_some(Neighbour {
+            vm: VmId(9),
+            mac: NEIGHBOUR_MAC,
+            open: false,
+        })
     }
     fn guards(&self, dialled: SocketAddr, _: Protocol) -> GuardSet {
         let mut guards = GuardSet::EMPTY;
@@ -142,6 +148,12 @@ impl Rig {
                 self.events.push(Event::Send {
                     flow,
                     packets: vec![payload.into()],
+                });
+            }
+            Outcome::Pass { flow, packet } => {
+                self.events.push(Event::Pass {
+                    flow,
+                    packets: vec![packet.into()],
                 });
             }
             Outcome::Done | Outcome::Switch(_) => {}

@@ -4,5 +4,7 @@
 mod datagram;
 mod identity;
 mod kit;
+mod neighbours;
 mod tcp;
+mod town;
 mod verdict;

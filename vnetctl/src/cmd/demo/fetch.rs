@@ -19,7 +19,7 @@ pub fn main(arguments: &[OsString]) -> ExitCode {
         Ok(page) if io::stdout().write_all(&page).is_ok() => ExitCode::SUCCESS,
         Ok(_) => ExitCode::FAILURE,
         Err(error) => {
-            eprintln!("fetch: {target}: {error}");
+            crate::output::say(format_args!("fetch: {target}: {error}"));
             ExitCode::FAILURE
         }
     }

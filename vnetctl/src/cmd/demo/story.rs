@@ -1,6 +1,7 @@
 //! The story: what is typed, what is expected of it, and what came back.
 
-use std::io::{self, Read as _};
+use std::fmt::Display;
+use std::io::{self, Read as _, Write as _};
 use std::os::unix::fs::DirBuilderExt as _;
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
@@ -20,7 +21,7 @@ use crate::sandbox::stage::{self, Stage, StageSpec};
 /// Begins again inside the stage's namespaces, and tells the story there.
 pub(super) fn execute() -> Result<(), Failure> {
     if !stage::inside() {
-        println!("A stage: a host and, across a wire, an internet of its own. Nothing leaves this machine.");
+        tell("A stage: a host and, across a wire, an internet of its own. Nothing leaves this machine.")?;
         let status = stage::reexec_self(["demo"]).map_err(|e| Failure::Failed(e.to_string()))?;
         return if status.success() {
             Ok(())
@@ -32,23 +33,23 @@ pub(super) fn execute() -> Result<(), Failure> {
     serve(&stage.internet).map_err(|e| Failure::Failed(format!("cannot serve the stage's internet: {e}")))?;
     let home =
         Home::new().map_err(|e| Failure::Failed(format!("cannot make a directory for the demo: {e}")))?;
-    let result = tell(&home);
+    let result = play(&home);
     drop(home);
     result?;
-    println!("\nEvery step happened.");
+    tell("\nEvery step happened.")?;
     Ok(())
 }
 
-fn tell(home: &Home) -> Result<(), Failure> {
-    println!("\n1. A command fetches a page. Nothing allows it, so its first packet is held.");
+fn play(home: &Home) -> Result<(), Failure> {
+    tell("\n1. A command fetches a page. Nothing allows it, so its first packet is held.")?;
     let fetching = home.run(&["--secure-mode"], &format!("{PAGES}:{PORT}"))?;
     let id = home.asked("address")?;
     home.show(&["pending", "list"])?;
-    println!("\n2. Somebody says yes, and the same connection attempt completes.");
+    tell("\n2. Somebody says yes, and the same connection attempt completes.")?;
     home.show(&["approve", &id])?;
     fetching.expect_page()?;
 
-    println!("\n3. Another command, and somebody says no: it is refused at once.");
+    tell("\n3. Another command, and somebody says no: it is refused at once.")?;
     let fetching = home.run(&["--secure-mode"], &format!("{PAGES}:{PORT}"))?;
     let id = home.asked("address")?;
     let denied_at = Instant::now();
@@ -56,28 +57,28 @@ fn tell(home: &Home) -> Result<(), Failure> {
     fetching.expect_failure("refused")?;
     check(denied_at.elapsed() < AT_ONCE, "the refusal came at once")?;
 
-    println!("\n4. A name: its lookup is held, and one yes serves the lookup and the connection.");
+    tell("\n4. A name: its lookup is held, and one yes serves the lookup and the connection.")?;
     let fetching = home.run(&["--secure-mode"], &format!("asked.example:{PORT}"))?;
     let id = home.asked("name")?;
     home.show(&["pending", "list"])?;
     home.show(&["approve", &id])?;
     fetching.expect_page()?;
 
-    println!("\n5. A name that a rule allows is asked of nobody.");
+    tell("\n5. A name that a rule allows is asked of nobody.")?;
     home.run(
         &["--allow", "domain allowed.example"],
         &format!("allowed.example:{PORT}"),
     )?
     .expect_page()?;
 
-    println!("\n6. A name that a rule denies is not looked up.");
+    tell("\n6. A name that a rule denies is not looked up.")?;
     home.run(
         &["--deny", "domain blocked.example"],
         &format!("blocked.example:{PORT}"),
     )?
     .expect_failure("")?;
 
-    println!("\n7. The history has all of it.");
+    tell("\n7. The history has all of it.")?;
     home.show(&["events", "list", "--limit", "20"])?;
     let events = home.json(&["events", "list", "--limit", "200"])?;
     let has = |kind: &str, part: &str| {
@@ -135,7 +136,7 @@ impl Home {
 
     /// Types a command, and shows it with what came back.
     fn show(&self, words: &[&str]) -> Result<(), Failure> {
-        println!("$ vnetctl {}", words.join(" "));
+        tell(format_args!("$ vnetctl {}", words.join(" ")))?;
         let status = self.vnetctl().args(words).status().map_err(failed)?;
         check(status.success(), &format!("`vnetctl {}` worked", words.join(" ")))
     }
@@ -165,10 +166,10 @@ impl Home {
                 (*o).to_owned()
             }
         });
-        println!(
+        tell(format_args!(
             "$ vnetctl run --vm demo {} -- fetch {target}",
             shown.collect::<Vec<_>>().join(" ")
-        );
+        ))?;
         let mut child = self
             .vnetctl()
             .args(["run", "--vm", "demo", "--dns", &NAMES.to_string()])
@@ -257,7 +258,7 @@ impl Fetching {
         let (stdout, stderr) = (text(self.stdout.take()), text(self.stderr.take()));
         let stderr = String::from_utf8_lossy(&stderr).into_owned();
         for line in stderr.lines() {
-            println!("  {line}");
+            tell(format_args!("  {line}"))?;
         }
         Ok((status, stdout, stderr))
     }
@@ -265,7 +266,7 @@ impl Fetching {
     fn expect_page(mut self) -> Result<(), Failure> {
         let (status, stdout, _) = self.end()?;
         check(status.success(), "the command got its page")?;
-        println!("  {} bytes came back", stdout.len());
+        tell(format_args!("  {} bytes came back", stdout.len()))?;
         check(stdout == page(), "the page is whole")
     }
 
@@ -291,6 +292,11 @@ fn read_in_background(mut from: impl io::Read + Send + 'static) -> JoinHandle<Ve
         let _ = from.by_ref().take(OUTPUT_BYTES_MAX).read_to_end(&mut text);
         text
     })
+}
+
+/// A line of the story. Whoever read it may have gone away, which ends it.
+fn tell(line: impl Display) -> Result<(), Failure> {
+    Ok(io::stdout().write_all(format!("{line}\n").as_bytes())?)
 }
 
 fn check(happened: bool, what: &str) -> Result<(), Failure> {

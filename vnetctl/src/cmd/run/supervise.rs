@@ -22,7 +22,7 @@ use crate::cmd::attend::{Attendant, Seen, command_line, send_answer};
 use crate::cmd::questions::{Act, Questions};
 use crate::failure::Failure;
 use crate::launch::{Dataplane, own_directories};
-use crate::output::text::safe;
+use crate::output::{self, text::safe};
 use crate::sandbox::{self, Event, Exit, Sandbox, Spec};
 use crate::terminal::{Key, Terminal, standard_streams};
 
@@ -164,7 +164,7 @@ impl Voice<'_> {
     fn say(&self, line: &str) {
         match self.terminal {
             Some(terminal) => terminal.say(line),
-            None => eprintln!("{line}"),
+            None => output::say(line),
         }
     }
 }

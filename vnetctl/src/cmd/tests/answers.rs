@@ -8,17 +8,14 @@ use super::scripted::Scripted;
 use super::{domain, named, run, run_all, tcp, until_vm_stops};
 use crate::output::Format;
 
-fn shown(id: &str) -> v1::GetPendingResponse {
-    let request = v1::PendingRequest {
+fn request(id: &str) -> Option<v1::PendingRequest> {
+    Some(v1::PendingRequest {
         id: id.to_owned(),
         etag: format!("etag-of-{id}"),
         vm: "web".to_owned(),
         target: tcp("10.99.0.1", 8080),
         ..Default::default()
-    };
-    v1::GetPendingResponse {
-        request: Some(request),
-    }
+    })
 }
 
 fn grant(action: v1::Action, target: Option<v1::Target>) -> Option<v1::Grant> {
@@ -33,13 +30,12 @@ fn grant(action: v1::Action, target: Option<v1::Target>) -> Option<v1::Grant> {
 }
 
 #[tokio::test]
-async fn approve_sends_the_etag_of_what_it_read() {
+async fn approve_sends_the_id_as_it_was_read_off_and_reads_nothing_else_in_its_place() {
     let server = Scripted::start();
-    server.answer("PendingService/GetPending", &shown("01abcd"));
     server.answer(
         "PendingService/Approve",
         &v1::ApproveResponse {
-            request: shown("01abcd").request,
+            request: request("01abcd"),
             grant: grant(v1::Action::Allow, tcp("10.99.0.1", 8080)),
         },
     );
@@ -58,8 +54,7 @@ async fn approve_sends_the_etag_of_what_it_read() {
     );
     let asked: Vec<v1::ApproveRequest> = server.asked("PendingService/Approve");
     let expected = v1::ApproveRequest {
-        id: "01abcd".to_owned(),
-        etag: "etag-of-01abcd".to_owned(),
+        id: "01ab".to_owned(),
         reason: "package upgrade".to_owned(),
         ..Default::default()
     };
@@ -73,7 +68,6 @@ async fn approve_sends_the_etag_of_what_it_read() {
 #[tokio::test]
 async fn approve_passes_scope_lifetime_and_vms_on() {
     let server = Scripted::start();
-    server.answer("PendingService/GetPending", &shown("01abcd"));
     server.answer("PendingService/Approve", &v1::ApproveResponse::default());
 
     let words = [
@@ -103,19 +97,18 @@ async fn approve_passes_scope_lifetime_and_vms_on() {
 async fn one_id_that_fails_does_not_keep_the_others_from_being_answered() {
     let server = Scripted::start();
     server.refuse(
-        "PendingService/GetPending",
-        Status::not_found("no pending request has an id that begins with 02"),
+        "PendingService/Deny",
+        Status::not_found("no pending request has an id that begins with 02cd"),
     );
-    server.answer("PendingService/GetPending", &shown("01abcd"));
     server.answer(
         "PendingService/Deny",
         &v1::DenyResponse {
-            request: shown("01abcd").request,
+            request: request("01abcd"),
             grant: grant(v1::Action::Deny, tcp("10.99.0.1", 8080)),
         },
     );
 
-    let (said, result) = run_all(&server, Format::Table, &["deny", "02", "01ab"]).await;
+    let (said, result) = run_all(&server, Format::Table, &["deny", "02cd", "01ab"]).await;
 
     assert!(
         said.starts_with("denied 01abcd: deny tcp 10.99.0.1:8080 for web"),

@@ -1,0 +1,141 @@
+//! What is decided about a new flow, and on what evidence: where it would go, and what the cache says.
+
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::sync::Arc;
+
+use vnet_proto::model::{FlowKey, FlowSubject, Guard, Reason, VerdictAction, VmId};
+
+use crate::engine::cache::{Decision, Standing};
+use crate::engine::frame::{DropReason, Ipv4};
+use crate::engine::held::Target;
+use crate::engine::reply::Unreachable;
+use crate::engine::{Engine, Time, bindings};
+
+/// Where a flow goes, or would go.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Wanted {
+    /// Its addresses as the guest sees them.
+    pub(super) key: FlowKey,
+    /// The address that the host would dial.
+    pub(super) dialled: SocketAddr,
+    /// The other guest that it is for.
+    pub(super) neighbour: Option<VmId>,
+}
+
+impl Wanted {
+    /// To nobody but who its addresses say.
+    pub(super) fn plain(key: FlowKey) -> Self {
+        Self {
+            key,
+            dialled: key.peer,
+            neighbour: None,
+        }
+    }
+
+    /// By whom misses are told apart.
+    pub(super) fn target(&self) -> Target {
+        Target {
+            protocol: self.key.protocol,
+            peer: self.key.peer,
+            neighbour: self.neighbour,
+        }
+    }
+}
+
+impl Engine {
+    /// Where a flow that begins with this packet would go, if it may at all.
+    pub(super) fn wanted(&mut self, ip: &Ipv4<'_>, key: FlowKey) -> Result<Wanted, DropReason> {
+        match self.check_destination(ip.destination) {
+            Ok(neighbour) => Ok(Wanted {
+                key,
+                dialled: self.dialled(key.peer),
+                neighbour,
+            }),
+            Err(reason) => {
+                if reason == DropReason::UnknownStation {
+                    self.refuse_unreachable(ip, Unreachable::Host);
+                }
+                Err(reason)
+            }
+        }
+    }
+
+    /// What a guest-visible destination is dialled as.
+    fn dialled(&self, peer: SocketAddr) -> SocketAddr {
+        match (peer.ip(), self.config.host_alias) {
+            (IpAddr::V4(v4), Some(alias)) if v4 == alias => {
+                SocketAddr::new(Ipv4Addr::LOCALHOST.into(), peer.port())
+            }
+            _ => peer,
+        }
+    }
+
+    /// Whether a flow may go there at all, and which other guest it is that has the address.
+    fn check_destination(&self, address: Ipv4Addr) -> Result<Option<VmId>, DropReason> {
+        if Some(address) == self.config.host_alias {
+            return Ok(None);
+        }
+        if self.config.subnet.contains(&address) {
+            return match self.owner_of(address.into()) {
+                // Its own address is no way out.
+                Some(vm) if vm == self.config.vm => Err(DropReason::Destination),
+                Some(vm) => Ok(Some(vm)),
+                None => Err(DropReason::UnknownStation),
+            };
+        }
+        let first = address.octets()[0];
+        if first == 0 || address.is_loopback() || first >= 224 {
+            return Err(DropReason::Destination);
+        }
+        Ok(None)
+    }
+
+    /// How a destination stands now.
+    pub(super) fn standing(&self, wanted: &Wanted) -> Standing {
+        let guards = self.surroundings.guards(wanted.dialled, wanted.key.protocol);
+        Standing {
+            guards: match wanted.neighbour {
+                Some(_) => guards.with(Guard::Guest),
+                None => guards,
+            },
+            neighbour: wanted.neighbour,
+        }
+    }
+
+    /// The cache's answer for a new flow; `None` is a miss.
+    pub(super) fn decide(&self, now: Time, wanted: &Wanted) -> Option<Arc<Decision>> {
+        let standing = self.standing(wanted);
+        if standing.guards.contains(Guard::Daemon) {
+            return Some(Arc::new(Decision {
+                action: VerdictAction::Deny,
+                epoch: self.cache.epoch().unwrap_or(vnet_proto::model::Epoch {
+                    incarnation: 0,
+                    counter: 0,
+                }),
+                expires_at: None,
+                grant: String::new(),
+                reason: Reason::new("guard", "daemon", "a vnet daemon listens there; nothing opens it"),
+                would_deny: false,
+                standing,
+            }));
+        }
+        self.cache.lookup(now, &wanted.key, standing).cloned()
+    }
+
+    /// The evidence about a flow.
+    pub(super) fn subject(&mut self, now: Time, wanted: &Wanted) -> FlowSubject {
+        let mut guards = self.standing(wanted).guards;
+        let address = wanted.key.peer.ip();
+        let bound = self.bindings.names_of(now, address);
+        if !bound.is_empty() && bindings::is_private_or_special(address) {
+            guards = guards.with(Guard::PrivateFromDns);
+        }
+        FlowSubject {
+            key: wanted.key,
+            dialled: wanted.dialled.ip(),
+            names: bound,
+            guards,
+            peer_vm: wanted.neighbour,
+        }
+    }
+}

@@ -1,0 +1,268 @@
+//! A flow's life, whatever its protocol: it opens, it counts, it has deadlines, it ends.
+
+use std::time::Duration;
+
+use vnet_proto::model::{FlowId, MissId, Protocol, Reason};
+
+use crate::engine::flow::{Flow, State};
+use crate::engine::judge::Wanted;
+use crate::engine::tcp::{DialError, TCP_IDLE};
+use crate::engine::timer::Timer;
+use crate::engine::{ECHO_IDLE, Engine, Event, Time, datagram};
+use crate::message::{FlowEnd, FlowOpened, MissEnd, Report, flow_id};
+
+/// How long a connection that both sides have closed may wait for the last acknowledgement.
+const CLOSING_IDLE: Duration = Duration::from_secs(60);
+/// The least time ahead that a flow's timer is set.
+const TIMER_STEP: Duration = Duration::from_millis(1);
+/// When rings of a quiet connection give memory back.
+const SHRINK_IDLE: Duration = Duration::from_secs(10);
+
+impl Engine {
+    /// A flow of this guest's; its place.
+    pub(super) fn new_flow(&mut self, now: Time, wanted: Wanted, state: State) -> usize {
+        let flow = Flow::new(self.next_flow_id(), now, wanted, state);
+        self.insert(flow)
+    }
+
+    pub(super) fn next_flow_id(&mut self) -> FlowId {
+        let id = flow_id(self.config.vm, self.next_flow);
+        self.next_flow += 1;
+        id
+    }
+
+    pub(super) fn insert(&mut self, flow: Flow) -> usize {
+        if let Some(kind) = flow.kind() {
+            *self.count_of(kind) += 1;
+        }
+        self.flows.insert(flow)
+    }
+
+    /// How many flows of a kind that has a limit of its own there are; of TCP nobody asks.
+    pub(super) fn count_of(&mut self, kind: Protocol) -> &mut usize {
+        match kind {
+            Protocol::Udp => &mut self.udp_flows,
+            _ => &mut self.echo_flows,
+        }
+    }
+
+    /// A flow was let through: tell the session.
+    pub(super) fn report_opened(&mut self, now: Time, at: usize, miss: Option<MissId>) {
+        let Some(flow) = self.flows.get(at) else { return };
+        let (wanted, ingress) = (flow.wanted(), flow.ingress);
+        let subject = self.subject(now, &wanted);
+        let Some(flow) = self.flows.get(at) else { return };
+        let decision = flow.decision.as_deref();
+        let opened = FlowOpened {
+            flow: flow.id,
+            vm: self.config.vm,
+            ingress,
+            subject,
+            epoch: decision.map(|d| d.epoch),
+            grant: decision.map(|d| d.grant.clone()).unwrap_or_default(),
+            reason: decision.map_or_else(
+                || Reason::new("forward", "", "a port forward leads here"),
+                |d| d.reason.clone(),
+            ),
+            would_deny: decision.is_some_and(|d| d.would_deny),
+            opened_at: flow.opened_at,
+            miss,
+        };
+        self.report(Report::FlowOpened(opened));
+    }
+
+    /// Ends a flow: out of the table, its host socket closed, the session told. What the guest still
+    /// has to see must be queued before.
+    pub(super) fn end_flow(&mut self, at: usize, end: FlowEnd) {
+        let Some(flow) = self.flows.remove(at) else { return };
+        if let Some(kind) = flow.kind() {
+            *self.count_of(kind) -= 1;
+        }
+        match &flow.state {
+            State::Held(waiting) => {
+                let miss = waiting.miss;
+                if self.held.leave(miss, at) {
+                    let end = match end {
+                        FlowEnd::GuestReset => MissEnd::GuestGaveUp,
+                        FlowEnd::VmDown => MissEnd::VmDown,
+                        FlowEnd::Evicted => MissEnd::Evicted,
+                        _ => MissEnd::HoldExpired,
+                    };
+                    self.report(Report::MissEnded { miss, end });
+                }
+                self.flows.release(at);
+                return;
+            }
+            State::Service(_) => {
+                self.flows.release(at);
+                self.close_dns(flow.id.0);
+                return;
+            }
+            State::Switched(switched) => {
+                // It has no socket that would have to be closed first.
+                self.flows.release(at);
+                self.end_switched(&flow, switched, end);
+                return;
+            }
+            State::Dialing { .. } | State::Tcp(_) | State::Udp | State::Echo => {}
+        }
+        let reset = !matches!(end, FlowEnd::Finished | FlowEnd::Idle);
+        self.events.push_back(Event::Close { flow: at, reset });
+        self.report(Report::FlowClosed {
+            flow: flow.id,
+            end,
+            bytes_up: flow.bytes_up,
+            bytes_down: flow.bytes_down,
+        });
+    }
+
+    /// Counts bytes that passed on a flow.
+    pub fn count_bytes(&mut self, now: Time, at: usize, up: usize, down: usize) {
+        let Some(flow) = self.flows.get_mut(at) else {
+            return;
+        };
+        flow.last_active = now;
+        flow.bytes_up += up as u64;
+        flow.bytes_down += down as u64;
+        if !std::mem::replace(&mut flow.touched, true) {
+            self.touched.push(at);
+            self.want_report(now);
+        }
+    }
+
+    pub(super) fn mark_dirty(&mut self, at: usize) {
+        if let Some(flow) = self.flows.get_mut(at)
+            && !std::mem::replace(&mut flow.dirty, true)
+        {
+            self.dirty.push(at);
+        }
+    }
+
+    /// Flows that a frame or timer has given something to do, once each.
+    pub fn take_dirty(&mut self, into: &mut Vec<usize>) {
+        for at in self.dirty.drain(..) {
+            if let Some(flow) = self.flows.get_mut(at) {
+                flow.dirty = false;
+                into.push(at);
+            }
+        }
+    }
+
+    /// Whether a flow waits to be serviced.
+    pub fn has_dirty(&self) -> bool {
+        !self.dirty.is_empty()
+    }
+
+    /// When a flow wants attention next.
+    pub(super) fn flow_deadline(&mut self, now: Time, at: usize) -> Option<Time> {
+        let flow = self.flows.get_mut(at)?;
+        let ends_at = flow.decision.as_ref().and_then(|d| d.expires_at);
+        let own = match &mut flow.state {
+            State::Held(waiting) => waiting
+                .gives_up_at
+                .map_or(waiting.deadline, |g| g.min(waiting.deadline)),
+            State::Dialing { deadline, .. } => *deadline,
+            State::Tcp(connection) | State::Service(connection) => {
+                let quiet = if connection.is_closing() {
+                    CLOSING_IDLE
+                } else if now < flow.last_active + SHRINK_IDLE {
+                    SHRINK_IDLE
+                } else {
+                    TCP_IDLE
+                };
+                let idle = flow.last_active + quiet;
+                connection.poll_timeout(now).map_or(idle, |at| at.min(idle))
+            }
+            State::Udp => flow.last_active + datagram::udp_idle(flow.bytes_down),
+            State::Echo => flow.last_active + ECHO_IDLE,
+            State::Switched(switched) => {
+                switched.deadline(flow.key.protocol, flow.last_active, flow.bytes_down)?
+            }
+        };
+        Some(ends_at.map_or(own, |ends| ends.min(own)))
+    }
+
+    /// Sets a flow's timer, if it must fire earlier than the one that is set.
+    pub(super) fn schedule(&mut self, now: Time, at: usize) {
+        let Some(deadline) = self.flow_deadline(now, at) else {
+            return;
+        };
+        // What is overdue waits for room or for service, both of which come by themselves; a timer that is
+        // due at once would fire for ever.
+        let deadline = deadline.max(now + TIMER_STEP);
+        let Some(flow) = self.flows.get_mut(at) else {
+            return;
+        };
+        if flow.scheduled.is_none_or(|set| deadline < set || set <= now) {
+            flow.scheduled = Some(deadline);
+            self.timers.set(deadline, Timer::Flow(at));
+        }
+    }
+
+    pub(super) fn handle_flow_timeout(&mut self, now: Time, at: usize) {
+        let Some(flow) = self.flows.get_mut(at) else {
+            return;
+        };
+        // A place is taken again by other flows, and deadlines move: only the timer that is set counts.
+        if flow.scheduled.is_none_or(|set| set > now) {
+            return;
+        }
+        flow.scheduled = None;
+        if flow
+            .decision
+            .as_ref()
+            .and_then(|d| d.expires_at)
+            .is_some_and(|ends| ends <= now)
+        {
+            self.cut(now, at, FlowEnd::GrantEnded);
+            return;
+        }
+        match &mut flow.state {
+            State::Held(waiting) => {
+                if waiting.gives_up_at.is_some_and(|g| g <= now) && waiting.deadline > now {
+                    self.end_flow(at, FlowEnd::GuestReset);
+                } else if waiting.deadline <= now {
+                    self.refuse_held(now, at, FlowEnd::Idle);
+                }
+            }
+            State::Dialing { deadline, .. } => {
+                if *deadline <= now {
+                    self.handle_refused(now, at, DialError::TimedOut);
+                }
+            }
+            State::Tcp(connection) | State::Service(connection) => {
+                let quiet = now.saturating_sub(flow.last_active);
+                if quiet >= TCP_IDLE || (connection.is_closing() && quiet >= CLOSING_IDLE) {
+                    self.reset_guest(now, at);
+                    self.end_flow(at, FlowEnd::Idle);
+                    return;
+                }
+                if quiet >= SHRINK_IDLE {
+                    connection.shrink_if_idle();
+                }
+                // Its service sends what is due, and sets the next timer.
+                self.mark_dirty(at);
+                return;
+            }
+            State::Udp | State::Echo => {
+                let idle = match flow.state {
+                    State::Udp => datagram::udp_idle(flow.bytes_down),
+                    _ => ECHO_IDLE,
+                };
+                if now.saturating_sub(flow.last_active) >= idle {
+                    self.end_flow(at, FlowEnd::Idle);
+                    return;
+                }
+            }
+            State::Switched(switched) => {
+                let deadline = switched.deadline(flow.key.protocol, flow.last_active, flow.bytes_down);
+                if deadline.is_some_and(|at| at <= now) {
+                    let end = switched.end_by_time();
+                    self.cut(now, at, end);
+                    return;
+                }
+            }
+        }
+        self.schedule(now, at);
+    }
+}

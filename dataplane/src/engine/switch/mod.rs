@@ -1,0 +1,157 @@
+//! Between two guests: what passes plainly, what passes because a rule says so, and what does not.
+//!
+//! Where both guests are open (neither is under a policy or mode), frames are switched by their MAC
+//! addresses, as on any switch. Everywhere else nothing passes but flows that were let through, one by one:
+//!
+//! - A new flow to another guest's address is judged like any other (`judge.rs`), under the guard for
+//!   guests, so that only a rule or grant which names the address opens it. [`flow`] is what becomes of it.
+//! - What the other guest sends passes back only as a part of such a flow. Everything else of it is its own
+//!   flow, judged under its own policy.
+//! - ARP never passes. The gateway answers for other guests, with their own MAC addresses (`tell_mac`).
+//!
+//! An engine has no other guest's state in reach. It hands packets to the network ([`Passed`]), which puts
+//! them into the other driver's inbox; what both ends must agree on without a message is one [`Permit`].
+
+mod ends;
+pub mod flow;
+pub mod permit;
+mod receiving;
+mod sending;
+mod track;
+
+use std::net::{IpAddr, Ipv4Addr};
+use std::sync::Arc;
+
+use vnet_proto::model::VmId;
+
+use crate::engine::frame::{Arp, Body, DropReason, EtherType, Frame, Ipv4};
+use crate::engine::switch::permit::Permit;
+use crate::engine::{Engine, Outcome, Time, inbound};
+use crate::mac::Mac;
+
+/// Another guest of the network, as the owner of an address.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Neighbour {
+    /// Its handle.
+    pub vm: VmId,
+    /// The MAC address that the address belongs to.
+    pub mac: Mac,
+    /// Whether frames may be switched to it plainly.
+    pub open: bool,
+}
+
+/// What one guest's driver hands to another's.
+#[derive(Debug)]
+pub enum Passed {
+    /// A frame, between two guests that are open.
+    Frame(Box<[u8]>),
+    /// A packet of a flow that was let through.
+    Packet(Packet),
+}
+
+/// An IPv4 packet from one guest to another, never a fragment.
+#[derive(Debug)]
+pub struct Packet {
+    /// Whose it is.
+    pub from: VmId,
+    /// That guest's MAC address.
+    pub mac: Mac,
+    /// The flow's permit, until the other end has it.
+    pub permit: Option<Arc<Permit>>,
+    /// The packet.
+    pub bytes: Box<[u8]>,
+}
+
+impl Engine {
+    /// A frame that is not for the gateway: switched where this guest is open, filtered where it is not.
+    pub(super) fn switch<'a>(&mut self, now: Time, frame: &Frame<'a>) -> Result<Outcome<'a>, DropReason> {
+        if let Body::Ipv4(ip) = &frame.body
+            && inbound::is_dhcp_answer(ip)
+        {
+            return Err(DropReason::RogueDhcp);
+        }
+        if self.settings.switch_open {
+            Ok(Outcome::Switch(frame.destination))
+        } else {
+            self.filter(now, frame)
+        }
+    }
+
+    /// A frame of [`Outcome::Switch`] that the other guest is not open for: it is filtered after all.
+    pub fn handle_unswitched<'a>(&mut self, now: Time, bytes: &'a [u8]) -> Outcome<'a> {
+        // The sender's addresses were checked when the frame came in.
+        match Frame::parse(bytes).and_then(|frame| self.filter(now, &frame)) {
+            Ok(outcome) => outcome,
+            Err(reason) => {
+                self.count_drop(reason);
+                Outcome::Done
+            }
+        }
+    }
+
+    /// Where a packet goes that a guest sends to its router though it is for another guest, while both are
+    /// open: the switch carries it as if it had been sent there.
+    pub(super) fn routed(&self, ip: &Ipv4<'_>) -> Option<Mac> {
+        if !self.settings.switch_open || !self.is_guest_address(ip.destination) {
+            return None;
+        }
+        self.surroundings
+            .neighbour(ip.destination)
+            .filter(|n| n.open && n.vm != self.config.vm && !inbound::is_dhcp_answer(ip))
+            .map(|n| n.mac)
+    }
+
+    /// Whether frames between this guest and another one, at this address, are switched plainly now.
+    fn is_switched_to(&self, address: IpAddr, vm: VmId) -> bool {
+        let IpAddr::V4(address) = address else {
+            return false;
+        };
+        self.settings.switch_open
+            && self
+                .surroundings
+                .neighbour(address)
+                .is_some_and(|n| n.open && n.vm == vm)
+    }
+
+    /// On a closed switch the IP address says whom a frame is for. A MAC address that was learned while the
+    /// switch was open, or that a guest has no more, leads nowhere else.
+    fn filter<'a>(&mut self, now: Time, frame: &Frame<'a>) -> Result<Outcome<'a>, DropReason> {
+        match frame.body {
+            Body::Ipv4(ip) if frame.destination.is_unicast() && self.is_guest_address(ip.destination) => {
+                self.handle_ipv4(now, ip)
+            }
+            _ => Err(DropReason::GuestToGuest),
+        }
+    }
+
+    /// Answers an ARP request for the gateway, the host alias, or a guest that this one may not ask itself.
+    /// `None`: it is not the gateway's to answer.
+    ///
+    /// Of another guest its own MAC address is told. So no guest's ARP reaches another, and nobody can be
+    /// made to believe anything; duplicate address detection finds an address taken (RFC 5227 §2.1); and
+    /// what was learned stays true when the switch between the two opens or closes.
+    pub(super) fn tell_mac(&mut self, arp: &Arp) -> Option<bool> {
+        if !arp.is_request {
+            return None;
+        }
+        let mac = if arp.target == self.config.gateway || Some(arp.target) == self.config.host_alias {
+            self.config.gateway_mac
+        } else {
+            self.closed_neighbour(arp.target)?.mac
+        };
+        let sent = self
+            .transmit
+            .packet_from(mac, EtherType::Arp, Arp::BYTES, |out| arp.write_reply(mac, out));
+        Some(sent.is_some())
+    }
+
+    /// The other guest that has an address, unless the switch between the two is open.
+    fn closed_neighbour(&self, address: Ipv4Addr) -> Option<Neighbour> {
+        if !self.is_guest_address(address) || self.addresses.contains(&address) {
+            return None;
+        }
+        self.surroundings
+            .neighbour(address)
+            .filter(|n| n.vm != self.config.vm && !(n.open && self.settings.switch_open))
+    }
+}
