@@ -28,6 +28,7 @@ pub mod frame;
 pub mod gateway;
 pub mod held;
 mod inbound;
+pub mod inspect;
 pub mod ip;
 mod judge;
 mod life;
