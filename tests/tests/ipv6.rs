@@ -63,7 +63,7 @@ fn a_held_connection_over_ipv6_completes_after_a_yes_and_is_refused_after_a_no()
             let mut run = curl(world, &["--secure-mode", "--vm", "web"], &url);
             let id = world.first_pending_id();
             let asked = run.complains(&id);
-            assert!(asked.contains("asks for tcp [2001:db8:1::10]:80 "), "{asked}");
+            assert!(asked.contains("asks for tcp [2001:db8:1::10]:80"), "{asked}");
             assert_eq!(server.connections(), 0, "nothing goes out before the yes");
             world.vnetctl(&["approve", &id]);
             let ended = run.wait();

@@ -7,8 +7,6 @@
 mod supervise;
 
 use std::ffi::OsString;
-#[cfg(target_os = "linux")]
-use std::io::IsTerminal as _;
 use std::os::unix::ffi::OsStrExt as _;
 use std::os::unix::fs::FileTypeExt as _;
 use std::path::{Path, PathBuf};
@@ -104,13 +102,7 @@ pub fn execute(args: RunArgs, connection: Connection) -> Result<u8, Failure> {
         crate::output::say(warning);
     }
     #[cfg(target_os = "linux")]
-    {
-        // For a person; a script's stderr is the command's.
-        if std::io::stderr().is_terminal() {
-            crate::output::say(not_filtered(&plan));
-        }
-        supervise::run(plan, connection)
-    }
+    return supervise::run(plan, connection);
     #[cfg(not(target_os = "linux"))]
     Err(Failure::Failed(format!(
         "`run` needs Linux's namespaces, so {:?} was not started; serve a Linux VM with `vnetctl up` instead",
@@ -214,9 +206,9 @@ fn writable(paths: &[PathBuf], problems: &mut Vec<String>) -> Option<Vec<PathBuf
 
 /// What of the command's doings is not filtered, in a line.
 #[cfg(target_os = "linux")]
-fn not_filtered(plan: &Plan) -> String {
-    match &plan.writable {
-        None => "vnet: not filtered: your files; the command may read and write them (--write PATH makes all else \
+fn not_filtered(writable: Option<&[PathBuf]>) -> String {
+    match writable {
+        None => "not filtered: your files; the command may read and write them (--write PATH makes all else \
                  read-only)"
             .to_owned(),
         Some(writable) => {
@@ -225,7 +217,7 @@ fn not_filtered(plan: &Plan) -> String {
                 .map(|path| crate::output::text::safe(&path.display().to_string()).into_owned())
                 .collect();
             format!(
-                "vnet: not filtered: your files; the command may read them, and write to {} alone",
+                "not filtered: your files; the command may read them, and write to {} alone",
                 places.join(", ")
             )
         }

@@ -5,6 +5,7 @@
 use std::ffi::OsString;
 use std::io::Write;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::path::Path;
 use std::process::ExitCode;
 
 use ipnet::{Ipv4Net, Ipv6Net};
@@ -20,7 +21,7 @@ use super::error::{Failure, Step};
 use super::init::Init;
 use super::sockets::{self, Opened, Outside};
 use super::wire::{self, Order, Reply, Request};
-use super::{EXIT_FAILED, link, masks, mounts, sys, userns};
+use super::{EXIT_FAILED, claims, link, masks, mounts, sys, userns};
 
 /// The whole life of the helper. `command` is what follows [`GUEST_ARGUMENT`](super::GUEST_ARGUMENT).
 /// To be called in a process that has not started a thread.
@@ -179,6 +180,10 @@ fn relay(control: &OwnedFd, init: Pid, mut opener: std::io::PipeWriter) -> Resul
                     if let Ok(signal) = Signal::try_from(number) {
                         let _ = kill(init, signal);
                     }
+                }
+                Ok(Some((Order::Whose(number, remote), _))) => {
+                    let owners = claims::owners(Path::new("/proc"), remote);
+                    let _ = wire::send(control.as_fd(), &Reply::Owners(number, owners), &[]);
                 }
                 // The front is gone, or says what cannot be understood: the guest ends.
                 Ok(None) | Err(_) => {

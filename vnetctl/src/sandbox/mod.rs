@@ -22,6 +22,7 @@
 //! [`stage`] makes, equally without privilege, a host and an internet for tests and the demo.
 
 mod caps;
+mod claims;
 mod error;
 mod front;
 mod helper;
@@ -46,6 +47,7 @@ use std::process::ExitCode;
 
 use ipnet::{Ipv4Net, Ipv6Net};
 
+pub use self::claims::Remote;
 pub use self::error::SandboxError;
 pub use self::front::{Event, Exit, Link, LinkKind, Sandbox, spawn};
 pub use self::helper::guest_main;

@@ -9,6 +9,7 @@ use nix::sys::socket::{ControlMessage, ControlMessageOwned, MsgFlags, recvmsg, s
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
+use super::claims::Remote;
 use super::error::Failure;
 use super::front::LinkKind;
 
@@ -46,6 +47,8 @@ pub(crate) enum Order {
     Start,
     /// Pass this signal on to the command.
     Signal(i32),
+    /// Say which programs have a socket that leads there; the number is the question's.
+    Whose(u64, Remote),
 }
 
 /// What helper and init say.
@@ -64,6 +67,8 @@ pub(crate) enum Reply {
     Failed(Failure),
     /// The command was stopped by this signal (its terminal's suspend key, say).
     Stopped(i32),
+    /// The programs that were asked for, and the question's number.
+    Owners(u64, Vec<String>),
     /// The command could not be executed.
     NotExecuted {
         /// 126 or 127.
