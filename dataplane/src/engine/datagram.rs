@@ -34,7 +34,7 @@ pub(super) fn udp_idle(bytes_down: u64) -> Duration {
 }
 
 impl Engine {
-    pub(super) fn handle_udp<'a>(&mut self, now: Time, ip: Ip<'a>) -> Result<Outcome<'a>, DropReason> {
+    pub(super) fn handle_udp<'a>(&mut self, now: Time, ip: &Ip<'a>) -> Result<Outcome<'a>, DropReason> {
         let datagram = ip.payload();
         let header = datagram.first_chunk::<UDP_BYTES>().ok_or(DropReason::Malformed)?;
         let length = usize::from(u16::from_be_bytes([header[4], header[5]]));
@@ -48,19 +48,19 @@ impl Engine {
             peer,
         };
 
-        if inbound::is_dhcp_answer(&ip) && self.is_guest_address(ip.destination) {
+        if inbound::is_dhcp_answer(ip) && self.is_guest_address(ip.destination) {
             return Err(DropReason::RogueDhcp);
         }
         if let Some(at) = self.flows.find(&key) {
             match self.flows.get(at).map(|f| &f.state) {
                 Some(State::Udp) => return Ok(Outcome::Datagram { flow: at, payload }),
                 Some(State::Switched(_)) => {
-                    if let Some(outcome) = self.pass_datagram(now, at, &ip)? {
+                    if let Some(outcome) = self.pass_datagram(now, at, ip)? {
                         return Ok(outcome);
                     }
                 }
                 _ => {
-                    self.keep_held(at, &ip, payload)?;
+                    self.keep_held(at, ip, payload)?;
                     return Ok(Outcome::Done);
                 }
             }
@@ -73,13 +73,13 @@ impl Engine {
                 self.handle_dns_datagram(now, guest, peer.ip(), payload);
                 return Ok(Outcome::Done);
             }
-            self.refuse_unreachable(&ip, Unreachable::Port);
+            self.refuse_unreachable(ip, Unreachable::Port);
             return Err(DropReason::GatewayService);
         }
-        self.open_datagrams(now, &ip, key, State::Udp, payload)
+        self.open_datagrams(now, ip, key, State::Udp, payload)
     }
 
-    pub(super) fn handle_icmp<'a>(&mut self, now: Time, ip: Ip<'a>) -> Result<Outcome<'a>, DropReason> {
+    pub(super) fn handle_icmp<'a>(&mut self, now: Time, ip: &Ip<'a>) -> Result<Outcome<'a>, DropReason> {
         let message = ip.payload();
         let header = message.first_chunk::<ICMP_BYTES>().ok_or(DropReason::Malformed)?;
         let (protocol, [request, reply]) = match ip.destination {
@@ -88,7 +88,7 @@ impl Engine {
         };
         // Only echo requests open sessions; errors and the like have a place between guests alone.
         if header[..2] != [request, 0] {
-            return self.pass_answer(now, &ip);
+            return self.pass_answer(now, ip);
         }
         if self.is_gateway(ip.destination) {
             let mut answer = message.to_vec();
@@ -109,14 +109,14 @@ impl Engine {
             match self.flows.get(at).map(|f| &f.state) {
                 Some(State::Echo) => return Ok(Outcome::Echo { flow: at, message }),
                 Some(State::Switched(_)) => {
-                    if let Some(outcome) = self.pass_datagram(now, at, &ip)? {
+                    if let Some(outcome) = self.pass_datagram(now, at, ip)? {
                         return Ok(outcome);
                     }
                 }
                 _ => return Ok(Outcome::Done),
             }
         }
-        self.open_datagrams(now, &ip, key, State::Echo, message)
+        self.open_datagrams(now, ip, key, State::Echo, message)
     }
 
     /// The first packet of a UDP or echo flow: sent at once, or held.

@@ -54,7 +54,7 @@ impl Engine {
         &mut self,
         now: Time,
         frame: &Frame<'a>,
-        ip: Ip<'a>,
+        ip: &Ip<'a>,
     ) -> Result<Outcome<'a>, DropReason> {
         if self.config.ipv6.is_none() {
             return Err(DropReason::Ipv6);
@@ -62,8 +62,8 @@ impl Engine {
         let (IpAddr::V6(source), IpAddr::V6(_)) = (ip.source, ip.destination) else {
             return Err(DropReason::Malformed);
         };
-        if ndp::is_discovery(&ip) {
-            return self.handle_discovery(now, frame, &ip, source);
+        if ndp::is_discovery(ip) {
+            return self.handle_discovery(now, frame, ip, source);
         }
         // Who listens to which group matters to nobody: all of the link hears what is sent to one.
         let kind = ip.payload().first();
@@ -74,7 +74,7 @@ impl Engine {
         if frame.destination != self.config.gateway_mac {
             return self.switch(now, frame);
         }
-        if let Some(mac) = self.routed(&ip) {
+        if let Some(mac) = self.routed(ip) {
             return Ok(Outcome::Switch(mac));
         }
         self.handle_ip(now, ip)

@@ -87,7 +87,8 @@ impl Datagram {
     /// Whether it is whole now; `None` when the fragment contradicts what is there.
     fn take(&mut self, ip: &Ip<'_>, part: Part) -> Option<bool> {
         let bytes = ip.payload();
-        let (start, end) = (part.offset, part.offset + bytes.len());
+        let start = usize::from(part.offset);
+        let end = start + bytes.len();
         let fits = end <= PAYLOAD_BYTES_MAX && self.total.is_none_or(|total| end <= total);
         if !fits || bytes.is_empty() || (part.more && !bytes.len().is_multiple_of(8)) {
             return None;
@@ -99,8 +100,8 @@ impl Datagram {
             self.total = Some(end);
         }
         if start == 0 {
-            self.header = ip.packet[..part.head_bytes].to_vec();
-            self.header[part.next_header_at] = ip.protocol;
+            self.header = ip.packet[..usize::from(part.head_bytes)].to_vec();
+            self.header[usize::from(part.next_header_at)] = ip.protocol;
         }
         let at = self.arrived.partition_point(|(_, last)| *last <= start);
         if self.arrived.get(at).is_some_and(|(first, _)| *first < end) {
@@ -135,7 +136,7 @@ pub(super) fn split(whole: &Ip<'_>, mtu_bytes: usize, from: Mac, out: &mut Trans
     if whole.source.is_ipv6() {
         return split_ipv6(whole, mtu_bytes, from, out);
     }
-    let (header, payload) = whole.packet.split_at(whole.header_bytes);
+    let (header, payload) = whole.packet.split_at(whole.header_bytes.into());
     let step = (mtu_bytes.saturating_sub(header.len()) / 8 * 8).max(8);
     let count = payload.len().div_ceil(step);
     if !out.has_room(count * (header.len() + step + FRAME_BYTES)) {

@@ -180,6 +180,7 @@ impl<'a> Frame<'a> {
     ///
     /// # Errors
     /// Why it cannot be delivered.
+    #[inline]
     pub fn parse(bytes: &'a [u8]) -> Result<Self, DropReason> {
         let (header, body) = bytes
             .split_first_chunk::<ETHERNET_BYTES>()

@@ -89,15 +89,15 @@ impl Engine {
         self.transmit.guest = guest;
     }
 
-    pub(super) fn handle_ip<'a>(&mut self, now: Time, ip: Ip<'a>) -> Result<Outcome<'a>, DropReason> {
+    pub(super) fn handle_ip<'a>(&mut self, now: Time, ip: &Ip<'a>) -> Result<Outcome<'a>, DropReason> {
         if ip.is_fragment() {
-            return self.handle_fragment(now, &ip);
+            return self.handle_fragment(now, ip);
         }
         match (ip.protocol, ip.destination) {
             (TCP, _) => match ip.without_extensions() {
                 None => self.handle_tcp(now, ip),
                 // What a connection keeps of it, and smoltcp, know no extensions.
-                Some(packet) => Ok(self.handle_tcp(now, Ip::parse(&packet)?)?.into_owned()),
+                Some(packet) => Ok(self.handle_tcp(now, &Ip::parse(&packet)?)?.into_owned()),
             },
             (UDP, _) => self.handle_udp(now, ip),
             (ICMP, IpAddr::V4(_)) | (ICMPV6, IpAddr::V6(_)) => self.handle_icmp(now, ip),
@@ -122,8 +122,8 @@ impl Engine {
         let whole = Ip::parse(&packet)?;
         let outcome = match (whole.protocol, whole.destination) {
             _ if whole.is_fragment() => return Err(DropReason::Fragment),
-            (UDP, _) => self.handle_udp(now, whole)?,
-            (ICMP, IpAddr::V4(_)) | (ICMPV6, IpAddr::V6(_)) => self.handle_icmp(now, whole)?,
+            (UDP, _) => self.handle_udp(now, &whole)?,
+            (ICMP, IpAddr::V4(_)) | (ICMPV6, IpAddr::V6(_)) => self.handle_icmp(now, &whole)?,
             (TCP, _) => return Err(DropReason::Fragment),
             _ => return Err(DropReason::IpProtocol),
         };

@@ -35,7 +35,7 @@ pub struct Ip<'a> {
     /// The packet, cut to the length that it says.
     pub packet: &'a [u8],
     /// Length of all its headers, bytes.
-    pub header_bytes: usize,
+    pub header_bytes: u16,
     /// Source; of the same family as the destination.
     pub source: IpAddr,
     /// Destination.
@@ -54,13 +54,13 @@ pub struct Part {
     /// Which packet.
     pub identification: u32,
     /// Where in its payload, bytes.
-    pub offset: usize,
+    pub offset: u16,
     /// Whether more of it follows.
     pub more: bool,
     /// Length of the headers that the whole packet begins with, bytes.
-    pub head_bytes: usize,
+    pub head_bytes: u16,
     /// Where in them it says what follows them (IPv6, whose fragments say it in a header of their own).
-    pub next_header_at: usize,
+    pub next_header_at: u16,
 }
 
 impl<'a> Ip<'a> {
@@ -91,22 +91,25 @@ impl<'a> Ip<'a> {
     ///
     /// # Errors
     /// [`DropReason::Malformed`].
+    #[inline]
     pub fn parse_ipv4(bytes: &'a [u8]) -> Result<Self, DropReason> {
         Self::read_ipv4(bytes, Length::Exact)
     }
 
+    #[inline]
     fn read_ipv4(bytes: &'a [u8], length: Length) -> Result<Self, DropReason> {
         let header = bytes.first_chunk::<IPV4_BYTES>().ok_or(DropReason::Malformed)?;
-        let header_bytes = usize::from(header[0] & 0x0f) * 4;
+        let header_bytes = u16::from(header[0] & 0x0f) * 4;
         let total = usize::from(u16::from_be_bytes([header[2], header[3]]));
         // A super-frame of an offloading hypervisor may leave the length zero.
         let total = length.of(if total == 0 { bytes.len() } else { total }, bytes);
-        if header[0] >> 4 != 4 || header_bytes < IPV4_BYTES || total < header_bytes {
+        if header[0] >> 4 != 4 || usize::from(header_bytes) < IPV4_BYTES || total < usize::from(header_bytes)
+        {
             return Err(DropReason::Malformed);
         }
         let packet = bytes.get(..total).ok_or(DropReason::Malformed)?;
         let flags = u16::from_be_bytes([header[6], header[7]]);
-        let (offset, more) = (usize::from(flags & 0x1fff) * 8, flags & 0x2000 != 0);
+        let (offset, more) = ((flags & 0x1fff) * 8, flags & 0x2000 != 0);
         let part = (more || offset != 0).then(|| Part {
             identification: u16::from_be_bytes([header[4], header[5]]).into(),
             offset,
@@ -168,7 +171,7 @@ impl<'a> Ip<'a> {
         }
         Ok(Self {
             packet,
-            header_bytes: chain.at,
+            header_bytes: short(chain.at)?,
             source: source.into(),
             destination: destination.into(),
             protocol: chain.next,
@@ -178,8 +181,9 @@ impl<'a> Ip<'a> {
     }
 
     /// What the packet carries.
+    #[inline]
     pub fn payload(&self) -> &'a [u8] {
-        &self.packet[self.header_bytes..]
+        &self.packet[usize::from(self.header_bytes)..]
     }
 
     /// Whether nobody may take it apart. Of IPv6 only what came in fragments ever need be.
@@ -203,7 +207,7 @@ impl<'a> Ip<'a> {
     /// What an ICMP error about it quotes.
     pub fn quote(&self) -> &'a [u8] {
         let most = match self.destination {
-            IpAddr::V4(_) => self.header_bytes + QUOTE_BYTES,
+            IpAddr::V4(_) => usize::from(self.header_bytes) + QUOTE_BYTES,
             IpAddr::V6(_) => QUOTE_BYTES_MAX,
         };
         &self.packet[..self.packet.len().min(most)]
@@ -211,13 +215,13 @@ impl<'a> Ip<'a> {
 
     /// What is kept of it for an error that may follow.
     pub fn short_quote(&self) -> &'a [u8] {
-        let most = (self.header_bytes + QUOTE_BYTES).min(QUOTE_BYTES_MAX);
+        let most = (usize::from(self.header_bytes) + QUOTE_BYTES).min(QUOTE_BYTES_MAX);
         &self.packet[..self.packet.len().min(most)]
     }
 
     /// The packet without its extension headers, if it has any: for a reader that knows none.
     pub fn without_extensions(&self) -> Option<Vec<u8>> {
-        if self.destination.is_ipv4() || self.header_bytes == IPV6_BYTES {
+        if self.destination.is_ipv4() || usize::from(self.header_bytes) == IPV6_BYTES {
             return None;
         }
         let payload = self.payload();
@@ -290,10 +294,10 @@ impl Chain {
         let offset = u16::from_be_bytes([high, low]);
         let part = Part {
             identification: u32::from_be_bytes(identification),
-            offset: usize::from(offset & !7),
+            offset: offset & !7,
             more: offset & 1 != 0,
-            head_bytes: self.at,
-            next_header_at: self.next_at,
+            head_bytes: short(self.at)?,
+            next_header_at: short(self.next_at)?,
         };
         *self = Self {
             next,
@@ -302,6 +306,11 @@ impl Chain {
         };
         Ok((part.more || part.offset != 0).then_some(part))
     }
+}
+
+/// A place among headers. A chain of so many cannot be longer than this holds.
+fn short(at: usize) -> Result<u16, DropReason> {
+    u16::try_from(at).map_err(|_| DropReason::Malformed)
 }
 
 fn is_extension(header: u8) -> bool {

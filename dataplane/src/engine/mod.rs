@@ -343,12 +343,12 @@ impl Engine {
         let frame = Frame::parse(bytes)?;
         self.check_station(frame.source)?;
         self.begin_advertising(now);
-        match frame.body {
-            Body::Arp(arp) => self.handle_arp(now, &frame, &arp),
+        match &frame.body {
+            Body::Arp(arp) => self.handle_arp(now, &frame, arp),
             Body::Ipv6(ip) => self.handle_ipv6(now, &frame, ip),
             Body::Ipv4(ip) => {
-                if self.is_dhcp(&ip) {
-                    self.handle_dhcp(now, frame.source, &ip);
+                if self.is_dhcp(ip) {
+                    self.handle_dhcp(now, frame.source, ip);
                     return Ok(Outcome::Done);
                 }
                 let IpAddr::V4(source) = ip.source else {
@@ -358,7 +358,7 @@ impl Engine {
                 if frame.destination != self.config.gateway_mac {
                     return self.switch(now, &frame);
                 }
-                if let Some(mac) = self.routed(&ip) {
+                if let Some(mac) = self.routed(ip) {
                     return Ok(Outcome::Switch(mac));
                 }
                 self.handle_ip(now, ip)

@@ -531,8 +531,9 @@ mod tests {
                 let part = ip.part.unwrap();
                 assert!(ip.packet.len() <= 1500);
                 assert!(peer.is_ipv6() || Ipv4Packet::new_checked(ip.packet).unwrap().verify_checksum());
-                assert_eq!(part.more, part.offset + ip.payload().len() < 5008);
-                whole[part.offset..part.offset + ip.payload().len()].copy_from_slice(ip.payload());
+                let offset = usize::from(part.offset);
+                assert_eq!(part.more, offset + ip.payload().len() < 5008);
+                whole[offset..offset + ip.payload().len()].copy_from_slice(ip.payload());
                 seen += ip.payload().len();
                 out.consume(4 + length);
             }

@@ -47,7 +47,7 @@ pub enum DialError {
 }
 
 impl Engine {
-    pub(super) fn handle_tcp<'a>(&mut self, now: Time, ip: Ip<'a>) -> Result<Outcome<'a>, DropReason> {
+    pub(super) fn handle_tcp<'a>(&mut self, now: Time, ip: &Ip<'a>) -> Result<Outcome<'a>, DropReason> {
         let header = TcpHeader::parse(ip.payload()).ok_or(DropReason::Malformed)?;
         let key = FlowKey {
             protocol: Protocol::Tcp,
@@ -55,7 +55,7 @@ impl Engine {
             peer: SocketAddr::new(ip.destination, header.destination),
         };
         if let Some(at) = self.flows.find(&key) {
-            if let Some(outcome) = self.pass_segment(now, at, &ip, &header)? {
+            if let Some(outcome) = self.pass_segment(now, at, ip, &header)? {
                 return Ok(outcome);
             }
             if let Some(flow) = self.flows.get_mut(at)
@@ -124,7 +124,7 @@ impl Engine {
     fn open_tcp<'a>(
         &mut self,
         now: Time,
-        ip: Ip<'a>,
+        ip: &Ip<'a>,
         key: FlowKey,
         header: &TcpHeader,
     ) -> Result<Outcome<'a>, DropReason> {
@@ -144,11 +144,11 @@ impl Engine {
             }
             return self.open_service(now, ip, key).map(|()| Outcome::Done);
         }
-        let wanted = self.wanted(&ip, key)?;
+        let wanted = self.wanted(ip, key)?;
         match self.decide(now, &wanted) {
             Some(decision) => match (decision.action, wanted.neighbour) {
                 (VerdictAction::Allow, Some(neighbour)) => {
-                    Ok(self.open_switched(now, &ip, wanted, neighbour, decision))
+                    Ok(self.open_switched(now, ip, wanted, neighbour, decision))
                 }
                 (VerdictAction::Allow, None) => {
                     self.dial(now, wanted, ip.packet.into(), decision);
@@ -313,7 +313,7 @@ impl Engine {
         reply::unreachable(&mut self.transmit, gateway, cause.source, cause.quote(), why);
     }
 
-    fn open_service(&mut self, now: Time, ip: Ip<'_>, key: FlowKey) -> Result<(), DropReason> {
+    fn open_service(&mut self, now: Time, ip: &Ip<'_>, key: FlowKey) -> Result<(), DropReason> {
         let seed = self.random.next_u64();
         let slot = self.rings.take().ok_or(DropReason::FlowLimit)?;
         let mtu = self.config.mtu_bytes;

@@ -91,7 +91,9 @@ pub fn is_discovery(ip: &Ip<'_>) -> bool {
 pub fn parse(ip: &Ip<'_>) -> Result<Message, DropReason> {
     let bytes = ip.payload();
     // Right behind the base header: nothing honest stands in between, and a fragment header must not.
-    let sound = ip.hop_limit == ON_LINK_HOPS && ip.header_bytes == IPV6_BYTES && bytes.get(1) == Some(&0);
+    let sound = ip.hop_limit == ON_LINK_HOPS
+        && usize::from(ip.header_bytes) == IPV6_BYTES
+        && bytes.get(1) == Some(&0);
     if !sound {
         return Err(DropReason::Malformed);
     }

@@ -116,9 +116,9 @@ impl Engine {
     /// On a closed switch the IP address says whom a frame is for. A MAC address that was learned while the
     /// switch was open, or that a guest has no more, leads nowhere else.
     fn filter<'a>(&mut self, now: Time, frame: &Frame<'a>) -> Result<Outcome<'a>, DropReason> {
-        match frame.body {
+        match &frame.body {
             // What is said of neighbours was answered, or is for nobody.
-            Body::Ipv6(ip) if ndp::is_discovery(&ip) => Err(DropReason::GuestToGuest),
+            Body::Ipv6(ip) if ndp::is_discovery(ip) => Err(DropReason::GuestToGuest),
             Body::Ipv4(ip) | Body::Ipv6(ip)
                 if frame.destination.is_unicast() && self.is_guest_address(ip.destination) =>
             {

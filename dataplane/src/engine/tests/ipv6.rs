@@ -907,8 +907,9 @@ fn what_came_in_fragments_leaves_in_fragments_to_another_guest() {
         assert!(packet.len() <= 1500);
         let ip = Ip::parse(&packet).unwrap();
         let part = ip.part.unwrap();
-        assert_eq!(part.more, part.offset + ip.payload().len() < body.len());
-        put_together[part.offset..][..ip.payload().len()].copy_from_slice(ip.payload());
+        let offset = usize::from(part.offset);
+        assert_eq!(part.more, offset + ip.payload().len() < body.len());
+        put_together[offset..][..ip.payload().len()].copy_from_slice(ip.payload());
     }
     assert_eq!(put_together, body);
 }

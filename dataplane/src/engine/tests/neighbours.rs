@@ -397,7 +397,8 @@ fn fragments_are_judged_whole_and_arrive_in_fragments() {
             assert!(packet.len() <= 1500);
             assert!(Ipv4Packet::new_checked(packet).unwrap().verify_checksum());
             let ip = Ip::parse(packet).unwrap();
-            payload[ip.part.unwrap().offset..][..ip.payload().len()].copy_from_slice(ip.payload());
+            payload[usize::from(ip.part.unwrap().offset)..][..ip.payload().len()]
+                .copy_from_slice(ip.payload());
         }
         assert_eq!(packets.len(), 2);
         let udp = UdpPacket::new_checked(&payload).unwrap();
