@@ -141,6 +141,11 @@ pub struct Request {
 }
 
 impl Request {
+    /// Whether a guard stands before what it asks for: then it is answered for that very destination.
+    pub fn is_guarded(&self) -> bool {
+        !self.guards.is_empty() || self.reason.step == "guard"
+    }
+
     /// Says what is asked, and whether it is still open; its count does not matter.
     pub fn etag(&self) -> String {
         let mut hash = Fnv::new();

@@ -13,19 +13,19 @@ pub(crate) fn offered(request: &Request) -> Vec<Scope> {
         .names
         .first()
         .is_some_and(|name| parent_of(name).is_some());
-    let subdomains = below.then_some(Scope::Subdomains);
+    let subdomains = (below && !request.is_guarded()).then_some(Scope::Subdomains);
     match &request.subject {
         Subject::Lookup(_) => std::iter::once(Scope::Name).chain(subdomains).collect(),
         Subject::Flow(flow) => {
             let ported = flow.key.protocol.has_ports();
             // A name's grant opens tcp and udp; what has no ports is answered by its address.
-            let named = ported && !request.names.is_empty() && request.guards.is_empty();
+            let named = ported && !request.names.is_empty() && !request.is_guarded();
             let mut scopes = Vec::new();
             if named {
                 scopes.push(Scope::NamePort);
             }
             scopes.push(Scope::HostPort);
-            if request.guards.is_empty() {
+            if !request.is_guarded() {
                 if ported {
                     scopes.push(Scope::Host);
                 }

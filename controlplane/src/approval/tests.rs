@@ -81,6 +81,8 @@ impl Desk {
             miss: miss(number),
             hold: HOLD,
             packets: 1,
+            open_max: OPEN_PER_VM_MAX,
+            per_minute_max: None,
         };
         self.table.ask(at(now), ask).0
     }
@@ -292,6 +294,8 @@ fn the_beginning_of_an_id_never_means_a_request_that_came_later() {
             miss: miss(number),
             hold: HOLD,
             packets: 1,
+            open_max: OPEN_PER_VM_MAX,
+            per_minute_max: None,
         };
         desk.table.ask(at(now), ask);
     };

@@ -172,7 +172,9 @@ impl State {
                 .vms
                 .clone()
                 .unwrap_or_else(|| VmSelector::named(asker.name.clone())),
-            reply.lifetime.unwrap_or(Lifetime::UntilVmStops),
+            reply
+                .lifetime
+                .unwrap_or_else(|| self.usual_lifetime(&asker.name, action)),
             Budget::default(),
             reply.actor.to_owned(),
             now.steady,
@@ -184,6 +186,7 @@ impl State {
         grant.reason = shorten(reply.reason);
         grant.pending_id = id.0.clone();
         self.bind_to_instances(&mut grant)?;
+        self.check_bounds(&grant)?;
         self.check_overruled(&grant)?;
         let grant_id = grant.id.clone();
         let grant = self.grants.insert(grant)?;
@@ -242,6 +245,7 @@ impl State {
         );
         grant.reason = shorten(new.reason);
         self.bind_to_instances(&mut grant)?;
+        self.check_bounds(&grant)?;
         self.check_overruled(&grant)?;
         let grant = self.grants.insert(grant)?;
         let message = convert::grant(&grant);

@@ -295,6 +295,7 @@ impl State {
             Message::Binding(binding) => {
                 self.count_malformed(|state| state.handle_binding(now, number, binding));
             }
+            Message::LimitReached(reached) => self.handle_limit_reached(now, number, &reached),
             // Read before the lock was taken, see `Hub::handle`.
             Message::VmUp(_) => {}
             Message::VmStatus(status) => self.vm_status(now, number, status),
@@ -453,6 +454,14 @@ impl State {
             switch_open: vm.effective.is_switch_open(),
             forwards_closed: vm.effective.closes_forwards(),
             lookup_hold: convert::span(vm.lookup_hold.min(vm.effective.approval_timeout())),
+            dns: Some(convert::dns_settings(&vm.effective)),
+            loss_grace: vm
+                .effective
+                .settings()
+                .controller_loss
+                .map(|time| time.saturating_sub(LEASE))
+                .filter(|grace| !grace.is_zero())
+                .and_then(convert::span),
         })
     }
 

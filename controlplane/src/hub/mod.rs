@@ -13,6 +13,7 @@
 
 mod answers;
 mod attach;
+mod bounds;
 mod change;
 mod commands;
 mod decide;

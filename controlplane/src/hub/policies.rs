@@ -2,6 +2,7 @@
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::sync::Arc;
+use std::time::SystemTime;
 
 use vnet_proto::model::{
     FlowKey, FlowSubject, Guard, GuardSet, LookupSubject, Mode, NamePattern, Protocol, Subject, Target,
@@ -40,7 +41,7 @@ pub(crate) fn without_content(policy: v1::Policy) -> v1::Policy {
 #[derive(Debug)]
 pub(super) struct NamedPolicy {
     message: v1::Policy,
-    /// `None`: a document that an older version stored and this one refuses.
+    /// `None`: a document that an older version stored and this one refuses, or that fails its own tests.
     parsed: Option<Arc<Policy>>,
 }
 
@@ -134,7 +135,17 @@ impl State {
                     "" => &message.name,
                     source => source,
                 };
-                Policy::parse_with(source, &message.document, &lists, cache).map_err(Refusal::Document)
+                let policy = Policy::parse_with(source, &message.document, &lists, cache)
+                    .map_err(Refusal::Document)?;
+                // As of the moment at which they passed: rules may have ended since. That they fail now means
+                // that this version understands the document otherwise than the one that took it.
+                let applied_at = convert::time(message.applied_at).unwrap_or(SystemTime::UNIX_EPOCH);
+                let then = Now {
+                    steady: applied_at,
+                    wall: applied_at,
+                };
+                policy.run_tests(source, then).map_err(Refusal::Document)?;
+                Ok(policy)
             });
         let (parsed, result) = match parsed {
             Ok(policy) => (Some(Arc::new(policy)), Ok(())),
@@ -189,7 +200,9 @@ impl State {
             })
         });
         let own_document = own.and_then(|o| o.document());
-        let document_mode = own_document.or(claimed.map(|c| c.policy)).and_then(|p| p.mode);
+        let document_mode = own_document
+            .or(claimed.map(|c| c.policy))
+            .and_then(|p| p.mode_of(&vm.view));
         let secure = self.secure_mode && !matches!(document_mode, Some(Mode::Block | Mode::Quarantine));
         let set = Option::<Mode>::try_from(vm.set.mode).unwrap_or_default();
         // Which policy is meant cannot be told: then nothing is let out.

@@ -1,4 +1,5 @@
 mod guests;
+mod settings;
 
 use std::time::Duration;
 

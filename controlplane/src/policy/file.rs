@@ -6,6 +6,7 @@
 
 mod rules;
 mod sets;
+mod settings;
 mod tests;
 
 use std::sync::Arc;
@@ -16,8 +17,9 @@ use vnet_proto::model::{Mode, VmSelector};
 use crate::policy::keys::{self, DEFAULT_ACTIONS, MODES};
 use crate::policy::list::{Attachments, ListCache};
 use crate::policy::reader::{Fields, Reader};
+use crate::policy::resolvers::Resolvers;
 use crate::policy::yaml::{self, Node, Value};
-use crate::policy::{DefaultAction, DnsPolicy, Policy, PolicyErrors, RuleList, lint};
+use crate::policy::{DefaultAction, DnsPolicy, Policy, PolicyErrors, RuleList, Settings, lint};
 
 pub(crate) use rules::rule_of_target;
 use sets::Sets;
@@ -104,16 +106,42 @@ fn read_policy(reader: &mut Reader, root: &Node, lists: &Attachments, cache: &Li
         Some(node) => Sets::read(reader, node, lists, cache),
         None => Sets::default(),
     };
-    let rules = fields
+    let mut rules = fields
         .take("rules")
         .map(|node| rules::read_rules(reader, node, &mut sets))
         .unwrap_or_default();
-    let dns = fields.take("dns").map(|node| read_dns(reader, node, &mut sets));
+    let (outbound, mut warnings) = match fields.take("outboundAllow") {
+        Some(node) => rules::read_outbound(reader, node),
+        None => Default::default(),
+    };
+    rules.extend(outbound);
+    let mut said = Settings::default();
+    let dns = fields
+        .take("dns")
+        .map(|node| read_dns(reader, node, &mut sets, &mut said));
+    let resolvers = match fields.take("guards") {
+        Some(node) => settings::read_guards(reader, node, &mut sets, &mut said),
+        None => Resolvers::default(),
+    };
+    if let Some(node) = fields.take("approvals") {
+        settings::read_approvals(reader, node, "approvals", &mut said);
+    }
+    said.controller_loss = fields
+        .take("onControllerLoss")
+        .and_then(|node| settings::read_controller_loss(reader, node, "onControllerLoss"));
+    let profiles = fields
+        .take("profiles")
+        .map(|node| settings::read_profiles(reader, node))
+        .unwrap_or_default();
     let tests = fields
         .take("tests")
         .map(|node| tests::read_tests(reader, node, applies_to.as_ref()));
     let tests = tests.unwrap_or_default();
+    warnings.extend(sets.unused());
     Policy {
+        settings: said,
+        profiles,
+        resolvers: Arc::new(resolvers),
         default_action,
         mode,
         rules: Arc::new(RuleList::new(rules)),
@@ -122,7 +150,7 @@ fn read_policy(reader: &mut Reader, root: &Node, lists: &Attachments, cache: &Li
         versioned,
         applies_to,
         tests,
-        warnings: sets.unused(),
+        warnings,
     }
 }
 
@@ -211,7 +239,7 @@ fn parse_duration(text: &str) -> Option<Duration> {
     }
 }
 
-fn read_dns(reader: &mut Reader, node: &Node, sets: &mut Sets) -> DnsPolicy {
+fn read_dns(reader: &mut Reader, node: &Node, sets: &mut Sets, said: &mut Settings) -> DnsPolicy {
     let mut fields = reader.fields(node, "dns", &keys::DNS);
     let default_action = fields
         .take("defaultAction")
@@ -226,6 +254,7 @@ fn read_dns(reader: &mut Reader, node: &Node, sets: &mut Sets) -> DnsPolicy {
     };
     let allowed = names("allowedDomains");
     let blocked = names("blockedDomains");
+    settings::read_dns(reader, &mut fields, "dns", said);
     DnsPolicy {
         default_action,
         allowed,

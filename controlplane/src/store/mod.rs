@@ -117,6 +117,9 @@ pub enum StoreError {
     Busy,
 }
 
+/// Revisions of a policy that are kept with their lists, the last ones. Older ones keep their documents.
+pub const LISTED_REVISIONS_MAX: u64 = 16;
+
 /// A grant as it is kept.
 #[derive(Debug, Clone, PartialEq)]
 pub struct StoredGrant {
@@ -156,7 +159,7 @@ pub enum Write {
     /// Removes a grant.
     DeleteGrant(String),
     /// Adds a revision of a policy, with the content of its lists, each of which is kept once however many
-    /// revisions name it.
+    /// revisions name it, and until none of the last ones does ([`LISTED_REVISIONS_MAX`]).
     PutPolicy(v1::Policy),
     /// Sets, or with `None` forgets, what was set for a VM.
     PutVm(String, Option<StoredVm>),
@@ -195,7 +198,8 @@ pub trait Store: Send + 'static {
     /// [`StoreError`].
     fn apply(&mut self, writes: &[Write]) -> Result<(), StoreError>;
 
-    /// One revision of a policy, with the content of its lists.
+    /// One revision of a policy, with the content of its lists, which is empty for those that are no longer
+    /// kept ([`LISTED_REVISIONS_MAX`]).
     ///
     /// # Errors
     /// [`StoreError`].

@@ -80,6 +80,8 @@ impl Decision {
 pub struct Cache {
     epoch: Option<Epoch>,
     lease_until: Time,
+    /// How much longer than the lease allows that rest on no grant hold.
+    pub loss_grace: Time,
     shapes: Vec<Shape>,
     /// Keys in the order they came, oldest first, for eviction. May name entries already gone.
     order: VecDeque<(usize, ShapeKey)>,
@@ -134,6 +136,7 @@ impl Cache {
         *self = Self {
             epoch,
             lease_until,
+            loss_grace: self.loss_grace,
             evictions,
             ..Self::default()
         };
@@ -182,7 +185,13 @@ impl Cache {
     }
 
     fn holds(&self, now: Time, decision: &Decision) -> bool {
-        let leased = decision.action != VerdictAction::Allow || now < self.lease_until;
+        // What a person said goes with the lease; what the policy's file says may outlive it.
+        let lease_until = if decision.grant.is_empty() {
+            self.lease_until.saturating_add(self.loss_grace)
+        } else {
+            self.lease_until
+        };
+        let leased = decision.action != VerdictAction::Allow || now < lease_until;
         leased && decision.expires_at.is_none_or(|at| now < at)
     }
 

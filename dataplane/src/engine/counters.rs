@@ -38,7 +38,7 @@ impl Engine {
 }
 
 /// Each by the name of its field, so that none can be forgotten.
-fn dns(counts: DnsCounts) -> [(&'static str, u64); 10] {
+fn dns(counts: DnsCounts) -> [(&'static str, u64); 12] {
     let DnsCounts {
         ignored,
         malformed,
@@ -50,6 +50,8 @@ fn dns(counts: DnsCounts) -> [(&'static str, u64); 10] {
         hold_ended,
         upstream_failed,
         relayed,
+        limited,
+        redirected,
     } = counts;
     [
         ("dns_ignored", ignored),
@@ -62,5 +64,7 @@ fn dns(counts: DnsCounts) -> [(&'static str, u64); 10] {
         ("dns_hold_ended", hold_ended),
         ("dns_upstream_failed", upstream_failed),
         ("dns_relayed", relayed),
+        ("dns_limited", limited),
+        ("dns_redirected", redirected),
     ]
 }

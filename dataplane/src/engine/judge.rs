@@ -79,7 +79,7 @@ impl Engine {
     }
 
     /// Whether a flow may go there at all, and which other guest it is that has the address.
-    fn check_destination(&self, address: IpAddr) -> Result<Option<VmId>, DropReason> {
+    pub(super) fn check_destination(&self, address: IpAddr) -> Result<Option<VmId>, DropReason> {
         if Some(address) == self.config.host_alias.map(IpAddr::V4) {
             return Ok(None);
         }

@@ -75,7 +75,7 @@ use crate::engine::tally::Tally;
 use crate::engine::timer::{Timer, Timers};
 use crate::engine::transmit::Transmit;
 use crate::mac::Mac;
-use crate::message::{FlowEnd, Report, Settings};
+use crate::message::{DnsSettings, FlowEnd, Report, Settings};
 
 /// Time since the engine started, on a clock that counts suspended time.
 pub type Time = Duration;
@@ -287,6 +287,8 @@ impl Engine {
             forwards_closed: false,
             lookup_hold: config.lookup_hold,
             hold: config.hold,
+            dns: DnsSettings::default(),
+            loss_grace: Duration::ZERO,
         };
         Self {
             transmit: Transmit::new(config.gateway_mac),
@@ -305,7 +307,7 @@ impl Engine {
             tally: Tally::default(),
             bindings: Bindings::default(),
             dhcp: DhcpCounts::default(),
-            dns: Dns::new(config.lookup_hold),
+            dns: Dns::new(config.lookup_hold, config.seed),
             counted: BTreeMap::new(),
             dns_set: None,
             bindings_set: None,

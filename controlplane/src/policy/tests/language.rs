@@ -164,25 +164,25 @@ fn every_verdict_that_rests_on_a_name_says_what_is_demanded_of_it() {
     let given = grants(["allow domain f.test:443", "allow tcp 7.7.7.7:443"]);
     for (flow, demand, names) in [
         (
-            "tcp 1.1.1.1:443 x.a.test b.test y.a.test",
+            "tcp 1.3.1.1:443 x.a.test b.test y.a.test",
             NameDemand::ByPort,
             vec!["x.a.test", "y.a.test"],
         ),
-        ("tcp 1.1.1.1:80 b.test", NameDemand::Off, vec![]),
-        ("tcp 1.1.1.1:80 c.test", NameDemand::IfPresent, vec!["c.test"]),
+        ("tcp 1.3.1.1:80 b.test", NameDemand::Off, vec![]),
+        ("tcp 1.3.1.1:80 c.test", NameDemand::IfPresent, vec!["c.test"]),
         (
-            "tcp 1.1.1.1:22 d.test other.test",
+            "tcp 1.3.1.1:22 d.test other.test",
             NameDemand::Require,
             vec!["d.test"],
         ),
         ("tcp 9.1.1.1:443 q.test", NameDemand::Off, vec![]),
         (
-            "tcp 1.1.1.1:443 e.test q.test",
+            "tcp 1.3.1.1:443 e.test q.test",
             NameDemand::ByPort,
             vec!["e.test"],
         ),
         (
-            "tcp 1.1.1.1:443 f.test q.test",
+            "tcp 1.3.1.1:443 f.test q.test",
             NameDemand::ByPort,
             vec!["f.test"],
         ),

@@ -57,7 +57,7 @@ const PREFIXES: [&str; 18] = [
     "fd00::/8",
     "fe80::/10",
 ];
-const ADDRESSES: [&str; 21] = [
+const ADDRESSES: [&str; 23] = [
     "1.2.3.4",
     "1.2.3.5",
     "1.2.9.9",
@@ -79,11 +79,21 @@ const ADDRESSES: [&str; 21] = [
     "2001:db9::1",
     "fd12::5",
     "fe80::1",
+    "1.1.1.1",
+    "2606:4700:4700::1111",
 ];
-const PORTS: [u16; 7] = [1, 22, 80, 443, 444, 8080, 65535];
-const RANGES: [&str; 6] = ["22", "80", "443", "80-443", "400-9000", "1-65535"];
-const NAMES: [&str; 5] = ["a.test", "x.a.test", "b.test", "y.b.test", "c.test"];
-const PATTERNS: [&str; 5] = ["a.test", "*.a.test", "b.test", "*.test", "y.b.test"];
+const PORTS: [u16; 9] = [1, 22, 53, 80, 443, 444, 853, 8080, 65535];
+const RANGES: [&str; 7] = ["22", "53", "80", "443", "80-443", "400-9000", "1-65535"];
+const NAMES: [&str; 6] = ["a.test", "x.a.test", "b.test", "y.b.test", "c.test", "dns.google"];
+const PATTERNS: [&str; 7] = [
+    "a.test",
+    "*.a.test",
+    "b.test",
+    "*.test",
+    "y.b.test",
+    "dns.google",
+    "*.google",
+];
 
 /// Which names are bound to which address, and so which guards hold where.
 struct World {
@@ -172,6 +182,20 @@ fn document(draw: &mut Draw) -> String {
     }
     if draw.chance(30) {
         text += &format!("mode: {}\n", draw.one(&["enforce", "ask", "observe"]));
+    }
+    if draw.chance(50) {
+        text += &format!(
+            "guards: {{dns: {}, host: {}",
+            draw.one(&["deny", "redirect", "off"]),
+            draw.one(&["deny", "off"])
+        );
+        if draw.chance(50) {
+            text += ", resolvers: [\"x.a.test\", \"1.2.9.0/24\", \"2001:db9::1\"]";
+        }
+        text += "}\n";
+    }
+    if draw.chance(20) {
+        text += "outboundAllow: [\"^x\\\\.a\", \"b.test$\"]\n";
     }
     // Long ones have neighbours enough that regions are cut short.
     let (sets, rules) = (draw.chance(50), if draw.chance(5) { 400 } else { draw.below(6) });

@@ -213,6 +213,8 @@ impl Town {
                 forwards_closed,
                 lookup_hold: Duration::from_secs(4),
                 hold: HOLD,
+                dns: crate::message::DnsSettings::default(),
+                loss_grace: Duration::ZERO,
             }),
         );
     }

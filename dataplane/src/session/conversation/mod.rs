@@ -245,7 +245,8 @@ impl Conversation {
             }
             Report::Done { vm, command, cut } => self.done(vm, command, cut),
             // The snapshot of the guards is what the next Hello says.
-            Report::Decided { .. } | Report::HostAddresses(_) | Report::End => {}
+            Report::Decided { .. } | Report::LimitReached { .. } | Report::HostAddresses(_) | Report::End => {
+            }
         }
         self.send(message);
     }
