@@ -75,8 +75,9 @@ pub struct Forward {
 pub struct Zone {
     /// Its name; `None` for the root, which answers for every name that no other zone has.
     pub name: Option<Name>,
-    /// Records. Their names are below the zone, as `host`; `None` for the zone itself.
-    pub records: Vec<(Option<Name>, IpAddr)>,
+    /// Records. Their names are below the zone, as `host`; `None` for the zone itself. A record without an
+    /// address is not local after all: it is looked up upstream, under a verdict like any other name.
+    pub records: Vec<(Option<Name>, Option<IpAddr>)>,
     /// The address for names that no record has. `None`: they do not exist.
     pub default_address: Option<IpAddr>,
 }

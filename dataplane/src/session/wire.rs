@@ -353,7 +353,7 @@ pub(super) fn zone_to_wire(zone: &Zone, network: &str) -> v1::Zone {
             .iter()
             .map(|(name, address)| v1::ZoneRecord {
                 name: text(name),
-                address: address.to_string(),
+                address: address.map(|a| a.to_string()).unwrap_or_default(),
             })
             .collect(),
         default_address: zone.default_address.map(|a| a.to_string()).unwrap_or_default(),
@@ -370,7 +370,13 @@ pub(super) fn zone_from_wire(message: &v1::Zone) -> Result<Zone, Refusal> {
         records: message
             .records
             .iter()
-            .map(|record| Ok((zone_name(&record.name)?, address(&record.address)?)))
+            .map(|record| {
+                let address = match record.address.as_str() {
+                    "" => None,
+                    text => Some(address(text)?),
+                };
+                Ok((zone_name(&record.name)?, address))
+            })
             .collect::<Result<_, Refusal>>()?,
         default_address: match message.default_address.as_str() {
             "" => None,

@@ -437,6 +437,7 @@ fn first_by_walking<'a>(context: &Context<'a>, flow: &FlowSubject) -> Option<&'a
             *guard != Guard::Guest
                 || !(context.policy.is_open() && context.peer.is_some_and(|peer| peer.mode.is_none()))
         })
+        .filter(|guard| *guard != Guard::Host || context.policy.settings().host != Some(GuardAction::Off))
         .collect();
     let (peer, port) = (flow.key.peer.ip(), flow.key.peer.port());
     let found = context.policy.rules().find(|rule| {
@@ -446,7 +447,9 @@ fn first_by_walking<'a>(context: &Context<'a>, flow: &FlowSubject) -> Option<&'a
         let either = refuses || !guards.is_empty();
         let named = |prefix: ipnet::IpNet| {
             (prefix.contains(&peer) || prefix.contains(&flow.dialled))
-                && context.guarded.names_all(flow.guards, prefix, peer, flow.dialled)
+                && context
+                    .guarded
+                    .names_all(guards.iter().copied().collect(), prefix, peer, flow.dialled)
         };
         test.protocols.contains(flow.key.protocol)
             && (test.ports.is_empty() || test.ports.ranges().iter().any(|range| range.contains(port)))
@@ -454,10 +457,51 @@ fn first_by_walking<'a>(context: &Context<'a>, flow: &FlowSubject) -> Option<&'a
             && test.names.as_ref().is_none_or(|names| {
                 let mut patterns = names.patterns();
                 patterns.any(|pattern| flow.names.iter().any(|name| pattern.matches(name)))
+                    || names.expressions().is_some() && flow.names.iter().any(|name| names.contains(name))
             })
+            && (refuses || opens_dns(context, test, flow))
             && (refuses || guards.is_empty() || test.prefixes.iter().any(named))
     });
     found.map(|rule| rule.label.as_str())
+}
+
+/// Whether something that allows or asks names the DNS server that a flow leads to, if it does to one.
+fn opens_dns(context: &Context<'_>, test: &FlowTest, flow: &FlowSubject) -> bool {
+    let Some(resolvers) = &context.policy.resolvers else {
+        return true;
+    };
+    let (peer, port) = (flow.key.peer.ip(), flow.key.peer.port());
+    if !flow.key.protocol.has_ports() {
+        return true;
+    }
+    let own = resolvers.names().contains(&"x.a.test".parse().unwrap());
+    let known = ["1.1.1.0/30", "2606:4700:4700::/48"]
+        .into_iter()
+        .chain(
+            own.then_some(["1.2.9.0/24", "2001:db9::1/128"])
+                .into_iter()
+                .flatten(),
+        )
+        .any(|net| net.parse::<ipnet::IpNet>().unwrap().contains(&peer));
+    let by_port = [53, 137, 853, 5353, 5355].contains(&port);
+    if !known && !by_port {
+        return true;
+    }
+    let one = test
+        .prefixes
+        .iter()
+        .any(|prefix| prefix == ipnet::IpNet::from(peer));
+    let port_named = test
+        .ports
+        .ranges()
+        .iter()
+        .any(|r| (r.first(), r.last()) == (port, port));
+    let exact = |name: &Name| {
+        let known = name.as_str() == "dns.google" || own && name.as_str() == "x.a.test";
+        let mut patterns = test.names.iter().flat_map(|names| names.patterns());
+        known && patterns.any(|pattern| pattern == vnet_proto::model::NamePattern::Exact(name.clone()))
+    };
+    one || by_port && port_named || !by_port && flow.names.iter().any(exact)
 }
 
 #[test]
@@ -497,11 +541,11 @@ fn the_index_finds_the_rule_that_walking_finds() {
 fn a_name_inside_a_match_is_decided_like_the_name_that_the_match_is_of() {
     let mut draw = Draw(0x5eed_1234_abcd_0002);
     let (vm, guarded) = (vm(), guarded());
-    let labels = ["a", "b", "c", "x", "y", "test", "com"];
+    let labels = ["a", "b", "c", "x", "y", "test", "com", "dns"];
     let name = |draw: &mut Draw| -> Name {
         let count = 1 + draw.below(4);
         let text: Vec<&str> = (0..count).map(|_| *draw.one(&labels)).collect();
-        format!("{}.{}", text.join("."), draw.one(&["test", "com"]))
+        format!("{}.{}", text.join("."), draw.one(&["test", "com", "google"]))
             .parse()
             .unwrap()
     };

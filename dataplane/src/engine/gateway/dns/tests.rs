@@ -455,7 +455,7 @@ fn the_root_is_not_looked_up() {
 fn a_long_local_answer_is_cut_for_udp_and_whole_over_tcp() {
     let mut guest = Guest::new();
     let records = (0..=99)
-        .map(|n| (Some(name("many")), IpAddr::from([10, 0, 0, n])))
+        .map(|n| (Some(name("many")), Some(IpAddr::from([10, 0, 0, n]))))
         .collect();
     let zone = crate::message::Zone {
         name: Some(name("my.test")),
