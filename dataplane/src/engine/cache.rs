@@ -45,6 +45,10 @@ pub struct Decision {
     pub reason: Reason,
     /// Observe mode let through what would have been denied.
     pub would_deny: bool,
+    /// It is for one flow or lookup only.
+    pub once: bool,
+    /// A lookup that it allows is answered with a synthetic address, and nothing of it goes upstream.
+    pub synthetic_only: bool,
     /// How what missed stood. No match reaches across it: a flow that stands otherwise is a miss,
     /// whatever the match says.
     pub standing: Standing,
@@ -71,6 +75,8 @@ impl Decision {
             grant: verdict.grant.clone(),
             reason: verdict.reason.clone(),
             would_deny: verdict.would_deny,
+            once: verdict.once,
+            synthetic_only: verdict.synthetic_only,
         }
     }
 }
@@ -393,6 +399,7 @@ mod tests {
             once: false,
             budget: None,
             grant: String::new(),
+            synthetic_only: false,
             reason: Reason::default(),
             would_deny: false,
             name_demand: NameDemand::Off,

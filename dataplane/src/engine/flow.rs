@@ -13,6 +13,7 @@ use crate::engine::cache::Decision;
 use crate::engine::judge::Wanted;
 use crate::engine::stack::Connection;
 use crate::engine::switch::flow::Switched;
+use crate::engine::synthetic::table::Place;
 
 /// Flows of one VM at once, when nothing else is configured.
 pub const FLOWS_MAX: usize = 32_768;
@@ -33,6 +34,8 @@ pub struct Flow {
     pub state: State,
     /// What let it through; `None` while held, for ingress and for the gateway's own services.
     pub decision: Option<Arc<Decision>>,
+    /// The miss that let it through, while it waits for what follows.
+    pub opened_by: Option<MissId>,
     /// When something last passed.
     pub last_active: Time,
     /// When it opened, for people.
@@ -83,6 +86,7 @@ impl Flow {
             ingress: false,
             state,
             decision: None,
+            opened_by: None,
             last_active: now,
             opened_at: SystemTime::now(),
             bytes_up: 0,
@@ -135,6 +139,8 @@ pub struct FlowTable {
     live: usize,
     by_key: HashMap<FlowKey, usize>,
     by_id: HashMap<FlowId, usize>,
+    /// How many go to each synthetic address.
+    synthetic: HashMap<Place, usize>,
     /// Where the last packet went: bulk traffic comes in runs.
     last: Option<(FlowKey, usize)>,
     capacity: usize,
@@ -148,6 +154,7 @@ impl FlowTable {
             live: 0,
             by_key: HashMap::default(),
             by_id: HashMap::default(),
+            synthetic: HashMap::default(),
             last: None,
             capacity,
         }
@@ -185,6 +192,11 @@ impl FlowTable {
         self.by_key.contains_key(key)
     }
 
+    /// Whether a flow goes to a synthetic address.
+    pub fn has_synthetic(&self, place: Place) -> bool {
+        self.synthetic.contains_key(&place)
+    }
+
     /// The place of a flow by its id.
     pub fn find_id(&self, id: FlowId) -> Option<usize> {
         self.by_id.get(&id).copied()
@@ -197,6 +209,9 @@ impl FlowTable {
         self.live += 1;
         self.by_key.insert(key, at);
         self.by_id.insert(id, at);
+        if let Some(place) = Place::of(key.peer.ip()) {
+            *self.synthetic.entry(place).or_default() += 1;
+        }
         at
     }
 
@@ -206,6 +221,14 @@ impl FlowTable {
         self.live -= 1;
         self.by_key.remove(&flow.key);
         self.by_id.remove(&flow.id);
+        if let Some(place) = Place::of(flow.key.peer.ip())
+            && let Some(count) = self.synthetic.get_mut(&place)
+        {
+            *count -= 1;
+            if *count == 0 {
+                self.synthetic.remove(&place);
+            }
+        }
         self.last = None;
         Some(flow)
     }

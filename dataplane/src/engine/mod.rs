@@ -39,6 +39,7 @@ pub mod ring;
 pub mod stack;
 mod station;
 pub mod switch;
+pub(crate) mod synthetic;
 mod tally;
 pub mod tcp;
 mod timer;
@@ -71,6 +72,7 @@ use crate::engine::held::Held;
 use crate::engine::ring::RingPool;
 use crate::engine::switch::Neighbour;
 use crate::engine::switch::flow::Targeted;
+use crate::engine::synthetic::table::Synthetics;
 use crate::engine::tally::Tally;
 use crate::engine::timer::{Timer, Timers};
 use crate::engine::transmit::Transmit;
@@ -255,6 +257,7 @@ pub struct Engine {
     held: Held,
     tally: Tally,
     bindings: Bindings,
+    synthetics: Synthetics,
     dhcp: DhcpCounts,
     dns: Dns,
     /// What was counted when it was last reported.
@@ -285,6 +288,7 @@ impl Engine {
             name,
             switch_open: false,
             forwards_closed: false,
+            synthetic_answers: false,
             lookup_hold: config.lookup_hold,
             hold: config.hold,
         };
@@ -304,6 +308,7 @@ impl Engine {
             held: Held::new(config.vm, config.hold),
             tally: Tally::default(),
             bindings: Bindings::default(),
+            synthetics: Synthetics::default(),
             dhcp: DhcpCounts::default(),
             dns: Dns::new(config.lookup_hold),
             counted: BTreeMap::new(),

@@ -7,6 +7,7 @@ mod identity;
 mod ipv6;
 mod kit;
 mod neighbours;
+mod synthetic;
 mod tcp;
 mod town;
 mod verdict;
