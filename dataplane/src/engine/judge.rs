@@ -163,7 +163,9 @@ impl Engine {
         };
         let bound = self.names_of(now, wanted.key.peer.ip());
         if let Some(address) = address
-            && !bound.is_empty() && is_private_or_special(address) {
+            && !bound.is_empty()
+            && is_private_or_special(address)
+        {
             guards = guards.with(Guard::PrivateFromDns);
         }
         FlowSubject {

@@ -142,9 +142,7 @@ impl Engine {
             return false;
         }
         match self.held.get(verdict.miss) {
-            Some(HeldMiss::Flows { target, names, .. }) => {
-                self.names_of(now, target.peer.ip()) != *names
-            }
+            Some(HeldMiss::Flows { target, names, .. }) => self.names_of(now, target.peer.ip()) != *names,
             _ => true,
         }
     }

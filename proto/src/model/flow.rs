@@ -262,6 +262,12 @@ impl GuardSet {
         Self(self.0 | 1 << guard as u8)
     }
 
+    /// Without one.
+    #[must_use]
+    pub fn without(self, guard: Guard) -> Self {
+        Self(self.0 & !(1 << guard as u8))
+    }
+
     /// Whether it has one.
     pub fn contains(self, guard: Guard) -> bool {
         self.0 & (1 << guard as u8) != 0

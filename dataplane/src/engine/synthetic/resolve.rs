@@ -131,7 +131,9 @@ impl Engine {
         decision: &Arc<Decision>,
         miss: Option<MissId>,
     ) {
-        let Some(flow) = self.flows.get_mut(at) else { return };
+        let Some(flow) = self.flows.get_mut(at) else {
+            return;
+        };
         let State::Held(waiting) = &mut flow.state else {
             return;
         };
@@ -223,7 +225,9 @@ impl Engine {
             return self.refuse_unfound(now, at, Unreachable::Host);
         }
         let dialled = self.dialled(SocketAddr::new(address, key.peer.port()));
-        let Some(flow) = self.flows.get_mut(at) else { return };
+        let Some(flow) = self.flows.get_mut(at) else {
+            return;
+        };
         flow.dialled = dialled;
         let wanted = flow.wanted();
         if self.standing(&wanted).guards.contains(Guard::Daemon) {

@@ -163,12 +163,7 @@ impl Synthetics {
     /// The address of a name that is told to the guest now: the one that it has, or a new one. `in_use` says
     /// whether a flow to an address lives. The second is true for an address that was another name's: whatever
     /// was decided about it is void. `None`: the range is exhausted.
-    pub fn tell(
-        &mut self,
-        now: Time,
-        name: &Name,
-        in_use: impl Fn(Place) -> bool,
-    ) -> Option<(Place, bool)> {
+    pub fn tell(&mut self, now: Time, name: &Name, in_use: impl Fn(Place) -> bool) -> Option<(Place, bool)> {
         let expires_at = now + ANSWER_TTL + ANSWER_GRACE;
         if let Some(place) = self.by_name.get(name).copied() {
             self.prolong(place, expires_at);
@@ -208,12 +203,7 @@ impl Synthetics {
 
     /// The one that ran out longest ago and that nothing uses. Those that are in use still are put off, so
     /// that they are not looked at each time.
-    fn oldest_free(
-        &mut self,
-        now: Time,
-        expires_at: Time,
-        in_use: impl Fn(Place) -> bool,
-    ) -> Option<Place> {
+    fn oldest_free(&mut self, now: Time, expires_at: Time, in_use: impl Fn(Place) -> bool) -> Option<Place> {
         for _ in 0..SCAN_MAX {
             let place = self
                 .by_expiry
@@ -398,7 +388,10 @@ mod tests {
             "a flow to the oldest lives"
         );
         assert_eq!(table.name_of(second.v4().into()), Some(&name(3)));
-        assert_eq!(table.counters()[1..3], [("synthetic_exhausted", 1), ("synthetic_reused", 1)]);
+        assert_eq!(
+            table.counters()[1..3],
+            [("synthetic_exhausted", 1), ("synthetic_reused", 1)]
+        );
     }
 
     #[test]
@@ -430,7 +423,10 @@ mod tests {
         assert_eq!(table.wait(first, 0), None, "a flow too many");
         table.leave(first, LOOKUPS_MAX);
         assert_eq!(table.wait(first, 0), Some(false));
-        assert_eq!(table.settle(first, Vec::new(), S(0)).len(), RESOLVING_MAX - LOOKUPS_MAX + 1);
+        assert_eq!(
+            table.settle(first, Vec::new(), S(0)).len(),
+            RESOLVING_MAX - LOOKUPS_MAX + 1
+        );
     }
 
     #[test]
@@ -454,7 +450,8 @@ mod tests {
                 },
             );
         }
-        let known = |now, port, e| table.is_judged(now, place, (Protocol::Tcp, port, address), Some(epoch(e)));
+        let known =
+            |now, port, e| table.is_judged(now, place, (Protocol::Tcp, port, address), Some(epoch(e)));
         assert!(known(S(1), 19, 1) && known(S(1), 4, 1));
         assert!(!known(S(1), 3, 1), "the oldest went at the limit");
         assert!(!known(S(1), 19, 2) && !known(S(9), 19, 1));

@@ -88,7 +88,9 @@ fn upstream(rig: &mut Rig) -> Vec<(u64, String, RecordType)> {
     lookups
         .into_iter()
         .map(|e| {
-            let Event::Resolve { query, bytes } = e else { unreachable!() };
+            let Event::Resolve { query, bytes } = e else {
+                unreachable!()
+            };
             let message = Message::from_vec(&bytes).unwrap();
             let q = &message.queries[0];
             (query, q.name.to_string(), q.query_type)
@@ -428,7 +430,10 @@ fn a_million_names_meet_the_end_of_the_range_and_it_is_said() {
     for i in 0..1_000_000u32 {
         let mut message = Message::query();
         message.metadata.recursion_desired = true;
-        message.add_query(Query::query(format!("n{i}.test.").parse().unwrap(), RecordType::A));
+        message.add_query(Query::query(
+            format!("n{i}.test.").parse().unwrap(),
+            RecordType::A,
+        ));
         rig.ip(&udp((GATEWAY, 53), &message.to_vec().unwrap()));
         for frame in rig.frames() {
             let answer = Message::from_vec(&frame[14 + 28..]).unwrap();

@@ -365,11 +365,8 @@ impl Dns {
                 },
             };
             decided = (query_type, decided.1 + 1);
-            let is_local = only
-                || matches!(
-                    query_type,
-                    TYPE_A | TYPE_AAAA | TYPE_SVCB | TYPE_HTTPS | TYPE_ANY
-                );
+            let is_local =
+                only || matches!(query_type, TYPE_A | TYPE_AAAA | TYPE_SVCB | TYPE_HTTPS | TYPE_ANY);
             if is_local {
                 self.counts.synthetic += 1;
                 let Some(query) = self.queries.remove(key) else {
