@@ -39,7 +39,7 @@ pub mod ring;
 pub mod stack;
 mod station;
 pub mod switch;
-pub(crate) mod synthetic;
+pub mod synthetic;
 mod tally;
 pub mod tcp;
 mod timer;

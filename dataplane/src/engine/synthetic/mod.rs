@@ -7,4 +7,4 @@
 //! names share do not matter, and not a byte of DNS leaves before the yes.
 
 mod resolve;
-pub(crate) mod table;
+pub mod table;

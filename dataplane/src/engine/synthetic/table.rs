@@ -17,20 +17,19 @@ use crate::engine::Time;
 
 /// Where synthetic IPv4 addresses lie: the first half of the range for benchmarks (RFC 2544), which nobody
 /// routes.
-pub(crate) const RANGE_V4: Ipv4Net = Ipv4Net::new_assert(Ipv4Addr::new(198, 18, 0, 0), 16);
+pub const RANGE_V4: Ipv4Net = Ipv4Net::new_assert(Ipv4Addr::new(198, 18, 0, 0), 16);
 /// Where synthetic IPv6 addresses lie: a unique local prefix (RFC 4193).
-pub(crate) const RANGE_V6: Ipv6Net =
-    Ipv6Net::new_assert(Ipv6Addr::new(0xfd73, 0x796e, 0x7468, 0, 0, 0, 0, 0), 112);
+pub const RANGE_V6: Ipv6Net = Ipv6Net::new_assert(Ipv6Addr::new(0xfd73, 0x796e, 0x7468, 0, 0, 0, 0, 0), 112);
 /// Names of one VM that have a synthetic address at once. Beyond it lookups fail.
-pub(crate) const NAMES_MAX: usize = 65_534;
+pub const NAMES_MAX: usize = 65_534;
 /// For how long the guest may keep an answer.
-pub(crate) const ANSWER_TTL: Duration = Duration::from_secs(60);
+pub const ANSWER_TTL: Duration = Duration::from_secs(60);
 /// For how long an address stays its name's after that, at least.
-pub(crate) const ANSWER_GRACE: Duration = Duration::from_secs(30);
+pub const ANSWER_GRACE: Duration = Duration::from_secs(30);
 /// Flows of one VM that wait for a lookup at once.
-pub(crate) const RESOLVING_MAX: usize = 1_024;
+pub const RESOLVING_MAX: usize = 1_024;
 /// Lookups of one VM under way at once.
-pub(crate) const LOOKUPS_MAX: usize = 256;
+pub const LOOKUPS_MAX: usize = 256;
 
 /// Addresses kept of one name.
 const ADDRESSES_MAX: usize = 16;
@@ -41,7 +40,7 @@ const SCAN_MAX: usize = 256;
 
 /// Its number in the range, from zero.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub(crate) struct Place(u16);
+pub struct Place(u16);
 
 impl Place {
     /// That of an address; `None` for one outside the ranges.
@@ -82,7 +81,7 @@ pub(super) struct Judged {
 
 /// The names that have synthetic addresses.
 #[derive(Debug)]
-pub(crate) struct Synthetics {
+pub struct Synthetics {
     capacity: usize,
     entries: Vec<Entry>,
     by_name: AHashMap<Name, Place>,
@@ -145,7 +144,6 @@ impl Synthetics {
     }
 
     /// Names that have an address.
-    #[cfg(test)]
     pub fn len(&self) -> usize {
         self.entries.len()
     }
