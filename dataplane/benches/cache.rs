@@ -114,7 +114,7 @@ fn install(cache: &mut Cache, prefix: &str, ports: PortRange) {
         reason: Reason::default(),
         would_deny: false,
     };
-    let decision = Arc::new(Decision::new(Time::ZERO, &verdict, Standing::default()));
+    let decision = Arc::new(Decision::new(Time::ZERO, &verdict, Standing::default(), None));
     cache.install(&verdict, &decision, None);
 }
 

@@ -478,6 +478,54 @@ fn revoked_grant_cuts_what_it_alone_allowed() {
 }
 
 #[test]
+fn grant_with_a_budget_of_bytes_ends_when_it_is_used_up() {
+    staged(grant_with_a_budget_of_bytes_ends_when_it_is_used_up, |world| {
+        http(world.internet(), "203.0.113.10:80");
+        let words = ["allow", "tcp", "203.0.113.10:80", "--vm", "web", "--down", "100kB"];
+        let said = world.vnetctl(&words);
+        assert!(said.contains("at most 100.0 kB down"), "{said}");
+        let script = "curl -sS -o small http://203.0.113.10/bytes/20000 && echo small
+             curl -sS -o large http://203.0.113.10/bytes/5000000 || echo cut
+             exec curl -sS http://203.0.113.10/";
+        let mut run = world.run(&["--secure-mode", "--vm", "web"], &["sh", "-c", script]);
+        run.prints("small\n");
+        run.prints("cut\n");
+        // No byte beyond the budget came in, the headers of two answers included; and the next is asked.
+        let got = |name: &str| std::fs::metadata(world.work().join(name)).unwrap().len();
+        let all = got("small") + got("large");
+        assert!((90_000..=100_000).contains(&all), "{all}");
+        let next = world.first_pending_id();
+        assert!(world.list(&["grants", "list"]).is_empty());
+        let ended = world.list(&["events", "list", "--kind", "grant-ended"]);
+        assert!(ended[0].to_string().contains("its bytes are used up"), "{ended:?}");
+        let closed = world.list(&["events", "list", "--kind", "flow-closed"]);
+        assert!(closed[0].to_string().contains("ended with its grant"), "{closed:?}");
+        world.vnetctl(&["deny", &next]);
+        assert_eq!(run.wait().code, REFUSED);
+    });
+}
+
+#[test]
+fn approval_of_so_many_connections_lets_so_many_through() {
+    staged(approval_of_so_many_connections_lets_so_many_through, |world| {
+        let server = http(world.internet(), "203.0.113.10:80");
+        let script = "for n in 1 2 3; do curl -sS http://203.0.113.10/ || exit; done";
+        let run = world.run(&["--secure-mode", "--vm", "web"], &["sh", "-c", script]);
+        world.vnetctl(&["approve", &world.first_pending_id(), "--connections", "2"]);
+        eventually("two came through", || server.connections() == 2);
+        let third = world.first_pending_id();
+        let used_up = world.list(&["events", "list", "--kind", "grant-used-up"]);
+        assert_eq!(used_up.len(), 1, "{used_up:?}");
+        eventually("it ends with the last of them", || {
+            world.list(&["grants", "list"]).is_empty()
+        });
+        world.vnetctl(&["deny", &third]);
+        assert_eq!(run.wait().code, REFUSED);
+        assert_eq!(server.connections(), 2);
+    });
+}
+
+#[test]
 fn applied_policy_cuts_what_it_no_longer_allows() {
     staged(applied_policy_cuts_what_it_no_longer_allows, |world| {
         http(world.internet(), "203.0.113.10:80");

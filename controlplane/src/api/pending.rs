@@ -1,10 +1,11 @@
 //! `PendingService`: lists and answers pending requests.
 
 use tonic::{Request, Response, Status};
+use vnet_proto::model::Budget;
 use vnet_proto::v1;
 use vnet_proto::v1::pending_service_server::PendingService;
 
-use super::{Api, Changes, actor, no_budget, page, saved, selector, stream};
+use super::{Api, Changes, actor, page, saved, selector, stream};
 use crate::approval::Answer;
 use crate::convert;
 use crate::hub::Reply;
@@ -59,7 +60,6 @@ impl PendingService for Api {
     ) -> Result<Response<v1::ApproveResponse>, Status> {
         let actor = actor(&request);
         let request = request.into_inner();
-        no_budget(request.budget)?;
         let (request, grant, durable) = self.hub.reply(&Reply {
             id: &request.id,
             etag: &request.etag,
@@ -67,6 +67,7 @@ impl PendingService for Api {
             scope: convert::scope_from(request.scope).map_err(Refusal::from)?,
             lifetime: convert::lifetime(request.lifetime).map_err(Refusal::from)?,
             vms: selector(request.vms)?,
+            budget: request.budget.map(Into::into).unwrap_or_default(),
             reason: &request.reason,
             lookup_only: request.lookup_only,
             actor: &actor,
@@ -88,6 +89,7 @@ impl PendingService for Api {
             scope: convert::scope_from(request.scope).map_err(Refusal::from)?,
             lifetime: convert::lifetime(request.lifetime).map_err(Refusal::from)?,
             vms: selector(request.vms)?,
+            budget: Budget::default(),
             reason: &request.reason,
             lookup_only: false,
             actor: &actor,

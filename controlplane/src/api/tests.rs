@@ -9,7 +9,7 @@ use tokio_stream::StreamExt as _;
 use tonic::transport::{Channel, Endpoint, Uri};
 use tonic::{Code, Request};
 use tonic_types::StatusExt as _;
-use vnet_proto::model::Subject;
+use vnet_proto::model::{Subject, Target};
 use vnet_proto::v1;
 use vnet_proto::v1::dataplane_service_client::DataplaneServiceClient;
 use vnet_proto::v1::event_service_client::EventServiceClient;
@@ -321,19 +321,61 @@ async fn what_is_not_built_says_so_with_a_detail() {
         ..Default::default()
     };
     not_built(policy.apply_policy(confirm).await.unwrap_err());
-    let budget = v1::CreateGrantRequest {
-        budget: Some(v1::Budget {
-            connections: 1,
+}
+
+#[tokio::test]
+async fn a_budget_is_kept_and_shown_and_one_that_means_nothing_is_refused_by_its_field() {
+    let served = Served::start(false).await;
+    let mut grants = GrantServiceClient::new(served.channel("api").await);
+    let budget = v1::Budget {
+        connections: 3,
+        bytes_up: 5 << 20,
+        bytes_down: 0,
+    };
+    let wanted = v1::CreateGrantRequest {
+        action: v1::Action::Allow.into(),
+        target: Some((&"tcp 192.0.2.7:443".parse::<Target>().unwrap()).into()),
+        vms: Some(v1::VmSelector {
+            all: true,
             ..Default::default()
         }),
+        budget: Some(budget),
         ..Default::default()
     };
-    not_built(
-        GrantServiceClient::new(channel)
-            .create_grant(budget)
-            .await
-            .unwrap_err(),
-    );
+    let made = grants
+        .create_grant(wanted.clone())
+        .await
+        .unwrap()
+        .into_inner()
+        .grant
+        .unwrap();
+    assert_eq!((made.budget, made.used), (Some(budget), None));
+    let listed = grants
+        .list_grants(v1::ListGrantsRequest::default())
+        .await
+        .unwrap();
+    assert_eq!(listed.into_inner().grants, [made]);
+
+    let deny = v1::CreateGrantRequest {
+        action: v1::Action::Deny.into(),
+        ..wanted.clone()
+    };
+    let once = v1::CreateGrantRequest {
+        lifetime: Some(v1::Lifetime {
+            kind: Some(v1::lifetime::Kind::Once(true)),
+        }),
+        ..wanted.clone()
+    };
+    let lookup = v1::CreateGrantRequest {
+        target: Some((&"lookup example.com".parse::<Target>().unwrap()).into()),
+        ..wanted
+    };
+    for request in [deny, once, lookup] {
+        let refused = grants.create_grant(request).await.unwrap_err();
+        assert_eq!(refused.code(), Code::InvalidArgument);
+        let details = refused.get_details_bad_request().unwrap();
+        assert_eq!(details.field_violations[0].field, "budget");
+    }
 }
 
 #[tokio::test]

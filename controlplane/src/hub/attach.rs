@@ -219,6 +219,7 @@ impl State {
         }
         // Flows that are still there are told again below, and keep nothing of the old session.
         for (_, flow) in old_flows {
+            self.budgets.remove(&flow);
             if let Some(vm) = self.fleet.vms.get_mut(&flow.vm) {
                 vm.live_flows = vm.live_flows.saturating_sub(1);
             }
@@ -245,6 +246,7 @@ impl State {
                 closed_addresses: Vec::new(),
             }),
         );
+        self.count_malformed(|state| state.handle_uses(now, number, hello.uses));
         for flow in hello.live_flows {
             self.count_malformed(|state| state.handle_flow_opened(now, number, flow));
         }
@@ -277,7 +279,9 @@ impl State {
                 }
             }
             Message::FlowClosed(flow) => self.handle_flow_closed(now, number, flow),
-            Message::FlowStats(stats) => self.handle_flow_stats(number, stats),
+            Message::FlowStats(stats) => {
+                self.count_malformed(|state| state.handle_flow_stats(now, number, stats));
+            }
             Message::Decided(decided) => {
                 self.count_malformed(|state| state.handle_decided(now, number, decided));
             }

@@ -7,12 +7,14 @@
 //! - [`attach`](self): dataplanes and VMs come and go.
 //! - `decide`: a miss becomes a verdict or a question.
 //! - `traffic`: what dataplanes report of flows, lookups and bindings.
+//! - `budgets`: what is used of grants that have one.
 //! - `change`: what can alter a decision: the epoch, revocations, cuts.
 //! - `answers`, `policies`, `vms`, `commands`: what people and programs do.
 //! - `events`: what happened; `repeats`: what happens again and again.
 
 mod answers;
 mod attach;
+mod budgets;
 mod change;
 mod commands;
 mod decide;
@@ -23,6 +25,8 @@ mod repeats;
 mod traffic;
 mod vms;
 
+#[cfg(test)]
+mod budget_tests;
 #[cfg(test)]
 mod tests;
 
@@ -37,7 +41,7 @@ use crate::approval::{Change as PendingChange, PendingTable};
 use crate::clock::{Clock, Now};
 use crate::convert;
 use crate::fleet::{Fleet, LOST_GRACE};
-use crate::grant::{GrantId, Grants};
+use crate::grant::{GrantId, Grants, VmInstance};
 use crate::metrics::Metrics;
 use crate::refusal::Refusal;
 use crate::store::{Durable, Snapshot, StoredVm, Write, Writer};
@@ -53,6 +57,7 @@ pub(crate) use policies::DEFAULT;
 pub use policies::{Applied, Candidate};
 pub use vms::VmUpdate;
 
+use budgets::Budgets;
 use change::Change;
 use events::EventLog;
 use policies::NamedPolicy;
@@ -87,6 +92,7 @@ struct State {
     fleet: Fleet,
     policies: BTreeMap<String, NamedPolicy>,
     grants: Grants,
+    budgets: Budgets,
     pending: PendingTable,
     /// What was set for VMs, by name, attached or not.
     set: BTreeMap<String, StoredVm>,
@@ -134,6 +140,7 @@ impl Hub {
             fleet: Fleet::default(),
             policies: BTreeMap::new(),
             grants: Grants::default(),
+            budgets: Budgets::default(),
             pending: PendingTable::new(),
             set: snapshot.vms,
             restored: None,
@@ -186,6 +193,7 @@ impl Hub {
     pub fn close(&self) {
         self.with(|state, now| {
             state.tell_repeats(now);
+            state.save_spent();
             state.events.watchers.close();
             state.pending_watches.close();
             state.vm_watches.close();
@@ -271,6 +279,7 @@ impl State {
                 "a grant ended",
             );
         }
+        self.tick_budgets(now);
         let changes = self.pending.expire(now.steady);
         self.take_up(now, changes);
 
@@ -306,6 +315,7 @@ impl State {
         let mut instances = HashSet::new();
         for stored in grants {
             let id = stored.grant.id.clone();
+            let uses = stored.uses.clone();
             match convert::stored_grant(stored) {
                 Ok(grant) if grant.has_ended(now.steady) => self.writes.push(Write::DeleteGrant(id)),
                 Ok(grant) => {
@@ -313,6 +323,8 @@ impl State {
                     if let Err(e) = self.grants.insert(grant) {
                         tracing::warn!(grant = id, error = %e, "stored grant left out");
                     }
+                    let uses = uses.into_iter().map(|(vm, used)| (VmInstance(vm), used));
+                    self.grants.restore_uses(&GrantId(id), uses);
                 }
                 Err(e) => tracing::warn!(grant = id, error = %e, "stored grant left out"),
             }

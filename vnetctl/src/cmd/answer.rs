@@ -12,7 +12,7 @@ use vnet_proto::v1;
 
 use super::Context;
 use super::grants::sentence;
-use super::select::{LifetimeArgs, VmArgs};
+use super::select::{BudgetArgs, LifetimeArgs, VmArgs};
 use crate::client::unary;
 use crate::failure::{Failure, describe};
 use crate::output::words;
@@ -74,6 +74,9 @@ pub struct ApproveArgs {
     /// The answer.
     #[command(flatten)]
     pub answer: AnswerArgs,
+    /// How much.
+    #[command(flatten)]
+    pub budget: BudgetArgs,
     /// For a name: allow only the lookup, not connections to its addresses
     #[arg(long)]
     pub lookup_only: bool,
@@ -100,6 +103,9 @@ pub struct AllowArgs {
     /// For how long.
     #[command(flatten)]
     pub lifetime: LifetimeArgs,
+    /// How much.
+    #[command(flatten)]
+    pub budget: BudgetArgs,
     /// For which VMs.
     #[command(flatten)]
     pub vms: VmArgs,
@@ -124,7 +130,7 @@ impl ApproveArgs {
                 scope: self.answer.scope(),
                 lifetime,
                 vms: self.answer.vms.message(),
-                budget: None,
+                budget: self.budget.message(),
                 reason: self.answer.reason.clone().unwrap_or_default(),
                 lookup_only: self.lookup_only,
             };
@@ -156,7 +162,14 @@ impl DenyArgs {
                 reason,
                 ..
             } = self.answer;
-            return grant(v1::Action::Deny, &self.words, &lifetime, &vms, reason, context).await;
+            let request = v1::CreateGrantRequest {
+                action: v1::Action::Deny.into(),
+                vms: vms.message(),
+                lifetime: lifetime.message()?,
+                reason: reason.unwrap_or_default(),
+                ..Default::default()
+            };
+            return grant(&self.words, request, context).await;
         }
         self.answer.check(self.words.len())?;
         let lifetime = self.answer.lifetime.message()?;
@@ -192,15 +205,15 @@ impl AllowArgs {
                 self.words[0], self.words[0]
             )));
         }
-        grant(
-            v1::Action::Allow,
-            &self.words,
-            &self.lifetime,
-            &self.vms,
-            self.reason,
-            context,
-        )
-        .await
+        let request = v1::CreateGrantRequest {
+            action: v1::Action::Allow.into(),
+            vms: self.vms.message(),
+            lifetime: self.lifetime.message()?,
+            budget: self.budget.message(),
+            reason: self.reason.unwrap_or_default(),
+            ..Default::default()
+        };
+        grant(&self.words, request, context).await
     }
 }
 
@@ -231,23 +244,17 @@ fn answered(done: &str, request: Option<&v1::PendingRequest>, grant: Option<&v1:
     }
 }
 
+/// Makes the grant of a request that has everything but what it is for.
 async fn grant(
-    action: v1::Action,
     destination: &[String],
-    lifetime: &LifetimeArgs,
-    vms: &VmArgs,
-    reason: Option<String>,
+    request: v1::CreateGrantRequest,
     context: &mut Context,
 ) -> Result<(), Failure> {
     let target = Target::from_words(destination).map_err(|e| Failure::Usage(e.to_string()))?;
     let request = v1::CreateGrantRequest {
-        action: action.into(),
         target: Some((&target).into()),
-        vms: vms.message(),
-        lifetime: lifetime.message()?,
-        budget: None,
-        reason: reason.unwrap_or_default(),
         request_id: request_id()?,
+        ..request
     };
     let client = context.connection.open().await?;
     let answer = client.grants().create_grant(unary(request)).await;

@@ -51,6 +51,32 @@ pub fn lifetime(lifetime: Option<&v1::Lifetime>) -> String {
     }
 }
 
+/// The limits of a grant, as `5 connections, 5.2 MB up`; with what is used of them, as
+/// `2/5 connections, 1.0 MB/5.2 MB up`. Empty where there is none.
+pub fn budget(budget: Option<&v1::Budget>, used: Option<&v1::Budget>) -> String {
+    let budget = budget.copied().unwrap_or_default();
+    let part = |limit: u64, spent: fn(&v1::Budget) -> u64, unit: &str, shown: fn(u64) -> String| {
+        let of = used.map(|u| format!("{}/", shown(spent(u)))).unwrap_or_default();
+        (limit != 0).then(|| format!("{of}{} {unit}", shown(limit)))
+    };
+    let connections = if budget.connections == 1 {
+        "connection"
+    } else {
+        "connections"
+    };
+    let parts = [
+        part(
+            budget.connections,
+            |b| b.connections,
+            connections,
+            |n| n.to_string(),
+        ),
+        part(budget.bytes_up, |b| b.bytes_up, "up", text::bytes),
+        part(budget.bytes_down, |b| b.bytes_down, "down", text::bytes),
+    ];
+    parts.into_iter().flatten().collect::<Vec<_>>().join(", ")
+}
+
 /// An enum's value without its prefix, in lower case with dashes: `FLOW_DIRECTION_EGRESS` is `egress`.
 fn plain(name: &str, prefix: &str) -> String {
     name.strip_prefix(prefix)
@@ -253,6 +279,26 @@ mod tests {
         );
         assert_eq!(selector(Some(&by("", &[], true))), "all VMs");
         assert_eq!(selector(Some(&by("", &[], false))), "-");
+    }
+
+    #[test]
+    fn a_budget_shows_what_is_used_of_each_limit() {
+        let limits = v1::Budget {
+            connections: 5,
+            bytes_up: 0,
+            bytes_down: 50_000_000,
+        };
+        let used = v1::Budget {
+            connections: 2,
+            bytes_up: 77,
+            bytes_down: 1_200_000,
+        };
+        assert_eq!(budget(Some(&limits), None), "5 connections, 50.0 MB down");
+        assert_eq!(
+            budget(Some(&limits), Some(&used)),
+            "2/5 connections, 1.2 MB/50.0 MB down"
+        );
+        assert_eq!(budget(None, Some(&used)), "");
     }
 
     #[test]

@@ -78,6 +78,10 @@ async fn approve_passes_scope_lifetime_and_vms_on() {
         "--for",
         "1h",
         "--all-vms",
+        "--connections",
+        "3",
+        "--up",
+        "5MiB",
     ];
     run(&server, Format::Json, &words).await.unwrap();
 
@@ -91,6 +95,40 @@ async fn approve_passes_scope_lifetime_and_vms_on() {
         }))
     );
     assert!(asked[0].vms.as_ref().unwrap().all);
+    let budget = v1::Budget {
+        connections: 3,
+        bytes_up: 5 << 20,
+        bytes_down: 0,
+    };
+    assert_eq!(asked[0].budget, Some(budget));
+}
+
+#[tokio::test]
+async fn allow_says_the_budget_that_it_was_given() {
+    let server = Scripted::start();
+    let budget = Some(v1::Budget {
+        bytes_down: 50_000_000,
+        ..Default::default()
+    });
+    let made = v1::Grant {
+        budget,
+        ..grant(v1::Action::Allow, tcp("10.99.0.1", 80)).unwrap()
+    };
+    let answer = v1::CreateGrantResponse {
+        grant: Some(made),
+        ..Default::default()
+    };
+    server.answer("GrantService/CreateGrant", &answer);
+
+    let words = ["allow", "tcp 10.99.0.1:80", "--vm", "web", "--down", "50MB"];
+    let said = run(&server, Format::Table, &words).await.unwrap();
+
+    assert_eq!(
+        said,
+        "allow tcp 10.99.0.1:80 for web, until the VM stops, at most 50.0 MB down (grant g1)\n"
+    );
+    let asked: Vec<v1::CreateGrantRequest> = server.asked("GrantService/CreateGrant");
+    assert_eq!(asked[0].budget, budget);
 }
 
 #[tokio::test]

@@ -102,7 +102,7 @@ async fn an_empty_list_is_its_header_or_an_empty_array() {
 
     assert_eq!(
         table,
-        "ID   ACTION   TARGET   VMS   LIFETIME   ENDS IN   HITS   AGE   BY   REASON\n"
+        "ID   ACTION   TARGET   VMS   LIFETIME   ENDS IN   BUDGET   HITS   AGE   BY   REASON\n"
     );
     assert_eq!(json, json!([]));
 }
@@ -129,6 +129,14 @@ async fn grants_list() {
             creator: "ada".to_owned(),
             reason: "upgrade".to_owned(),
             hits: 12,
+            budget: Some(v1::Budget {
+                connections: 5,
+                ..Default::default()
+            }),
+            used: Some(v1::Budget {
+                connections: 2,
+                ..Default::default()
+            }),
             ..Default::default()
         },
         v1::Grant {
@@ -155,9 +163,9 @@ async fn grants_list() {
     assert_eq!(
         table,
         "\
-ID   ACTION   TARGET                 VMS       LIFETIME             ENDS IN   HITS   AGE   BY    REASON
-g1   allow    domain *.example.com   all VMs   for 1h               50m       12     10m   ada   upgrade
-g2   deny     tcp 10.0.0.0/8:22      web       until the VM stops   -         0      1s    -     -
+ID   ACTION   TARGET                 VMS       LIFETIME             ENDS IN   BUDGET            HITS   AGE   BY    REASON
+g1   allow    domain *.example.com   all VMs   for 1h               50m       2/5 connections   12     10m   ada   upgrade
+g2   deny     tcp 10.0.0.0/8:22      web       until the VM stops   -         -                 0      1s    -     -
 "
     );
     assert_eq!(json[0]["lifetime"], json!({"duration": "3600s"}));
