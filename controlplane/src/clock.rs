@@ -17,6 +17,14 @@ pub struct Now {
     pub wall: SystemTime,
 }
 
+impl Now {
+    /// A moment before every other.
+    pub const BEFORE_ALL: Self = Self {
+        steady: SystemTime::UNIX_EPOCH,
+        wall: SystemTime::UNIX_EPOCH,
+    };
+}
+
 /// Where the time comes from.
 #[derive(Debug, Clone)]
 pub struct Clock(Source);

@@ -63,8 +63,8 @@ pub struct Dataplane {
     pub lost_at: Option<SystemTime>,
     /// The epoch in force there.
     pub epoch: Epoch,
-    /// The guest subnet.
-    pub subnet: Option<IpNet>,
+    /// The guests' subnets, one of a family at most.
+    pub subnets: Vec<IpNet>,
     /// The address that is dialled as loopback.
     pub host_alias: Option<IpAddr>,
     /// What it guards.

@@ -17,6 +17,7 @@ pub mod fleet;
 pub mod grant;
 pub mod hub;
 pub mod listener;
+pub mod lists;
 pub mod metrics;
 pub mod paths;
 pub mod peer;

@@ -9,6 +9,7 @@ use vnet_proto::model::Malformed;
 
 use crate::approval::{AnswerError, FindError};
 use crate::grant::GrantError;
+use crate::lists::ListError;
 use crate::policy::PolicyErrors;
 use crate::store::StoreError;
 
@@ -152,6 +153,20 @@ impl From<Refusal> for Status {
             _ => {}
         }
         Status::with_error_details(refusal.code(), text, details)
+    }
+}
+
+impl From<ListError> for Refusal {
+    fn from(error: ListError) -> Self {
+        let text = error.to_string();
+        match error {
+            ListError::TooLong | ListError::PackedTooLong(_) => Self::Limit(text),
+            ListError::Twice(_)
+            | ListError::Packing(_)
+            | ListError::Digest { .. }
+            | ListError::Read { .. }
+            | ListError::NotAFile(_) => Self::field("lists", text),
+        }
     }
 }
 

@@ -22,6 +22,7 @@ use crate::clock::Clock;
 use crate::config::{Config, Endpoint};
 use crate::hub::{Candidate, DEFAULT, Hub};
 use crate::listener::{Attached, ListenError, Listener, SocketLock, answers};
+use crate::lists::{self, PACKED_BYTES_MAX};
 use crate::metrics::Metrics;
 use crate::refusal::Refusal;
 use crate::session::Sessions;
@@ -47,6 +48,8 @@ const DRAIN: Duration = Duration::from_secs(2);
 const LOCK_WAIT: Duration = Duration::from_secs(10);
 /// The largest message of a client: a policy document and what goes with it.
 const MESSAGE_BYTES_MAX: usize = 8 << 20;
+/// Bytes that a message may have which carries a policy: its document, and its lists.
+const POLICY_MESSAGE_BYTES_MAX: usize = PACKED_BYTES_MAX + MESSAGE_BYTES_MAX;
 
 /// Why the controlplane ended.
 #[derive(Debug, thiserror::Error)]
@@ -69,6 +72,9 @@ pub enum RunError {
     /// A policy document.
     #[error("{0}")]
     Policy(#[from] Refusal),
+    /// A list that the policy file names will not do.
+    #[error(transparent)]
+    List(#[from] lists::ListError),
     /// Serving.
     #[error("the API cannot be served")]
     Serve(#[from] tonic::transport::Error),
@@ -248,7 +254,10 @@ fn load_policy_file(hub: &Hub, file: &Path) -> Result<(), RunError> {
         source: e,
     })?;
     let in_force = hub.policy(DEFAULT)?;
-    if in_force.revision != 0 && in_force.document == document {
+    let beside = file.parent().unwrap_or(Path::new("."));
+    let lists = lists::read(&document, beside)?;
+    let same_lists = in_force.lists == lists::described(&lists);
+    if in_force.revision != 0 && in_force.document == document && same_lists {
         return Ok(());
     }
     let applied = hub.apply_policy(Candidate {
@@ -258,6 +267,7 @@ fn load_policy_file(hub: &Hub, file: &Path) -> Result<(), RunError> {
         etag: "",
         actor: "--network-policy",
         validate_only: false,
+        lists: &lists,
     })?;
     for warning in applied.warnings {
         tracing::warn!(file = source, line = warning.line, text = warning.text, "policy");
@@ -348,7 +358,9 @@ pub async fn serve_api(
         .add_service(ForwardServiceServer::new(api.clone()))
         .add_service(GrantServiceServer::new(api.clone()))
         .add_service(PendingServiceServer::new(api.clone()))
-        .add_service(PolicyServiceServer::new(api.clone()).max_decoding_message_size(MESSAGE_BYTES_MAX))
+        .add_service(
+            PolicyServiceServer::new(api.clone()).max_decoding_message_size(POLICY_MESSAGE_BYTES_MAX),
+        )
         .add_service(VmServiceServer::new(api))
         .add_service(health_service)
         .add_service(reflection().build_v1()?)

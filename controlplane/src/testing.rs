@@ -104,6 +104,7 @@ impl Rig {
             etag: "",
             actor: "tester",
             validate_only: false,
+            lists: &[],
         })
     }
 

@@ -11,8 +11,8 @@ use divan::{Bencher, black_box, counter::ItemsCount};
 use vnet_dataplane::engine::Time;
 use vnet_dataplane::engine::cache::{Cache, Decision, Standing};
 use vnet_proto::model::{
-    Epoch, FlowKey, FlowMatch, Match, MissId, PortRange, Protocol, Reason, Verdict, VerdictAction,
-    parse_prefix,
+    Epoch, FlowKey, FlowMatch, Match, MissId, NameDemand, PortRange, Protocol, Reason, Verdict,
+    VerdictAction, parse_prefix,
 };
 
 const EPOCH: Epoch = Epoch {
@@ -113,6 +113,8 @@ fn install(cache: &mut Cache, prefix: &str, ports: PortRange) {
         grant: String::new(),
         reason: Reason::default(),
         would_deny: false,
+        name_demand: NameDemand::Off,
+        names: Vec::new(),
     };
     let decision = Arc::new(Decision::new(Time::ZERO, &verdict, Standing::default(), None));
     cache.install(&verdict, &decision, None);

@@ -56,6 +56,9 @@ pub struct Args {
     /// Address that leads to the host's 127.0.0.1, or none [default: the last of the subnet].
     #[arg(long, value_name = "ADDRESS")]
     pub host_alias: Option<String>,
+    /// IPv6 prefix of the guests, a /64, or off [default: fd00::/64; off where the MTU is below 1280].
+    #[arg(long, value_name = "CIDR|off")]
+    pub ipv6_prefix: Option<String>,
     /// Address that DHCP gives to this MAC address; may be repeated.
     #[arg(long = "static-lease", value_name = "MAC=ADDRESS")]
     pub static_leases: Vec<String>,

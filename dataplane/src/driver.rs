@@ -271,7 +271,6 @@ impl Driver {
     }
 
     fn take_ingress(&mut self, now: Time, stream: std::net::TcpStream, target: SocketAddr) {
-        let SocketAddr::V4(target) = target else { return };
         let listen = stream.local_addr().ok();
         let Some(at) = self.engine.open_ingress(now, target) else {
             // RST rather than FIN: nobody was there.
@@ -446,9 +445,7 @@ impl Driver {
             };
             match forward.socket.recv_from(&mut self.scratch) {
                 Ok((length, client)) => {
-                    let SocketAddr::V4(target) = forward.target else {
-                        return false;
-                    };
+                    let target = forward.target;
                     let at = match self.clients.get(&(place, client)) {
                         Some(at) => *at,
                         None => {

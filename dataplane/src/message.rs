@@ -194,6 +194,21 @@ pub struct OwnPolicy {
     pub source: String,
     /// Rules placed before the document's, as `allow tcp 10.0.0.1:80`.
     pub rules: Vec<String>,
+    /// The lists that the document names, shared by all VMs that bring it.
+    pub lists: Arc<[OwnList]>,
+}
+
+/// A list that a policy names, as it travels; the dataplane does not read it.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct OwnList {
+    /// Its path, as the document writes it.
+    pub path: String,
+    /// Its content's digest.
+    pub sha256: String,
+    /// Its content, compressed.
+    pub content: Vec<u8>,
+    /// Bytes of its content.
+    pub size_bytes: u64,
 }
 
 /// What changes about an attached guest.
@@ -322,6 +337,8 @@ pub enum Order {
     Settings(Settings),
     /// Addresses that the host owns changed; every cached verdict is void.
     GuardsChanged,
+    /// The host's way out over IPv6 came or went.
+    WayChanged,
 }
 
 /// How a VM is treated, as far as the dataplane must know.

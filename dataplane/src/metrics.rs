@@ -173,6 +173,8 @@ labels! {
         Declined = "declined",
         /// It is somebody else's, or nobody's to have.
         Claim = "claim",
+        /// The same of an IPv6 address, or the network has as many as it may.
+        ClaimIpv6 = "claim_ipv6",
         /// A limit of addresses was reached.
         Limit = "limit",
     }

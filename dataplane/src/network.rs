@@ -3,7 +3,7 @@
 
 use std::collections::HashMap;
 use std::io;
-use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc::Sender as InputSender;
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
@@ -15,9 +15,12 @@ use mio::Waker;
 use tokio::sync::mpsc::Sender;
 use vnet_proto::model::{GuardSet, Protocol, VmId};
 
+use crate::claims::Claims;
 use crate::clock;
 use crate::driver::{Driver, DriverParts};
 use crate::egress::resolver::Resolver;
+use crate::egress::way;
+use crate::engine::discovery::Ipv6Config;
 use crate::engine::frame::DropReason;
 use crate::engine::gateway::dhcp::{self, DhcpConfig, DhcpOutcome};
 use crate::engine::gateway::dns::zones::Zones;
@@ -44,6 +47,8 @@ pub struct NetworkConfig {
     pub subnet: Ipv4Net,
     /// The address that stands for the host's loopback.
     pub host_alias: Option<Ipv4Addr>,
+    /// IPv6, unless it carries none.
+    pub ipv6: Option<Ipv6Config>,
     /// Largest IP packet towards a guest, bytes.
     pub mtu_bytes: usize,
     /// What the DHCP server hands out.
@@ -79,6 +84,7 @@ pub struct GuestSpec {
 pub struct Network {
     config: NetworkConfig,
     leases: Mutex<Leases>,
+    claims: Mutex<Claims>,
     zones: RwLock<Arc<Zones>>,
     guards: Arc<Guards>,
     resolver: Resolver,
@@ -118,6 +124,7 @@ impl Network {
         Arc::new(Self {
             config,
             leases: Mutex::new(leases),
+            claims: Mutex::default(),
             zones: RwLock::new(Arc::new(zones)),
             guards,
             resolver,
@@ -171,6 +178,7 @@ impl Network {
             gateway_mac: self.config.gateway_mac,
             subnet: self.config.subnet,
             host_alias: self.config.host_alias,
+            ipv6: self.config.ipv6.clone(),
             mtu_bytes: self.config.mtu_bytes,
             pinned_mac: spec.pinned_mac,
             flows_max: self.config.flows_max,
@@ -300,6 +308,7 @@ impl Network {
         guests.by_mac.retain(|_, owner| *owner != vm);
         drop(guests);
         self.lock_leases().release_vm(vm);
+        self.lock_claims().release_vm(vm);
         for other in self.vms() {
             self.send(other, Input::GuestGone(vm));
         }
@@ -370,6 +379,10 @@ impl Network {
         self.leases.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    fn lock_claims(&self) -> std::sync::MutexGuard<'_, Claims> {
+        self.claims.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     fn write_guests(&self) -> std::sync::RwLockWriteGuard<'_, Guests> {
         self.guests.write().unwrap_or_else(PoisonError::into_inner)
     }
@@ -385,16 +398,44 @@ impl Guest {
 }
 
 impl Surroundings for Network {
-    fn claim(&self, vm: VmId, mac: Mac, address: Ipv4Addr, now: Time) -> bool {
-        let (owned, counts) = {
-            let mut leases = self.lock_leases();
-            (leases.claim(vm, mac, address, now), leases.counts())
+    fn claim(&self, vm: VmId, mac: Mac, address: IpAddr, now: Time) -> bool {
+        let owned = match address {
+            IpAddr::V4(v4) => {
+                let (owned, counts) = {
+                    let mut leases = self.lock_leases();
+                    (leases.claim(vm, mac, v4, now), leases.counts())
+                };
+                self.count_leases(counts);
+                owned
+            }
+            IpAddr::V6(v6) => {
+                let mut claims = self.lock_claims();
+                let owned = claims.claim(vm, mac, v6);
+                let refusals = &self.config.metrics.lease_refusals;
+                refusals.of(LeaseRefusal::ClaimIpv6).raise_to(claims.refused());
+                owned
+            }
         };
-        self.count_leases(counts);
         if owned && let Some(forwards) = self.forwards.get() {
-            forwards.guest_attached(vm, address.into());
+            forwards.guest_attached(vm, address);
         }
         owned
+    }
+
+    fn release(&self, vm: VmId, address: Ipv6Addr) {
+        self.lock_claims().release(vm, address);
+    }
+
+    fn has_ipv6(&self) -> bool {
+        self.guards.has_ipv6()
+    }
+
+    fn has_way(&self, dialled: IpAddr) -> bool {
+        match dialled {
+            IpAddr::V4(_) => true,
+            // Without a default route there may be one to this place.
+            IpAddr::V6(v6) => self.guards.has_ipv6() || way::has_way(v6),
+        }
     }
 
     fn dhcp(&self, vm: VmId, mac: Mac, message: &[u8], now: Time) -> DhcpOutcome {
@@ -414,8 +455,11 @@ impl Surroundings for Network {
         *self.write_guests().by_mac.entry(mac).or_insert(vm) == vm
     }
 
-    fn neighbour(&self, address: Ipv4Addr) -> Option<Neighbour> {
-        let (vm, mac) = self.lock_leases().holder(address)?;
+    fn neighbour(&self, address: IpAddr) -> Option<Neighbour> {
+        let (vm, mac) = match address {
+            IpAddr::V4(v4) => self.lock_leases().holder(v4)?,
+            IpAddr::V6(v6) => self.lock_claims().holder(v6)?,
+        };
         let guests = self.guests.read().unwrap_or_else(PoisonError::into_inner);
         let open = guests.by_vm.get(&vm)?.switch_open.load(Ordering::Relaxed);
         Some(Neighbour { vm, mac, open })
@@ -441,6 +485,10 @@ impl Surroundings for Network {
             (
                 "network_lease_claim_refused",
                 leases.of(LeaseRefusal::Claim).get(),
+            ),
+            (
+                "network_lease_claim_ipv6_refused",
+                leases.of(LeaseRefusal::ClaimIpv6).get(),
             ),
             ("network_lease_limit", leases.of(LeaseRefusal::Limit).get()),
             ("network_resolver_questions", metrics.resolver_questions.get()),
@@ -492,7 +540,7 @@ impl Router for Network {
     fn guest_at(&self, address: IpAddr) -> Option<VmId> {
         match address {
             IpAddr::V4(v4) => self.lock_leases().owner(v4),
-            IpAddr::V6(_) => None,
+            IpAddr::V6(v6) => self.lock_claims().holder(v6).map(|(vm, _)| vm),
         }
     }
 }
@@ -554,6 +602,7 @@ mod tests {
             gateway_mac: Mac([0x5a, 0x94, 0xef, 0xe4, 0x0c, 0xdd]),
             subnet,
             host_alias: None,
+            ipv6: None,
             mtu_bytes: 1500,
             dhcp: DhcpConfig {
                 gateway: GATEWAY,
@@ -602,10 +651,15 @@ mod tests {
         let (reports, _receiver) = tokio::sync::mpsc::channel(16);
         let network = network(reports);
         let mac = |n| Mac([2, 0, 0, 0, 0, n]);
-        let address = Ipv4Addr::new(192, 168, 127, 2);
+        let address = IpAddr::from([192, 168, 127, 2]);
         assert!(network.claim(VmId(1), mac(1), address, Time::ZERO));
         assert!(!network.claim(VmId(2), mac(2), address, Time::ZERO));
         assert_eq!(counter(&network, "network_lease_claim_refused"), 1);
+        let address = "fd00::2".parse().unwrap();
+        assert!(network.claim(VmId(1), mac(1), address, Time::ZERO));
+        assert!(!network.claim(VmId(2), mac(2), address, Time::ZERO));
+        assert_eq!(counter(&network, "network_lease_claim_ipv6_refused"), 1);
+        assert_eq!(Router::guest_at(&*network, address), Some(VmId(1)));
         let refusals = &network.config.metrics.lease_refusals;
         assert_eq!(
             refusals.of(LeaseRefusal::Claim).get(),

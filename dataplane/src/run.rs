@@ -12,6 +12,8 @@ use tokio::sync::mpsc;
 use crate::args::Args;
 use crate::config::{Config, ControlplaneUrl, ListenAt, Transport, VmConfig, VmSettings, default_name};
 use crate::egress::resolver::{Resolver, ResolverConfig, Upstreams};
+use crate::egress::way::{ANYWHERE, has_way};
+use crate::engine::discovery::Ipv6Config;
 use crate::engine::flow::FLOWS_MAX;
 use crate::engine::gateway::dhcp::DhcpConfig;
 use crate::engine::gateway::dns::zones::Zones;
@@ -165,6 +167,7 @@ pub async fn run(config: Config) -> Result<(), RunError> {
     let watcher = Watcher::open().map_err(RunError::Guards)?;
     let host = HostAddresses::enumerate().map_err(RunError::Guards)?;
     let guards = Arc::new(Guards::new(host, []));
+    guards.set_ipv6(has_way(ANYWHERE));
 
     let (reports, receiver) = mpsc::channel(REPORTS_MAX);
     let network = make_network(
@@ -190,6 +193,7 @@ pub async fn run(config: Config) -> Result<(), RunError> {
                 boot_id,
                 network: config.network.name.clone(),
                 subnet: config.network.subnet,
+                subnet_ipv6: config.network.ipv6,
                 gateway: config.network.gateway,
                 host_alias: config.network.host_alias,
             },
@@ -287,13 +291,16 @@ fn make_network(
         fixed: net.static_leases.iter().copied().collect(),
         lease_time: LEASE_TIME,
     });
+    let ipv6 = net.ipv6.map(|prefix| Ipv6Config::new(prefix, net.search.clone()));
     let resolver = Resolver::new(ResolverConfig {
         upstreams: if net.resolvers.is_empty() {
             Upstreams::Host(PathBuf::from(RESOLV_CONF))
         } else {
             Upstreams::Fixed(net.resolvers.clone())
         },
-        never: vec![net.gateway.into()],
+        never: std::iter::once(net.gateway.into())
+            .chain(ipv6.iter().map(|i| i.gateway.into()))
+            .collect(),
         in_flight_max: crate::egress::resolver::IN_FLIGHT_MAX,
         total_time: crate::egress::resolver::TOTAL_TIME,
     });
@@ -302,6 +309,7 @@ fn make_network(
         gateway_mac: net.gateway_mac,
         subnet: net.subnet,
         host_alias: net.host_alias,
+        ipv6,
         mtu_bytes: net.mtu_bytes.into(),
         dhcp: DhcpConfig {
             gateway: net.gateway,

@@ -2,7 +2,7 @@
 """Measures a dataplane, and passt beside it, on a guest of namespaces: a table, and a JSON line a figure.
 
   cargo build --release --workspace --bins && tests/bench/run.py [--bin DIR] [--secs 5] [--repeats 3]
-      [--targets vnet,passt] [--figures bulk,conn,miss,pending,idle] [--held 10000] [--json FILE]
+      [--targets vnet,passt] [--figures bulk,guests,conn,miss,pending,idle] [--held 10000] [--json FILE]
 
 Needs Linux with user namespaces and /dev/net/tun, iproute2 and iperf3; passt is measured if it is there.
 Needs no root: it starts itself again under `unshare`. Nothing leaves the namespaces it makes.
@@ -14,6 +14,8 @@ Needs no root: it starts itself again under `unshare`. Nothing leaves the namesp
 Figures (the names of a field say its unit):
   bulk   iperf3, MTU 1500 and 65520, up and down: Gbit/s, CPU seconds of the target per 10^9 bytes; with
          frames written many at a time and one at a time, as QEMU does
+  guests iperf3 from one guest to another: switched plainly, where nothing is given, and filtered, where a rule
+         opens the one to the other
   conn   connections per second at 64 in flight (connect, a byte each way, close), the verdict cached
   miss   the same, every connection to an address of its own under a policy with a rule by name, whose
          answers hold for one address: a question to the controlplane each. The controlplane's CPU is apart
@@ -42,6 +44,10 @@ rules:
 ASK = """mode: ask
 approvalTimeout: 600
 """
+BETWEEN_GUESTS = """  - action: allow
+    cidr: "192.168.127.0/24"
+    protocol: tcp
+"""
 BY_NAME = """  - action: allow
     domains: ["*.name.example"]
 """
@@ -53,7 +59,7 @@ def arguments():
     parser.add_argument("--secs", type=float, default=5)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--targets", default="vnet,passt")
-    parser.add_argument("--figures", default="bulk,conn,miss,pending,idle")
+    parser.add_argument("--figures", default="bulk,guests,conn,miss,pending,idle")
     parser.add_argument("--held", type=int, default=10_000)
     parser.add_argument("--json", help="also append the JSON lines to this file")
     return parser.parse_args()
@@ -90,13 +96,13 @@ def rss_kb(pid):
 class Lab:
     """Servers, a target and its socket."""
 
-    def __init__(self, options, target, mtu=1500, by_name=False, ask=False):
+    def __init__(self, options, target, mtu=1500, by_name=False, ask=False, guests=None):
         self.options, self.target, self.mtu = options, target, mtu
         self.bin = pathlib.Path(options.bin)
         self.dir = pathlib.Path(tempfile.mkdtemp(prefix="vnet-bench-"))
         self.socket = self.dir / "vm.sock"
         self.processes, self.controlplane, self.by_name, self.guests = [], None, by_name, 0
-        self.ask = ask
+        self.ask, self.between = ask, guests
 
     def __enter__(self):
         try:
@@ -104,11 +110,12 @@ class Lab:
             self.start("iperf3", "-s", "-B", SERVER)
             if self.target == "vnet":
                 policy = self.dir / "policy.yaml"
-                extra = BY_NAME if self.by_name else ""
+                extra = (BY_NAME if self.by_name else "") + (BETWEEN_GUESTS if self.between == "filtered" else "")
                 policy.write_text((ASK if self.ask else "") + POLICY.format(extra=extra))
+                under = [] if self.between == "plain" else ["--network-policy", policy]
                 self.controlplane = self.start(
                     self.bin / "vnet-controlplane", "--listen", f"unix://{self.dir}/control.sock", "--session-listen",
-                    f"unix://{self.dir}/session.sock", "--store", "memory:", "--network-policy", policy, "--log-level", "warn,vnet_controlplane::server=debug")
+                    f"unix://{self.dir}/session.sock", "--store", "memory:", *under, "--log-level", "warn,vnet_controlplane::server=debug")
                 self.until_there(self.dir / "session.sock")
                 self.process = self.start(self.bin / "vnet-dataplane", "--controlplane", f"unix://{self.dir}/session.sock",
                                           "--vm", "bench", "--mtu", self.mtu, "--listen-qemu", f"unix://{self.socket}")
@@ -231,6 +238,35 @@ def bulk(options, target, emit):
                          retransmits=middle([r[2] for r in runs]), rss_after_kb=rss_kb(lab.process.pid))
 
 
+def between_guests(options, target, emit):
+    if target != "vnet":
+        return
+    for mtu in (1500, 65520):
+        for switch in ("plain", "filtered"):
+            with Lab(options, target, mtu, guests=switch) as lab:
+                # Its own ping makes it known.
+                server = subprocess.Popen(lab.guest("sh", "-c", "ping -c 1 -W 5 192.168.127.1; exec iperf3 -s"),
+                                          stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+                address = f"192.168.127.{1 + lab.guests}"
+                for line in server.stdout:
+                    if "Server listening" in line:
+                        break
+                runs = []
+                for _ in range(options.repeats):
+                    argv = lab.guest("iperf3", "-c", address, "-t", f"{options.secs:g}", "-J")
+                    result = lab.measured(lambda: lab.json(argv))
+                    if "error" in result:
+                        raise SystemExit(f"iperf3: {result['error']}")
+                    received = result["end"]["sum_received"]
+                    runs.append((received["bits_per_second"] * 1e-9, result["cpu_s"] / (received["bytes"] / 1e9),
+                                 result["end"]["sum_sent"].get("retransmits")))
+                server.terminate()
+                server.wait(10)
+                emit(target=target, figure="tcp_between_guests", switch=switch, mtu=mtu, secs=options.secs,
+                     gbit=spread([r[0] for r in runs]), peer_cpu_s_per_gb=spread([r[1] for r in runs]),
+                     retransmits=middle([r[2] for r in runs]))
+
+
 def connections(options, target, emit, miss=False):
     if miss and target != "vnet":
         return
@@ -323,7 +359,7 @@ def main():
             with open(options.json, "a") as file:
                 file.write(line + "\n")
 
-    figures = {"bulk": bulk, "conn": connections, "miss": lambda *a: connections(*a, miss=True), "pending": pending,
+    figures = {"bulk": bulk, "guests": between_guests, "conn": connections, "miss": lambda *a: connections(*a, miss=True), "pending": pending,
                "idle": idle}
     for target in options.targets.split(","):
         if target == "passt" and not shutil.which("passt"):
@@ -339,6 +375,9 @@ def main():
         if row["figure"].startswith("tcp_bulk"):
             which = f"mtu {row['mtu']}, batch {row['batch']}"
             value = f"{row['gbit']['median']:.2f} Gbit/s, {row['peer_cpu_s_per_gb']['median']:.2f} CPU s/GB"
+        elif row["figure"] == "tcp_between_guests":
+            which = f"mtu {row['mtu']}, {row['switch']}"
+            value = f"{row['gbit']['median']:.2f} Gbit/s, {row['peer_cpu_s_per_gb']['median']:.2f} CPU s/GB, {row['retransmits']:.0f} retransmitted"
         elif row["figure"].startswith("tcp_connrate"):
             which, value = "64 in flight", f"{row['rate']['median']:.0f} /s, {row['peer_cpu_ms_per_conn']} CPU ms each, {row['fails']} failed, {row['misses']} misses"
         elif row["figure"] == "connect_while_pending":

@@ -11,6 +11,7 @@ const PROGRAMS: &[(&str, &str)] = &[
     ("iperf3", "iperf3"),
     ("ip", "iproute2"),
     ("tc", "iproute2"),
+    ("less", "less"),
     ("ping", "iputils-ping"),
     ("python3", "python3"),
     ("qemu-system-x86_64", "qemu-system-x86"),

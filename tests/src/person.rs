@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use nix::fcntl::{FcntlArg, FdFlag, fcntl};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use nix::pty::openpty;
+use nix::pty::{Winsize, openpty};
 
 use crate::PATIENCE;
 
@@ -26,7 +26,25 @@ impl Person {
     /// # Panics
     /// When there is no terminal to be had.
     pub fn start(command: &Command) -> Person {
-        let pty = openpty(None, None).expect("the system has ptys");
+        Self::at(command, None)
+    }
+
+    /// Starts a command at a terminal of this size.
+    ///
+    /// # Panics
+    /// When there is no terminal to be had.
+    pub fn start_sized(command: &Command, rows: u16, columns: u16) -> Person {
+        let size = Winsize {
+            ws_row: rows,
+            ws_col: columns,
+            ws_xpixel: 0,
+            ws_ypixel: 0,
+        };
+        Self::at(command, Some(size))
+    }
+
+    fn at(command: &Command, size: Option<Winsize>) -> Person {
+        let pty = openpty(size.as_ref(), None).expect("the system has ptys");
         // Whoever inherits this end keeps the terminal alive.
         fcntl(&pty.master, FcntlArg::F_SETFD(FdFlag::FD_CLOEXEC)).expect("a descriptor has flags");
         let stdio = || Stdio::from(pty.slave.try_clone().expect("a descriptor can be copied"));
@@ -82,6 +100,11 @@ impl Person {
             self.look();
         }
         &self.seen
+    }
+
+    /// What has been on the screen so far counts no more.
+    pub fn forgets(&mut self) {
+        self.seen.clear();
     }
 
     /// Closes the terminal's window.

@@ -52,7 +52,7 @@ fn held_connection_completes_once_it_is_approved_elsewhere() {
         assert_eq!(
             run.complains(&id),
             format!(
-                "vnet: web asks for tcp 203.0.113.10:80 (answer: vnetctl approve {id}, or vnetctl deny {id})\n"
+                "vnet: web asks for tcp 203.0.113.10:80, by curl (pid 2) (answer: vnetctl approve {id}, or vnetctl deny {id})\n"
             )
         );
         assert_eq!(server.connections(), 0, "nothing goes out before the yes");
@@ -157,9 +157,8 @@ fn one_yes_to_a_name_serves_its_lookup_and_its_connections() {
         );
         let request = world.first_pending();
         let id = id(&request);
-        run.complains(&format!(
-            "web asks for domain web.example.com (answer: vnetctl approve {id}"
-        ));
+        let asked = run.complains(&id);
+        assert!(asked.contains("web asks for domain web.example.com"), "{asked}");
         assert_eq!(
             upstream.asked(),
             Vec::<String>::new(),
@@ -481,7 +480,15 @@ fn revoked_grant_cuts_what_it_alone_allowed() {
 fn grant_with_a_budget_of_bytes_ends_when_it_is_used_up() {
     staged(grant_with_a_budget_of_bytes_ends_when_it_is_used_up, |world| {
         http(world.internet(), "203.0.113.10:80");
-        let words = ["allow", "tcp", "203.0.113.10:80", "--vm", "web", "--down", "100kB"];
+        let words = [
+            "allow",
+            "tcp",
+            "203.0.113.10:80",
+            "--vm",
+            "web",
+            "--bytes-down",
+            "100kB",
+        ];
         let said = world.vnetctl(&words);
         assert!(said.contains("at most 100.0 kB down"), "{said}");
         let script = "curl -sS -o small http://203.0.113.10/bytes/20000 && echo small
@@ -490,16 +497,23 @@ fn grant_with_a_budget_of_bytes_ends_when_it_is_used_up() {
         let mut run = world.run(&["--secure-mode", "--vm", "web"], &["sh", "-c", script]);
         run.prints("small\n");
         run.prints("cut\n");
-        // No byte beyond the budget came in, the headers of two answers included; and the next is asked.
-        let got = |name: &str| std::fs::metadata(world.work().join(name)).unwrap().len();
-        let all = got("small") + got("large");
-        assert!((90_000..=100_000).contains(&all), "{all}");
+        // No byte beyond the budget came in, the headers of two answers included (and a reset may lose some
+        // of what was on its way); and the next is asked.
+        let got = |name: &str| std::fs::metadata(world.work().join(name)).map_or(0, |file| file.len());
+        assert_eq!(got("small"), 20_000);
+        assert!(got("large") <= 80_000, "{}", got("large"));
         let next = world.first_pending_id();
         assert!(world.list(&["grants", "list"]).is_empty());
         let ended = world.list(&["events", "list", "--kind", "grant-ended"]);
-        assert!(ended[0].to_string().contains("its bytes are used up"), "{ended:?}");
+        assert!(
+            ended[0].to_string().contains("its bytes are used up"),
+            "{ended:?}"
+        );
         let closed = world.list(&["events", "list", "--kind", "flow-closed"]);
-        assert!(closed[0].to_string().contains("ended with its grant"), "{closed:?}");
+        assert!(
+            closed[0].to_string().contains("ended with its grant"),
+            "{closed:?}"
+        );
         world.vnetctl(&["deny", &next]);
         assert_eq!(run.wait().code, REFUSED);
     });

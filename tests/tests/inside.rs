@@ -393,7 +393,7 @@ fn own_sockets_and_waiting_connects_are_bounded() {
     staged(own_sockets_and_waiting_connects_are_bounded, |world| {
         let program = r#"
 import errno, os, socket, sys, threading, time
-SOCKETS, WAITING = 4096, 1024
+SOCKETS, WAITING = 1024, 256
 def listening(path):
     s = socket.socket(socket.AF_UNIX)
     s.bind(path)
@@ -436,7 +436,7 @@ while len(results) <= WAITING:
 print(results.count("connected"))
 "#;
         let ended = python(world, &[], program, &[]);
-        assert_eq!(ended.stdout, "ENOBUFS\n['ENOBUFS']\n1024\n", "{ended:?}");
+        assert_eq!(ended.stdout, "ENOBUFS\n['ENOBUFS']\n256\n", "{ended:?}");
     });
 }
 

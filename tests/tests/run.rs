@@ -514,7 +514,7 @@ fn question_is_answered_at_the_prompt() {
         let server = http(world.internet(), "203.0.113.10:80");
         let flags = ["run", "--secure-mode", "--vm", "web", "--", "curl", "-sS", SERVER];
         let mut person = Person::start(&world.command(&flags));
-        person.sees("vnet: web asks for tcp 203.0.113.10:80; [y]es");
+        person.sees("vnet: web asks for tcp 203.0.113.10:80, by curl (pid 2); [y]es");
         person.sees("? ");
         thread::sleep(GRACE + Duration::from_millis(100));
         person.types("y");

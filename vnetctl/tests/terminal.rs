@@ -125,8 +125,8 @@ fn keys_answer_the_question_or_reach_the_command() {
         "{seen:?}"
     );
     screen.write_all(b"two\r").unwrap();
-    // The early key was the command's.
-    see(&mut screen, &mut seen, "then-ytwo\r\n");
+    // The early key was nobody's.
+    see(&mut screen, &mut seen, "then-two\r\n");
     let status = front.wait().unwrap();
     assert_eq!(status.code(), Some(7), "{seen}");
     assert_eq!(

@@ -6,7 +6,7 @@ use vnet_proto::v1;
 use vnet_proto::v1::policy_service_server::PolicyService;
 
 use super::{Api, actor, saved};
-use crate::hub::{Candidate, DEFAULT};
+use crate::hub::{Candidate, DEFAULT, without_content};
 use crate::refusal::Refusal;
 
 /// Revisions on a page where the client does not say, and at most.
@@ -29,7 +29,7 @@ impl PolicyService for Api {
         let policy = if request.revision == 0 || request.revision == in_force.revision {
             in_force
         } else {
-            self.stored_revision(name, request.revision).await?
+            without_content(self.stored_revision(name, request.revision).await?)
         };
         Ok(Response::new(v1::GetPolicyResponse { policy: Some(policy) }))
     }
@@ -53,6 +53,7 @@ impl PolicyService for Api {
             etag: &request.etag,
             actor: &actor,
             validate_only: request.validate_only,
+            lists: &request.lists,
         })?;
         saved(applied.durable).await?;
         let cut = match applied.ticket {
@@ -156,6 +157,7 @@ impl PolicyService for Api {
             etag: &in_force.etag,
             actor: &actor,
             validate_only: false,
+            lists: &earlier.lists,
         })?;
         saved(applied.durable).await?;
         let cut = match applied.ticket {

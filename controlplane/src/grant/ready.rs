@@ -5,7 +5,7 @@ use std::sync::Arc;
 use vnet_proto::model::{Budget, Target};
 
 use super::{Grant, GrantAction, Lifetime};
-use crate::policy::{FlowTest, NameSet, ProtocolSet};
+use crate::policy::{FlowTest, NameSet, PrefixSet, ProtocolSet};
 
 /// The grants that reach one VM, ready for decisions.
 #[derive(Debug, Clone, Default)]
@@ -83,7 +83,7 @@ impl ReadyGrant {
                 };
                 let test = FlowTest {
                     protocols,
-                    prefixes: vec![*prefix],
+                    prefixes: PrefixSet::from_iter([*prefix]),
                     ports: ports.iter().copied().collect(),
                     names: None,
                 };
@@ -96,7 +96,7 @@ impl ReadyGrant {
             } => {
                 let test = FlowTest {
                     protocols: ported(*ports),
-                    prefixes: Vec::new(),
+                    prefixes: PrefixSet::default(),
                     ports: ports.iter().copied().collect(),
                     names: Some(Arc::new(NameSet::from_iter([pattern.clone()]))),
                 };

@@ -17,7 +17,9 @@ use crate::clock::Now;
 use crate::convert;
 use crate::fleet::{self, DATAPLANES_MAX, Dataplane, DataplaneNo, LOOKUP_HOLD, Link, VMS_MAX, Vm};
 use crate::grant::{VmGrants, VmView};
-use crate::policy::{Effective, GuardedRanges, Modes, OwnPolicy};
+use crate::lists;
+use crate::policy::{Effective, GuardedRanges, ListCache, Modes, OwnPolicy};
+use crate::refusal::Refusal;
 
 /// The version of the session's conversation.
 const PROTOCOL_VERSION: u32 = 1;
@@ -48,17 +50,30 @@ pub(crate) struct Attachment {
 
 impl Hub {
     /// A dataplane says Hello.
-    pub(crate) fn attach(&self, hello: v1::Hello) -> Result<Attachment, Status> {
-        self.read(|state, now| state.attach(now, hello))
+    pub(crate) fn attach(&self, mut hello: v1::Hello) -> Result<Attachment, Status> {
+        check_version(&hello)?;
+        // Without the lock: a long list delays no decision.
+        let mut read = Vec::new();
+        let ups = std::mem::take(&mut hello.vms).into_iter();
+        let ups = ups
+            .map(|up| VmFacts::read(up, &self.lists, &mut read))
+            .collect::<Result<Vec<_>, _>>()?;
+        self.read(|state, now| state.attach(now, hello, ups))
     }
 
     /// A dataplane says something else.
     pub(crate) fn handle(&self, key: SessionKey, message: Message) -> Result<(), Status> {
-        self.read(|state, now| {
-            if !state.is_current(key) {
-                return Err(Status::aborted("another session of the same dataplane took over"));
-            }
-            state.handle(now, key.dataplane, message)
+        let stale = || Status::aborted("another session of the same dataplane took over");
+        if let Message::VmUp(up) = message {
+            let facts = VmFacts::read(up, &self.lists, &mut Vec::new())?;
+            return self.read(|state, now| match state.is_current(key) {
+                true => state.handle_vm_up(now, key.dataplane, facts),
+                false => Err(stale()),
+            });
+        }
+        self.read(|state, now| match state.is_current(key) {
+            true => state.handle(now, key.dataplane, message),
+            false => Err(stale()),
         })
     }
 
@@ -92,13 +107,7 @@ impl State {
             .is_some_and(|link| link.session == key.session)
     }
 
-    fn attach(&mut self, now: Now, hello: v1::Hello) -> Result<Attachment, Status> {
-        if hello.protocol_version != PROTOCOL_VERSION {
-            return Err(Status::failed_precondition(format!(
-                "protocol version {} is not spoken here (expected {PROTOCOL_VERSION})",
-                hello.protocol_version
-            )));
-        }
+    fn attach(&mut self, now: Now, hello: v1::Hello, ups: Vec<VmFacts>) -> Result<Attachment, Status> {
         if hello.boot_id.len() != 16 {
             let length = hello.boot_id.len();
             return Err(Status::invalid_argument(format!(
@@ -106,15 +115,17 @@ impl State {
             )));
         }
         // Everything is read before anything is changed.
-        let subnet = optional("subnet", &hello.subnet, |t| t.parse::<ipnet::IpNet>().ok())?;
+        let subnet = |field, text| optional(field, text, |t| t.parse::<ipnet::IpNet>().ok());
+        let subnets: Vec<_> = [
+            subnet("subnet", &hello.subnet)?,
+            subnet("subnet_ipv6", &hello.subnet_ipv6)?,
+        ]
+        .into_iter()
+        .flatten()
+        .collect();
         let host_alias = optional("host_alias", &hello.host_alias, |t| t.parse::<IpAddr>().ok())?;
         let host = hello.host_addresses.clone().unwrap_or_default();
         let host_addresses = host_addresses(&host).map_err(malformed)?;
-        let ups = hello
-            .vms
-            .into_iter()
-            .map(VmFacts::read)
-            .collect::<Result<Vec<_>, _>>()?;
 
         let known = self
             .fleet
@@ -167,9 +178,9 @@ impl State {
             }),
             lost_at: None,
             epoch: self.epoch,
-            subnet,
+            guarded: GuardedRanges::new(subnets.iter().copied(), host_alias, host_addresses),
+            subnets,
             host_alias,
-            guarded: GuardedRanges::new(subnet, host_alias, host_addresses),
             vms: HashMap::new(),
             flows: HashMap::new(),
             forwards: hello.forwards,
@@ -288,17 +299,8 @@ impl State {
             Message::Binding(binding) => {
                 self.count_malformed(|state| state.handle_binding(now, number, binding));
             }
-            Message::VmUp(up) => {
-                let facts = VmFacts::read(up)?;
-                let again = self.fleet.vm_of(number, facts.handle).is_some();
-                let settings = self.vm_up(now, number, facts)?;
-                let name = settings.name.clone();
-                self.send(number, v1::session_response::Message::VmSettings(settings));
-                if again {
-                    // It may have brought another policy, mode or labels than before.
-                    self.change(now, None, |vm| vm.view.name == name, "the VM attached anew");
-                }
-            }
+            // Read before the lock was taken, see `Hub::handle`.
+            Message::VmUp(_) => {}
             Message::VmStatus(status) => self.vm_status(now, number, status),
             Message::VmDown(down) => self.vm_down(now, number, VmId(down.vm)),
             Message::HostAddresses(addresses) => {
@@ -326,11 +328,24 @@ impl State {
     fn host_addresses(&mut self, number: DataplaneNo, message: &v1::HostAddresses) -> Result<(), Malformed> {
         let addresses = host_addresses(message)?;
         if let Some(dataplane) = self.fleet.dataplanes.get_mut(&number) {
-            dataplane.guarded = GuardedRanges::new(dataplane.subnet, dataplane.host_alias, addresses);
+            dataplane.guarded =
+                GuardedRanges::new(dataplane.subnets.iter().copied(), dataplane.host_alias, addresses);
         }
         // A verdict made a moment ago may have been widened over what is now guarded.
         self.revoke(None, |vm| vm.dataplane == number);
         self.cut_disallowed(None, |vm| vm.dataplane == number, "the host's addresses changed");
+        Ok(())
+    }
+
+    fn handle_vm_up(&mut self, now: Now, number: DataplaneNo, facts: VmFacts) -> Result<(), Status> {
+        let again = self.fleet.vm_of(number, facts.handle).is_some();
+        let settings = self.vm_up(now, number, facts)?;
+        let name = settings.name.clone();
+        self.send(number, v1::session_response::Message::VmSettings(settings));
+        if again {
+            // It may have brought another policy, mode or labels than before.
+            self.change(now, None, |vm| vm.view.name == name, "the VM attached anew");
+        }
         Ok(())
     }
 
@@ -382,7 +397,7 @@ impl State {
         let (live_flows, bindings, denied) = old
             .map(|vm| (vm.live_flows, vm.bindings, vm.denied))
             .unwrap_or_default();
-        let effective = Arc::new(Effective::compose(&view, None, None, Modes::default()));
+        let effective = Arc::new(Effective::compose(now, &view, None, None, Modes::default()));
         let vm = Vm {
             view,
             handle: up.handle,
@@ -407,7 +422,7 @@ impl State {
             bindings,
             denied,
         };
-        let effective = Arc::new(self.compose(&vm));
+        let effective = Arc::new(self.compose(now, &vm));
         let vm = Vm {
             grants: self.grants.for_vm(&vm.view),
             effective,
@@ -558,6 +573,16 @@ impl State {
     }
 }
 
+fn check_version(hello: &v1::Hello) -> Result<(), Status> {
+    if hello.protocol_version == PROTOCOL_VERSION {
+        return Ok(());
+    }
+    Err(Status::failed_precondition(format!(
+        "protocol version {} is not spoken here (expected {PROTOCOL_VERSION})",
+        hello.protocol_version
+    )))
+}
+
 /// What a VmUp says, checked.
 struct VmFacts {
     handle: VmId,
@@ -574,13 +599,15 @@ struct VmFacts {
 }
 
 impl VmFacts {
-    fn read(up: v1::VmUp) -> Result<Self, Status> {
+    /// `read` holds the policies that VMs before it brought, without their lists' content: all that bring
+    /// the same share one.
+    fn read(
+        up: v1::VmUp,
+        cache: &ListCache,
+        read: &mut Vec<(v1::OwnPolicy, Arc<OwnPolicy>)>,
+    ) -> Result<Self, Status> {
         fleet::check_name(&up.name).map_err(Status::invalid_argument)?;
-        let own_policy = up
-            .own_policy
-            .map(|own| OwnPolicy::parse(&own.source, &own.document, &own.rules))
-            .transpose()
-            .map_err(|e| Status::from(crate::refusal::Refusal::Document(e)))?;
+        let own_policy = up.own_policy.map(|own| read_own(own, cache, read)).transpose()?;
         let mode = v1::Mode::try_from(up.mode)
             .map_err(|_| Malformed::Enum {
                 field: "vm_up.mode",
@@ -594,7 +621,7 @@ impl VmFacts {
             name: up.name,
             labels: up.labels.into_iter().collect(),
             transport: up.transport,
-            own_policy: own_policy.map(Arc::new),
+            own_policy,
             mode,
             lookup_hold: patience.unwrap_or(LOOKUP_HOLD),
             attached_at: convert::time(up.attached_at),
@@ -603,6 +630,31 @@ impl VmFacts {
             mac: up.mac,
         })
     }
+}
+
+fn read_own(
+    own: v1::OwnPolicy,
+    cache: &ListCache,
+    read: &mut Vec<(v1::OwnPolicy, Arc<OwnPolicy>)>,
+) -> Result<Arc<OwnPolicy>, Refusal> {
+    let described = v1::OwnPolicy {
+        lists: lists::described(&own.lists),
+        ..own.clone()
+    };
+    if let Some((_, policy)) = read.iter().find(|(message, _)| *message == described) {
+        return Ok(Arc::clone(policy));
+    }
+    let lists = lists::unpack(&own.lists)?;
+    let policy = OwnPolicy::parse_with(&own.source, &own.document, &own.rules, &lists, cache);
+    let policy = Arc::new(policy.map_err(Refusal::Document)?);
+    // With every rule still in force: a VM that comes back after a rule's end is not to be refused for that.
+    if let Some(document) = policy.document() {
+        document
+            .run_tests(&own.source, Now::BEFORE_ALL)
+            .map_err(Refusal::Document)?;
+    }
+    read.push((described, Arc::clone(&policy)));
+    Ok(policy)
 }
 
 fn optional<T>(field: &str, text: &str, parse: impl FnOnce(&str) -> Option<T>) -> Result<Option<T>, Status> {
@@ -628,5 +680,5 @@ fn counts(counts: HashMap<String, u64>) -> BTreeMap<String, u64> {
 }
 
 fn malformed(error: Malformed) -> Status {
-    crate::refusal::Refusal::from(error).into()
+    Refusal::from(error).into()
 }

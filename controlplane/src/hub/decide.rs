@@ -1,7 +1,7 @@
 //! Decisions: a miss becomes a verdict, or joins a question.
 
 use vnet_proto::model::{
-    FlowMatch, LookupMatch, Match, Miss, MissId, Mode, Reason, Subject, Verdict, VerdictAction,
+    FlowMatch, LookupMatch, Match, Miss, MissId, Mode, NameDemand, Reason, Subject, Verdict, VerdictAction,
 };
 use vnet_proto::v1;
 
@@ -63,6 +63,8 @@ fn with_match<M>(decision: Decision<M>, found: impl FnOnce(M) -> Match) -> Decis
         once: decision.once,
         budget: decision.budget,
         expires_at: decision.expires_at,
+        name_demand: decision.name_demand,
+        names: decision.names,
         remedy: decision.remedy,
     }
 }
@@ -167,6 +169,8 @@ impl State {
             grant: decision.grant.map(|g| g.0).unwrap_or_default(),
             reason: decision.reason,
             would_deny: decision.would_deny,
+            name_demand: decision.name_demand,
+            names: decision.names,
         });
     }
 
@@ -241,6 +245,8 @@ impl State {
             grant: String::new(),
             reason,
             would_deny: false,
+            name_demand: NameDemand::Off,
+            names: Vec::new(),
         });
     }
 

@@ -43,6 +43,7 @@ use crate::convert;
 use crate::fleet::{Fleet, LOST_GRACE};
 use crate::grant::{GrantId, Grants, VmInstance};
 use crate::metrics::Metrics;
+use crate::policy::ListCache;
 use crate::refusal::Refusal;
 use crate::store::{Durable, Snapshot, StoredVm, Write, Writer};
 use crate::watch::{Watch, Watchers};
@@ -54,6 +55,7 @@ pub use attach::SessionKey;
 pub use change::Ticket;
 pub use events::EventFilter;
 pub(crate) use policies::DEFAULT;
+pub(crate) use policies::without_content;
 pub use policies::{Applied, Candidate};
 pub use vms::VmUpdate;
 
@@ -83,6 +85,8 @@ pub struct Hub {
     writer: Writer,
     clock: Clock,
     metrics: Arc<Metrics>,
+    /// Lists in use, shared by policies, their revisions and VMs.
+    lists: ListCache,
 }
 
 #[derive(Debug)]
@@ -160,12 +164,14 @@ impl Hub {
             writes: Vec::new(),
             metrics: Arc::clone(&metrics),
         };
-        state.restore(now, snapshot.grants, snapshot.policies);
+        let lists = ListCache::default();
+        state.restore(now, snapshot.grants, snapshot.policies, &lists);
         Ok(Self {
             state: Mutex::new(state),
             writer,
             clock,
             metrics,
+            lists,
         })
     }
 
@@ -280,6 +286,7 @@ impl State {
             );
         }
         self.tick_budgets(now);
+        self.end_rules(now);
         let changes = self.pending.expire(now.steady);
         self.take_up(now, changes);
 
@@ -311,7 +318,13 @@ impl State {
         }
     }
 
-    fn restore(&mut self, now: Now, grants: Vec<crate::store::StoredGrant>, policies: Vec<v1::Policy>) {
+    fn restore(
+        &mut self,
+        now: Now,
+        grants: Vec<crate::store::StoredGrant>,
+        policies: Vec<v1::Policy>,
+        lists: &ListCache,
+    ) {
         let mut instances = HashSet::new();
         for stored in grants {
             let id = stored.grant.id.clone();
@@ -340,7 +353,7 @@ impl State {
         }
         for policy in policies {
             let name = policy.name.clone();
-            if let Err(e) = self.restore_policy(policy) {
+            if let Err(e) = self.restore_policy(policy, lists) {
                 tracing::error!(policy = name, error = %e, "stored policy does not load: VMs under it are blocked");
             }
         }

@@ -13,7 +13,8 @@ use super::{Hub, State, Ticket};
 use crate::clock::Now;
 use crate::convert;
 use crate::fleet::Vm;
-use crate::policy::{DefaultAction, Effective, Modes, Policy, PolicyErrors, PolicyInForce, claimants};
+use crate::lists;
+use crate::policy::{DefaultAction, Effective, ListCache, Modes, Policy, PolicyInForce, claimants};
 use crate::refusal::Refusal;
 use crate::store::{Durable, Write};
 
@@ -21,6 +22,19 @@ use crate::store::{Durable, Write};
 pub(crate) const DEFAULT: &str = "default";
 /// Named policies.
 const POLICIES_MAX: usize = 256;
+
+/// The name of a policy that a request names, perhaps by naming none.
+fn policy_name(name: &str) -> &str {
+    if name.is_empty() { DEFAULT } else { name }
+}
+
+/// As it is told, and kept in memory: lists by their digests alone.
+pub(crate) fn without_content(policy: v1::Policy) -> v1::Policy {
+    v1::Policy {
+        lists: lists::described(&policy.lists),
+        ..policy
+    }
+}
 
 /// A policy's revision in force.
 #[derive(Debug)]
@@ -58,6 +72,8 @@ pub struct Candidate<'a> {
     pub actor: &'a str,
     /// Only check.
     pub validate_only: bool,
+    /// The lists that the document names.
+    pub lists: &'a [v1::PolicyList],
 }
 
 impl Hub {
@@ -66,7 +82,19 @@ impl Hub {
     /// # Errors
     /// [`Refusal`]: nothing changed.
     pub fn apply_policy(&self, candidate: Candidate<'_>) -> Result<Applied, Refusal> {
-        let (result, durable) = self.with(|state, now| state.apply_policy(now, candidate));
+        // Without the lock: a long list delays no decision.
+        let source = match candidate.source {
+            "" => policy_name(candidate.name),
+            source => source,
+        };
+        let lists = lists::unpack(candidate.lists)?;
+        let parsed =
+            Policy::parse_with(source, candidate.document, &lists, &self.lists).map_err(Refusal::Document)?;
+        drop(lists);
+        parsed
+            .run_tests(source, self.clock.now())
+            .map_err(Refusal::Document)?;
+        let (result, durable) = self.with(|state, now| state.apply_policy(now, candidate, parsed));
         result.map(|(policy, warnings, ticket)| Applied {
             policy,
             warnings,
@@ -98,24 +126,33 @@ impl Hub {
 
 impl State {
     /// Takes up a revision that the store kept.
-    pub(super) fn restore_policy(&mut self, message: v1::Policy) -> Result<(), PolicyErrors> {
-        let parsed = Policy::parse(&message.source, &message.document);
+    pub(super) fn restore_policy(&mut self, message: v1::Policy, cache: &ListCache) -> Result<(), Refusal> {
+        let parsed = lists::unpack(&message.lists)
+            .map_err(Refusal::from)
+            .and_then(|lists| {
+                let source = match message.source.as_str() {
+                    "" => &message.name,
+                    source => source,
+                };
+                Policy::parse_with(source, &message.document, &lists, cache).map_err(Refusal::Document)
+            });
         let (parsed, result) = match parsed {
             Ok(policy) => (Some(Arc::new(policy)), Ok(())),
             Err(e) => (None, Err(e)),
         };
+        let message = without_content(message);
         self.policies
             .insert(message.name.clone(), NamedPolicy { message, parsed });
         result
     }
 
     /// Works out what a VM is under, and tells its dataplane if that must know.
-    pub(super) fn recompose(&mut self, name: &str) -> bool {
+    pub(super) fn recompose(&mut self, now: Now, name: &str) -> bool {
         let before = self.settings_of(name);
         let Some(vm) = self.fleet.vms.get(name) else {
             return false;
         };
-        let effective = Arc::new(self.compose(vm));
+        let effective = Arc::new(self.compose(now, vm));
         let mode_changed = effective.mode() != vm.effective.mode();
         if let Some(vm) = self.fleet.vms.get_mut(name) {
             vm.effective = effective;
@@ -129,7 +166,7 @@ impl State {
     }
 
     /// What a VM is under.
-    pub(super) fn compose(&self, vm: &Vm) -> Effective {
+    pub(super) fn compose(&self, now: Now, vm: &Vm) -> Effective {
         let own = vm.own_policy.as_deref();
         let loaded = self
             .policies
@@ -165,11 +202,28 @@ impl State {
             set,
             own: vm.own_mode.or(secure.then_some(Mode::Ask)),
         };
-        Effective::compose(&vm.view, claimed, own, modes)
+        Effective::compose(now, &vm.view, claimed, own, modes)
+    }
+
+    /// Composes anew what VMs are under where a rule's `until` has come, and judges their flows anew.
+    pub(super) fn end_rules(&mut self, now: Now) {
+        let outdated = self
+            .fleet
+            .vms
+            .iter()
+            .filter(|(_, vm)| vm.effective.is_outdated(now));
+        let outdated: std::collections::HashSet<String> = outdated.map(|(name, _)| name.clone()).collect();
+        if outdated.is_empty() {
+            return;
+        }
+        for name in &outdated {
+            self.recompose(now, name);
+        }
+        self.change(now, None, |vm| outdated.contains(&vm.view.name), "a rule ended");
     }
 
     fn policy_message(&self, name: &str) -> Result<v1::Policy, Refusal> {
-        let name = if name.is_empty() { DEFAULT } else { name };
+        let name = policy_name(name);
         match self.policies.get(name) {
             Some(named) => Ok(named.message.clone()),
             None if name == DEFAULT => Ok(v1::Policy {
@@ -198,12 +252,9 @@ impl State {
         &mut self,
         now: Now,
         candidate: Candidate<'_>,
+        parsed: Policy,
     ) -> Result<(v1::Policy, Vec<v1::PolicyWarning>, Option<Ticket>), Refusal> {
-        let name = if candidate.name.is_empty() {
-            DEFAULT
-        } else {
-            candidate.name
-        };
+        let name = policy_name(candidate.name);
         crate::fleet::check_name(name).map_err(|_| {
             Refusal::field(
                 "name",
@@ -216,12 +267,6 @@ impl State {
                 "\"own\" is what a VM brings along; choose another name",
             ));
         }
-        let source = if candidate.source.is_empty() {
-            name
-        } else {
-            candidate.source
-        };
-        let parsed = Policy::parse(source, candidate.document).map_err(Refusal::Document)?;
         let current = self.policy_message(name).ok();
         if !candidate.etag.is_empty() && current.as_ref().is_none_or(|p| p.etag != candidate.etag) {
             return Err(Refusal::Changed(format!(
@@ -243,6 +288,11 @@ impl State {
         });
         let allow = parsed.default_action == Some(DefaultAction::Allow)
             && matches!(mode, Mode::Enforce | Mode::Observe);
+        let digests: String = candidate
+            .lists
+            .iter()
+            .map(|list| format!(" {}", list.sha256))
+            .collect();
         let message = v1::Policy {
             name: name.to_owned(),
             revision,
@@ -250,7 +300,7 @@ impl State {
             source: candidate.source.to_owned(),
             applied_at: convert::timestamp(now.wall),
             applied_by: candidate.actor.to_owned(),
-            etag: convert::etag(&format!("{name} {revision} {}", candidate.document)),
+            etag: convert::etag(&format!("{name} {revision} {}{digests}", candidate.document)),
             mode: v1::Mode::from(mode).into(),
             default_action: if allow {
                 v1::Action::Allow
@@ -258,20 +308,23 @@ impl State {
                 v1::Action::Deny
             }
             .into(),
+            lists: lists::described(candidate.lists),
         };
-        let warnings = parsed
-            .warnings
-            .iter()
+        let warnings = parsed.warnings.iter().cloned().chain(parsed.over_by(now));
+        let warnings = warnings
             .map(|w| v1::PolicyWarning {
                 line: w.line,
                 column: w.column,
-                text: w.text.clone(),
+                text: w.text,
             })
             .collect();
         if candidate.validate_only {
             return Ok((message, warnings, None));
         }
-        self.writes.push(Write::PutPolicy(message.clone()));
+        self.writes.push(Write::PutPolicy(v1::Policy {
+            lists: candidate.lists.to_vec(),
+            ..message.clone()
+        }));
         let named = NamedPolicy {
             message: message.clone(),
             parsed: Some(Arc::new(parsed)),
@@ -297,7 +350,7 @@ impl State {
                 .vms
                 .get(&vm)
                 .map(|v| v.effective.policy_name().to_owned());
-            self.recompose(&vm);
+            self.recompose(now, &vm);
             let Some(now_under) = self.fleet.vms.get(&vm) else {
                 continue;
             };

@@ -343,6 +343,7 @@ fn a_wrong_policy_changes_nothing_and_an_old_etag_is_refused() {
         etag: "not it",
         actor: "x",
         validate_only: false,
+        lists: &[],
     };
     assert!(matches!(rig.hub.apply_policy(stale), Err(Refusal::Changed(_))));
     let checked = Candidate {
@@ -452,6 +453,7 @@ fn a_policy_that_a_vm_brings_is_its_own_and_a_wrong_one_ends_the_session() {
             document: document.to_owned(),
             source: "own.yaml".to_owned(),
             rules: rules.iter().map(|r| (*r).to_owned()).collect(),
+            ..Default::default()
         }),
         ..vm_up(1, "web")
     };
@@ -1002,4 +1004,155 @@ async fn commands_are_acknowledged_or_refused_by_the_dataplane() {
     }));
     assert_eq!(call.await.unwrap().unwrap().forward, Some(opened.clone()));
     assert_eq!(rig.hub.forwards(""), [opened]);
+}
+
+const LISTED: &str = "version: 1\nsets:\n  web: {file: lists/web.txt}\nrules:\n  - {action: allow, cidrs: \"@web\", ports: [443]}\n";
+
+fn listed<'a>(lists: &'a [v1::PolicyList]) -> Candidate<'a> {
+    Candidate {
+        name: "",
+        document: LISTED,
+        source: "p.yaml",
+        etag: "",
+        actor: "x",
+        validate_only: false,
+        lists,
+    }
+}
+
+#[test]
+fn a_rules_end_cuts_its_live_flows_and_its_verdicts_say_when() {
+    let rig = Rig::open();
+    let mut dp = rig.dataplane("web");
+    let end = rig.hub.now().wall + Duration::from_secs(10);
+    let until = humantime::format_rfc3339_micros(end);
+    rig.apply(&format!(
+        "version: 1\nrules:\n  - {{action: allow, cidr: 192.0.2.0/24, until: {until}}}\n"
+    ));
+    let verdict = dp.verdict(flow(WEB, &[]));
+    let expires_in = Duration::try_from(verdict.expires_in.unwrap()).unwrap();
+    assert!(
+        expires_in > Duration::from_millis(9_990) && expires_in <= Duration::from_secs(10),
+        "{expires_in:?}"
+    );
+    let flow_id = open_allowed(&mut dp, WEB);
+    dp.told();
+    rig.pass(Duration::from_secs(9));
+    assert!(cuts(&dp.told()).is_empty());
+    rig.pass(Duration::from_secs(1));
+    let told = dp.told();
+    assert_eq!(cuts(&told), [flow_id]);
+    assert!(
+        told.iter().any(|message| matches!(message, Told::Revoke(_))),
+        "cached verdicts are void"
+    );
+    assert_eq!(dp.verdict(flow(WEB, &[])).action, DENY);
+}
+
+#[test]
+fn a_verdict_that_rests_on_a_name_says_so_to_the_dataplane() {
+    let rig = Rig::open();
+    let mut dp = rig.dataplane("web");
+    rig.apply("version: 1\nrules:\n  - {action: allow, domains: [a.test], ports: [443]}\n");
+    let verdict = dp.verdict(flow(WEB, &["a.test", "b.test"]));
+    assert_eq!(verdict.name_demand, v1::NameDemand::ByPort as i32);
+    assert_eq!(verdict.names, ["a.test"]);
+}
+
+#[test]
+fn a_policy_whose_own_tests_fail_changes_nothing() {
+    let rig = Rig::open();
+    rig.apply("defaultAction: deny\n");
+    let wrong = "version: 1\ndefaultAction: allow\ntests:\n  - deny: \"tcp 192.0.2.7:443\"\n";
+    let told = rig.try_apply(wrong).unwrap_err().to_string();
+    assert!(
+        told.starts_with("p.yaml:4:11: tests[0]: \"tcp 192.0.2.7:443\" is allow for test (expected deny)"),
+        "{told}"
+    );
+    assert_eq!(rig.hub.policy("").unwrap().revision, 1);
+}
+
+#[test]
+fn a_policy_is_applied_with_its_lists_and_shown_without_their_content() {
+    let rig = Rig::open();
+    let mut dp = rig.dataplane("web");
+    assert!(matches!(
+        rig.hub.apply_policy(listed(&[])),
+        Err(Refusal::Document(_))
+    ));
+    let lists = [crate::lists::pack("lists/web.txt", b"192.0.2.0/24\n")];
+    rig.hub.apply_policy(listed(&lists)).unwrap();
+    assert_eq!(dp.verdict(flow(WEB, &[])).action, ALLOW);
+    let shown = rig.hub.policy("").unwrap();
+    assert_eq!((shown.lists[0].sha256.len(), shown.lists[0].size_bytes), (64, 13));
+    assert!(shown.lists[0].content.is_empty());
+    let etag = shown.etag;
+
+    let other = [crate::lists::pack("lists/web.txt", b"198.51.100.0/24\n")];
+    rig.hub.apply_policy(listed(&other)).unwrap();
+    assert_ne!(
+        rig.hub.policy("").unwrap().etag,
+        etag,
+        "another list is another policy"
+    );
+    assert_eq!(dp.verdict(flow(WEB, &[])).action, DENY);
+}
+
+#[tokio::test]
+async fn lists_survive_a_restart_and_are_there_for_a_rollback() {
+    let dir = TempDir::new();
+    let location = Location::Sqlite(dir.path().join("state.db"));
+    {
+        let rig = Rig::start(&location, false);
+        for content in ["192.0.2.0/24\n", "198.51.100.0/24\n", "192.0.2.0/24\n"] {
+            let lists = [crate::lists::pack("lists/web.txt", content.as_bytes())];
+            rig.hub
+                .apply_policy(listed(&lists))
+                .unwrap()
+                .durable
+                .wait()
+                .await
+                .unwrap();
+        }
+    }
+    let rig = Rig::start(&location, false);
+    let mut dp = rig.dataplane("web");
+    assert_eq!(dp.verdict(flow(WEB, &[])).action, ALLOW);
+    let earlier = rig
+        .hub
+        .writer()
+        .policy("default".into(), 2)
+        .await
+        .unwrap()
+        .unwrap();
+    rig.hub.apply_policy(listed(&earlier.lists)).unwrap();
+    assert_eq!(dp.verdict(flow(WEB, &[])).action, DENY);
+}
+
+#[test]
+fn vms_that_bring_the_same_policy_share_it_and_its_lists_come_once() {
+    let rig = Rig::open();
+    let own = |handle: u32, name: &str, list: v1::PolicyList| v1::VmUp {
+        own_policy: Some(v1::OwnPolicy {
+            document: LISTED.to_owned(),
+            source: "own.yaml".to_owned(),
+            lists: vec![list],
+            ..Default::default()
+        }),
+        ..vm_up(handle, name)
+    };
+    let list = crate::lists::pack("lists/web.txt", b"192.0.2.0/24\n");
+    let bare = crate::lists::described(std::slice::from_ref(&list)).remove(0);
+    let mut dp = rig.dataplane_with(hello(
+        1,
+        vec![own(1, "a", list.clone()), own(2, "b", bare.clone())],
+    ));
+    dp.told();
+    for vm in [1, 2] {
+        dp.announce(MissId(100 + u64::from(vm)), vm, flow(WEB, &[]));
+        assert_eq!(verdicts(&dp.told())[0].action, ALLOW, "VM {vm}");
+    }
+    // On its own, a list without its content is refused.
+    assert!(dp.try_say(Message::VmUp(own(3, "c", bare))).is_err());
+    assert!(dp.try_say(Message::VmUp(own(3, "c", list))).is_ok());
 }

@@ -174,7 +174,7 @@ impl State {
             // Labels decide which grants reach it.
             vm.grants = self.grants.for_vm(&vm.view);
         }
-        self.recompose(update.name);
+        self.recompose(now, update.name);
         let mut parts = Vec::new();
         if let Some(mode) = update.mode {
             parts.push(format!("mode {mode}"));

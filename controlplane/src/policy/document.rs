@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use vnet_proto::model::{Mode, VmSelector};
 
-use crate::policy::{NameSet, Rule};
+use crate::policy::{NameSet, PolicyTest, RuleList};
 
 /// What is done where nothing else answers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -45,7 +45,7 @@ pub struct Policy {
     /// As written, by its own key or an alias.
     pub mode: Option<Mode>,
     /// Rules, in order.
-    pub rules: Vec<Arc<Rule>>,
+    pub rules: Arc<RuleList>,
     /// The `dns:` part; `None`: there is none.
     pub dns: Option<DnsPolicy>,
     /// How long a packet is held; `None`: omitted.
@@ -54,6 +54,8 @@ pub struct Policy {
     pub versioned: bool,
     /// Which VMs it claims; `None`: none by itself.
     pub applies_to: Option<VmSelector>,
+    /// What its author expects of it.
+    pub tests: Vec<PolicyTest>,
     /// What a reader should know of it.
     pub warnings: Vec<PolicyWarning>,
 }

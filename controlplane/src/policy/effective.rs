@@ -1,13 +1,16 @@
 //! What one VM is under: a document or none, rules of its own, and a mode, put together.
 
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use vnet_proto::model::{Mode, Target};
 
+use crate::clock::Now;
 use crate::grant::VmView;
+use crate::policy::index::Applies;
 use crate::policy::{
-    DefaultAction, NameSet, Policy, PolicyError, PolicyErrors, ProtocolSet, Rule, RuleAction, file,
+    Attachments, DefaultAction, ListCache, NameSet, Policy, PolicyError, PolicyErrors, ProtocolSet, Rule,
+    RuleAction, RuleList, file,
 };
 
 /// How long a packet is held when no policy says.
@@ -40,7 +43,7 @@ pub struct Modes {
 #[derive(Debug, Clone)]
 pub struct OwnPolicy {
     document: Option<Policy>,
-    rules: Vec<Arc<Rule>>,
+    rules: Arc<RuleList>,
 }
 
 impl OwnPolicy {
@@ -49,11 +52,31 @@ impl OwnPolicy {
     /// # Errors
     /// Everything that is wrong with either.
     pub fn parse(source: &str, document: &str, rules: &[String]) -> Result<Self, PolicyErrors> {
+        Self::parse_with(
+            source,
+            document,
+            rules,
+            &Attachments::default(),
+            &ListCache::default(),
+        )
+    }
+
+    /// Likewise, with the lists that came along with the document.
+    ///
+    /// # Errors
+    /// Everything that is wrong with any of them.
+    pub fn parse_with(
+        source: &str,
+        document: &str,
+        rules: &[String],
+        lists: &Attachments,
+        cache: &ListCache,
+    ) -> Result<Self, PolicyErrors> {
         let mut problems = Vec::new();
         let parsed = if document.is_empty() {
             None
         } else {
-            match Policy::parse(source, document) {
+            match Policy::parse_with(source, document, lists, cache) {
                 Ok(policy) => Some(policy),
                 Err(errors) => {
                     problems.extend(errors.0);
@@ -80,7 +103,7 @@ impl OwnPolicy {
         if problems.is_empty() {
             Ok(Self {
                 document: parsed,
-                rules: own,
+                rules: Arc::new(RuleList::new(own)),
             })
         } else {
             Err(PolicyErrors(problems))
@@ -124,7 +147,10 @@ fn inline_rule(text: &str) -> Result<Rule, PolicyError> {
 pub struct Effective {
     pub(crate) name: String,
     pub(crate) revision: u64,
-    pub(crate) rules: Vec<Arc<Rule>>,
+    /// Its own rules, then the document's, with those of each that apply.
+    pub(crate) rules: Vec<(Arc<RuleList>, Applies)>,
+    /// When the first of the rules that apply ends, of those that let through and of those that refuse.
+    next_ends: [Option<SystemTime>; 2],
     pub(crate) allowed: Arc<NameSet>,
     pub(crate) blocked: Arc<NameSet>,
     pub(crate) default_action: DefaultAction,
@@ -139,8 +165,10 @@ impl Effective {
     /// Puts together what a VM is under. `claimed` is the named policy that it falls to, if any.
     ///
     /// A document that the VM brought takes the place of the named one; rules that it brought stand
-    /// before either's. Rules that are for other VMs are left out here, once, and not at each decision.
+    /// before either's. Rules that are for other VMs, or over by `now`, are left out here, once, and not at
+    /// each decision.
     pub fn compose(
+        now: Now,
         vm: &VmView,
         claimed: Option<PolicyInForce<'_>>,
         own: Option<&OwnPolicy>,
@@ -153,16 +181,25 @@ impl Effective {
             (None, None) => (String::new(), 0),
         };
         let document = own_document.or(claimed.map(|named| named.policy));
-        let own_rules = own.map_or(&[][..], |own| &own.rules);
+        let own_rules = own
+            .map(|own| &own.rules)
+            .filter(|rules| !rules.as_slice().is_empty());
         let mode = modes.set.or(modes.own).or(document.and_then(|d| d.mode));
-        let open = document.is_none() && own_rules.is_empty() && mode.is_none();
+        let open = document.is_none() && own_rules.is_none() && mode.is_none();
 
-        let applies = |rule: &&Arc<Rule>| rule.vms.as_ref().is_none_or(|s| s.matches(&vm.name, &vm.labels));
-        let rules = own_rules
-            .iter()
-            .chain(document.iter().flat_map(|d| &d.rules))
-            .filter(applies)
-            .cloned();
+        let applies = |rule: &Rule| {
+            !rule.is_over(now) && rule.vms.as_ref().is_none_or(|s| s.matches(&vm.name, &vm.labels))
+        };
+        let lists = own_rules.into_iter().chain(document.map(|d| &d.rules));
+        let rules: Vec<_> = lists
+            .map(|list| (Arc::clone(list), Applies::of(list.as_slice(), applies)))
+            .collect();
+        let next_end = |refuses: bool| {
+            let rules = rules.iter().flat_map(|(list, _)| list.as_slice());
+            let ending = rules.filter(|rule| rule.action.refuses() == refuses && applies(rule));
+            ending.filter_map(|rule| rule.until).min()
+        };
+        let next_ends = [next_end(false), next_end(true)];
 
         let fallback = if open {
             DefaultAction::Allow
@@ -181,7 +218,8 @@ impl Effective {
         Self {
             name,
             revision,
-            rules: rules.collect(),
+            rules,
+            next_ends,
             allowed: dns.map(|dns| Arc::clone(&dns.allowed)).unwrap_or_default(),
             blocked: dns.map(|dns| Arc::clone(&dns.blocked)).unwrap_or_default(),
             default_action,
@@ -196,6 +234,22 @@ impl Effective {
                 .and_then(|d| d.approval_timeout)
                 .unwrap_or(APPROVAL_TIMEOUT),
         }
+    }
+
+    /// The rules that apply, in order.
+    pub fn rules(&self) -> impl Iterator<Item = &Arc<Rule>> {
+        self.rules.iter().flat_map(|(list, applies)| {
+            let numbered = list.as_slice().iter().zip(0u32..);
+            numbered
+                .filter(|(_, index)| applies.has(*index))
+                .map(|(rule, _)| rule)
+        })
+    }
+
+    /// Whether a rule has ended since it was composed, so that it is to be composed anew.
+    pub fn is_outdated(&self, now: Now) -> bool {
+        let [opening, refusing] = self.next_ends;
+        opening.is_some_and(|end| end <= now.steady) || refusing.is_some_and(|end| end <= now.wall)
     }
 
     /// The policy's name; [`OWN_POLICY`] for what the VM brought, empty for none.

@@ -9,14 +9,16 @@
 
 use std::time::SystemTime;
 
+use vnet_proto::model::special::judged;
 use vnet_proto::model::{
-    Budget, FlowMatch, FlowSubject, Guard, GuardSet, LookupMatch, LookupSubject, Mode, Name, Reason, Target,
+    Budget, FlowMatch, FlowSubject, Guard, GuardSet, LookupMatch, LookupSubject, Mode, Name, NameDemand,
+    Reason, Target,
 };
 
 use crate::grant::{Grant, GrantId, ReadyGrant, VmGrants, VmView};
 use crate::policy::guard::{is_inside_private, private_ranges};
 use crate::policy::region::{Region, Sides};
-use crate::policy::{DefaultAction, Effective, FlowTest, GuardedRanges, Rule, RuleAction};
+use crate::policy::{DefaultAction, Effective, FlowTest, GuardedRanges, NameSet, Rule, RuleAction};
 
 /// What a decision reads beside its subject.
 #[derive(Debug, Clone, Copy)]
@@ -72,8 +74,12 @@ pub struct Decision<M> {
     pub once: bool,
     /// What is left of the grant's budget.
     pub budget: Option<Budget>,
-    /// When the grant ends by time.
+    /// When the grant or the rule ends by time.
     pub expires_at: Option<SystemTime>,
+    /// What the flow must say of the name that the answer rests on.
+    pub name_demand: NameDemand,
+    /// The names that it may say.
+    pub names: Vec<Name>,
     /// What would change the answer, in one sentence; empty where nothing would.
     pub remedy: String,
 }
@@ -137,7 +143,7 @@ pub fn overruled_by(context: &Context<'_>, grant: &Grant) -> Option<String> {
         let lookups = pattern.is_some() && rule.is_for_lookups() && rule.action.refuses();
         names && (flows || lookups)
     };
-    let first = context.policy.rules.iter().find(|rule| covers(rule))?;
+    let first = context.policy.rules().find(|rule| covers(rule))?;
     first.action.refuses().then(|| first.label.clone())
 }
 
@@ -167,27 +173,37 @@ fn flow_answer(context: &Context<'_>, flow: &FlowSubject, region: &mut Region) -
 
     let guards = guards_in_force(context, flow);
     let mut asking: Option<&Rule> = None;
-    for rule in policy.rules.iter().filter(|rule| !rule.lookup_only) {
-        let matches = match rule.action {
-            RuleAction::Deny | RuleAction::Drop => region.test(&rule.test, flow, Sides::Either),
-            RuleAction::Allow | RuleAction::Ask => opens(context, &rule.test, flow, guards, region),
-        };
-        if !matches {
-            continue;
-        }
+    let matches = |rule: &Rule, region: &mut Region| match rule.action {
+        RuleAction::Deny | RuleAction::Drop => region.test(&rule.test, flow, Sides::Either),
+        RuleAction::Allow | RuleAction::Ask => opens(context, &rule.test, flow, guards, region),
+    };
+    let first = policy
+        .rules
+        .iter()
+        .find_map(|(list, applies)| list.first_for_flow(applies, flow, region, matches));
+    if let Some(rule) = first {
         match rule.action {
-            RuleAction::Allow => return Answer::of_rule(context, Outcome::Allow, rule),
+            RuleAction::Allow => {
+                return Answer::of_rule(context, Outcome::Allow, rule).resting_on(
+                    &rule.test,
+                    rule.name_demand(),
+                    flow,
+                );
+            }
             RuleAction::Deny => return Answer::of_rule(context, Outcome::Deny, rule),
             RuleAction::Drop => return Answer::of_rule(context, Outcome::Drop, rule),
             RuleAction::Ask => asking = Some(rule),
         }
-        break;
     }
 
     let allowing = context.grants.allow.iter().filter(|g| g.flows);
     for ready in allowing {
         if opens(context, &ready.test, flow, guards, region) {
-            return Answer::of_grant(Outcome::Allow, &ready.grant);
+            let answer = Answer::of_grant(Outcome::Allow, &ready.grant);
+            return Answer {
+                until: asking.and_then(|rule| rule.until),
+                ..answer.resting_on(&ready.test, NameDemand::ByPort, flow)
+            };
         }
     }
 
@@ -207,13 +223,19 @@ fn flow_answer(context: &Context<'_>, flow: &FlowSubject, region: &mut Region) -
     if ported && !policy.allowed.is_empty() {
         region.consult_names(flow.key.peer.ip());
         let allowed = |name: &&Name| policy.allowed.contains(name) && !policy.blocked.contains(name);
-        if let Some(name) = flow.names.iter().find(allowed) {
+        let names: Vec<Name> = flow.names.iter().filter(allowed).cloned().collect();
+        if let Some(name) = names.first() {
             let subject = "dns.allowedDomains".to_owned();
             let text = format!(
                 "{} is bound to {name}, which dns.allowedDomains has",
                 flow.key.peer.ip()
             );
-            return Answer::new(Outcome::Allow, "dns", subject, text, String::new());
+            let answer = Answer::new(Outcome::Allow, "dns", subject, text, String::new());
+            return Answer {
+                name_demand: NameDemand::ByPort,
+                names,
+                ..answer
+            };
         }
     }
 
@@ -235,12 +257,12 @@ fn lookup_answer(context: &Context<'_>, name: &Name, region: &mut LookupMatch) -
     if let Some(answer) = blocked_by_mode(context) {
         return answer;
     }
-    let mut test = |names: &crate::policy::NameSet| {
+    let test = |names: &NameSet, region: &mut LookupMatch| {
         *region = names.narrow(std::mem::replace(region, LookupMatch::Any), name);
         names.contains(name)
     };
 
-    if test(&policy.blocked) {
+    if test(&policy.blocked, region) {
         let text = format!("dns.blockedDomains has {name}");
         let remedy = format!(
             "take it from dns.blockedDomains of policy {}",
@@ -256,28 +278,31 @@ fn lookup_answer(context: &Context<'_>, name: &Name, region: &mut LookupMatch) -
     }
 
     for ready in context.grants.deny.iter().filter(|g| g.lookups) {
-        if ready.test.names.as_ref().is_some_and(|names| test(names)) {
+        if ready.test.names.as_ref().is_some_and(|names| test(names, region)) {
             return Answer::of_grant(Outcome::Deny, &ready.grant);
         }
     }
 
     let mut asking: Option<&Rule> = None;
-    for rule in policy.rules.iter().filter(|rule| rule.is_for_lookups()) {
-        if !rule.test.names.as_ref().is_some_and(|names| test(names)) {
-            continue;
-        }
+    let first = policy
+        .rules
+        .iter()
+        .find_map(|(list, applies)| list.first_for_lookup(applies, name, region));
+    if let Some(rule) = first {
         match rule.action {
             RuleAction::Allow => return Answer::of_rule(context, Outcome::Allow, rule),
             RuleAction::Deny => return Answer::of_rule(context, Outcome::Deny, rule),
             RuleAction::Drop => return Answer::of_rule(context, Outcome::Drop, rule),
             RuleAction::Ask => asking = Some(rule),
         }
-        break;
     }
 
     for ready in context.grants.allow.iter().filter(|g| g.lookups) {
-        if ready.test.names.as_ref().is_some_and(|names| test(names)) {
-            return Answer::of_grant(Outcome::Allow, &ready.grant);
+        if ready.test.names.as_ref().is_some_and(|names| test(names, region)) {
+            return Answer {
+                until: asking.and_then(|rule| rule.until),
+                ..Answer::of_grant(Outcome::Allow, &ready.grant)
+            };
         }
     }
 
@@ -286,7 +311,7 @@ fn lookup_answer(context: &Context<'_>, name: &Name, region: &mut LookupMatch) -
         return Answer::asked_by_rule(context, rule, &target);
     }
 
-    if test(&policy.allowed) {
+    if test(&policy.allowed, region) {
         let text = format!("dns.allowedDomains has {name}");
         return Answer::new(
             Outcome::Allow,
@@ -349,19 +374,16 @@ fn opens(
     guards: GuardSet,
     region: &mut Region,
 ) -> bool {
-    let (peer, dialled) = (flow.key.peer.ip(), flow.dialled);
+    let (peer, dialled) = (flow.key.peer.ip(), judged(flow.dialled));
     if guards.is_empty() {
         if !region.test(test, flow, Sides::Visible) {
             return false;
         }
         // Beside this flow there may be private addresses that DNS taught: a prefix inside a private
         // range names those too, a broader one does not.
-        let private = test
-            .prefixes
-            .iter()
-            .find(|p| p.contains(&peer) && is_inside_private(**p));
+        let private = test.prefixes.holding(peer).find(|p| is_inside_private(*p));
         match private {
-            Some(prefix) => region.limit(*prefix),
+            Some(prefix) => region.limit(prefix),
             None => consult_private(context, flow, region),
         }
         return true;
@@ -369,10 +391,9 @@ fn opens(
     if guards.contains(Guard::PrivateFromDns) {
         region.consult_names(peer);
     }
-    let names_guards = test.prefixes.iter().any(|prefix| {
-        (prefix.contains(&peer) || prefix.contains(&dialled))
-            && context.guarded.names_all(guards, *prefix, peer, dialled)
-    });
+    let holding = test.prefixes.holding(peer).chain(test.prefixes.holding(dialled));
+    let mut naming = holding.filter(|prefix| context.guarded.names_all(guards, *prefix, peer, dialled));
+    let names_guards = naming.next().is_some();
     region.test(test, flow, Sides::Either) && names_guards
 }
 
@@ -397,7 +418,7 @@ fn guarded(context: &Context<'_>, flow: &FlowSubject, guard: Guard) -> Answer {
     let address = flow.key.peer.ip();
     let what = match guard {
         Guard::Metadata => format!("{address} is a link-local or metadata address"),
-        Guard::Host if flow.dialled != address => {
+        Guard::Host if judged(flow.dialled) != address => {
             format!(
                 "{address} stands for {}, an address of the host itself",
                 flow.dialled
@@ -476,6 +497,10 @@ struct Answer {
     reason: Reason,
     would_deny: bool,
     grant: Option<std::sync::Arc<Grant>>,
+    /// When the rule that it passed, or rests on, ends.
+    until: Option<SystemTime>,
+    name_demand: NameDemand,
+    names: Vec<Name>,
     remedy: String,
 }
 
@@ -486,7 +511,27 @@ impl Answer {
             reason: Reason::new(step, subject, text),
             would_deny: false,
             grant: None,
+            until: None,
+            name_demand: NameDemand::Off,
+            names: Vec::new(),
             remedy,
+        }
+    }
+
+    /// With what the flow must say of its name, if the test that let it through read names.
+    fn resting_on(self, test: &FlowTest, demand: NameDemand, flow: &FlowSubject) -> Self {
+        match &test.names {
+            Some(names) if demand != NameDemand::Off => Self {
+                name_demand: demand,
+                names: flow
+                    .names
+                    .iter()
+                    .filter(|name| names.contains(name))
+                    .cloned()
+                    .collect(),
+                ..self
+            },
+            Some(_) | None => self,
         }
     }
 
@@ -523,14 +568,16 @@ impl Answer {
         } else {
             format!(" ({})", rule.comment)
         };
-        let text = format!("{place} {done} it{comment}");
-        Self::new(
-            outcome,
-            "rule",
-            rule.label.clone(),
-            text,
-            format!("change {place}"),
-        )
+        let until = match rule.until {
+            Some(until) => format!(" until {}", humantime::format_rfc3339_seconds(until)),
+            None => String::new(),
+        };
+        let text = format!("{place} {done} it{until}{comment}");
+        let remedy = format!("change {place}");
+        Self {
+            until: rule.until,
+            ..Self::new(outcome, "rule", rule.label.clone(), text, remedy)
+        }
     }
 
     fn asked_by_rule(context: &Context<'_>, rule: &Rule, target: &Target) -> Self {
@@ -571,7 +618,13 @@ impl Answer {
             would_deny: self.would_deny,
             once,
             budget: grant.and_then(Grant::budget_left),
-            expires_at: grant.and_then(|g| g.expires_at),
+            expires_at: grant
+                .and_then(|g| g.expires_at)
+                .into_iter()
+                .chain(self.until)
+                .min(),
+            name_demand: self.name_demand,
+            names: self.names,
             grant: grant.map(|g| g.id.clone()),
             remedy: self.remedy,
         }

@@ -1,11 +1,13 @@
 //! Guarded ranges: which addresses a dataplane guards, and which prefix names a guard.
 //!
 //! The dataplane judges each flow's guards on the address really dialled and reports them; what is
-//! here only keeps regions from reaching into guarded ranges, and says whether a prefix names one.
+//! here only keeps regions from reaching into guarded ranges, and says whether a prefix names one. Both
+//! planes read the same tables, [`vnet_proto::model::special`].
 
 use std::net::IpAddr;
 
-use ipnet::{IpNet, Ipv4Net, Ipv6Net};
+use ipnet::IpNet;
+use vnet_proto::model::special::{LOOPBACK, METADATA, PRIVATE};
 use vnet_proto::model::{Guard, GuardSet};
 
 /// The guarded ranges of one dataplane.
@@ -23,7 +25,7 @@ impl GuardedRanges {
         host_addresses: impl IntoIterator<Item = IpAddr>,
     ) -> Self {
         let mut ranges: Vec<(Guard, IpNet)> = METADATA.iter().map(|net| (Guard::Metadata, *net)).collect();
-        ranges.extend(HOST.iter().map(|net| (Guard::Host, *net)));
+        ranges.extend(LOOPBACK.iter().map(|net| (Guard::Host, *net)));
         let own = host_alias.into_iter().chain(host_addresses);
         ranges.extend(own.map(|address| (Guard::Host, IpNet::from(address))));
         ranges.extend(subnets.into_iter().map(|net| (Guard::Guest, net.trunc())));
@@ -78,7 +80,7 @@ impl GuardedRanges {
 }
 
 /// The private and special ranges, an address of which, learned from DNS, is under
-/// [`Guard::PrivateFromDns`]. More than a dataplane guards is harmless: it only keeps matches narrower.
+/// [`Guard::PrivateFromDns`].
 pub(crate) fn private_ranges() -> &'static [IpNet] {
     PRIVATE
 }
@@ -87,50 +89,3 @@ pub(crate) fn private_ranges() -> &'static [IpNet] {
 pub(crate) fn is_inside_private(prefix: IpNet) -> bool {
     PRIVATE.iter().any(|range| range.contains(&prefix))
 }
-
-const fn v4(a: u8, b: u8, c: u8, d: u8, length: u8) -> IpNet {
-    IpNet::V4(Ipv4Net::new_assert(std::net::Ipv4Addr::new(a, b, c, d), length))
-}
-
-const fn v6(segments: [u16; 8], length: u8) -> IpNet {
-    let [a, b, c, d, e, f, g, h] = segments;
-    IpNet::V6(Ipv6Net::new_assert(
-        std::net::Ipv6Addr::new(a, b, c, d, e, f, g, h),
-        length,
-    ))
-}
-
-/// Link-local (RFC 3927, RFC 4291 §2.5.6) and where clouds serve metadata.
-const METADATA: &[IpNet] = &[
-    v4(169, 254, 0, 0, 16),
-    v6([0xfe80, 0, 0, 0, 0, 0, 0, 0], 10),
-    v6([0xfd00, 0xec2, 0, 0, 0, 0, 0, 0x254], 128),
-];
-
-/// Loopback and "this host" in every spelling (RFC 6890 §2.2, RFC 4291 §2.5).
-const HOST: &[IpNet] = &[
-    v4(0, 0, 0, 0, 8),
-    v4(127, 0, 0, 0, 8),
-    v6([0, 0, 0, 0, 0, 0, 0, 0], 127),
-    v6([0, 0, 0, 0, 0, 0xffff, 0, 0], 96),
-];
-
-const PRIVATE: &[IpNet] = &[
-    v4(0, 0, 0, 0, 8),
-    v4(10, 0, 0, 0, 8),
-    v4(100, 64, 0, 0, 10),
-    v4(127, 0, 0, 0, 8),
-    v4(169, 254, 0, 0, 16),
-    v4(172, 16, 0, 0, 12),
-    v4(192, 0, 0, 0, 24),
-    v4(192, 168, 0, 0, 16),
-    v4(198, 18, 0, 0, 15),
-    v4(224, 0, 0, 0, 3),
-    v6([0, 0, 0, 0, 0, 0, 0, 0], 8),
-    v6([0x64, 0xff9b, 0, 0, 0, 0, 0, 0], 32),
-    v6([0x2002, 0, 0, 0, 0, 0, 0, 0], 16),
-    v6([0xfc00, 0, 0, 0, 0, 0, 0, 0], 7),
-    v6([0xfe80, 0, 0, 0, 0, 0, 0, 0], 10),
-    v6([0xfec0, 0, 0, 0, 0, 0, 0, 0], 10),
-    v6([0xff00, 0, 0, 0, 0, 0, 0, 0], 8),
-];

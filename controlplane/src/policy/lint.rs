@@ -1,8 +1,14 @@
 //! What a reader of a policy should know of it although it loads: rules that earlier ones leave
 //! nothing to, ways out that are easily overlooked.
 
-use crate::policy::{DefaultAction, FlowTest, NameSet, Policy, PolicyWarning, Rule, RuleAction};
-use vnet_proto::model::{Mode, NamePattern};
+use std::sync::Arc;
+
+use ipnet::IpNet;
+use vnet_proto::model::{Mode, NameDemand, NamePattern, PortRange, Protocol};
+
+use crate::clock::Now;
+use crate::policy::guard::GuardedRanges;
+use crate::policy::{DefaultAction, FlowTest, NameSet, Policy, PolicyWarning, ProtocolSet, Rule, RuleAction};
 
 /// Warnings of one document.
 const WARNINGS_MAX: usize = 100;
@@ -10,9 +16,16 @@ const WARNINGS_MAX: usize = 100;
 /// Rules that are compared with each other; more would take longer than a load may.
 const COMPARED_MAX: usize = 1_000;
 
-/// All warnings, in order of position.
+/// Names and prefixes of a rule that are compared one by one with an earlier rule's.
+const NAMES_COMPARED_MAX: usize = 1_000;
+const PREFIXES_COMPARED_MAX: usize = 1_000;
+
+/// Names of a list that are looked at for public suffixes.
+const SUFFIXES_MAX: usize = 100_000;
+
+/// All warnings, in order of position, after those that were found while it was read.
 pub(crate) fn warnings(policy: &Policy) -> Vec<PolicyWarning> {
-    let mut warnings = Vec::new();
+    let mut warnings = policy.warnings.clone();
     let closed = policy.default_action != Some(DefaultAction::Allow) || policy.mode == Some(Mode::Ask);
     let at_start = |text: &str| PolicyWarning {
         line: 1,
@@ -39,16 +52,16 @@ pub(crate) fn warnings(policy: &Policy) -> Vec<PolicyWarning> {
         ));
     }
     if let Some(dns) = &policy.dns {
-        for pattern in dns
-            .allowed
-            .patterns()
+        let refused = dns.allowed.patterns().take(SUFFIXES_MAX);
+        for pattern in refused
             .filter(|pattern| dns.blocked.covers(pattern))
+            .take(WARNINGS_MAX)
         {
             warnings.push(at_start(&format!(
                 "dns.allowedDomains has {pattern}, which dns.blockedDomains refuses all the same"
             )));
         }
-        for pattern in suffixes(&dns.allowed) {
+        for pattern in suffixes(&dns.allowed).take(WARNINGS_MAX) {
             warnings.push(at_start(&format!(
                 "dns.allowedDomains has {pattern}, and {} is a public suffix: anyone may own a name below it",
                 pattern.name()
@@ -56,33 +69,18 @@ pub(crate) fn warnings(policy: &Policy) -> Vec<PolicyWarning> {
         }
     }
 
-    for (index, rule) in policy.rules.iter().enumerate() {
-        let mut warn = |text: String| {
-            warnings.push(PolicyWarning {
-                line: rule.line,
-                column: rule.column,
-                text,
-            });
-        };
-        if rule.action == RuleAction::Allow {
-            let names = rule.test.names.iter().flat_map(|names| suffixes(names));
-            for pattern in names {
-                let suffix = pattern.name();
-                warn(format!(
-                    "{}: {suffix} is a public suffix: anyone may own a name below it",
-                    rule.label
-                ));
-            }
-            if rule.test.prefixes.is_empty() && rule.test.names.is_none() && rule.test.ports.is_empty() {
-                warn(format!("{} allows every destination", rule.label));
-            }
-        }
+    let rules = policy.rules.as_slice();
+    for (index, rule) in rules.iter().enumerate() {
+        let mut texts = of_rule(rule);
         if index < COMPARED_MAX {
-            let earlier = policy.rules.iter().take(index);
-            if let Some(text) = earlier.rev().find_map(|earlier| shadow(earlier, rule)) {
-                warn(text);
-            }
+            let earlier = rules.iter().take(index).rev();
+            texts.extend(earlier.filter_map(|earlier| shadow(earlier, rule)).next());
         }
+        warnings.extend(texts.into_iter().map(|text| PolicyWarning {
+            line: rule.line,
+            column: rule.column,
+            text,
+        }));
         if warnings.len() >= WARNINGS_MAX {
             break;
         }
@@ -92,8 +90,83 @@ pub(crate) fn warnings(policy: &Policy) -> Vec<PolicyWarning> {
     warnings
 }
 
+impl Policy {
+    /// Rules whose time is over, which is a matter of when it is asked: [`Policy::warnings`] does not have it.
+    pub fn over_by(&self, now: Now) -> Vec<PolicyWarning> {
+        let over = self.rules.as_slice().iter().filter(|rule| rule.is_over(now));
+        let warning = |rule: &Arc<Rule>| PolicyWarning {
+            line: rule.line,
+            column: rule.column,
+            text: format!("{} can never match: its until is in the past", rule.label),
+        };
+        over.take(WARNINGS_MAX).map(warning).collect()
+    }
+}
+
+/// What is worth telling of one rule by itself.
+fn of_rule(rule: &Rule) -> Vec<String> {
+    let mut texts = Vec::new();
+    let label = &rule.label;
+    let test = &rule.test;
+    // The one place that says so: it goes when the dataplane enforces what a verdict demands.
+    if matches!(rule.demand, Some(NameDemand::Require | NameDemand::IfPresent)) {
+        texts.push(format!(
+            "{label}: sni is checked and sent to the dataplane, which does not enforce it yet: connections are \
+             let through by the names that are bound to their addresses"
+        ));
+    }
+    if rule.action.refuses() {
+        return texts;
+    }
+    if rule.action == RuleAction::Allow {
+        let names = test.names.iter().flat_map(|names| suffixes(names));
+        for pattern in names.take(WARNINGS_MAX) {
+            let suffix = pattern.name();
+            texts.push(format!(
+                "{label}: {suffix} is a public suffix: anyone may own a name below it"
+            ));
+        }
+    }
+    if test.prefixes.is_empty() && test.names.is_none() && test.ports.is_empty() {
+        let all = if rule.action == RuleAction::Allow {
+            "allows"
+        } else {
+            "asks for"
+        };
+        texts.push(format!(
+            "{label} {all} every destination, but for guarded ones (metadata, the host, other guests): those \
+             need a rule whose cidr lies inside of theirs"
+        ));
+    } else {
+        texts.extend(stopped_by_guards(rule));
+    }
+    texts
+}
+
+/// A prefix that has guarded addresses without naming them: the rule stops short of those.
+fn stopped_by_guards(rule: &Rule) -> Option<String> {
+    let guarded = GuardedRanges::new([], None, []);
+    let broad = |prefix: &IpNet| {
+        prefix.prefix_len() > 0
+            && guarded
+                .iter()
+                .any(|range| prefix.contains(&range) && *prefix != range)
+    };
+    let prefix = rule
+        .test
+        .prefixes
+        .iter()
+        .take(PREFIXES_COMPARED_MAX)
+        .find(broad)?;
+    let range = guarded.iter().find(|range| prefix.contains(range))?;
+    Some(format!(
+        "{}: {prefix} is broader than {range}, which stays guarded; add {range} itself to open that as well",
+        rule.label
+    ))
+}
+
 fn suffixes(names: &NameSet) -> impl Iterator<Item = NamePattern> {
-    names.patterns().filter(|pattern| {
+    names.patterns().take(SUFFIXES_MAX).filter(|pattern| {
         matches!(pattern, NamePattern::Subdomains(name)
             if psl::suffix_str(name.as_str()) == Some(name.as_str()) && is_listed(name.as_str()))
     })
@@ -109,75 +182,148 @@ fn shadow(earlier: &Rule, rule: &Rule) -> Option<String> {
     if earlier.vms.is_some() && earlier.vms != rule.vms {
         return None;
     }
+    // One that ends leaves the other all of it, some day.
+    if earlier
+        .until
+        .is_some_and(|until| rule.until.is_none_or(|other| until < other))
+    {
+        return None;
+    }
     let names_cover = match (&earlier.test.names, &rule.test.names) {
         (None, _) => true,
         (Some(_), None) => false,
-        (Some(outer), Some(inner)) => inner.patterns().all(|pattern| outer.covers(&pattern)),
+        (Some(outer), Some(inner)) => names_cover(outer, inner),
     };
+    if !names_cover || !prefixes_cover(&earlier.test, &rule.test) {
+        return allowed_first(earlier, rule);
+    }
     let place = format!("{} (line {})", earlier.label, earlier.line);
     // A guarded destination passes an allow or ask by, so that only a rule that refuses covers all of it.
-    if names_cover && earlier.test.covers_but_for_names(&rule.test) {
-        let guarded = !earlier.action.refuses() && rule.action != earlier.action;
-        let but = if guarded { " but guarded destinations" } else { "" };
+    let guarded = !earlier.action.refuses() && rule.action != earlier.action;
+    let but = if guarded { " but guarded destinations" } else { "" };
+    let protocols = rule.test.protocols.and(earlier.test.protocols);
+    if protocols.has_all(rule.test.protocols) && earlier.test.covers_ports(&rule.test) {
         return Some(format!(
             "{} can never match{but}: {place} matches all of it before",
             rule.label
         ));
     }
-    let allowed_first = rule.action.refuses()
-        && !earlier.action.refuses()
-        && earlier.test.names.is_none()
-        && lies_strictly_inside(&rule.test, &earlier.test)
-        && overlap_otherwise(&rule.test, &earlier.test);
-    allowed_first.then(|| {
-        let all: Vec<String> = rule.test.prefixes.iter().map(ToString::to_string).collect();
-        let which = summary(&earlier.test);
-        let does = if earlier.action == RuleAction::Ask {
-            "asks for"
-        } else {
-            "allows"
-        };
+    if rule.action == earlier.action || protocols.is_empty() {
+        return None;
+    }
+    // A narrow rule before a broad one of another action is an exception, as meant; one that lets
+    // through before a refusal of the same or fewer destinations takes a part of it.
+    let opens_first = rule.action.refuses() && !earlier.action.refuses();
+    let narrower = lies_strictly_inside(&rule.test, &earlier.test);
+    let part = shared_part(&earlier.test, &rule.test, protocols)?;
+    (opens_first && narrower).then(|| {
+        let all: Vec<String> = rule.test.prefixes.iter().take(4).map(|p| p.to_string()).collect();
         format!(
-            "{} does not {} {which} to {}: {place} {does} that before; put {} first if it should",
+            "{} does not {} {part} to {}: {place} {} that before; put {} first if it should",
             rule.label,
             rule.action,
             all.join(", "),
+            does(earlier),
             rule.label,
         )
     })
 }
 
+/// An exception that comes too late for part of its destinations.
+fn allowed_first(earlier: &Rule, rule: &Rule) -> Option<String> {
+    let opens_first = rule.action.refuses() && !earlier.action.refuses() && earlier.test.names.is_none();
+    let small = rule.test.prefixes.len() <= PREFIXES_COMPARED_MAX;
+    if !opens_first || !small || rule.test.prefixes.is_empty() {
+        return None;
+    }
+    let strictly = |inner: &IpNet| {
+        earlier.test.prefixes.covers(*inner) && !earlier.test.prefixes.iter().any(|outer| outer == *inner)
+    };
+    let late: Vec<String> = rule
+        .test
+        .prefixes
+        .iter()
+        .filter(strictly)
+        .take(4)
+        .map(|p| p.to_string())
+        .collect();
+    if late.is_empty() {
+        return None;
+    }
+    let protocols = rule.test.protocols.and(earlier.test.protocols);
+    let part = shared_part(&earlier.test, &rule.test, protocols)?;
+    Some(format!(
+        "{} does not {} {part} to {}: {} (line {}) {} that before; put {} first if it should",
+        rule.label,
+        rule.action,
+        late.join(", "),
+        earlier.label,
+        earlier.line,
+        does(earlier),
+        rule.label,
+    ))
+}
+
+fn does(rule: &Rule) -> &'static str {
+    match rule.action {
+        RuleAction::Allow => "allows",
+        RuleAction::Ask => "asks for",
+        RuleAction::Deny | RuleAction::Drop => "refuses",
+    }
+}
+
+/// Whether `outer` has every name of `inner`. Long lists are compared only with themselves.
+fn names_cover(outer: &NameSet, inner: &NameSet) -> bool {
+    inner.tables().iter().all(|table| {
+        outer.tables().iter().any(|other| Arc::ptr_eq(other, table))
+            || table.len() <= NAMES_COMPARED_MAX && table.patterns().all(|pattern| outer.covers(&pattern))
+    })
+}
+
+fn prefixes_cover(outer: &FlowTest, inner: &FlowTest) -> bool {
+    inner.prefixes.len() <= PREFIXES_COMPARED_MAX && outer.covers_prefixes(inner)
+}
+
 /// Whether the destinations of `inner` are a smaller part of those of `outer`: an exception that comes
 /// too late. The other way round, or among equals, the earlier rule is the exception, as meant.
 fn lies_strictly_inside(inner: &FlowTest, outer: &FlowTest) -> bool {
+    let equal = |prefix: IpNet| outer.prefixes.iter().any(|other| other == prefix);
     !inner.prefixes.is_empty()
-        && inner.prefixes.iter().all(|prefix| {
-            outer.prefixes.is_empty() || outer.prefixes.iter().any(|o| o.contains(prefix) && o != prefix)
-        })
+        && inner.prefixes.len() <= PREFIXES_COMPARED_MAX
+        && outer.covers_prefixes(inner)
+        && !inner.prefixes.iter().any(equal)
 }
 
-fn overlap_otherwise(a: &FlowTest, b: &FlowTest) -> bool {
-    let ports = a.ports.is_empty()
-        || b.ports.is_empty()
-        || a.ports.iter().any(|x| {
-            b.ports
-                .iter()
-                .any(|y| x.first() <= y.last() && y.first() <= x.last())
-        });
-    ports && !a.protocols.and(b.protocols).is_empty()
-}
-
-fn summary(test: &FlowTest) -> String {
-    let protocols: Vec<String> = vnet_proto::model::Protocol::ALL
+/// The protocols and ports that both have, in words; `None` where they have none.
+fn shared_part(a: &FlowTest, b: &FlowTest, protocols: ProtocolSet) -> Option<String> {
+    let named: Vec<String> = Protocol::ALL
         .into_iter()
-        .filter(|p| test.protocols.contains(*p))
-        .map(|p| p.to_string())
+        .filter(|protocol| protocols.contains(*protocol))
+        .map(|protocol| protocol.to_string())
         .collect();
-    let ports: Vec<String> = test.ports.iter().map(ToString::to_string).collect();
+    let shared: Vec<PortRange> = match (a.ports.is_empty(), b.ports.is_empty()) {
+        (true, _) => b.ports.ranges().to_vec(),
+        (_, true) => a.ports.ranges().to_vec(),
+        (false, false) => {
+            let pairs = a
+                .ports
+                .ranges()
+                .iter()
+                .flat_map(|x| b.ports.ranges().iter().map(move |y| (x, y)));
+            pairs
+                .filter_map(|(x, y)| PortRange::new(x.first().max(y.first()), x.last().min(y.last())))
+                .collect()
+        }
+    };
+    let any_port = a.ports.is_empty() && b.ports.is_empty();
+    if named.is_empty() || !any_port && shared.is_empty() {
+        return None;
+    }
+    let ports: Vec<String> = shared.iter().take(8).map(ToString::to_string).collect();
     let ports = if ports.is_empty() {
         String::new()
     } else {
         format!(" {}", ports.join(", "))
     };
-    format!("{}{ports}", protocols.join("/"))
+    Some(format!("{}{ports}", named.join("/")))
 }

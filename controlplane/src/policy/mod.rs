@@ -12,11 +12,17 @@ mod effective;
 mod eval;
 mod file;
 mod guard;
+mod index;
+mod keys;
 mod lint;
+mod list;
 mod names;
+mod prefixes;
 mod reader;
 mod region;
 mod rule;
+mod schema;
+mod selftest;
 mod yaml;
 
 #[cfg(test)]
@@ -28,8 +34,13 @@ pub use eval::{
     Context, Decision, FlowDecision, LookupDecision, Outcome, PeerView, decide_flow, decide_lookup,
     overruled_by,
 };
-pub use file::{APPROVAL_TIMEOUT_MAX, DOCUMENT_BYTES_MAX, LIST_MAX, RULES_MAX};
+pub use file::{APPROVAL_TIMEOUT_MAX, DOCUMENT_BYTES_MAX, LIST_MAX, RULES_MAX, list_paths};
 pub use guard::GuardedRanges;
-pub use names::NameSet;
+pub use index::RuleList;
+pub use list::{Attachment, Attachments, LIST_ENTRIES_MAX, LISTS_BYTES_MAX, List, ListCache, ListFormat};
+pub use names::{NameSet, NameTable};
+pub use prefixes::{PortSet, PrefixSet, PrefixTable};
 pub use region::{FlowTest, ProtocolSet};
 pub use rule::{Rule, RuleAction};
+pub use schema::schema;
+pub use selftest::{Destination, PROBES_MAX, PolicyTest, Probe};

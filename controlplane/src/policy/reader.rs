@@ -3,6 +3,7 @@
 use std::collections::{BTreeMap, HashMap};
 use std::fmt::Display;
 
+use crate::policy::keys::Table;
 use crate::policy::yaml::{Node, Place, Value};
 use crate::policy::{PolicyError, PolicyErrors};
 
@@ -35,8 +36,11 @@ impl Reader {
 
     /// Everything that is wrong, in order of position.
     pub(crate) fn into_errors(mut self) -> PolicyErrors {
-        self.problems
-            .sort_by_key(|problem| (problem.line, problem.column));
+        let source = &self.source;
+        self.problems.sort_by(|a, b| {
+            let key = |p: &PolicyError| (p.source_name != *source, p.line, p.column);
+            key(a).cmp(&key(b))
+        });
         if let Some(last) = self.problems.last().filter(|_| self.more > 0) {
             let text = format!("{} more problems are not shown", self.more);
             let more = PolicyError { text, ..last.clone() };
@@ -51,6 +55,13 @@ impl Reader {
 
     pub(crate) fn problem_at_start(&mut self, text: String) {
         self.problem_at(Place { line: 1, column: 1 }, text);
+    }
+
+    /// Takes over what is wrong with a file that belongs to the document.
+    pub(crate) fn problems_elsewhere(&mut self, problems: PolicyErrors) {
+        let room = PROBLEMS_MAX.saturating_sub(self.problems.len());
+        self.more += problems.0.len().saturating_sub(room);
+        self.problems.extend(problems.0.into_iter().take(room));
     }
 
     fn problem_at(&mut self, place: Place, text: String) {
@@ -68,7 +79,8 @@ impl Reader {
     }
 
     /// The entries of a mapping, after telling of unknown and repeated keys.
-    pub(crate) fn fields<'a>(&mut self, node: &'a Node, what: &str, known: &[&str]) -> Fields<'a> {
+    pub(crate) fn fields<'a>(&mut self, node: &'a Node, what: &str, table: &Table) -> Fields<'a> {
+        let known = &table.names()[..];
         let Value::Map(entries) = &node.value else {
             let text = format!(
                 "{what} is {} (expected a mapping with {})",
@@ -273,7 +285,7 @@ fn synonym(word: &str) -> Option<&'static str> {
 }
 
 /// The word that was probably meant, if one is near.
-fn nearest<'a>(found: &str, known: &[&'a str]) -> Option<&'a str> {
+pub(crate) fn nearest<'a>(found: &str, known: &[&'a str]) -> Option<&'a str> {
     // A long word is near to nothing, and comparing it is not worth its square.
     if found.len() > 64 {
         return None;

@@ -8,9 +8,10 @@ use std::net::IpAddr;
 use std::sync::Arc;
 
 use ipnet::IpNet;
+use vnet_proto::model::special::judged;
 use vnet_proto::model::{FlowMatch, FlowSubject, PortRange, Protocol};
 
-use crate::policy::{GuardedRanges, NameSet};
+use crate::policy::{GuardedRanges, NameSet, PortSet, PrefixSet};
 
 /// A set of protocols.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -47,6 +48,14 @@ impl ProtocolSet {
     pub fn is_empty(self) -> bool {
         self.0 == 0
     }
+
+    pub(crate) fn bits(self) -> u8 {
+        self.0
+    }
+
+    pub(crate) fn from_bits(bits: u8) -> Self {
+        Self(bits)
+    }
 }
 
 impl FromIterator<Protocol> for ProtocolSet {
@@ -61,9 +70,9 @@ pub struct FlowTest {
     /// Protocols.
     pub protocols: ProtocolSet,
     /// Destinations; empty: any.
-    pub prefixes: Vec<IpNet>,
+    pub prefixes: PrefixSet,
     /// Ports; empty: any, or none where the protocol has none.
-    pub ports: Vec<PortRange>,
+    pub ports: PortSet,
     /// Names that the destination must be bound to; `None`: not asked.
     pub names: Option<Arc<NameSet>>,
 }
@@ -72,20 +81,19 @@ impl FlowTest {
     /// Whether, names aside, it covers every flow that `other` does. It may say no where several of its
     /// parts together would; it never says yes where one flow is left out.
     pub fn covers_but_for_names(&self, other: &FlowTest) -> bool {
-        let prefixes = self.prefixes.is_empty()
-            || !other.prefixes.is_empty()
-                && other
-                    .prefixes
-                    .iter()
-                    .all(|inner| self.prefixes.iter().any(|outer| outer.contains(inner)));
-        let ports = self.ports.is_empty()
-            || !other.ports.is_empty()
-                && other.ports.iter().all(|inner| {
-                    self.ports
-                        .iter()
-                        .any(|o| o.first() <= inner.first() && inner.last() <= o.last())
-                });
-        self.protocols.has_all(other.protocols) && prefixes && ports
+        self.protocols.has_all(other.protocols) && self.covers_ports(other) && self.covers_prefixes(other)
+    }
+
+    /// Whether it has every port that `other` has.
+    pub(crate) fn covers_ports(&self, other: &FlowTest) -> bool {
+        self.ports.is_empty()
+            || !other.ports.is_empty() && other.ports.ranges().iter().all(|inner| self.ports.covers(*inner))
+    }
+
+    /// Whether it has every destination that `other` has.
+    pub(crate) fn covers_prefixes(&self, other: &FlowTest) -> bool {
+        self.prefixes.is_empty()
+            || !other.prefixes.is_empty() && other.prefixes.iter().all(|inner| self.prefixes.covers(inner))
     }
 }
 
@@ -111,7 +119,8 @@ impl Region {
     /// range, stands for itself alone: guards are judged on the very address and port.
     pub(crate) fn around(flow: &FlowSubject, guarded: &GuardedRanges) -> Self {
         let peer = flow.key.peer;
-        let alone = !flow.guards.is_empty() || flow.dialled != peer.ip() || guarded.holds(peer.ip());
+        let moved = judged(flow.dialled) != peer.ip();
+        let alone = !flow.guards.is_empty() || moved || guarded.holds(peer.ip());
         if alone {
             return Self {
                 prefix: IpNet::from(peer.ip()),
@@ -142,19 +151,18 @@ impl Region {
         if !test.protocols.contains(flow.key.protocol) {
             return false;
         }
-        let range = test.ports.iter().find(|range| range.contains(port));
+        let range = test.ports.range_of(port);
         let ports = test.ports.is_empty() || range.is_some();
         let prefix = test
             .prefixes
-            .iter()
-            .filter(|p| p.contains(&address))
-            .min_by_key(|p| p.prefix_len());
+            .holding(address)
+            .min_by_key(|prefix| prefix.prefix_len());
         // Where the dialled address differs, the region is the flow alone.
-        let dialled = sides == Sides::Either && test.prefixes.iter().any(|p| p.contains(&flow.dialled));
+        let dialled = sides == Sides::Either && test.prefixes.contains(judged(flow.dialled));
         let prefixes = test.prefixes.is_empty() || prefix.is_some() || dialled;
-        if !prefixes && (ports || !test.prefixes.iter().any(|p| self.touches(*p))) {
-            for prefix in &test.prefixes {
-                self.exclude(address, *prefix);
+        if !prefixes && (ports || !test.prefixes.nearest(address).any(|p| self.touches(p))) {
+            for prefix in test.prefixes.nearest(address) {
+                self.exclude(address, prefix);
             }
             return false;
         }
@@ -169,7 +177,7 @@ impl Region {
             }
         }
         if let Some(prefix) = prefix {
-            self.limit(*prefix);
+            self.limit(prefix);
         }
         if let Some(range) = range {
             self.limit_ports(range.first(), range.last());
@@ -177,15 +185,20 @@ impl Region {
         true
     }
 
-    /// Narrows the ports to the gap around `port` that none of `ranges` has.
-    fn exclude_ports(&mut self, ranges: &[PortRange], port: u16) {
-        for range in ranges {
-            if range.last() < port {
-                self.limit_ports(range.last() + 1, u16::MAX);
-            } else {
-                self.limit_ports(0, range.first().saturating_sub(1));
-            }
+    /// Narrows the ports to the gap around `port` that none of `ports` has.
+    pub(crate) fn exclude_ports(&mut self, ports: &PortSet, port: u16) {
+        let (before, after) = ports.beside(port);
+        if let Some(range) = before {
+            self.limit_ports(range.last() + 1, u16::MAX);
         }
+        if let Some(range) = after {
+            self.limit_ports(0, range.first().saturating_sub(1));
+        }
+    }
+
+    /// The ports that it has.
+    pub(crate) fn ports(&self) -> PortRange {
+        self.ports
     }
 
     fn limit_ports(&mut self, first: u16, last: u16) {
@@ -215,7 +228,8 @@ impl Region {
         }
     }
 
-    fn touches(&self, range: IpNet) -> bool {
+    /// Whether it and a range share an address.
+    pub(crate) fn touches(&self, range: IpNet) -> bool {
         self.prefix.contains(&range) || range.contains(&self.prefix)
     }
 

@@ -1,9 +1,11 @@
 //! A rule of a policy: what it matches, and what it does.
 
 use std::fmt;
+use std::time::SystemTime;
 
-use vnet_proto::model::VmSelector;
+use vnet_proto::model::{NameDemand, VmSelector};
 
+use crate::clock::Now;
 use crate::policy::FlowTest;
 
 /// What a rule does.
@@ -51,6 +53,10 @@ pub struct Rule {
     pub test: FlowTest,
     /// It is about lookups only.
     pub lookup_only: bool,
+    /// What a flow must say of the name, as written; `None`: omitted.
+    pub demand: Option<NameDemand>,
+    /// When it ends; it matches nothing from then on.
+    pub until: Option<SystemTime>,
     /// Which VMs it is for; `None`: all.
     pub vms: Option<VmSelector>,
     /// Its author's words.
@@ -62,6 +68,25 @@ pub struct Rule {
 }
 
 impl Rule {
+    /// Whether its time is over. What lets through ends by the clock that is never behind, what refuses by
+    /// the wall clock: where the two differ, nothing opens early or stays open.
+    pub fn is_over(&self, now: Now) -> bool {
+        let clock = if self.action.refuses() {
+            now.wall
+        } else {
+            now.steady
+        };
+        self.until.is_some_and(|until| until <= clock)
+    }
+
+    /// What a flow that it lets through must say of its name.
+    pub fn name_demand(&self) -> NameDemand {
+        match self.test.names {
+            Some(_) => self.demand.unwrap_or(NameDemand::ByPort),
+            None => NameDemand::Off,
+        }
+    }
+
     /// Whether lookups are its business. A rule that refuses or drops only some ports, protocols or
     /// addresses of a name says nothing of the name; one that allows or asks needs the lookup first.
     pub fn is_for_lookups(&self) -> bool {

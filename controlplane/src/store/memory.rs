@@ -7,12 +7,15 @@ use vnet_proto::v1;
 
 use super::retention::Census;
 use super::{Class, EventQuery, Snapshot, Store, StoreError, StoredGrant, StoredVm, Write};
+use crate::lists::described;
 
 /// State and history that are gone with the process.
 #[derive(Debug, Default)]
 pub struct MemoryStore {
     grants: BTreeMap<String, StoredGrant>,
     policies: BTreeMap<String, BTreeMap<u64, v1::Policy>>,
+    /// The content of lists, by their digests.
+    lists: BTreeMap<String, Vec<u8>>,
     vms: BTreeMap<String, StoredVm>,
     events: BTreeMap<u64, v1::Event>,
     by_class: BTreeMap<Class, BTreeSet<u64>>,
@@ -42,6 +45,16 @@ impl MemoryStore {
     }
 }
 
+impl MemoryStore {
+    fn with_lists(&self, policy: &v1::Policy) -> v1::Policy {
+        let mut policy = policy.clone();
+        for list in &mut policy.lists {
+            list.content = self.lists.get(&list.sha256).cloned().unwrap_or_default();
+        }
+        policy
+    }
+}
+
 impl Store for MemoryStore {
     fn load(&mut self) -> Result<Snapshot, StoreError> {
         Ok(Snapshot {
@@ -49,7 +62,7 @@ impl Store for MemoryStore {
             policies: self
                 .policies
                 .values()
-                .filter_map(|p| p.values().next_back().cloned())
+                .filter_map(|p| p.values().next_back().map(|p| self.with_lists(p)))
                 .collect(),
             vms: self.vms.clone(),
         })
@@ -67,7 +80,19 @@ impl Store for MemoryStore {
                 }
                 Write::PutPolicy(policy) => {
                     let revisions = self.policies.entry(policy.name.clone()).or_default();
-                    revisions.insert(policy.revision, policy.clone());
+                    for list in &policy.lists {
+                        self.lists
+                            .entry(list.sha256.clone())
+                            .or_insert_with(|| list.content.clone());
+                    }
+                    let lists = described(&policy.lists);
+                    revisions.insert(
+                        policy.revision,
+                        v1::Policy {
+                            lists,
+                            ..policy.clone()
+                        },
+                    );
                 }
                 Write::PutVm(name, Some(stored)) => {
                     self.vms.insert(name.clone(), stored.clone());
@@ -81,7 +106,8 @@ impl Store for MemoryStore {
     }
 
     fn policy(&mut self, name: &str, revision: u64) -> Result<Option<v1::Policy>, StoreError> {
-        Ok(self.policies.get(name).and_then(|r| r.get(&revision)).cloned())
+        let found = self.policies.get(name).and_then(|r| r.get(&revision));
+        Ok(found.map(|policy| self.with_lists(policy)))
     }
 
     fn revisions(&mut self, name: &str, before: u64, limit: usize) -> Result<Vec<v1::Policy>, StoreError> {

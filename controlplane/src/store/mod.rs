@@ -145,7 +145,7 @@ pub struct StoredVm {
 pub struct Snapshot {
     /// Grants not revoked, in no order; some may have ended by time.
     pub grants: Vec<StoredGrant>,
-    /// The last revision of each policy.
+    /// The last revision of each policy, with the content of its lists.
     pub policies: Vec<v1::Policy>,
     /// What was set for VMs, by name.
     pub vms: BTreeMap<String, StoredVm>,
@@ -158,7 +158,8 @@ pub enum Write {
     PutGrant(Box<StoredGrant>),
     /// Removes a grant.
     DeleteGrant(String),
-    /// Adds a revision of a policy.
+    /// Adds a revision of a policy, with the content of its lists, each of which is kept once however many
+    /// revisions name it.
     PutPolicy(v1::Policy),
     /// Sets, or with `None` forgets, what was set for a VM.
     PutVm(String, Option<StoredVm>),
@@ -197,13 +198,14 @@ pub trait Store: Send + 'static {
     /// [`StoreError`].
     fn apply(&mut self, writes: &[Write]) -> Result<(), StoreError>;
 
-    /// One revision of a policy.
+    /// One revision of a policy, with the content of its lists.
     ///
     /// # Errors
     /// [`StoreError`].
     fn policy(&mut self, name: &str, revision: u64) -> Result<Option<v1::Policy>, StoreError>;
 
-    /// Revisions of a policy before one (zero: from the newest), newest first, without documents.
+    /// Revisions of a policy before one (zero: from the newest), newest first, without documents and without
+    /// the content of lists.
     ///
     /// # Errors
     /// [`StoreError`].

@@ -20,6 +20,10 @@ pub(super) const MIGRATIONS: &[Step] = &[
         then: Some(sort_events),
     },
     Step {
+        sql: LISTS,
+        then: None,
+    },
+    Step {
         sql: USES,
         then: None,
     },
@@ -61,6 +65,13 @@ const FIRST: &str = "
         message  BLOB NOT NULL               -- vnet.v1.Event
     ) STRICT;
     CREATE INDEX events_by_kind ON events (kind, sequence);
+";
+
+const LISTS: &str = "
+    CREATE TABLE lists (
+        sha256  TEXT PRIMARY KEY,            -- of the list's content, as vnet.v1.PolicyList says it
+        content BLOB NOT NULL                -- compressed; once, however many revisions name it
+    ) STRICT;
 ";
 
 const CLASSES: &str = "

@@ -18,6 +18,7 @@ use vnet_proto::v1;
 use super::retention::Census;
 use super::schema::{MIGRATIONS, VERSION};
 use super::{Class, EventQuery, Snapshot, Store, StoreError, StoredGrant, StoredVm, Write};
+use crate::lists::described;
 use crate::paths;
 
 /// A SQLite file, and the lock on it.
@@ -69,6 +70,21 @@ impl SqliteStore {
     }
 }
 
+impl SqliteStore {
+    /// With the content of its lists. One that is missing stays empty, and is refused where it is read.
+    fn with_lists(&self, mut policy: v1::Policy) -> Result<v1::Policy, StoreError> {
+        for list in &mut policy.lists {
+            let content: Option<Vec<u8>> = self
+                .connection
+                .prepare_cached("SELECT content FROM lists WHERE sha256 = ?1")?
+                .query_row([&list.sha256], |row| row.get(0))
+                .optional()?;
+            list.content = content.unwrap_or_default();
+        }
+        Ok(policy)
+    }
+}
+
 impl Store for SqliteStore {
     fn load(&mut self) -> Result<Snapshot, StoreError> {
         let mut snapshot = Snapshot::default();
@@ -93,10 +109,11 @@ impl Store for SqliteStore {
         )?;
         let mut rows = policies.query([])?;
         while let Some(row) = rows.next()? {
-            snapshot.policies.push(decode(
+            let policy = decode(
                 "policies",
                 row.get_ref(0)?.as_blob().map_err(rusqlite::Error::from)?,
-            )?);
+            )?;
+            snapshot.policies.push(self.with_lists(policy)?);
         }
         let mut vms = self
             .connection
@@ -133,13 +150,24 @@ impl Store for SqliteStore {
                 Write::DeleteGrant(id) => transaction
                     .prepare_cached("DELETE FROM grants WHERE id = ?1")?
                     .execute([id])?,
-                Write::PutPolicy(policy) => transaction
-                    .prepare_cached("INSERT INTO policies (name, revision, message) VALUES (?1, ?2, ?3)")?
-                    .execute(params![
-                        policy.name,
-                        number(policy.revision),
-                        policy.encode_to_vec()
-                    ])?,
+                Write::PutPolicy(policy) => {
+                    let mut insert = transaction
+                        .prepare_cached("INSERT OR IGNORE INTO lists (sha256, content) VALUES (?1, ?2)")?;
+                    for list in &policy.lists {
+                        insert.execute(params![list.sha256, list.content])?;
+                    }
+                    let message = v1::Policy {
+                        lists: described(&policy.lists),
+                        ..policy.clone()
+                    };
+                    transaction
+                        .prepare_cached("INSERT INTO policies (name, revision, message) VALUES (?1, ?2, ?3)")?
+                        .execute(params![
+                            policy.name,
+                            number(policy.revision),
+                            message.encode_to_vec()
+                        ])?
+                }
                 Write::PutVm(name, Some(stored)) => transaction
                     .prepare_cached(
                         "INSERT OR REPLACE INTO vms (name, mode, labels, instance) VALUES (?1, ?2, ?3, ?4)",
@@ -164,7 +192,8 @@ impl Store for SqliteStore {
             .prepare_cached("SELECT message FROM policies WHERE name = ?1 AND revision = ?2")?
             .query_row(params![name, number(revision)], |row| row.get(0))
             .optional()?;
-        message.map(|bytes| decode("policies", &bytes)).transpose()
+        let policy = message.map(|bytes| decode("policies", &bytes)).transpose()?;
+        policy.map(|policy| self.with_lists(policy)).transpose()
     }
 
     fn revisions(&mut self, name: &str, before: u64, limit: usize) -> Result<Vec<v1::Policy>, StoreError> {

@@ -253,6 +253,44 @@ fn locations_are_read_and_refused_by_name() {
     assert!("postgres://x".parse::<Location>().is_err());
 }
 
+#[test]
+fn a_list_is_kept_once_however_many_revisions_name_it() {
+    let dir = TempDir::new();
+    let file = dir.path().join("state.db");
+    let list = v1::PolicyList {
+        path: "l.txt".to_owned(),
+        sha256: "ab".repeat(32),
+        content: vec![7; 100_000],
+        size_bytes: 100_000,
+    };
+    let with_list = |revision| v1::Policy {
+        lists: vec![list.clone()],
+        ..policy("default", revision)
+    };
+    let mut stores: [Box<dyn Store>; 2] = [
+        Box::new(MemoryStore::default()),
+        Box::new(SqliteStore::open(&file).unwrap()),
+    ];
+    for store in &mut stores {
+        for revision in 1..=20 {
+            store.apply(&[Write::PutPolicy(with_list(revision))]).unwrap();
+        }
+        assert_eq!(store.policy("default", 3).unwrap(), Some(with_list(3)));
+        assert_eq!(store.load().unwrap().policies, [with_list(20)]);
+        let listed = store.revisions("default", 0, 50).unwrap();
+        assert!(listed.iter().all(|policy| policy.lists[0].content.is_empty()));
+    }
+    drop(stores);
+    let bytes: u64 = std::fs::read_dir(dir.path())
+        .unwrap()
+        .map(|entry| entry.unwrap().metadata().unwrap().len())
+        .sum();
+    assert!(
+        bytes < 1_000_000,
+        "{bytes} bytes for 20 revisions of one list of 100,000"
+    );
+}
+
 fn traffic(sequence: u64, vm: &str) -> v1::Event {
     v1::Event {
         vm: vm.to_owned(),

@@ -10,12 +10,12 @@ mod tests;
 mod url;
 
 use std::collections::{BTreeMap, HashMap};
-use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::os::fd::RawFd;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use ipnet::Ipv4Net;
+use ipnet::{Ipv4Net, Ipv6Net};
 use vnet_proto::model::{Mode, Name};
 
 use crate::args::Args;
@@ -24,11 +24,16 @@ use crate::message::{Forward, OwnPolicy, Zone};
 use url::{ListenUrl, Schemes, socket_path};
 
 pub use problem::{Problem, Problems};
-pub use settings::{OwnPolicySettings, SettingsError, VmSettings};
+pub use settings::{OwnListSettings, OwnPolicySettings, SettingsError, VmSettings};
 pub use url::{ListenAt, UrlError};
 
 /// The subnet of guests.
 pub const SUBNET_DEFAULT: Ipv4Net = Ipv4Net::new_assert(Ipv4Addr::new(192, 168, 127, 0), 24);
+/// The IPv6 prefix of guests; passt's.
+pub const IPV6_PREFIX_DEFAULT: Ipv6Net =
+    Ipv6Net::new_assert(Ipv6Addr::new(0xfd00, 0, 0, 0, 0, 0, 0, 0), IPV6_PREFIX_LENGTH);
+/// The length of that prefix: guests make the other half of an address themselves (RFC 4862, RFC 4291 §2.5.1).
+pub const IPV6_PREFIX_LENGTH: u8 = 64;
 /// The gateway's MAC address.
 pub const GATEWAY_MAC_DEFAULT: Mac = Mac([0x5a, 0x94, 0xef, 0xe4, 0x0c, 0xdd]);
 /// MTU of guests' links, in bytes.
@@ -89,6 +94,8 @@ pub struct NetworkConfig {
     pub name: String,
     /// Subnet of its guests.
     pub subnet: Ipv4Net,
+    /// IPv6 prefix of its guests, unless it carries no IPv6.
+    pub ipv6: Option<Ipv6Net>,
     /// The gateway.
     pub gateway: Ipv4Addr,
     /// The gateway's MAC address.

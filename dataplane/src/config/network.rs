@@ -2,15 +2,17 @@
 
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 
-use ipnet::Ipv4Net;
+use ipnet::{IpNet, Ipv4Net, Ipv6Net};
+use vnet_proto::model::special::{is_refused, judged};
 use vnet_proto::model::{Name, NameError};
 
 use crate::args::Args;
 use crate::config::{
-    DNS_PORT, GATEWAY_MAC_DEFAULT, MTU_BYTES_DEFAULT, MTU_BYTES_MAX, MTU_BYTES_MIN, NetworkConfig, Problem,
-    SEARCH_DOMAINS_MAX, SUBNET_DEFAULT, SUBNET_PREFIX_MAX, SUBNET_PREFIX_MIN, ZONES_DEFAULT, canonical,
-    parse_mac,
+    DNS_PORT, GATEWAY_MAC_DEFAULT, IPV6_PREFIX_DEFAULT, IPV6_PREFIX_LENGTH, MTU_BYTES_DEFAULT, MTU_BYTES_MAX,
+    MTU_BYTES_MIN, NetworkConfig, Problem, SEARCH_DOMAINS_MAX, SUBNET_DEFAULT, SUBNET_PREFIX_MAX,
+    SUBNET_PREFIX_MIN, ZONES_DEFAULT, canonical, parse_mac,
 };
+use crate::engine::ip::IPV6_MTU_BYTES_MIN;
 use crate::forward::{FORWARDS_MAX, ForwardSpec};
 use crate::mac::Mac;
 use crate::message::{Forward, Zone};
@@ -62,6 +64,7 @@ pub(super) fn check(args: &Args, name: &str, problems: &mut Vec<Problem>) -> Net
     let mut network = NetworkConfig {
         name: name.to_owned(),
         subnet,
+        ipv6: ipv6_prefix(args, mtu_bytes, problems),
         gateway,
         gateway_mac,
         host_alias,
@@ -94,6 +97,29 @@ fn subnet(args: &Args, problems: &mut Vec<Problem>) -> Ipv4Net {
     };
     problems.push(problem);
     SUBNET_DEFAULT
+}
+
+fn ipv6_prefix(args: &Args, mtu_bytes: u16, problems: &mut Vec<Problem>) -> Option<Ipv6Net> {
+    let narrow = usize::from(mtu_bytes) < IPV6_MTU_BYTES_MIN;
+    let problem = match args.ipv6_prefix.as_deref() {
+        None => return (!narrow).then_some(IPV6_PREFIX_DEFAULT),
+        Some("off") => return None,
+        Some(_) if narrow => Problem::Ipv6Mtu(mtu_bytes),
+        Some(text) => match text.parse::<Ipv6Net>() {
+            Ok(net) if net.prefix_len() != IPV6_PREFIX_LENGTH => Problem::Ipv6Prefix(text.to_owned()),
+            Ok(net) if net.trunc() != net => Problem::Ipv6PrefixBits {
+                found: text.to_owned(),
+                meant: net.trunc(),
+            },
+            Ok(net) if is_refused(net.network()) || judged(net.network().into()).is_ipv4() => {
+                Problem::Ipv6PrefixKind(net)
+            }
+            Ok(net) => return Some(net),
+            Err(_) => Problem::Ipv6Prefix(text.to_owned()),
+        },
+    };
+    problems.push(problem);
+    None
 }
 
 fn is_unusable(net: Ipv4Net) -> bool {
@@ -328,6 +354,21 @@ fn zone(text: &str) -> Result<Zone, Problem> {
     Ok(zone)
 }
 
+/// Whether a guest may have an address.
+fn is_guest(address: IpAddr, network: &NetworkConfig) -> bool {
+    match address {
+        IpAddr::V4(v4) => {
+            let mut problems = Vec::new();
+            check_guest_address("--publish", v4, network, &mut problems);
+            problems.is_empty()
+        }
+        // The first two addresses of the prefix are any router's and the gateway's.
+        IpAddr::V6(v6) => network
+            .ipv6
+            .is_some_and(|prefix| prefix.contains(&v6) && v6.to_bits() - prefix.network().to_bits() > 1),
+    }
+}
+
 /// Reads `-p`. A forward that names no guest leads to the first.
 pub(super) fn forwards(args: &Args, network: &NetworkConfig, problems: &mut Vec<Problem>) -> Vec<Forward> {
     let mut forwards: Vec<Forward> = Vec::new();
@@ -341,15 +382,15 @@ pub(super) fn forwards(args: &Args, network: &NetworkConfig, problems: &mut Vec<
         };
         let forward = spec.into_forward(IpAddr::V4(network.first_guest));
         let guest = forward.target.ip();
-        let mut refused = Vec::new();
-        if let IpAddr::V4(v4) = guest {
-            check_guest_address("--publish", v4, network, &mut refused);
-        }
-        if guest.is_ipv6() || !refused.is_empty() {
+        let subnet: IpNet = match (guest, network.ipv6) {
+            (IpAddr::V6(_), Some(prefix)) => prefix.into(),
+            _ => network.subnet.into(),
+        };
+        if !is_guest(guest, network) {
             problems.push(Problem::PublishGuest {
                 found: text.clone(),
                 guest,
-                subnet: network.subnet,
+                subnet,
             });
         }
         let same = |other: &Forward| other.protocol == forward.protocol && other.listen == forward.listen;

@@ -2,7 +2,7 @@
 
 use std::net::{IpAddr, Ipv4Addr};
 
-use ipnet::Ipv4Net;
+use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 use vnet_proto::model::NameError;
 
 use crate::config::url::UrlError;
@@ -84,6 +84,16 @@ pub enum Problem {
     SubnetSize(Ipv4Net),
     #[error("--subnet {0} is loopback, link-local or multicast, which guests cannot have")]
     SubnetKind(Ipv4Net),
+    #[error("--ipv6-prefix {0} is not an IPv6 prefix of 64 bits (expected one as fd00::/64, or off)")]
+    Ipv6Prefix(String),
+    #[error("--ipv6-prefix {found} has bits set beyond its prefix length (did you mean {meant}?)")]
+    Ipv6PrefixBits { found: String, meant: Ipv6Net },
+    #[error(
+        "--ipv6-prefix {0} is loopback, link-local, multicast, or carries IPv4 addresses, which guests cannot have"
+    )]
+    Ipv6PrefixKind(Ipv6Net),
+    #[error("--ipv6-prefix cannot be had with --mtu {0} (IPv6 needs 1280 at least)")]
+    Ipv6Mtu(u16),
     #[error("{flag} {found} is not an IPv4 address{or}")]
     Address {
         flag: &'static str,
@@ -141,7 +151,7 @@ pub enum Problem {
     PublishGuest {
         found: String,
         guest: IpAddr,
-        subnet: Ipv4Net,
+        subnet: IpNet,
     },
     #[error("--publish {0}: another --publish listens there too")]
     PublishTwice(String),

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
-use crate::message::OwnPolicy;
+use crate::message::{OwnList, OwnPolicy};
 
 /// The document. Everything may be left out.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -34,6 +34,39 @@ pub struct OwnPolicySettings {
     pub source: String,
     /// Rules placed before the document's, as `allow tcp 10.0.0.1:80`.
     pub rules: Vec<String>,
+    /// The lists that the document names.
+    pub lists: Vec<OwnListSettings>,
+}
+
+/// A list that a policy names.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct OwnListSettings {
+    /// Its path, as the document writes it.
+    pub path: String,
+    /// Its content's SHA-256, as hexadecimal digits.
+    pub sha256: String,
+    /// Its content, compressed and in base64.
+    #[serde(with = "base64_text")]
+    pub content: Vec<u8>,
+    /// Bytes of its content.
+    pub size_bytes: u64,
+}
+
+mod base64_text {
+    use base64::Engine as _;
+    use base64::engine::general_purpose::STANDARD;
+    use serde::{Deserialize as _, Deserializer, Serializer, de::Error as _};
+
+    pub(super) fn serialize<S: Serializer>(bytes: &[u8], serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.serialize_str(&STANDARD.encode(bytes))
+    }
+
+    pub(super) fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<u8>, D::Error> {
+        STANDARD
+            .decode(String::deserialize(deserializer)?)
+            .map_err(D::Error::custom)
+    }
 }
 
 impl From<OwnPolicySettings> for OwnPolicy {
@@ -42,6 +75,18 @@ impl From<OwnPolicySettings> for OwnPolicy {
             document: settings.document,
             source: settings.source,
             rules: settings.rules,
+            lists: settings.lists.into_iter().map(Into::into).collect(),
+        }
+    }
+}
+
+impl From<OwnListSettings> for OwnList {
+    fn from(settings: OwnListSettings) -> Self {
+        Self {
+            path: settings.path,
+            sha256: settings.sha256,
+            content: settings.content,
+            size_bytes: settings.size_bytes,
         }
     }
 }
@@ -82,4 +127,4 @@ impl VmSettings {
 }
 
 /// The longest document. Each VM carries its policy in a Hello, which has a limit too.
-const SETTINGS_BYTES_MAX: u64 = 1 << 20;
+const SETTINGS_BYTES_MAX: u64 = 64 << 20;

@@ -57,6 +57,10 @@ fn without_flags_everything_is_as_under_gvproxy() {
     assert_eq!(network.first_guest, ipv4("192.168.127.2"));
     assert_eq!(network.mtu_bytes, 1500);
     assert_eq!(
+        network.ipv6.map(|net| net.to_string()).as_deref(),
+        Some("fd00::/64")
+    );
+    assert_eq!(
         (
             network.resolvers.len(),
             network.search.len(),
@@ -92,6 +96,20 @@ fn describe(zone: &Zone) -> String {
         text.push_str(&format!(" *={address}"));
     }
     text
+}
+
+#[test]
+fn ipv6_follows_its_prefix_and_is_off_when_asked_or_where_the_link_is_too_narrow() {
+    let prefix = |flags: &[&str]| check(flags).unwrap().network.ipv6.map(|net| net.to_string());
+    assert_eq!(
+        prefix(&["--ipv6-prefix", "2001:db8:1:2::/64"]).as_deref(),
+        Some("2001:db8:1:2::/64")
+    );
+    assert_eq!(prefix(&["--ipv6-prefix", "off"]), None);
+    assert_eq!(prefix(&["--mtu", "1279"]), None);
+    assert!(prefix(&["--mtu", "1280"]).is_some());
+    let config = check(&["--publish", "[::1]:80:[fd00::2]:80"]).unwrap();
+    assert_eq!(config.forwards[0].target, "[fd00::2]:80".parse().unwrap());
 }
 
 #[test]
@@ -348,6 +366,34 @@ fn bad_flags_are_refused_in_these_words() {
             "--mtu big is out of range (expected 576 to 65520)",
         ),
         (
+            &["--ipv6-prefix", "fd00::/48"],
+            "--ipv6-prefix fd00::/48 is not an IPv6 prefix of 64 bits (expected one as fd00::/64, or off)",
+        ),
+        (
+            &["--ipv6-prefix", "none"],
+            "--ipv6-prefix none is not an IPv6 prefix of 64 bits (expected one as fd00::/64, or off)",
+        ),
+        (
+            &["--ipv6-prefix", "fd00::1/64"],
+            "--ipv6-prefix fd00::1/64 has bits set beyond its prefix length (did you mean fd00::/64?)",
+        ),
+        (
+            &["--ipv6-prefix", "fe80::/64"],
+            "--ipv6-prefix fe80::/64 is loopback, link-local, multicast, or carries IPv4 addresses, which guests cannot have",
+        ),
+        (
+            &["--ipv6-prefix", "64:ff9b::/64"],
+            "--ipv6-prefix 64:ff9b::/64 is loopback, link-local, multicast, or carries IPv4 addresses, which guests cannot have",
+        ),
+        (
+            &["--mtu", "1000", "--ipv6-prefix", "fd00::/64"],
+            "--ipv6-prefix cannot be had with --mtu 1000 (IPv6 needs 1280 at least)",
+        ),
+        (
+            &["--publish", "80:[fd00::1]:80"],
+            "--publish 80:[fd00::1]:80: fd00::1 is not an address of subnet fd00::/64 that a guest can have",
+        ),
+        (
             &["--subnet", "10.0.0.0"],
             "--subnet 10.0.0.0 is not an IPv4 subnet (expected one as 192.168.127.0/24)",
         ),
@@ -517,6 +563,25 @@ fn every_problem_is_reported_at_once() {
 }
 
 #[test]
+fn the_lists_of_a_policy_come_through_the_settings_as_they_are() {
+    let list = OwnListSettings {
+        path: "lists/a.txt".to_owned(),
+        sha256: "ab".repeat(32),
+        content: (0..=255).collect(),
+        size_bytes: 7,
+    };
+    let settings = VmSettings {
+        own_policy: Some(OwnPolicySettings {
+            lists: vec![list],
+            ..Default::default()
+        }),
+        ..Default::default()
+    };
+    let written = serde_json::to_vec(&settings).unwrap();
+    assert_eq!(VmSettings::read(written.as_slice()).unwrap(), settings);
+}
+
+#[test]
 fn settings_with_an_unknown_key_or_too_long_are_refused() {
     let unknown = VmSettings::read(br#"{"modes": "ask"}"#.as_slice()).unwrap_err();
     let SettingsError::Json(cause) = &unknown else {
@@ -524,7 +589,7 @@ fn settings_with_an_unknown_key_or_too_long_are_refused() {
     };
     assert!(cause.to_string().contains("unknown field `modes`"), "{cause}");
 
-    let long = format!("{{\"mode\": \"{}\"}}", "a".repeat(2 << 20));
+    let long = format!("{{\"mode\": \"{}\"}}", "a".repeat(64 << 20));
     assert!(matches!(
         VmSettings::read(long.as_bytes()),
         Err(SettingsError::TooLong)

@@ -2,3 +2,4 @@
 
 pub mod resolver;
 pub mod sockets;
+pub mod way;

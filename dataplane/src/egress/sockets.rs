@@ -134,12 +134,16 @@ impl Sockets {
     }
 
     /// Opens an echo flow's socket: an unprivileged ping socket, where the host permits them
-    /// (on Linux, `net.ipv4.ping_group_range`).
+    /// (on Linux, `net.ipv4.ping_group_range`, for both families).
     ///
     /// # Errors
     /// The host's refusal.
     pub fn open_echo(&mut self, registry: &Registry, at: usize, to: SocketAddr) -> io::Result<()> {
-        let socket = Socket::new(Domain::IPV4, Type::DGRAM, Some(Protocol::ICMPV4))?;
+        let protocol = match to {
+            SocketAddr::V4(_) => Protocol::ICMPV4,
+            SocketAddr::V6(_) => Protocol::ICMPV6,
+        };
+        let socket = Socket::new(Domain::for_address(to), Type::DGRAM, Some(protocol))?;
         socket.set_nonblocking(true)?;
         socket.connect(&SocketAddr::new(to.ip(), 0).into())?;
         // A ping socket is a datagram socket like any other once it is open.

@@ -5,11 +5,12 @@
 //! allows nothing: it only says under which names a destination is judged.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::net::IpAddr;
 use std::time::Duration;
 
 use ahash::AHashMap;
 use vnet_proto::model::Name;
+use vnet_proto::model::special::judged;
 
 use crate::engine::Time;
 
@@ -61,7 +62,7 @@ impl Bindings {
 
     /// Learns that `name` stands for `addresses` for the next `lifetime`. A binding already known lives
     /// on; its end is never drawn nearer. Private addresses are learned too: the engine raises a guard for them
-    /// ([`is_private_or_special`]).
+    /// ([`is_private_or_special`](vnet_proto::model::special::is_private_or_special)).
     ///
     /// Returns the addresses whose names are others than before, also by eviction: verdicts that rest
     /// on their names are void.
@@ -71,7 +72,8 @@ impl Bindings {
         for address in addresses
             .iter()
             .take(ADDRESSES_PER_ANSWER_MAX)
-            .map(IpAddr::to_canonical)
+            .copied()
+            .map(judged)
         {
             if self.learn_one(now, name, address, expires_at) {
                 changed.push(address);
@@ -97,7 +99,7 @@ impl Bindings {
 
     /// The names bound to an address, the newest first.
     pub fn names_of(&self, now: Time, address: IpAddr) -> Vec<Name> {
-        let bound = self.by_address.get(&address.to_canonical());
+        let bound = self.by_address.get(&judged(address));
         bound
             .into_iter()
             .flatten()
@@ -198,51 +200,6 @@ impl Bindings {
     }
 }
 
-/// Whether an address is one that no name of the public DNS has a reason to stand for (RFC 6890 and its
-/// registries): private, shared, loopback, link-local, benchmarking, multicast, reserved, or an IPv6
-/// address that carries such an IPv4 address. The networks for documentation count as public: they are
-/// nobody's own.
-pub fn is_private_or_special(address: IpAddr) -> bool {
-    match address {
-        IpAddr::V4(v4) => is_special_v4(v4),
-        IpAddr::V6(v6) => is_special_v6(v6),
-    }
-}
-
-fn is_special_v4(address: Ipv4Addr) -> bool {
-    let [a, b, c, _] = address.octets();
-    address.is_private()
-        || address.is_loopback()
-        || address.is_link_local()
-        || a == 0
-        || (a == 100 && b & 0xc0 == 64)
-        || (a == 192 && b == 0 && c == 0)
-        || (a == 198 && b & 0xfe == 18)
-        || a >= 224
-}
-
-fn is_special_v6(address: Ipv6Addr) -> bool {
-    let s = address.segments();
-    let embedded = |high: u16, low: u16| {
-        let ([a, b], [c, d]) = (high.to_be_bytes(), low.to_be_bytes());
-        Ipv4Addr::new(a, b, c, d)
-    };
-    match s {
-        // Unspecified, loopback, IPv4-compatible (RFC 4291 §2.5.5.1) and IPv4-mapped.
-        [0, 0, 0, 0, 0, 0 | 0xffff, ..] => true,
-        // NAT64's well-known prefix stands for the address inside (RFC 6052); its local one is local (RFC 8215).
-        [0x64, 0xff9b, 0, 0, 0, 0, high, low] => is_special_v4(embedded(high, low)),
-        [0x64, 0xff9b, 1, ..] => true,
-        // 6to4 (RFC 3056) stands for the address inside.
-        [0x2002, high, low, ..] => is_special_v4(embedded(high, low)),
-        // Discard-only, Teredo, benchmarking, ORCHID, segment routing.
-        [0x100, 0, 0, 0, ..] | [0x2001, 0, ..] | [0x2001, 2, 0, ..] | [0x5f00, ..] => true,
-        [0x2001, orchid, ..] if orchid & 0xfff0 == 0x10 => true,
-        // Unique local, link-local, site-local of old, multicast.
-        [first, ..] => first & 0xfe00 == 0xfc00 || first & 0xff80 == 0xfe80 || first >= 0xff00,
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -296,10 +253,14 @@ mod tests {
     }
 
     #[test]
-    fn mapped_addresses_are_the_ipv4_addresses_that_packets_carry() {
+    fn addresses_that_stand_for_an_ipv4_address_are_that_address() {
         let mut bindings = Bindings::default();
         bindings.learn(at(0), &name("a.test"), &[ip("::ffff:10.0.0.1")], at(60));
-        assert_eq!(bindings.names_of(at(1), ip("10.0.0.1")), [name("a.test")]);
+        bindings.learn(at(0), &name("b.test"), &[ip("64:ff9b::10.0.0.1")], at(60));
+        for spelling in ["10.0.0.1", "64:ff9b::a00:1"] {
+            let names = bindings.names_of(at(1), ip(spelling));
+            assert_eq!(names, [name("b.test"), name("a.test")], "{spelling}");
+        }
     }
 
     #[test]
@@ -347,22 +308,5 @@ mod tests {
             (vec![ip("203.0.113.1"), ip("203.0.113.2")], at(50))
         );
         assert!(bindings.in_force(at(60)).is_empty());
-    }
-
-    #[test]
-    fn special_addresses_are_told_from_public_ones_at_the_edges() {
-        let special = "0.0.0.0 0.255.255.255 10.0.0.0 10.255.255.255 100.64.0.0 100.127.255.255 127.0.0.1 169.254.169.254 \
-            172.16.0.0 172.31.255.255 192.0.0.8 192.168.0.1 198.18.0.0 198.19.255.255 224.0.0.1 240.0.0.1 255.255.255.255 \
-            :: ::1 ::10.0.0.1 ::ffff:8.8.8.8 64:ff9b::a00:1 64:ff9b:1::808:808 2002:a00:1:: 2002:c0a8:101::1 100::1 2001::1 \
-            2001:2::1 2001:10::1 fc00::1 fdff::1 fe80::1 febf::1 fec0::1 ff02::1 5f00::1";
-        for text in special.split_whitespace() {
-            assert!(is_private_or_special(ip(text)), "{text}");
-        }
-        let public = "1.0.0.0 9.255.255.255 11.0.0.0 100.63.255.255 100.128.0.0 126.255.255.255 128.0.0.0 169.253.255.255 \
-            172.15.255.255 172.32.0.0 192.0.1.0 192.0.2.1 192.167.255.255 192.169.0.0 198.17.255.255 198.20.0.0 198.51.100.1 \
-            203.0.113.1 223.255.255.255 64:ff9b::808:808 2002:808:808::1 2001:db8::1 2600::1 2a00:1450::1 fbff::1";
-        for text in public.split_whitespace() {
-            assert!(!is_private_or_special(ip(text)), "{text}");
-        }
     }
 }

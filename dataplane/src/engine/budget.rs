@@ -55,7 +55,10 @@ impl Count {
     }
 
     fn left(&self) -> u64 {
-        self.limit.load(Relaxed).saturating_sub(self.used.load(Relaxed))
+        match self.limit.load(Relaxed) {
+            u64::MAX => u64::MAX,
+            limit => limit.saturating_sub(self.used.load(Relaxed)),
+        }
     }
 
     fn set_limit(&self, limit: u64) {

@@ -155,6 +155,7 @@ impl Cache {
 
     /// The decision that covers a flow that stands so now, if one does. `None` is a miss.
     pub fn lookup(&self, now: Time, key: &FlowKey, standing: Standing) -> Option<&Arc<Decision>> {
+        let key = key.judged();
         let (port, address) = (key.peer.port(), key.peer.ip());
         self.shapes
             .iter()
@@ -365,7 +366,7 @@ mod tests {
     use std::net::Ipv4Addr;
     use std::time::Duration;
 
-    use vnet_proto::model::{MissId, parse_prefix};
+    use vnet_proto::model::{MissId, NameDemand, parse_prefix};
 
     use super::*;
 
@@ -399,6 +400,8 @@ mod tests {
             grant: String::new(),
             reason: Reason::default(),
             would_deny: false,
+            name_demand: NameDemand::Off,
+            names: Vec::new(),
         }
     }
 

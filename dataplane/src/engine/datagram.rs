@@ -1,6 +1,6 @@
 //! UDP associations and ICMP echo sessions.
 
-use std::net::{IpAddr, SocketAddr, SocketAddrV4};
+use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -8,7 +8,8 @@ use vnet_proto::model::{FlowKey, Protocol, VerdictAction, VmId};
 
 use crate::engine::cache::Decision;
 use crate::engine::flow::State;
-use crate::engine::frame::{DropReason, Ipv4};
+use crate::engine::frame::DropReason;
+use crate::engine::ip::Ip;
 use crate::engine::judge::Wanted;
 use crate::engine::reply::{self, Unreachable};
 use crate::engine::{
@@ -19,7 +20,9 @@ use crate::message::FlowEnd;
 const UDP_BYTES: usize = 8;
 const ICMP_BYTES: usize = 8;
 const DNS_PORT: u16 = 53;
-const ECHO_REQUEST: u8 = 8;
+/// Types of echo request and reply (RFC 792, RFC 4443 §4).
+const ECHO: [u8; 2] = [8, 0];
+const ECHO_V6: [u8; 2] = [128, 129];
 
 /// How long a UDP association lives without a packet.
 pub(super) fn udp_idle(bytes_down: u64) -> Duration {
@@ -31,33 +34,33 @@ pub(super) fn udp_idle(bytes_down: u64) -> Duration {
 }
 
 impl Engine {
-    pub(super) fn handle_udp<'a>(&mut self, now: Time, ip: Ipv4<'a>) -> Result<Outcome<'a>, DropReason> {
+    pub(super) fn handle_udp<'a>(&mut self, now: Time, ip: &Ip<'a>) -> Result<Outcome<'a>, DropReason> {
         let datagram = ip.payload();
         let header = datagram.first_chunk::<UDP_BYTES>().ok_or(DropReason::Malformed)?;
         let length = usize::from(u16::from_be_bytes([header[4], header[5]]));
         let length = if length == 0 { datagram.len() } else { length };
         let payload = datagram.get(UDP_BYTES..length).ok_or(DropReason::Malformed)?;
-        let guest = SocketAddrV4::new(ip.source, u16::from_be_bytes([header[0], header[1]]));
-        let peer = SocketAddrV4::new(ip.destination, u16::from_be_bytes([header[2], header[3]]));
+        let guest = SocketAddr::new(ip.source, u16::from_be_bytes([header[0], header[1]]));
+        let peer = SocketAddr::new(ip.destination, u16::from_be_bytes([header[2], header[3]]));
         let key = FlowKey {
             protocol: Protocol::Udp,
-            guest: guest.into(),
-            peer: peer.into(),
+            guest,
+            peer,
         };
 
-        if inbound::is_dhcp_answer(&ip) && self.is_guest_address(ip.destination) {
+        if inbound::is_dhcp_answer(ip) && self.is_guest_address(ip.destination) {
             return Err(DropReason::RogueDhcp);
         }
         if let Some(at) = self.flows.find(&key) {
             match self.flows.get(at).map(|f| &f.state) {
                 Some(State::Udp) => return Ok(Outcome::Datagram { flow: at, payload }),
                 Some(State::Switched(_)) => {
-                    if let Some(outcome) = self.pass_datagram(now, at, &ip)? {
+                    if let Some(outcome) = self.pass_datagram(now, at, ip)? {
                         return Ok(outcome);
                     }
                 }
                 _ => {
-                    self.keep_held(at, &ip, payload)?;
+                    self.keep_held(at, ip, payload)?;
                     return Ok(Outcome::Done);
                 }
             }
@@ -65,27 +68,31 @@ impl Engine {
         if peer.port() == 0 {
             return Err(DropReason::Malformed);
         }
-        if *peer.ip() == self.config.gateway {
+        if self.is_gateway(peer.ip()) {
             if peer.port() == DNS_PORT {
-                self.handle_dns_datagram(now, guest, payload);
+                self.handle_dns_datagram(now, guest, peer.ip(), payload);
                 return Ok(Outcome::Done);
             }
-            self.refuse_unreachable(&ip, Unreachable::Port);
+            self.refuse_unreachable(ip, Unreachable::Port);
             return Err(DropReason::GatewayService);
         }
-        self.open_datagrams(now, &ip, key, State::Udp, payload)
+        self.open_datagrams(now, ip, key, State::Udp, payload)
     }
 
-    pub(super) fn handle_icmp<'a>(&mut self, now: Time, ip: Ipv4<'a>) -> Result<Outcome<'a>, DropReason> {
+    pub(super) fn handle_icmp<'a>(&mut self, now: Time, ip: &Ip<'a>) -> Result<Outcome<'a>, DropReason> {
         let message = ip.payload();
         let header = message.first_chunk::<ICMP_BYTES>().ok_or(DropReason::Malformed)?;
+        let (protocol, [request, reply]) = match ip.destination {
+            IpAddr::V4(_) => (Protocol::Icmp, ECHO),
+            IpAddr::V6(_) => (Protocol::Icmpv6, ECHO_V6),
+        };
         // Only echo requests open sessions; errors and the like have a place between guests alone.
-        if (header[0], header[1]) != (ECHO_REQUEST, 0) {
-            return self.pass_answer(now, &ip);
+        if header[..2] != [request, 0] {
+            return self.pass_answer(now, ip);
         }
-        if ip.destination == self.config.gateway {
+        if self.is_gateway(ip.destination) {
             let mut answer = message.to_vec();
-            answer[0] = 0;
+            answer[0] = reply;
             let mtu = self.config.mtu_bytes;
             if !reply::icmp(&mut self.transmit, ip.destination, ip.source, &answer, mtu) {
                 return Err(DropReason::TransmitQueueFull);
@@ -94,29 +101,29 @@ impl Engine {
         }
         let identifier = u16::from_be_bytes([header[4], header[5]]);
         let key = FlowKey {
-            protocol: Protocol::Icmp,
-            guest: SocketAddrV4::new(ip.source, identifier).into(),
-            peer: SocketAddrV4::new(ip.destination, 0).into(),
+            protocol,
+            guest: SocketAddr::new(ip.source, identifier),
+            peer: SocketAddr::new(ip.destination, 0),
         };
         if let Some(at) = self.flows.find(&key) {
             match self.flows.get(at).map(|f| &f.state) {
                 Some(State::Echo) => return Ok(Outcome::Echo { flow: at, message }),
                 Some(State::Switched(_)) => {
-                    if let Some(outcome) = self.pass_datagram(now, at, &ip)? {
+                    if let Some(outcome) = self.pass_datagram(now, at, ip)? {
                         return Ok(outcome);
                     }
                 }
                 _ => return Ok(Outcome::Done),
             }
         }
-        self.open_datagrams(now, &ip, key, State::Echo, message)
+        self.open_datagrams(now, ip, key, State::Echo, message)
     }
 
     /// The first packet of a UDP or echo flow: sent at once, or held.
     fn open_datagrams<'a>(
         &mut self,
         now: Time,
-        ip: &Ipv4<'a>,
+        ip: &Ip<'a>,
         key: FlowKey,
         state: State,
         payload: &'a [u8],
@@ -154,7 +161,7 @@ impl Engine {
                 if kept.len() > held::DATAGRAM_BYTES_MAX {
                     return Err(DropReason::HeldLimit);
                 }
-                let quote = ip.packet[..ip.packet.len().min(ip.header_bytes + 8)].into();
+                let quote = ip.short_quote().into();
                 if self.hold(now, wanted, vec![kept.into()], quote, None) {
                     Ok(Outcome::Done)
                 } else {
@@ -190,7 +197,7 @@ impl Engine {
     }
 
     /// Keeps a further datagram of a held flow: the first few, the oldest.
-    fn keep_held(&mut self, at: usize, ip: &Ipv4<'_>, payload: &[u8]) -> Result<(), DropReason> {
+    fn keep_held(&mut self, at: usize, ip: &Ip<'_>, payload: &[u8]) -> Result<(), DropReason> {
         let Some(flow) = self.flows.get_mut(at) else {
             return Ok(());
         };
@@ -241,9 +248,7 @@ impl Engine {
     /// A datagram for a UDP flow came from the host's side.
     pub fn handle_datagram(&mut self, now: Time, at: usize, payload: &[u8]) {
         let Some(flow) = self.flows.get(at) else { return };
-        let (SocketAddr::V4(guest), SocketAddr::V4(peer)) = (flow.key.guest, flow.key.peer) else {
-            return;
-        };
+        let (guest, peer) = (flow.key.guest, flow.key.peer);
         if reply::udp(&mut self.transmit, peer, guest, payload, self.config.mtu_bytes) {
             self.count_bytes(now, at, 0, payload.len());
         } else {
@@ -254,9 +259,7 @@ impl Engine {
     /// An echo reply for an echo flow came from the host's side: the message, header included.
     pub fn handle_echo_reply(&mut self, now: Time, at: usize, message: &mut [u8]) {
         let Some(flow) = self.flows.get(at) else { return };
-        let (IpAddr::V4(guest), IpAddr::V4(peer)) = (flow.key.guest.ip(), flow.key.peer.ip()) else {
-            return;
-        };
+        let (guest, peer) = (flow.key.guest.ip(), flow.key.peer.ip());
         // The host's kernel chose its own identifier; the guest knows its own.
         let Some(header) = message.first_chunk_mut::<ICMP_BYTES>() else {
             return;
@@ -275,25 +278,24 @@ impl Engine {
         let (Some(why), Some(flow)) = (unreachable, self.flows.get(at)) else {
             return;
         };
-        let (SocketAddr::V4(guest), SocketAddr::V4(peer)) = (flow.key.guest, flow.key.peer) else {
-            return;
-        };
+        let (guest, peer) = (flow.key.guest, flow.key.peer);
         if flow.key.protocol == Protocol::Udp && !flow.ingress {
-            reply::unreachable_for_udp(&mut self.transmit, self.config.gateway, guest, peer, why);
+            let gateway = self.gateway_towards(guest.ip());
+            reply::unreachable_for_udp(&mut self.transmit, gateway, guest, peer, why);
         }
     }
 
     /// A datagram from a client of a UDP forward: the flow's place, `None` when it is refused.
-    pub fn open_ingress_udp(&mut self, now: Time, target: SocketAddrV4) -> Option<usize> {
-        if self.settings.forwards_closed || !self.is_guest_address(*target.ip()) {
+    pub fn open_ingress_udp(&mut self, now: Time, target: SocketAddr) -> Option<usize> {
+        if self.settings.forwards_closed || !self.is_guest_address(target.ip()) {
             return None;
         }
         self.make_room(Protocol::Udp).ok()?;
         let client = self.free_ingress_port(Protocol::Udp, target)?;
         let key = FlowKey {
             protocol: Protocol::Udp,
-            guest: target.into(),
-            peer: client.into(),
+            guest: target,
+            peer: client,
         };
         let at = self.new_flow(now, Wanted::plain(key), State::Udp);
         if let Some(flow) = self.flows.get_mut(at) {
@@ -306,7 +308,7 @@ impl Engine {
 }
 
 /// What is kept of a held datagram: to another guest the whole packet goes on as it is.
-fn to_keep<'a>(neighbour: Option<VmId>, ip: &Ipv4<'a>, payload: &'a [u8]) -> &'a [u8] {
+fn to_keep<'a>(neighbour: Option<VmId>, ip: &Ip<'a>, payload: &'a [u8]) -> &'a [u8] {
     match neighbour {
         Some(_) => ip.packet,
         None => payload,

@@ -1,17 +1,16 @@
 //! Parses a guest's frame once: bytes to [`Frame`], or the [`DropReason`] why not.
 //!
-//! Ethernet II (no VLAN tags), ARP (RFC 826), IPv4 (RFC 791). Checksums of what a guest sends are not
-//! verified: hypervisors that offload leave them unfinished, and a wrong one harms only the guest's
-//! own stream. Lengths are, always.
+//! Ethernet II (no VLAN tags) and ARP (RFC 826); what IP packets say is [`super::ip`]'s. Checksums of what a
+//! guest sends are not verified: hypervisors that offload leave them unfinished, and a wrong one harms only
+//! the guest's own stream. Lengths are, always.
 
 use std::net::Ipv4Addr;
 
+use crate::engine::ip::Ip;
 use crate::mac::Mac;
 
 /// An Ethernet header, bytes.
 pub const ETHERNET_BYTES: usize = 14;
-/// An IPv4 header without options, bytes.
-pub const IPV4_BYTES: usize = 20;
 
 /// What an Ethernet frame carries.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -48,9 +47,9 @@ pub enum DropReason {
     AddressLimit,
     /// An EtherType that the network does not carry.
     EtherType,
-    /// IPv6, which this network does not carry.
+    /// IPv6, on a network that was told not to carry it.
     Ipv6,
-    /// An IP protocol that the network does not carry.
+    /// An IP protocol, extension or ICMP message that the network does not carry.
     IpProtocol,
     /// A destination that no guest may send to (multicast, broadcast, loopback, reserved).
     Destination,
@@ -70,7 +69,7 @@ pub enum DropReason {
     HeldLimit,
     /// Denied by a verdict, in silence or not.
     Denied,
-    /// A datagram that the host's socket would not take.
+    /// What the host would not take: a datagram, or a flow that it has no route for.
     HostRefused,
     /// A gateway service that is not offered.
     GatewayService,
@@ -80,11 +79,14 @@ pub enum DropReason {
     UnknownPeer,
     /// A DHCP answer from a guest: only the gateway gives addresses.
     RogueDhcp,
+    /// What only a router says (router advertisement, redirect), or an advertisement of an address that is
+    /// not the guest's.
+    RogueNdp,
 }
 
 impl DropReason {
     /// All of them, in the order of their numbers.
-    pub const ALL: [Self; 21] = [
+    pub const ALL: [Self; 22] = [
         Self::Malformed,
         Self::SpoofedMac,
         Self::SpoofedAddress,
@@ -106,6 +108,7 @@ impl DropReason {
         Self::Oversize,
         Self::UnknownPeer,
         Self::RogueDhcp,
+        Self::RogueNdp,
     ];
 
     /// Its word in metrics and docs.
@@ -132,6 +135,7 @@ impl DropReason {
             Self::Oversize => "oversize",
             Self::UnknownPeer => "unknown_peer",
             Self::RogueDhcp => "rogue_dhcp",
+            Self::RogueNdp => "rogue_ndp",
         }
     }
 }
@@ -153,9 +157,9 @@ pub enum Body<'a> {
     /// ARP for IPv4 over Ethernet.
     Arp(Arp),
     /// IPv4.
-    Ipv4(Ipv4<'a>),
-    /// IPv6, the whole packet, not looked into.
-    Ipv6(&'a [u8]),
+    Ipv4(Ip<'a>),
+    /// IPv6.
+    Ipv6(Ip<'a>),
 }
 
 /// An ARP packet (RFC 826) for IPv4 over Ethernet.
@@ -171,76 +175,12 @@ pub struct Arp {
     pub target: Ipv4Addr,
 }
 
-/// An IPv4 packet.
-#[derive(Debug, Clone, Copy)]
-pub struct Ipv4<'a> {
-    /// The packet, cut to its total length.
-    pub packet: &'a [u8],
-    /// Header length, bytes.
-    pub header_bytes: usize,
-    /// Source.
-    pub source: Ipv4Addr,
-    /// Destination.
-    pub destination: Ipv4Addr,
-    /// Protocol number.
-    pub protocol: u8,
-    /// Identification, for fragments.
-    pub identification: u16,
-    /// Offset of this fragment's payload, bytes.
-    pub fragment_offset: usize,
-    /// Whether more fragments follow.
-    pub more_fragments: bool,
-}
-
-impl<'a> Ipv4<'a> {
-    /// Reads the header of a packet.
-    ///
-    /// # Errors
-    /// [`DropReason::Malformed`] when lengths or version are wrong.
-    pub fn parse(bytes: &'a [u8]) -> Result<Self, DropReason> {
-        let header = bytes.first_chunk::<IPV4_BYTES>().ok_or(DropReason::Malformed)?;
-        let header_bytes = usize::from(header[0] & 0x0f) * 4;
-        let total = usize::from(u16::from_be_bytes([header[2], header[3]]));
-        // A super-frame of an offloading hypervisor may leave the length zero.
-        let total = if total == 0 { bytes.len() } else { total };
-        if header[0] >> 4 != 4 || header_bytes < IPV4_BYTES || total < header_bytes {
-            return Err(DropReason::Malformed);
-        }
-        let packet = bytes.get(..total).ok_or(DropReason::Malformed)?;
-        let flags = u16::from_be_bytes([header[6], header[7]]);
-        Ok(Self {
-            packet,
-            header_bytes,
-            source: Ipv4Addr::new(header[12], header[13], header[14], header[15]),
-            destination: Ipv4Addr::new(header[16], header[17], header[18], header[19]),
-            protocol: header[9],
-            identification: u16::from_be_bytes([header[4], header[5]]),
-            fragment_offset: usize::from(flags & 0x1fff) * 8,
-            more_fragments: flags & 0x2000 != 0,
-        })
-    }
-
-    /// What the packet carries.
-    pub fn payload(&self) -> &'a [u8] {
-        &self.packet[self.header_bytes..]
-    }
-
-    /// Whether nobody may take it apart.
-    pub fn do_not_fragment(&self) -> bool {
-        self.packet[6] & 0x40 != 0
-    }
-
-    /// Whether it is a part of a larger packet.
-    pub fn is_fragment(&self) -> bool {
-        self.more_fragments || self.fragment_offset != 0
-    }
-}
-
 impl<'a> Frame<'a> {
     /// Takes a frame apart.
     ///
     /// # Errors
     /// Why it cannot be delivered.
+    #[inline]
     pub fn parse(bytes: &'a [u8]) -> Result<Self, DropReason> {
         let (header, body) = bytes
             .split_first_chunk::<ETHERNET_BYTES>()
@@ -256,9 +196,9 @@ impl<'a> Frame<'a> {
             ])
         };
         let body = match u16::from_be_bytes([header[12], header[13]]) {
-            0x0800 => Body::Ipv4(Ipv4::parse(body)?),
+            0x0800 => Body::Ipv4(Ip::parse_ipv4(body)?),
             0x0806 => Body::Arp(Arp::parse(body)?),
-            0x86dd => Body::Ipv6(body),
+            0x86dd => Body::Ipv6(Ip::parse_ipv6(body)?),
             _ => return Err(DropReason::EtherType),
         };
         Ok(Self {
@@ -317,25 +257,23 @@ mod tests {
             let mut bytes: Vec<u8> = (0..length).map(|i| (state >> (i % 57)) as u8).collect();
             if length > 20 && state & 1 == 0 {
                 bytes[12..14].copy_from_slice(&[[8, 0], [8, 6], [0x86, 0xdd]][(state >> 7) as usize % 3]);
-                bytes[14] = 0x45;
+                bytes[14] = [0x45, 0x60][(state >> 9) as usize % 2];
             }
             let _ = Frame::parse(&bytes);
         }
     }
 
     #[test]
-    fn runts_and_lying_lengths_are_malformed() {
+    fn a_frame_carries_what_its_type_says() {
         assert_eq!(Frame::parse(&[0; 13]).unwrap_err(), DropReason::Malformed);
-        let mut packet = [0u8; 20];
-        packet[0] = 0x45;
-        packet[3] = 21;
-        assert_eq!(Ipv4::parse(&packet).unwrap_err(), DropReason::Malformed);
-        packet[3] = 19;
-        assert_eq!(Ipv4::parse(&packet).unwrap_err(), DropReason::Malformed);
-        packet[3] = 20;
-        assert!(Ipv4::parse(&packet).is_ok());
-        packet[0] = 0x46;
-        assert_eq!(Ipv4::parse(&packet).unwrap_err(), DropReason::Malformed);
+        let mut frame = vec![2; 12];
+        frame.extend_from_slice(&[0x86, 0xdd, 0x60, 0, 0, 0, 0, 0, 59, 64]);
+        frame.extend_from_slice(&[0; 32]);
+        assert!(matches!(Frame::parse(&frame).unwrap().body, Body::Ipv6(_)));
+        frame[12..14].copy_from_slice(&[8, 0]);
+        assert_eq!(Frame::parse(&frame).unwrap_err(), DropReason::Malformed);
+        frame[12..14].copy_from_slice(&[0x81, 0]);
+        assert_eq!(Frame::parse(&frame).unwrap_err(), DropReason::EtherType);
     }
 
     #[test]

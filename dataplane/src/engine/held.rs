@@ -26,7 +26,7 @@ const HOLD_STEP: Duration = Duration::from_millis(500);
 pub struct Target {
     /// Protocol.
     pub protocol: Protocol,
-    /// Destination as the guest sees it.
+    /// Destination as it is judged.
     pub peer: SocketAddr,
     /// The other guest that it belongs to. Whoever has the address next is another question.
     pub neighbour: Option<VmId>,

@@ -3,13 +3,15 @@
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::sync::Arc;
 
+use vnet_proto::model::special::{is_private_or_special, is_refused};
 use vnet_proto::model::{FlowKey, FlowSubject, Guard, Reason, VerdictAction, VmId};
 
 use crate::engine::cache::{Decision, Standing};
-use crate::engine::frame::{DropReason, Ipv4};
+use crate::engine::frame::DropReason;
 use crate::engine::held::Target;
+use crate::engine::ip::Ip;
 use crate::engine::reply::Unreachable;
-use crate::engine::{Engine, Time, bindings};
+use crate::engine::{Engine, Time};
 
 /// Where a flow goes, or would go.
 #[derive(Debug, Clone, Copy)]
@@ -34,9 +36,10 @@ impl Wanted {
 
     /// By whom misses are told apart.
     pub(super) fn target(&self) -> Target {
+        let key = self.key.judged();
         Target {
-            protocol: self.key.protocol,
-            peer: self.key.peer,
+            protocol: key.protocol,
+            peer: key.peer,
             neighbour: self.neighbour,
         }
     }
@@ -44,20 +47,25 @@ impl Wanted {
 
 impl Engine {
     /// Where a flow that begins with this packet would go, if it may at all.
-    pub(super) fn wanted(&mut self, ip: &Ipv4<'_>, key: FlowKey) -> Result<Wanted, DropReason> {
-        match self.check_destination(ip.destination) {
-            Ok(neighbour) => Ok(Wanted {
-                key,
-                dialled: self.dialled(key.peer),
-                neighbour,
-            }),
+    pub(super) fn wanted(&mut self, ip: &Ip<'_>, key: FlowKey) -> Result<Wanted, DropReason> {
+        let dialled = self.dialled(key.peer);
+        let neighbour = match self.check_destination(ip.destination) {
+            Ok(neighbour) => neighbour,
             Err(reason) => {
                 if reason == DropReason::UnknownStation {
                     self.refuse_unreachable(ip, Unreachable::Host);
                 }
-                Err(reason)
+                return Err(reason);
             }
+        };
+        if neighbour.is_none() {
+            self.check_way(ip, dialled.ip())?;
         }
+        Ok(Wanted {
+            key,
+            dialled,
+            neighbour,
+        })
     }
 
     /// What a guest-visible destination is dialled as.
@@ -71,20 +79,23 @@ impl Engine {
     }
 
     /// Whether a flow may go there at all, and which other guest it is that has the address.
-    fn check_destination(&self, address: Ipv4Addr) -> Result<Option<VmId>, DropReason> {
-        if Some(address) == self.config.host_alias {
+    fn check_destination(&self, address: IpAddr) -> Result<Option<VmId>, DropReason> {
+        if Some(address) == self.config.host_alias.map(IpAddr::V4) {
             return Ok(None);
         }
-        if self.config.subnet.contains(&address) {
-            return match self.owner_of(address.into()) {
+        if self.is_on_link(address) {
+            return match self.owner_of(address) {
                 // Its own address is no way out.
                 Some(vm) if vm == self.config.vm => Err(DropReason::Destination),
                 Some(vm) => Ok(Some(vm)),
                 None => Err(DropReason::UnknownStation),
             };
         }
-        let first = address.octets()[0];
-        if first == 0 || address.is_loopback() || first >= 224 {
+        let refused = match address {
+            IpAddr::V4(v4) => v4.octets()[0] == 0 || v4.is_loopback() || v4.octets()[0] >= 224,
+            IpAddr::V6(v6) => is_refused(v6),
+        };
+        if refused {
             return Err(DropReason::Destination);
         }
         Ok(None)
@@ -100,6 +111,17 @@ impl Engine {
             },
             neighbour: wanted.neighbour,
         }
+    }
+
+    /// Whether the host has a way to what would be dialled. Where it has none, the guest is told at once,
+    /// and nobody is asked about what cannot be: most hosts without IPv6 are found out so, and a program
+    /// goes on to the IPv4 address without having waited.
+    fn check_way(&mut self, ip: &Ip<'_>, dialled: IpAddr) -> Result<(), DropReason> {
+        if dialled.is_ipv4() || self.surroundings.has_way(dialled) {
+            return Ok(());
+        }
+        self.refuse_unreachable(ip, Unreachable::Network);
+        Err(DropReason::HostRefused)
     }
 
     /// The cache's answer for a new flow; `None` is a miss.
@@ -128,7 +150,7 @@ impl Engine {
         let mut guards = self.standing(wanted).guards;
         let address = wanted.key.peer.ip();
         let bound = self.bindings.names_of(now, address);
-        if !bound.is_empty() && bindings::is_private_or_special(address) {
+        if !bound.is_empty() && is_private_or_special(address) {
             guards = guards.with(Guard::PrivateFromDns);
         }
         FlowSubject {

@@ -1,6 +1,6 @@
 //! The gateway's DNS, joined to the verdict cache, the held misses and the bindings.
 
-use std::net::{SocketAddr, SocketAddrV4};
+use std::net::{IpAddr, SocketAddr, SocketAddrV6};
 use std::sync::Arc;
 
 use vnet_proto::model::{LookupSubject, Name, Reason, VerdictAction};
@@ -17,10 +17,25 @@ use crate::message::{MissEnd, Report};
 const DNS_PORT: u16 = 53;
 
 impl Engine {
-    pub(super) fn handle_dns_datagram(&mut self, now: Time, guest: SocketAddrV4, payload: &[u8]) {
+    /// `server` is the address of the gateway that was asked, and that answers.
+    pub(super) fn handle_dns_datagram(
+        &mut self,
+        now: Time,
+        guest: SocketAddr,
+        server: IpAddr,
+        payload: &[u8],
+    ) {
         let zones = self.surroundings.zones();
+        let client = match guest {
+            // The zone stands for which of the gateway's two addresses it was.
+            SocketAddr::V6(v6) => {
+                let on_link = self.config.ipv6.as_ref().is_some_and(|i| server == i.link_local);
+                SocketAddrV6::new(*v6.ip(), v6.port(), 0, u32::from(on_link)).into()
+            }
+            SocketAddr::V4(_) => guest,
+        };
         self.dns
-            .handle_query(now, &zones, guest.into(), Transport::Udp, payload);
+            .handle_query(now, &zones, client, Transport::Udp, payload);
         self.act_on_dns(now);
     }
 
@@ -114,9 +129,13 @@ impl Engine {
     fn send_answer(&mut self, now: Time, client: SocketAddr, transport: Transport, bytes: &[u8]) {
         match transport {
             Transport::Udp => {
-                let SocketAddr::V4(guest) = client else { return };
-                let from = SocketAddrV4::new(self.config.gateway, DNS_PORT);
-                if !reply::udp(&mut self.transmit, from, guest, bytes, self.config.mtu_bytes) {
+                let server: IpAddr = match (client, &self.config.ipv6) {
+                    (SocketAddr::V6(v6), Some(ipv6)) if v6.scope_id() != 0 => ipv6.link_local.into(),
+                    (SocketAddr::V6(_), Some(ipv6)) => ipv6.gateway.into(),
+                    _ => self.config.gateway.into(),
+                };
+                let from = SocketAddr::new(server, DNS_PORT);
+                if !reply::udp(&mut self.transmit, from, client, bytes, self.config.mtu_bytes) {
                     self.count_drop(DropReason::TransmitQueueFull);
                 }
             }

@@ -8,7 +8,8 @@
 //!
 //! 1. parse ([`frame`]); what cannot be delivered is counted by its [`DropReason`]
 //! 2. check that the sender's addresses are its own
-//! 3. the gateway's own answers (ARP, DHCP, DNS, echo), or another guest's by plain switching ([`switch`]), or
+//! 3. the gateway's own answers (ARP, neighbour discovery, DHCP, DNS, echo), or another guest's by plain
+//!    switching ([`switch`]), or
 //! 4. the flow table: an established flow costs one look-up and no allocation
 //! 5. the verdict cache: a new flow that it covers is dialled or refused at once
 //! 6. a miss: the packet is held, the session asks
@@ -21,12 +22,15 @@ pub mod budget;
 pub mod cache;
 mod counters;
 mod datagram;
+pub mod discovery;
 pub mod flow;
 mod fragment;
 pub mod frame;
 pub mod gateway;
 pub mod held;
 mod inbound;
+pub mod inspect;
+pub mod ip;
 mod judge;
 mod life;
 mod lookup;
@@ -46,7 +50,7 @@ mod verdict;
 mod tests;
 
 use std::collections::{BTreeMap, VecDeque};
-use std::net::{Ipv4Addr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -59,6 +63,7 @@ use crate::engine::bindings::Bindings;
 use crate::engine::budget::Budgets;
 use crate::engine::cache::Cache;
 use crate::engine::counters::DhcpCounts;
+use crate::engine::discovery::Ipv6Config;
 use crate::engine::flow::{Flow, FlowTable};
 use crate::engine::fragment::Fragments;
 use crate::engine::frame::{Body, DropReason, Frame};
@@ -100,6 +105,8 @@ pub struct EngineConfig {
     pub subnet: Ipv4Net,
     /// The address that stands for the host's loopback, if any.
     pub host_alias: Option<Ipv4Addr>,
+    /// IPv6, unless the network carries none.
+    pub ipv6: Option<Ipv6Config>,
     /// Largest IP packet towards the guest, bytes.
     pub mtu_bytes: usize,
     /// The only MAC address that the link may have, if it is pinned.
@@ -117,13 +124,19 @@ pub struct EngineConfig {
 /// What guests of one network share, as one guest's engine sees it.
 pub trait Surroundings: Send + Sync {
     /// Whether `address` is this guest's from now on: it was free, or its own already.
-    fn claim(&self, vm: VmId, mac: Mac, address: Ipv4Addr, now: Time) -> bool;
+    fn claim(&self, vm: VmId, mac: Mac, address: IpAddr, now: Time) -> bool;
+    /// The guest gives an IPv6 address back.
+    fn release(&self, vm: VmId, address: Ipv6Addr);
+    /// Whether the host has a way out over IPv6: a default route.
+    fn has_ipv6(&self) -> bool;
+    /// Whether the host has a way to an IPv6 address, by whatever route.
+    fn has_way(&self, dialled: IpAddr) -> bool;
     /// Whether `mac` is this guest's from now on: no other guest has it.
     fn learn_mac(&self, vm: VmId, mac: Mac) -> bool;
     /// Answers a DHCP message.
     fn dhcp(&self, vm: VmId, mac: Mac, message: &[u8], now: Time) -> DhcpOutcome;
     /// The guest that owns an address of the subnet.
-    fn neighbour(&self, address: Ipv4Addr) -> Option<Neighbour>;
+    fn neighbour(&self, address: IpAddr) -> Option<Neighbour>;
     /// The guards that a destination is under, judged on what would really be dialled.
     fn guards(&self, dialled: SocketAddr, protocol: Protocol) -> GuardSet;
     /// The local zones.
@@ -257,6 +270,9 @@ pub struct Engine {
     random: StdRng,
     mac: Option<Mac>,
     addresses: Vec<Ipv4Addr>,
+    addresses_ipv6: Vec<station::Address6>,
+    /// Whether the gateway advertises itself.
+    advertising: bool,
     claimed_hostname: String,
     status_changed: bool,
     /// The latest time that anybody told it.
@@ -302,6 +318,8 @@ impl Engine {
             random: StdRng::from_seed(config.seed),
             mac: config.pinned_mac,
             addresses: Vec::new(),
+            addresses_ipv6: Vec::new(),
+            advertising: false,
             claimed_hostname: String::new(),
             status_changed: false,
             clock: Time::ZERO,
@@ -328,23 +346,26 @@ impl Engine {
     fn try_frame<'a>(&mut self, now: Time, bytes: &'a [u8]) -> Result<Outcome<'a>, DropReason> {
         let frame = Frame::parse(bytes)?;
         self.check_station(frame.source)?;
-        match frame.body {
-            Body::Arp(arp) => self.handle_arp(now, &frame, &arp),
-            // Not carried on the guest's side yet; never passed on either, so that it goes round nothing.
-            Body::Ipv6(_) => Err(DropReason::Ipv6),
+        self.begin_advertising(now);
+        match &frame.body {
+            Body::Arp(arp) => self.handle_arp(now, &frame, arp),
+            Body::Ipv6(ip) => self.handle_ipv6(now, &frame, ip),
             Body::Ipv4(ip) => {
-                if self.is_dhcp(&ip) {
-                    self.handle_dhcp(now, frame.source, &ip);
+                if self.is_dhcp(ip) {
+                    self.handle_dhcp(now, frame.source, ip);
                     return Ok(Outcome::Done);
                 }
-                self.check_source(now, frame.source, ip.source)?;
+                let IpAddr::V4(source) = ip.source else {
+                    return Err(DropReason::Malformed);
+                };
+                self.check_source(now, frame.source, source)?;
                 if frame.destination != self.config.gateway_mac {
                     return self.switch(now, &frame);
                 }
-                if let Some(mac) = self.routed(&ip) {
+                if let Some(mac) = self.routed(ip) {
                     return Ok(Outcome::Switch(mac));
                 }
-                self.handle_ipv4(now, ip)
+                self.handle_ip(now, ip)
             }
         }
     }
@@ -388,6 +409,7 @@ impl Engine {
                 Timer::Dns => self.handle_dns_timeout(now),
                 Timer::Bindings => self.handle_bindings_timeout(now),
                 Timer::Budgets => self.handle_budgets_timeout(now),
+                Timer::Advertise => self.handle_advertise_timeout(now),
             }
         }
     }

@@ -71,7 +71,12 @@ impl Engine {
             .collect();
         self.report(Report::VmStatus(VmStatus {
             vm: self.config.vm,
-            addresses: self.addresses.iter().copied().map(IpAddr::V4).collect(),
+            addresses: self
+                .addresses
+                .iter()
+                .map(|v4| IpAddr::V4(*v4))
+                .chain(self.addresses_ipv6.iter().map(|own| IpAddr::V6(own.address)))
+                .collect(),
             mac: self.mac.map(|m| m.to_string()).unwrap_or_default(),
             claimed_hostname: self.claimed_hostname.clone(),
             dropped_frames,

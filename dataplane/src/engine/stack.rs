@@ -5,7 +5,7 @@
 //! closed here and in the flow table: buffer sizes that no guest can turn into a panic, explicit
 //! settings instead of its defaults, an end to states that would last for ever.
 
-use std::net::{Ipv4Addr, SocketAddrV4};
+use std::net::{IpAddr, SocketAddr};
 
 use smoltcp::iface::{Config, Interface, SocketHandle, SocketSet};
 use smoltcp::phy::{Checksum, Device, DeviceCapabilities, Medium, RxToken, TxToken};
@@ -28,6 +28,8 @@ pub struct Connection {
     sockets: SocketSet<'static>,
     handle: SocketHandle,
     slot: Slot,
+    /// That of its packets.
+    ether_type: EtherType,
     mtu_bytes: usize,
     /// Bytes moved since the rings last gave memory back.
     since_shrink: u64,
@@ -45,19 +47,20 @@ pub enum Phase {
 }
 
 impl Connection {
-    /// Answers a guest's SYN, whose whole packet is `syn`. The caller feeds nothing else before.
+    /// Answers a guest's SYN, whose whole packet is `syn`, without IPv6 extension headers, like every
+    /// packet of the connection. The caller feeds nothing else before.
     pub fn accept(
         now: Time,
-        peer: SocketAddrV4,
+        peer: SocketAddr,
         mtu_bytes: usize,
         slot: Slot,
         seed: u64,
         syn: &[u8],
         out: &mut Transmit,
     ) -> Option<Self> {
-        let mut connection = Self::new(now, *peer.ip(), mtu_bytes, slot, seed);
+        let mut connection = Self::new(now, peer.ip(), mtu_bytes, slot, seed);
         let endpoint = IpListenEndpoint {
-            addr: Some((*peer.ip()).into()),
+            addr: Some(peer.ip().into()),
             port: peer.port(),
         };
         connection.socket().listen(endpoint).ok()?;
@@ -68,13 +71,13 @@ impl Connection {
     /// Opens a connection towards the guest, from `client` as the guest will see it.
     pub fn connect(
         now: Time,
-        client: SocketAddrV4,
-        guest: SocketAddrV4,
+        client: SocketAddr,
+        guest: SocketAddr,
         mtu_bytes: usize,
         slot: Slot,
         seed: u64,
     ) -> Option<Self> {
-        let mut connection = Self::new(now, *client.ip(), mtu_bytes, slot, seed);
+        let mut connection = Self::new(now, client.ip(), mtu_bytes, slot, seed);
         let Self {
             interface,
             sockets,
@@ -82,10 +85,10 @@ impl Connection {
             ..
         } = &mut connection;
         let from = IpListenEndpoint {
-            addr: Some((*client.ip()).into()),
+            addr: Some(client.ip().into()),
             port: client.port(),
         };
-        let to = (smoltcp::wire::IpAddress::from(*guest.ip()), guest.port());
+        let to = (smoltcp::wire::IpAddress::from(guest.ip()), guest.port());
         sockets
             .get_mut::<Socket<'_>>(*handle)
             .connect(interface.context(), to, from)
@@ -93,7 +96,7 @@ impl Connection {
         Some(connection)
     }
 
-    fn new(now: Time, address: Ipv4Addr, mtu_bytes: usize, mut slot: Slot, seed: u64) -> Self {
+    fn new(now: Time, address: IpAddr, mtu_bytes: usize, mut slot: Slot, seed: u64) -> Self {
         // SAFETY: called once for this slot; `sockets`, which holds the slices, is declared and so
         // dropped before `slot`.
         let (receive, send) = unsafe { slot.slices() };
@@ -107,9 +110,14 @@ impl Connection {
 
         let mut config = Config::new(HardwareAddress::Ip);
         config.random_seed = seed;
+        let (ether_type, prefix_length) = match address {
+            IpAddr::V4(_) => (EtherType::Ipv4, 32),
+            IpAddr::V6(_) => (EtherType::Ipv6, 128),
+        };
         let mut interface = Interface::new(
             config,
             &mut Port {
+                ether_type,
                 mtu_bytes,
                 packet: None,
                 out: None,
@@ -118,7 +126,7 @@ impl Connection {
         );
         interface.update_ip_addrs(|addresses| {
             // Room for one is always there; the set is new.
-            let _ = addresses.push(IpCidr::new(address.into(), 32));
+            let _ = addresses.push(IpCidr::new(address.into(), prefix_length));
         });
         let mut sockets = SocketSet::new(Vec::with_capacity(1));
         let handle = sockets.add(socket);
@@ -127,6 +135,7 @@ impl Connection {
             sockets,
             handle,
             slot,
+            ether_type,
             mtu_bytes,
             since_shrink: 0,
         }
@@ -136,6 +145,7 @@ impl Connection {
     /// here; everything else leaves with [`Self::poll_transmit`], once for a whole batch.
     pub fn handle_packet(&mut self, now: Time, packet: &[u8], out: &mut Transmit) {
         let mut port = Port {
+            ether_type: self.ether_type,
             mtu_bytes: self.mtu_bytes,
             packet: Some(packet),
             out: Some(out),
@@ -147,6 +157,7 @@ impl Connection {
     /// Queues what the connection has to send. False when the queue ran out of room first.
     pub fn poll_transmit(&mut self, now: Time, out: &mut Transmit) -> bool {
         let mut port = Port {
+            ether_type: self.ether_type,
             mtu_bytes: self.mtu_bytes,
             packet: None,
             out: Some(out),
@@ -277,6 +288,7 @@ fn instant(now: Time) -> Instant {
 
 /// What smoltcp sees as its network: at most one packet in, and the guest's queue out.
 struct Port<'a> {
+    ether_type: EtherType,
     mtu_bytes: usize,
     packet: Option<&'a [u8]>,
     out: Option<&'a mut Transmit>,
@@ -303,7 +315,8 @@ impl Device for Port<'_> {
         Self: 't;
 
     fn receive(&mut self, _: Instant) -> Option<(Packet<'_>, Room<'_>)> {
-        Some((Packet(self.packet.take()?), Room(self.out.as_deref_mut())))
+        let packet = Packet(self.packet.take()?);
+        Some((packet, Room(self.ether_type, self.out.as_deref_mut())))
     }
 
     fn transmit(&mut self, _: Instant) -> Option<Room<'_>> {
@@ -311,7 +324,7 @@ impl Device for Port<'_> {
         self.out
             .as_deref_mut()
             .filter(|_| room)
-            .map(|out| Room(Some(out)))
+            .map(|out| Room(self.ether_type, Some(out)))
     }
 
     fn capabilities(&self) -> DeviceCapabilities {
@@ -333,11 +346,11 @@ impl RxToken for Packet<'_> {
 }
 
 /// Room for one packet.
-struct Room<'a>(Option<&'a mut Transmit>);
+struct Room<'a>(EtherType, Option<&'a mut Transmit>);
 
 impl TxToken for Room<'_> {
     fn consume<R, F: FnOnce(&mut [u8]) -> R>(self, length: usize, f: F) -> R {
-        match self.0.and_then(|out| out.room(EtherType::Ipv4, length)) {
+        match self.1.and_then(|out| out.room(self.0, length)) {
             Some(room) => f(room),
             // Only answers to a packet come here without room (egress checks first); they are lost as
             // on any network, and the guest repeats.

@@ -3,7 +3,7 @@
 //! The host's side is dialled first; only when it answers is the guest's handshake completed, so that
 //! a refused or unreachable destination looks to the guest as on a real network.
 
-use std::net::{SocketAddr, SocketAddrV4};
+use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -12,7 +12,8 @@ use vnet_proto::model::{FlowKey, Protocol, VerdictAction};
 
 use crate::engine::cache::Decision;
 use crate::engine::flow::{State, Waiting};
-use crate::engine::frame::{DropReason, Ipv4};
+use crate::engine::frame::DropReason;
+use crate::engine::ip::Ip;
 use crate::engine::judge::Wanted;
 use crate::engine::reply::{self, TcpHeader, Unreachable};
 use crate::engine::stack::{Connection, Phase};
@@ -46,15 +47,15 @@ pub enum DialError {
 }
 
 impl Engine {
-    pub(super) fn handle_tcp<'a>(&mut self, now: Time, ip: Ipv4<'a>) -> Result<Outcome<'a>, DropReason> {
+    pub(super) fn handle_tcp<'a>(&mut self, now: Time, ip: &Ip<'a>) -> Result<Outcome<'a>, DropReason> {
         let header = TcpHeader::parse(ip.payload()).ok_or(DropReason::Malformed)?;
         let key = FlowKey {
             protocol: Protocol::Tcp,
-            guest: SocketAddrV4::new(ip.source, header.source).into(),
-            peer: SocketAddrV4::new(ip.destination, header.destination).into(),
+            guest: SocketAddr::new(ip.source, header.source),
+            peer: SocketAddr::new(ip.destination, header.destination),
         };
         if let Some(at) = self.flows.find(&key) {
-            if let Some(outcome) = self.pass_segment(now, at, &ip, &header)? {
+            if let Some(outcome) = self.pass_segment(now, at, ip, &header)? {
                 return Ok(outcome);
             }
             if let Some(flow) = self.flows.get_mut(at)
@@ -123,7 +124,7 @@ impl Engine {
     fn open_tcp<'a>(
         &mut self,
         now: Time,
-        ip: Ipv4<'a>,
+        ip: &Ip<'a>,
         key: FlowKey,
         header: &TcpHeader,
     ) -> Result<Outcome<'a>, DropReason> {
@@ -137,17 +138,17 @@ impl Engine {
         if !self.flows.has_room() {
             return refuse(self, DropReason::FlowLimit);
         }
-        if ip.destination == self.config.gateway {
+        if self.is_gateway(ip.destination) {
             if header.destination != DNS_PORT {
                 return refuse(self, DropReason::GatewayService);
             }
             return self.open_service(now, ip, key).map(|()| Outcome::Done);
         }
-        let wanted = self.wanted(&ip, key)?;
+        let wanted = self.wanted(ip, key)?;
         match self.decide(now, &wanted) {
             Some(decision) => match (decision.action, wanted.neighbour) {
                 (VerdictAction::Allow, Some(neighbour)) => {
-                    Ok(self.open_switched(now, &ip, wanted, neighbour, decision))
+                    Ok(self.open_switched(now, ip, wanted, neighbour, decision))
                 }
                 (VerdictAction::Allow, None) => {
                     self.dial(now, wanted, ip.packet.into(), decision);
@@ -268,11 +269,11 @@ impl Engine {
         let State::Dialing { syn, .. } = &flow.state else {
             return;
         };
-        let (Some(slot), SocketAddr::V4(peer)) = (slot, flow.key.peer) else {
+        let Some(slot) = slot else {
             self.handle_refused(now, at, DialError::Local);
             return;
         };
-        let syn = syn.clone();
+        let (peer, syn) = (flow.key.peer, syn.clone());
         match Connection::accept(now, peer, mtu_bytes, slot, seed, &syn, &mut self.transmit) {
             Some(connection) => {
                 flow.state = State::Tcp(Box::new(connection));
@@ -290,7 +291,7 @@ impl Engine {
             return;
         };
         let syn = syn.clone();
-        if let Ok(ip) = Ipv4::parse(&syn) {
+        if let Ok(ip) = Ip::parse(&syn) {
             match error {
                 DialError::Refused => {
                     if let Some(header) = TcpHeader::parse(ip.payload()) {
@@ -307,17 +308,16 @@ impl Engine {
         self.end_flow(at, FlowEnd::Unreachable);
     }
 
-    pub(super) fn refuse_unreachable(&mut self, cause: &Ipv4<'_>, why: Unreachable) {
-        reply::unreachable(&mut self.transmit, self.config.gateway, cause, why);
+    pub(super) fn refuse_unreachable(&mut self, cause: &Ip<'_>, why: Unreachable) {
+        let gateway = self.gateway_towards(cause.source);
+        reply::unreachable(&mut self.transmit, gateway, cause.source, cause.quote(), why);
     }
 
-    fn open_service(&mut self, now: Time, ip: Ipv4<'_>, key: FlowKey) -> Result<(), DropReason> {
+    fn open_service(&mut self, now: Time, ip: &Ip<'_>, key: FlowKey) -> Result<(), DropReason> {
         let seed = self.random.next_u64();
-        let (Some(slot), SocketAddr::V4(peer)) = (self.rings.take(), key.peer) else {
-            return Err(DropReason::FlowLimit);
-        };
+        let slot = self.rings.take().ok_or(DropReason::FlowLimit)?;
         let mtu = self.config.mtu_bytes;
-        let connection = Connection::accept(now, peer, mtu, slot, seed, ip.packet, &mut self.transmit)
+        let connection = Connection::accept(now, key.peer, mtu, slot, seed, ip.packet, &mut self.transmit)
             .ok_or(DropReason::Malformed)?;
         let at = self.new_flow(now, Wanted::plain(key), State::Service(Box::new(connection)));
         self.mark_dirty(at);
@@ -326,8 +326,8 @@ impl Engine {
 
     /// A forward accepted a connection that leads to this guest: open one towards it. Its place, for
     /// the driver's socket; `None` when it is refused.
-    pub fn open_ingress(&mut self, now: Time, target: SocketAddrV4) -> Option<usize> {
-        if self.settings.forwards_closed || !self.flows.has_room() || !self.is_guest_address(*target.ip()) {
+    pub fn open_ingress(&mut self, now: Time, target: SocketAddr) -> Option<usize> {
+        if self.settings.forwards_closed || !self.flows.has_room() || !self.is_guest_address(target.ip()) {
             return None;
         }
         let client = self.free_ingress_port(Protocol::Tcp, target)?;
@@ -336,8 +336,8 @@ impl Engine {
         let connection = Connection::connect(now, client, target, self.config.mtu_bytes, slot, seed)?;
         let key = FlowKey {
             protocol: Protocol::Tcp,
-            guest: target.into(),
-            peer: client.into(),
+            guest: target,
+            peer: client,
         };
         let at = self.new_flow(now, Wanted::plain(key), State::Tcp(Box::new(connection)));
         if let Some(flow) = self.flows.get_mut(at) {
@@ -370,21 +370,18 @@ impl Engine {
     }
 
     /// A port of the gateway that no flow to this target uses (RFC 6335 §6: dynamic ports).
-    pub(super) fn free_ingress_port(
-        &mut self,
-        protocol: Protocol,
-        target: SocketAddrV4,
-    ) -> Option<SocketAddrV4> {
+    pub(super) fn free_ingress_port(&mut self, protocol: Protocol, target: SocketAddr) -> Option<SocketAddr> {
         const FIRST: u16 = 49_152;
         const COUNT: u16 = u16::MAX - FIRST + 1;
+        let gateway = self.gateway_towards(target.ip());
         (0..COUNT).find_map(|_| {
             let port = FIRST + self.next_ingress_port % COUNT;
             self.next_ingress_port = self.next_ingress_port.wrapping_add(1);
-            let client = SocketAddrV4::new(self.config.gateway, port);
+            let client = SocketAddr::new(gateway, port);
             let key = FlowKey {
                 protocol,
-                guest: target.into(),
-                peer: client.into(),
+                guest: target,
+                peer: client,
             };
             (!self.flows.contains(&key)).then_some(client)
         })
@@ -415,7 +412,7 @@ impl Engine {
                 connection.poll_transmit(now, &mut self.transmit);
             }
             State::Dialing { syn, .. } => {
-                if let Ok(ip) = Ipv4::parse(syn)
+                if let Ok(ip) = Ip::parse(syn)
                     && let Some(header) = TcpHeader::parse(ip.payload())
                 {
                     reply::reset(&mut self.transmit, ip.source, ip.destination, &header);
@@ -462,6 +459,6 @@ impl Engine {
 fn same_syn(packets: &[Box<[u8]>], header: &TcpHeader) -> bool {
     packets
         .first()
-        .and_then(|packet| TcpHeader::parse(Ipv4::parse(packet).ok()?.payload()))
+        .and_then(|packet| TcpHeader::parse(Ip::parse(packet).ok()?.payload()))
         .is_some_and(|kept| kept.sequence == header.sequence)
 }

@@ -18,6 +18,8 @@ pub(super) enum Timer {
     Bindings,
     /// ... tell what was used of budgets, and cut what rests on those that are used up.
     Budgets,
+    /// ... advertise the gateway as a router.
+    Advertise,
 }
 
 /// The table of deadlines. An entry may be out of date: whoever it is for finds nothing to do.

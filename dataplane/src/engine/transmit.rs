@@ -60,16 +60,33 @@ impl Transmit {
         packet_bytes: usize,
         fill: impl FnOnce(&mut [u8]) -> R,
     ) -> Option<R> {
-        self.room_from(from, ether_type, packet_bytes).map(fill)
+        self.packet_between(from, self.guest, ether_type, packet_bytes, fill)
+    }
+
+    /// Queues a packet from one MAC to another. `None` when there is no room.
+    pub fn packet_between<R>(
+        &mut self,
+        from: Mac,
+        to: Mac,
+        ether_type: EtherType,
+        packet_bytes: usize,
+        fill: impl FnOnce(&mut [u8]) -> R,
+    ) -> Option<R> {
+        self.room_between(from, to, ether_type, packet_bytes).map(fill)
     }
 
     /// Room for a packet to the guest's own MAC, queued as soon as it is taken.
     pub fn room(&mut self, ether_type: EtherType, packet_bytes: usize) -> Option<&mut [u8]> {
-        self.room_from(self.gateway, ether_type, packet_bytes)
+        self.room_between(self.gateway, self.guest, ether_type, packet_bytes)
     }
 
-    fn room_from(&mut self, from: Mac, ether_type: EtherType, packet_bytes: usize) -> Option<&mut [u8]> {
-        let to = self.guest;
+    fn room_between(
+        &mut self,
+        from: Mac,
+        to: Mac,
+        ether_type: EtherType,
+        packet_bytes: usize,
+    ) -> Option<&mut [u8]> {
         let frame = self.reserve(ETHERNET_BYTES + packet_bytes)?;
         frame[..6].copy_from_slice(&to.0);
         frame[6..12].copy_from_slice(&from.0);

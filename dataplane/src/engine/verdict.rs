@@ -4,13 +4,14 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use vnet_proto::model::{
-    Epoch, FlowId, FlowKey, LookupSubject, Match, Miss, MissId, Protocol, Subject, Verdict, VerdictAction,
+    Epoch, FlowId, LookupSubject, Match, Miss, MissId, Protocol, Subject, Verdict, VerdictAction,
 };
 
 use crate::engine::cache::{Decision, Standing};
 use crate::engine::flow::State;
-use crate::engine::frame::{DropReason, Ipv4};
+use crate::engine::frame::DropReason;
 use crate::engine::held::HeldMiss;
+use crate::engine::ip::Ip;
 use crate::engine::judge::Wanted;
 use crate::engine::reply::{self, TcpHeader, Unreachable};
 use crate::engine::{Engine, Time, budget};
@@ -60,6 +61,7 @@ impl Engine {
             }
             Order::Limit { grant, limit } => self.handle_limit(now, &grant, limit),
             Order::GuardsChanged => self.cache.clear(),
+            Order::WayChanged => self.handle_way_changed(),
         }
     }
 
@@ -77,7 +79,7 @@ impl Engine {
         // What no longer waits is taken for unguarded and nobody's: else it would be a miss again.
         let mut standing = Standing::default();
         let flow_key = match self.held.get(verdict.miss) {
-            Some(HeldMiss::Flows { target, flows, .. }) => {
+            Some(HeldMiss::Flows { flows, .. }) => {
                 let covered = match &verdict.found {
                     Match::Flow(found) => flows
                         .first()
@@ -93,11 +95,7 @@ impl Engine {
                 if let Some(flow) = first {
                     standing = self.standing(&flow.wanted());
                 }
-                first.map(|flow| FlowKey {
-                    protocol: target.protocol,
-                    guest: flow.key.guest,
-                    peer: target.peer,
-                })
+                first.map(|flow| flow.key.judged())
             }
             Some(HeldMiss::Lookup { name, .. }) => {
                 if !matches!(&verdict.found, Match::Lookup(found) if found.matches(name)) {
@@ -237,15 +235,18 @@ impl Engine {
         };
         let is_tcp = flow.key.protocol == Protocol::Tcp;
         if is_tcp {
-            if let Ok(ip) = Ipv4::parse(&packet)
+            if let Ok(ip) = Ip::parse(&packet)
                 && let Some(header) = TcpHeader::parse(ip.payload())
             {
                 reply::reset(&mut self.transmit, ip.source, ip.destination, &header);
             }
         } else {
-            reply::unreachable_quote(
+            let guest = flow.key.guest.ip();
+            let gateway = self.gateway_towards(guest);
+            reply::unreachable(
                 &mut self.transmit,
-                self.config.gateway,
+                gateway,
+                guest,
                 &packet,
                 Unreachable::Prohibited,
             );

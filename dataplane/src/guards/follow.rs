@@ -1,7 +1,8 @@
-//! Following the host's addresses as they change.
+//! Following the host's addresses, and its default route over IPv6, as they change.
 //!
-//! Linux says so over a route netlink socket (rtnetlink(7), groups of address changes); what changed is
-//! not read from it, the addresses are listed anew. Elsewhere they are listed every [`POLL_EVERY`].
+//! Linux says so over a route netlink socket (rtnetlink(7), groups of address and IPv6 route changes); what
+//! changed is not read from it, the addresses are listed and the route is looked up anew. Elsewhere that is
+//! done every [`POLL_EVERY`].
 
 use std::io;
 use std::sync::Arc;
@@ -9,6 +10,7 @@ use std::time::Duration;
 
 use tokio::sync::mpsc;
 
+use crate::egress::way::{ANYWHERE, has_way};
 use crate::guards::{Guards, HostAddresses};
 use crate::message::{Order, Report, Router};
 use crate::metrics::Metrics;
@@ -36,8 +38,9 @@ impl Watcher {
             SockFlag::SOCK_NONBLOCK | SockFlag::SOCK_CLOEXEC,
             SockProtocol::NetlinkRoute,
         )?;
-        let groups = (nix::libc::RTMGRP_IPV4_IFADDR | nix::libc::RTMGRP_IPV6_IFADDR).cast_unsigned();
-        bind(netlink.as_raw_fd(), &NetlinkAddr::new(0, groups))?;
+        let groups =
+            nix::libc::RTMGRP_IPV4_IFADDR | nix::libc::RTMGRP_IPV6_IFADDR | nix::libc::RTMGRP_IPV6_ROUTE;
+        bind(netlink.as_raw_fd(), &NetlinkAddr::new(0, groups.cast_unsigned()))?;
         Ok(Self { netlink })
     }
 
@@ -82,6 +85,13 @@ pub async fn follow(
                 metrics.host_addresses.set(guards.host_addresses().len() as u64);
             }
             Err(error) => tracing::warn!(%error, "the host's addresses cannot be listed; keeping the last"),
+        }
+        if guards.set_ipv6(has_way(ANYWHERE)) {
+            tracing::info!(
+                has_ipv6 = guards.has_ipv6(),
+                "the host's way out over IPv6 changed"
+            );
+            router.broadcast(&Order::WayChanged);
         }
         changes.next().await?;
     }
@@ -183,8 +193,11 @@ mod tests {
         }
 
         fn broadcast(&self, order: &Order) -> Vec<VmId> {
-            assert!(matches!(order, Order::GuardsChanged));
-            *self.0.lock().unwrap() += 1;
+            match order {
+                Order::GuardsChanged => *self.0.lock().unwrap() += 1,
+                Order::WayChanged => {}
+                other => panic!("{other:?}"),
+            }
             Vec::new()
         }
 
@@ -273,6 +286,18 @@ mod tests {
             assert!(matches!(received.recv().await, Some(Report::HostAddresses(a)) if a.is_empty()));
             assert!(!host());
             assert_eq!(*router.0.lock().unwrap(), 3);
+
+            assert!(!guards.has_ipv6());
+            ip("-6 addr add fd00:1::1/128 dev lo");
+            received.recv().await.unwrap();
+            ip("-6 route add default dev lo");
+            while !guards.has_ipv6() {
+                tokio::task::yield_now().await;
+            }
+            ip("-6 route del default dev lo");
+            while guards.has_ipv6() {
+                tokio::task::yield_now().await;
+            }
         });
     }
 }

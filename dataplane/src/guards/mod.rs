@@ -9,25 +9,28 @@
 //! ([`follow`]) or a controlplane names its listeners. It is read for each miss and each dial, never
 //! for a packet.
 //!
-//! An IPv6 address that carries an IPv4 address which some translator or the kernel would dial
-//! (IPv4-mapped RFC 4291 §2.5.5.2, IPv4-compatible §2.5.5.1, NAT64 RFC 6052 §2.1, 6to4 RFC 3056 §2)
-//! is under the guards of both.
+//! An IPv6 address that carries an IPv4 address ([`carried_ipv4`]) is under the guards of both. The tables are
+//! [`vnet_proto::model::special`]'s, which the controlplane reads too.
 
 mod follow;
 
 use std::collections::HashSet;
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::net::{IpAddr, SocketAddr};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, PoisonError, RwLock};
 
-use ipnet::{IpNet, Ipv4Net, Ipv6Net};
+use ipnet::IpNet;
+use vnet_proto::model::special::{LOOPBACK, METADATA, carried_ipv4};
 use vnet_proto::model::{Guard, GuardSet, Protocol};
 
 pub use follow::{Watcher, follow};
 
-/// The guards in force. Shared; cheap to read.
+/// The guards in force, and the host's way out over IPv6, which is followed with its addresses. Shared; cheap
+/// to read.
 #[derive(Debug, Default)]
 pub struct Guards {
     snapshot: RwLock<Arc<Snapshot>>,
+    has_ipv6: AtomicBool,
 }
 
 impl Guards {
@@ -40,7 +43,18 @@ impl Guards {
                 own_listeners,
                 closed: Vec::new(),
             })),
+            has_ipv6: AtomicBool::new(false),
         }
+    }
+
+    /// Whether the host has a default route over IPv6.
+    pub fn has_ipv6(&self) -> bool {
+        self.has_ipv6.load(Ordering::Relaxed)
+    }
+
+    /// The host has a default route over IPv6 now, or none. Whether that is a change.
+    pub fn set_ipv6(&self, has_ipv6: bool) -> bool {
+        self.has_ipv6.swap(has_ipv6, Ordering::Relaxed) != has_ipv6
     }
 
     /// What is in force now. Keep it only for one decision.
@@ -113,7 +127,7 @@ impl Snapshot {
     pub fn classify(&self, dialled: IpAddr, port: u16, protocol: Protocol) -> GuardSet {
         let embedded = match dialled {
             IpAddr::V4(_) => None,
-            IpAddr::V6(v6) => embedded_ipv4(v6),
+            IpAddr::V6(v6) => carried_ipv4(v6),
         };
         let mut guards = GuardSet::EMPTY;
         for address in std::iter::once(dialled).chain(embedded.map(IpAddr::V4)) {
@@ -218,44 +232,12 @@ fn canonical_socket(socket: SocketAddr) -> SocketAddr {
 
 /// Where the kernel takes a connection to the host itself whatever its interfaces are.
 fn is_loopback(address: IpAddr) -> bool {
-    match address {
-        // All of 0.0.0.0/8 is "this host on this network" (RFC 1122 §3.2.1.3).
-        IpAddr::V4(v4) => v4.is_loopback() || v4.octets()[0] == 0,
-        IpAddr::V6(v6) => v6.is_loopback() || v6.is_unspecified(),
-    }
+    LOOPBACK.iter().any(|net| net.contains(&address))
 }
 
 fn is_metadata(address: IpAddr) -> bool {
-    match address {
-        IpAddr::V4(v4) => METADATA_V4.iter().any(|net| net.contains(&v4)),
-        IpAddr::V6(v6) => METADATA_V6.iter().any(|net| net.contains(&v6)),
-    }
+    METADATA.iter().any(|net| net.contains(&address))
 }
-
-fn embedded_ipv4(v6: Ipv6Addr) -> Option<Ipv4Addr> {
-    let octets = v6.octets();
-    let at = |from: usize| Ipv4Addr::new(octets[from], octets[from + 1], octets[from + 2], octets[from + 3]);
-    match v6.segments() {
-        [0, 0, 0, 0, 0, 0 | 0xffff, _, _] if !v6.is_loopback() => Some(at(12)),
-        [0x64, 0xff9b, 0, 0, 0, 0, _, _] => Some(at(12)),
-        [0x2002, ..] => Some(at(2)),
-        _ => None,
-    }
-}
-
-/// Link-local (RFC 3927), and where clouds serve metadata outside it: Alibaba, Oracle, Azure.
-const METADATA_V4: [Ipv4Net; 4] = [
-    Ipv4Net::new_assert(Ipv4Addr::new(169, 254, 0, 0), 16),
-    Ipv4Net::new_assert(Ipv4Addr::new(100, 100, 100, 200), 32),
-    Ipv4Net::new_assert(Ipv4Addr::new(192, 0, 0, 192), 32),
-    Ipv4Net::new_assert(Ipv4Addr::new(168, 63, 129, 16), 32),
-];
-
-/// Link-local (RFC 4291 §2.5.6) and Amazon's metadata address.
-const METADATA_V6: [Ipv6Net; 2] = [
-    Ipv6Net::new_assert(Ipv6Addr::new(0xfe80, 0, 0, 0, 0, 0, 0, 0), 10),
-    Ipv6Net::new_assert(Ipv6Addr::new(0xfd00, 0xec2, 0, 0, 0, 0, 0, 0x254), 128),
-];
 
 #[cfg(test)]
 mod tests {

@@ -25,7 +25,7 @@ use std::net::Ipv4Addr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use ipnet::Ipv4Net;
+use ipnet::{Ipv4Net, Ipv6Net};
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Code, Status, Streaming};
@@ -53,6 +53,8 @@ pub struct Identity {
     pub network: String,
     /// The guest subnet.
     pub subnet: Ipv4Net,
+    /// The guests' IPv6 prefix.
+    pub subnet_ipv6: Option<Ipv6Net>,
     /// The gateway's address.
     pub gateway: Ipv4Addr,
     /// The address that is dialled as the host's loopback.

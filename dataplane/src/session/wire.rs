@@ -8,7 +8,9 @@ use vnet_proto::model::{Budget, Epoch, Malformed, Name, NameError, Protocol, VmI
 use vnet_proto::v1;
 use vnet_proto::v1::session_request::Message;
 
-use crate::message::{FlowEnd, FlowOpened, Forward, MissEnd, OwnPolicy, Report, VmStatus, VmUp, Zone};
+use crate::message::{
+    FlowEnd, FlowOpened, Forward, MissEnd, OwnList, OwnPolicy, Report, VmStatus, VmUp, Zone,
+};
 use crate::session::commands::Refusal;
 
 pub(super) fn vm_up(up: &VmUp, status: Option<&VmStatus>) -> v1::VmUp {
@@ -32,6 +34,16 @@ fn own_policy(policy: &OwnPolicy) -> v1::OwnPolicy {
         document: policy.document.clone(),
         source: policy.source.clone(),
         rules: policy.rules.clone(),
+        lists: policy.lists.iter().map(own_list).collect(),
+    }
+}
+
+fn own_list(list: &OwnList) -> v1::PolicyList {
+    v1::PolicyList {
+        path: list.path.clone(),
+        sha256: list.sha256.clone(),
+        content: list.content.clone(),
+        size_bytes: list.size_bytes,
     }
 }
 

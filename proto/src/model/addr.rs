@@ -5,6 +5,7 @@ use std::net::IpAddr;
 use ipnet::IpNet;
 
 use crate::model::Malformed;
+use crate::model::special::judged;
 
 /// Reads an address of 4 or 16 bytes.
 ///
@@ -32,8 +33,9 @@ pub fn address_to_bytes(address: IpAddr) -> Vec<u8> {
 }
 
 /// Parses a prefix as a person types it: `10.0.0.0/8`, or one address for its /32 or /128. Bits
-/// beyond the length must be zero, so that what is written is what is meant. An IPv4-mapped IPv6
-/// prefix is refused: the guest's packets carry IPv4 as IPv4.
+/// beyond the length must be zero, so that what is written is what is meant. A prefix of IPv4-mapped or
+/// NAT64 addresses is refused: they are judged as the IPv4 addresses that they stand for
+/// ([`judged`]), so that it would match nothing.
 ///
 /// # Errors
 /// One sentence that says what was expected.
@@ -66,9 +68,12 @@ pub fn parse_prefix(text: &str) -> Result<IpNet, String> {
     }
     if let IpNet::V6(v6) = net
         && v6.prefix_len() >= 96
-        && v6.addr().to_ipv4_mapped().is_some()
+        && let IpAddr::V4(meant) = judged(v6.addr().into())
     {
-        return Err(format!("{text} is an IPv4-mapped prefix; write it as IPv4"));
+        let length = v6.prefix_len() - 96;
+        return Err(format!(
+            "{text} stands for IPv4 addresses, and is judged as those; write it as {meant}/{length}"
+        ));
     }
     Ok(net)
 }

@@ -5,6 +5,7 @@ use std::net::{IpAddr, SocketAddr};
 use std::str::FromStr;
 use std::time::Duration;
 
+use crate::model::special::judged;
 use crate::model::{Epoch, Malformed, MissId, Name, VmId, address_from_bytes, address_to_bytes};
 use crate::v1;
 
@@ -287,6 +288,26 @@ pub struct FlowKey {
     pub peer: SocketAddr,
 }
 
+impl FlowKey {
+    /// The flow as it is judged: to the IPv4 address where the guest wrote one as IPv6 ([`judged`]). What
+    /// matches, caches and joins flows compares these, so that no spelling goes round a rule.
+    #[must_use]
+    pub fn judged(self) -> Self {
+        let address = judged(self.peer.ip());
+        if address == self.peer.ip() {
+            return self;
+        }
+        Self {
+            protocol: match self.protocol {
+                Protocol::Icmpv6 => Protocol::Icmp,
+                other => other,
+            },
+            peer: SocketAddr::new(address, self.peer.port()),
+            ..self
+        }
+    }
+}
+
 impl fmt::Display for FlowKey {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         if self.protocol.has_ports() {
@@ -300,9 +321,9 @@ impl fmt::Display for FlowKey {
 /// A flow that a guest wants to open, with the evidence for deciding.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct FlowSubject {
-    /// Which flow.
+    /// Which flow; from the wire it comes [judged](FlowKey::judged).
     pub key: FlowKey,
-    /// The address that would really be dialled (differs for the host alias).
+    /// The address that would really be dialled (differs for the host alias and for NAT64).
     pub dialled: IpAddr,
     /// Names bound to the destination for this VM, newest first.
     pub names: Vec<Name>,
@@ -390,7 +411,13 @@ impl TryFrom<v1::FlowSubject> for FlowSubject {
         let protocol = protocol_from_wire(message.protocol)?;
         let guest = address_from_bytes("flow.guest_address", &message.guest_address)?;
         let peer = address_from_bytes("flow.address", &message.address)?;
-        if guest.is_ipv4() != peer.is_ipv4() {
+        let dialled = if message.dialled.is_empty() {
+            peer
+        } else {
+            address_from_bytes("flow.dialled", &message.dialled)?
+        };
+        // They differ where a flow was read before: its destination is the one that it is judged as.
+        if guest.is_ipv4() != peer.is_ipv4() && judged(dialled) != peer {
             return Err(Malformed::MixedFamilies {
                 field: "flow.guest_address",
             });
@@ -421,12 +448,9 @@ impl TryFrom<v1::FlowSubject> for FlowSubject {
                 protocol,
                 guest: SocketAddr::new(guest, guest_port),
                 peer: SocketAddr::new(peer, peer_port),
-            },
-            dialled: if message.dialled.is_empty() {
-                peer
-            } else {
-                address_from_bytes("flow.dialled", &message.dialled)?
-            },
+            }
+            .judged(),
+            dialled,
             names: message
                 .names
                 .iter()

@@ -104,6 +104,7 @@ pub struct FlowMatch {
 impl FlowMatch {
     /// The narrowest match that covers a flow: its very destination.
     pub fn exact(key: &FlowKey) -> Self {
+        let key = key.judged();
         Self {
             protocol: key.protocol,
             prefix: IpNet::from(key.peer.ip()),
@@ -112,8 +113,9 @@ impl FlowMatch {
         }
     }
 
-    /// Whether a flow lies inside it.
+    /// Whether a flow, as it is [judged](FlowKey::judged), lies inside it.
     pub fn matches(&self, key: &FlowKey) -> bool {
+        let key = key.judged();
         self.protocol == key.protocol
             && self.ports.contains(key.peer.port())
             && self.prefix.contains(&key.peer.ip())

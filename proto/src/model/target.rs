@@ -37,8 +37,9 @@ pub enum Target {
 }
 
 impl Target {
-    /// The very destination of a flow.
+    /// The very destination of a flow, as it is [judged](FlowKey::judged).
     pub fn of_flow(key: &FlowKey) -> Self {
+        let key = key.judged();
         Self::Address {
             protocol: Some(key.protocol),
             prefix: IpNet::from(key.peer.ip()),

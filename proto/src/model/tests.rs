@@ -81,6 +81,7 @@ fn prefixes_say_what_they_mean() {
         "010.0.0.1",
         "10.0.0.0/+8",
         "::ffff:10.0.0.1",
+        "64:ff9b::10.0.0.0/104",
         "x",
     ] {
         assert!(parse_prefix(bad).is_err(), "{bad} was taken");
@@ -192,4 +193,43 @@ fn malformed_messages_are_refused_with_their_reason() {
         Verdict::try_from(v1::Verdict::default()),
         Err(Malformed::Enum { .. })
     ));
+}
+
+#[test]
+fn a_nat64_destination_is_judged_as_the_ipv4_address_and_keeps_what_is_dialled() {
+    let real: std::net::IpAddr = "64:ff9b::a00:1".parse().unwrap();
+    let subject = FlowSubject {
+        key: FlowKey {
+            protocol: Protocol::Icmpv6,
+            guest: "[fd00::2]:7".parse().unwrap(),
+            peer: std::net::SocketAddr::new(real, 0),
+        },
+        dialled: real,
+        names: Vec::new(),
+        guards: GuardSet::EMPTY,
+        peer_vm: None,
+    };
+    let read = FlowSubject::try_from(v1::FlowSubject::from(&subject)).unwrap();
+    assert_eq!(read.key.to_string(), "icmp 10.0.0.1");
+    assert_eq!((read.key.guest, read.dialled), (subject.key.guest, real));
+    let again = FlowSubject::try_from(v1::FlowSubject::from(&read)).unwrap();
+    assert_eq!(again, read);
+
+    let found = FlowMatch {
+        protocol: Protocol::Icmp,
+        prefix: parse_prefix("10.0.0.0/8").unwrap(),
+        ports: PortRange::NONE,
+        names_consulted: false,
+    };
+    assert!(found.matches(&subject.key));
+    let everything = FlowMatch {
+        protocol: Protocol::Icmpv6,
+        prefix: parse_prefix("::/0").unwrap(),
+        ..found
+    };
+    assert!(
+        !everything.matches(&subject.key),
+        "an IPv6 rule does not reach it"
+    );
+    assert_eq!(Target::of_flow(&subject.key).to_string(), "icmp 10.0.0.1");
 }

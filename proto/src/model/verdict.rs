@@ -3,8 +3,9 @@
 use std::fmt;
 use std::time::Duration;
 
+use crate::model::flow::name_from_wire;
 use crate::model::flow::{duration_from_wire, duration_to_wire};
-use crate::model::{Epoch, FlowMatch, LookupMatch, Malformed, MissId};
+use crate::model::{Epoch, FlowMatch, LookupMatch, Malformed, MissId, Name, Protocol};
 use crate::v1;
 
 /// What a verdict does. Asking is never a verdict.
@@ -34,6 +35,69 @@ impl From<VerdictAction> for v1::Action {
             VerdictAction::Allow => Self::Allow,
             VerdictAction::Deny => Self::Deny,
             VerdictAction::Drop => Self::Drop,
+        }
+    }
+}
+
+/// What a flow must say of the name that its verdict rests on: in the server name of its TLS ClientHello
+/// (over QUIC as well), or in the Host of its HTTP request. What it says must be one of the verdict's names.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Hash)]
+pub enum NameDemand {
+    /// Nothing: the verdict rests on no name, or its rule says `sni: off`.
+    #[default]
+    Off,
+    /// On 443 and on TCP port 80 as [`Self::Require`], elsewhere as [`Self::IfPresent`].
+    ByPort,
+    /// A name that it says must fit; one that says none passes.
+    IfPresent,
+    /// It must say a name that fits.
+    Require,
+}
+
+impl NameDemand {
+    /// Those that a rule may say.
+    pub const WRITTEN: [Self; 3] = [Self::Require, Self::IfPresent, Self::Off];
+
+    /// What is demanded of one flow; never [`Self::ByPort`].
+    #[must_use]
+    pub fn of(self, protocol: Protocol, port: u16) -> Self {
+        match (self, protocol, port) {
+            (Self::ByPort, Protocol::Tcp, 443 | 80) | (Self::ByPort, Protocol::Udp, 443) => Self::Require,
+            (Self::ByPort, _, _) => Self::IfPresent,
+            (said, _, _) => said,
+        }
+    }
+}
+
+impl fmt::Display for NameDemand {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Off => "off",
+            Self::ByPort => "by-port",
+            Self::IfPresent => "match-if-present",
+            Self::Require => "require",
+        })
+    }
+}
+
+impl From<v1::NameDemand> for NameDemand {
+    fn from(message: v1::NameDemand) -> Self {
+        match message {
+            v1::NameDemand::Unspecified => Self::Off,
+            v1::NameDemand::ByPort => Self::ByPort,
+            v1::NameDemand::IfPresent => Self::IfPresent,
+            v1::NameDemand::Require => Self::Require,
+        }
+    }
+}
+
+impl From<NameDemand> for v1::NameDemand {
+    fn from(demand: NameDemand) -> Self {
+        match demand {
+            NameDemand::Off => Self::Unspecified,
+            NameDemand::ByPort => Self::ByPort,
+            NameDemand::IfPresent => Self::IfPresent,
+            NameDemand::Require => Self::Require,
         }
     }
 }
@@ -202,6 +266,10 @@ pub struct Verdict {
     pub reason: Reason,
     /// Observe mode let through what would have been denied.
     pub would_deny: bool,
+    /// What a flow must say of the name that it rests on.
+    pub name_demand: NameDemand,
+    /// The names that it may say: those bound to the destination on which the verdict rests.
+    pub names: Vec<Name>,
 }
 
 impl TryFrom<v1::Verdict> for Verdict {
@@ -244,6 +312,17 @@ impl TryFrom<v1::Verdict> for Verdict {
             grant: message.grant_id,
             reason: message.reason.map(Into::into).unwrap_or_default(),
             would_deny: message.would_deny,
+            name_demand: v1::NameDemand::try_from(message.name_demand)
+                .map_err(|_| Malformed::Enum {
+                    field: "verdict.name_demand",
+                    value: message.name_demand,
+                })?
+                .into(),
+            names: message
+                .names
+                .iter()
+                .map(|name| name_from_wire("verdict.names", name))
+                .collect::<Result<_, _>>()?,
         })
     }
 }
@@ -265,6 +344,8 @@ impl From<&Verdict> for v1::Verdict {
             grant_id: verdict.grant.clone(),
             reason: Some((&verdict.reason).into()),
             would_deny: verdict.would_deny,
+            name_demand: v1::NameDemand::from(verdict.name_demand).into(),
+            names: verdict.names.iter().map(ToString::to_string).collect(),
         }
     }
 }

@@ -20,6 +20,12 @@ pub enum PolicyCommand {
     /// Check a policy file whole and report every problem; nothing is applied and no server is asked
     #[command(after_help = "Examples:\n  vnetctl policy check policy.yaml")]
     Check(CheckArgs),
+    /// Run the tests inside a policy file; nothing is applied and no server is asked
+    #[command(after_help = "Examples:\n  vnetctl policy test policy.yaml")]
+    Test(CheckArgs),
+    /// Print the JSON Schema of policy files, by which editors complete and check them
+    #[command(after_help = "Examples:\n  vnetctl policy schema > policy.schema.json")]
+    Schema,
     /// Print a policy in force, or one of its revisions
     #[command(
         after_help = "Examples:\n  vnetctl policy show\n  vnetctl policy show --revision 3 > policy.yaml"
@@ -119,6 +125,8 @@ impl PolicyCommand {
     pub async fn execute(self, context: &mut Context) -> Result<(), Failure> {
         match self {
             Self::Check(args) => check(&args, context),
+            Self::Test(args) => test(&args, context),
+            Self::Schema => context.output.write(&launch::policy_schema()),
             Self::Show(args) => show(args, context).await,
             Self::Apply(args) => apply(args, context).await,
             Self::Explain(args) => explain(args, context).await,
@@ -145,6 +153,19 @@ fn check(args: &CheckArgs, context: &mut Context) -> Result<(), Failure> {
     })?;
     warn(context, &document.source, &warnings);
     Ok(())
+}
+
+fn test(args: &CheckArgs, context: &mut Context) -> Result<(), Failure> {
+    let document = launch::read_document(&args.file)?;
+    let tested = launch::test_document(&document)?;
+    let source = safe(&document.source).into_owned();
+    if tested == 0 {
+        let text = format!("{source} has no tests; add tests: with what it must allow, deny and ask");
+        return Err(Failure::Failed(text));
+    }
+    context.output.write(&format!(
+        "{source}: {tested} destinations come out as its tests say\n"
+    ))
 }
 
 async fn show(args: ShowArgs, context: &mut Context) -> Result<(), Failure> {
@@ -203,6 +224,7 @@ async fn apply(args: ApplyArgs, context: &mut Context) -> Result<(), Failure> {
         etag: args.etag.unwrap_or_default(),
         validate_only: args.dry_run,
         confirm_within: None,
+        lists: document.lists,
     };
     let answer = client.policy().apply_policy(unary(request)).await?.into_inner();
     context.output.done(APPLIED, &answer, || {

@@ -61,6 +61,8 @@ pub struct Questions {
     /// How `vnetctl` is to be called to answer, as `vnetctl` or `vnetctl --server URL`.
     command: String,
     open: BTreeMap<String, v1::PendingRequest>,
+    /// Which programs are said to ask, for each that is open.
+    claims: BTreeMap<String, String>,
     /// Those still to be asked, oldest first; may name some that are no longer open.
     waiting: VecDeque<String>,
     asked: Option<String>,
@@ -76,10 +78,23 @@ impl Questions {
             prompts,
             command,
             open: BTreeMap::new(),
+            claims: BTreeMap::new(),
             waiting: VecDeque::new(),
             asked: None,
             said: 0,
             overflowed: false,
+        }
+    }
+
+    /// Whether this is a question that is not known yet, of which it may be told who asks.
+    pub fn is_news(&self, request: &v1::PendingRequest) -> bool {
+        !self.open.contains_key(&request.id) && self.open.len() < OPEN_MAX
+    }
+
+    /// Which programs are said to ask a question that is about to come. It is shown, and decides nothing.
+    pub fn claim(&mut self, id: &str, programs: &[String]) {
+        if !programs.is_empty() && self.claims.len() < OPEN_MAX {
+            self.claims.insert(id.to_owned(), programs.join(", "));
         }
     }
 
@@ -99,6 +114,7 @@ impl Questions {
     pub fn begin_again(&mut self) -> Vec<Act> {
         let asked = self.asked.take();
         self.open.clear();
+        self.claims.clear();
         self.waiting.clear();
         self.said = 0;
         asked
@@ -181,6 +197,7 @@ impl Questions {
     }
 
     fn ended(&mut self, request: &v1::PendingRequest) -> Vec<Act> {
+        self.claims.remove(&request.id);
         if self.open.remove(&request.id).is_none() {
             return Vec::new();
         }
@@ -232,7 +249,7 @@ impl Questions {
         let id = safe(&request.id);
         format!(
             "vnet: {} (answer: {command} approve {id}, or {command} deny {id})",
-            question(request)
+            self.question(request)
         )
     }
 
@@ -241,11 +258,19 @@ impl Questions {
         let id = safe(&request.id);
         let text = format!(
             "vnet: {}; [y]es until it stops, [o]nce, [n]o, [d]etails (or elsewhere: {command} approve {id})? ",
-            question(request)
+            self.question(request)
         );
         Act::Ask {
             id: request.id.clone(),
             text,
+        }
+    }
+
+    /// What is asked and, as far as is known, by whom.
+    fn question(&self, request: &v1::PendingRequest) -> String {
+        match self.claims.get(&request.id) {
+            Some(programs) => format!("{}, by {}", question(request), safe(programs)),
+            None => question(request),
         }
     }
 }
@@ -394,6 +419,32 @@ mod tests {
             "vnet: web asks for tcp 10.0.0.1:80 (a\\u{202e}.example); [y]es until it stops, [o]nce, [n]o, \
              [d]etails (or elsewhere: vnetctl approve p1)? "
         );
+    }
+
+    #[test]
+    fn who_asks_is_shown_as_plain_text_and_forgotten_with_the_question() {
+        let mut questions = questions(true);
+        let asked = request("p1", "10.0.0.1");
+        assert!(questions.is_news(&asked));
+        questions.claim(
+            "p1",
+            &["cu\u{1b}[2Jrl (pid 7)".to_owned(), "node (pid 9)".to_owned()],
+        );
+
+        let acts = questions.change(&added(&asked));
+
+        let Act::Ask { text, .. } = &acts[0] else {
+            panic!("{acts:?}")
+        };
+        assert!(
+            text.starts_with(
+                "vnet: web asks for tcp 10.0.0.1:80, by cu\\u{1b}[2Jrl (pid 7), node (pid 9); [y]es"
+            ),
+            "{text}"
+        );
+        assert!(!questions.is_news(&asked));
+        questions.change(&removed(&asked, v1::PendingState::Expired));
+        assert!(questions.claims.is_empty());
     }
 
     #[test]

@@ -7,14 +7,13 @@
 mod supervise;
 
 use std::ffi::OsString;
-#[cfg(target_os = "linux")]
-use std::io::IsTerminal as _;
 use std::os::unix::ffi::OsStrExt as _;
 use std::os::unix::fs::FileTypeExt as _;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use clap::Args;
+use ipnet::Ipv6Net;
 
 use super::attend::dataplane_name;
 use super::treat::{TreatArgs, all};
@@ -65,6 +64,9 @@ pub struct RunArgs {
     /// MTU of the command's link in bytes, 576 to 65520
     #[arg(long, value_name = "BYTES", default_value_t = MTU_BYTES_DEFAULT)]
     pub mtu: u16,
+    /// IPv6 prefix of the command's network, a /64, or off [default: fd00::/64; off where the MTU is below 1280]
+    #[arg(long, value_name = "CIDR|off")]
+    pub ipv6_prefix: Option<String>,
     /// The command and its arguments
     #[arg(value_name = "COMMAND", last = true, required = true)]
     pub command: Vec<OsString>,
@@ -82,6 +84,8 @@ struct Plan {
     dataplane: String,
     settings: Settings,
     mtu_bytes: u16,
+    /// The prefix of the network that the dataplane makes.
+    ipv6: Option<Ipv6Net>,
     sockets: Vec<PathBuf>,
     /// Where alone the command may write, if that is said.
     writable: Option<Vec<PathBuf>>,
@@ -98,13 +102,7 @@ pub fn execute(args: RunArgs, connection: Connection) -> Result<u8, Failure> {
         crate::output::say(warning);
     }
     #[cfg(target_os = "linux")]
-    {
-        // For a person; a script's stderr is the command's.
-        if std::io::stderr().is_terminal() {
-            crate::output::say(not_filtered(&plan));
-        }
-        supervise::run(plan, connection)
-    }
+    return supervise::run(plan, connection);
     #[cfg(not(target_os = "linux"))]
     Err(Failure::Failed(format!(
         "`run` needs Linux's namespaces, so {:?} was not started; serve a Linux VM with `vnetctl up` instead",
@@ -133,13 +131,14 @@ fn plan(args: RunArgs, connection: &Connection) -> Result<Plan, Failure> {
             mtu: Some(args.mtu.to_string()),
             dns: args.dns,
             publish: args.publish,
+            ipv6_prefix: args.ipv6_prefix,
             ..DataplaneArgs::default()
         },
         treatment,
         resolver_patience: Some(RESOLVER_PATIENCE),
         ..Settings::default()
     };
-    settings.check(true, &mut problems);
+    let config = settings.check(true, &mut problems);
     let sockets = sockets(&args.socket, connection, &mut problems);
     let writable = writable(&args.write, &mut problems);
     all(problems)?;
@@ -148,6 +147,7 @@ fn plan(args: RunArgs, connection: &Connection) -> Result<Plan, Failure> {
         dataplane,
         settings,
         mtu_bytes: args.mtu,
+        ipv6: config.and_then(|config| config.network.ipv6),
         sockets,
         writable,
         command: args.command,
@@ -206,9 +206,9 @@ fn writable(paths: &[PathBuf], problems: &mut Vec<String>) -> Option<Vec<PathBuf
 
 /// What of the command's doings is not filtered, in a line.
 #[cfg(target_os = "linux")]
-fn not_filtered(plan: &Plan) -> String {
-    match &plan.writable {
-        None => "vnet: not filtered: your files; the command may read and write them (--write PATH makes all else \
+fn not_filtered(writable: Option<&[PathBuf]>) -> String {
+    match writable {
+        None => "not filtered: your files; the command may read and write them (--write PATH makes all else \
                  read-only)"
             .to_owned(),
         Some(writable) => {
@@ -217,7 +217,7 @@ fn not_filtered(plan: &Plan) -> String {
                 .map(|path| crate::output::text::safe(&path.display().to_string()).into_owned())
                 .collect();
             format!(
-                "vnet: not filtered: your files; the command may read them, and write to {} alone",
+                "not filtered: your files; the command may read them, and write to {} alone",
                 places.join(", ")
             )
         }

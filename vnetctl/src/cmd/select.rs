@@ -104,10 +104,10 @@ pub struct BudgetArgs {
     pub connections: Option<u64>,
     /// At most so much from the guest, as `500kB` or `5MiB`
     #[arg(long, value_name = "SIZE", value_parser = size, conflicts_with = "once")]
-    pub up: Option<u64>,
+    pub bytes_up: Option<u64>,
     /// At most so much to the guest, as `50MB` or `1GiB`
     #[arg(long, value_name = "SIZE", value_parser = size, conflicts_with = "once")]
-    pub down: Option<u64>,
+    pub bytes_down: Option<u64>,
 }
 
 impl BudgetArgs {
@@ -115,8 +115,8 @@ impl BudgetArgs {
     pub fn message(&self) -> Option<v1::Budget> {
         let budget = v1::Budget {
             connections: self.connections.unwrap_or_default(),
-            bytes_up: self.up.unwrap_or_default(),
-            bytes_down: self.down.unwrap_or_default(),
+            bytes_up: self.bytes_up.unwrap_or_default(),
+            bytes_down: self.bytes_down.unwrap_or_default(),
         };
         (budget != v1::Budget::default()).then_some(budget)
     }

@@ -27,7 +27,7 @@ pub struct TreatArgs {
 }
 
 /// What a guest brings along, checked.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, Default, PartialEq)]
 pub struct Treatment {
     /// A policy document.
     pub document: Option<Document>,

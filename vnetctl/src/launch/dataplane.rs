@@ -15,7 +15,7 @@ use std::time::Duration;
 use tokio::io::AsyncReadExt as _;
 use tokio::process::{Child, Command};
 use vnet_dataplane::args::{Args, Cli};
-use vnet_dataplane::config::{Config, OwnPolicySettings, VmSettings, default_name};
+use vnet_dataplane::config::{Config, OwnListSettings, OwnPolicySettings, VmSettings, default_name};
 
 use super::descriptors::inherit_only;
 use crate::cmd::treat::Treatment;
@@ -93,6 +93,7 @@ impl Settings {
                 document: document.text,
                 source: document.source,
                 rules: rules.clone(),
+                lists: document.lists.into_iter().map(own_list).collect(),
             }
         });
         VmSettings {
@@ -103,6 +104,15 @@ impl Settings {
                 .map(|p| u64::try_from(p.as_millis()).unwrap_or(u64::MAX)),
             ..VmSettings::default()
         }
+    }
+}
+
+fn own_list(list: vnet_proto::v1::PolicyList) -> OwnListSettings {
+    OwnListSettings {
+        path: list.path,
+        sha256: list.sha256,
+        content: list.content,
+        size_bytes: list.size_bytes,
     }
 }
 
@@ -234,6 +244,7 @@ fn flags(args: &Args) -> Vec<OsString> {
         gateway,
         gateway_mac,
         host_alias,
+        ipv6_prefix,
         static_leases,
         dns,
         dns_search,
@@ -253,6 +264,7 @@ fn flags(args: &Args) -> Vec<OsString> {
         ("gateway", gateway.clone()),
         ("gateway-mac", gateway_mac.clone()),
         ("host-alias", host_alias.clone()),
+        ("ipv6-prefix", ipv6_prefix.clone()),
         ("vm-settings-fd", number(vm_settings_fd)),
         ("exit-with-fd", number(exit_with_fd)),
     ];
@@ -319,6 +331,7 @@ mod tests {
             "--gateway=10.0.0.1",
             "--gateway-mac=5a:94:ef:e4:0c:dd",
             "--host-alias=none",
+            "--ipv6-prefix=fd12:3456:789a:1::/64",
             "--static-lease=5a:94:ef:00:00:02=10.0.0.9",
             "--dns=192.0.2.53",
             "--dns-search=lan",

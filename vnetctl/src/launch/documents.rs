@@ -5,25 +5,32 @@ use std::fs::File;
 use std::io::{self, Read};
 use std::path::Path;
 
-use vnet_controlplane::policy::{DOCUMENT_BYTES_MAX, OwnPolicy, PolicyErrors, PolicyWarning};
+use vnet_controlplane::clock::Clock;
+use vnet_controlplane::lists;
+use vnet_controlplane::policy::{
+    DOCUMENT_BYTES_MAX, ListCache, OwnPolicy, Policy, PolicyErrors, PolicyWarning,
+};
 use vnet_proto::v1;
 
 use crate::failure::Failure;
 use crate::output::text::safe;
 
 /// A policy document, and where it came from.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, Default, PartialEq)]
 pub struct Document {
     /// Its text.
     pub text: String,
     /// Its path, for messages.
     pub source: String,
+    /// The lists that it names, packed.
+    pub lists: Vec<v1::PolicyList>,
 }
 
-/// Reads a document from a file; `-` is standard input.
+/// Reads a document from a file, and the lists that it names from theirs, relative to it; `-` is standard
+/// input, with lists relative to the working directory. The controlplane opens none of them.
 ///
 /// # Errors
-/// When it cannot be read, is longer than a policy may be, or is not UTF-8.
+/// When one cannot be read, the document is longer than a policy may be, or not UTF-8.
 pub fn read_document(path: &Path) -> Result<Document, Failure> {
     let (source, text) = if path == Path::new("-") {
         ("standard input".to_owned(), read_bounded(io::stdin()))
@@ -33,13 +40,15 @@ pub fn read_document(path: &Path) -> Result<Document, Failure> {
             File::open(path).and_then(read_bounded),
         )
     };
-    match text {
-        Ok(text) => Ok(Document { text, source }),
-        Err(error) => Err(Failure::Failed(format!(
-            "cannot read policy {}: {error}",
-            safe(&source)
-        ))),
-    }
+    let text =
+        text.map_err(|error| Failure::Failed(format!("cannot read policy {}: {error}", safe(&source))))?;
+    let beside = path.parent().unwrap_or(Path::new(""));
+    let lists = lists::read(&text, beside).map_err(|error| {
+        let cause = std::error::Error::source(&error).map(|cause| format!(": {cause}"));
+        let text = format!("{source}: {error}{}", cause.unwrap_or_default());
+        Failure::Failed(safe(&text).into_owned())
+    })?;
+    Ok(Document { text, source, lists })
 }
 
 fn read_bounded(file: impl Read) -> io::Result<String> {
@@ -62,8 +71,21 @@ pub fn check_document(document: &Document) -> Result<Vec<v1::PolicyWarning>, Fai
     if document.text.trim().is_empty() {
         return Ok(Vec::new());
     }
-    let own = OwnPolicy::parse(&document.source, &document.text, &[]).map_err(|e| refused(&e))?;
-    Ok(warnings(&own))
+    Ok(warnings(&own_policy(Some(document), &[])?))
+}
+
+/// Runs a document's own tests, and gives how many destinations they name.
+///
+/// # Errors
+/// Everything that is wrong with the document, or each test that fails.
+pub fn test_document(document: &Document) -> Result<usize, Failure> {
+    let own = own_policy(Some(document), &[])?;
+    Ok(own.document().map_or(0, Policy::probes))
+}
+
+/// The JSON Schema of policy files.
+pub fn policy_schema() -> String {
+    vnet_controlplane::policy::schema()
 }
 
 /// Checks what a VM brings along: a document, if there is one, and rules before it.
@@ -71,9 +93,21 @@ pub fn check_document(document: &Document) -> Result<Vec<v1::PolicyWarning>, Fai
 /// # Errors
 /// Everything that is wrong with either, a line each.
 pub fn check_own(document: Option<&Document>, rules: &[String]) -> Result<Vec<v1::PolicyWarning>, Failure> {
-    let (source, text) = document.map_or(("", ""), |d| (d.source.as_str(), d.text.as_str()));
-    let own = OwnPolicy::parse(source, text, rules).map_err(|e| refused(&e))?;
-    Ok(warnings(&own))
+    Ok(warnings(&own_policy(document, rules)?))
+}
+
+fn own_policy(document: Option<&Document>, rules: &[String]) -> Result<OwnPolicy, Failure> {
+    let none = Document::default();
+    let Document { text, source, lists } = document.unwrap_or(&none);
+    let lists = lists::unpack(lists).map_err(|e| Failure::Failed(safe(&e.to_string()).into_owned()))?;
+    let own = OwnPolicy::parse_with(source, text, rules, &lists, &ListCache::default());
+    let own = own.map_err(|e| refused(&e))?;
+    if let Some(policy) = own.document() {
+        policy
+            .run_tests(source, Clock::system().now())
+            .map_err(|e| refused(&e))?;
+    }
+    Ok(own)
 }
 
 /// Warnings as lines for people.
@@ -88,8 +122,11 @@ fn warnings(own: &OwnPolicy) -> Vec<v1::PolicyWarning> {
         column: w.column,
         text: w.text.clone(),
     };
-    own.document()
-        .map_or_else(Vec::new, |policy| policy.warnings.iter().map(message).collect())
+    let Some(policy) = own.document() else {
+        return Vec::new();
+    };
+    let over = policy.over_by(Clock::system().now());
+    policy.warnings.iter().chain(&over).map(message).collect()
 }
 
 fn refused(errors: &PolicyErrors) -> Failure {

@@ -23,7 +23,9 @@ pub use vnet_dataplane::forward::ForwardSpec;
 
 pub use self::controlplane::{controlplane, own_server, session_url};
 pub use self::dataplane::{Dataplane, DataplaneError, Settings};
-pub use self::documents::{Document, check_document, check_own, read_document, warning_lines};
+pub use self::documents::{
+    Document, check_document, check_own, policy_schema, read_document, test_document, warning_lines,
+};
 
 use crate::failure::{EXIT_USAGE, Failure};
 

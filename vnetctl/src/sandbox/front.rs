@@ -17,12 +17,17 @@ use nix::unistd::Pid;
 use serde::{Deserialize, Serialize};
 use tokio::sync::mpsc;
 
+use super::claims::Remote;
 use super::error::SandboxError;
 use super::wire::{self, Order, Reply, Request};
 use super::{EXIT_FAILED, GUEST_ARGUMENT, Spec, mounts};
 
 /// Stops of the command that may wait to be heard; further ones are not told.
 const MAX_EVENTS: usize = 16;
+/// Answers about programs that may wait to be read; one is waited for at a time.
+const MAX_OWNERS: usize = 4;
+/// How long the helper may take to say which program has a socket.
+const OWNERS_TIMEOUT: Duration = Duration::from_millis(500);
 /// How long a guest may take to end in good order before its helper is killed.
 const END_TIMEOUT: Duration = Duration::from_secs(2);
 /// The largest MTU of a TAP device: 65535 less the Ethernet header.
@@ -82,6 +87,8 @@ pub struct Sandbox {
     control: OwnedFd,
     helper: Pid,
     events: mpsc::Receiver<Event>,
+    owners: mpsc::Receiver<(u64, Vec<String>)>,
+    asked: u64,
     exit: Option<Exit>,
     done: std_mpsc::Receiver<()>,
 }
@@ -101,6 +108,7 @@ pub fn spawn(spec: &Spec) -> Result<Sandbox, SandboxError> {
     .map_err(|errno| channel("opening it", errno.into()))?;
     let (first_sender, first) = std_mpsc::channel();
     let (event_sender, events) = mpsc::channel(MAX_EVENTS);
+    let (owners_sender, owners) = mpsc::channel(MAX_OWNERS);
     let (done_sender, done) = std_mpsc::channel();
     let command = helper_command(spec, theirs);
     let listener = ours.try_clone().map_err(|error| channel("copying it", error))?;
@@ -109,7 +117,7 @@ pub fn spawn(spec: &Spec) -> Result<Sandbox, SandboxError> {
     thread::Builder::new()
         .name("vnet-guest".into())
         .spawn(move || {
-            attend(command, &listener, &first_sender, &event_sender);
+            attend(command, &listener, &first_sender, &event_sender, &owners_sender);
             drop(done_sender);
         })
         .map_err(|error| channel("starting the thread that attends it", error))?;
@@ -128,6 +136,8 @@ pub fn spawn(spec: &Spec) -> Result<Sandbox, SandboxError> {
         control: ours,
         helper,
         events,
+        owners,
+        asked: 0,
         exit: None,
         done,
     };
@@ -168,6 +178,27 @@ impl Sandbox {
     pub fn signal(&self, number: i32) -> Result<(), SandboxError> {
         wire::send(self.control.as_fd(), &Order::Signal(number), &[])
             .map_err(|error| channel("passing a signal on", error))
+    }
+
+    /// Which programs of the guest have a socket that leads there, as `curl (pid 7)`: what the guest claims, to be
+    /// shown to a person and never to decide by. None where that cannot be told, or not soon.
+    pub async fn owners(&mut self, remote: Remote) -> Vec<String> {
+        self.asked += 1;
+        if wire::send(self.control.as_fd(), &Order::Whose(self.asked, remote), &[]).is_err() {
+            return Vec::new();
+        }
+        let asked = self.asked;
+        let answer = async {
+            while let Some((number, found)) = self.owners.recv().await {
+                if number == asked {
+                    return found;
+                }
+            }
+            Vec::new()
+        };
+        tokio::time::timeout(OWNERS_TIMEOUT, answer)
+            .await
+            .unwrap_or_default()
     }
 
     /// The process whose end is the guest's end.
@@ -230,6 +261,7 @@ fn attend(
     control: &OwnedFd,
     first: &std_mpsc::Sender<First>,
     events: &mpsc::Sender<Event>,
+    owners: &mpsc::Sender<(u64, Vec<String>)>,
 ) {
     let mut child = match command.spawn() {
         Ok(child) => child,
@@ -256,6 +288,8 @@ fn attend(
             }
             // Told while there is room: a command that stops without end is heard often enough.
             Reply::Stopped(signal) => drop(events.try_send(Event::Stopped(signal))),
+            // One that nobody waits for any more is lost.
+            Reply::Owners(number, found) => drop(owners.try_send((number, found))),
             Reply::NotExecuted { code, reason } => {
                 last = Some(Exit {
                     code,
@@ -311,6 +345,13 @@ fn check(spec: &Spec) -> Result<(), SandboxError> {
         let (gateway, guest) = (spec.gateway, spec.guest);
         return wrong(format!(
             "gateway {gateway} is not another address of the guest's subnet {guest}"
+        ));
+    }
+    if let Some((guest, router)) = spec.ipv6
+        && (!guest.contains(&router) || guest.addr() == router)
+    {
+        return wrong(format!(
+            "router {router} is not another address of the guest's prefix {guest}"
         ));
     }
     for (number, name) in (0..).zip(["stdin", "stdout", "stderr"]) {
@@ -375,6 +416,9 @@ fn request(spec: &Spec) -> (Request, Vec<RawFd>) {
         mtu_bytes: spec.mtu_bytes,
         guest: (spec.guest.addr(), spec.guest.prefix_len()),
         gateway: spec.gateway,
+        ipv6: spec
+            .ipv6
+            .map(|(net, router)| (net.addr(), net.prefix_len(), router)),
         hostname: spec.hostname.clone(),
         masks,
         programs: bytes(&spec.programs),

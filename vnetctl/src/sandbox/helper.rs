@@ -5,9 +5,10 @@
 use std::ffi::OsString;
 use std::io::Write;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::path::Path;
 use std::process::ExitCode;
 
-use ipnet::Ipv4Net;
+use ipnet::{Ipv4Net, Ipv6Net};
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, fcntl};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
@@ -20,7 +21,7 @@ use super::error::{Failure, Step};
 use super::init::Init;
 use super::sockets::{self, Opened, Outside};
 use super::wire::{self, Order, Reply, Request};
-use super::{EXIT_FAILED, link, masks, mounts, sys, userns};
+use super::{EXIT_FAILED, claims, link, masks, mounts, sys, userns};
 
 /// The whole life of the helper. `command` is what follows [`GUEST_ARGUMENT`](super::GUEST_ARGUMENT).
 /// To be called in a process that has not started a thread.
@@ -99,9 +100,15 @@ fn serve(control: &OwnedFd, command: Vec<OsString>) -> Result<u8, Failure> {
         nix::unistd::sethostname(name).step(format!("set the guest's host name to {name:?}"))?;
     }
     let guest = Ipv4Net::new(request.guest.0, request.guest.1).step("read the guest's address")?;
+    let ipv6 = request
+        .ipv6
+        .map(|(address, length, router)| Ipv6Net::new(address, length).map(|net| (net, router)))
+        .transpose()
+        .step("read the guest's IPv6 address")?;
     let made = link::make(
         guest,
         request.gateway,
+        ipv6,
         request.mtu_bytes,
         request.force_packet_socket,
     )?;
@@ -173,6 +180,10 @@ fn relay(control: &OwnedFd, init: Pid, mut opener: std::io::PipeWriter) -> Resul
                     if let Ok(signal) = Signal::try_from(number) {
                         let _ = kill(init, signal);
                     }
+                }
+                Ok(Some((Order::Whose(number, remote), _))) => {
+                    let owners = claims::owners(Path::new("/proc"), remote);
+                    let _ = wire::send(control.as_fd(), &Reply::Owners(number, owners), &[]);
                 }
                 // The front is gone, or says what cannot be understood: the guest ends.
                 Ok(None) | Err(_) => {

@@ -8,11 +8,11 @@
 use std::fs::{self, OpenOptions};
 use std::io;
 use std::mem;
-use std::net::IpAddr;
+use std::net::{IpAddr, Ipv6Addr};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::os::unix::fs::OpenOptionsExt;
 
-use ipnet::Ipv4Net;
+use ipnet::{Ipv4Net, Ipv6Net};
 use nix::errno::Errno;
 use nix::sched::{CloneFlags, unshare};
 
@@ -47,6 +47,7 @@ pub(crate) struct Made {
 pub(crate) fn make(
     guest: Ipv4Net,
     gateway: std::net::Ipv4Addr,
+    ipv6: Option<(Ipv6Net, Ipv6Addr)>,
     mtu_bytes: u16,
     force_packet_socket: bool,
 ) -> Result<Made, Failure> {
@@ -57,7 +58,10 @@ pub(crate) fn make(
         None => (make_veth(mtu_bytes)?, LinkKind::Packet),
     };
     sys::set_nonblocking(fd.as_fd()).step("make the guest's link non-blocking")?;
-    switch_ipv6_off(&mut notes);
+    match ipv6 {
+        Some(_) => prepare_ipv6(&mut notes),
+        None => switch_ipv6_off(&mut notes),
+    }
     let netlink = Netlink::new()?;
     // The first thing that needs a capability in the network namespace.
     netlink.up("lo").map_err(|mut failure| {
@@ -69,6 +73,15 @@ pub(crate) fn make(
     announce_when_up(&mut notes);
     netlink.up(INTERFACE)?;
     netlink.add_default_route(IpAddr::V4(gateway))?;
+    if let Some((address, router)) = ipv6 {
+        let given = netlink
+            .add_address(INTERFACE, address.into())
+            .and_then(|()| netlink.add_default_route(IpAddr::V6(router)));
+        // A kernel without IPv6 is no reason not to run.
+        if let Err(failure) = given {
+            notes.push(format!("the command has no IPv6: {failure}"));
+        }
+    }
     allow_without_capabilities(&mut notes);
     Ok(Made {
         fd,
@@ -275,8 +288,19 @@ fn interface_ioctl(number: libc::Ioctl, request: &mut libc::ifreq) -> nix::Resul
     Errno::result(unsafe { libc::ioctl(socket.as_raw_fd(), number, std::ptr::from_mut(request)) }).map(drop)
 }
 
-/// Switches IPv6 off for every interface of this namespace, now and later: the gateway does not offer
-/// it yet, and an address that leads nowhere only makes programs wait.
+/// Has the interface take the address that it is given, at once and no other: the network has one guest, so
+/// that duplicate address detection would only make the command wait, and what a router advertises is known.
+fn prepare_ipv6(notes: &mut Vec<String>) {
+    for (key, value) in [("accept_dad", "0"), ("accept_ra", "0"), ("disable_ipv6", "0")] {
+        let path = format!("/proc/sys/net/ipv6/conf/{INTERFACE}/{key}");
+        if let Err(error) = fs::write(&path, value) {
+            notes.push(format!("IPv6 may come late to the command: {path}: {error}"));
+        }
+    }
+}
+
+/// Switches IPv6 off for every interface of this namespace, now and later: where the network carries none, an
+/// address that leads nowhere only makes programs wait.
 fn switch_ipv6_off(notes: &mut Vec<String>) {
     for which in ["all", "default"] {
         let path = format!("/proc/sys/net/ipv6/conf/{which}/disable_ipv6");

@@ -22,6 +22,7 @@
 //! [`stage`] makes, equally without privilege, a host and an internet for tests and the demo.
 
 mod caps;
+mod claims;
 mod error;
 mod front;
 mod helper;
@@ -40,12 +41,13 @@ mod wire;
 mod writes;
 
 use std::ffi::{OsStr, OsString};
-use std::net::Ipv4Addr;
+use std::net::{Ipv4Addr, Ipv6Addr};
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-use ipnet::Ipv4Net;
+use ipnet::{Ipv4Net, Ipv6Net};
 
+pub use self::claims::Remote;
 pub use self::error::SandboxError;
 pub use self::front::{Event, Exit, Link, LinkKind, Sandbox, spawn};
 pub use self::helper::guest_main;
@@ -75,6 +77,8 @@ pub struct Spec {
     pub guest: Ipv4Net,
     /// Its default route and its name server.
     pub gateway: Ipv4Addr,
+    /// Its IPv6 address and prefix, and its default route there. IPv6 is switched off when `None`.
+    pub ipv6: Option<(Ipv6Net, Ipv6Addr)>,
     /// Its host name; the host's when `None`.
     pub hostname: Option<String>,
     /// Files and directories to hide, beside the built-in ones: vnet's own runtime and state
@@ -108,6 +112,7 @@ impl Spec {
             mtu_bytes: 1500,
             guest: Ipv4Net::new_assert(Ipv4Addr::new(192, 168, 127, 2), 24),
             gateway: Ipv4Addr::new(192, 168, 127, 1),
+            ipv6: None,
             hostname: None,
             masks: Vec::new(),
             programs: Vec::new(),

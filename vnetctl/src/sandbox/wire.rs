@@ -2,13 +2,14 @@
 //! descriptors beside it where a message says so.
 
 use std::io::{self, IoSlice, IoSliceMut};
-use std::net::Ipv4Addr;
+use std::net::{Ipv4Addr, Ipv6Addr};
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 
 use nix::sys::socket::{ControlMessage, ControlMessageOwned, MsgFlags, recvmsg, sendmsg};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
+use super::claims::Remote;
 use super::error::Failure;
 use super::front::LinkKind;
 
@@ -27,6 +28,8 @@ pub(crate) struct Request {
     pub(crate) mtu_bytes: u16,
     pub(crate) guest: (Ipv4Addr, u8),
     pub(crate) gateway: Ipv4Addr,
+    /// Address, length of its prefix, router.
+    pub(crate) ipv6: Option<(Ipv6Addr, u8, Ipv6Addr)>,
     pub(crate) hostname: Option<String>,
     /// Paths as bytes: they need not be UTF-8.
     pub(crate) masks: Vec<Vec<u8>>,
@@ -44,6 +47,8 @@ pub(crate) enum Order {
     Start,
     /// Pass this signal on to the command.
     Signal(i32),
+    /// Say which programs have a socket that leads there; the number is the question's.
+    Whose(u64, Remote),
 }
 
 /// What helper and init say.
@@ -62,6 +67,8 @@ pub(crate) enum Reply {
     Failed(Failure),
     /// The command was stopped by this signal (its terminal's suspend key, say).
     Stopped(i32),
+    /// The programs that were asked for, and the question's number.
+    Owners(u64, Vec<String>),
     /// The command could not be executed.
     NotExecuted {
         /// 126 or 127.

@@ -2,17 +2,28 @@
 //! window, suspension, and questions that the user answers with a key.
 //!
 //! The command never holds the real terminal: every standard stream that is one is replaced by its pty
-//! ([`standard_streams`]). Keys go to the command, but for those that answer a question: a question
-//! takes keys only after [`GRACE`], so that what was typed for the command does not answer it, and what the
-//! command prints meanwhile waits (up to [`MAX_HELD_BYTES`], then the command waits) and follows
-//! after the answer.
+//! ([`standard_streams`]). What it writes is filtered (`output`), so that it can neither leave the terminal in a
+//! state in which a question is not seen, nor have it type. What comes from the terminal is told apart (`keys`):
+//! keys, and what a command may have the terminal send.
+//!
+//! A question is shown on lines of its own, while what the command prints waits (up to [`MAX_HELD_BYTES`], then the
+//! command waits) and follows after the answer. What was typed before it, and in its first [`GRACE`], is thrown away.
+//! It is answered by one key that comes alone.
+//!
+//! A program that takes the whole screen has one row less than the terminal (`canvas`). The last row is vnet's
+//! and says what is asked; Control-] opens the question there. Keys go to the question only while it is open.
+//!
+//! Every line of vnet's own begins with a mark that is made anew for each run and said before the command starts
+//! ([`Terminal::mark`]). The command cannot read the screen, so what it prints to look like a question lacks it.
 //!
 //! The real terminal's mode is restored when [`Terminal`] goes, on a panic, on `exit`, and by
 //! [`restore`]. Signals are not caught here: whoever runs the command does that, and ends in good order.
 //!
 //! When stdin is no terminal, no keys are read: nobody is asked and the command gets none.
 
+mod canvas;
 mod keys;
+mod output;
 mod relay;
 mod tty;
 
@@ -31,7 +42,7 @@ use self::relay::{Request, Sender};
 use self::tty::Real;
 
 /// How long a question is shown before a key answers it.
-pub const GRACE: Duration = Duration::from_millis(300);
+pub const GRACE: Duration = Duration::from_millis(500);
 /// How much of the command's output waits while a question is shown.
 pub const MAX_HELD_BYTES: usize = 1 << 20;
 /// How long the last output may take to reach the real terminal.
@@ -44,6 +55,7 @@ pub struct Terminal {
     real: Arc<Real>,
     /// The pty's front side, for its size and mode.
     pty: OwnedFd,
+    mark: String,
     /// Keys are not read: the front is suspended, or in the background.
     paused: Arc<AtomicBool>,
     finished: Option<oneshot::Receiver<()>>,
@@ -63,12 +75,20 @@ impl Terminal {
         if !paused.load(Ordering::Relaxed) {
             real.make_raw()?;
         }
-        let (sender, finished) =
-            relay::start(pty.try_clone()?, real.clone(), paused.clone()).inspect_err(|_| restore())?;
+        let mark = mark()?;
+        let (sender, finished) = relay::start(
+            pty.try_clone()?,
+            real.clone(),
+            paused.clone(),
+            mark.clone(),
+            real.reservable(),
+        )
+        .inspect_err(|_| restore())?;
         let terminal = Terminal {
             sender,
             real,
             pty,
+            mark,
             paused,
             finished: Some(finished),
         };
@@ -79,6 +99,11 @@ impl Terminal {
     /// Whether a question can be answered here.
     pub fn can_prompt(&self) -> bool {
         self.real.has_keyboard()
+    }
+
+    /// What every line of vnet's own begins with, for as long as this lasts.
+    pub fn mark(&self) -> &str {
+        &self.mark
     }
 
     /// Shows a question on a line of its own and waits for a key. `None` when none can come: no keyboard,
@@ -106,8 +131,9 @@ impl Terminal {
         self.sender.send(Request::TypeIn(bytes.to_vec()));
     }
 
-    /// Copies the size of the real window to the pty. To be called on `SIGWINCH`.
+    /// Copies the size of the real window to the pty, less the row that is reserved. To be called on `SIGWINCH`.
     pub fn resize(&self) {
+        self.sender.send(Request::Resize(self.real.reservable()));
         // A terminal without a size (a serial line) leaves the pty without one too.
         let _ = self.real.copy_size_to(self.pty.as_fd());
     }
@@ -143,3 +169,19 @@ impl Drop for Terminal {
         restore();
     }
 }
+
+/// A mark that nobody can know beforehand, of letters and digits that are not taken for each other.
+fn mark() -> io::Result<String> {
+    const FROM: &[u8; 32] = b"abcdefghjkmnpqrstuvwxyz23456789+";
+    let mut random = [0; MARK_LENGTH];
+    getrandom::fill(&mut random)
+        .map_err(|error| io::Error::other(format!("no randomness to be had: {error}")))?;
+    let mark: String = random
+        .iter()
+        .map(|byte| char::from(FROM[usize::from(*byte) % FROM.len()]))
+        .collect();
+    Ok(format!("[{mark}]"))
+}
+
+/// One in a million is guessed right.
+const MARK_LENGTH: usize = 4;

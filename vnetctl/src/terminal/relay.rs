@@ -17,7 +17,8 @@ use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use tokio::sync::oneshot;
 
-use super::keys::{Key, first_key};
+use super::keys::{Input, Key, Keys};
+use super::output::{Filter, Size};
 use super::tty::Real;
 use super::{GRACE, MAX_HELD_BYTES};
 
@@ -25,6 +26,8 @@ use super::{GRACE, MAX_HELD_BYTES};
 const MAX_TYPED_BYTES: usize = 64 * 1024;
 /// Questions that may wait for the one that is shown; further ones are not asked.
 const MAX_PROMPTS: usize = 64;
+/// Lines of vnet's own that may wait for the end of a program that has the whole screen.
+const MAX_LINES: usize = 100;
 /// How much is read at once.
 const CHUNK_BYTES: usize = 16 * 1024;
 
@@ -36,6 +39,8 @@ pub(super) enum Request {
     },
     Say(String),
     TypeIn(Vec<u8>),
+    /// The size of the terminal, where a row of it can be reserved.
+    Resize(Option<Size>),
     /// End once the command's last output is shown.
     Finish,
     /// End now.
@@ -86,6 +91,8 @@ pub(super) fn start(
     pty: OwnedFd,
     real: Arc<Real>,
     paused: Arc<AtomicBool>,
+    mark: String,
+    reserve: Option<Size>,
 ) -> io::Result<(Sender, oneshot::Receiver<()>)> {
     let (woken, wake) = std::io::pipe()?;
     set_nonblocking(&woken)?;
@@ -101,8 +108,13 @@ pub(super) fn start(
         woken,
         typed: VecDeque::new(),
         held: Vec::new(),
+        mark,
+        filter: Filter::new(reserve),
+        keys: Keys::default(),
+        lines: VecDeque::new(),
         prompts: VecDeque::new(),
         shown_at: None,
+        wanted: false,
         at_line_start: true,
         keyboard_gone: false,
         finishing: false,
@@ -138,10 +150,19 @@ struct Relay {
     typed: VecDeque<u8>,
     /// The command's output while a question is shown.
     held: Vec<u8>,
+    /// What vnet's own lines begin with.
+    mark: String,
+    /// Between the command's output and the terminal.
+    filter: Filter,
+    keys: Keys,
+    /// Said while a program had the whole screen.
+    lines: VecDeque<String>,
     /// The first is shown.
     prompts: VecDeque<Prompt>,
     /// When the first question was shown.
     shown_at: Option<Instant>,
+    /// The user has asked for the question, under a program that has the whole screen.
+    wanted: bool,
     /// The cursor is at the start of a line.
     at_line_start: bool,
     keyboard_gone: bool,
@@ -195,6 +216,11 @@ impl Relay {
                     self.typed.extend(bytes.into_iter().take(room));
                     self.write_typed();
                 }
+                Ok(Request::Resize(reserve)) => {
+                    let drawn = self.filter.resize(reserve);
+                    self.print(drawn.as_bytes());
+                    self.show_question();
+                }
                 Ok(Request::Finish) => self.finishing = true,
                 Ok(Request::Stop) | Err(mpsc::TryRecvError::Disconnected) => return false,
                 Err(mpsc::TryRecvError::Empty) => return true,
@@ -213,29 +239,86 @@ impl Relay {
             self.end_prompt("");
         }
         self.prompts.retain(|prompt| !prompt.reply.is_closed());
+        if self.shown_at.is_some() {
+            return;
+        }
+        if self.prompts.is_empty() {
+            self.wanted = false;
+            self.release();
+        } else if self.filter.canvas().is_none() || self.wanted {
+            // What has been typed so far was not typed for this question. What cannot be thrown away is read
+            // within the grace.
+            self.real.discard_input();
+            self.shown_at = Some(Instant::now());
+            self.start_line();
+            self.show_question();
+        } else {
+            self.release();
+        }
+        self.draw_row();
+    }
+
+    /// Shows the first question, if it is to be seen.
+    fn show_question(&mut self) {
         if self.shown_at.is_none() {
-            match self.prompts.front().map(|prompt| prompt.question.clone()) {
-                Some(question) => {
-                    // What has been typed so far was typed for the command.
-                    if self.may_read_keys() && self.input_is_ready() {
-                        self.read_input();
-                    }
-                    self.start_line();
-                    self.print(question.as_bytes());
-                    self.at_line_start = false;
-                    self.shown_at = Some(Instant::now());
-                }
-                None => self.release(),
+            return;
+        }
+        let Some(question) = self.prompts.front().map(|prompt| prompt.question.clone()) else {
+            return;
+        };
+        let question = format!("{} {question}", self.mark);
+        let shown = match self.filter.canvas() {
+            None => {
+                self.at_line_start = false;
+                Some(question)
+            }
+            Some(canvas) => canvas.cover(&question),
+        };
+        match shown {
+            Some(shown) => self.print(shown.as_bytes()),
+            // Nobody answers what he cannot read whole.
+            None => {
+                self.shown_at = None;
+                self.wanted = false;
             }
         }
     }
 
-    /// Takes the shown question from the screen's last line.
+    /// Says in the row below a program that has the whole screen what there is to say.
+    fn draw_row(&mut self) {
+        let first = self.prompts.front().map(|prompt| prompt.question.clone());
+        let row = match (first, self.lines.back()) {
+            (Some(question), _) => format!("{} Ctrl-] answers: {question}", self.mark),
+            (None, Some(line)) => format!("{} {line}", self.mark),
+            (None, None) => format!("{} vnet", self.mark),
+        };
+        let covered = self.shown_at.is_some();
+        let Some(canvas) = self.filter.canvas() else {
+            return;
+        };
+        canvas.set_row(&row);
+        if !covered {
+            let mut shown = String::new();
+            canvas.draw(&mut shown);
+            self.print(shown.as_bytes());
+        }
+    }
+
+    /// Takes the shown question from the screen.
     fn end_prompt(&mut self, answer: &str) -> Option<Prompt> {
         self.shown_at = None;
-        self.print(answer.as_bytes());
-        self.print(b"\r\n");
-        self.at_line_start = true;
+        match self.filter.canvas() {
+            None => {
+                self.print(answer.as_bytes());
+                self.print(b"\r\n");
+                self.at_line_start = true;
+                self.give_back();
+            }
+            Some(canvas) => {
+                let drawn = canvas.redraw();
+                self.print(drawn.as_bytes());
+            }
+        }
         self.prompts.pop_front()
     }
 
@@ -246,26 +329,42 @@ impl Relay {
     }
 
     fn say(&mut self, line: &str) {
+        if self.filter.canvas().is_some() {
+            self.lines.extend(line.lines().map(str::to_owned));
+            let over = self.lines.len().saturating_sub(MAX_LINES);
+            self.lines.drain(..over);
+            return;
+        }
         // With a question on the screen, the line goes above a repetition of it.
         self.start_line();
         for line in line.lines() {
-            self.print(line.as_bytes());
-            self.print(b"\r\n");
+            self.print(format!("{} {line}\r\n", self.mark).as_bytes());
         }
         self.at_line_start = true;
-        if self.shown_at.is_some()
-            && let Some(question) = self.prompts.front().map(|prompt| prompt.question.clone())
-        {
-            self.print(question.as_bytes());
-            self.at_line_start = false;
+        if self.shown_at.is_some() {
+            self.show_question();
+        } else {
+            self.give_back();
         }
     }
 
+    /// Takes the terminal from the command, and begins a line.
     fn start_line(&mut self) {
+        if self.filter.canvas().is_some() {
+            return;
+        }
         if !self.at_line_start {
             self.print(b"\r\n");
             self.at_line_start = true;
         }
+        let plain = self.filter.plain(self.real.rows());
+        self.print(plain.as_bytes());
+    }
+
+    /// Gives the terminal back to the command, as that had it.
+    fn give_back(&mut self) {
+        let own = self.filter.own();
+        self.print(own.as_bytes());
     }
 
     fn may_read_keys(&self) -> bool {
@@ -297,14 +396,6 @@ impl Relay {
         })
     }
 
-    fn input_is_ready(&self) -> bool {
-        let Some(input) = self.real.input() else {
-            return false;
-        };
-        let mut fds = [PollFd::new(input, PollFlags::POLLIN)];
-        poll(&mut fds, PollTimeout::ZERO).is_ok_and(|ready| ready > 0)
-    }
-
     fn read_output(&mut self) {
         let Some(pty) = &self.pty else { return };
         let mut chunk = [0; CHUNK_BYTES];
@@ -325,6 +416,11 @@ impl Relay {
                 }
                 self.prompts.clear();
                 self.release();
+                let left = self.filter.finish();
+                self.print(left.as_bytes());
+                for line in std::mem::take(&mut self.lines) {
+                    self.say(&line);
+                }
             }
         }
     }
@@ -346,25 +442,54 @@ impl Relay {
         }
     }
 
-    /// The first key answers the question that is shown long enough; all others are the command's.
+    /// A key that comes alone answers the question that is shown long enough. While one is shown no other key
+    /// goes anywhere; what the terminal answers to the command is the command's.
     fn take_keys(&mut self, bytes: &[u8]) {
-        let asked = self.shown_at.is_some_and(|shown| shown.elapsed() >= GRACE);
-        let mut rest = bytes;
-        if asked && let Some((key, length)) = first_key(bytes) {
-            rest = &bytes[length..];
-            let echo = match key {
-                Key::Char(character) if !character.is_control() => character.to_string(),
-                _ => String::new(),
-            };
-            if let Some(prompt) = self.end_prompt(&echo) {
-                let _ = prompt.reply.send(key);
+        let inputs = self.keys.feed(bytes);
+        let Some(shown) = self.shown_at else {
+            let opens = self.filter.canvas().is_some() && !self.prompts.is_empty();
+            if opens && inputs.contains(&Input::Key(Key::Open)) {
+                self.wanted = true;
+            } else {
+                self.typed.extend(bytes);
             }
-            // What follows in one read was pasted, or held down. It was not meant for the command.
-            if !rest.is_empty() {
-                rest = &[];
+            return;
+        };
+        let mut pressed = Vec::new();
+        for input in inputs {
+            match input {
+                Input::Key(key) => pressed.push(key),
+                Input::Reply(bytes) => self.typed.extend(bytes),
+                Input::Noise => {}
             }
         }
-        self.typed.extend(rest);
+        // Several at once were pasted, or held down.
+        let [key] = pressed.as_slice() else { return };
+        if shown.elapsed() < GRACE {
+            // To interrupt is never an answer, and may be urgent.
+            if *key == Key::Interrupt {
+                self.typed.push_back(CONTROL_C);
+            }
+            return;
+        }
+        if *key == Key::Open && self.filter.canvas().is_some() {
+            return self.put_off();
+        }
+        let echo = match key {
+            Key::Char(character) if !character.is_control() => character.to_string(),
+            _ => String::new(),
+        };
+        if let Some(prompt) = self.end_prompt(&echo) {
+            let _ = prompt.reply.send(*key);
+        }
+    }
+
+    /// Leaves the question for later.
+    fn put_off(&mut self) {
+        self.wanted = false;
+        if let Some(prompt) = self.end_prompt("") {
+            self.prompts.push_front(prompt);
+        }
     }
 
     /// Gives the command as many of its keys as it takes.
@@ -384,9 +509,20 @@ impl Relay {
 
     /// Shows output of the command.
     fn show(&mut self, bytes: &[u8]) {
-        if let Some(last) = bytes.last() {
-            self.print(bytes);
-            self.at_line_start = *last == b'\n';
+        let Some(last) = bytes.last() else { return };
+        let whole_before = self.filter.canvas().is_some();
+        let passed = self.filter.feed(bytes);
+        self.print(passed.shown.as_bytes());
+        let room = MAX_TYPED_BYTES.saturating_sub(self.typed.len());
+        self.typed.extend(passed.answers.bytes().take(room));
+        self.at_line_start = *last == b'\n';
+        let whole = self.filter.canvas().is_some();
+        if whole {
+            self.draw_row();
+        } else if whole_before {
+            for line in std::mem::take(&mut self.lines) {
+                self.say(&line);
+            }
         }
     }
 
@@ -409,6 +545,8 @@ impl Relay {
         }
     }
 }
+
+const CONTROL_C: u8 = 0x03;
 
 struct Ready {
     woken: bool,

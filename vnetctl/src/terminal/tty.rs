@@ -6,8 +6,11 @@ use std::path::PathBuf;
 use std::sync::{Mutex, MutexGuard, Once};
 
 use nix::errno::Errno;
-use nix::sys::termios::{SetArg, Termios, cfmakeraw, tcgetattr, tcsetattr};
+use nix::sys::termios::{FlushArg, SetArg, Termios, cfmakeraw, tcflush, tcgetattr, tcsetattr};
 use nix::unistd::{getpgrp, tcgetpgrp};
+
+use super::canvas::{COLUMNS_MIN, ROWS_MIN};
+use super::output::Size;
 
 /// Which of stdin, stdout and stderr are terminals.
 pub fn standard_streams() -> [bool; 3] {
@@ -126,8 +129,26 @@ impl Real {
         Ok(tcsetattr(pty, SetArg::TCSANOW, &mode)?)
     }
 
-    /// Gives a pty the size of this terminal's window; its foreground processes are told by the kernel.
-    pub(crate) fn copy_size_to(&self, pty: BorrowedFd<'_>) -> io::Result<()> {
+    /// Throws away what was typed and not read yet.
+    pub(crate) fn discard_input(&self) {
+        if let Some(input) = self.input() {
+            let _ = tcflush(input, FlushArg::TCIFLUSH);
+        }
+    }
+
+    /// How many rows there are; 0 where that is not known.
+    pub(crate) fn rows(&self) -> u16 {
+        self.window().map_or(0, |window| window.ws_row)
+    }
+
+    /// The size, if it is one in which a row can be reserved.
+    pub(crate) fn reservable(&self) -> Option<Size> {
+        let window = self.window().ok()?;
+        let large = window.ws_row >= ROWS_MIN && window.ws_col >= COLUMNS_MIN;
+        (large && self.has_keyboard()).then_some((window.ws_row, window.ws_col))
+    }
+
+    fn window(&self) -> nix::Result<libc::winsize> {
         let mut size = libc::winsize {
             ws_row: 0,
             ws_col: 0,
@@ -136,6 +157,17 @@ impl Real {
         };
         // SAFETY: TIOCGWINSZ writes the winsize that it is given.
         Errno::result(unsafe { libc::ioctl(self.output.as_raw_fd(), libc::TIOCGWINSZ as _, &raw mut size) })?;
+        Ok(size)
+    }
+
+    /// Gives a pty the size of this terminal's window, less a row where that is reserved; its foreground processes
+    /// are told by the kernel.
+    pub(crate) fn copy_size_to(&self, pty: BorrowedFd<'_>) -> io::Result<()> {
+        let mut size = self.window()?;
+        if self.reservable().is_some() {
+            size.ws_ypixel -= size.ws_ypixel / size.ws_row;
+            size.ws_row -= 1;
+        }
         // SAFETY: TIOCSWINSZ reads the winsize that it is given.
         Errno::result(unsafe { libc::ioctl(pty.as_raw_fd(), libc::TIOCSWINSZ as _, &raw const size) })?;
         Ok(())

@@ -10,7 +10,7 @@ fn none() -> VmGrants {
 fn own(document: &str, rules: &[&str], mode: Option<Mode>) -> Effective {
     let rules: Vec<String> = rules.iter().map(|r| (*r).to_owned()).collect();
     let own = OwnPolicy::parse("own.yaml", document, &rules).unwrap_or_else(|errors| panic!("{errors}"));
-    Effective::compose(&vm(), None, Some(&own), Modes { set: None, own: mode })
+    Effective::compose(at(now()), &vm(), None, Some(&own), Modes { set: None, own: mode })
 }
 
 #[test]
@@ -167,7 +167,7 @@ fn rules_of_its_own_stand_before_the_named_policy_that_a_vm_falls_to() {
         revision: 1,
         policy: &named,
     });
-    let policy = Effective::compose(&vm(), claimed, Some(&own), Modes::default());
+    let policy = Effective::compose(at(now()), &vm(), claimed, Some(&own), Modes::default());
     says(
         &policy,
         &none(),
@@ -183,7 +183,7 @@ fn rules_of_its_own_stand_before_the_named_policy_that_a_vm_falls_to() {
         &[],
     )
     .unwrap();
-    let policy = Effective::compose(&vm(), claimed, Some(&own), Modes::default());
+    let policy = Effective::compose(at(now()), &vm(), claimed, Some(&own), Modes::default());
     says(&policy, &none(), "tcp 1.2.3.4:1", Allow, "rule", "own");
     says(&policy, &none(), "tcp 2.2.3.4:1", Deny, "default", "deny");
 }
@@ -328,7 +328,7 @@ fn modes_override_in_order() {
         revision: 1,
         policy: &document,
     });
-    let mode = |set, own| Effective::compose(&vm(), claimed, None, Modes { set, own }).mode();
+    let mode = |set, own| Effective::compose(at(now()), &vm(), claimed, None, Modes { set, own }).mode();
     assert_eq!(mode(None, None), Some(Mode::Observe));
     assert_eq!(mode(None, Some(Mode::Ask)), Some(Mode::Ask));
     assert_eq!(
@@ -336,6 +336,7 @@ fn modes_override_in_order() {
         Some(Mode::Quarantine)
     );
     let quarantined = Effective::compose(
+        at(now()),
         &vm(),
         None,
         None,

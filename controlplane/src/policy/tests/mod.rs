@@ -2,9 +2,11 @@
 
 mod defaults;
 mod guests;
+mod language;
 mod loading;
 mod order;
 mod property;
+mod sets;
 
 use std::collections::BTreeMap;
 use std::net::IpAddr;
@@ -34,6 +36,14 @@ approvalTimeout: 30
 
 fn now() -> SystemTime {
     SystemTime::UNIX_EPOCH + Duration::from_secs(1_800_000_000)
+}
+
+/// A moment at which both clocks agree.
+fn at(time: SystemTime) -> crate::clock::Now {
+    crate::clock::Now {
+        steady: time,
+        wall: time,
+    }
 }
 
 fn vm() -> VmView {
@@ -67,7 +77,7 @@ fn effective(document: Option<&str>, mode: Option<Mode>) -> Effective {
         revision: 3,
         policy,
     });
-    Effective::compose(&vm(), claimed, None, Modes { set: None, own: mode })
+    Effective::compose(at(now()), &vm(), claimed, None, Modes { set: None, own: mode })
 }
 
 fn grants<'a>(texts: impl IntoIterator<Item = &'a str>) -> VmGrants {
@@ -95,7 +105,8 @@ fn grants<'a>(texts: impl IntoIterator<Item = &'a str>) -> VmGrants {
     VmGrants::new(made, 1)
 }
 
-/// `tcp 1.2.3.4:443 [name...] [!guard...]`, dialled as seen but for the host alias.
+/// `tcp 1.2.3.4:443 [name...] [!guard...]`, dialled as seen but for the host alias, and judged as it comes
+/// from the wire.
 fn flow(text: &str) -> FlowSubject {
     let mut words = text.split(' ');
     let protocol: Protocol = words.next().unwrap().parse().unwrap();
@@ -115,7 +126,8 @@ fn flow(text: &str) -> FlowSubject {
             protocol,
             guest: guest.parse().unwrap(),
             peer,
-        },
+        }
+        .judged(),
         dialled: peer.ip(),
         names: Vec::new(),
         guards: Default::default(),

@@ -188,6 +188,62 @@ fn a_rule_or_grant_that_names_the_guard_opens_it() {
 }
 
 #[test]
+fn an_ipv6_spelling_of_an_ipv4_address_is_judged_as_that_by_every_rule() {
+    let nat64 = "tcp [64:ff9b::10.1.2.3]:80";
+    let both = effective(
+        Some(
+            "rules: [{action: allow, cidr: '::/0'}, {action: deny, cidr: 10.0.0.0/8}, {action: allow, cidr: 0.0.0.0/0}]",
+        ),
+        None,
+    );
+    says(&both, &grants(NONE), nat64, Deny, "rule", "rules[1]");
+    says(
+        &both,
+        &grants(NONE),
+        "tcp [64:ff9b::1.2.3.4]:80",
+        Allow,
+        "rule",
+        "rules[2]",
+    );
+    says(
+        &both,
+        &grants(NONE),
+        "tcp [2001:db8::1]:80",
+        Allow,
+        "rule",
+        "rules[0]",
+    );
+    // What holds of the one spelling holds of the other: they share one place in a cache.
+    let ipv6_closed = effective(
+        Some("rules: [{action: deny, cidr: '::/0'}, {action: allow, cidr: 0.0.0.0/0}]"),
+        None,
+    );
+    for text in ["tcp 1.2.3.4:80", "tcp [64:ff9b::1.2.3.4]:80"] {
+        says(&ipv6_closed, &grants(NONE), text, Allow, "rule", "rules[1]");
+        says(
+            &ipv6_closed,
+            &grants(["deny tcp 1.2.3.4:80"]),
+            text,
+            Deny,
+            "grant",
+            "g0",
+        );
+    }
+    let closed = effective(
+        Some("rules: [{action: allow, protocol: icmp, cidr: 10.0.0.0/8}]"),
+        None,
+    );
+    says(
+        &closed,
+        &grants(NONE),
+        "icmpv6 64:ff9b::10.1.2.3",
+        Allow,
+        "rule",
+        "rules[0]",
+    );
+}
+
+#[test]
 fn nothing_opens_an_address_where_a_daemon_listens() {
     let text = "tcp 127.0.0.1:9000 !host !daemon";
     let policy = effective(Some("rules: [{action: allow, cidr: 127.0.0.1/32}]"), None);

@@ -173,18 +173,43 @@ fn document(draw: &mut Draw) -> String {
     if draw.chance(30) {
         text += &format!("mode: {}\n", draw.one(&["enforce", "ask", "observe"]));
     }
+    // Long ones have neighbours enough that regions are cut short.
+    let (sets, rules) = (draw.chance(50), if draw.chance(5) { 400 } else { draw.below(6) });
+    if sets {
+        text += &format!(
+            "sets:\n  s: {{domains: [\"{}\", \"{}\"], cidrs: [\"{}\", \"{}\"]}}\n",
+            draw.one(&PATTERNS),
+            draw.one(&PATTERNS),
+            draw.one(&PREFIXES),
+            draw.one(&PREFIXES)
+        );
+        // More than are entered one by one.
+        let many: Vec<String> = (0..70).map(|n| format!("n{n}.many.test")).collect();
+        let nets: Vec<String> = (0..70).map(|n| format!("1.2.3.{}/32", 2 * n)).collect();
+        text += &format!(
+            "  m: {{domains: [\"b.test\", {}], cidrs: [{}]}}\n",
+            many.join(", "),
+            nets.join(", ")
+        );
+    }
     text += "rules:\n";
-    for _ in 0..=draw.below(5) {
+    for _ in 0..=rules {
         text += &format!(
             "  - {{action: {}",
             draw.one(&["allow", "allow", "deny", "drop", "ask"])
         );
         if draw.chance(70) {
-            text += &format!(
-                ", cidrs: [\"{}\", \"{}\"]",
-                draw.one(&PREFIXES),
+            let second = if rules > 6 {
+                format!("{}.{}.0.0/16", 1 + draw.below(12), draw.below(4))
+            } else {
+                (*draw.one(&PREFIXES)).to_owned()
+            };
+            let first = if sets && draw.chance(20) {
+                draw.one(&["@s", "@m"])
+            } else {
                 draw.one(&PREFIXES)
-            );
+            };
+            text += &format!(", cidrs: [\"{first}\", \"{second}\"]");
         }
         if draw.chance(40) {
             text += &format!(", ports: [\"{}\", \"{}\"]", draw.one(&RANGES), draw.one(&RANGES));
@@ -195,7 +220,21 @@ fn document(draw: &mut Draw) -> String {
             );
         }
         if draw.chance(25) {
-            text += &format!(", domains: [\"{}\"]", draw.one(&PATTERNS));
+            let name = if sets && draw.chance(40) {
+                draw.one(&["@s", "@m"])
+            } else {
+                draw.one(&PATTERNS)
+            };
+            text += &format!(", domains: [\"{name}\"]");
+        }
+        if draw.chance(15) {
+            text += &format!(", vm: {{name: {}}}", draw.one(&["web-1", "other"]));
+        }
+        if draw.chance(10) {
+            text += &format!(
+                ", until: {}",
+                draw.one(&["2020-01-01T00:00:00Z", "2100-01-01T00:00:00Z"])
+            );
         }
         text += "}\n";
     }
@@ -363,6 +402,71 @@ fn a_flow_inside_a_match_is_decided_like_the_flow_that_the_match_is_of() {
     for outcome in [Outcome::Allow, Outcome::Deny, Outcome::Drop, Outcome::Ask] {
         assert!(outcomes[&outcome] > 200, "{outcomes:?}");
     }
+}
+
+/// What the rules answer, one after the other, without any index.
+fn first_by_walking<'a>(context: &Context<'a>, flow: &FlowSubject) -> Option<&'a str> {
+    let guards: Vec<Guard> = flow
+        .guards
+        .iter()
+        .filter(|guard| {
+            *guard != Guard::Guest
+                || !(context.policy.is_open() && context.peer.is_some_and(|peer| peer.mode.is_none()))
+        })
+        .collect();
+    let (peer, port) = (flow.key.peer.ip(), flow.key.peer.port());
+    let found = context.policy.rules().find(|rule| {
+        let test = &rule.test;
+        let refuses = rule.action.refuses();
+        let holds = |address: IpAddr| test.prefixes.iter().any(|prefix| prefix.contains(&address));
+        let either = refuses || !guards.is_empty();
+        let named = |prefix: ipnet::IpNet| {
+            (prefix.contains(&peer) || prefix.contains(&flow.dialled))
+                && context.guarded.names_all(flow.guards, prefix, peer, flow.dialled)
+        };
+        test.protocols.contains(flow.key.protocol)
+            && (test.ports.is_empty() || test.ports.ranges().iter().any(|range| range.contains(port)))
+            && (test.prefixes.is_empty() || holds(peer) || either && holds(flow.dialled))
+            && test.names.as_ref().is_none_or(|names| {
+                let mut patterns = names.patterns();
+                patterns.any(|pattern| flow.names.iter().any(|name| pattern.matches(name)))
+            })
+            && (refuses || guards.is_empty() || test.prefixes.iter().any(named))
+    });
+    found.map(|rule| rule.label.as_str())
+}
+
+#[test]
+fn the_index_finds_the_rule_that_walking_finds() {
+    let mut draw = Draw(0x5eed_1234_abcd_0003);
+    let (vm, guarded) = (vm(), guarded());
+    let mut by_rule = 0;
+    for _ in 0..2_000 {
+        let document = document(&mut draw);
+        let effective = effective(Some(&document), None);
+        let grants = VmGrants::default();
+        let world = World::draw(&mut draw);
+        let context = Context {
+            vm: &vm,
+            policy: &effective,
+            grants: &grants,
+            guarded: &guarded,
+            peer: None,
+        };
+        for _ in 0..20 {
+            let address = draw.one(&ADDRESSES).parse().unwrap();
+            let protocol = protocol(&mut draw, address);
+            let flow = world.flow(protocol, address, *draw.one(&PORTS));
+            if flow.guards.contains(Guard::Daemon) {
+                continue;
+            }
+            let decision = decide_flow(&context, &flow);
+            let found = (decision.reason.step == "rule").then_some(decision.reason.subject.as_str());
+            assert_eq!(found, first_by_walking(&context, &flow), "{flow:?}\n{document}");
+            by_rule += u32::from(found.is_some());
+        }
+    }
+    assert!(by_rule > 10_000, "only {by_rule} flows were decided by a rule");
 }
 
 #[test]

@@ -1,19 +1,24 @@
 //! Between which two ends a packet passes, read off the packet: the same for the guest that sends it and
 //! for the one that it comes to.
 
-use std::net::{Ipv4Addr, SocketAddrV4};
+use std::net::{IpAddr, SocketAddr};
 
 use vnet_proto::model::{FlowKey, Protocol};
 
-use crate::engine::frame::{IPV4_BYTES, Ipv4};
-use crate::engine::reply::{ICMP, TCP, UDP};
+use crate::engine::ip::Ip;
+use crate::engine::reply::{ICMP, ICMPV6, TCP, UDP};
 
 const ICMP_BYTES: usize = 8;
+/// Types of ICMP (RFC 792).
 const ECHO_REPLY: u8 = 0;
 const UNREACHABLE: u8 = 3;
 const ECHO_REQUEST: u8 = 8;
 const TIME_EXCEEDED: u8 = 11;
 const PARAMETER_PROBLEM: u8 = 12;
+/// Types of ICMPv6 (RFC 4443): errors are unreachable, packet too big, time exceeded, parameter problem.
+const ERRORS_V6: std::ops::RangeInclusive<u8> = 1..=4;
+const ECHO_REQUEST_V6: u8 = 128;
+const ECHO_REPLY_V6: u8 = 129;
 
 /// The flow that a packet belongs to, and how.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -26,14 +31,14 @@ pub(super) struct About {
 
 impl About {
     /// As the guest that sends the packet keeps the flow.
-    pub(super) fn sent(ip: &Ipv4<'_>) -> Option<Self> {
+    pub(super) fn sent(ip: &Ip<'_>) -> Option<Self> {
         let own = |ends: Ends| Self::new(ends.sent(), false);
         let quoted = || Ends::quoted_by(ip).map(|ends| Self::new(ends.received(), true));
         Ends::of(ip).map(own).or_else(quoted)
     }
 
     /// As the guest that the packet comes to keeps it.
-    pub(super) fn received(ip: &Ipv4<'_>) -> Option<Self> {
+    pub(super) fn received(ip: &Ip<'_>) -> Option<Self> {
         let own = |ends: Ends| Self::new(ends.received(), false);
         let quoted = || Ends::quoted_by(ip).map(|ends| Self::new(ends.sent(), true));
         Ends::of(ip).map(own).or_else(quoted)
@@ -49,43 +54,43 @@ impl About {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 struct Ends {
     protocol: Protocol,
-    source: SocketAddrV4,
-    destination: SocketAddrV4,
+    source: SocketAddr,
+    destination: SocketAddr,
 }
 
 impl Ends {
     /// Of a TCP segment, a datagram, an echo request or an echo reply; `None` for everything else.
-    fn of(ip: &Ipv4<'_>) -> Option<Self> {
+    fn of(ip: &Ip<'_>) -> Option<Self> {
         Self::read(ip.protocol, ip.source, ip.destination, ip.payload())
     }
 
     /// Of the packet that an ICMP error is about, which must have gone from whom the error is for to whom
-    /// it is from (RFC 792: the header, and eight bytes). `None` for everything else.
-    fn quoted_by(error: &Ipv4<'_>) -> Option<Self> {
+    /// it is from (RFC 792: the header, and eight bytes; RFC 4443: more). `None` for everything else.
+    fn quoted_by(error: &Ip<'_>) -> Option<Self> {
         let message = error.payload();
-        let is_error = matches!(
-            message.first()?,
-            &UNREACHABLE | &TIME_EXCEEDED | &PARAMETER_PROBLEM
-        );
-        if error.protocol != ICMP || !is_error {
+        let kind = *message.first()?;
+        let is_error = match error.protocol {
+            ICMP => matches!(kind, UNREACHABLE | TIME_EXCEEDED | PARAMETER_PROBLEM),
+            ICMPV6 => ERRORS_V6.contains(&kind),
+            _ => false,
+        };
+        if !is_error {
             return None;
         }
-        let quote = message.get(ICMP_BYTES..)?;
-        let header = quote.first_chunk::<IPV4_BYTES>()?;
-        let header_bytes = usize::from(header[0] & 0x0f) * 4;
-        let is_first = u16::from_be_bytes([header[6], header[7]]) & 0x1fff == 0;
-        if header[0] >> 4 != 4 || header_bytes < IPV4_BYTES || !is_first {
+        let quoted = Ip::parse_quote(message.get(ICMP_BYTES..)?)?;
+        let is_first = quoted.part.is_none_or(|part| part.offset == 0);
+        if !is_first || (quoted.source, quoted.destination) != (error.destination, error.source) {
             return None;
         }
-        let source = Ipv4Addr::new(header[12], header[13], header[14], header[15]);
-        let destination = Ipv4Addr::new(header[16], header[17], header[18], header[19]);
-        if (source, destination) != (error.destination, error.source) {
-            return None;
-        }
-        Self::read(header[9], source, destination, quote.get(header_bytes..)?)
+        Self::read(
+            quoted.protocol,
+            quoted.source,
+            quoted.destination,
+            quoted.payload(),
+        )
     }
 
-    fn read(protocol: u8, source: Ipv4Addr, destination: Ipv4Addr, payload: &[u8]) -> Option<Self> {
+    fn read(protocol: u8, source: IpAddr, destination: IpAddr, payload: &[u8]) -> Option<Self> {
         let number = |at: usize| Some(u16::from_be_bytes([*payload.get(at)?, *payload.get(at + 1)?]));
         let (protocol, from, to) = match protocol {
             TCP => (Protocol::Tcp, number(0)?, number(2)?),
@@ -95,12 +100,17 @@ impl Ends {
                 (&ECHO_REPLY, 0) => (Protocol::Icmp, 0, number(4)?),
                 _ => return None,
             },
+            ICMPV6 => match (payload.first()?, payload.get(1)?) {
+                (&ECHO_REQUEST_V6, 0) => (Protocol::Icmpv6, number(4)?, 0),
+                (&ECHO_REPLY_V6, 0) => (Protocol::Icmpv6, 0, number(4)?),
+                _ => return None,
+            },
             _ => return None,
         };
         Some(Self {
             protocol,
-            source: SocketAddrV4::new(source, from),
-            destination: SocketAddrV4::new(destination, to),
+            source: SocketAddr::new(source, from),
+            destination: SocketAddr::new(destination, to),
         })
     }
 
@@ -108,8 +118,8 @@ impl Ends {
     fn sent(self) -> FlowKey {
         FlowKey {
             protocol: self.protocol,
-            guest: self.source.into(),
-            peer: self.destination.into(),
+            guest: self.source,
+            peer: self.destination,
         }
     }
 
@@ -117,14 +127,16 @@ impl Ends {
     fn received(self) -> FlowKey {
         FlowKey {
             protocol: self.protocol,
-            guest: self.destination.into(),
-            peer: self.source.into(),
+            guest: self.destination,
+            peer: self.source,
         }
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use std::net::Ipv4Addr;
+
     use super::*;
 
     const A: Ipv4Addr = Ipv4Addr::new(192, 168, 127, 2);
@@ -161,11 +173,11 @@ mod tests {
     }
 
     fn ends(bytes: &[u8]) -> Option<Ends> {
-        Ends::of(&Ipv4::parse(bytes).unwrap())
+        Ends::of(&Ip::parse(bytes).unwrap())
     }
 
     fn quoted(bytes: &[u8]) -> Option<Ends> {
-        Ends::quoted_by(&Ipv4::parse(bytes).unwrap())
+        Ends::quoted_by(&Ip::parse(bytes).unwrap())
     }
 
     #[test]
@@ -190,8 +202,8 @@ mod tests {
         assert_eq!(Some(about), ends(&datagram));
         let complaint = error(B, A, &datagram);
         let (sent, received) = (
-            About::sent(&Ipv4::parse(&complaint).unwrap()).unwrap(),
-            About::received(&Ipv4::parse(&complaint).unwrap()).unwrap(),
+            About::sent(&Ip::parse(&complaint).unwrap()).unwrap(),
+            About::received(&Ip::parse(&complaint).unwrap()).unwrap(),
         );
         assert!(sent.is_error && received.is_error);
         assert_eq!((sent.key, received.key), (about.received(), about.sent()));

@@ -13,20 +13,20 @@
 //! | the target cannot keep it | told so: its guest sees RST; reported | refused |
 //! | either guest goes away | as cut | as cut |
 //!
-//! What a guest sends is in [`super::sending`], what comes to it in [`super::receiving`]; here is what both ends
+//! What a guest sends is in `sending.rs`, what comes to it in `receiving.rs`; here is what both ends
 //! keep, and how it is over. The permit is closed before anybody is told, so that nothing passes while the
 //! word is on its way.
 
 use std::collections::BTreeMap;
-use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
 use vnet_proto::model::{FlowId, Protocol, VmId};
 
 use crate::engine::flow::{Flow, State};
-use crate::engine::frame::Ipv4;
-use crate::engine::reply::{self, ICMP, TCP, TcpHeader};
+use crate::engine::ip::Ip;
+use crate::engine::reply::{self, ICMP, ICMPV6, TCP, TcpHeader};
 use crate::engine::switch::ends::About;
 use crate::engine::switch::permit::Permit;
 use crate::engine::switch::track::{Sender, Stage, Track};
@@ -190,9 +190,7 @@ impl Engine {
         let (State::Switched(switched), Protocol::Tcp) = (&flow.state, flow.key.protocol) else {
             return;
         };
-        let (SocketAddr::V4(guest), SocketAddr::V4(peer)) = (flow.key.guest, flow.key.peer) else {
-            return;
-        };
+        let (guest, peer) = (flow.key.guest, flow.key.peer);
         if let Some((sequence, acknowledgement)) = switched.track.reset_to_guest() {
             reply::abort(&mut self.transmit, peer, guest, sequence, acknowledgement);
         }
@@ -249,9 +247,9 @@ impl Engine {
     }
 
     /// This guest gave an address back: it is nobody's end of a flow any more.
-    pub(in crate::engine) fn end_switched_of(&mut self, now: Time, address: Ipv4Addr) {
+    pub(in crate::engine) fn end_switched_of(&mut self, now: Time, address: IpAddr) {
         self.end_where(now, FlowEnd::Unreachable, |flow| {
-            matches!(flow.state, State::Switched(_)) && flow.key.guest.ip() == IpAddr::V4(address)
+            matches!(flow.state, State::Switched(_)) && flow.key.guest.ip() == address
         });
     }
 
@@ -273,22 +271,22 @@ impl Engine {
     }
 }
 
-pub(super) fn tcp_header(ip: &Ipv4<'_>) -> Option<TcpHeader> {
+pub(super) fn tcp_header(ip: &Ip<'_>) -> Option<TcpHeader> {
     (ip.protocol == TCP)
         .then(|| TcpHeader::parse(ip.payload()))
         .flatten()
 }
 
 /// What a packet carries of a flow, bytes: payload of TCP and UDP, whole echo messages, nothing for errors.
-pub(super) fn carried_bytes(ip: &Ipv4<'_>) -> usize {
+pub(super) fn carried_bytes(ip: &Ip<'_>) -> usize {
     let payload = ip.payload();
     match ip.protocol {
         TCP => {
             let header_bytes = payload.get(12).map_or(0, |b| usize::from(b >> 4) * 4);
             payload.len().saturating_sub(header_bytes)
         }
-        ICMP if About::sent(ip).is_none_or(|about| about.is_error) => 0,
-        ICMP => payload.len(),
+        ICMP | ICMPV6 if About::sent(ip).is_none_or(|about| about.is_error) => 0,
+        ICMP | ICMPV6 => payload.len(),
         _ => payload.len().saturating_sub(8),
     }
 }

@@ -7,7 +7,8 @@
 //!   guests, so that only a rule or grant which names the address opens it. [`flow`] is what becomes of it.
 //! - What the other guest sends passes back only as a part of such a flow. Everything else of it is its own
 //!   flow, judged under its own policy.
-//! - ARP never passes. The gateway answers for other guests, with their own MAC addresses (`tell_mac`).
+//! - ARP and neighbour discovery never pass. The gateway answers for other guests, with their own MAC
+//!   addresses (`tell_mac`, `discovery.rs`).
 //!
 //! An engine has no other guest's state in reach. It hands packets to the network ([`Passed`]), which puts
 //! them into the other driver's inbox; what both ends must agree on without a message is one [`Permit`].
@@ -19,12 +20,14 @@ mod receiving;
 mod sending;
 mod track;
 
-use std::net::{IpAddr, Ipv4Addr};
+use std::net::IpAddr;
 use std::sync::Arc;
 
 use vnet_proto::model::VmId;
 
-use crate::engine::frame::{Arp, Body, DropReason, EtherType, Frame, Ipv4};
+use crate::engine::frame::{Arp, Body, DropReason, EtherType, Frame};
+use crate::engine::gateway::ndp;
+use crate::engine::ip::Ip;
 use crate::engine::switch::permit::Permit;
 use crate::engine::{Engine, Outcome, Time, inbound};
 use crate::mac::Mac;
@@ -49,7 +52,7 @@ pub enum Passed {
     Packet(Packet),
 }
 
-/// An IPv4 packet from one guest to another, never a fragment.
+/// An IP packet from one guest to another, never a fragment.
 #[derive(Debug)]
 pub struct Packet {
     /// Whose it is.
@@ -65,7 +68,7 @@ pub struct Packet {
 impl Engine {
     /// A frame that is not for the gateway: switched where this guest is open, filtered where it is not.
     pub(super) fn switch<'a>(&mut self, now: Time, frame: &Frame<'a>) -> Result<Outcome<'a>, DropReason> {
-        if let Body::Ipv4(ip) = &frame.body
+        if let Body::Ipv4(ip) | Body::Ipv6(ip) = &frame.body
             && inbound::is_dhcp_answer(ip)
         {
             return Err(DropReason::RogueDhcp);
@@ -91,7 +94,7 @@ impl Engine {
 
     /// Where a packet goes that a guest sends to its router though it is for another guest, while both are
     /// open: the switch carries it as if it had been sent there.
-    pub(super) fn routed(&self, ip: &Ipv4<'_>) -> Option<Mac> {
+    pub(super) fn routed(&self, ip: &Ip<'_>) -> Option<Mac> {
         if !self.settings.switch_open || !self.is_guest_address(ip.destination) {
             return None;
         }
@@ -103,9 +106,6 @@ impl Engine {
 
     /// Whether frames between this guest and another one, at this address, are switched plainly now.
     fn is_switched_to(&self, address: IpAddr, vm: VmId) -> bool {
-        let IpAddr::V4(address) = address else {
-            return false;
-        };
         self.settings.switch_open
             && self
                 .surroundings
@@ -116,9 +116,13 @@ impl Engine {
     /// On a closed switch the IP address says whom a frame is for. A MAC address that was learned while the
     /// switch was open, or that a guest has no more, leads nowhere else.
     fn filter<'a>(&mut self, now: Time, frame: &Frame<'a>) -> Result<Outcome<'a>, DropReason> {
-        match frame.body {
-            Body::Ipv4(ip) if frame.destination.is_unicast() && self.is_guest_address(ip.destination) => {
-                self.handle_ipv4(now, ip)
+        match &frame.body {
+            // What is said of neighbours was answered, or is for nobody.
+            Body::Ipv6(ip) if ndp::is_discovery(ip) => Err(DropReason::GuestToGuest),
+            Body::Ipv4(ip) | Body::Ipv6(ip)
+                if frame.destination.is_unicast() && self.is_guest_address(ip.destination) =>
+            {
+                self.handle_ip(now, ip)
             }
             _ => Err(DropReason::GuestToGuest),
         }
@@ -137,7 +141,7 @@ impl Engine {
         let mac = if arp.target == self.config.gateway || Some(arp.target) == self.config.host_alias {
             self.config.gateway_mac
         } else {
-            self.closed_neighbour(arp.target)?.mac
+            self.closed_neighbour(arp.target.into())?.mac
         };
         let sent = self
             .transmit
@@ -146,8 +150,8 @@ impl Engine {
     }
 
     /// The other guest that has an address, unless the switch between the two is open.
-    fn closed_neighbour(&self, address: Ipv4Addr) -> Option<Neighbour> {
-        if !self.is_guest_address(address) || self.addresses.contains(&address) {
+    pub(super) fn closed_neighbour(&self, address: IpAddr) -> Option<Neighbour> {
+        if !self.is_guest_address(address) || self.has_address(address) {
             return None;
         }
         self.surroundings

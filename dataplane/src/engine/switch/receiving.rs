@@ -1,12 +1,12 @@
 //! What comes to a guest from others: packets of flows that were let through, and nothing else.
 
-use std::net::IpAddr;
 use std::sync::Arc;
 
 use vnet_proto::model::FlowKey;
 
 use crate::engine::flow::{Flow, State};
-use crate::engine::frame::{DropReason, EtherType, Ipv4};
+use crate::engine::frame::DropReason;
+use crate::engine::ip::Ip;
 use crate::engine::judge::Wanted;
 use crate::engine::reply::TCP;
 use crate::engine::switch::ends::About;
@@ -44,7 +44,7 @@ impl Engine {
     }
 
     fn take_packet(&mut self, now: Time, packet: &Packet) -> Result<(), DropReason> {
-        let ip = Ipv4::parse(&packet.bytes)?;
+        let ip = Ip::parse(&packet.bytes)?;
         // The other engine lets neither through; here is where it would matter.
         if ip.is_fragment() || inbound::is_dhcp_answer(&ip) {
             return Err(DropReason::GuestToGuest);
@@ -104,7 +104,7 @@ impl Engine {
             self.reset_switched(at);
             self.end_flow(at, FlowEnd::Unreachable);
         }
-        let is_own = matches!(key.guest.ip(), IpAddr::V4(own) if self.addresses.contains(&own));
+        let is_own = self.has_address(key.guest.ip());
         let refusal = if !is_own {
             Some((FlowEnd::Unreachable, DropReason::UnknownStation))
         } else if self.settings.forwards_closed {
@@ -137,13 +137,13 @@ impl Engine {
     }
 
     /// Queues another guest's packet. False when there is no room.
-    fn deliver(&mut self, from: Mac, ip: &Ipv4<'_>) -> bool {
+    fn deliver(&mut self, from: Mac, ip: &Ip<'_>) -> bool {
         // What was put together from fragments is taken apart again.
         if ip.packet.len() > self.config.mtu_bytes && ip.protocol != TCP && !ip.do_not_fragment() {
             return fragment::split(ip, self.config.mtu_bytes, from, &mut self.transmit);
         }
         self.transmit
-            .packet_from(from, EtherType::Ipv4, ip.packet.len(), |room| {
+            .packet_from(from, ip.ether_type(), ip.packet.len(), |room| {
                 room.copy_from_slice(ip.packet);
             })
             .is_some()

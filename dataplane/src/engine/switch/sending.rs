@@ -7,9 +7,10 @@ use vnet_proto::model::{MissId, Protocol, VmId};
 
 use crate::engine::cache::Decision;
 use crate::engine::flow::{Flow, State};
-use crate::engine::frame::{DropReason, Ipv4};
+use crate::engine::frame::DropReason;
+use crate::engine::ip::Ip;
 use crate::engine::judge::Wanted;
-use crate::engine::reply::{ICMP, TcpHeader, Unreachable};
+use crate::engine::reply::{ICMP, ICMPV6, TcpHeader, Unreachable};
 use crate::engine::switch::ends::About;
 use crate::engine::switch::flow::{Role, Switched, carried_bytes, tcp_header};
 use crate::engine::switch::permit::Permit;
@@ -23,7 +24,7 @@ impl Engine {
     pub(in crate::engine) fn open_switched<'a>(
         &mut self,
         now: Time,
-        ip: &Ipv4<'a>,
+        ip: &Ip<'a>,
         wanted: Wanted,
         neighbour: VmId,
         decision: Arc<Decision>,
@@ -60,7 +61,7 @@ impl Engine {
         let packets = std::mem::take(&mut waiting.packets);
         let (protocol, address) = (flow.key.protocol, flow.key.peer.ip());
         if self.owner_of(address) != Some(neighbour) {
-            if let Some(ip) = packets.first().and_then(|p| Ipv4::parse(p).ok()) {
+            if let Some(ip) = packets.first().and_then(|p| Ip::parse(p).ok()) {
                 self.refuse_unreachable(&ip, Unreachable::Host);
             }
             self.count_drop(DropReason::UnknownStation);
@@ -79,7 +80,7 @@ impl Engine {
         *self.count_of(protocol) += usize::from(protocol != Protocol::Tcp);
         self.report_opened(now, at, Some(miss));
         for packet in &packets {
-            if let Ok(ip) = Ipv4::parse(packet) {
+            if let Ok(ip) = Ip::parse(packet) {
                 self.note_sent(now, at, &ip);
             }
         }
@@ -87,15 +88,14 @@ impl Engine {
         self.schedule(now, at);
     }
 
-    fn note_sent(&mut self, now: Time, at: usize, ip: &Ipv4<'_>) {
+    fn note_sent(&mut self, now: Time, at: usize, ip: &Ip<'_>) {
         if let Some(header) = tcp_header(ip) {
             self.observe(now, at, Sender::Guest, &header);
         }
     }
 
-    /// The guest that has an address of the subnet now.
+    /// The guest that has an address now.
     pub(in crate::engine) fn owner_of(&self, address: IpAddr) -> Option<VmId> {
-        let IpAddr::V4(address) = address else { return None };
         self.surroundings.neighbour(address).map(|n| n.vm)
     }
 
@@ -105,7 +105,7 @@ impl Engine {
         &mut self,
         now: Time,
         at: usize,
-        ip: &Ipv4<'a>,
+        ip: &Ip<'a>,
         header: &TcpHeader,
     ) -> Result<Option<Outcome<'a>>, DropReason> {
         let Some((role, track)) = self.switched(at).map(|s| (s.role, s.track)) else {
@@ -137,7 +137,7 @@ impl Engine {
         &mut self,
         now: Time,
         at: usize,
-        ip: &Ipv4<'a>,
+        ip: &Ip<'a>,
     ) -> Result<Option<Outcome<'a>>, DropReason> {
         let Some(role) = self.switched(at).map(|s| s.role) else {
             return Ok(None);
@@ -146,7 +146,7 @@ impl Engine {
             return Ok(None);
         }
         // Only the opener asks. Where the identifier is zero, question and answer have the same key.
-        if ip.protocol == ICMP && role == Role::Target {
+        if matches!(ip.protocol, ICMP | ICMPV6) && role == Role::Target {
             return Err(DropReason::GuestToGuest);
         }
         if let Some(flow) = self.flows.get_mut(at) {
@@ -163,7 +163,7 @@ impl Engine {
     pub(in crate::engine) fn pass_answer<'a>(
         &mut self,
         now: Time,
-        ip: &Ipv4<'a>,
+        ip: &Ip<'a>,
     ) -> Result<Outcome<'a>, DropReason> {
         let About { key, is_error } = About::sent(ip).ok_or(DropReason::IpProtocol)?;
         let none = if self.is_guest_address(ip.destination) {
@@ -205,7 +205,7 @@ impl Engine {
     /// A packet of [`Outcome::Pass`] or [`Event::Pass`] was handed over.
     pub fn handle_handed_over(&mut self, now: Time, at: usize, packet: &[u8]) {
         let is_opener = self.switched(at).is_some_and(Switched::is_opener);
-        if let (true, Ok(ip)) = (is_opener, Ipv4::parse(packet)) {
+        if let (true, Ok(ip)) = (is_opener, Ip::parse(packet)) {
             let bytes = carried_bytes(&ip);
             if bytes != 0 {
                 self.count_bytes(now, at, bytes, 0);

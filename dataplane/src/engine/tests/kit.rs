@@ -1,15 +1,16 @@
 //! The scripted guest and what it is given.
 
-use std::net::{Ipv4Addr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use smoltcp::wire::{Icmpv4Packet, Ipv4Packet, TcpPacket, UdpPacket};
 use vnet_proto::model::{
-    Epoch, FlowMatch, Guard, GuardSet, Match, Miss, MissId, Protocol, Reason, Subject, Verdict,
+    Epoch, FlowMatch, Guard, GuardSet, Match, Miss, MissId, NameDemand, Protocol, Reason, Subject, Verdict,
     VerdictAction, VmId,
 };
 
+use crate::engine::discovery::Ipv6Config;
 use crate::engine::gateway::dhcp::{DhcpIgnored, DhcpOutcome};
 use crate::engine::gateway::dns::zones::Zones;
 use crate::engine::switch::Neighbour;
@@ -36,11 +37,26 @@ pub(super) const NO_ADDRESS: &[u8] = b"no address";
 #[derive(Default)]
 pub(super) struct Alone {
     pub(super) neighbour: Mutex<Option<Ipv4Addr>>,
+    pub(super) neighbour_ipv6: Mutex<Vec<Ipv6Addr>>,
+    pub(super) released: Mutex<Vec<Ipv6Addr>>,
+    pub(super) no_ipv6: std::sync::atomic::AtomicBool,
 }
 
 impl Surroundings for Alone {
-    fn claim(&self, _: VmId, _: Mac, address: Ipv4Addr, _: Time) -> bool {
-        *self.neighbour.lock().unwrap() != Some(address)
+    fn claim(&self, _: VmId, _: Mac, address: IpAddr, _: Time) -> bool {
+        match address {
+            IpAddr::V4(v4) => *self.neighbour.lock().unwrap() != Some(v4),
+            IpAddr::V6(v6) => !self.neighbour_ipv6.lock().unwrap().contains(&v6),
+        }
+    }
+    fn release(&self, _: VmId, address: Ipv6Addr) {
+        self.released.lock().unwrap().push(address);
+    }
+    fn has_ipv6(&self) -> bool {
+        !self.no_ipv6.load(std::sync::atomic::Ordering::Relaxed)
+    }
+    fn has_way(&self, _: IpAddr) -> bool {
+        self.has_ipv6()
     }
     fn learn_mac(&self, _: VmId, _: Mac) -> bool {
         true
@@ -51,8 +67,12 @@ impl Surroundings for Alone {
             ..DhcpOutcome::default()
         }
     }
-    fn neighbour(&self, address: Ipv4Addr) -> Option<Neighbour> {
-        (*self.neighbour.lock().unwrap() == Some(address)).then_some(Neighbour {
+    fn neighbour(&self, address: IpAddr) -> Option<Neighbour> {
+        let there = match address {
+            IpAddr::V4(v4) => *self.neighbour.lock().unwrap() == Some(v4),
+            IpAddr::V6(v6) => self.neighbour_ipv6.lock().unwrap().contains(&v6),
+        };
+        there.then_some(Neighbour {
             vm: VmId(9),
             mac: NEIGHBOUR_MAC,
             open: false,
@@ -91,12 +111,24 @@ impl Rig {
     }
 
     pub(super) fn with_mtu(mtu_bytes: usize) -> Self {
+        Self::with(mtu_bytes, None)
+    }
+
+    /// The same on a network that carries IPv6 too.
+    pub(super) fn dual() -> Self {
+        let search = vec!["lab.test".parse().unwrap()];
+        let ipv6 = Ipv6Config::new("fd00::/64".parse().unwrap(), search);
+        Self::with(1500, Some(ipv6))
+    }
+
+    fn with(mtu_bytes: usize, ipv6: Option<Ipv6Config>) -> Self {
         let config = EngineConfig {
             vm: VmId(1),
             gateway: GATEWAY,
             gateway_mac: GATEWAY_MAC,
             subnet: "192.168.127.0/24".parse().unwrap(),
             host_alias: Some(ALIAS),
+            ipv6,
             mtu_bytes,
             pinned_mac: None,
             flows_max: 64,
@@ -346,6 +378,8 @@ pub(super) fn verdict(miss: &Miss, action: VerdictAction) -> Verdict {
         grant: String::new(),
         reason: Reason::new("rule", "rules[0]", "because"),
         would_deny: false,
+        name_demand: NameDemand::Off,
+        names: Vec::new(),
     }
 }
 

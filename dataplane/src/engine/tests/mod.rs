@@ -5,6 +5,7 @@ mod budget;
 mod counters;
 mod datagram;
 mod identity;
+mod ipv6;
 mod kit;
 mod neighbours;
 mod tcp;

@@ -8,7 +8,8 @@ use vnet_proto::model::{CommandId, Subject, VerdictAction, VmId};
 
 use super::kit::{EPOCH, GATEWAY, GATEWAY_MAC, HOLD, ipv4, verdict};
 use super::town::*;
-use crate::engine::frame::{DropReason, Ipv4};
+use crate::engine::frame::DropReason;
+use crate::engine::ip::Ip;
 use crate::engine::switch::flow::{LINGER, OPENING_IDLE, TARGETED_BY_ONE_MAX};
 use crate::engine::tcp::TCP_IDLE;
 use crate::engine::{UDP_IDLE, UDP_UNANSWERED_IDLE};
@@ -395,8 +396,9 @@ fn fragments_are_judged_whole_and_arrive_in_fragments() {
         for packet in &packets {
             assert!(packet.len() <= 1500);
             assert!(Ipv4Packet::new_checked(packet).unwrap().verify_checksum());
-            let ip = Ipv4::parse(packet).unwrap();
-            payload[ip.fragment_offset..][..ip.payload().len()].copy_from_slice(ip.payload());
+            let ip = Ip::parse(packet).unwrap();
+            payload[usize::from(ip.part.unwrap().offset)..][..ip.payload().len()]
+                .copy_from_slice(ip.payload());
         }
         assert_eq!(packets.len(), 2);
         let udp = UdpPacket::new_checked(&payload).unwrap();
@@ -722,7 +724,11 @@ fn a_verdict_on_one_guest_opens_nothing_to_the_next_owner_of_its_address() {
     let waiting = datagram((ANN, 500), (BOB, 54), b"x");
     town.ip(ANN, &waiting);
     let to_bob = town.misses(ANN).remove(0);
-    town.street.owners.lock().unwrap().insert(address(BOB), CAT);
+    town.street
+        .owners
+        .lock()
+        .unwrap()
+        .insert(address(BOB).into(), CAT);
     // What waits for Bob's answer, and what is asked of Cat, are two questions.
     town.ip(ANN, &datagram((ANN, 501), (BOB, 54), b"x"));
     let to_cat = town.misses(ANN).remove(0);

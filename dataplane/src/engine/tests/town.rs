@@ -1,7 +1,7 @@
 //! Several guests of one network, each with an engine, and the network between them.
 
 use std::collections::{BTreeMap, VecDeque};
-use std::net::{IpAddr, Ipv4Addr, SocketAddr, SocketAddrV4};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV4};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -9,6 +9,7 @@ use smoltcp::wire::{Ipv4Packet, TcpPacket};
 use vnet_proto::model::{FlowId, Guard, GuardSet, Miss, Protocol, VerdictAction, VmId};
 
 use super::kit::{ALIAS, EPOCH, GATEWAY, GATEWAY_MAC, HOLD, ipv4, verdict};
+use crate::engine::discovery::Ipv6Config;
 use crate::engine::gateway::dhcp::DhcpOutcome;
 use crate::engine::gateway::dns::zones::Zones;
 use crate::engine::switch::{Neighbour, Passed};
@@ -41,6 +42,10 @@ pub(super) fn address(who: usize) -> Ipv4Addr {
     Ipv4Addr::new(192, 168, 127, 2 + who as u8)
 }
 
+pub(super) fn address6(who: usize) -> String {
+    format!("fd00::{}", 2 + who)
+}
+
 pub(super) fn end(who: usize, port: u16) -> SocketAddrV4 {
     SocketAddrV4::new(address(who), port)
 }
@@ -48,12 +53,12 @@ pub(super) fn end(who: usize, port: u16) -> SocketAddrV4 {
 /// Who has which address, and whose switch is open.
 #[derive(Default)]
 pub(super) struct Street {
-    pub(super) owners: Mutex<BTreeMap<Ipv4Addr, usize>>,
+    pub(super) owners: Mutex<BTreeMap<IpAddr, usize>>,
     pub(super) open: Mutex<[bool; 3]>,
 }
 
 impl Surroundings for Street {
-    fn claim(&self, claimant: VmId, _: Mac, address: Ipv4Addr, _: Time) -> bool {
+    fn claim(&self, claimant: VmId, _: Mac, address: IpAddr, _: Time) -> bool {
         let mut owners = self.owners.lock().unwrap();
         vm(*owners.entry(address).or_insert(claimant.0 as usize - 1)) == claimant
     }
@@ -63,19 +68,28 @@ impl Surroundings for Street {
     fn dhcp(&self, client: VmId, _: Mac, _: &[u8], _: Time) -> DhcpOutcome {
         // Every message gives back the client's address.
         let given_back = address(client.0 as usize - 1);
-        self.owners.lock().unwrap().remove(&given_back);
+        self.owners.lock().unwrap().remove(&IpAddr::V4(given_back));
         DhcpOutcome {
             released: Some(given_back),
             ..DhcpOutcome::default()
         }
     }
-    fn neighbour(&self, address: Ipv4Addr) -> Option<Neighbour> {
+    fn neighbour(&self, address: IpAddr) -> Option<Neighbour> {
         let who = *self.owners.lock().unwrap().get(&address)?;
         Some(Neighbour {
             vm: vm(who),
             mac: mac(who),
             open: self.open.lock().unwrap()[who],
         })
+    }
+    fn release(&self, _: VmId, address: Ipv6Addr) {
+        self.owners.lock().unwrap().remove(&IpAddr::V6(address));
+    }
+    fn has_ipv6(&self) -> bool {
+        true
+    }
+    fn has_way(&self, _: IpAddr) -> bool {
+        true
     }
     fn guards(&self, _: SocketAddr, _: Protocol) -> GuardSet {
         GuardSet::EMPTY
@@ -113,6 +127,23 @@ impl Town {
     }
 
     pub(super) fn with_flows(flows_max: usize) -> Self {
+        Self::with(flows_max, None)
+    }
+
+    /// The same on a network that carries IPv6 too; each guest has its address there.
+    pub(super) fn dual() -> Self {
+        let mut town = Self::with(
+            64,
+            Some(Ipv6Config::new("fd00::/64".parse().unwrap(), Vec::new())),
+        );
+        for who in [ANN, BOB, CAT] {
+            town.frame(who, GATEWAY_MAC, 0x86dd, &super::ipv6::probe(&address6(who)));
+            town.frames(who);
+        }
+        town
+    }
+
+    fn with(flows_max: usize, ipv6: Option<Ipv6Config>) -> Self {
         let street = Arc::new(Street::default());
         let guests = (0..3).map(|who| {
             let config = EngineConfig {
@@ -121,6 +152,7 @@ impl Town {
                 gateway_mac: GATEWAY_MAC,
                 subnet: "192.168.127.0/24".parse().unwrap(),
                 host_alias: Some(ALIAS),
+                ipv6: ipv6.clone(),
                 mtu_bytes: 1500,
                 pinned_mac: None,
                 flows_max,
@@ -161,7 +193,8 @@ impl Town {
             // An echo to the gateway makes the address its own.
             let echo = ipv4(address(who), GATEWAY, 1, &[8, 0, 0, 0, 0, 1, 0, 1]);
             town.frame(who, GATEWAY_MAC, 0x0800, &echo);
-            assert_eq!(town.frames(who).len(), 1);
+            // The answer, and where there is IPv6 the gateway's word of itself.
+            assert_eq!(town.frames(who).len(), 1 + usize::from(ipv6.is_some()));
         }
         town
     }
@@ -347,7 +380,7 @@ impl Town {
             let frame = frame.to_vec();
             transmit.consume(4 + frame.len());
             assert!(
-                frame[0] == 0xff || frame[..6] == mac(who).0,
+                frame[0] == 0xff || frame[0] == 0x33 || frame[..6] == mac(who).0,
                 "to the guest's own MAC"
             );
             frames.push(frame);

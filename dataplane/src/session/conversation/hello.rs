@@ -23,6 +23,11 @@ impl Conversation {
             boot_id: self.identity.boot_id.to_vec(),
             network: self.identity.network.clone(),
             subnet: self.identity.subnet.to_string(),
+            subnet_ipv6: self
+                .identity
+                .subnet_ipv6
+                .map(|net| net.to_string())
+                .unwrap_or_default(),
             gateway: self.identity.gateway.to_string(),
             host_alias: self
                 .identity
@@ -39,6 +44,7 @@ impl Conversation {
             capabilities: Vec::new(),
             software: concat!("vnet-dataplane ", env!("CARGO_PKG_VERSION")).to_owned(),
         };
+        once_each(&mut hello.vms);
         // A gRPC message has a limit of size; what does not fit follows as if it happened just now.
         let mut room = HELLO_BYTES_MAX.saturating_sub(hello.encoded_len());
         // Uses first: what has opened is counted before it is told.
@@ -110,6 +116,18 @@ fn fits(room: &mut usize, bytes: usize) -> bool {
             true
         }
         None => false,
+    }
+}
+
+/// Leaves the content of lists to the first VM that brings them: the others share its policy.
+fn once_each(vms: &mut [v1::VmUp]) {
+    let mut seen = std::collections::HashSet::new();
+    for own in vms.iter_mut().filter_map(|vm| vm.own_policy.as_mut()) {
+        for list in &mut own.lists {
+            if !seen.insert((list.path.clone(), list.sha256.clone())) {
+                list.content.clear();
+            }
+        }
     }
 }
 

@@ -125,6 +125,7 @@ fn identity() -> Identity {
         boot_id: [7; 16],
         network: "net".into(),
         subnet: "192.168.127.0/24".parse().unwrap(),
+        subnet_ipv6: Some("fd00::/64".parse().unwrap()),
         gateway: "192.168.127.1".parse().unwrap(),
         host_alias: Some("192.168.127.254".parse().unwrap()),
     }

@@ -162,8 +162,8 @@ async fn hello_says_who_is_there() {
         (1, "dp", "net")
     );
     assert_eq!(
-        (hello.boot_id, hello.subnet.as_str()),
-        (vec![7; 16], "192.168.127.0/24")
+        (hello.boot_id, hello.subnet.as_str(), hello.subnet_ipv6.as_str()),
+        (vec![7; 16], "192.168.127.0/24", "fd00::/64")
     );
     assert_eq!(
         (hello.gateway.as_str(), hello.host_alias.as_str()),

@@ -7,23 +7,25 @@
 //! dataplane by its lifeline.
 
 use std::future::Future;
+use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::path::PathBuf;
 use std::pin::Pin;
 use std::time::{Duration, SystemTime};
 
+use ipnet::Ipv6Net;
 use nix::sys::signal::{Signal, raise};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::mpsc;
 use vnet_proto::v1;
 
-use super::{Plan, named_sockets};
+use super::{Plan, named_sockets, not_filtered};
 use crate::client::Connection;
 use crate::cmd::attend::{Attendant, Seen, command_line, send_answer};
 use crate::cmd::questions::{Act, Questions};
 use crate::failure::Failure;
 use crate::launch::{Dataplane, own_directories, own_programs};
 use crate::output::{self, text::safe};
-use crate::sandbox::{self, Event, Exit, Sandbox, Spec};
+use crate::sandbox::{self, Event, Exit, Remote, Sandbox, Spec};
 use crate::terminal::{Key, Terminal, standard_streams};
 
 /// Runs the plan to its end; gives the command's exit code.
@@ -37,9 +39,10 @@ async fn supervise(plan: Plan, connection: Connection) -> Result<u8, Failure> {
     connection.open().await?;
     let spec = Spec {
         mtu_bytes: plan.mtu_bytes,
+        ipv6: plan.ipv6.and_then(ipv6_of),
         masks: masks(&connection),
         programs: own_programs(),
-        writable: plan.writable,
+        writable: plan.writable.clone(),
         sockets: plan.sockets,
         pty: standard_streams(),
         ..Spec::new(plan.command)
@@ -87,6 +90,14 @@ async fn supervise(plan: Plan, connection: Connection) -> Result<u8, Failure> {
     let voice = Voice {
         terminal: terminal.as_ref(),
     };
+    if let Some(terminal) = &terminal {
+        // For a person; a script's stderr is the command's.
+        terminal.say(&format!(
+            "vnet: its own lines begin with {}; {}",
+            terminal.mark(),
+            not_filtered(plan.writable.as_deref())
+        ));
+    }
     if vm != plan.vm {
         voice.say(&format!(
             "vnet: {} is taken; this run's VM is {}",
@@ -102,6 +113,7 @@ async fn supervise(plan: Plan, connection: Connection) -> Result<u8, Failure> {
     let mut run = Run {
         voice: &voice,
         connection,
+        gateway: spec.gateway,
         questions,
         prompt: None,
         answered,
@@ -147,6 +159,13 @@ async fn attached(attendant: &mut Attendant, waiting: &mut Vec<Seen>) -> String 
     }
 }
 
+/// The command's address in a prefix, the first that is not the gateway's, and the gateway's.
+fn ipv6_of(prefix: Ipv6Net) -> Option<(Ipv6Net, Ipv6Addr)> {
+    let host = |n: u128| Ipv6Addr::from_bits(prefix.network().to_bits() | n);
+    let address = Ipv6Net::new(host(2), prefix.prefix_len()).ok()?;
+    Some((address, host(1)))
+}
+
 /// What the command must not see: sockets that would let it answer its own questions, and the state.
 fn masks(connection: &Connection) -> Vec<PathBuf> {
     let mut masks = own_directories();
@@ -178,6 +197,7 @@ struct Prompt<'a> {
 struct Run<'a> {
     voice: &'a Voice<'a>,
     connection: Connection,
+    gateway: Ipv4Addr,
     questions: Questions,
     prompt: Option<Prompt<'a>>,
     answered: mpsc::Sender<(String, Option<String>)>,
@@ -195,6 +215,7 @@ impl<'a> Run<'a> {
         signals: &mut Signals,
     ) -> Result<Exit, Failure> {
         for seen in waiting {
+            self.claim(guest, &seen).await;
             self.seen(seen);
         }
         loop {
@@ -204,7 +225,10 @@ impl<'a> Run<'a> {
                     Event::Stopped(_) => self.suspend(guest),
                 },
                 error = dataplane.ended() => return Err(Failure::Run(error.to_string())),
-                seen = attendant.next() => self.seen(seen),
+                seen = attendant.next() => {
+                    self.claim(guest, &seen).await;
+                    self.seen(seen);
+                }
                 key = pressed(&mut self.prompt) => self.pressed(key),
                 Some((id, refused)) = answers.recv() => {
                     let acts = self.questions.answered(&id, refused);
@@ -212,6 +236,19 @@ impl<'a> Run<'a> {
                 }
                 number = signals.next() => self.signalled(guest, number),
             }
+        }
+    }
+
+    /// Finds out which program is behind a question that is new.
+    async fn claim(&mut self, guest: &mut Sandbox, seen: &Seen) {
+        let Seen::Pending(change) = seen else { return };
+        let Some(request) = &change.request else { return };
+        if request.state() != v1::PendingState::Open || !self.questions.is_news(request) {
+            return;
+        }
+        if let Some(remote) = remote(request, self.gateway) {
+            let programs = guest.owners(remote).await;
+            self.questions.claim(&request.id, &programs);
         }
     }
 
@@ -273,7 +310,7 @@ impl<'a> Run<'a> {
             Key::Interrupt => self.type_in(CONTROL_C),
             Key::Suspend => self.type_in(CONTROL_Z),
             Key::EndOfFile => self.type_in(CONTROL_D),
-            Key::Enter | Key::Escape | Key::Other => NO_KEY,
+            Key::Enter | Key::Open | Key::Other => NO_KEY,
         };
         let acts = self.questions.pressed(&id, key, SystemTime::now());
         self.act(acts);
@@ -316,6 +353,31 @@ impl<'a> Run<'a> {
         }
         // If the guest is gone, its end is the next event.
         let _ = guest.signal(number);
+    }
+}
+
+/// Where a socket leads that is behind such a request, if one can be told by it.
+fn remote(request: &v1::PendingRequest, gateway: Ipv4Addr) -> Option<Remote> {
+    match request.target.as_ref()?.kind.as_ref()? {
+        v1::target::Kind::Address(target) => {
+            let tcp = match target.protocol() {
+                v1::Protocol::Tcp => true,
+                v1::Protocol::Udp => false,
+                _ => return None,
+            };
+            let address = target.prefix.split('/').next()?.parse().ok()?;
+            let port = u16::try_from(target.ports?.first).ok()?;
+            Some(Remote {
+                tcp,
+                address: SocketAddr::new(address, port),
+            })
+        }
+        // A lookup: whoever has the gateway's resolver at the other end.
+        _ if !request.query_type.is_empty() => Some(Remote {
+            tcp: false,
+            address: SocketAddr::new(gateway.into(), DNS_PORT),
+        }),
+        _ => None,
     }
 }
 
@@ -383,6 +445,7 @@ fn with_causes(error: &dyn std::error::Error) -> String {
     text
 }
 
+const DNS_PORT: u16 = 53;
 /// Passed on to the command, or to its terminal.
 const PASSED_ON: [i32; 9] = [
     nix::libc::SIGHUP,

@@ -80,7 +80,7 @@ async fn approve_passes_scope_lifetime_and_vms_on() {
         "--all-vms",
         "--connections",
         "3",
-        "--up",
+        "--bytes-up",
         "5MiB",
     ];
     run(&server, Format::Json, &words).await.unwrap();
@@ -120,7 +120,7 @@ async fn allow_says_the_budget_that_it_was_given() {
     };
     server.answer("GrantService/CreateGrant", &answer);
 
-    let words = ["allow", "tcp 10.99.0.1:80", "--vm", "web", "--down", "50MB"];
+    let words = ["allow", "tcp 10.99.0.1:80", "--vm", "web", "--bytes-down", "50MB"];
     let said = run(&server, Format::Table, &words).await.unwrap();
 
     assert_eq!(

@@ -52,9 +52,9 @@ use super::seccomp::Call;
 use super::{sys, wire};
 
 /// Files of listening sockets that are known as the run's own. Beyond it listen(2) says `ENOBUFS`.
-pub(crate) const OWN_SOCKETS_MAX: usize = 4096;
+pub(crate) const OWN_SOCKETS_MAX: usize = 1024;
 /// Connects of blocking sockets that wait at the same time. Beyond it connect(2) says `ENOBUFS`.
-pub(crate) const WAITING_MAX: usize = 1024;
+pub(crate) const WAITING_MAX: usize = 256;
 /// How often it is looked whether those who wait still do: one that a signal took away is not told.
 const LOOK_INTERVAL: Duration = Duration::from_millis(250);
 /// When a listener whose queue is full is first tried again; later ever more seldom, up to [`LOOK_INTERVAL`].

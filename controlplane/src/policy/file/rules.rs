@@ -1,0 +1,260 @@
+//! `rules`: from the file's nodes to [`Rule`]s, and inline rules from their targets.
+
+use std::collections::HashMap;
+use std::str::FromStr;
+use std::sync::Arc;
+use std::time::SystemTime;
+
+use ipnet::IpNet;
+use vnet_proto::model::{NameDemand, PortRange, Protocol, Target};
+
+use super::sets::Sets;
+use super::{LIST_MAX, RULES_MAX, read_selector, read_text};
+use crate::policy::effective::omitted_protocols;
+use crate::policy::keys;
+use crate::policy::reader::{Fields, Reader};
+use crate::policy::yaml::{Node, Value};
+use crate::policy::{FlowTest, NameSet, PortSet, PrefixSet, ProtocolSet, Rule, RuleAction};
+
+pub(super) fn read_rules(reader: &mut Reader, node: &Node, sets: &mut Sets) -> Vec<Arc<Rule>> {
+    let mut first_of: HashMap<String, u32> = HashMap::new();
+    let mut rules = Vec::new();
+    for (index, node) in reader.list(node, "rules", RULES_MAX).iter().enumerate() {
+        let Some(rule) = read_rule(reader, node, index, sets) else {
+            continue;
+        };
+        if let Some(line) = first_of.insert(rule.label.clone(), rule.line) {
+            let text = format!(
+                "rule name {:?} is taken by the rule in line {line}; names are unique",
+                rule.label
+            );
+            reader.problem(node, text);
+        }
+        rules.push(Arc::new(rule));
+    }
+    rules
+}
+
+fn read_rule(reader: &mut Reader, node: &Node, index: usize, sets: &mut Sets) -> Option<Rule> {
+    let what = format!("rules[{index}]");
+    let mut fields = reader.fields(node, &what, &keys::RULE);
+    if !fields.are_a_mapping() {
+        return None;
+    }
+    let label = fields
+        .take("name")
+        .and_then(|node| read_text(reader, node, "name"));
+    let comment = fields
+        .take("comment")
+        .and_then(|node| read_text(reader, node, "comment"));
+    let action = match fields.take("action") {
+        Some(node) => reader.one_of(node, "action", &RuleAction::ALL),
+        None => {
+            reader.problem(
+                node,
+                format!("{what} has no action (expected allow, deny, drop or ask)"),
+            );
+            None
+        }
+    };
+    let prefixes = read_prefixes(reader, &mut fields, sets);
+    let protocols = fields
+        .take("protocol")
+        .map(|node| (node, read_protocols(reader, node)));
+    let ports = fields.take("ports").map(|node| (node, read_ports(reader, node)));
+    let names = fields.take("domains").map(|node| {
+        let nodes = reader.list_of_some(node, "domains", LIST_MAX);
+        (node, sets.names(reader, nodes, "domains"))
+    });
+    let sni = fields.take("sni").map(|node| (node, read_demand(reader, node)));
+    let until = fields.take("until").and_then(|node| read_until(reader, node));
+    let vms = fields
+        .take("vm")
+        .and_then(|node| read_selector(reader, node, "vm"));
+
+    let ported = ports.is_some();
+    let said = protocols.as_ref().map(|(_, set)| *set);
+    if let (Some((node, _)), Some(set)) = (&ports, said)
+        && set != ProtocolSet::ALL
+        && !ProtocolSet::TCP_UDP.has_all(set)
+    {
+        reader.problem(
+            node,
+            "icmp has no ports; give it a rule of its own, without ports".to_owned(),
+        );
+    }
+    if let (Some((node, set)), false) = (&protocols, prefixes.is_empty()) {
+        for (protocol, fits) in [(Protocol::Icmp, 4), (Protocol::Icmpv6, 6)] {
+            let family = |net: IpNet| if net.addr().is_ipv4() { 4 } else { 6 };
+            if *set == ProtocolSet::one(protocol) && !prefixes.iter().any(|net| family(net) == fits) {
+                let other = if fits == 4 {
+                    Protocol::Icmpv6
+                } else {
+                    Protocol::Icmp
+                };
+                let text = format!("{protocol} never has such an address (did you mean {other}?)");
+                reader.problem(node, text);
+            }
+        }
+    }
+    if let (Some((node, _)), None) = (&sni, &names) {
+        let text = "sni is about the names in domains, and this rule has none; leave sni out".to_owned();
+        reader.problem(node, text);
+    }
+    if let (Some((node, _)), Some(action)) = (&sni, action.filter(|action| action.refuses())) {
+        let text =
+            format!("sni says when a name lets through, and this rule is one to {action}; leave sni out");
+        reader.problem(node, text);
+    }
+    let action = action?;
+    let protocols = match (said, ported) {
+        (Some(set), false) => set,
+        // Only these have ports.
+        (Some(set), true) => set.and(ProtocolSet::TCP_UDP),
+        (None, true) => ProtocolSet::TCP_UDP,
+        (None, false) => omitted_protocols(action),
+    };
+    Some(Rule {
+        label: label.unwrap_or(what),
+        action,
+        test: FlowTest {
+            protocols,
+            prefixes,
+            ports: ports.map(|(_, ports)| ports).unwrap_or_default(),
+            names: names.map(|(_, names)| Arc::new(names)),
+        },
+        lookup_only: false,
+        demand: sni.and_then(|(_, demand)| demand),
+        until,
+        vms,
+        comment: comment.unwrap_or_default(),
+        line: node.place.line,
+        column: node.place.column,
+    })
+}
+
+fn read_prefixes(reader: &mut Reader, fields: &mut Fields<'_>, sets: &mut Sets) -> PrefixSet {
+    let one = fields.take("cidr");
+    let many = fields.take("cidrs");
+    if let (Some(_), Some(node)) = (one, many) {
+        reader.problem(
+            node,
+            "cidr and cidrs are both given; put all of them in cidrs".to_owned(),
+        );
+    }
+    let mut nodes: Vec<&Node> = one.into_iter().collect();
+    if let Some(node) = many {
+        nodes.extend(reader.list_of_some(node, "cidrs", LIST_MAX));
+    }
+    sets.prefixes(reader, nodes)
+}
+
+fn read_protocols(reader: &mut Reader, node: &Node) -> ProtocolSet {
+    let mut set = Vec::new();
+    for node in reader.list_of_some(node, "protocol", LIST_MAX) {
+        if matches!(&node.value, Value::Text(text) if text == "any") {
+            set.extend(Protocol::ALL);
+        } else if let Some(protocol) = reader.one_of(node, "protocol", &Protocol::ALL) {
+            set.push(protocol);
+        }
+    }
+    set.into_iter().collect()
+}
+
+fn read_ports(reader: &mut Reader, node: &Node) -> PortSet {
+    let mut ports = Vec::new();
+    for node in reader.list_of_some(node, "ports", LIST_MAX) {
+        let parsed = match &node.value {
+            Value::Int(port) => PortRange::from_str(&port.to_string()),
+            Value::Text(text) if text != "*" => PortRange::from_str(text),
+            other => Err(format!(
+                "{other} is not a port (expected one as 443 or a range as \"8000-8999\")"
+            )),
+        };
+        match parsed {
+            Ok(range) => ports.push(range),
+            Err(text) => reader.problem(node, format!("ports: {text}")),
+        }
+    }
+    ports.into_iter().collect()
+}
+
+fn read_demand(reader: &mut Reader, node: &Node) -> Option<NameDemand> {
+    // YAML's own word for false, as some parsers have it, is this one.
+    if matches!(node.value, Value::Bool(false)) {
+        return Some(NameDemand::Off);
+    }
+    reader.one_of(node, "sni", &NameDemand::WRITTEN)
+}
+
+fn read_until(reader: &mut Reader, node: &Node) -> Option<SystemTime> {
+    let expected = "(expected a moment in UTC, as 2026-12-31T00:00:00Z)";
+    let parsed = match &node.value {
+        Value::Text(text) => humantime::parse_rfc3339(text).ok(),
+        _ => None,
+    };
+    if parsed.is_none() {
+        reader.problem(node, format!("until {} is not a moment {expected}", node.value));
+    }
+    parsed
+}
+
+/// The rule that an inline rule's target stands for.
+pub(crate) fn rule_of_target(action: RuleAction, target: &Target) -> Rule {
+    let unset = |ports: bool| {
+        if ports {
+            ProtocolSet::TCP_UDP
+        } else {
+            omitted_protocols(action)
+        }
+    };
+    let (test, lookup_only) = match target {
+        Target::Address {
+            protocol,
+            prefix,
+            ports,
+        } => {
+            let protocols = protocol.map_or_else(|| unset(ports.is_some()), ProtocolSet::one);
+            let ports = ports.iter().copied().collect();
+            (
+                FlowTest {
+                    protocols,
+                    prefixes: PrefixSet::from_iter([*prefix]),
+                    ports,
+                    names: None,
+                },
+                false,
+            )
+        }
+        Target::Name {
+            pattern,
+            ports,
+            lookup_only,
+        } => {
+            let names = Some(Arc::new(NameSet::from_iter([pattern.clone()])));
+            let protocols = unset(ports.is_some());
+            let ports = ports.iter().copied().collect();
+            (
+                FlowTest {
+                    protocols,
+                    prefixes: PrefixSet::default(),
+                    ports,
+                    names,
+                },
+                *lookup_only,
+            )
+        }
+    };
+    Rule {
+        label: format!("--{action} {target}"),
+        action,
+        test,
+        lookup_only,
+        demand: None,
+        until: None,
+        vms: None,
+        comment: String::new(),
+        line: 0,
+        column: 0,
+    }
+}

@@ -1,0 +1,274 @@
+//! The keys of a policy file, once: the loader knows no others, and the published schema is made of them.
+
+use vnet_proto::model::{Mode, NameDemand, Protocol};
+
+use crate::policy::list::ListFormat;
+use crate::policy::{DefaultAction, RuleAction};
+
+/// The keys that one mapping may have.
+#[derive(Debug)]
+pub(crate) struct Table {
+    /// In the order in which they are told.
+    pub(crate) keys: &'static [Key],
+    /// Keys that must be there.
+    pub(crate) required: &'static [&'static str],
+}
+
+impl Table {
+    /// The keys' names.
+    pub(crate) fn names(&self) -> Vec<&'static str> {
+        self.keys.iter().map(|key| key.name).collect()
+    }
+}
+
+/// One key.
+#[derive(Debug)]
+pub(crate) struct Key {
+    pub(crate) name: &'static str,
+    pub(crate) shape: Shape,
+    /// What it is for, in one sentence, as editors show it.
+    pub(crate) about: &'static str,
+}
+
+/// What a key's value may be.
+#[derive(Debug)]
+pub(crate) enum Shape {
+    /// This number alone.
+    Exactly(i64),
+    Boolean,
+    /// Text on one line.
+    Text,
+    /// One of a few words.
+    Word(fn() -> Vec<String>),
+    /// Seconds, or text as `30s`.
+    Span,
+    /// A moment, as `2026-12-31T00:00:00Z`.
+    Moment,
+    /// A name, or `*.name`.
+    Name,
+    /// An address or prefix.
+    Prefix,
+    /// A port, or a range as text.
+    Port,
+    /// A file's path, relative to the policy.
+    Path,
+    /// A list.
+    List(&'static Shape),
+    /// A list that is not empty, or one item in its place.
+    Some(&'static Shape),
+    /// A mapping.
+    Map(&'static Table),
+    /// A mapping whose keys are the author's.
+    MapOf(&'static Shape),
+}
+
+const fn key(name: &'static str, shape: Shape, about: &'static str) -> Key {
+    Key { name, shape, about }
+}
+
+const fn table(keys: &'static [Key]) -> Table {
+    Table { keys, required: &[] }
+}
+
+fn words<T: ToString>(all: &[T]) -> Vec<String> {
+    all.iter().map(ToString::to_string).collect()
+}
+
+/// Modes that a document may say.
+pub(crate) const MODES: [Mode; 4] = [Mode::Enforce, Mode::Ask, Mode::Observe, Mode::Block];
+
+pub(crate) const DEFAULT_ACTIONS: [DefaultAction; 2] = [DefaultAction::Allow, DefaultAction::Deny];
+
+const MODE: Shape = Shape::Word(|| words(&MODES));
+const DEFAULT_ACTION: Shape = Shape::Word(|| words(&DEFAULT_ACTIONS));
+
+/// The document itself.
+pub(crate) static DOCUMENT: Table = table(&[
+    key(
+        "version",
+        Shape::Exactly(1),
+        "The form of the file. Without it, and without dns, lookups stay open (the form of gvproxy's draft).",
+    ),
+    key(
+        "appliesTo",
+        Shape::Map(&SELECTOR),
+        "Which VMs are under this policy; to be left out in policy default.",
+    ),
+    key(
+        "mode",
+        MODE,
+        "What happens to what nothing decides; enforce if left out.",
+    ),
+    key(
+        "interactive",
+        Shape::Boolean,
+        "true is another way to write mode: ask.",
+    ),
+    key(
+        "blockAllOutbound",
+        Shape::Boolean,
+        "true is another way to write mode: block.",
+    ),
+    key(
+        "defaultAction",
+        DEFAULT_ACTION,
+        "What is done where nothing else answers; deny if left out.",
+    ),
+    key(
+        "approvalTimeout",
+        Shape::Span,
+        "How long a packet is held for a person's answer; 30 seconds if left out, an hour at most.",
+    ),
+    key(
+        "sets",
+        Shape::MapOf(&Shape::Map(&SET)),
+        "Names and prefixes that rules and dns refer to as @name.",
+    ),
+    key(
+        "rules",
+        Shape::List(&Shape::Map(&RULE)),
+        "Rules, in order; the first that matches decides.",
+    ),
+    key("dns", Shape::Map(&DNS), "What is done with lookups."),
+    key(
+        "tests",
+        Shape::List(&Shape::Map(&TEST)),
+        "What this policy must do, asked of it whenever it is loaded; one that fails is refused.",
+    ),
+]);
+
+/// `vm`, and `appliesTo`.
+pub(crate) static SELECTOR: Table = table(&[
+    key("name", Shape::Text, "A VM's name, or a pattern as agent-*."),
+    key(
+        "labels",
+        Shape::MapOf(&Shape::Text),
+        "Labels that a VM must have, all of them.",
+    ),
+]);
+
+/// One of `sets`.
+pub(crate) static SET: Table = table(&[
+    key(
+        "domains",
+        Shape::Some(&Shape::Name),
+        "Names, and *.name for all below one.",
+    ),
+    key("cidrs", Shape::Some(&Shape::Prefix), "Addresses and prefixes."),
+    key(
+        "file",
+        Shape::Path,
+        "A list of names or prefixes, by its path relative to the policy; vnetctl sends it along.",
+    ),
+    key(
+        "format",
+        Shape::Word(|| words(&ListFormat::ALL)),
+        "How the file's lines are written; auto (that of its first entry) if left out.",
+    ),
+]);
+
+/// One of `rules`.
+pub(crate) static RULE: Table = Table {
+    required: &["action"],
+    keys: &[
+        key(
+            "name",
+            Shape::Text,
+            "Its name in reasons; rules[N] (from 0) if left out.",
+        ),
+        key(
+            "action",
+            Shape::Word(|| words(&RuleAction::ALL)),
+            "What is done with what matches.",
+        ),
+        key("cidr", Shape::Prefix, "A destination, or @set; any if left out."),
+        key(
+            "cidrs",
+            Shape::Some(&Shape::Prefix),
+            "Destinations, or @set; any if left out.",
+        ),
+        key(
+            "ports",
+            Shape::Some(&Shape::Port),
+            "Ports, and ranges as \"8000-8999\"; any if left out.",
+        ),
+        key(
+            "protocol",
+            Shape::Some(&Shape::Word(|| {
+                let mut all = words(&Protocol::ALL);
+                all.push("any".to_owned());
+                all
+            })),
+            "If left out: any for deny and drop; tcp and udp for allow and ask, and wherever ports are given.",
+        ),
+        key(
+            "domains",
+            Shape::Some(&Shape::Name),
+            "Names, *.name for all below one, or @set: their lookups, and connections to what they are bound to.",
+        ),
+        key(
+            "sni",
+            Shape::Word(|| words(&NameDemand::WRITTEN)),
+            "Whether a connection must say one of the names itself; require on 443 and 80, else match-if-present.",
+        ),
+        key(
+            "vm",
+            Shape::Map(&SELECTOR),
+            "Which VMs it is for; all under this policy if left out.",
+        ),
+        key(
+            "until",
+            Shape::Moment,
+            "When it ends, in UTC; it matches nothing from then on.",
+        ),
+        key("comment", Shape::Text, "Its author's words, shown in reasons."),
+    ],
+};
+
+/// `dns`.
+pub(crate) static DNS: Table = table(&[
+    key(
+        "defaultAction",
+        DEFAULT_ACTION,
+        "What is done with lookups that nothing decides; the document's defaultAction if left out.",
+    ),
+    key(
+        "allowedDomains",
+        Shape::List(&Shape::Name),
+        "Names, *.name or @set: their lookups and any port of what they are bound to are allowed.",
+    ),
+    key(
+        "blockedDomains",
+        Shape::List(&Shape::Name),
+        "Names, *.name or @set: refused before anything else.",
+    ),
+]);
+
+/// One of `tests`.
+pub(crate) static TEST: Table = table(&[
+    key(
+        "name",
+        Shape::Text,
+        "Its name in messages; tests[N] (from 0) if left out.",
+    ),
+    key(
+        "vm",
+        Shape::Map(&SELECTOR),
+        "The VM that asks; one that appliesTo claims if left out.",
+    ),
+    key(
+        "allow",
+        Shape::Some(&Shape::Text),
+        "Destinations that must be let through, as \"tcp example.com:443\".",
+    ),
+    key(
+        "deny",
+        Shape::Some(&Shape::Text),
+        "Destinations that must be refused.",
+    ),
+    key(
+        "ask",
+        Shape::Some(&Shape::Text),
+        "Destinations that a person must be asked about.",
+    ),
+]);

@@ -1,0 +1,146 @@
+//! The policy file from its author's side: lists beside it, tests inside it, and what is said of either.
+#![cfg(target_os = "linux")]
+
+use std::fs;
+
+use vnet_tests::{World, http, staged};
+
+const LISTED: &str = "version: 1\nsets:\n  web: {file: lists/web.txt}\nrules:\n  - {name: listed, action: allow, cidrs: \"@web\", ports: [80]}\n";
+
+/// Puts a list beside the policies.
+fn list(world: &World, content: &str) {
+    let dir = world.work().join("lists");
+    fs::create_dir_all(&dir).unwrap();
+    fs::write(dir.join("web.txt"), content).unwrap();
+}
+
+#[test]
+fn a_run_under_a_policy_with_a_list_reaches_what_the_list_has() {
+    staged(
+        a_run_under_a_policy_with_a_list_reaches_what_the_list_has,
+        |world| {
+            let server = http(world.internet(), "203.0.113.10:80");
+            let other = http(world.internet(), "198.51.100.7:80");
+            list(world, "# where it may go\n203.0.113.10\n");
+            let file = world.file("listed.yaml", LISTED);
+            let ended = world.script(
+                &["--network-policy", file.to_str().unwrap()],
+                "curl -sS http://203.0.113.10/; curl -sS http://198.51.100.7/; echo $?",
+            );
+            assert_eq!(ended.stdout, "this is 203.0.113.10:80 at /\n7\n", "{ended:?}");
+            assert_eq!((server.connections(), other.connections()), (1, 0));
+        },
+    );
+}
+
+#[test]
+fn an_applied_policy_keeps_the_list_that_came_with_it() {
+    staged(an_applied_policy_keeps_the_list_that_came_with_it, |world| {
+        http(world.internet(), "203.0.113.10:80");
+        list(world, "203.0.113.10\n");
+        let file = world.file("listed.yaml", LISTED);
+        world.vnetctl(&["policy", "apply", file.to_str().unwrap()]);
+        // The file changed, and nothing reads it: only an apply would.
+        list(world, "198.51.100.1\n");
+        let fetch = "curl -sS http://203.0.113.10/; echo $?";
+        assert_eq!(
+            world.script(&[], fetch).stdout,
+            "this is 203.0.113.10:80 at /\n0\n"
+        );
+        let shown = world.json(&["policy", "show"]);
+        assert_eq!(shown["lists"][0]["path"], "lists/web.txt", "{shown}");
+        assert!(
+            shown["lists"][0]["content"]
+                .as_str()
+                .unwrap_or_default()
+                .is_empty()
+        );
+        world.vnetctl(&["policy", "apply", file.to_str().unwrap()]);
+        assert_eq!(world.script(&[], fetch).stdout, "7\n");
+        world.vnetctl(&["policy", "rollback"]);
+        assert_eq!(
+            world.script(&[], fetch).stdout,
+            "this is 203.0.113.10:80 at /\n0\n"
+        );
+    });
+}
+
+#[test]
+fn what_is_wrong_with_a_list_is_told_by_line_and_never_quoted() {
+    staged(
+        what_is_wrong_with_a_list_is_told_by_line_and_never_quoted,
+        |world| {
+            let file = world.file("listed.yaml", LISTED);
+            for (content, expected) in [
+                (
+                    "203.0.113.10\nhunter2 secret\n",
+                    "lists/web.txt:2:1: the line is not plain",
+                ),
+                ("# none\n", "has no entry; is it the right file?"),
+            ] {
+                list(world, content);
+                for verb in ["check", "apply", "test"] {
+                    let ended = world.try_vnetctl(&["policy", verb, file.to_str().unwrap()]);
+                    assert_eq!(ended.code, 1, "{ended:?}");
+                    assert!(ended.stderr.contains(expected), "{ended:?}");
+                    assert!(!ended.stderr.contains("hunter2"), "{ended:?}");
+                }
+            }
+            fs::remove_file(world.work().join("lists/web.txt")).unwrap();
+            let absent = world.try_vnetctl(&["policy", "check", file.to_str().unwrap()]);
+            assert!(
+                absent.stderr.contains("cannot read list \"lists/web.txt\""),
+                "{absent:?}"
+            );
+            let device = world.file("device.yaml", &LISTED.replace("lists/web.txt", "/dev/zero"));
+            let device = world.try_vnetctl(&["policy", "check", device.to_str().unwrap()]);
+            assert!(device.stderr.contains("is not a regular file"), "{device:?}");
+        },
+    );
+}
+
+#[test]
+fn tests_inside_a_policy_are_run_before_anything_else_is() {
+    staged(tests_inside_a_policy_are_run_before_anything_else_is, |world| {
+        let rules =
+            "version: 1\nrules:\n  - {name: web, action: allow, cidr: 203.0.113.0/24, ports: [80]}\ntests:\n";
+        let good = world.file(
+            "good.yaml",
+            &format!("{rules}  - {{allow: \"tcp 203.0.113.10:80\", deny: \"tcp 203.0.113.10:22\"}}\n"),
+        );
+        let said = world.vnetctl(&["policy", "test", good.to_str().unwrap()]);
+        assert!(
+            said.contains("2 destinations come out as its tests say"),
+            "{said}"
+        );
+        let bad = world.file(
+            "bad.yaml",
+            &format!("{rules}  - {{allow: \"tcp 203.0.113.10:22\"}}\n"),
+        );
+        let expected = "bad.yaml:5:13: tests[0]: \"tcp 203.0.113.10:22\" is deny for test (expected allow)";
+        for verb in ["test", "check", "apply"] {
+            let ended = world.try_vnetctl(&["policy", verb, bad.to_str().unwrap()]);
+            assert_eq!(ended.code, 1, "{ended:?}");
+            assert!(ended.stderr.contains(expected), "{ended:?}");
+        }
+        let run = world
+            .run(
+                &["--network-policy", bad.to_str().unwrap()],
+                &["touch", "started"],
+            )
+            .wait();
+        assert_eq!(run.code, 125, "{run:?}");
+        assert!(!world.work().join("started").exists());
+        let none = world.file("none.yaml", "version: 1\n");
+        let none = world.try_vnetctl(&["policy", "test", none.to_str().unwrap()]);
+        assert!(none.code == 1 && none.stderr.contains("has no tests"), "{none:?}");
+    });
+}
+
+#[test]
+fn the_schema_is_printed_as_it_is_published() {
+    staged(the_schema_is_printed_as_it_is_published, |world| {
+        let published = include_str!("../../docs/policy.schema.json");
+        assert_eq!(world.vnetctl(&["policy", "schema"]), published);
+    });
+}
