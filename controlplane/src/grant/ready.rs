@@ -41,7 +41,7 @@ impl VmGrants {
         }
     }
 
-    /// The [`Grants::generation`] that it was made under.
+    /// The [`generation`](super::Grants::generation) that it was made under.
     pub fn generation(&self) -> u64 {
         self.generation
     }

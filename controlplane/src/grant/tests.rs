@@ -153,7 +153,7 @@ fn a_grant_without_connections_lets_no_flow_through_until_one_is_given_back() {
     assert!(matches!(last, Spending::LastConnection(_)));
     assert!(grants.out_of_connections().is_empty(), "one may be on its way");
     grants.release((7, MissId(3)));
-    assert_eq!(grants.out_of_connections(), [id.clone()]);
+    assert_eq!(grants.out_of_connections(), std::slice::from_ref(&id));
     assert!(
         !reaches(&grants) && grants.get(&id).is_some(),
         "it can still be revoked"
