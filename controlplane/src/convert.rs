@@ -199,6 +199,8 @@ pub(crate) fn request(request: &Request) -> v1::PendingRequest {
         grant_id: request.grant.as_ref().map(|g| g.0.clone()).unwrap_or_default(),
         labels: request.vm.labels.clone().into_iter().collect(),
         peer_vm: request.peer.clone(),
+        domain: request.domain().unwrap_or_default().to_owned(),
+        options: Vec::new(),
     }
 }
 

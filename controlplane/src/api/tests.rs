@@ -379,6 +379,54 @@ async fn a_budget_is_kept_and_shown_and_one_that_means_nothing_is_refused_by_its
 }
 
 #[tokio::test]
+async fn a_request_that_is_looked_at_says_what_each_answer_would_cover() {
+    let served = Served::start(true).await;
+    let (say, mut told) = served.session(hello(1, vec![vm_up(1, "web")])).await;
+    next(&mut told).await;
+    let subject = flow("192.0.2.7:443", &[]);
+    let Subject::Flow(flowing) = &subject else {
+        panic!()
+    };
+    // A flow of before: the history has it.
+    say.send(request(Message::FlowOpened(v1::FlowOpened {
+        flow_id: 1,
+        vm: 1,
+        subject: Some(flowing.into()),
+        ..Default::default()
+    })))
+    .await
+    .unwrap();
+    say.send(miss(1, &subject)).await.unwrap();
+    let id = loop {
+        if let Told::Held(held) = next(&mut told).await {
+            break held.pending_id;
+        }
+    };
+    let mut pending = PendingServiceClient::new(served.channel("api").await);
+    let listed = pending
+        .list_pending(v1::ListPendingRequest::default())
+        .await
+        .unwrap();
+    assert_eq!(
+        listed.into_inner().requests[0].options,
+        [],
+        "nothing is counted for a list"
+    );
+    let found = pending.get_pending(v1::GetPendingRequest { id }).await.unwrap();
+    let found = found.into_inner().request.unwrap();
+    let scopes: Vec<i32> = found.options.iter().map(|o| o.scope).collect();
+    assert_eq!(scopes, found.scopes);
+    let narrowest = &found.options[0];
+    assert_eq!(narrowest.target, found.target);
+    let covers: Vec<[u64; 3]> = narrowest
+        .reaches
+        .iter()
+        .map(|r| [r.vm_count.into(), r.requests.into(), r.past_flows])
+        .collect();
+    assert_eq!(covers, [[1, 1, 1]; 2]);
+}
+
+#[tokio::test]
 async fn a_wrong_document_is_refused_with_every_place() {
     let served = Served::start(false).await;
     let mut policy = PolicyServiceClient::new(served.channel("api").await);

@@ -82,13 +82,16 @@ impl Hub {
         self.read(|state, now| Ok(convert::request(state.pending.find(now.steady, prefix)?)))
     }
 
-    /// Answers a request.
+    /// Answers a request. There is a ticket for a no, which may cut flows.
     ///
     /// # Errors
     /// [`Refusal`]: nothing changed.
-    pub fn reply(&self, reply: &Reply<'_>) -> Result<(v1::PendingRequest, v1::Grant, Durable), Refusal> {
+    pub fn reply(
+        &self,
+        reply: &Reply<'_>,
+    ) -> Result<(v1::PendingRequest, v1::Grant, Option<Ticket>, Durable), Refusal> {
         let (result, durable) = self.with(|state, now| state.reply(now, reply));
-        result.map(|(request, grant)| (request, grant, durable))
+        result.map(|(request, grant, ticket)| (request, grant, ticket, durable))
     }
 
     /// Grants in force, newest first, perhaps only those that reach one VM.
@@ -160,7 +163,11 @@ impl Hub {
 }
 
 impl State {
-    fn reply(&mut self, now: Now, reply: &Reply<'_>) -> Result<(v1::PendingRequest, v1::Grant), Refusal> {
+    fn reply(
+        &mut self,
+        now: Now,
+        reply: &Reply<'_>,
+    ) -> Result<(v1::PendingRequest, v1::Grant, Option<Ticket>), Refusal> {
         let found = self.pending.find(now.steady, reply.id)?;
         let (id, asker) = (found.id.clone(), found.vm.clone());
         let etag = (!reply.etag.is_empty()).then_some(reply.etag);
@@ -210,16 +217,19 @@ impl State {
             }
         };
         self.grant_made(now, &grant, reply.actor);
+        let ticket = (reply.answer == Answer::Deny).then(|| self.ticket());
+        let change = ticket.as_ref().map(Ticket::id);
         // What was held for this very question comes before others that its grant may decide.
-        self.revoke(None, |vm| grant.reaches(&vm.view));
-        self.cut_disallowed(None, |vm| grant.reaches(&vm.view), "denied");
+        self.revoke(change, |vm| grant.reaches(&vm.view));
+        self.cut_disallowed(change, |vm| grant.reaches(&vm.view), "denied");
         self.take_up(now, answered.changes);
         self.decide_pending(now);
+        if let Some(change) = change {
+            self.finish_if_done(change);
+        }
         let request = convert::request(self.pending.find(now.steady, &id.0)?);
-        Ok((
-            request,
-            self.grant_message(self.grants.get(&grant_id).unwrap_or(&grant)),
-        ))
+        let grant = self.grant_message(self.grants.get(&grant_id).unwrap_or(&grant));
+        Ok((request, grant, ticket))
     }
 
     fn create_grant(

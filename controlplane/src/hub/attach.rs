@@ -456,7 +456,7 @@ impl State {
             name: name.to_owned(),
             switch_open: vm.effective.is_switch_open(),
             forwards_closed: vm.effective.closes_forwards(),
-            lookup_hold: convert::span(vm.lookup_hold.min(vm.effective.approval_timeout())),
+            lookup_hold: convert::span(lookup_hold(vm)),
         })
     }
 
@@ -681,4 +681,12 @@ fn counts(counts: HashMap<String, u64>) -> BTreeMap<String, u64> {
 
 fn malformed(error: Malformed) -> Status {
     Refusal::from(error).into()
+}
+/// How long a VM's lookups may wait for their verdicts. Where policy holds nothing for a person, those that
+/// need none still take their time.
+fn lookup_hold(vm: &Vm) -> Duration {
+    match vm.effective.approval_timeout() {
+        Duration::ZERO => vm.lookup_hold,
+        timeout => vm.lookup_hold.min(timeout),
+    }
 }

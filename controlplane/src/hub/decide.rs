@@ -197,6 +197,15 @@ impl State {
         let (outcome, changes) = self.pending.ask(now.steady, ask);
         match outcome {
             AskOutcome::Opened(id) | AskOutcome::Joined(id) => {
+                if hold.is_zero() {
+                    let text = format!(
+                        "approvalTimeout is 0, so that nothing is held; request {id} awaits an answer for the \
+                         next attempt"
+                    );
+                    let reason = Reason::new("approval", id.0, text);
+                    self.deny_once(now, name, miss, &subject, reason);
+                    return self.take_up(now, changes);
+                }
                 self.metrics.held.add(1);
                 // Announced again after a reconnect, it keeps the time that it had.
                 let until = self
@@ -231,7 +240,7 @@ impl State {
         self.take_up(now, changes);
     }
 
-    /// Denies a miss at a limit, and it alone: there may be room for the next.
+    /// Denies a miss, and it alone: there may be room, or an answer, for the next.
     fn deny_once(&mut self, now: Now, name: &str, miss: MissRef, subject: &Subject, reason: Reason) {
         self.decided(now, name, subject, Outcome::Deny, &reason, 1, false, false);
         self.send_verdict(miss, |epoch| Verdict {

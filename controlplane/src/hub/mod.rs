@@ -10,6 +10,7 @@
 //! - `budgets`: what is used of grants that have one.
 //! - `change`: what can alter a decision: the epoch, revocations, cuts.
 //! - `answers`, `policies`, `vms`, `commands`: what people and programs do.
+//! - `reach`: what an answer would cover.
 //! - `events`: what happened; `repeats`: what happens again and again.
 
 mod answers;
@@ -21,6 +22,7 @@ mod decide;
 mod events;
 mod ids;
 mod policies;
+mod reach;
 mod repeats;
 mod traffic;
 mod vms;
@@ -57,6 +59,7 @@ pub use events::EventFilter;
 pub(crate) use policies::DEFAULT;
 pub(crate) use policies::without_content;
 pub use policies::{Applied, Candidate};
+pub use reach::{BINDINGS_COUNTED_MAX, LABELS_OFFERED_MAX, Offers, PAST_FLOWS_MAX};
 pub use vms::VmUpdate;
 
 use budgets::Budgets;

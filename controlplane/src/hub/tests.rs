@@ -1,4 +1,5 @@
 mod guests;
+mod reach;
 
 use std::time::Duration;
 
@@ -94,7 +95,7 @@ fn an_undecided_miss_is_held_and_a_yes_lets_it_through() {
         (id.as_str(), "web", 1)
     );
 
-    let (request, grant, _) = rig.hub.reply(&reply(&id[..4], Answer::Approve)).unwrap();
+    let (request, grant, ..) = rig.hub.reply(&reply(&id[..4], Answer::Approve)).unwrap();
     assert_eq!(request.state, v1::PendingState::Approved as i32);
     assert_eq!(grant.creator, "tester");
     let told = dp.told();

@@ -9,7 +9,7 @@ use vnet_proto::v1;
 
 use super::events::{about, of_peer, on_subject};
 use super::repeats::Key;
-use super::{Hub, State, ids, too_many_watches};
+use super::{Hub, State, Ticket, ids, too_many_watches};
 use crate::approval::MissRef;
 use crate::clock::Now;
 use crate::convert;
@@ -55,7 +55,7 @@ impl Hub {
     ///
     /// # Errors
     /// [`Refusal`] if no flow, or several, have ids that begin so.
-    pub fn close_flow(&self, prefix: &str, actor: &str) -> Result<v1::Flow, Refusal> {
+    pub fn close_flow(&self, prefix: &str, actor: &str) -> Result<(v1::Flow, Ticket), Refusal> {
         self.read(|state, _| {
             if prefix.len() < ID_PREFIX_MIN {
                 return Err(Refusal::field(
@@ -97,8 +97,10 @@ impl Hub {
                     flow.id
                 )));
             }
-            state.cut(None, number, vec![id], &format!("closed by {actor}"));
-            Ok(flow)
+            let ticket = state.ticket();
+            state.cut(Some(ticket.id()), number, vec![id], &format!("closed by {actor}"));
+            state.finish_if_done(ticket.id());
+            Ok((flow, ticket))
         })
     }
 }

@@ -4,7 +4,7 @@
 //! counted in one [`Meter`] for all flows that rest on the grant, whichever verdict let them through. When a
 //! limit of bytes is reached, nothing more passes, and what rests on the grant is cut, by this engine's own
 //! count and whether the controlplane hears of it or not. Connections are the controlplane's to count: a
-//! verdict with such a limit is for one flow ([`is_for_once`]), so that nothing opens without it.
+//! verdict with such a limit is for one flow (`is_for_once`), so that nothing opens without it.
 //!
 //! What was used is told as a sum over the guest's life, so that a message that is lost or told twice makes no
 //! difference. TCP passes no byte beyond a limit; of datagrams, the one that reaches it is the last.

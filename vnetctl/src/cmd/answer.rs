@@ -7,15 +7,16 @@
 
 use clap::Args;
 use tonic_types::StatusExt as _;
-use vnet_proto::model::Target;
+use vnet_proto::model::{NamePattern, Target};
 use vnet_proto::v1;
 
 use super::Context;
 use super::grants::sentence;
+use super::matching::Matching;
 use super::select::{BudgetArgs, LifetimeArgs, VmArgs};
 use crate::client::unary;
 use crate::failure::{Failure, describe};
-use crate::output::words;
+use crate::output::{Output, words};
 
 /// How wide an answer reaches.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
@@ -69,8 +70,11 @@ pub struct AnswerArgs {
 #[derive(Debug, Args)]
 pub struct ApproveArgs {
     /// Ids of pending requests, or their beginnings of at least four characters
-    #[arg(value_name = "ID", required = true)]
+    #[arg(value_name = "ID", required_unless_present = "matching")]
     pub ids: Vec<String>,
+    /// Answer every request for a name that fits, as `*.example.com`, of the VMs that are named
+    #[arg(long, value_name = "NAME", conflicts_with_all = ["ids", "etag"])]
+    pub matching: Option<NamePattern>,
     /// The answer.
     #[command(flatten)]
     pub answer: AnswerArgs,
@@ -87,8 +91,11 @@ pub struct ApproveArgs {
 pub struct DenyArgs {
     /// Ids of pending requests (or beginnings of at least four characters), or a destination as
     /// `tcp 192.0.2.7:443`
-    #[arg(value_name = "ID|DESTINATION", required = true)]
+    #[arg(value_name = "ID|DESTINATION", required_unless_present = "matching")]
     pub words: Vec<String>,
+    /// Answer every request for a name that fits, as `*.example.com`, of the VMs that are named
+    #[arg(long, value_name = "NAME", conflicts_with_all = ["words", "etag"])]
+    pub matching: Option<NamePattern>,
     /// The answer.
     #[command(flatten)]
     pub answer: AnswerArgs,
@@ -123,21 +130,45 @@ impl ApproveArgs {
         self.answer.check(self.ids.len())?;
         let lifetime = self.answer.lifetime.message()?;
         let client = context.connection.open().await?;
+        let request = v1::ApproveRequest {
+            etag: self.answer.etag(),
+            scope: self.answer.scope(),
+            lifetime,
+            vms: self.answer.vms.message(),
+            budget: self.budget.message(),
+            reason: self.answer.reason.clone().unwrap_or_default(),
+            lookup_only: self.lookup_only,
+            ..Default::default()
+        };
+        let approve = async |request: v1::ApproveRequest, output: &mut Output| {
+            let answer = client.pending().approve(unary(request)).await?.into_inner();
+            output.done("vnet.v1.ApproveResponse", &answer, || {
+                answered("approved", answer.request.as_ref(), answer.grant.as_ref())
+            })
+        };
+        if let Some(pattern) = self.matching {
+            // Behind a name may be any address; what is guarded is opened by itself alone.
+            let found =
+                Matching::find(&client, pattern, request.vms.clone(), |r| r.guards.is_empty()).await?;
+            let each = async |id, etag| {
+                let request = v1::ApproveRequest {
+                    id,
+                    etag,
+                    // For the VM that asks.
+                    vms: None,
+                    ..request.clone()
+                };
+                approve(request, &mut context.output).await
+            };
+            let summary = found.answer(&client, "approved", each).await?;
+            return context.output.sum_up(&summary);
+        }
         super::each(self.ids, async |id| {
             let request = v1::ApproveRequest {
                 id,
-                etag: self.answer.etag(),
-                scope: self.answer.scope(),
-                lifetime,
-                vms: self.answer.vms.message(),
-                budget: self.budget.message(),
-                reason: self.answer.reason.clone().unwrap_or_default(),
-                lookup_only: self.lookup_only,
+                ..request.clone()
             };
-            let answer = client.pending().approve(unary(request)).await?.into_inner();
-            context.output.done("vnet.v1.ApproveResponse", &answer, || {
-                answered("approved", answer.request.as_ref(), answer.grant.as_ref())
-            })
+            approve(request, &mut context.output).await
         })
         .await
     }
@@ -174,19 +205,42 @@ impl DenyArgs {
         self.answer.check(self.words.len())?;
         let lifetime = self.answer.lifetime.message()?;
         let client = context.connection.open().await?;
+        let request = v1::DenyRequest {
+            etag: self.answer.etag(),
+            scope: self.answer.scope(),
+            lifetime,
+            vms: self.answer.vms.message(),
+            reason: self.answer.reason.clone().unwrap_or_default(),
+            ..Default::default()
+        };
+        let deny = async |request: v1::DenyRequest, output: &mut Output| {
+            let answer = client.pending().deny(unary(request)).await?.into_inner();
+            output.done("vnet.v1.DenyResponse", &answer, || {
+                let said = answered("denied", answer.request.as_ref(), answer.grant.as_ref());
+                format!("{said}{}", words::cut(answer.cut.as_ref()))
+            })
+        };
+        if let Some(pattern) = self.matching {
+            let found = Matching::find(&client, pattern, request.vms.clone(), |_| true).await?;
+            let each = async |id, etag| {
+                let request = v1::DenyRequest {
+                    id,
+                    etag,
+                    // For the VM that asks.
+                    vms: None,
+                    ..request.clone()
+                };
+                deny(request, &mut context.output).await
+            };
+            let summary = found.answer(&client, "denied", each).await?;
+            return context.output.sum_up(&summary);
+        }
         super::each(self.words, async |id| {
             let request = v1::DenyRequest {
                 id,
-                etag: self.answer.etag(),
-                scope: self.answer.scope(),
-                lifetime,
-                vms: self.answer.vms.message(),
-                reason: self.answer.reason.clone().unwrap_or_default(),
+                ..request.clone()
             };
-            let answer = client.pending().deny(unary(request)).await?.into_inner();
-            context.output.done("vnet.v1.DenyResponse", &answer, || {
-                answered("denied", answer.request.as_ref(), answer.grant.as_ref())
-            })
+            deny(request, &mut context.output).await
         })
         .await
     }

@@ -156,10 +156,15 @@ pub fn cut(report: Option<&v1::CutReport>) -> String {
     let Some(report) = report else {
         return String::new();
     };
+    let on = match report.dataplanes_cut {
+        0 => String::new(),
+        1 => " on 1 dataplane".to_owned(),
+        count => format!(" on {count} dataplanes"),
+    };
     let mut said = match report.flows {
         0 => String::new(),
-        1 => "; 1 live flow was cut".to_owned(),
-        flows => format!("; {flows} live flows were cut"),
+        1 => format!("; 1 live flow{on} was cut"),
+        flows => format!("; {flows} live flows{on} were cut"),
     };
     if !report.dataplanes_silent.is_empty() {
         said.push_str(&format!(
@@ -314,11 +319,12 @@ mod tests {
             flows: 2,
             dataplanes_acknowledged: 1,
             dataplanes_silent: vec!["host-9".to_owned()],
+            dataplanes_cut: 1,
         };
 
         assert_eq!(
             cut(Some(&report)),
-            "; 2 live flows were cut; not acknowledged yet by host-9 (their verdicts end with their leases)"
+            "; 2 live flows on 1 dataplane were cut; not acknowledged yet by host-9 (their verdicts end with their leases)"
         );
         assert_eq!(cut(Some(&v1::CutReport::default())), "");
     }
