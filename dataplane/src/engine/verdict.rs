@@ -63,6 +63,7 @@ impl Engine {
                 self.cache.clear();
                 self.synthetics.forget_judged();
             }
+            Order::Limit { grant, limit } => self.handle_limit(now, &grant, limit),
             Order::WayChanged => self.handle_way_changed(),
         }
     }
@@ -111,8 +112,12 @@ impl Engine {
             }
             None => None,
         };
-        let decision = Arc::new(Decision::new(now, verdict, standing));
-        if once {
+        let Some(meter) = self.meter_of(now, &verdict.grant, verdict.budget) else {
+            // What cannot be counted is not let through: it ends at its deadline.
+            return;
+        };
+        let decision = Arc::new(Decision::new(now, verdict, standing, meter));
+        if once || decision.once {
             self.answer_once(now, verdict.miss, &decision);
             return;
         }
