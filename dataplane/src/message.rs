@@ -350,6 +350,8 @@ pub struct Settings {
     pub switch_open: bool,
     /// Forwards into it are cut and refused.
     pub forwards_closed: bool,
+    /// Its lookups of addresses are answered with synthetic ones.
+    pub synthetic_answers: bool,
     /// How long its lookups may be held.
     pub lookup_hold: Duration,
     /// How long its flows may be held when nothing else is said.

@@ -456,6 +456,7 @@ impl State {
             name: name.to_owned(),
             switch_open: vm.effective.is_switch_open(),
             forwards_closed: vm.effective.closes_forwards(),
+            synthetic_answers: vm.effective.synthetic_answers(),
             lookup_hold: convert::span(lookup_hold(vm)),
         })
     }

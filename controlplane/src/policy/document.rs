@@ -26,6 +26,25 @@ impl fmt::Display for DefaultAction {
     }
 }
 
+/// What lookups that are let through are answered with.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Hash)]
+pub enum DnsAnswer {
+    /// What the upstream says.
+    #[default]
+    Real,
+    /// An address of its own for each name; what it stands for is looked up when a connection is allowed.
+    Synthetic,
+}
+
+impl fmt::Display for DnsAnswer {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Real => "real",
+            Self::Synthetic => "synthetic",
+        })
+    }
+}
+
 /// The `dns:` part of a policy.
 #[derive(Debug, Clone, Default)]
 pub struct DnsPolicy {
@@ -35,6 +54,8 @@ pub struct DnsPolicy {
     pub allowed: Arc<NameSet>,
     /// Names that are refused before anything else.
     pub blocked: Arc<NameSet>,
+    /// What lookups are answered with.
+    pub answer: DnsAnswer,
 }
 
 /// A policy document, checked whole.

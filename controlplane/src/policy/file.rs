@@ -13,7 +13,7 @@ use std::time::Duration;
 
 use vnet_proto::model::{Mode, VmSelector};
 
-use crate::policy::keys::{self, DEFAULT_ACTIONS, MODES};
+use crate::policy::keys::{self, DEFAULT_ACTIONS, DNS_ANSWERS, MODES};
 use crate::policy::list::{Attachments, ListCache};
 use crate::policy::reader::{Fields, Reader};
 use crate::policy::yaml::{self, Node, Value};
@@ -226,10 +226,14 @@ fn read_dns(reader: &mut Reader, node: &Node, sets: &mut Sets) -> DnsPolicy {
     };
     let allowed = names("allowedDomains");
     let blocked = names("blockedDomains");
+    let answer = fields
+        .take("answer")
+        .and_then(|node| reader.one_of(node, "dns.answer", &DNS_ANSWERS));
     DnsPolicy {
         default_action,
         allowed,
         blocked,
+        answer: answer.unwrap_or_default(),
     }
 }
 

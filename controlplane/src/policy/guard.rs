@@ -67,6 +67,7 @@ impl GuardedRanges {
         let alone = prefix == IpNet::from(peer) || prefix == IpNet::from(dialled);
         guards.iter().all(|guard| match guard {
             Guard::Daemon => false,
+            Guard::Synthetic => true,
             Guard::PrivateFromDns => alone || is_inside_private(prefix),
             Guard::Metadata | Guard::Host | Guard::Guest => {
                 alone

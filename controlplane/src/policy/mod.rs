@@ -23,17 +23,18 @@ mod region;
 mod rule;
 mod schema;
 mod selftest;
+mod synthetic;
 mod yaml;
 
 #[cfg(test)]
 mod tests;
 
-pub use document::{DefaultAction, DnsPolicy, Policy, PolicyError, PolicyErrors, PolicyWarning};
+pub use document::{DefaultAction, DnsAnswer, DnsPolicy, Policy, PolicyError, PolicyErrors, PolicyWarning};
 pub use effective::{APPROVAL_TIMEOUT, Effective, Modes, OWN_POLICY, OwnPolicy, PolicyInForce, claimants};
 pub(crate) use eval::would_let_through;
 pub use eval::{
-    Context, Decision, FlowDecision, LookupDecision, Outcome, PeerView, decide_flow, decide_lookup,
-    overruled_by,
+    Context, Decision, FlowDecision, LookupDecision, Outcome, PeerView, decide_flow, decide_live,
+    decide_lookup, overruled_by,
 };
 pub use file::{APPROVAL_TIMEOUT_MAX, DOCUMENT_BYTES_MAX, LIST_MAX, RULES_MAX, list_paths};
 pub use guard::GuardedRanges;

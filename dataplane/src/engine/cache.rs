@@ -20,7 +20,7 @@ use vnet_proto::model::{
 };
 
 use crate::engine::Time;
-use crate::engine::budget::Meter;
+use crate::engine::budget::{self, Meter};
 
 /// Flow verdicts kept.
 pub const FLOW_ENTRIES_MAX: usize = 131_072;
@@ -48,6 +48,10 @@ pub struct Decision {
     pub reason: Reason,
     /// Observe mode let through what would have been denied.
     pub would_deny: bool,
+    /// It is for one flow or lookup only.
+    pub once: bool,
+    /// A lookup that it allows is answered with a synthetic address, and nothing of it goes upstream.
+    pub synthetic_only: bool,
     /// How what missed stood. No match reaches across it: a flow that stands otherwise is a miss,
     /// whatever the match says.
     pub standing: Standing,
@@ -75,6 +79,8 @@ impl Decision {
             grant: verdict.grant.clone(),
             reason: verdict.reason.clone(),
             would_deny: verdict.would_deny,
+            once: verdict.once || budget::is_for_once(verdict.budget),
+            synthetic_only: verdict.synthetic_only,
         }
     }
 }
@@ -398,6 +404,7 @@ mod tests {
             once: false,
             budget: None,
             grant: String::new(),
+            synthetic_only: false,
             reason: Reason::default(),
             would_deny: false,
             name_demand: NameDemand::Off,

@@ -31,6 +31,7 @@ impl Engine {
         own.into_iter()
             .chain(dhcp)
             .chain(dns(self.dns.counts()))
+            .chain(self.synthetics.counters())
             .chain(self.surroundings.counters())
             .filter(|(_, count)| *count != 0)
             .map(|(name, count)| (name.to_owned(), count))
@@ -39,7 +40,7 @@ impl Engine {
 }
 
 /// Each by the name of its field, so that none can be forgotten.
-fn dns(counts: DnsCounts) -> [(&'static str, u64); 10] {
+fn dns(counts: DnsCounts) -> [(&'static str, u64); 11] {
     let DnsCounts {
         ignored,
         malformed,
@@ -51,6 +52,7 @@ fn dns(counts: DnsCounts) -> [(&'static str, u64); 10] {
         hold_ended,
         upstream_failed,
         relayed,
+        synthetic,
     } = counts;
     [
         ("dns_ignored", ignored),
@@ -63,5 +65,6 @@ fn dns(counts: DnsCounts) -> [(&'static str, u64); 10] {
         ("dns_hold_ended", hold_ended),
         ("dns_upstream_failed", upstream_failed),
         ("dns_relayed", relayed),
+        ("dns_synthetic", synthetic),
     ]
 }

@@ -135,6 +135,13 @@ impl Engine {
                 if let Some(neighbour) = wanted.neighbour {
                     return Ok(self.open_switched(now, ip, wanted, neighbour, decision));
                 }
+                if self.is_unresolved(&wanted) {
+                    if payload.len() > held::DATAGRAM_BYTES_MAX {
+                        return Err(DropReason::HeldLimit);
+                    }
+                    self.open_unresolved(now, wanted, payload, ip.short_quote().into(), &decision);
+                    return Ok(Outcome::Done);
+                }
                 let at = self.new_flow(now, wanted, state);
                 if let Some(flow) = self.flows.get_mut(at) {
                     flow.decision = Some(decision);
@@ -219,7 +226,7 @@ impl Engine {
         now: Time,
         at: usize,
         decision: &Arc<Decision>,
-        miss: vnet_proto::model::MissId,
+        miss: Option<vnet_proto::model::MissId>,
     ) {
         let Some(kind) = self.flows.get(at).map(|flow| flow.key.protocol) else {
             return;
@@ -240,7 +247,7 @@ impl Engine {
         flow.decision = Some(Arc::clone(decision));
         flow.last_active = now;
         *self.count_of(kind) += 1;
-        self.report_opened(now, at, Some(miss));
+        self.report_opened(now, at, miss);
         self.events.push_back(Event::Send { flow: at, packets });
         self.schedule(now, at);
     }

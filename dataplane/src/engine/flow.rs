@@ -13,6 +13,7 @@ use crate::engine::cache::Decision;
 use crate::engine::judge::Wanted;
 use crate::engine::stack::Connection;
 use crate::engine::switch::flow::Switched;
+use crate::engine::synthetic::table::Place;
 
 /// Flows of one VM at once, when nothing else is configured.
 pub const FLOWS_MAX: usize = 32_768;
@@ -35,6 +36,8 @@ pub struct Flow {
     pub metered: bool,
     /// What let it through; `None` while held, for ingress and for the gateway's own services.
     pub decision: Option<Arc<Decision>>,
+    /// The miss that let it through, while it waits for what follows.
+    pub opened_by: Option<MissId>,
     /// When something last passed.
     pub last_active: Time,
     /// When it opened, for people.
@@ -86,6 +89,7 @@ impl Flow {
             state,
             metered: false,
             decision: None,
+            opened_by: None,
             last_active: now,
             opened_at: SystemTime::now(),
             bytes_up: 0,
@@ -138,6 +142,8 @@ pub struct FlowTable {
     live: usize,
     by_key: HashMap<FlowKey, usize>,
     by_id: HashMap<FlowId, usize>,
+    /// How many go to each synthetic address.
+    synthetic: HashMap<Place, usize>,
     /// Where the last packet went: bulk traffic comes in runs.
     last: Option<(FlowKey, usize)>,
     capacity: usize,
@@ -151,6 +157,7 @@ impl FlowTable {
             live: 0,
             by_key: HashMap::default(),
             by_id: HashMap::default(),
+            synthetic: HashMap::default(),
             last: None,
             capacity,
         }
@@ -188,6 +195,11 @@ impl FlowTable {
         self.by_key.contains_key(key)
     }
 
+    /// Whether a flow goes to a synthetic address.
+    pub fn has_synthetic(&self, place: Place) -> bool {
+        self.synthetic.contains_key(&place)
+    }
+
     /// The place of a flow by its id.
     pub fn find_id(&self, id: FlowId) -> Option<usize> {
         self.by_id.get(&id).copied()
@@ -200,6 +212,9 @@ impl FlowTable {
         self.live += 1;
         self.by_key.insert(key, at);
         self.by_id.insert(id, at);
+        if let Some(place) = Place::of(key.peer.ip()) {
+            *self.synthetic.entry(place).or_default() += 1;
+        }
         at
     }
 
@@ -209,6 +224,14 @@ impl FlowTable {
         self.live -= 1;
         self.by_key.remove(&flow.key);
         self.by_id.remove(&flow.id);
+        if let Some(place) = Place::of(flow.key.peer.ip())
+            && let Some(count) = self.synthetic.get_mut(&place)
+        {
+            *count -= 1;
+            if *count == 0 {
+                self.synthetic.remove(&place);
+            }
+        }
         self.last = None;
         Some(flow)
     }

@@ -40,6 +40,7 @@ impl Wanted {
         Target {
             protocol: key.protocol,
             peer: key.peer,
+            dialled: (self.dialled != self.key.peer).then(|| self.dialled.ip()),
             neighbour: self.neighbour,
         }
     }
@@ -58,7 +59,7 @@ impl Engine {
                 return Err(reason);
             }
         };
-        if neighbour.is_none() {
+        if neighbour.is_none() && self.synthetics.find(key.peer.ip()).is_none() {
             self.check_way(ip, dialled.ip())?;
         }
         Ok(Wanted {
@@ -69,7 +70,7 @@ impl Engine {
     }
 
     /// What a guest-visible destination is dialled as.
-    fn dialled(&self, peer: SocketAddr) -> SocketAddr {
+    pub(super) fn dialled(&self, peer: SocketAddr) -> SocketAddr {
         match (peer.ip(), self.config.host_alias) {
             (IpAddr::V4(v4), Some(alias)) if v4 == alias => {
                 SocketAddr::new(Ipv4Addr::LOCALHOST.into(), peer.port())
@@ -79,7 +80,7 @@ impl Engine {
     }
 
     /// Whether a flow may go there at all, and which other guest it is that has the address.
-    fn check_destination(&self, address: IpAddr) -> Result<Option<VmId>, DropReason> {
+    pub(super) fn check_destination(&self, address: IpAddr) -> Result<Option<VmId>, DropReason> {
         if Some(address) == self.config.host_alias.map(IpAddr::V4) {
             return Ok(None);
         }
@@ -98,12 +99,18 @@ impl Engine {
         if refused {
             return Err(DropReason::Destination);
         }
+        if self.is_vacant(address) {
+            return Err(DropReason::UnknownStation);
+        }
         Ok(None)
     }
 
     /// How a destination stands now.
     pub(super) fn standing(&self, wanted: &Wanted) -> Standing {
-        let guards = self.surroundings.guards(wanted.dialled, wanted.key.protocol);
+        let mut guards = self.surroundings.guards(wanted.dialled, wanted.key.protocol);
+        if self.is_synthetic(wanted) {
+            guards = guards.with(Guard::Synthetic);
+        }
         Standing {
             guards: match wanted.neighbour {
                 Some(_) => guards.with(Guard::Guest),
@@ -139,6 +146,8 @@ impl Engine {
                 meter: None,
                 reason: Reason::new("guard", "daemon", "a vnet daemon listens there; nothing opens it"),
                 would_deny: false,
+                once: false,
+                synthetic_only: false,
                 standing,
             }));
         }
@@ -148,9 +157,16 @@ impl Engine {
     /// The evidence about a flow.
     pub(super) fn subject(&mut self, now: Time, wanted: &Wanted) -> FlowSubject {
         let mut guards = self.standing(wanted).guards;
-        let address = wanted.key.peer.ip();
-        let bound = self.bindings.names_of(now, address);
-        if !bound.is_empty() && is_private_or_special(address) {
+        let address = match self.is_synthetic(wanted) {
+            true if self.is_unresolved(wanted) => None,
+            true => Some(wanted.dialled.ip()),
+            false => Some(wanted.key.peer.ip()),
+        };
+        let bound = self.names_of(now, wanted.key.peer.ip());
+        if let Some(address) = address
+            && !bound.is_empty()
+            && is_private_or_special(address)
+        {
             guards = guards.with(Guard::PrivateFromDns);
         }
         FlowSubject {

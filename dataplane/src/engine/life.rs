@@ -82,6 +82,9 @@ impl Engine {
         match &flow.state {
             State::Held(waiting) => {
                 let miss = waiting.miss;
+                if let Some(place) = self.synthetics.find(flow.key.peer.ip()) {
+                    self.synthetics.leave(place, at);
+                }
                 if self.held.leave(miss, at) {
                     let end = match end {
                         FlowEnd::GuestReset => MissEnd::GuestGaveUp,

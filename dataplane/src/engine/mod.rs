@@ -40,6 +40,7 @@ pub mod ring;
 pub mod stack;
 mod station;
 pub mod switch;
+pub mod synthetic;
 mod tally;
 pub mod tcp;
 mod timer;
@@ -73,6 +74,7 @@ use crate::engine::held::Held;
 use crate::engine::ring::RingPool;
 use crate::engine::switch::Neighbour;
 use crate::engine::switch::flow::Targeted;
+use crate::engine::synthetic::table::Synthetics;
 use crate::engine::tally::Tally;
 use crate::engine::timer::{Timer, Timers};
 use crate::engine::transmit::Transmit;
@@ -257,6 +259,7 @@ pub struct Engine {
     held: Held,
     tally: Tally,
     bindings: Bindings,
+    synthetics: Synthetics,
     budgets: Budgets,
     dhcp: DhcpCounts,
     dns: Dns,
@@ -288,6 +291,7 @@ impl Engine {
             name,
             switch_open: false,
             forwards_closed: false,
+            synthetic_answers: false,
             lookup_hold: config.lookup_hold,
             hold: config.hold,
         };
@@ -307,6 +311,7 @@ impl Engine {
             held: Held::new(config.vm, config.hold),
             tally: Tally::default(),
             bindings: Bindings::default(),
+            synthetics: Synthetics::default(),
             budgets: Budgets::default(),
             dhcp: DhcpCounts::default(),
             dns: Dns::new(config.lookup_hold),

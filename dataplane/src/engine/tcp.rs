@@ -150,6 +150,10 @@ impl Engine {
                 (VerdictAction::Allow, Some(neighbour)) => {
                     Ok(self.open_switched(now, ip, wanted, neighbour, decision))
                 }
+                (VerdictAction::Allow, None) if self.is_unresolved(&wanted) => {
+                    self.open_unresolved(now, wanted, ip.packet, Box::default(), &decision);
+                    Ok(Outcome::Done)
+                }
                 (VerdictAction::Allow, None) => {
                     self.dial(now, wanted, ip.packet.into(), decision);
                     Ok(Outcome::Done)
@@ -225,7 +229,7 @@ impl Engine {
         now: Time,
         at: usize,
         decision: &Arc<Decision>,
-        miss: vnet_proto::model::MissId,
+        miss: Option<vnet_proto::model::MissId>,
     ) {
         let Some(flow) = self.flows.get_mut(at) else {
             return;
@@ -238,7 +242,7 @@ impl Engine {
             syn,
             deadline: now + DIAL_PATIENCE,
         };
-        self.start_dial(now, at, Arc::clone(decision), Some(miss));
+        self.start_dial(now, at, Arc::clone(decision), miss);
     }
 
     fn start_dial(
@@ -291,6 +295,9 @@ impl Engine {
             return;
         };
         let syn = syn.clone();
+        if let Some(place) = self.synthetics.find(flow.key.peer.ip()) {
+            self.synthetics.pass_turn(place);
+        }
         if let Ok(ip) = Ip::parse(&syn) {
             match error {
                 DialError::Refused => {

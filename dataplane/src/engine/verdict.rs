@@ -14,7 +14,7 @@ use crate::engine::held::HeldMiss;
 use crate::engine::ip::Ip;
 use crate::engine::judge::Wanted;
 use crate::engine::reply::{self, TcpHeader, Unreachable};
-use crate::engine::{Engine, Time, budget};
+use crate::engine::{Engine, Time};
 use crate::message::{FlowEnd, MissEnd, Order, Report};
 
 impl Engine {
@@ -59,8 +59,11 @@ impl Engine {
                     self.cut_targeted(now);
                 }
             }
+            Order::GuardsChanged => {
+                self.cache.clear();
+                self.synthetics.forget_judged();
+            }
             Order::Limit { grant, limit } => self.handle_limit(now, &grant, limit),
-            Order::GuardsChanged => self.cache.clear(),
             Order::WayChanged => self.handle_way_changed(),
         }
     }
@@ -78,6 +81,8 @@ impl Engine {
         }
         // What no longer waits is taken for unguarded and nobody's: else it would be a miss again.
         let mut standing = Standing::default();
+        // What is said of an address that a synthetic one was resolved to is for that flow alone.
+        let mut once = verdict.once;
         let flow_key = match self.held.get(verdict.miss) {
             Some(HeldMiss::Flows { flows, .. }) => {
                 let covered = match &verdict.found {
@@ -93,7 +98,9 @@ impl Engine {
                 }
                 let first = flows.first().and_then(|at| self.flows.get(*at));
                 if let Some(flow) = first {
-                    standing = self.standing(&flow.wanted());
+                    let wanted = flow.wanted();
+                    standing = self.standing(&wanted);
+                    once |= self.is_synthetic(&wanted) && !self.is_unresolved(&wanted);
                 }
                 first.map(|flow| flow.key.judged())
             }
@@ -110,7 +117,7 @@ impl Engine {
             return;
         };
         let decision = Arc::new(Decision::new(now, verdict, standing, meter));
-        if verdict.once || budget::is_for_once(verdict.budget) {
+        if once || decision.once {
             self.answer_once(now, verdict.miss, &decision);
             return;
         }
@@ -140,9 +147,7 @@ impl Engine {
             return false;
         }
         match self.held.get(verdict.miss) {
-            Some(HeldMiss::Flows { target, names, .. }) => {
-                self.bindings.names_of(now, target.peer.ip()) != *names
-            }
+            Some(HeldMiss::Flows { target, names, .. }) => self.names_of(now, target.peer.ip()) != *names,
             _ => true,
         }
     }
@@ -188,9 +193,14 @@ impl Engine {
         }
     }
 
-    fn hold_again(&mut self, now: Time, at: usize) {
+    pub(super) fn hold_again(&mut self, now: Time, at: usize) {
         let Some(flow) = self.flows.get(at) else { return };
         let wanted = flow.wanted();
+        if self.is_synthetic(&wanted) && !self.is_unresolved(&wanted) {
+            // What the first of them was told may hold for it as well.
+            self.judge_found(now, at);
+            return;
+        }
         match self.held.join_flow(wanted.target(), at) {
             Some((miss, count, hold)) => {
                 if let Some(flow) = self.flows.get_mut(at)
@@ -206,12 +216,21 @@ impl Engine {
 
     fn answer_flow(&mut self, now: Time, at: usize, decision: &Arc<Decision>, miss: MissId) {
         let Some(flow) = self.flows.get(at) else { return };
+        let wanted = flow.wanted();
+        if decision.action == VerdictAction::Allow && self.is_synthetic(&wanted) {
+            if self.is_unresolved(&wanted) {
+                self.resolve(now, at, decision, Some(miss));
+            } else {
+                self.handle_judged(now, at, decision);
+            }
+            return;
+        }
         match (decision.action, flow.key.protocol, flow.neighbour) {
             (VerdictAction::Allow, _, Some(neighbour)) => {
                 self.open_held_switched(now, at, neighbour, decision, miss);
             }
-            (VerdictAction::Allow, Protocol::Tcp, None) => self.dial_held(now, at, decision, miss),
-            (VerdictAction::Allow, _, None) => self.open_held(now, at, decision, miss),
+            (VerdictAction::Allow, Protocol::Tcp, None) => self.dial_held(now, at, decision, Some(miss)),
+            (VerdictAction::Allow, _, None) => self.open_held(now, at, decision, Some(miss)),
             (VerdictAction::Deny, ..) => {
                 self.count_drop(DropReason::Denied);
                 self.refuse_held(now, at, FlowEnd::Cut);

@@ -112,6 +112,7 @@ fn on_an_open_switch_frames_pass_but_for_dhcp_answers() {
         name: "vm".into(),
         switch_open: true,
         forwards_closed: false,
+        synthetic_answers: false,
         lookup_hold: Duration::from_secs(4),
         hold: HOLD,
     }));

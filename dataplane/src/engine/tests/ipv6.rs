@@ -116,6 +116,7 @@ impl Rig {
             name: "vm".into(),
             switch_open,
             forwards_closed: false,
+            synthetic_answers: false,
             lookup_hold: Duration::from_secs(4),
             hold: HOLD,
         }));

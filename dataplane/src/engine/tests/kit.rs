@@ -378,6 +378,7 @@ pub(super) fn verdict(miss: &Miss, action: VerdictAction) -> Verdict {
         grant: String::new(),
         reason: Reason::new("rule", "rules[0]", "because"),
         would_deny: false,
+        synthetic_only: false,
         name_demand: NameDemand::Off,
         names: Vec::new(),
     }

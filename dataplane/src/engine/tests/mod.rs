@@ -8,6 +8,7 @@ mod identity;
 mod ipv6;
 mod kit;
 mod neighbours;
+mod synthetic;
 mod tcp;
 mod town;
 mod verdict;

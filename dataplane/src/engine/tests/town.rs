@@ -211,6 +211,7 @@ impl Town {
                 name: format!("guest-{who}"),
                 switch_open,
                 forwards_closed,
+                synthetic_answers: false,
                 lookup_hold: Duration::from_secs(4),
                 hold: HOLD,
             }),

@@ -118,6 +118,7 @@ impl Conversation {
             name: message.name,
             switch_open: message.switch_open,
             forwards_closed: message.forwards_closed,
+            synthetic_answers: message.synthetic_answers,
             lookup_hold,
             hold: self.hold,
         };
