@@ -5,6 +5,7 @@ use vnet_proto::v1;
 use vnet_proto::v1::flow_service_server::FlowService;
 
 use super::{Api, Changes, actor, page, selector, stream};
+use crate::refusal::Refusal;
 
 #[tonic::async_trait]
 impl FlowService for Api {
@@ -35,6 +36,16 @@ impl FlowService for Api {
             flow: None,
         };
         Ok(Response::new(stream(watch, gap)))
+    }
+
+    async fn verify_verdicts(
+        &self,
+        _request: Request<v1::VerifyVerdictsRequest>,
+    ) -> Result<Response<v1::VerifyVerdictsResponse>, Status> {
+        Err(Refusal::NotBuilt {
+            what: "VerifyVerdicts",
+        }
+        .into())
     }
 
     async fn close_flow(

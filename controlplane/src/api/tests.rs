@@ -314,13 +314,6 @@ async fn what_is_not_built_says_so_with_a_detail() {
             "NOT_BUILT_YET"
         );
     };
-    let mut policy = PolicyServiceClient::new(channel.clone());
-    not_built(policy.suggest(v1::SuggestRequest::default()).await.unwrap_err());
-    let confirm = v1::ApplyPolicyRequest {
-        confirm_within: Some(prost_types::Duration { seconds: 9, nanos: 0 }),
-        ..Default::default()
-    };
-    not_built(policy.apply_policy(confirm).await.unwrap_err());
     let budget = v1::CreateGrantRequest {
         budget: Some(v1::Budget {
             connections: 1,

@@ -8,6 +8,7 @@
 //! - `decide`: a miss becomes a verdict or a question.
 //! - `traffic`: what dataplanes report of flows, lookups and bindings.
 //! - `change`: what can alter a decision: the epoch, revocations, cuts.
+//! - `confirm`: policies that go by themselves unless they are confirmed.
 //! - `answers`, `policies`, `vms`, `commands`: what people and programs do.
 //! - `events`: what happened; `repeats`: what happens again and again.
 
@@ -15,6 +16,7 @@ mod answers;
 mod attach;
 mod change;
 mod commands;
+mod confirm;
 mod decide;
 mod events;
 mod ids;
@@ -49,6 +51,7 @@ pub use answers::{NewGrant, Reply};
 pub(crate) use attach::Attachment;
 pub use attach::SessionKey;
 pub use change::Ticket;
+pub(crate) use confirm::confirm_within;
 pub use events::EventFilter;
 pub(crate) use policies::DEFAULT;
 pub(crate) use policies::without_content;
@@ -158,7 +161,13 @@ impl Hub {
             metrics: Arc::clone(&metrics),
         };
         let lists = ListCache::default();
-        state.restore(now, snapshot.grants, snapshot.policies, &lists);
+        state.restore(
+            now,
+            snapshot.grants,
+            snapshot.policies,
+            snapshot.fallbacks,
+            &lists,
+        );
         Ok(Self {
             state: Mutex::new(state),
             writer,
@@ -278,6 +287,7 @@ impl State {
             );
         }
         self.end_rules(now);
+        self.end_unconfirmed(now);
         let changes = self.pending.expire(now.steady);
         self.take_up(now, changes);
 
@@ -314,6 +324,7 @@ impl State {
         now: Now,
         grants: Vec<crate::store::StoredGrant>,
         policies: Vec<v1::Policy>,
+        fallbacks: Vec<v1::Policy>,
         lists: &ListCache,
     ) {
         let mut instances = HashSet::new();
@@ -341,10 +352,13 @@ impl State {
         }
         for policy in policies {
             let name = policy.name.clone();
-            if let Err(e) = self.restore_policy(policy, lists) {
+            let fallback = fallbacks.iter().find(|fallback| fallback.name == name);
+            if let Err(e) = self.restore_policy(policy, fallback, lists) {
                 tracing::error!(policy = name, error = %e, "stored policy does not load: VMs under it are blocked");
             }
         }
+        // Before anybody is served under a revision whose time ran out while nothing ran.
+        self.end_unconfirmed(now);
     }
 
     /// Tells watchers and history what happened to requests, and decides anew what they let go.

@@ -1,3 +1,4 @@
+mod confirm;
 mod guests;
 
 use std::time::Duration;
@@ -337,6 +338,7 @@ fn a_wrong_policy_changes_nothing_and_an_old_etag_is_refused() {
         actor: "x",
         validate_only: false,
         lists: &[],
+        confirm_within: None,
     };
     assert!(matches!(rig.hub.apply_policy(stale), Err(Refusal::Changed(_))));
     let checked = Candidate {
@@ -1010,6 +1012,7 @@ fn listed<'a>(lists: &'a [v1::PolicyList]) -> Candidate<'a> {
         actor: "x",
         validate_only: false,
         lists,
+        confirm_within: None,
     }
 }
 
