@@ -347,7 +347,11 @@ pub(crate) mod tests {
                 } else {
                     std::net::SocketAddr::new(rest.parse().unwrap(), 0)
                 };
-                let guest = if peer.is_ipv4() { "192.168.127.2:40000" } else { "[fd00::2]:40000" };
+                let guest = if peer.is_ipv4() {
+                    "192.168.127.2:40000"
+                } else {
+                    "[fd00::2]:40000"
+                };
                 let mut guards = guarded.guards_of(peer.ip(), !names.is_empty());
                 let alias = peer.ip() == "192.168.127.254".parse::<std::net::IpAddr>().unwrap();
                 if alias {
@@ -359,7 +363,11 @@ pub(crate) mod tests {
                         guest: guest.parse().unwrap(),
                         peer,
                     },
-                    dialled: if alias { "127.0.0.1".parse().unwrap() } else { peer.ip() },
+                    dialled: if alias {
+                        "127.0.0.1".parse().unwrap()
+                    } else {
+                        peer.ip()
+                    },
                     names: names.iter().map(|n| n.parse().unwrap()).collect(),
                     guards,
                     peer_vm: guards.contains(Guard::Guest).then_some(VmId(2)),
@@ -416,8 +424,20 @@ pub(crate) mod tests {
     #[test]
     fn exactly_what_is_decided_otherwise_is_listed() {
         let mut history = History::default();
-        history.add("web", "tcp 192.0.2.7:443", &["a.test"], Outcome::Allow, "rule:web");
-        history.add("web", "tcp 192.0.2.7:443", &["a.test"], Outcome::Allow, "rule:web");
+        history.add(
+            "web",
+            "tcp 192.0.2.7:443",
+            &["a.test"],
+            Outcome::Allow,
+            "rule:web",
+        );
+        history.add(
+            "web",
+            "tcp 192.0.2.7:443",
+            &["a.test"],
+            Outcome::Allow,
+            "rule:web",
+        );
         history.add("web", "tcp 192.0.2.7:80", &["a.test"], Outcome::Allow, "rule:web");
         history.add("web", "tcp 192.0.2.8:443", &[], Outcome::Deny, "default");
         history.add("db", "udp 192.0.2.8:53", &[], Outcome::Deny, "default");
@@ -431,9 +451,9 @@ pub(crate) mod tests {
         assert_eq!(
             lines(&report),
             [
-                "web tcp 192.0.2.7:443 x2: Allow by web -> Deny by ",
+                "web tcp 192.0.2.7:443 x2: Allow by web -> Deny by deny",
                 "db udp 192.0.2.8:53 x1: Deny by  -> Allow by dns",
-                "web lookup b.test x1: Ask by  -> Deny by ",
+                "web lookup b.test x1: Ask by  -> Deny by deny",
                 "web tcp 192.0.2.8:443 x1: Deny by  -> Drop by quiet",
             ]
         );
@@ -454,7 +474,12 @@ pub(crate) mod tests {
         let left_out: Vec<_> = report.left_out.into_iter().collect();
         assert_eq!(
             left_out,
-            [(LeftOut::Mode, 1), (LeftOut::Limit, 1), (LeftOut::Forward, 1), (LeftOut::NotClaimed, 1)]
+            [
+                (LeftOut::Mode, 1),
+                (LeftOut::Limit, 1),
+                (LeftOut::Forward, 1),
+                (LeftOut::NotClaimed, 1)
+            ]
         );
     }
 

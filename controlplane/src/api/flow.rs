@@ -5,7 +5,6 @@ use vnet_proto::v1;
 use vnet_proto::v1::flow_service_server::FlowService;
 
 use super::{Api, Changes, actor, page, selector, stream};
-use crate::refusal::Refusal;
 
 #[tonic::async_trait]
 impl FlowService for Api {
@@ -40,12 +39,15 @@ impl FlowService for Api {
 
     async fn verify_verdicts(
         &self,
-        _request: Request<v1::VerifyVerdictsRequest>,
+        request: Request<v1::VerifyVerdictsRequest>,
     ) -> Result<Response<v1::VerifyVerdictsResponse>, Status> {
-        Err(Refusal::NotBuilt {
-            what: "VerifyVerdicts",
-        }
-        .into())
+        let request = request.into_inner();
+        let vms = selector(request.vms)?;
+        let answer = self
+            .hub
+            .verify_verdicts(vms.as_ref(), request.seed, request.points)
+            .await?;
+        Ok(Response::new(answer))
     }
 
     async fn close_flow(

@@ -5,7 +5,7 @@ use vnet_proto::model::{Malformed, Target};
 use vnet_proto::v1;
 use vnet_proto::v1::policy_service_server::PolicyService;
 
-use super::{Api, actor, saved};
+use super::{Api, actor, replay, saved};
 use crate::hub::{Candidate, DEFAULT, confirm_within, without_content};
 use crate::refusal::Refusal;
 
@@ -89,16 +89,18 @@ impl PolicyService for Api {
 
     async fn suggest(
         &self,
-        _request: Request<v1::SuggestRequest>,
+        request: Request<v1::SuggestRequest>,
     ) -> Result<Response<v1::SuggestResponse>, Status> {
-        Err(Refusal::NotBuilt { what: "Suggest" }.into())
+        let request = request.into_inner();
+        Ok(Response::new(replay::suggest(&self.hub, request).await?))
     }
 
     async fn diff_policy(
         &self,
-        _request: Request<v1::DiffPolicyRequest>,
+        request: Request<v1::DiffPolicyRequest>,
     ) -> Result<Response<v1::DiffPolicyResponse>, Status> {
-        Err(Refusal::NotBuilt { what: "DiffPolicy" }.into())
+        let request = request.into_inner();
+        Ok(Response::new(replay::diff(&self.hub, &request).await?))
     }
 
     async fn list_revisions(

@@ -18,9 +18,9 @@ use crate::refusal::Refusal;
 use crate::store::{Durable, Write};
 
 /// The shortest time to confirm in.
-pub const CONFIRM_WITHIN_MIN: Duration = Duration::from_secs(1);
+const CONFIRM_WITHIN_MIN: Duration = Duration::from_secs(1);
 /// The longest.
-pub const CONFIRM_WITHIN_MAX: Duration = Duration::from_secs(24 * 3600);
+const CONFIRM_WITHIN_MAX: Duration = Duration::from_secs(24 * 3600);
 
 /// Who applies what comes back by itself.
 const ACTOR: &str = "vnet";

@@ -8,8 +8,10 @@
 //! - `decide`: a miss becomes a verdict or a question.
 //! - `traffic`: what dataplanes report of flows, lookups and bindings.
 //! - `change`: what can alter a decision: the epoch, revocations, cuts.
+//! - `verify`: what dataplanes have cached, decided anew.
 //! - `confirm`: policies that go by themselves unless they are confirmed.
 //! - `answers`, `policies`, `vms`, `commands`: what people and programs do.
+//! - `history`: what is recorded, as policies can be asked about it.
 //! - `events`: what happened; `repeats`: what happens again and again.
 
 mod answers;
@@ -19,10 +21,12 @@ mod commands;
 mod confirm;
 mod decide;
 mod events;
+mod history;
 mod ids;
 mod policies;
 mod repeats;
 mod traffic;
+mod verify;
 mod vms;
 
 #[cfg(test)]
@@ -53,6 +57,7 @@ pub use attach::SessionKey;
 pub use change::Ticket;
 pub(crate) use confirm::confirm_within;
 pub use events::EventFilter;
+pub use history::{Recall, Span};
 pub(crate) use policies::DEFAULT;
 pub(crate) use policies::without_content;
 pub use policies::{Applied, Candidate};
