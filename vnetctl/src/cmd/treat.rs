@@ -217,8 +217,8 @@ mod tests {
                 "deny domain registry.npmjs.org",
                 "allow domain registry.npmjs.org:443",
                 "allow domain registry.yarnpkg.com:443",
-                "allow domain pypi.org:443",
                 "allow domain files.pythonhosted.org:443",
+                "allow domain pypi.org:443",
             ]
         );
         let (_, problems) = check(&["--preset", "nmp"]);

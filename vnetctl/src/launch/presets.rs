@@ -57,7 +57,10 @@ impl Preset {
             if !rule.test.prefixes.is_empty() || rule.test.ports.is_empty() || rule.vms.is_some() {
                 return Err(broken("has a rule of other than names and ports"));
             }
-            for pattern in names.patterns() {
+            // In an order of their own: the set has none.
+            let mut patterns: Vec<NamePattern> = names.patterns().collect();
+            patterns.sort();
+            for pattern in patterns {
                 let each = rule.test.ports.ranges().iter();
                 rules.extend(each.map(|ports| allow(&pattern, *ports)));
             }
