@@ -160,3 +160,28 @@ impl From<SuggestError> for Refusal {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::policy::Outcome;
+    use crate::replay::tests::History;
+
+    #[test]
+    fn more_changes_than_one_answer_has_are_counted() {
+        let mut history = History::default();
+        for n in 0..=CHANGES_MAX {
+            let address = std::net::Ipv4Addr::from(0x0102_0000 + u32::try_from(n).unwrap());
+            history.add(
+                "web",
+                &format!("tcp {address}:443"),
+                &[],
+                Outcome::Allow,
+                "rule:r",
+            );
+        }
+        let report = history.replay("version: 1\n");
+        let (told, left_off) = changes(&report);
+        assert_eq!((told.len(), left_off), (CHANGES_MAX, 1));
+    }
+}

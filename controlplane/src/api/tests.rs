@@ -404,6 +404,90 @@ async fn a_policy_is_rolled_back_and_its_revisions_listed_in_pages() {
 }
 
 #[tokio::test]
+async fn a_rollback_to_a_withdrawn_revision_withdraws() {
+    let served = Served::start(false).await;
+    let mut policy = PolicyServiceClient::new(served.channel("api").await);
+    let apply = |within: Option<i64>| v1::ApplyPolicyRequest {
+        document: "version: 1\n".to_owned(),
+        confirm_within: within.map(|seconds| prost_types::Duration { seconds, nanos: 0 }),
+        ..Default::default()
+    };
+    policy.apply_policy(apply(Some(60))).await.unwrap();
+    served.rig.pass(Duration::from_secs(60));
+    policy.apply_policy(apply(None)).await.unwrap();
+    let back = policy
+        .rollback(v1::RollbackRequest::default())
+        .await
+        .unwrap()
+        .into_inner();
+    let back = back.policy.unwrap();
+    assert_eq!(
+        (back.revision, back.withdrawn, back.document.as_str()),
+        (4, true, "")
+    );
+    let short = policy.apply_policy(apply(Some(0))).await.unwrap_err();
+    assert_eq!(short.code(), Code::InvalidArgument);
+    let none = policy
+        .confirm_policy(v1::ConfirmPolicyRequest::default())
+        .await
+        .unwrap_err();
+    assert_eq!(none.code(), Code::FailedPrecondition);
+    assert_eq!(
+        none.get_error_details().error_info().unwrap().reason,
+        "NOT_AWAITED"
+    );
+}
+
+#[tokio::test]
+async fn a_suggestion_and_its_diff_over_the_wire() {
+    let served = Served::start(false).await;
+    served.rig.apply("version: 1\nmode: observe\n");
+    let mut dp = served.rig.dataplane("web");
+    for destination in ["192.0.2.7:443", "192.0.2.8:443"] {
+        let verdict = dp.verdict(flow(destination, &[]));
+        assert!(verdict.would_deny);
+        dp.open(&flow(destination, &[]), None, "");
+    }
+    let mut policy = PolicyServiceClient::new(served.channel("api").await);
+    let suggested = policy
+        .suggest(v1::SuggestRequest::default())
+        .await
+        .unwrap()
+        .into_inner();
+    assert_eq!((suggested.replay.unwrap().flows, suggested.changes.len()), (2, 0));
+    let diff = |document: &str| v1::DiffPolicyRequest {
+        document: document.to_owned(),
+        ..Default::default()
+    };
+    let same = policy
+        .diff_policy(diff(&suggested.document))
+        .await
+        .unwrap()
+        .into_inner();
+    assert_eq!((same.changes.len(), same.replay.unwrap().flows), (0, 2));
+    let shut = policy
+        .diff_policy(diff("version: 1\n"))
+        .await
+        .unwrap()
+        .into_inner();
+    assert_eq!(shut.changes.len(), 2);
+    let wrong = policy.diff_policy(diff("ruels: []\n")).await.unwrap_err();
+    assert_eq!(wrong.code(), Code::InvalidArgument);
+    let nobody = v1::SuggestRequest {
+        vms: Some(v1::VmSelector {
+            name: "nobody".to_owned(),
+            ..Default::default()
+        }),
+        ..Default::default()
+    };
+    let nothing = policy.suggest(nobody).await.unwrap_err();
+    assert_eq!(
+        nothing.get_error_details().error_info().unwrap().reason,
+        "NOTHING_RECORDED"
+    );
+}
+
+#[tokio::test]
 async fn events_are_resumed_where_a_reader_left_off() {
     let served = Served::start(true).await;
     let mut dp = served.rig.dataplane("web");

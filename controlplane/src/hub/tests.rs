@@ -1,5 +1,6 @@
 mod confirm;
 mod guests;
+mod history;
 mod verify;
 
 use std::time::Duration;

@@ -26,7 +26,7 @@ use crate::refusal::Refusal;
 const POINTS_DEFAULT: u32 = 8;
 const POINTS_MAX: u32 = 1_000;
 /// Differences that are told.
-const MISMATCHES_MAX: usize = 1_000;
+pub(super) const MISMATCHES_MAX: usize = 1_000;
 /// Points decided before others have their turn.
 const POINTS_AT_ONCE: usize = 1_024;
 /// How long a dataplane may take to say what it has cached.

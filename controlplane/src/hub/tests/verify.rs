@@ -1,6 +1,7 @@
 //! What dataplanes have cached, decided anew.
 
 use super::*;
+use crate::hub::verify::MISMATCHES_MAX;
 
 /// A dataplane that says that these verdicts are what it has cached.
 async fn verified(
@@ -158,6 +159,24 @@ async fn points_come_of_the_seed_and_malformed_verdicts_are_counted() {
         first
     );
     assert_ne!(points(verified(&rig, &mut dp, vec![cached], 8).await), first);
+}
+
+#[tokio::test]
+async fn more_differences_than_are_told_are_counted() {
+    let rig = Rig::open();
+    rig.apply(RULES);
+    let mut dp = rig.dataplane("web");
+    let wrong = v1::CachedVerdict {
+        action: ALLOW,
+        ..kept(&dp.verdict(flow("203.0.113.1:443", &[])))
+    };
+    let answer = verified(&rig, &mut dp, vec![wrong; 100], 7).await;
+    assert_eq!(answer.mismatches.len(), MISMATCHES_MAX);
+    assert!(
+        answer.mismatches_in_all > MISMATCHES_MAX as u64,
+        "{}",
+        answer.mismatches_in_all
+    );
 }
 
 #[tokio::test]
