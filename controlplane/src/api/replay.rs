@@ -7,7 +7,7 @@ use vnet_proto::v1;
 
 use super::selector;
 use crate::convert;
-use crate::hub::{Hub, Recall, Span};
+use crate::hub::{Hub, Span};
 use crate::policy::{ListCache, Policy};
 use crate::refusal::Refusal;
 use crate::replay::{Change, Recorded, Report, Trial};
@@ -38,8 +38,8 @@ pub(super) async fn diff(
     let mut trial = Trial::new(&policy, source, mode, hub.now());
     let mut report = Report::default();
     hub.recall(vms.as_ref(), span(request.time), |recalled| match recalled {
-        Recall::Recorded(recorded) => report.replay(&mut trial, &recorded),
-        Recall::LeftOut(why, count) => report.leave_out(why, count),
+        Ok(recorded) => report.replay(&mut trial, &recorded),
+        Err((why, count)) => report.leave_out(why, count),
     })
     .await?;
     let (changes, changes_left_off) = changes(&report);
@@ -93,8 +93,8 @@ async fn recalled(
 ) -> Result<(Vec<Recorded>, LeftOut), Refusal> {
     let (mut history, mut left_out) = (Vec::new(), Vec::new());
     hub.recall(vms, span, |recalled| match recalled {
-        Recall::Recorded(recorded) => history.push(recorded),
-        Recall::LeftOut(why, count) => left_out.push((why, count)),
+        Ok(recorded) => history.push(recorded),
+        Err(why) => left_out.push(why),
     })
     .await?;
     Ok((history, left_out))

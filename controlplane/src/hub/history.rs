@@ -33,14 +33,8 @@ pub struct Span {
     pub end: Option<SystemTime>,
 }
 
-/// What an event is to a policy.
-#[derive(Debug)]
-pub enum Recall {
-    /// Something that it can be asked about.
-    Recorded(Recorded),
-    /// So many that it cannot, and why.
-    LeftOut(LeftOut, u64),
-}
+/// What an event is to a policy: something that it can be asked about, or so many that it cannot, and why.
+pub type Recalled = Result<Recorded, (LeftOut, u64)>;
 
 /// Makes recorded VMs of names. Labels are those that the VM has now, or that were set for its name.
 struct Asked {
@@ -59,7 +53,7 @@ impl Hub {
         &self,
         filter: Option<&VmSelector>,
         span: Span,
-        mut take: impl FnMut(Recall),
+        mut take: impl FnMut(Recalled),
     ) -> Result<(), Refusal> {
         let mut asked = self.asked();
         let kinds = [
@@ -210,13 +204,13 @@ impl Hub {
 }
 
 /// What an event is to a policy.
-fn recorded(vm: Arc<RecordedVm>, event: &v1::Event) -> Recall {
+fn recorded(vm: Arc<RecordedVm>, event: &v1::Event) -> Recalled {
     let count = event.count.max(1);
     if event.ingress {
-        return Recall::LeftOut(LeftOut::Forward, count);
+        return Err((LeftOut::Forward, count));
     }
     if event.tuple.is_none() && event.names.is_empty() {
-        return Recall::LeftOut(LeftOut::NotKeptApart, count);
+        return Err((LeftOut::NotKeptApart, count));
     }
     let outcome = match event.action() {
         v1::Action::Allow => Some(Outcome::Allow),
@@ -227,9 +221,9 @@ fn recorded(vm: Arc<RecordedVm>, event: &v1::Event) -> Recall {
     };
     let at = convert::time(event.time);
     let (Some(subject), Some(outcome), Some(at)) = (subject(event), outcome, at) else {
-        return Recall::LeftOut(LeftOut::Unreadable, count);
+        return Err((LeftOut::Unreadable, count));
     };
-    Recall::Recorded(Recorded {
+    Ok(Recorded {
         vm,
         subject,
         peer: event.peer_vm.clone(),

@@ -36,6 +36,9 @@ pub(super) struct Fact {
     pub(super) by_default: bool,
     /// How often, whatever was decided.
     pub(super) count: u64,
+    /// The names in the order in which they were bound, newest first, and how often it was so. The newest is
+    /// what the guest most likely meant: it had just looked it up.
+    pub(super) orders: BTreeMap<Vec<Name>, u64>,
 }
 
 /// All of them, in an order of their own that is always the same.
@@ -61,10 +64,16 @@ impl Facts {
                     outcome: recorded.outcome,
                     by_default: false,
                     count: 0,
+                    orders: BTreeMap::new(),
                 });
             fact.outcome = recorded.outcome;
             fact.by_default = matches!(recorded.reason.step.as_str(), "default" | "guard");
             fact.count += recorded.count;
+            if let Subject::Flow(flow) = &recorded.subject
+                && !flow.names.is_empty()
+            {
+                *fact.orders.entry(flow.names.clone()).or_default() += recorded.count;
+            }
         }
         Self(facts.into_values().collect())
     }

@@ -97,8 +97,6 @@ struct Maker<'a> {
     way: Way,
     /// What became of lookups, where it was not an allow.
     refused_names: BTreeSet<(Option<String>, &'a Name)>,
-    /// How many flows each name could stand for.
-    weight: BTreeMap<&'a Name, u64>,
 }
 
 impl<'a> Maker<'a> {
@@ -107,19 +105,12 @@ impl<'a> Maker<'a> {
             facts,
             way,
             refused_names: BTreeSet::new(),
-            weight: BTreeMap::new(),
         };
         for fact in facts.iter() {
-            match &fact.destination {
-                Destination::Lookup(name) if fact.outcome != Outcome::Allow => {
-                    maker.refused_names.insert((maker.group(fact), name));
-                }
-                Destination::Flow { names, .. } if fact.outcome == Outcome::Allow => {
-                    for name in names {
-                        *maker.weight.entry(name).or_default() += fact.count;
-                    }
-                }
-                _ => {}
+            if let Destination::Lookup(name) = &fact.destination
+                && fact.outcome != Outcome::Allow
+            {
+                maker.refused_names.insert((maker.group(fact), name));
             }
         }
         maker
@@ -155,7 +146,7 @@ impl<'a> Maker<'a> {
             .filter(|fact| is(fact, Outcome::Allow))
             .collect();
         let (named, addressed): (Vec<&Fact>, Vec<&Fact>) =
-            allowed.iter().partition(|fact| self.name_of(fact).is_some());
+            allowed.iter().partition(|fact| !self.names_of(fact).is_empty());
         let covered = self.names(&mut plan, &named);
         self.addresses(&mut plan, &addressed, RuleAction::Allow);
         // These match connections to the names as well, and so come after what allows any.
@@ -167,34 +158,34 @@ impl<'a> Maker<'a> {
         plan
     }
 
-    /// The name that a flow is allowed by: the one, of those that may be looked up, that stands for most.
-    fn name_of(&self, fact: &'a Fact) -> Option<&'a Name> {
-        let Destination::Flow {
-            names,
-            guarded: false,
-            ..
-        } = &fact.destination
-        else {
-            return None;
-        };
+    /// The names that flows are allowed by, and how many by each: of those that may be looked up, the newest.
+    fn names_of(&self, fact: &'a Fact) -> BTreeMap<&'a Name, u64> {
+        let mut names = BTreeMap::new();
+        if !matches!(&fact.destination, Destination::Flow { guarded: false, .. }) {
+            return names;
+        }
+        let group = self.group(fact);
         let usable =
-            |name: &&Name| is_writable(name) && !self.refused_names.contains(&(self.group(fact), *name));
-        let weight = |name: &Name| self.weight.get(name).copied().unwrap_or(0);
-        // The last of equals is taken, so that the order is turned round: the first by the alphabet.
-        names.iter().rev().filter(usable).max_by_key(|name| weight(name))
+            |name: &&Name| is_writable(name) && !self.refused_names.contains(&(group.clone(), *name));
+        for (order, count) in &fact.orders {
+            if let Some(name) = order.iter().find(usable) {
+                *names.entry(name).or_default() += count;
+            }
+        }
+        names
     }
 
     fn names(&self, plan: &mut Plan, facts: &[&'a Fact]) -> BTreeSet<(Option<String>, NamePattern)> {
         let mut ports: BTreeMap<(Option<String>, Protocol, &Name), (BTreeSet<u16>, u64)> = BTreeMap::new();
         for fact in facts {
-            let (Some(name), Destination::Flow { protocol, port, .. }) =
-                (self.name_of(fact), &fact.destination)
-            else {
+            let Destination::Flow { protocol, port, .. } = &fact.destination else {
                 continue;
             };
-            let entry = ports.entry((self.group(fact), *protocol, name)).or_default();
-            entry.0.insert(*port);
-            entry.1 += fact.count;
+            for (name, count) in self.names_of(fact) {
+                let entry = ports.entry((self.group(fact), *protocol, name)).or_default();
+                entry.0.insert(*port);
+                entry.1 += count;
+            }
         }
         let mut buckets: BTreeMap<Bucket, BTreeMap<&Name, u64>> = BTreeMap::new();
         for ((group, protocol, name), (ports, count)) in ports {
@@ -386,27 +377,22 @@ impl<'a> Maker<'a> {
         let mut seen = BTreeSet::new();
         for fact in self.facts.iter() {
             let vm = self.group(fact);
-            let text = match &fact.destination {
-                Destination::Lookup(name) if is_writable(name) => format!("domain {name}"),
+            let hosts: Vec<String> = match &fact.destination {
+                Destination::Lookup(name) if is_writable(name) => vec![name.to_string()],
                 Destination::Lookup(_) => continue,
                 Destination::Flow {
                     protocol,
                     address,
-                    port,
                     names,
                     ..
                 } => {
-                    let host = match self.name_of(fact).filter(|_| fact.outcome == Outcome::Allow) {
-                        Some(name) => name.to_string(),
+                    let allowed_by = self.names_of(fact);
+                    match fact.outcome == Outcome::Allow && !allowed_by.is_empty() {
+                        true => allowed_by.keys().map(ToString::to_string).collect(),
                         // An address that is bound to a name is not the address alone.
-                        None if fact.outcome != Outcome::Allow && !names.is_empty() => continue,
-                        None if address.is_ipv6() && protocol.has_ports() => format!("[{address}]"),
-                        None => address.to_string(),
-                    };
-                    if protocol.has_ports() {
-                        format!("{protocol} {host}:{port}")
-                    } else {
-                        format!("{protocol} {host}")
+                        false if fact.outcome != Outcome::Allow && !names.is_empty() => continue,
+                        false if address.is_ipv6() && protocol.has_ports() => vec![format!("[{address}]")],
+                        false => vec![address.to_string()],
                     }
                 }
             };
@@ -414,8 +400,18 @@ impl<'a> Maker<'a> {
                 Outcome::Drop => Outcome::Deny,
                 other => other,
             };
-            if plan.probes.len() < PROBES_MAX && seen.insert((vm.clone(), text.clone())) {
-                plan.probes.push(Probe { vm, text, expected });
+            for host in hosts {
+                let text = match &fact.destination {
+                    Destination::Lookup(_) => format!("domain {host}"),
+                    Destination::Flow { protocol, port, .. } if protocol.has_ports() => {
+                        format!("{protocol} {host}:{port}")
+                    }
+                    Destination::Flow { protocol, .. } => format!("{protocol} {host}"),
+                };
+                if plan.probes.len() < PROBES_MAX && seen.insert((vm.clone(), text.clone())) {
+                    let vm = vm.clone();
+                    plan.probes.push(Probe { vm, text, expected });
+                }
             }
         }
         plan.probes.push(Probe {

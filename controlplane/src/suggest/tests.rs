@@ -102,6 +102,39 @@ fn names_stand_for_addresses_and_those_of_one_domain_become_one_pattern() {
 }
 
 #[test]
+fn of_several_names_on_one_address_the_one_looked_up_last_is_meant() {
+    let mut history = History::default();
+    history.add("web", "lookup one.example.com", &[], Allow, "default");
+    history.add("web", "tcp 192.0.2.7:443", &["one.example.com"], Allow, "default");
+    history.add("web", "lookup two.example.net", &[], Allow, "default");
+    history.add(
+        "web",
+        "tcp 192.0.2.7:443",
+        &["two.example.net", "one.example.com"],
+        Allow,
+        "default",
+    );
+    history.add("web", "lookup tracker.example.org", &[], Allow, "default");
+    let names = ["one.example.com", "tracker.example.org", "two.example.net"];
+    history.add("web", "tcp 192.0.2.7:443", &names, Allow, "default");
+    let document = suggested(&history).document;
+    let rules = rules(&document).join("\n");
+    assert!(
+        rules
+            .contains("domains:\n      - \"one.example.com\"\n      - \"two.example.net\"\n    ports: [443]"),
+        "{document}"
+    );
+    assert!(
+        document.contains("- \"one.example.com\"  # 2 flows\n"),
+        "{document}"
+    );
+    assert!(
+        rules.contains("allowedDomains:\n    - \"tracker.example.org\""),
+        "{document}"
+    );
+}
+
+#[test]
 fn a_public_suffix_is_never_folded() {
     let mut history = History::default();
     for name in ["one.github.io", "two.github.io", "one.co.uk", "two.co.uk"] {

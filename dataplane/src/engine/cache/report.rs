@@ -14,7 +14,7 @@ use crate::message::CachedVerdict;
 const REPORTED_MAX: usize = 32_768;
 
 impl Cache {
-    /// What is cached and holds now, flows before lookups, at most [`REPORTED_MAX`] of it; and how much that
+    /// What is cached and holds now, flows before lookups, at most `REPORTED_MAX` of it; and how much that
     /// is in all. `names_of` says which names are bound to an address.
     pub fn report(&self, now: Time, names_of: impl Fn(IpAddr) -> Vec<Name>) -> (Vec<CachedVerdict>, usize) {
         let flows = self.shapes.iter().flat_map(|shape| {
