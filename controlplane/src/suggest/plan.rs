@@ -86,6 +86,9 @@ pub(super) struct Plan {
 /// A rule's subject but for its places: VM, protocol, ports.
 type Bucket = (Option<String>, Protocol, BTreeSet<u16>);
 
+/// The ports of a VM's places, by protocol, and how many flows there were.
+type PortsOf<P> = BTreeMap<(Option<String>, Protocol, P), (BTreeSet<u16>, u64)>;
+
 impl Plan {
     pub(super) fn make(facts: &Facts, way: Way) -> Self {
         Maker::new(facts, way).make()
@@ -176,7 +179,7 @@ impl<'a> Maker<'a> {
     }
 
     fn names(&self, plan: &mut Plan, facts: &[&'a Fact]) -> BTreeSet<(Option<String>, NamePattern)> {
-        let mut ports: BTreeMap<(Option<String>, Protocol, &Name), (BTreeSet<u16>, u64)> = BTreeMap::new();
+        let mut ports: PortsOf<&Name> = BTreeMap::new();
         for fact in facts {
             let Destination::Flow { protocol, port, .. } = &fact.destination else {
                 continue;
@@ -265,7 +268,7 @@ impl<'a> Maker<'a> {
     }
 
     fn addresses(&self, plan: &mut Plan, facts: &[&Fact], action: RuleAction) {
-        let mut ports: BTreeMap<(Option<String>, Protocol, IpAddr), (BTreeSet<u16>, u64)> = BTreeMap::new();
+        let mut ports: PortsOf<IpAddr> = BTreeMap::new();
         for fact in facts {
             if let Destination::Flow {
                 protocol,
