@@ -81,7 +81,8 @@ impl Store for MemoryStore {
                 }
                 Write::PutPolicy(policy) => {
                     let revisions = self.policies.entry(policy.name.clone()).or_default();
-                    for list in &policy.lists {
+                    // One that comes without its content is there already.
+                    for list in policy.lists.iter().filter(|list| !list.content.is_empty()) {
                         self.lists
                             .entry(list.sha256.clone())
                             .or_insert_with(|| list.content.clone());

@@ -164,7 +164,8 @@ impl Store for SqliteStore {
                 Write::PutPolicy(policy) => {
                     let mut insert = transaction
                         .prepare_cached("INSERT OR IGNORE INTO lists (sha256, content) VALUES (?1, ?2)")?;
-                    for list in &policy.lists {
+                    // One that comes without its content is there already.
+                    for list in policy.lists.iter().filter(|list| !list.content.is_empty()) {
                         insert.execute(params![list.sha256, list.content])?;
                     }
                     let message = v1::Policy {

@@ -262,6 +262,32 @@ fn a_fallback_that_is_missing_blocks() {
     assert_eq!(rig.hub.vm("web").unwrap().mode, v1::Mode::Block as i32);
 }
 
+#[tokio::test]
+async fn what_comes_back_has_its_lists() {
+    let dir = TempDir::new();
+    let file = dir.path().join("s.db");
+    let rig = restarted(&file, Duration::ZERO);
+    let lists = [crate::lists::pack("lists/web.txt", b"192.0.2.0/24\n")];
+    rig.hub.apply_policy(listed(&lists)).unwrap();
+    try_out(&rig, SHUT).durable.wait().await.unwrap();
+    drop(rig);
+    let rig = restarted(&file, Duration::ZERO);
+    rig.pass(MINUTE);
+    let back = in_force(&rig);
+    assert_eq!((back.revision, back.lists.len()), (3, 1), "{back:?}");
+    let mut dp = rig.dataplane("web");
+    assert_eq!(dp.verdict(flow(WEB, &[])).action, ALLOW);
+    drop(dp);
+    drop(rig);
+    let rig = restarted(&file, Duration::ZERO);
+    let mut dp = rig.dataplane("web");
+    assert_eq!(
+        dp.verdict(flow(WEB, &[])).action,
+        ALLOW,
+        "and after another start"
+    );
+}
+
 #[test]
 fn times_to_confirm_in_have_limits() {
     let span = |seconds| Some(prost_types::Duration { seconds, nanos: 0 });
