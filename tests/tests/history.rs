@@ -133,8 +133,8 @@ fn a_diff_lists_exactly_what_a_file_would_change() {
         assert_eq!(
             lines,
             [
-                "web 198.51.100.7/32 x1 ACTION_DENY -> ACTION_ALLOW by ruleelsewhere",
-                "web 203.0.113.10/32 x2 ACTION_ALLOW -> ACTION_DENY by defaultdeny",
+                "web 198.51.100.7 x1 ACTION_DENY -> ACTION_ALLOW by ruleelsewhere",
+                "web 203.0.113.10 x2 ACTION_ALLOW -> ACTION_DENY by defaultdeny",
             ]
         );
         let table = world.try_vnetctl(&["policy", "diff", other]);
