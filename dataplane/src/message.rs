@@ -10,8 +10,8 @@ use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 use std::time::{Duration, SystemTime};
 
 use vnet_proto::model::{
-    Budget, CommandId, Epoch, FlowId, FlowSubject, Miss, MissId, Mode, Name, Protocol, Reason, Subject,
-    Verdict, VerdictAction, VmId,
+    Budget, CommandId, Epoch, FlowId, FlowSubject, GuardSet, Match, Miss, MissId, Mode, Name, Protocol,
+    Reason, Subject, Verdict, VerdictAction, VmId,
 };
 
 /// Bits of a [`MissId`] or [`FlowId`] that count within one guest; those above are its [`VmId`].
@@ -157,6 +157,17 @@ pub enum Report {
         /// Flows that it cut here.
         cut: u64,
     },
+    /// What the cache of verdicts holds, as it was asked for.
+    Verdicts {
+        /// Which guest's.
+        vm: VmId,
+        /// Which command asked.
+        command: CommandId,
+        /// What is cached, flows before lookups, up to a limit.
+        verdicts: Vec<CachedVerdict>,
+        /// How much is.
+        in_all: usize,
+    },
     /// The host's own addresses changed; the whole list, loopback aside.
     HostAddresses(Vec<IpAddr>),
     /// The dataplane ends. The session goes on until the guests have said that they are gone, a moment
@@ -228,6 +239,27 @@ pub struct VmStatus {
     pub counters: BTreeMap<String, u64>,
     /// Whether its link is there.
     pub attached: bool,
+}
+
+/// A verdict as the cache keeps it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct CachedVerdict {
+    /// What is done.
+    pub action: VerdictAction,
+    /// Where it holds.
+    pub found: Match,
+    /// When it was made.
+    pub epoch: Epoch,
+    /// Observe mode let through what would have been denied.
+    pub would_deny: bool,
+    /// The guards that a flow must be under for it, these and no others.
+    pub guards: GuardSet,
+    /// The other guest that the destination must belong to.
+    pub neighbour: Option<VmId>,
+    /// The grant that it rests on; empty for none.
+    pub grant: String,
+    /// Names bound to the destination, where they were looked at.
+    pub names: Vec<Name>,
 }
 
 /// Why a miss no longer waits.
@@ -318,6 +350,11 @@ pub enum Order {
         command: CommandId,
         /// Which; unknown ones are ignored.
         flows: Vec<FlowId>,
+    },
+    /// Say what the cache of verdicts holds. Answer with [`Report::Verdicts`].
+    ReportVerdicts {
+        /// For the answer.
+        command: CommandId,
     },
     /// Cached verdicts of this epoch hold for so long from now.
     Lease {

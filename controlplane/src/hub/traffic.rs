@@ -194,6 +194,7 @@ impl State {
             action: v1::Action::Allow.into(),
             reason: Some((&flow.reason).into()),
             would_deny: flow.would_deny,
+            ingress: flow.ingress,
             ..on_subject(
                 about(v1::EventKind::FlowOpened, &name, text),
                 &subject,
@@ -275,6 +276,7 @@ impl State {
             bytes_up: flow.bytes_up,
             bytes_down: flow.bytes_down,
             would_deny: flow.would_deny,
+            ingress: flow.ingress,
             ..on_subject(
                 about(v1::EventKind::FlowClosed, &flow.vm, text),
                 &subject,

@@ -286,6 +286,6 @@ fn read_text(reader: &mut Reader, node: &Node, key: &str) -> Option<String> {
 
 /// Characters that a terminal does not show, or that turn the direction of what follows them and so can
 /// make text look like another.
-fn is_unprintable(c: char) -> bool {
+pub(crate) fn is_unprintable(c: char) -> bool {
     c.is_control() || matches!(c, '\u{200e}' | '\u{200f}' | '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}')
 }

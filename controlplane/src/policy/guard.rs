@@ -55,6 +55,13 @@ impl GuardedRanges {
         }
     }
 
+    /// Single addresses that are the host's.
+    pub(crate) fn host_addresses(&self) -> impl Iterator<Item = IpAddr> + '_ {
+        let own = self.ranges.iter().filter(|(guard, _)| *guard == Guard::Host);
+        own.filter(|(_, net)| net.prefix_len() == net.max_prefix_len())
+            .map(|(_, net)| net.addr())
+    }
+
     /// All of them.
     pub(crate) fn iter(&self) -> impl Iterator<Item = IpNet> + '_ {
         self.ranges.iter().map(|(_, net)| *net)

@@ -36,6 +36,7 @@ pub use eval::{
     Context, Decision, FlowDecision, LookupDecision, Outcome, PeerView, decide_flow, decide_live,
     decide_lookup, overruled_by,
 };
+pub(crate) use file::is_unprintable;
 pub use file::{APPROVAL_TIMEOUT_MAX, DOCUMENT_BYTES_MAX, LIST_MAX, RULES_MAX, list_paths};
 pub use guard::GuardedRanges;
 pub use index::RuleList;

@@ -9,6 +9,8 @@
 //! What ends an entry: its own expiry or budget, the lease (for allows), a later epoch, or a change of the names
 //! bound to its address, if they were looked at.
 
+mod report;
+
 use std::collections::VecDeque;
 use std::net::IpAddr;
 use std::sync::Arc;

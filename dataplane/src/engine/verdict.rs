@@ -44,6 +44,15 @@ impl Engine {
                     cut: cut as u64,
                 });
             }
+            Order::ReportVerdicts { command } => {
+                let (verdicts, in_all) = self.cache.report(now, |address| self.names_of(now, address));
+                self.report(Report::Verdicts {
+                    vm: self.config.vm,
+                    command,
+                    verdicts,
+                    in_all,
+                });
+            }
             Order::Lease { epoch, lease } => self.cache.renew(epoch, now + lease),
             Order::Settings(settings) => {
                 self.held.hold = settings.hold;

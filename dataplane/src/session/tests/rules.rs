@@ -904,3 +904,57 @@ async fn an_ingress_flow_stands_the_other_way_round_on_the_wire() {
     );
     assert!(subject.dialled.is_empty());
 }
+
+#[tokio::test]
+async fn what_a_guest_has_cached_is_asked_of_it_alone_and_passed_on() {
+    use crate::message::CachedVerdict;
+    use vnet_proto::model::{LookupMatch, Match, VerdictAction};
+    let mut given = given(&[1, 2]).welcomed();
+    given.router.take();
+    let asked = |vm| {
+        Response::Command(v1::Command {
+            command_id: 30 + u64::from(vm),
+            command: Some(v1::command::Command::ReportVerdicts(v1::ReportVerdicts { vm })),
+        })
+    };
+    given.hears(asked(2)).unwrap();
+    let orders = given.router.take();
+    let [(VmId(2), Order::ReportVerdicts { command })] = orders.as_slice() else {
+        panic!("{orders:?}")
+    };
+    assert!(given.said().is_empty(), "the guest has yet to answer");
+    given.report(Report::Verdicts {
+        vm: VmId(2),
+        command: *command,
+        verdicts: vec![CachedVerdict {
+            action: VerdictAction::Deny,
+            found: Match::Lookup(LookupMatch::Any),
+            epoch: epoch(1),
+            would_deny: false,
+            guards: Default::default(),
+            neighbour: None,
+            grant: String::new(),
+            names: Vec::new(),
+        }],
+        in_all: 5,
+    });
+    let said = given.said();
+    let [Message::Ack(ack)] = said.as_slice() else {
+        panic!("{said:?}")
+    };
+    assert_eq!(
+        (ack.command_id, ack.verdicts.len(), ack.verdicts_in_all),
+        (32, 1, 5)
+    );
+    assert_eq!(ack.verdicts[0].action, v1::Action::Deny as i32);
+
+    given.hears(asked(9)).unwrap();
+    let said = given.said();
+    let [Message::Ack(ack)] = said.as_slice() else {
+        panic!("{said:?}")
+    };
+    assert_eq!(
+        (ack.command_id, ack.error.as_ref().map(|e| e.code)),
+        (39, Some(5))
+    );
+}
