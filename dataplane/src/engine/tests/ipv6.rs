@@ -118,6 +118,8 @@ impl Rig {
             forwards_closed: false,
             lookup_hold: Duration::from_secs(4),
             hold: HOLD,
+            deny_ech: true,
+            deny_quic: false,
         }));
     }
 

@@ -105,6 +105,8 @@ impl Conversation {
             forwards_closed: message.forwards_closed,
             lookup_hold,
             hold: self.hold,
+            deny_ech: !message.ech_outer,
+            deny_quic: message.quic_denied,
         };
         if !self.router.send(vm, Input::Order(Order::Settings(settings))) {
             self.metrics

@@ -688,6 +688,7 @@ async fn a_reconnect_tells_of_live_flows_and_bindings_and_asks_again_what_is_hel
         end: FlowEnd::Finished,
         bytes_up: 1,
         bytes_down: 1,
+        refusal: None,
     });
     given.report(Report::Binding {
         vm: VmId(1),
