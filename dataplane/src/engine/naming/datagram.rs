@@ -10,7 +10,7 @@ use crate::engine::reply::{self, Unreachable};
 use crate::engine::{Engine, Event, Outcome, Time};
 
 /// A UDP association that is followed.
-pub(in crate::engine) struct Checked {
+pub struct Checked {
     inspector: DatagramInspector<Arc<NameList>>,
     clock: Patience,
     /// Datagrams that passed.

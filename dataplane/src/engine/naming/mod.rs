@@ -30,7 +30,7 @@ use crate::engine::{Engine, Event, Time};
 use crate::message::{FlowEnd, MissEnd, NameRefusal, Report, Settings};
 
 /// A TCP flow of which a name is required, before it is dialled.
-pub(super) struct Reading {
+pub struct Reading {
     /// The guest's end.
     pub(super) connection: Connection,
     /// The names bound to the destination when it was decided.

@@ -6,6 +6,7 @@ mod datagram;
 mod identity;
 mod ipv6;
 mod kit;
+mod naming;
 mod neighbours;
 mod tcp;
 mod town;
