@@ -1,4 +1,5 @@
 mod guests;
+mod names;
 
 use std::time::Duration;
 

@@ -93,7 +93,11 @@ pub type LookupDecision = Decision<LookupMatch>;
 /// Decides a flow.
 pub fn decide_flow(context: &Context<'_>, flow: &FlowSubject) -> FlowDecision {
     let mut region = Region::around(flow, context.guarded);
-    let answer = flow_answer(context, flow, &mut region);
+    let mut answer = flow_answer(context, flow, &mut region);
+    if context.policy.mode() == Some(Mode::Observe) {
+        // A name that disagrees leaves the flow to the default action, which this mode lets through.
+        (answer.name_demand, answer.names) = (NameDemand::Off, Vec::new());
+    }
     let alone = answer.outcome == Outcome::Ask || answer.once();
     let names_consulted = region.names_consulted();
     let mut found = region.into_match(flow.key.protocol);

@@ -3,7 +3,7 @@
 use vnet_proto::model::{Mode, NameDemand, Protocol};
 
 use crate::policy::list::ListFormat;
-use crate::policy::{DefaultAction, RuleAction};
+use crate::policy::{DefaultAction, EchGuard, QuicGuard, RuleAction};
 
 /// The keys that one mapping may have.
 #[derive(Debug)]
@@ -131,6 +131,11 @@ pub(crate) static DOCUMENT: Table = table(&[
     ),
     key("dns", Shape::Map(&DNS), "What is done with lookups."),
     key(
+        "guards",
+        Shape::Map(&GUARDS),
+        "How strictly flows are read that rest on a name.",
+    ),
+    key(
         "tests",
         Shape::List(&Shape::Map(&TEST)),
         "What this policy must do, asked of it whenever it is loaded; one that fails is refused.",
@@ -241,6 +246,20 @@ pub(crate) static DNS: Table = table(&[
         "blockedDomains",
         Shape::List(&Shape::Name),
         "Names, *.name or @set: refused before anything else.",
+    ),
+]);
+
+/// `guards`.
+pub(crate) static GUARDS: Table = table(&[
+    key(
+        "ech",
+        Shape::Word(|| words(&EchGuard::ALL)),
+        "A hello that hides its name where one is demanded: deny it (if left out), or let the outer name count.",
+    ),
+    key(
+        "quic",
+        Shape::Word(|| words(&QuicGuard::ALL)),
+        "QUIC where a name is demanded: inspect it (if left out), or deny it.",
     ),
 ]);
 
