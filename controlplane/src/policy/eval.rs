@@ -204,9 +204,13 @@ fn flow_answer(context: &Context<'_>, flow: &FlowSubject, region: &mut Region) -
     for ready in allowing {
         if opens(context, &ready.test, flow, guards, region) {
             let answer = Answer::of_grant(Outcome::Allow, &ready.grant);
+            // What a rule that asks about a name demands of it is demanded of the answer's flows, too.
+            let demand = asking
+                .filter(|rule| rule.test.names.is_some())
+                .map_or(NameDemand::ByPort, Rule::name_demand);
             return Answer {
                 until: asking.and_then(|rule| rule.until),
-                ..answer.resting_on(&ready.test, NameDemand::ByPort, flow)
+                ..answer.resting_on(&ready.test, demand, flow)
             };
         }
     }

@@ -220,6 +220,32 @@ fn sni_without_names_or_in_a_refusal_is_refused_and_a_written_one_needs_no_warni
 }
 
 #[test]
+fn an_answer_to_a_rule_that_asks_demands_what_the_rule_does() {
+    for (sni, demand) in [
+        ("", NameDemand::ByPort),
+        (", sni: require", NameDemand::Require),
+        (", sni: match-if-present", NameDemand::IfPresent),
+        (", sni: off", NameDemand::Off),
+    ] {
+        let document = format!("version: 1\nrules:\n  - {{action: ask, domains: a.test{sni}}}\n");
+        let policy = effective(Some(&document), None);
+        let answered = grants(["allow domain a.test"]);
+        let found = decide(&policy, &answered, "tcp 1.1.1.1:22 a.test b.test");
+        assert_eq!((found.outcome, found.name_demand), (Outcome::Allow, demand));
+        // An answer about the address rests on no name.
+        let found = decide(
+            &policy,
+            &grants(["allow tcp 1.1.1.1:22"]),
+            "tcp 1.1.1.1:22 a.test",
+        );
+        assert_eq!(
+            (found.outcome, found.name_demand),
+            (Outcome::Allow, NameDemand::Off)
+        );
+    }
+}
+
+#[test]
 fn in_mode_observe_no_name_is_demanded_since_what_nothing_allows_is_let_through() {
     let document = "version: 1\nrules:\n  - {action: allow, domains: a.test, sni: require}\n";
     let observing = effective(Some(document), Some(Mode::Observe));
