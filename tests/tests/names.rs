@@ -291,7 +291,7 @@ fn ssh_and_git_under_a_rule_with_a_name_lose_no_time() {
         let mut daemon = world.program("git");
         daemon.args(["daemon", "--listen=203.0.113.10", "--export-all", "--reuseaddr"]);
         daemon.arg(format!("--base-path={}", world.work().display()));
-        start_there(world, daemon);
+        let mut daemon = start_there(world, daemon);
 
         let file = world.file("names.yaml", POLICY);
         let flags = ["--network-policy", file.to_str().unwrap()];
@@ -309,6 +309,8 @@ fn ssh_and_git_under_a_rule_with_a_name_lose_no_time() {
         let git = "for i in $(seq 100); do t=$(date +%s%N); git ls-remote git://allowed.test/repository && break; \
                    sleep 0.1; done 2>/dev/null; echo $(( ($(date +%s%N) - t) / 1000000 ))";
         let ended = world.script(&flags, git);
+        daemon.kill().unwrap();
+        daemon.wait().unwrap();
         let took: u128 = ended.stdout.trim().parse().unwrap();
         assert!(took < AT_ONCE.as_millis(), "{ended:?}");
         assert!(!ended.stdout.contains("fatal"), "{ended:?}");
