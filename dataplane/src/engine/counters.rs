@@ -25,6 +25,7 @@ impl Engine {
         let own = [
             ("decisions_unnamed", self.tally.unnamed),
             ("verdicts_evicted", self.cache.evictions),
+            ("budgets_refused", self.budgets.refused),
             ("bindings_evicted", self.bindings.evicted()),
         ];
         let dhcp = DhcpIgnored::ALL.map(|why| (why.word(), self.dhcp.0[why as usize]));

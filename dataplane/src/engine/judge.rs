@@ -137,6 +137,7 @@ impl Engine {
                 }),
                 expires_at: None,
                 grant: String::new(),
+                meter: None,
                 reason: Reason::new("guard", "daemon", "a vnet daemon listens there; nothing opens it"),
                 would_deny: false,
                 standing,
@@ -185,5 +186,6 @@ pub(super) fn unspeakable(wanted: &Wanted, decision: &Arc<Decision>) -> Option<A
         would_deny: false,
         standing: decision.standing,
         naming: None,
+        meter: None,
     }))
 }

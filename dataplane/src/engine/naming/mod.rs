@@ -194,7 +194,19 @@ impl Engine {
             self.cut(now, at, FlowEnd::Cut);
             return;
         }
-        flow.decision = Some(Arc::clone(decision));
+        let before = flow.decision.replace(Arc::clone(decision));
+        let counted = before.and_then(|before| before.meter.clone());
+        let is_counted = match (&counted, &decision.meter) {
+            (Some(counted), Some(meter)) => Arc::ptr_eq(counted, meter),
+            (_, meter) => meter.is_none(),
+        };
+        flow.metered = decision.meter.is_some();
+        if !is_counted {
+            self.count_connection(at);
+        }
+        let Some(flow) = self.flows.get_mut(at) else {
+            return;
+        };
         let check = flow.check(&self.settings);
         let waits = flow.requires_name();
         let bound = self.bindings.names_of(now, flow.key.peer.ip());
