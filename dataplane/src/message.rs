@@ -112,6 +112,8 @@ pub enum Report {
         bytes_up: u64,
         /// Bytes to the guest.
         bytes_down: u64,
+        /// Of [`FlowEnd::NameRefused`]: why.
+        refusal: Option<Box<NameRefusal>>,
     },
     /// Counts of live flows that changed: flow, bytes up, bytes down, each in all.
     FlowStats(Vec<(FlowId, u64, u64)>),
@@ -323,6 +325,21 @@ pub enum FlowEnd {
     GrantEnded,
     /// The destination refused it or could not be reached.
     Unreachable,
+    /// The guest spoke another name than its verdict rests on, or none where one is required.
+    NameRefused,
+}
+
+/// Why a flow was refused for its name.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct NameRefusal {
+    /// A word of a closed set, that of the counter.
+    pub word: &'static str,
+    /// One sentence for people.
+    pub text: String,
+    /// The name that the guest spoke, where one could be read.
+    pub spoken: Option<Name>,
+    /// The names that it might have spoken.
+    pub wanted: Vec<Name>,
 }
 
 /// From the session to every guest's driver, or to the one that a miss belongs to.
@@ -393,6 +410,10 @@ pub struct Settings {
     pub lookup_hold: Duration,
     /// How long its flows may be held when nothing else is said.
     pub hold: Duration,
+    /// A hello that hides its name is refused where a name is demanded; else the name that it shows counts.
+    pub deny_ech: bool,
+    /// QUIC is refused where a name is demanded, rather than read.
+    pub deny_quic: bool,
 }
 
 /// One of a bounded number of things that wait to be taken on. Dropping it makes room for another.

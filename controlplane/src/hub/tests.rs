@@ -1,6 +1,7 @@
 mod confirm;
 mod guests;
 mod history;
+mod names;
 mod reach;
 mod verify;
 

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use vnet_proto::model::{Mode, VmSelector};
 
-use crate::policy::{NameSet, PolicyTest, RuleList};
+use crate::policy::{NameGuards, NameSet, PolicyTest, RuleList};
 
 /// What is done where nothing else answers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -69,6 +69,8 @@ pub struct Policy {
     pub rules: Arc<RuleList>,
     /// The `dns:` part; `None`: there is none.
     pub dns: Option<DnsPolicy>,
+    /// How strictly flows are read that rest on a name.
+    pub name_guards: NameGuards,
     /// How long a packet is held; `None`: omitted.
     pub approval_timeout: Option<Duration>,
     /// Whether it says `version: 1`; without, and without `dns:`, it is of the draft's form.

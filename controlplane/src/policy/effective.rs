@@ -9,7 +9,7 @@ use crate::clock::Now;
 use crate::grant::VmView;
 use crate::policy::index::Applies;
 use crate::policy::{
-    Attachments, DefaultAction, DnsAnswer, ListCache, NameSet, Policy, PolicyError, PolicyErrors,
+    Attachments, DefaultAction, DnsAnswer, ListCache, NameGuards, NameSet, Policy, PolicyError, PolicyErrors,
     ProtocolSet, Rule, RuleAction, RuleList, file,
 };
 
@@ -159,6 +159,7 @@ pub struct Effective {
     pub(crate) lookup_default_stands: bool,
     pub(crate) mode: Option<Mode>,
     synthetic_answers: bool,
+    name_guards: NameGuards,
     approval_timeout: Duration,
 }
 
@@ -232,6 +233,7 @@ impl Effective {
                 Some(mode.unwrap_or(Mode::Enforce))
             },
             synthetic_answers: dns.is_some_and(|dns| dns.answer == DnsAnswer::Synthetic),
+            name_guards: document.map(|d| d.name_guards).unwrap_or_default(),
             approval_timeout: document
                 .and_then(|d| d.approval_timeout)
                 .unwrap_or(APPROVAL_TIMEOUT),
@@ -300,6 +302,11 @@ impl Effective {
     /// Whether lookups of addresses are answered with synthetic ones.
     pub fn synthetic_answers(&self) -> bool {
         self.synthetic_answers
+    }
+
+    /// How strictly flows are read that rest on a name.
+    pub fn name_guards(&self) -> NameGuards {
+        self.name_guards
     }
 
     /// How long a packet is held for an answer.

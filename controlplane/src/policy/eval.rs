@@ -99,7 +99,11 @@ pub fn decide_flow(context: &Context<'_>, flow: &FlowSubject) -> FlowDecision {
         return synthetic::decide(context, flow);
     }
     let mut region = Region::around(flow, context.guarded);
-    let answer = flow_answer(context, flow, &mut region);
+    let mut answer = flow_answer(context, flow, &mut region);
+    if context.policy.mode() == Some(Mode::Observe) {
+        // A name that disagrees leaves the flow to the default action, which this mode lets through.
+        (answer.name_demand, answer.names) = (NameDemand::Off, Vec::new());
+    }
     let alone = answer.outcome == Outcome::Ask || answer.once();
     let names_consulted = region.names_consulted();
     let mut found = region.into_match(flow.key.protocol);
@@ -252,9 +256,13 @@ pub(super) fn flow_answer(context: &Context<'_>, flow: &FlowSubject, region: &mu
     for ready in allowing {
         if opens(context, &ready.test, flow, guards, region) {
             let answer = Answer::of_grant(Outcome::Allow, &ready.grant);
+            // What a rule that asks about a name demands of it is demanded of the answer's flows, too.
+            let demand = asking
+                .filter(|rule| rule.test.names.is_some())
+                .map_or(NameDemand::ByPort, Rule::name_demand);
             return Answer {
                 until: asking.and_then(|rule| rule.until),
-                ..answer.resting_on(&ready.test, NameDemand::ByPort, flow)
+                ..answer.resting_on(&ready.test, demand, flow)
             };
         }
     }

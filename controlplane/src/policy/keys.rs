@@ -3,7 +3,7 @@
 use vnet_proto::model::{Mode, NameDemand, Protocol};
 
 use crate::policy::list::ListFormat;
-use crate::policy::{DefaultAction, DnsAnswer, RuleAction};
+use crate::policy::{DefaultAction, DnsAnswer, EchGuard, QuicGuard, RuleAction};
 
 /// The keys that one mapping may have.
 #[derive(Debug)]
@@ -135,6 +135,11 @@ pub(crate) static DOCUMENT: Table = table(&[
     ),
     key("dns", Shape::Map(&DNS), "What is done with lookups."),
     key(
+        "guards",
+        Shape::Map(&GUARDS),
+        "How strictly flows are read that rest on a name.",
+    ),
+    key(
         "tests",
         Shape::List(&Shape::Map(&TEST)),
         "What this policy must do, asked of it whenever it is loaded; one that fails is refused.",
@@ -251,6 +256,20 @@ pub(crate) static DNS: Table = table(&[
         DNS_ANSWER,
         "What lookups of addresses are answered with: what the upstream says, or an address of its own for each \
          name, so that nothing is looked up before a connection is allowed.",
+    ),
+]);
+
+/// `guards`.
+pub(crate) static GUARDS: Table = table(&[
+    key(
+        "ech",
+        Shape::Word(|| words(&EchGuard::ALL)),
+        "A hello that hides its name where one is demanded: deny it (if left out), or let the outer name count.",
+    ),
+    key(
+        "quic",
+        Shape::Word(|| words(&QuicGuard::ALL)),
+        "QUIC where a name is demanded: inspect it (if left out), or deny it.",
     ),
 ]);
 

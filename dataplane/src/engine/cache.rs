@@ -17,12 +17,13 @@ use std::sync::Arc;
 
 use ahash::{HashMap, HashMapExt as _};
 use vnet_proto::model::{
-    Epoch, FlowKey, FlowMatch, GuardSet, LookupMatch, Match, Name, PortRange, Protocol, Reason, Verdict,
-    VerdictAction, VmId,
+    Epoch, FlowKey, FlowMatch, GuardSet, LookupMatch, Match, Name, NameDemand, PortRange, Protocol, Reason,
+    Verdict, VerdictAction, VmId,
 };
 
 use crate::engine::Time;
 use crate::engine::budget::{self, Meter};
+use crate::engine::inspect::{Level, NameList};
 
 /// Flow verdicts kept.
 pub const FLOW_ENTRIES_MAX: usize = 131_072;
@@ -57,6 +58,18 @@ pub struct Decision {
     /// How what missed stood. No match reaches across it: a flow that stands otherwise is a miss,
     /// whatever the match says.
     pub standing: Standing,
+    /// What a flow must say of its name; `None`: nothing. It is here and not in the miss's answer alone, so
+    /// that a hit demands what the miss did.
+    pub naming: Option<Naming>,
+}
+
+/// What a flow must say of the name that its verdict rests on.
+#[derive(Debug, Clone)]
+pub struct Naming {
+    /// How much, as the verdict says.
+    pub demand: NameDemand,
+    /// Which names, at which ports: those that the verdict is for.
+    pub names: Arc<NameList>,
 }
 
 /// What holds of a destination at one moment and does not show in its address.
@@ -83,7 +96,34 @@ impl Decision {
             would_deny: verdict.would_deny,
             once: verdict.once || budget::is_for_once(verdict.budget),
             synthetic_only: verdict.synthetic_only,
+            naming: Naming::of(verdict),
         }
+    }
+
+    /// What is demanded of one flow that rests on it.
+    pub fn level(&self, key: &FlowKey) -> Option<Level> {
+        let naming = self.naming.as_ref()?;
+        match naming.demand.of(key.protocol, key.peer.port()) {
+            NameDemand::Require => Some(Level::Require),
+            NameDemand::IfPresent | NameDemand::ByPort => Some(Level::MatchIfPresent),
+            NameDemand::Off => None,
+        }
+    }
+}
+
+impl Naming {
+    fn of(verdict: &Verdict) -> Option<Self> {
+        let Match::Flow(found) = &verdict.found else {
+            return None;
+        };
+        let demanded = verdict.action == VerdictAction::Allow && verdict.name_demand != NameDemand::Off;
+        demanded.then(|| Self {
+            demand: verdict.name_demand,
+            names: Arc::new(NameList {
+                names: verdict.names.clone(),
+                ports: found.ports,
+            }),
+        })
     }
 }
 
@@ -191,6 +231,12 @@ impl Cache {
         found
             .or(self.any_name.as_ref())
             .filter(|decision| self.holds(now, decision))
+    }
+
+    /// Whether a decision could be made again now: it is of the epoch in force, leased, and not over.
+    pub fn stands(&self, now: Time, decision: &Decision) -> bool {
+        let in_force = self.epoch.is_some_and(|epoch| decision.epoch.stands_under(epoch));
+        in_force && self.holds(now, decision)
     }
 
     fn holds(&self, now: Time, decision: &Decision) -> bool {

@@ -7,6 +7,7 @@ use std::collections::BTreeMap;
 use crate::engine::Engine;
 use crate::engine::gateway::dhcp::DhcpIgnored;
 use crate::engine::gateway::dns::DnsCounts;
+use crate::engine::inspect::InspectRefusal;
 
 /// DHCP messages that were not answered, by why.
 #[derive(Debug, Default)]
@@ -28,7 +29,9 @@ impl Engine {
             ("bindings_evicted", self.bindings.evicted()),
         ];
         let dhcp = DhcpIgnored::ALL.map(|why| (why.word(), self.dhcp.0[why as usize]));
+        let names = InspectRefusal::WORDS.into_iter().zip(self.name_refusals);
         own.into_iter()
+            .chain(names)
             .chain(dhcp)
             .chain(dns(self.dns.counts()))
             .chain(self.synthetics.counters())

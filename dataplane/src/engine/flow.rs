@@ -11,6 +11,7 @@ use vnet_proto::model::{FlowId, FlowKey, MissId, Protocol, VmId};
 use crate::engine::Time;
 use crate::engine::cache::Decision;
 use crate::engine::judge::Wanted;
+use crate::engine::naming::{Checked, Reading};
 use crate::engine::stack::Connection;
 use crate::engine::switch::flow::Switched;
 use crate::engine::synthetic::table::Place;
@@ -65,16 +66,41 @@ pub enum State {
         /// When to give up.
         deadline: Time,
     },
+    /// Allowed if the guest speaks a name that may pass: its SYN is answered, the name is read, and nothing
+    /// is dialled before.
+    Reading(Box<Reading>),
     /// A TCP connection.
     Tcp(Box<Connection>),
     /// A TCP connection to the gateway's own DNS.
     Service(Box<Connection>),
     /// A UDP association.
     Udp,
+    /// A UDP association whose verdict rests on a name.
+    Checked(Box<Checked>),
     /// An ICMP echo session.
     Echo,
     /// Any of the three, with another guest.
     Switched(Box<Switched>),
+}
+
+impl State {
+    /// The miss that it waits for, and until when.
+    pub(super) fn held_mut(&mut self) -> Option<(&mut MissId, &mut Time)> {
+        match self {
+            Self::Held(waiting) => Some((&mut waiting.miss, &mut waiting.deadline)),
+            Self::Reading(reading) => reading.asking(),
+            _ => None,
+        }
+    }
+
+    /// The guest's end of a TCP connection, once its SYN was answered.
+    pub(super) fn connection_mut(&mut self) -> Option<&mut Connection> {
+        match self {
+            Self::Tcp(connection) | Self::Service(connection) => Some(connection),
+            Self::Reading(reading) => Some(&mut reading.connection),
+            _ => None,
+        }
+    }
 }
 
 impl Flow {
@@ -112,7 +138,7 @@ impl Flow {
     /// Which of the limits for UDP associations and echo sessions it counts for.
     pub fn kind(&self) -> Option<Protocol> {
         match &self.state {
-            State::Udp | State::Echo => Some(self.key.protocol),
+            State::Udp | State::Checked(_) | State::Echo => Some(self.key.protocol),
             State::Switched(switched) if switched.is_opener() && self.key.protocol != Protocol::Tcp => {
                 Some(self.key.protocol)
             }

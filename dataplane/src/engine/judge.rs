@@ -9,6 +9,7 @@ use vnet_proto::model::{FlowKey, FlowSubject, Guard, Reason, VerdictAction, VmId
 use crate::engine::cache::{Decision, Standing};
 use crate::engine::frame::DropReason;
 use crate::engine::held::Target;
+use crate::engine::inspect::Level;
 use crate::engine::ip::Ip;
 use crate::engine::reply::Unreachable;
 use crate::engine::{Engine, Time};
@@ -149,9 +150,11 @@ impl Engine {
                 once: false,
                 synthetic_only: false,
                 standing,
+                naming: None,
             }));
         }
-        self.cache.lookup(now, &wanted.key, standing).cloned()
+        let decision = self.cache.lookup(now, &wanted.key, standing)?;
+        Some(unspeakable(wanted, decision).unwrap_or_else(|| Arc::clone(decision)))
     }
 
     /// The evidence about a flow.
@@ -177,4 +180,30 @@ impl Engine {
             peer_vm: wanted.neighbour,
         }
     }
+}
+
+/// What becomes of an allow that demands a name of a flow in which none can be read: to another guest it is
+/// passed on as it is, and echo has none to speak.
+pub(super) fn unspeakable(wanted: &Wanted, decision: &Arc<Decision>) -> Option<Arc<Decision>> {
+    let level = decision.level(&wanted.key)?;
+    let why = if wanted.neighbour.is_some() {
+        "what is said to another guest is not read, and a name is demanded; say sni: off where that is meant"
+    } else if !wanted.key.protocol.has_ports() && level == Level::Require {
+        "an echo speaks no name, and one is demanded; say sni: off where that is meant"
+    } else {
+        return None;
+    };
+    Some(Arc::new(Decision {
+        action: VerdictAction::Deny,
+        epoch: decision.epoch,
+        expires_at: decision.expires_at,
+        grant: String::new(),
+        reason: Reason::new("name", decision.reason.subject.clone(), why),
+        would_deny: false,
+        standing: decision.standing,
+        naming: None,
+        meter: None,
+        once: false,
+        synthetic_only: false,
+    }))
 }

@@ -34,6 +34,7 @@ pub mod ip;
 mod judge;
 mod life;
 mod lookup;
+mod naming;
 pub mod reply;
 mod report;
 pub mod ring;
@@ -71,6 +72,7 @@ use crate::engine::frame::{Body, DropReason, Frame};
 use crate::engine::gateway::dhcp::DhcpOutcome;
 use crate::engine::gateway::dns::Dns;
 use crate::engine::held::Held;
+use crate::engine::inspect::InspectRefusal;
 use crate::engine::ring::RingPool;
 use crate::engine::switch::Neighbour;
 use crate::engine::switch::flow::Targeted;
@@ -181,6 +183,13 @@ pub enum Outcome<'a> {
         /// The payload, message or packet.
         payload: Vec<u8>,
     },
+    /// As several [`Outcome::Datagram`]: some that waited until the name in them was whole, oldest first.
+    Datagrams {
+        /// The flow's place.
+        flow: usize,
+        /// The payloads.
+        payloads: Vec<Box<[u8]>>,
+    },
     /// Pass the frame to the guest that has this MAC address, or to all; with the address as its
     /// destination. If the one that it is for is not open: [`Engine::handle_unswitched`].
     Switch(Mac),
@@ -282,6 +291,8 @@ pub struct Engine {
     clock: Time,
     report_set: bool,
     drops: [u64; DropReason::ALL.len()],
+    /// Flows refused for their name, by [`InspectRefusal::WORDS`].
+    name_refusals: [u64; InspectRefusal::WORDS.len()],
 }
 
 impl Engine {
@@ -294,6 +305,8 @@ impl Engine {
             synthetic_answers: false,
             lookup_hold: config.lookup_hold,
             hold: config.hold,
+            deny_ech: true,
+            deny_quic: false,
         };
         Self {
             transmit: Transmit::new(config.gateway_mac),
@@ -330,6 +343,7 @@ impl Engine {
             clock: Time::ZERO,
             report_set: false,
             drops: [0; DropReason::ALL.len()],
+            name_refusals: [0; InspectRefusal::WORDS.len()],
             settings,
             config,
             surroundings,

@@ -12,7 +12,7 @@ use crate::engine::flow::State;
 use crate::engine::frame::DropReason;
 use crate::engine::held::HeldMiss;
 use crate::engine::ip::Ip;
-use crate::engine::judge::Wanted;
+use crate::engine::judge::{Wanted, unspeakable};
 use crate::engine::reply::{self, TcpHeader, Unreachable};
 use crate::engine::{Engine, Time};
 use crate::message::{FlowEnd, MissEnd, Order, Report};
@@ -212,10 +212,8 @@ impl Engine {
         }
         match self.held.join_flow(wanted.target(), at) {
             Some((miss, count, hold)) => {
-                if let Some(flow) = self.flows.get_mut(at)
-                    && let State::Held(waiting) = &mut flow.state
-                {
-                    waiting.miss = miss;
+                if let Some((waits_for, _)) = self.flows.get_mut(at).and_then(|flow| flow.state.held_mut()) {
+                    *waits_for = miss;
                 }
                 self.ask_flow(now, miss, &wanted, count, hold);
             }
@@ -226,6 +224,16 @@ impl Engine {
     fn answer_flow(&mut self, now: Time, at: usize, decision: &Arc<Decision>, miss: MissId) {
         let Some(flow) = self.flows.get(at) else { return };
         let wanted = flow.wanted();
+        if matches!(flow.state, State::Reading(_)) {
+            self.answer_reading(now, at, decision);
+            return;
+        }
+        let unspeakable = unspeakable(&wanted, decision);
+        if let Some(refused) = &unspeakable {
+            // The controlplane has not decided this, and knows nothing of it yet.
+            self.tally(now, &wanted, refused);
+        }
+        let decision = unspeakable.as_ref().unwrap_or(decision);
         if decision.action == VerdictAction::Allow && self.is_synthetic(&wanted) {
             if self.is_unresolved(&wanted) {
                 self.resolve(now, at, decision, Some(miss));
@@ -234,7 +242,7 @@ impl Engine {
             }
             return;
         }
-        match (decision.action, flow.key.protocol, flow.neighbour) {
+        match (decision.action, wanted.key.protocol, wanted.neighbour) {
             (VerdictAction::Allow, _, Some(neighbour)) => {
                 self.open_held_switched(now, at, neighbour, decision, miss);
             }
@@ -253,8 +261,12 @@ impl Engine {
     }
 
     /// Refuses a held flow so that the guest sees it at once. Its miss may be answered already.
-    pub(super) fn refuse_held(&mut self, _now: Time, at: usize, end: FlowEnd) {
+    pub(super) fn refuse_held(&mut self, now: Time, at: usize, end: FlowEnd) {
         let Some(flow) = self.flows.get(at) else { return };
+        if matches!(flow.state, State::Reading(_)) {
+            self.cut(now, at, end);
+            return;
+        }
         let State::Held(waiting) = &flow.state else { return };
         let packet = if flow.key.protocol == Protocol::Tcp {
             waiting.packets.first().cloned().unwrap_or_default()
@@ -290,9 +302,9 @@ impl Engine {
         }
         for at in self.held.extend(miss, hold).to_vec() {
             if let Some(flow) = self.flows.get_mut(at)
-                && let State::Held(waiting) = &mut flow.state
+                && let Some((_, deadline)) = flow.state.held_mut()
             {
-                waiting.deadline = now + hold;
+                *deadline = now + hold;
                 // The timer that is set may be for the old deadline, which was earlier or later.
                 flow.scheduled = None;
                 self.schedule(now, at);

@@ -9,7 +9,8 @@ use vnet_proto::v1;
 use vnet_proto::v1::session_request::Message;
 
 use crate::message::{
-    CachedVerdict, FlowEnd, FlowOpened, Forward, MissEnd, OwnList, OwnPolicy, Report, VmStatus, VmUp, Zone,
+    CachedVerdict, FlowEnd, FlowOpened, Forward, MissEnd, NameRefusal, OwnList, OwnPolicy, Report, VmStatus,
+    VmUp, Zone,
 };
 use crate::session::commands::Refusal;
 
@@ -132,11 +133,13 @@ pub(super) fn report(report: &Report, epoch: Option<Epoch>) -> Option<Message> {
             end,
             bytes_up,
             bytes_down,
+            refusal,
         } => Message::FlowClosed(v1::FlowClosed {
             flow_id: flow.0,
             end: flow_end(*end).into(),
             bytes_up: *bytes_up,
             bytes_down: *bytes_down,
+            refusal: refusal.as_deref().map(name_refusal),
         }),
         Report::FlowStats(counts) => Message::FlowStats(v1::FlowStats {
             counts: counts
@@ -206,6 +209,20 @@ fn flow_end(end: FlowEnd) -> v1::FlowEnd {
         FlowEnd::Evicted => v1::FlowEnd::Evicted,
         FlowEnd::GrantEnded => v1::FlowEnd::GrantEnded,
         FlowEnd::Unreachable => v1::FlowEnd::Unreachable,
+        FlowEnd::NameRefused => v1::FlowEnd::NameRefused,
+    }
+}
+
+fn name_refusal(refusal: &NameRefusal) -> v1::NameRefusal {
+    v1::NameRefusal {
+        word: refusal.word.to_owned(),
+        text: refusal.text.clone(),
+        spoken: refusal
+            .spoken
+            .as_ref()
+            .map(ToString::to_string)
+            .unwrap_or_default(),
+        wanted: refusal.wanted.iter().map(ToString::to_string).collect(),
     }
 }
 

@@ -190,6 +190,12 @@ impl Rig {
                     packets: vec![payload.into()],
                 });
             }
+            Outcome::Datagrams { flow, payloads } => {
+                self.events.push(Event::Send {
+                    flow,
+                    packets: payloads,
+                });
+            }
             Outcome::Pass { flow, packet } => {
                 self.events.push(Event::Pass {
                     flow,

@@ -7,6 +7,7 @@ mod datagram;
 mod identity;
 mod ipv6;
 mod kit;
+mod naming;
 mod neighbours;
 mod synthetic;
 mod tcp;

@@ -895,6 +895,8 @@ fn two_open_guests_are_switched_and_one_open_guest_is_filtered() {
         synthetic_answers: false,
         lookup_hold: HOLD,
         hold: HOLD,
+        deny_ech: true,
+        deny_quic: false,
     };
     town.engine(BOB).handle_order(now, Order::Settings(closed));
     town.settle();

@@ -5,10 +5,11 @@ use std::time::Duration;
 
 use hickory_proto::op::{Message, Query, ResponseCode};
 use hickory_proto::rr::{RData, Record, RecordType};
-use vnet_proto::model::{Guard, LookupMatch, Match, Miss, Subject, Verdict, VerdictAction};
+use vnet_proto::model::{Guard, LookupMatch, Match, Miss, NameDemand, Subject, Verdict, VerdictAction};
 
 use super::kit::*;
 use crate::engine::Event;
+use crate::engine::inspect::tls::tests::{hello_with, in_records, server_name_extension};
 use crate::message::{Order, Report, Settings};
 
 const REAL: &str = "203.0.113.80";
@@ -25,6 +26,8 @@ fn settings(rig: &mut Rig, synthetic_answers: bool) {
         switch_open: false,
         forwards_closed: false,
         synthetic_answers,
+        deny_ech: true,
+        deny_quic: false,
         lookup_hold: Duration::from_secs(4),
         hold: HOLD,
     }));
@@ -474,4 +477,70 @@ fn an_unreachable_address_passes_the_turn_to_the_next() {
     assert_ne!(subject(&judged).dialled, first.ip());
     rig.order(once(&judged, VerdictAction::Allow));
     assert_ne!(rig.only_dial().1, first);
+}
+
+/// A connection to https of a name, allowed if it says that name, its handshake done; the sequence number that
+/// the gateway's side continues with.
+fn reading(rig: &mut Rig, address: Ipv4Addr) -> u32 {
+    rig.syn((address, 443));
+    let miss = flow_miss(rig);
+    let mut named = verdict(&miss, VerdictAction::Allow);
+    named.name_demand = NameDemand::ByPort;
+    named.names = vec!["api.example.test".parse().unwrap()];
+    if let Match::Flow(found) = &mut named.found {
+        found.names_consulted = true;
+    }
+    rig.order(Order::Verdict(Box::new(named)));
+    let lookup = upstream(rig).remove(0);
+    resolved(rig, &lookup, &[REAL]);
+    let judged = flow_miss(rig);
+    rig.order(once(&judged, VerdictAction::Allow));
+    rig.service();
+    let (flags, sequence, ..) = rig.only_segment();
+    assert_eq!(flags, 0x12, "it is answered to hear its name");
+    rig.tcp((address, 443), 0x10, 1001, sequence + 1, &[]);
+    rig.service();
+    rig.sent();
+    sequence + 1
+}
+
+fn hello(name: &str) -> Vec<u8> {
+    in_records(
+        &hello_with(&[server_name_extension(&[(0, name.as_bytes())])]),
+        4000,
+    )
+}
+
+#[test]
+fn the_name_that_was_asked_for_must_be_spoken_too() {
+    for (spoken, dialled) in [("api.example.test", true), ("other.example.test", false)] {
+        let mut rig = synthetic_rig();
+        let address = look_up(&mut rig, "api.example.test.");
+        let sequence = reading(&mut rig, address);
+        assert!(!rig.events.iter().any(|e| matches!(e, Event::Dial { .. })));
+        rig.tcp((address, 443), 0x18, 1001, sequence, &hello(spoken));
+        rig.service();
+        if dialled {
+            assert_eq!(rig.only_dial().1, format!("{REAL}:443").parse().unwrap());
+        } else {
+            assert!(!rig.events.iter().any(|e| matches!(e, Event::Dial { .. })));
+            assert_eq!(rig.engine.flow_count(), 0);
+        }
+    }
+}
+
+#[test]
+fn what_is_taken_back_while_its_name_is_read_is_not_dialled_on_the_second_judgement_alone() {
+    let mut rig = synthetic_rig();
+    let address = look_up(&mut rig, "api.example.test.");
+    let sequence = reading(&mut rig, address);
+    rig.order(Order::Revoke {
+        command: None,
+        epoch: EPOCH.next(),
+    });
+    rig.tcp((address, 443), 0x18, 1001, sequence, &hello("api.example.test"));
+    rig.service();
+    assert!(!rig.events.iter().any(|e| matches!(e, Event::Dial { .. })));
+    assert_eq!(rig.misses().len(), 0);
+    assert_eq!(rig.only_segment().0 & 4, 4, "it may try anew");
 }

@@ -121,6 +121,8 @@ impl Conversation {
             synthetic_answers: message.synthetic_answers,
             lookup_hold,
             hold: self.hold,
+            deny_ech: !message.ech_outer,
+            deny_quic: message.quic_denied,
         };
         if !self.router.send(vm, Input::Order(Order::Settings(settings))) {
             self.metrics
