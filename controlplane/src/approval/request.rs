@@ -3,7 +3,7 @@
 use std::fmt;
 use std::time::SystemTime;
 
-use vnet_proto::model::{GuardSet, MissId, Name, Reason, Subject, Target};
+use vnet_proto::model::{Guard, GuardSet, MissId, Name, Reason, Subject, Target};
 
 use crate::approval::scope;
 use crate::grant::{GrantId, VmView};
@@ -133,8 +133,8 @@ pub struct Request {
     pub held: Vec<HeldMiss>,
     /// The grant that answered it.
     pub grant: Option<GrantId>,
-    /// Something that was held for it was refused for want of an answer: the guest may try again, and
-    /// a late yes serves that.
+    /// Something that was held for it, or would have been, was refused for want of an answer: the guest may
+    /// try again, and a late yes serves that.
     pub(crate) hold_ran_out: bool,
     /// Its entry among the table's wakes.
     pub(crate) wakes_at: SystemTime,
@@ -143,7 +143,7 @@ pub struct Request {
 impl Request {
     /// Whether a guard stands before what it asks for: then it is answered for that very destination.
     pub fn is_guarded(&self) -> bool {
-        !self.guards.is_empty() || self.reason.step == "guard"
+        !self.guards.without(Guard::Synthetic).is_empty() || self.reason.step == "guard"
     }
 
     /// Says what is asked, and whether it is still open; its count does not matter.
@@ -169,7 +169,7 @@ impl Request {
     /// What is asked for: one address, protocol and port, or a name to look up.
     pub fn target(&self) -> Target {
         match &self.subject {
-            Subject::Flow(flow) => Target::of_flow(&flow.key),
+            Subject::Flow(flow) => Target::of_subject(flow),
             Subject::Lookup(lookup) => Target::of_name(lookup.name.clone()),
         }
     }
@@ -177,6 +177,16 @@ impl Request {
     /// Scopes that an answer may have, narrowest first.
     pub fn scopes(&self) -> Vec<Scope> {
         scope::offered(self)
+    }
+
+    /// What a grant of a scope would be for; `None` for one that is not offered.
+    pub fn target_of(&self, scope: Scope) -> Option<Target> {
+        scope::target(self, scope, false)
+    }
+
+    /// The registrable domain of its best name, by which requests may be shown together.
+    pub fn domain(&self) -> Option<&str> {
+        scope::domain(self)
     }
 
     /// Packets and queries that are held for it.

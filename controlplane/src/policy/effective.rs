@@ -11,8 +11,8 @@ use crate::policy::index::Applies;
 use crate::policy::resolvers::Resolvers;
 use crate::policy::settings::{NAMES_PER_DOMAIN, QUERIES_PER_MINUTE, QUERIES_PER_SECOND};
 use crate::policy::{
-    Attachments, DefaultAction, DnsGuard, GuardAction, ListCache, NameSet, Policy, PolicyError, PolicyErrors,
-    ProtocolSet, Rule, RuleAction, RuleList, Settings, file,
+    Attachments, DefaultAction, DnsAnswer, DnsGuard, GuardAction, ListCache, NameGuards, NameSet, Policy,
+    PolicyError, PolicyErrors, ProtocolSet, Rule, RuleAction, RuleList, Settings, file,
 };
 
 /// How long a packet is held when no policy says.
@@ -160,6 +160,8 @@ pub struct Effective {
     /// Whether the lookups' default was said, and so is not the mode's to change.
     pub(crate) lookup_default_stands: bool,
     pub(crate) mode: Option<Mode>,
+    synthetic_answers: bool,
+    name_guards: NameGuards,
     approval_timeout: Duration,
     settings: Settings,
     /// What leads to other DNS servers; `None` where that is nothing that stops.
@@ -250,6 +252,8 @@ impl Effective {
             } else {
                 Some(mode.unwrap_or(Mode::Enforce))
             },
+            synthetic_answers: dns.is_some_and(|dns| dns.answer == DnsAnswer::Synthetic),
+            name_guards: document.map(|d| d.name_guards).unwrap_or_default(),
             approval_timeout: profile
                 .and_then(|p| p.approval_timeout)
                 .or(document.and_then(|d| d.approval_timeout))
@@ -316,6 +320,16 @@ impl Effective {
         self.lookup_default() == DefaultAction::Allow && self.default_action() == DefaultAction::Deny
     }
 
+    /// Whether lookups of addresses are answered with synthetic ones.
+    pub fn synthetic_answers(&self) -> bool {
+        self.synthetic_answers
+    }
+
+    /// How strictly flows are read that rest on a name.
+    pub fn name_guards(&self) -> NameGuards {
+        self.name_guards
+    }
+
     /// How long a packet is held for an answer.
     pub fn approval_timeout(&self) -> Duration {
         self.approval_timeout
@@ -355,7 +369,7 @@ impl Effective {
             Guard::Host => self.settings.host,
             Guard::PrivateFromDns => self.settings.private_from_dns,
             Guard::Guest => self.settings.guests,
-            Guard::Daemon => None,
+            Guard::Daemon | Guard::Synthetic => None,
         };
         said != Some(GuardAction::Off)
     }

@@ -14,12 +14,12 @@ use std::time::Duration;
 
 use vnet_proto::model::{Mode, VmSelector};
 
-use crate::policy::keys::{self, DEFAULT_ACTIONS, MODES};
+use crate::policy::keys::{self, DEFAULT_ACTIONS, DNS_ANSWERS, MODES};
 use crate::policy::list::{Attachments, ListCache};
 use crate::policy::reader::{Fields, Reader};
 use crate::policy::resolvers::Resolvers;
 use crate::policy::yaml::{self, Node, Value};
-use crate::policy::{DefaultAction, DnsPolicy, Policy, PolicyErrors, RuleList, Settings, lint};
+use crate::policy::{DefaultAction, DnsPolicy, NameGuards, Policy, PolicyErrors, RuleList, Settings, lint};
 
 pub(crate) use rules::rule_of_target;
 use sets::Sets;
@@ -119,9 +119,9 @@ fn read_policy(reader: &mut Reader, root: &Node, lists: &Attachments, cache: &Li
     let dns = fields
         .take("dns")
         .map(|node| read_dns(reader, node, &mut sets, &mut said));
-    let resolvers = match fields.take("guards") {
+    let (resolvers, name_guards) = match fields.take("guards") {
         Some(node) => settings::read_guards(reader, node, &mut sets, &mut said),
-        None => Resolvers::default(),
+        None => (Resolvers::default(), NameGuards::default()),
     };
     if let Some(node) = fields.take("approvals") {
         settings::read_approvals(reader, node, "approvals", &mut said);
@@ -146,6 +146,7 @@ fn read_policy(reader: &mut Reader, root: &Node, lists: &Attachments, cache: &Li
         mode,
         rules: Arc::new(RuleList::new(rules)),
         dns,
+        name_guards,
         approval_timeout,
         versioned,
         applies_to,
@@ -255,10 +256,14 @@ fn read_dns(reader: &mut Reader, node: &Node, sets: &mut Sets, said: &mut Settin
     let allowed = names("allowedDomains");
     let blocked = names("blockedDomains");
     settings::read_dns(reader, &mut fields, "dns", said);
+    let answer = fields
+        .take("answer")
+        .and_then(|node| reader.one_of(node, "dns.answer", &DNS_ANSWERS));
     DnsPolicy {
         default_action,
         allowed,
         blocked,
+        answer: answer.unwrap_or_default(),
     }
 }
 
@@ -311,6 +316,6 @@ fn read_text(reader: &mut Reader, node: &Node, key: &str) -> Option<String> {
 
 /// Characters that a terminal does not show, or that turn the direction of what follows them and so can
 /// make text look like another.
-fn is_unprintable(c: char) -> bool {
+pub(crate) fn is_unprintable(c: char) -> bool {
     c.is_control() || matches!(c, '\u{200e}' | '\u{200f}' | '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}')
 }

@@ -4,7 +4,7 @@ use vnet_proto::model::{Mode, NameDemand, Protocol};
 
 use crate::policy::list::ListFormat;
 use crate::policy::settings::{Denial, DnsGuard, GuardAction, PENDING_MAX, QUERIES_MAX, WidestScope};
-use crate::policy::{DefaultAction, RuleAction};
+use crate::policy::{DefaultAction, DnsAnswer, EchGuard, QuicGuard, RuleAction};
 
 /// The keys that one mapping may have.
 #[derive(Debug)]
@@ -89,6 +89,10 @@ pub(crate) const MODES: [Mode; 4] = [Mode::Enforce, Mode::Ask, Mode::Observe, Mo
 pub(crate) const DEFAULT_ACTIONS: [DefaultAction; 2] = [DefaultAction::Allow, DefaultAction::Deny];
 
 const MODE: Shape = Shape::Word(|| words(&MODES));
+/// `dns.answer`.
+pub(crate) const DNS_ANSWERS: [DnsAnswer; 2] = [DnsAnswer::Real, DnsAnswer::Synthetic];
+
+const DNS_ANSWER: Shape = Shape::Word(|| words(&DNS_ANSWERS));
 const DEFAULT_ACTION: Shape = Shape::Word(|| words(&DEFAULT_ACTIONS));
 
 /// The document itself.
@@ -343,6 +347,16 @@ pub(crate) static GUARDS: Table = table(&[
         Shape::List(&Shape::NameOrPrefix),
         "Names and addresses of DNS servers beside those that are built in, or @set.",
     ),
+    key(
+        "ech",
+        Shape::Word(|| words(&EchGuard::ALL)),
+        "A hello that hides its name where one is demanded: deny it (if left out), or let the outer name count.",
+    ),
+    key(
+        "quic",
+        Shape::Word(|| words(&QuicGuard::ALL)),
+        "QUIC where a name is demanded: inspect it (if left out), or deny it.",
+    ),
 ]);
 
 /// `guards` of a profile.
@@ -438,6 +452,12 @@ pub(crate) static DNS: Table = table(&[
     TTL,
     DENY_WITH,
     LIMITS,
+    key(
+        "answer",
+        DNS_ANSWER,
+        "What lookups of addresses are answered with: what the upstream says, or an address of its own for each \
+         name, so that nothing is looked up before a connection is allowed.",
+    ),
 ]);
 
 /// One of `tests`.

@@ -24,6 +24,10 @@ pub(super) const MIGRATIONS: &[Step] = &[
         then: None,
     },
     Step {
+        sql: USES,
+        then: None,
+    },
+    Step {
         sql: LIST_USES,
         then: Some(note_list_uses),
     },
@@ -109,6 +113,10 @@ const CLASSES: &str = "
     ALTER TABLE events ADD COLUMN vm TEXT NOT NULL DEFAULT '';
     CREATE INDEX events_by_class ON events (class, sequence);
     CREATE INDEX events_by_vm ON events (class, vm, sequence);
+";
+
+const USES: &str = "
+    ALTER TABLE grants ADD COLUMN uses TEXT NOT NULL DEFAULT '';     -- one attachment a line, after three sums
 ";
 
 /// Gives events of before the class and the VM that their messages say.

@@ -172,7 +172,7 @@ fn a_yes_beyond_what_the_policy_allows_is_refused_with_the_key_and_a_no_is_not()
         "the grant for its name and port answered it"
     );
     let (_, id) = dp.held(flow("192.0.2.8:443", &[]));
-    let (_, granted, _) = rig.hub.reply(&reply(&id, Answer::Approve)).unwrap();
+    let (_, granted, _, _) = rig.hub.reply(&reply(&id, Answer::Approve)).unwrap();
     let expires = granted.lifetime.unwrap().kind.unwrap();
     assert!(
         matches!(expires, v1::lifetime::Kind::Duration(d) if d.seconds == 3_600),

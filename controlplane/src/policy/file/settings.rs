@@ -15,6 +15,7 @@ use crate::policy::settings::{
     Profile, QUERIES_MAX, Settings, TTL_MAX, WidestScope,
 };
 use crate::policy::yaml::{Node, Value};
+use crate::policy::{EchGuard, NameGuards, QuicGuard};
 
 /// Profiles that a document may have.
 pub(crate) const PROFILES_MAX: usize = 256;
@@ -141,16 +142,27 @@ pub(super) fn read_guards(
     node: &Node,
     sets: &mut Sets,
     into: &mut Settings,
-) -> Resolvers {
+) -> (Resolvers, NameGuards) {
     let mut fields = reader.fields(node, "guards", &keys::GUARDS);
     read_guard_actions(reader, &mut fields, "guards", into);
+    let ech = fields
+        .take("ech")
+        .and_then(|node| reader.one_of(node, "guards.ech", &EchGuard::ALL));
+    let quic = fields
+        .take("quic")
+        .and_then(|node| reader.one_of(node, "guards.quic", &QuicGuard::ALL));
+    let names = NameGuards {
+        ech: ech.unwrap_or_default(),
+        quic: quic.unwrap_or_default(),
+    };
     let Some(node) = fields.take("resolvers") else {
-        return Resolvers::default();
+        return (Resolvers::default(), names);
     };
     let nodes = reader.list(node, "guards.resolvers", LIST_MAX);
     let is_prefix = |node: &&Node| matches!(&node.value, Value::Text(text) if text.parse::<IpNet>().is_ok() || text.parse::<std::net::IpAddr>().is_ok());
     let (prefixes, others): (Vec<&Node>, Vec<&Node>) = nodes.iter().partition(is_prefix);
-    sets.resolvers(reader, prefixes, &others, "guards.resolvers")
+    let resolvers = sets.resolvers(reader, prefixes, &others, "guards.resolvers");
+    (resolvers, names)
 }
 
 /// `approvals`.

@@ -9,6 +9,7 @@ mod property;
 mod resolvers;
 mod sets;
 mod settings;
+mod synthetic;
 
 use std::collections::BTreeMap;
 use std::net::IpAddr;

@@ -127,7 +127,7 @@ fn a_guard_that_is_off_is_opened_by_broad_rules_and_the_others_stand() {
     );
     refused(
         "guards: {daemon: off}\n",
-        "p.yaml:1:10: key \"daemon\" is not known in guards (expected metadata, host, privateFromDns, guests, dns or resolvers)",
+        "p.yaml:1:10: key \"daemon\" is not known in guards (expected metadata, host, privateFromDns, guests, dns, resolvers, ech or quic)",
     );
 }
 

@@ -20,6 +20,9 @@ fn treat(rig: &mut Rig, dns: DnsSettings, loss_grace: Duration) {
         forwards_closed: false,
         lookup_hold: Duration::from_secs(4),
         hold: HOLD,
+        deny_ech: true,
+        deny_quic: false,
+        synthetic_answers: false,
         dns,
         loss_grace,
     }));
@@ -70,6 +73,7 @@ fn allow_lookups(rig: &mut Rig) {
         grant: String::new(),
         reason: Reason::new("default", "allow", "because"),
         would_deny: false,
+        synthetic_only: false,
         name_demand: NameDemand::Off,
         names: Vec::new(),
     })));
