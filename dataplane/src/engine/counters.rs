@@ -25,6 +25,7 @@ impl Engine {
             ("decisions_unnamed", self.tally.unnamed),
             ("verdicts_evicted", self.cache.evictions),
             ("bindings_evicted", self.bindings.evicted()),
+            ("connections_unopened", self.unopened),
         ];
         let dhcp = DhcpIgnored::ALL.map(|why| (why.word(), self.dhcp.0[why as usize]));
         own.into_iter()

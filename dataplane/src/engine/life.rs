@@ -6,6 +6,7 @@ use vnet_proto::model::{FlowId, MissId, Protocol, Reason};
 
 use crate::engine::flow::{Flow, State};
 use crate::engine::judge::Wanted;
+use crate::engine::stack::Phase;
 use crate::engine::tcp::{DialError, TCP_IDLE};
 use crate::engine::timer::Timer;
 use crate::engine::{ECHO_IDLE, Engine, Event, Time, datagram};
@@ -13,6 +14,9 @@ use crate::message::{FlowEnd, FlowOpened, MissEnd, Report, flow_id};
 
 /// How long a connection that both sides have closed may wait for the last acknowledgement.
 const CLOSING_IDLE: Duration = Duration::from_secs(60);
+/// How long a handshake towards the guest may go on. A live guest answers in microseconds; one that does not
+/// is given as long as Linux repeats a SYN-ACK (63 s).
+pub const OPENING_PATIENCE: Duration = Duration::from_secs(60);
 /// The least time ahead that a flow's timer is set.
 const TIMER_STEP: Duration = Duration::from_millis(1);
 /// When rings of a quiet connection give memory back.
@@ -74,6 +78,11 @@ impl Engine {
     /// Ends a flow: out of the table, its host socket closed, the session told. What the guest still
     /// has to see must be queued before.
     pub(super) fn end_flow(&mut self, at: usize, end: FlowEnd) {
+        self.end_flow_with(at, end, !matches!(end, FlowEnd::Finished | FlowEnd::Idle));
+    }
+
+    /// As [`Self::end_flow`]; `reset` says whether the host's side sees a RST.
+    fn end_flow_with(&mut self, at: usize, end: FlowEnd, reset: bool) {
         let Some(flow) = self.flows.remove(at) else { return };
         if let Some(kind) = flow.kind() {
             *self.count_of(kind) -= 1;
@@ -106,7 +115,6 @@ impl Engine {
             }
             State::Dialing { .. } | State::Tcp(_) | State::Udp | State::Echo => {}
         }
-        let reset = !matches!(end, FlowEnd::Finished | FlowEnd::Idle);
         self.events.push_back(Event::Close { flow: at, reset });
         self.report(Report::FlowClosed {
             flow: flow.id,
@@ -163,7 +171,9 @@ impl Engine {
                 .map_or(waiting.deadline, |g| g.min(waiting.deadline)),
             State::Dialing { deadline, .. } => *deadline,
             State::Tcp(connection) | State::Service(connection) => {
-                let quiet = if connection.is_closing() {
+                let quiet = if connection.phase() == Phase::Opening {
+                    OPENING_PATIENCE
+                } else if connection.is_closing() {
                     CLOSING_IDLE
                 } else if now < flow.last_active + SHRINK_IDLE {
                     SHRINK_IDLE
@@ -232,6 +242,13 @@ impl Engine {
             }
             State::Tcp(connection) | State::Service(connection) => {
                 let quiet = now.saturating_sub(flow.last_active);
+                if connection.phase() == Phase::Opening && quiet >= OPENING_PATIENCE {
+                    // Nothing has passed, and nobody must wait for what will not come.
+                    self.unopened += 1;
+                    self.reset_guest(now, at);
+                    self.end_flow_with(at, FlowEnd::Idle, true);
+                    return;
+                }
                 if quiet >= TCP_IDLE || (connection.is_closing() && quiet >= CLOSING_IDLE) {
                     self.reset_guest(now, at);
                     self.end_flow(at, FlowEnd::Idle);

@@ -276,6 +276,8 @@ pub struct Engine {
     clock: Time,
     report_set: bool,
     drops: [u64; DropReason::ALL.len()],
+    /// Connections that were given up before the guest had opened them.
+    unopened: u64,
 }
 
 impl Engine {
@@ -321,6 +323,7 @@ impl Engine {
             clock: Time::ZERO,
             report_set: false,
             drops: [0; DropReason::ALL.len()],
+            unopened: 0,
             settings,
             config,
             surroundings,
