@@ -116,7 +116,7 @@ fn install(cache: &mut Cache, prefix: &str, ports: PortRange) {
         name_demand: NameDemand::Off,
         names: Vec::new(),
     };
-    let decision = Arc::new(Decision::new(Time::ZERO, &verdict, Standing::default()));
+    let decision = Arc::new(Decision::new(Time::ZERO, &verdict, Standing::default(), None));
     cache.install(&verdict, &decision, None);
 }
 

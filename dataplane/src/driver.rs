@@ -486,10 +486,11 @@ impl Driver {
         self.dirty.dedup();
         let mut again = Vec::new();
         for at in std::mem::take(&mut self.dirty) {
+            let room = self.engine.room(at);
             if let Some(HostSocket::Tcp(tcp)) = self.sockets.get_mut(at)
                 && let Some(connection) = self.engine.connection(at)
             {
-                let moved = tcp.transfer(connection);
+                let moved = tcp.transfer(connection, room);
                 if moved.up + moved.down != 0 {
                     self.engine.count_bytes(now, at, moved.up, moved.down);
                 }

@@ -10,8 +10,8 @@ use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 use std::time::{Duration, SystemTime};
 
 use vnet_proto::model::{
-    CommandId, Epoch, FlowId, FlowSubject, Miss, MissId, Mode, Name, Protocol, Reason, Subject, Verdict,
-    VerdictAction, VmId,
+    Budget, CommandId, Epoch, FlowId, FlowSubject, Miss, MissId, Mode, Name, Protocol, Reason, Subject,
+    Verdict, VerdictAction, VmId,
 };
 
 /// Bits of a [`MissId`] or [`FlowId`] that count within one guest; those above are its [`VmId`].
@@ -129,6 +129,13 @@ pub enum Report {
         count: u64,
         /// Observe mode let through what would have been denied.
         would_deny: bool,
+    },
+    /// What a guest has used of grants with budgets, each in all.
+    Uses {
+        /// Whose.
+        vm: VmId,
+        /// Grants, and what was used.
+        uses: Vec<(String, Budget)>,
     },
     /// A lookup taught addresses.
     Binding {
@@ -318,6 +325,13 @@ pub enum Order {
         epoch: Epoch,
         /// How long from now.
         lease: Duration,
+    },
+    /// How much of a grant's budget this VM may use in all.
+    Limit {
+        /// The grant.
+        grant: String,
+        /// How much; `None`: the grant has ended, and need not be counted.
+        limit: Option<Budget>,
     },
     /// How this VM is treated.
     Settings(Settings),

@@ -64,7 +64,8 @@ pub enum Command {
             The answer holds for the VM that asked, until it stops, in the narrowest scope: name and port \
             where a name is known, else address and port. What is held and covered goes through at once.",
         after_help = "Examples:\n  vnetctl approve \"$(vnetctl pending list -o json | jq -r '.[0].id')\"\n  \
-            vnetctl approve 01ab --for 1h --reason 'package upgrade'\n  vnetctl approve 01ab --scope subdomains --all-vms --forever"
+            vnetctl approve 01ab --for 1h --reason 'package upgrade'\n  vnetctl approve 01ab --scope subdomains --all-vms --forever\n  \
+            vnetctl approve --vm web --matching '*.example.com'"
     )]
     Approve(ApproveArgs),
     /// Answer no to pending requests, or deny a destination
@@ -72,7 +73,7 @@ pub enum Command {
         long_about = "Answer no to pending requests, or deny a destination.\n\n\
             Of a request: for the VM that asked, until it stops, in the narrowest scope. Of a destination: for \
             ever, for the only VM there is or those you name. Live flows that it covers are cut.",
-        after_help = "Examples:\n  vnetctl deny 01ab\n  vnetctl deny tcp 192.0.2.7:443\n  \
+        after_help = "Examples:\n  vnetctl deny 01ab\n  vnetctl deny --matching '*.ads.example'\n  vnetctl deny tcp 192.0.2.7:443\n  \
             vnetctl deny domain '*.malware.example' --all-vms"
     )]
     Deny(DenyArgs),

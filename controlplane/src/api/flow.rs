@@ -42,7 +42,10 @@ impl FlowService for Api {
         request: Request<v1::CloseFlowRequest>,
     ) -> Result<Response<v1::CloseFlowResponse>, Status> {
         let actor = actor(&request);
-        let flow = self.hub.close_flow(&request.into_inner().id, &actor)?;
-        Ok(Response::new(v1::CloseFlowResponse { flow: Some(flow) }))
+        let (flow, ticket) = self.hub.close_flow(&request.into_inner().id, &actor)?;
+        Ok(Response::new(v1::CloseFlowResponse {
+            flow: Some(flow),
+            cut: Some(self.hub.report(ticket).await),
+        }))
     }
 }

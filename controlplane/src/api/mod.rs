@@ -104,13 +104,3 @@ fn stream<T: Send + 'static>(watch: Watch<T>, gap: impl Fn(u64) -> T + Send + 's
         },
     ))
 }
-
-/// Refuses a budget: what cannot be enforced to its end is not accepted.
-fn no_budget(budget: Option<v1::Budget>) -> Result<(), Refusal> {
-    if budget.is_some_and(|b| b != v1::Budget::default()) {
-        return Err(Refusal::NotBuilt {
-            what: "a grant with a budget",
-        });
-    }
-    Ok(())
-}

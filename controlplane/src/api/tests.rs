@@ -9,7 +9,7 @@ use tokio_stream::StreamExt as _;
 use tonic::transport::{Channel, Endpoint, Uri};
 use tonic::{Code, Request};
 use tonic_types::StatusExt as _;
-use vnet_proto::model::Subject;
+use vnet_proto::model::{Subject, Target};
 use vnet_proto::v1;
 use vnet_proto::v1::dataplane_service_client::DataplaneServiceClient;
 use vnet_proto::v1::event_service_client::EventServiceClient;
@@ -321,19 +321,109 @@ async fn what_is_not_built_says_so_with_a_detail() {
         ..Default::default()
     };
     not_built(policy.apply_policy(confirm).await.unwrap_err());
-    let budget = v1::CreateGrantRequest {
-        budget: Some(v1::Budget {
-            connections: 1,
+}
+
+#[tokio::test]
+async fn a_budget_is_kept_and_shown_and_one_that_means_nothing_is_refused_by_its_field() {
+    let served = Served::start(false).await;
+    let mut grants = GrantServiceClient::new(served.channel("api").await);
+    let budget = v1::Budget {
+        connections: 3,
+        bytes_up: 5 << 20,
+        bytes_down: 0,
+    };
+    let wanted = v1::CreateGrantRequest {
+        action: v1::Action::Allow.into(),
+        target: Some((&"tcp 192.0.2.7:443".parse::<Target>().unwrap()).into()),
+        vms: Some(v1::VmSelector {
+            all: true,
             ..Default::default()
         }),
+        budget: Some(budget),
         ..Default::default()
     };
-    not_built(
-        GrantServiceClient::new(channel)
-            .create_grant(budget)
-            .await
-            .unwrap_err(),
+    let made = grants
+        .create_grant(wanted.clone())
+        .await
+        .unwrap()
+        .into_inner()
+        .grant
+        .unwrap();
+    assert_eq!((made.budget, made.used), (Some(budget), None));
+    let listed = grants
+        .list_grants(v1::ListGrantsRequest::default())
+        .await
+        .unwrap();
+    assert_eq!(listed.into_inner().grants, [made]);
+
+    let deny = v1::CreateGrantRequest {
+        action: v1::Action::Deny.into(),
+        ..wanted.clone()
+    };
+    let once = v1::CreateGrantRequest {
+        lifetime: Some(v1::Lifetime {
+            kind: Some(v1::lifetime::Kind::Once(true)),
+        }),
+        ..wanted.clone()
+    };
+    let lookup = v1::CreateGrantRequest {
+        target: Some((&"lookup example.com".parse::<Target>().unwrap()).into()),
+        ..wanted
+    };
+    for request in [deny, once, lookup] {
+        let refused = grants.create_grant(request).await.unwrap_err();
+        assert_eq!(refused.code(), Code::InvalidArgument);
+        let details = refused.get_details_bad_request().unwrap();
+        assert_eq!(details.field_violations[0].field, "budget");
+    }
+}
+
+#[tokio::test]
+async fn a_request_that_is_looked_at_says_what_each_answer_would_cover() {
+    let served = Served::start(true).await;
+    let (say, mut told) = served.session(hello(1, vec![vm_up(1, "web")])).await;
+    next(&mut told).await;
+    let subject = flow("192.0.2.7:443", &[]);
+    let Subject::Flow(flowing) = &subject else {
+        panic!()
+    };
+    // A flow of before: the history has it.
+    say.send(request(Message::FlowOpened(v1::FlowOpened {
+        flow_id: 1,
+        vm: 1,
+        subject: Some(flowing.into()),
+        ..Default::default()
+    })))
+    .await
+    .unwrap();
+    say.send(miss(1, &subject)).await.unwrap();
+    let id = loop {
+        if let Told::Held(held) = next(&mut told).await {
+            break held.pending_id;
+        }
+    };
+    let mut pending = PendingServiceClient::new(served.channel("api").await);
+    let listed = pending
+        .list_pending(v1::ListPendingRequest::default())
+        .await
+        .unwrap();
+    assert_eq!(
+        listed.into_inner().requests[0].options,
+        [],
+        "nothing is counted for a list"
     );
+    let found = pending.get_pending(v1::GetPendingRequest { id }).await.unwrap();
+    let found = found.into_inner().request.unwrap();
+    let scopes: Vec<i32> = found.options.iter().map(|o| o.scope).collect();
+    assert_eq!(scopes, found.scopes);
+    let narrowest = &found.options[0];
+    assert_eq!(narrowest.target, found.target);
+    let covers: Vec<[u64; 3]> = narrowest
+        .reaches
+        .iter()
+        .map(|r| [r.vm_count.into(), r.requests.into(), r.past_flows])
+        .collect();
+    assert_eq!(covers, [[1, 1, 1]; 2]);
 }
 
 #[tokio::test]

@@ -64,6 +64,11 @@ pub(crate) fn target(request: &Request, scope: Scope, lookup_only: bool) -> Opti
     }
 }
 
+/// The registrable domain of what is asked for, by which requests are shown together.
+pub(crate) fn domain(request: &Request) -> Option<&str> {
+    psl::domain_str(request.names.first()?.as_str())
+}
+
 fn any_port(key: &FlowKey) -> Target {
     Target::Address {
         protocol: Some(key.protocol),

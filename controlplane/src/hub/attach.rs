@@ -230,6 +230,7 @@ impl State {
         }
         // Flows that are still there are told again below, and keep nothing of the old session.
         for (_, flow) in old_flows {
+            self.budgets.remove(&flow);
             if let Some(vm) = self.fleet.vms.get_mut(&flow.vm) {
                 vm.live_flows = vm.live_flows.saturating_sub(1);
             }
@@ -256,6 +257,7 @@ impl State {
                 closed_addresses: Vec::new(),
             }),
         );
+        self.count_malformed(|state| state.handle_uses(now, number, hello.uses));
         for flow in hello.live_flows {
             self.count_malformed(|state| state.handle_flow_opened(now, number, flow));
         }
@@ -288,7 +290,9 @@ impl State {
                 }
             }
             Message::FlowClosed(flow) => self.handle_flow_closed(now, number, flow),
-            Message::FlowStats(stats) => self.handle_flow_stats(number, stats),
+            Message::FlowStats(stats) => {
+                self.count_malformed(|state| state.handle_flow_stats(now, number, stats));
+            }
             Message::Decided(decided) => {
                 self.count_malformed(|state| state.handle_decided(now, number, decided));
             }
@@ -452,7 +456,7 @@ impl State {
             name: name.to_owned(),
             switch_open: vm.effective.is_switch_open(),
             forwards_closed: vm.effective.closes_forwards(),
-            lookup_hold: convert::span(vm.lookup_hold.min(vm.effective.approval_timeout())),
+            lookup_hold: convert::span(lookup_hold(vm)),
         })
     }
 
@@ -677,4 +681,12 @@ fn counts(counts: HashMap<String, u64>) -> BTreeMap<String, u64> {
 
 fn malformed(error: Malformed) -> Status {
     Refusal::from(error).into()
+}
+/// How long a VM's lookups may wait for their verdicts. Where policy holds nothing for a person, those that
+/// need none still take their time.
+fn lookup_hold(vm: &Vm) -> Duration {
+    match vm.effective.approval_timeout() {
+        Duration::ZERO => vm.lookup_hold,
+        timeout => vm.lookup_hold.min(timeout),
+    }
 }

@@ -5,6 +5,7 @@ use vnet_proto::model::{
 };
 use vnet_proto::v1;
 
+use super::budgets::Issued;
 use super::events::{about, on_subject};
 use super::repeats::Key;
 use super::{State, ids};
@@ -125,7 +126,19 @@ impl State {
             Outcome::Drop => VerdictAction::Drop,
             Outcome::Ask => return self.ask(now, name, miss, subject, packets, decision.reason),
         };
+        let mut issued = Issued::default();
         if let Some(id) = &decision.grant {
+            if action == VerdictAction::Allow {
+                let is_flow = matches!(subject, Subject::Flow(_));
+                issued = match self.issue(now, id, name, miss, is_flow) {
+                    Some(issued) => issued,
+                    None => {
+                        let text = "too many connections await their opening under grants with budgets";
+                        let reason = Reason::new("limit", "reserved", text);
+                        return self.deny_once(now, name, miss, &subject, reason);
+                    }
+                };
+            }
             let what = match subject {
                 Subject::Flow(_) => Use::Flow,
                 Subject::Lookup(_) => Use::Lookup,
@@ -151,8 +164,8 @@ impl State {
             found: decision.found,
             epoch,
             expires_in,
-            once: decision.once,
-            budget: decision.budget,
+            once: decision.once || issued.once,
+            budget: issued.allowance,
             grant: decision.grant.map(|g| g.0).unwrap_or_default(),
             reason: decision.reason,
             would_deny: decision.would_deny,
@@ -184,6 +197,15 @@ impl State {
         let (outcome, changes) = self.pending.ask(now.steady, ask);
         match outcome {
             AskOutcome::Opened(id) | AskOutcome::Joined(id) => {
+                if hold.is_zero() {
+                    let text = format!(
+                        "approvalTimeout is 0, so that nothing is held; request {id} awaits an answer for the \
+                         next attempt"
+                    );
+                    let reason = Reason::new("approval", id.0, text);
+                    self.deny_once(now, name, miss, &subject, reason);
+                    return self.take_up(now, changes);
+                }
                 self.metrics.held.add(1);
                 // Announced again after a reconnect, it keeps the time that it had.
                 let until = self
@@ -212,25 +234,29 @@ impl State {
                     let event = on_subject(event, &subject, &peer);
                     self.repeated_event(now, Key::limit(&reason.text), 1, event);
                 }
-                // For this miss alone: there may be room for the next.
-                self.decided(now, name, &subject, Outcome::Deny, &reason, 1, false, false);
-                self.send_verdict(miss, |epoch| Verdict {
-                    miss: miss.miss,
-                    action: VerdictAction::Deny,
-                    found: exactly(&subject),
-                    epoch,
-                    expires_in: None,
-                    once: true,
-                    budget: None,
-                    grant: String::new(),
-                    reason,
-                    would_deny: false,
-                    name_demand: NameDemand::Off,
-                    names: Vec::new(),
-                });
+                self.deny_once(now, name, miss, &subject, reason);
             }
         }
         self.take_up(now, changes);
+    }
+
+    /// Denies a miss, and it alone: there may be room, or an answer, for the next.
+    fn deny_once(&mut self, now: Now, name: &str, miss: MissRef, subject: &Subject, reason: Reason) {
+        self.decided(now, name, subject, Outcome::Deny, &reason, 1, false, false);
+        self.send_verdict(miss, |epoch| Verdict {
+            miss: miss.miss,
+            action: VerdictAction::Deny,
+            found: exactly(subject),
+            epoch,
+            expires_in: None,
+            once: true,
+            budget: None,
+            grant: String::new(),
+            reason,
+            would_deny: false,
+            name_demand: NameDemand::Off,
+            names: Vec::new(),
+        });
     }
 
     /// Records what became of a flow or lookup. Flows that were let through are recorded when they open.
@@ -324,11 +350,11 @@ impl State {
         match decision.outcome {
             Outcome::Allow => true,
             // Its grant was for this very flow: only what outranks any grant takes it back.
-            Outcome::Ask => flow.once,
+            Outcome::Ask => self.rests(flow),
             Outcome::Deny | Outcome::Drop => {
                 let blocked = matches!(vm.effective.mode(), Some(Mode::Block | Mode::Quarantine));
                 let step = decision.reason.step.as_str();
-                flow.once && !blocked && !matches!(step, "mode" | "rule" | "grant")
+                self.rests(flow) && !blocked && !matches!(step, "mode" | "rule" | "grant")
             }
         }
     }
@@ -400,6 +426,7 @@ impl State {
             dataplane: number,
             miss: MissId(ended.miss_id),
         };
+        self.release(miss);
         let changes = self.pending.miss_ended(now.steady, miss, end);
         self.take_up(now, changes);
     }

@@ -7,22 +7,28 @@
 //! - [`attach`](self): dataplanes and VMs come and go.
 //! - `decide`: a miss becomes a verdict or a question.
 //! - `traffic`: what dataplanes report of flows, lookups and bindings.
+//! - `budgets`: what is used of grants that have one.
 //! - `change`: what can alter a decision: the epoch, revocations, cuts.
 //! - `answers`, `policies`, `vms`, `commands`: what people and programs do.
+//! - `reach`: what an answer would cover.
 //! - `events`: what happened; `repeats`: what happens again and again.
 
 mod answers;
 mod attach;
+mod budgets;
 mod change;
 mod commands;
 mod decide;
 mod events;
 mod ids;
 mod policies;
+mod reach;
 mod repeats;
 mod traffic;
 mod vms;
 
+#[cfg(test)]
+mod budget_tests;
 #[cfg(test)]
 mod tests;
 
@@ -37,7 +43,7 @@ use crate::approval::{Change as PendingChange, PendingTable};
 use crate::clock::{Clock, Now};
 use crate::convert;
 use crate::fleet::{Fleet, LOST_GRACE};
-use crate::grant::{GrantId, Grants};
+use crate::grant::{GrantId, Grants, VmInstance};
 use crate::metrics::Metrics;
 use crate::policy::ListCache;
 use crate::refusal::Refusal;
@@ -53,8 +59,10 @@ pub use events::EventFilter;
 pub(crate) use policies::DEFAULT;
 pub(crate) use policies::without_content;
 pub use policies::{Applied, Candidate};
+pub use reach::{BINDINGS_COUNTED_MAX, LABELS_OFFERED_MAX, Offers, PAST_FLOWS_MAX};
 pub use vms::VmUpdate;
 
+use budgets::Budgets;
 use change::Change;
 use events::EventLog;
 use policies::NamedPolicy;
@@ -91,6 +99,7 @@ struct State {
     fleet: Fleet,
     policies: BTreeMap<String, NamedPolicy>,
     grants: Grants,
+    budgets: Budgets,
     pending: PendingTable,
     /// What was set for VMs, by name, attached or not.
     set: BTreeMap<String, StoredVm>,
@@ -138,6 +147,7 @@ impl Hub {
             fleet: Fleet::default(),
             policies: BTreeMap::new(),
             grants: Grants::default(),
+            budgets: Budgets::default(),
             pending: PendingTable::new(),
             set: snapshot.vms,
             restored: None,
@@ -192,6 +202,7 @@ impl Hub {
     pub fn close(&self) {
         self.with(|state, now| {
             state.tell_repeats(now);
+            state.save_spent();
             state.events.watchers.close();
             state.pending_watches.close();
             state.vm_watches.close();
@@ -277,6 +288,7 @@ impl State {
                 "a grant ended",
             );
         }
+        self.tick_budgets(now);
         self.end_rules(now);
         let changes = self.pending.expire(now.steady);
         self.take_up(now, changes);
@@ -319,6 +331,7 @@ impl State {
         let mut instances = HashSet::new();
         for stored in grants {
             let id = stored.grant.id.clone();
+            let uses = stored.uses.clone();
             match convert::stored_grant(stored) {
                 Ok(grant) if grant.has_ended(now.steady) => self.writes.push(Write::DeleteGrant(id)),
                 Ok(grant) => {
@@ -326,6 +339,8 @@ impl State {
                     if let Err(e) = self.grants.insert(grant) {
                         tracing::warn!(grant = id, error = %e, "stored grant left out");
                     }
+                    let uses = uses.into_iter().map(|(vm, used)| (VmInstance(vm), used));
+                    self.grants.restore_uses(&GrantId(id), uses);
                 }
                 Err(e) => tracing::warn!(grant = id, error = %e, "stored grant left out"),
             }

@@ -3,13 +3,14 @@
 use std::time::SystemTime;
 
 use vnet_proto::model::{
-    FlowId, FlowSubject, Malformed, Name, Reason, Subject, VmId, VmSelector, address_from_bytes,
+    FlowId, FlowSubject, Malformed, MissId, Name, Reason, Subject, VmId, VmSelector, address_from_bytes,
 };
 use vnet_proto::v1;
 
 use super::events::{about, of_peer, on_subject};
 use super::repeats::Key;
-use super::{Hub, State, ids, too_many_watches};
+use super::{Hub, State, Ticket, ids, too_many_watches};
+use crate::approval::MissRef;
 use crate::clock::Now;
 use crate::convert;
 use crate::fleet::{Binding, DataplaneNo, FLOWS_PER_DATAPLANE_MAX, LiveFlow};
@@ -54,7 +55,7 @@ impl Hub {
     ///
     /// # Errors
     /// [`Refusal`] if no flow, or several, have ids that begin so.
-    pub fn close_flow(&self, prefix: &str, actor: &str) -> Result<v1::Flow, Refusal> {
+    pub fn close_flow(&self, prefix: &str, actor: &str) -> Result<(v1::Flow, Ticket), Refusal> {
         self.read(|state, _| {
             if prefix.len() < ID_PREFIX_MIN {
                 return Err(Refusal::field(
@@ -96,8 +97,10 @@ impl Hub {
                     flow.id
                 )));
             }
-            state.cut(None, number, vec![id], &format!("closed by {actor}"));
-            Ok(flow)
+            let ticket = state.ticket();
+            state.cut(Some(ticket.id()), number, vec![id], &format!("closed by {actor}"));
+            state.finish_if_done(ticket.id());
+            Ok((flow, ticket))
         })
     }
 }
@@ -179,6 +182,11 @@ impl State {
         self.refresh_grants(&name);
         // What a verdict in force let through is allowed; a forward's flow never had one.
         let allowed = (stands && !flow.ingress) || self.is_allowed(number, &flow);
+        // It was counted before it was told.
+        self.release(MissRef {
+            dataplane: number,
+            miss: MissId(message.miss_id),
+        });
         let subject = Subject::Flow(flow.subject.clone());
         let text = format!("{name} opened {}{}", flow.subject.key, of_peer(&flow.peer));
         let event = v1::Event {
@@ -194,14 +202,17 @@ impl State {
         };
         self.event(now, event);
         self.publish_flow(v1::FlowChange::Added, &flow);
+        self.budgets.add(&flow);
         let replaced = self
             .fleet
             .dataplanes
             .get_mut(&number)
-            .and_then(|d| d.flows.insert(id, flow))
-            .is_some();
+            .and_then(|d| d.flows.insert(id, flow));
+        if let Some(replaced) = &replaced {
+            self.budgets.remove(replaced);
+        }
         if let Some(vm) = self.fleet.vms.get_mut(&name) {
-            vm.live_flows += u64::from(!replaced);
+            vm.live_flows += u64::from(replaced.is_none());
         }
         if !allowed {
             let change = self.open_change_of(number);
@@ -232,6 +243,7 @@ impl State {
 
     /// A flow is gone from its dataplane's table.
     pub(super) fn flow_ended(&mut self, now: Now, flow: LiveFlow, end: v1::FlowEnd) {
+        self.budgets.remove(&flow);
         if let Some(vm) = self.fleet.vms.get_mut(&flow.vm) {
             vm.live_flows = vm.live_flows.saturating_sub(1);
         }
@@ -272,7 +284,12 @@ impl State {
         self.event(now, event);
     }
 
-    pub(super) fn handle_flow_stats(&mut self, number: DataplaneNo, stats: v1::FlowStats) {
+    pub(super) fn handle_flow_stats(
+        &mut self,
+        now: Now,
+        number: DataplaneNo,
+        stats: v1::FlowStats,
+    ) -> Result<(), Malformed> {
         for count in stats.counts {
             let flows = self.fleet.dataplanes.get_mut(&number).map(|d| &mut d.flows);
             let Some(flow) = flows.and_then(|f| f.get_mut(&FlowId(count.flow_id))) else {
@@ -286,6 +303,7 @@ impl State {
                 self.publish_flow(v1::FlowChange::Updated, &flow);
             }
         }
+        self.handle_uses(now, number, stats.uses)
     }
 
     /// The dataplane's cache answered.

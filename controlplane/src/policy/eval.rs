@@ -12,7 +12,7 @@ use std::time::SystemTime;
 use vnet_proto::model::special::judged;
 use vnet_proto::model::{
     Budget, FlowMatch, FlowSubject, Guard, GuardSet, LookupMatch, LookupSubject, Mode, Name, NameDemand,
-    Reason, Target,
+    Reason, Subject, Target,
 };
 
 use crate::grant::{Grant, GrantId, ReadyGrant, VmGrants, VmView};
@@ -145,6 +145,22 @@ pub fn overruled_by(context: &Context<'_>, grant: &Grant) -> Option<String> {
     };
     let first = context.policy.rules().find(|rule| covers(rule))?;
     first.action.refuses().then(|| first.label.clone())
+}
+
+/// Whether a grant that allows matches a flow or lookup, and names every guard that a flow is under: it would
+/// let through what nothing before it decides.
+pub(crate) fn would_let_through(context: &Context<'_>, ready: &ReadyGrant, subject: &Subject) -> bool {
+    match subject {
+        Subject::Flow(flow) => {
+            let guards = guards_in_force(context, flow);
+            let mut region = Region::around(flow, context.guarded);
+            ready.flows && opens(context, &ready.test, flow, guards, &mut region)
+        }
+        Subject::Lookup(lookup) => {
+            let names = ready.test.names.as_ref();
+            ready.lookups && names.is_some_and(|names| names.contains(&lookup.name))
+        }
+    }
 }
 
 fn flow_answer(context: &Context<'_>, flow: &FlowSubject, region: &mut Region) -> Answer {

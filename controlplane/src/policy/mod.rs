@@ -30,6 +30,7 @@ mod tests;
 
 pub use document::{DefaultAction, DnsPolicy, Policy, PolicyError, PolicyErrors, PolicyWarning};
 pub use effective::{APPROVAL_TIMEOUT, Effective, Modes, OWN_POLICY, OwnPolicy, PolicyInForce, claimants};
+pub(crate) use eval::would_let_through;
 pub use eval::{
     Context, Decision, FlowDecision, LookupDecision, Outcome, PeerView, decide_flow, decide_lookup,
     overruled_by,

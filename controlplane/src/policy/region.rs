@@ -9,7 +9,7 @@ use std::sync::Arc;
 
 use ipnet::IpNet;
 use vnet_proto::model::special::judged;
-use vnet_proto::model::{FlowMatch, FlowSubject, PortRange, Protocol};
+use vnet_proto::model::{FlowMatch, FlowSubject, Name, PortRange, Protocol};
 
 use crate::policy::{GuardedRanges, NameSet, PortSet, PrefixSet};
 
@@ -82,6 +82,14 @@ impl FlowTest {
     /// parts together would; it never says yes where one flow is left out.
     pub fn covers_but_for_names(&self, other: &FlowTest) -> bool {
         self.protocols.has_all(other.protocols) && self.covers_ports(other) && self.covers_prefixes(other)
+    }
+
+    /// Whether it holds of a flow, guards aside.
+    pub(crate) fn covers_flow(&self, protocol: Protocol, address: IpAddr, port: u16, names: &[Name]) -> bool {
+        self.protocols.contains(protocol)
+            && (self.prefixes.is_empty() || self.prefixes.contains(address))
+            && (self.ports.is_empty() || self.ports.range_of(port).is_some())
+            && (self.names.as_ref()).is_none_or(|wanted| names.iter().any(|name| wanted.contains(name)))
     }
 
     /// Whether it has every port that `other` has.

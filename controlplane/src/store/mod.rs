@@ -20,6 +20,7 @@ use std::path::PathBuf;
 use std::str::FromStr;
 use std::time::SystemTime;
 
+use vnet_proto::model::Budget;
 use vnet_proto::v1;
 
 pub use memory::MemoryStore;
@@ -124,6 +125,8 @@ pub struct StoredGrant {
     pub grant: v1::Grant,
     /// Attachments of VMs that an "until the VM stops" grant is bound to.
     pub instances: Vec<String>,
+    /// What attachments of VMs have told of their use of its budget; it is part of `grant.used`.
+    pub uses: Vec<(String, Budget)>,
 }
 
 /// What was set for a VM by name.

@@ -12,6 +12,7 @@ use std::time::SystemTime;
 use nix::fcntl::{Flock, FlockArg};
 use prost::Message;
 use rusqlite::{Connection, OptionalExtension as _, params, params_from_iter, types::Value};
+use vnet_proto::model::Budget;
 use vnet_proto::v1;
 
 use super::retention::Census;
@@ -87,16 +88,19 @@ impl SqliteStore {
 impl Store for SqliteStore {
     fn load(&mut self) -> Result<Snapshot, StoreError> {
         let mut snapshot = Snapshot::default();
-        let mut grants = self.connection.prepare("SELECT message, instances FROM grants")?;
+        let mut grants = self
+            .connection
+            .prepare("SELECT message, instances, uses FROM grants")?;
         let mut rows = grants.query([])?;
         while let Some(row) = rows.next()? {
-            let instances: String = row.get(1)?;
+            let (instances, uses): (String, String) = (row.get(1)?, row.get(2)?);
             snapshot.grants.push(StoredGrant {
                 grant: decode(
                     "grants",
                     row.get_ref(0)?.as_blob().map_err(rusqlite::Error::from)?,
                 )?,
                 instances: instances.lines().map(str::to_owned).collect(),
+                uses: uses.lines().filter_map(read_use).collect(),
             });
         }
         let mut policies = self.connection.prepare(
@@ -135,12 +139,13 @@ impl Store for SqliteStore {
             match write {
                 Write::PutGrant(stored) => transaction
                     .prepare_cached(
-                        "INSERT OR REPLACE INTO grants (id, message, instances) VALUES (?1, ?2, ?3)",
+                        "INSERT OR REPLACE INTO grants (id, message, instances, uses) VALUES (?1, ?2, ?3, ?4)",
                     )?
                     .execute(params![
                         stored.grant.id,
                         stored.grant.encode_to_vec(),
-                        stored.instances.join("\n")
+                        stored.instances.join("\n"),
+                        stored.uses.iter().map(write_use).collect::<String>()
                     ])?,
                 Write::DeleteGrant(id) => transaction
                     .prepare_cached("DELETE FROM grants WHERE id = ?1")?
@@ -321,6 +326,25 @@ impl Store for SqliteStore {
             .query_row("SELECT max(sequence) FROM events", [], |row| row.get(0))?;
         Ok(last.map_or(0, |last| u64::try_from(last).unwrap_or(0)))
     }
+}
+
+/// A VM's use of a budget as one line: connections, bytes up, bytes down, and the attachment.
+fn write_use((vm, used): &(String, Budget)) -> String {
+    format!(
+        "{} {} {} {vm}\n",
+        used.connections, used.bytes_up, used.bytes_down
+    )
+}
+
+fn read_use(line: &str) -> Option<(String, Budget)> {
+    let mut parts = line.splitn(4, ' ');
+    let mut number = || parts.next()?.parse().ok();
+    let used = Budget {
+        connections: number()?,
+        bytes_up: number()?,
+        bytes_down: number()?,
+    };
+    Some((parts.next()?.to_owned(), used))
 }
 
 fn take_census(connection: &Connection) -> Result<Census, StoreError> {

@@ -6,7 +6,7 @@
 //! thousand. A verdict that would need one shape too many is narrowed to the flow that missed. The
 //! hash is keyed at random: a guest cannot aim at its buckets.
 //!
-//! What ends an entry: its own expiry, the lease (for allows), a later epoch, or a change of the names
+//! What ends an entry: its own expiry or budget, the lease (for allows), a later epoch, or a change of the names
 //! bound to its address, if they were looked at.
 
 use std::collections::VecDeque;
@@ -20,6 +20,7 @@ use vnet_proto::model::{
 };
 
 use crate::engine::Time;
+use crate::engine::budget::Meter;
 
 /// Flow verdicts kept.
 pub const FLOW_ENTRIES_MAX: usize = 131_072;
@@ -41,6 +42,8 @@ pub struct Decision {
     pub expires_at: Option<Time>,
     /// The grant that it rests on; empty for none.
     pub grant: String,
+    /// What counts this guest's use of that grant, if it has a budget.
+    pub meter: Option<Arc<Meter>>,
     /// Why.
     pub reason: Reason,
     /// Observe mode let through what would have been denied.
@@ -62,9 +65,10 @@ pub struct Standing {
 
 impl Decision {
     /// What a verdict that arrives now decides, for what stands so.
-    pub fn new(now: Time, verdict: &Verdict, standing: Standing) -> Self {
+    pub fn new(now: Time, verdict: &Verdict, standing: Standing, meter: Option<Arc<Meter>>) -> Self {
         Self {
             standing,
+            meter,
             action: verdict.action,
             epoch: verdict.epoch,
             expires_at: verdict.expires_in.map(|d| now.saturating_add(d)),
@@ -183,7 +187,8 @@ impl Cache {
 
     fn holds(&self, now: Time, decision: &Decision) -> bool {
         let leased = decision.action != VerdictAction::Allow || now < self.lease_until;
-        leased && decision.expires_at.is_none_or(|at| now < at)
+        let in_budget = decision.meter.as_ref().is_none_or(|meter| !meter.is_used_up());
+        leased && in_budget && decision.expires_at.is_none_or(|at| now < at)
     }
 
     /// Takes a verdict that is not for once. The caller has checked its epoch. `flow` is the flow
@@ -403,7 +408,7 @@ mod tests {
     fn put(cache: &mut Cache, verdict: &Verdict, flow: Option<&FlowKey>) {
         cache.install(
             verdict,
-            &Arc::new(Decision::new(Time::ZERO, verdict, Standing::default())),
+            &Arc::new(Decision::new(Time::ZERO, verdict, Standing::default(), None)),
             flow,
         );
     }

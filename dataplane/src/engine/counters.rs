@@ -24,6 +24,7 @@ impl Engine {
         let own = [
             ("decisions_unnamed", self.tally.unnamed),
             ("verdicts_evicted", self.cache.evictions),
+            ("budgets_refused", self.budgets.refused),
             ("bindings_evicted", self.bindings.evicted()),
             ("connections_unopened", self.unopened),
         ];

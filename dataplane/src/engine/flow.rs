@@ -31,6 +31,8 @@ pub struct Flow {
     pub ingress: bool,
     /// Where it is in its life.
     pub state: State,
+    /// What let it through has a budget.
+    pub metered: bool,
     /// What let it through; `None` while held, for ingress and for the gateway's own services.
     pub decision: Option<Arc<Decision>>,
     /// When something last passed.
@@ -82,6 +84,7 @@ impl Flow {
             neighbour: wanted.neighbour,
             ingress: false,
             state,
+            metered: false,
             decision: None,
             last_active: now,
             opened_at: SystemTime::now(),

@@ -136,6 +136,7 @@ impl Engine {
                 }),
                 expires_at: None,
                 grant: String::new(),
+                meter: None,
                 reason: Reason::new("guard", "daemon", "a vnet daemon listens there; nothing opens it"),
                 would_deny: false,
                 standing,

@@ -52,6 +52,7 @@ impl Engine {
 
     /// A flow was let through: tell the session.
     pub(super) fn report_opened(&mut self, now: Time, at: usize, miss: Option<MissId>) {
+        self.count_connection(at);
         let Some(flow) = self.flows.get(at) else { return };
         let (wanted, ingress) = (flow.wanted(), flow.ingress);
         let subject = self.subject(now, &wanted);
@@ -132,9 +133,13 @@ impl Engine {
         flow.last_active = now;
         flow.bytes_up += up as u64;
         flow.bytes_down += down as u64;
+        let is_metered = flow.metered;
         if !std::mem::replace(&mut flow.touched, true) {
             self.touched.push(at);
             self.want_report(now);
+        }
+        if is_metered {
+            self.count_under_budget(now, at, up as u64, down as u64);
         }
     }
 

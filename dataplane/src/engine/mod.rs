@@ -18,6 +18,7 @@
 //! datagram is lent from the frame it came in.
 
 pub mod bindings;
+pub mod budget;
 pub mod cache;
 mod counters;
 mod datagram;
@@ -59,6 +60,7 @@ use rand::rngs::StdRng;
 use vnet_proto::model::{FlowId, GuardSet, Protocol, VmId};
 
 use crate::engine::bindings::Bindings;
+use crate::engine::budget::Budgets;
 use crate::engine::cache::Cache;
 use crate::engine::counters::DhcpCounts;
 use crate::engine::discovery::Ipv6Config;
@@ -255,6 +257,7 @@ pub struct Engine {
     held: Held,
     tally: Tally,
     bindings: Bindings,
+    budgets: Budgets,
     dhcp: DhcpCounts,
     dns: Dns,
     /// What was counted when it was last reported.
@@ -306,6 +309,7 @@ impl Engine {
             held: Held::new(config.vm, config.hold),
             tally: Tally::default(),
             bindings: Bindings::default(),
+            budgets: Budgets::default(),
             dhcp: DhcpCounts::default(),
             dns: Dns::new(config.lookup_hold),
             counted: BTreeMap::new(),
@@ -407,6 +411,7 @@ impl Engine {
                 Timer::Report => self.handle_report_timeout(),
                 Timer::Dns => self.handle_dns_timeout(now),
                 Timer::Bindings => self.handle_bindings_timeout(now),
+                Timer::Budgets => self.handle_budgets_timeout(now),
                 Timer::Advertise => self.handle_advertise_timeout(now),
             }
         }
@@ -427,5 +432,6 @@ impl Engine {
         for at in self.flows.places() {
             self.end_flow(at, FlowEnd::VmDown);
         }
+        self.tell_last_uses();
     }
 }

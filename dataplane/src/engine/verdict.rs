@@ -14,7 +14,7 @@ use crate::engine::held::HeldMiss;
 use crate::engine::ip::Ip;
 use crate::engine::judge::Wanted;
 use crate::engine::reply::{self, TcpHeader, Unreachable};
-use crate::engine::{Engine, Time};
+use crate::engine::{Engine, Time, budget};
 use crate::message::{FlowEnd, MissEnd, Order, Report};
 
 impl Engine {
@@ -59,6 +59,7 @@ impl Engine {
                     self.cut_targeted(now);
                 }
             }
+            Order::Limit { grant, limit } => self.handle_limit(now, &grant, limit),
             Order::GuardsChanged => self.cache.clear(),
             Order::WayChanged => self.handle_way_changed(),
         }
@@ -104,8 +105,12 @@ impl Engine {
             }
             None => None,
         };
-        let decision = Arc::new(Decision::new(now, verdict, standing));
-        if verdict.once {
+        let Some(meter) = self.meter_of(now, &verdict.grant, verdict.budget) else {
+            // What cannot be counted is not let through: it ends at its deadline.
+            return;
+        };
+        let decision = Arc::new(Decision::new(now, verdict, standing, meter));
+        if verdict.once || budget::is_for_once(verdict.budget) {
             self.answer_once(now, verdict.miss, &decision);
             return;
         }

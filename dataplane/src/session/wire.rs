@@ -4,7 +4,7 @@
 use std::net::{IpAddr, SocketAddr};
 use std::time::{Duration, Instant};
 
-use vnet_proto::model::{Epoch, Malformed, Name, NameError, Protocol, VmId, address_to_bytes};
+use vnet_proto::model::{Budget, Epoch, Malformed, Name, NameError, Protocol, VmId, address_to_bytes};
 use vnet_proto::v1;
 use vnet_proto::v1::session_request::Message;
 
@@ -101,6 +101,14 @@ pub(super) fn binding(
     }
 }
 
+pub(super) fn grant_use(vm: VmId, grant: &str, used: Budget) -> v1::GrantUse {
+    v1::GrantUse {
+        vm: vm.0,
+        grant_id: grant.to_owned(),
+        used: Some(used.into()),
+    }
+}
+
 pub(super) fn host_addresses(addresses: &[IpAddr]) -> v1::HostAddresses {
     v1::HostAddresses {
         addresses: addresses.iter().copied().map(address_to_bytes).collect(),
@@ -138,6 +146,14 @@ pub(super) fn report(report: &Report, epoch: Option<Epoch>) -> Option<Message> {
                     bytes_up: *up,
                     bytes_down: *down,
                 })
+                .collect(),
+            uses: Vec::new(),
+        }),
+        Report::Uses { vm, uses } => Message::FlowStats(v1::FlowStats {
+            counts: Vec::new(),
+            uses: uses
+                .iter()
+                .map(|(grant, used)| grant_use(*vm, grant, *used))
                 .collect(),
         }),
         Report::Decided {

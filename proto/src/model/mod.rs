@@ -23,7 +23,7 @@ pub use matching::{FlowMatch, LookupMatch, PortRange};
 pub use name::{Name, NameError, NamePattern};
 pub use selector::VmSelector;
 pub use target::{Target, TargetError};
-pub use verdict::{Budget, Match, NameDemand, Reason, Verdict, VerdictAction};
+pub use verdict::{Allowance, Budget, Match, NameDemand, Reason, Verdict, VerdictAction};
 
 /// Why a message was refused. Each variant names the field and what was found.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]

@@ -8,6 +8,7 @@ pub mod events;
 pub mod flows;
 pub mod forward;
 pub mod grants;
+pub mod matching;
 pub mod pending;
 pub mod policy;
 pub mod questions;

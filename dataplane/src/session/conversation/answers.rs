@@ -1,4 +1,4 @@
-//! What the controlplane decides: verdicts, how long a miss may wait, leases, and how a guest is treated.
+//! What the controlplane decides: verdicts, how long a miss may wait, leases, budgets, and how a guest is treated.
 //!
 //! Nothing here is acknowledged. What is malformed decides nothing, and a miss ends at its deadline.
 
@@ -90,6 +90,21 @@ impl Conversation {
                 .of(RefusedMessage::StaleHeartbeat)
                 .increment();
         }
+        Ok(())
+    }
+
+    pub(super) fn budget_limit(&mut self, message: v1::BudgetLimit) -> Result<(), String> {
+        let (vm, grant) = (VmId(message.vm), message.grant_id);
+        let limit = match (message.limit, message.ended) {
+            (None, true) => {
+                self.mirror.grant_ended(vm, &grant);
+                None
+            }
+            (Some(limit), false) => Some(limit.into()),
+            _ => return Err("a budget_limit has either a limit or an end".to_owned()),
+        };
+        // A guest that is gone uses nothing more.
+        self.router.send(vm, Input::Order(Order::Limit { grant, limit }));
         Ok(())
     }
 

@@ -797,6 +797,7 @@ async fn a_full_mirror_cuts_the_flow_and_counts_the_rest() {
             misses: 1,
             flows: 1,
             bindings: 1,
+            uses: 1,
         },
     )
     .welcomed();
