@@ -12,6 +12,7 @@ use vnet_proto::v1;
 use vnet_proto::v1::session_request::Message;
 
 use super::events::about;
+use super::limits;
 use super::{HEARTBEAT, Hub, LEASE, State};
 use crate::clock::Now;
 use crate::convert;
@@ -475,8 +476,9 @@ impl State {
         vm.addresses = status.addresses;
         vm.mac = status.mac;
         vm.claimed_hostname = status.claimed_hostname;
-        vm.dropped_frames = counts(status.dropped_frames);
-        vm.counters = counts(status.counters);
+        let dropped = std::mem::replace(&mut vm.dropped_frames, counts(status.dropped_frames));
+        let counted = std::mem::replace(&mut vm.counters, counts(status.counters));
+        let reached = limits::reached([&dropped, &counted], [&vm.dropped_frames, &vm.counters]);
         let name = vm.view.name.clone();
         match (was_attached, status.attached) {
             (true, false) => {
@@ -493,6 +495,7 @@ impl State {
             }
             _ => {}
         }
+        self.limits_reached(now, &name, reached);
         self.publish_vm(v1::VmChange::Updated, &name);
     }
 

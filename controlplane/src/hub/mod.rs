@@ -21,6 +21,7 @@ mod commands;
 mod decide;
 mod events;
 mod ids;
+mod limits;
 mod policies;
 mod reach;
 mod repeats;

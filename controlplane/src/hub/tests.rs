@@ -856,6 +856,33 @@ fn what_a_dataplane_counts_of_a_vm_is_shown_with_it() {
     assert_eq!(rig.hub.vm("web").unwrap().counters.len(), 256, "no more are kept");
 }
 
+#[tokio::test]
+async fn limits_that_a_vm_met_are_in_the_history_once_a_minute_with_their_count() {
+    let rig = Rig::open();
+    let dp = rig.dataplane("web");
+    for refused in [1, 4, 40] {
+        dp.say(Message::VmStatus(v1::VmStatus {
+            vm: 1,
+            attached: true,
+            dropped_frames: [("flow_limit".to_owned(), refused), ("denied".to_owned(), 7)].into(),
+            ..Default::default()
+        }));
+    }
+    rig.hub.bring_history_up_to_date();
+    let all = crate::store::EventQuery {
+        limit: 1_000,
+        ..Default::default()
+    };
+    let events = rig.hub.writer().events(all).await.unwrap();
+    let reached: Vec<_> = events
+        .iter()
+        .filter(|e| e.kind() == v1::EventKind::LimitReached)
+        .map(|e| (e.vm.as_str(), e.count))
+        .collect();
+    // Newest first: the 39 that followed in one, the first at once.
+    assert_eq!(reached, [("web", 39), ("web", 0)]);
+}
+
 #[test]
 fn watches_begin_with_what_is_there() {
     let rig = Rig::secure();
