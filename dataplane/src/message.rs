@@ -424,6 +424,8 @@ pub enum Input {
         /// How it ended.
         end: FlowEnd,
     },
+    /// Give up so many flows that have a descriptor of the host's: other guests have less than their share.
+    MakeWay(usize),
     /// Another guest is gone.
     GuestGone(VmId),
     /// End the driver; its link closes.

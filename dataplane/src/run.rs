@@ -11,6 +11,7 @@ use tokio::sync::mpsc;
 
 use crate::args::Args;
 use crate::config::{Config, ControlplaneUrl, ListenAt, Transport, VmConfig, VmSettings, default_name};
+use crate::descriptors::Descriptors;
 use crate::egress::resolver::{Resolver, ResolverConfig, Upstreams};
 use crate::egress::way::{ANYWHERE, has_way};
 use crate::engine::discovery::Ipv6Config;
@@ -152,7 +153,7 @@ fn take(flag: &'static str, fd: i32) -> Result<std::os::fd::OwnedFd, RunError> {
 /// # Errors
 /// [`RunError`].
 pub async fn run(config: Config) -> Result<(), RunError> {
-    raise_descriptor_limit();
+    let descriptors = Descriptors::of_process();
     let metrics = Arc::new(Metrics::default());
     let lifeline = config
         .exit_with_fd
@@ -173,12 +174,14 @@ pub async fn run(config: Config) -> Result<(), RunError> {
     let network = make_network(
         &config,
         Arc::clone(&guards),
+        descriptors.clone(),
         Arc::clone(&metrics),
         reports.clone(),
     );
     let forwards = Forwards::new(
         Arc::clone(&network) as Arc<dyn Router>,
         Arc::clone(&metrics),
+        descriptors,
         tokio::runtime::Handle::current(),
     );
     network.set_forwards(forwards.clone());
@@ -275,6 +278,7 @@ async fn lifeline_end(lifeline: Option<std::os::fd::OwnedFd>) {
 fn make_network(
     config: &Config,
     guards: Arc<Guards>,
+    descriptors: Descriptors,
     metrics: Arc<Metrics>,
     reports: mpsc::Sender<Report>,
 ) -> Arc<Network> {
@@ -321,6 +325,7 @@ fn make_network(
         },
         hold: HOLD,
         flows_max: FLOWS_MAX,
+        descriptors,
         metrics,
     };
     Network::new(
@@ -405,16 +410,5 @@ fn guest_spec(vm: &VmConfig) -> GuestSpec {
         resolver_patience: vm.resolver_patience,
         pinned_mac: vm.mac,
         pinned_address: vm.address,
-    }
-}
-
-/// Each flow has a descriptor. Where the limit cannot be raised, dials beyond it fail and say so.
-fn raise_descriptor_limit() {
-    use nix::sys::resource::{Resource, getrlimit, setrlimit};
-    if let Ok((soft, hard)) = getrlimit(Resource::RLIMIT_NOFILE)
-        && soft < hard
-        && let Err(error) = setrlimit(Resource::RLIMIT_NOFILE, hard, hard)
-    {
-        tracing::debug!(%error, "the limit of descriptors stays");
     }
 }

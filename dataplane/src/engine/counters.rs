@@ -27,6 +27,9 @@ impl Engine {
             ("budgets_refused", self.budgets.refused),
             ("bindings_evicted", self.bindings.evicted()),
             ("connections_unopened", self.unopened),
+            ("descriptors_refused", self.descriptors_refused),
+            ("flows_made_way", self.made_way),
+            ("dials_failed", self.dials_failed),
         ];
         let dhcp = DhcpIgnored::ALL.map(|why| (why.word(), self.dhcp.0[why as usize]));
         own.into_iter()

@@ -135,9 +135,11 @@ impl Engine {
                 if let Some(neighbour) = wanted.neighbour {
                     return Ok(self.open_switched(now, ip, wanted, neighbour, decision));
                 }
+                let descriptor = self.take_descriptor().ok_or(DropReason::FlowLimit)?;
                 let at = self.new_flow(now, wanted, state);
                 if let Some(flow) = self.flows.get_mut(at) {
                     flow.decision = Some(decision);
+                    flow.descriptor = Some(descriptor);
                 }
                 self.report_opened(now, at, None);
                 self.schedule(now, at);
@@ -226,6 +228,10 @@ impl Engine {
         };
         // One answer may let many held flows go on at once; the limits hold for them too.
         self.evict_beyond_limit(kind);
+        let Some(descriptor) = self.take_descriptor() else {
+            self.refuse_beyond_limit(now, at);
+            return;
+        };
         let Some(flow) = self.flows.get_mut(at) else {
             return;
         };
@@ -238,6 +244,7 @@ impl Engine {
             _ => State::Echo,
         };
         flow.decision = Some(Arc::clone(decision));
+        flow.descriptor = Some(descriptor);
         flow.last_active = now;
         *self.count_of(kind) += 1;
         self.report_opened(now, at, Some(miss));

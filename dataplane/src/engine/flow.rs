@@ -8,6 +8,7 @@ use ahash::HashMap;
 use slab::Slab;
 use vnet_proto::model::{FlowId, FlowKey, MissId, Protocol, VmId};
 
+use crate::descriptors::Descriptor;
 use crate::engine::Time;
 use crate::engine::cache::Decision;
 use crate::engine::judge::Wanted;
@@ -39,6 +40,8 @@ pub struct Flow {
     pub last_active: Time,
     /// When it opened, for people.
     pub opened_at: SystemTime,
+    /// Of its host socket, if it has or will have one.
+    pub descriptor: Option<Descriptor>,
     /// Bytes from the guest.
     pub bytes_up: u64,
     /// Bytes to the guest.
@@ -88,6 +91,7 @@ impl Flow {
             decision: None,
             last_active: now,
             opened_at: SystemTime::now(),
+            descriptor: None,
             bytes_up: 0,
             bytes_down: 0,
             scheduled: None,

@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use vnet_proto::model::{FlowId, MissId, Protocol, Reason};
 
+use crate::descriptors::Descriptor;
 use crate::engine::flow::{Flow, State};
 use crate::engine::judge::Wanted;
 use crate::engine::stack::Phase;
@@ -84,7 +85,9 @@ impl Engine {
 
     /// As [`Self::end_flow`]; `reset` says whether the host's side sees a RST.
     fn end_flow_with(&mut self, at: usize, end: FlowEnd, reset: bool) {
-        let Some(flow) = self.flows.remove(at) else { return };
+        let Some(mut flow) = self.flows.remove(at) else {
+            return;
+        };
         if let Some(kind) = flow.kind() {
             *self.count_of(kind) -= 1;
         }
@@ -116,13 +119,53 @@ impl Engine {
             }
             State::Dialing { .. } | State::Tcp(_) | State::Udp | State::Echo => {}
         }
-        self.events.push_back(Event::Close { flow: at, reset });
+        let descriptor = flow.descriptor.take();
+        self.events.push_back(Event::Close {
+            flow: at,
+            reset,
+            descriptor,
+        });
         self.report(Report::FlowClosed {
             flow: flow.id,
             end,
             bytes_up: flow.bytes_up,
             bytes_down: flow.bytes_down,
         });
+    }
+
+    /// A descriptor for the host's socket of one flow more, or of a query. `None` is counted: it is to be
+    /// refused.
+    pub(super) fn take_descriptor(&mut self) -> Option<Descriptor> {
+        let taken = self.config.descriptors.take();
+        if let Some((vm, count)) = taken.makes_way {
+            self.events.push_back(Event::MakeWay { vm, count });
+        }
+        if taken.descriptor.is_none() {
+            self.descriptors_refused += 1;
+            self.note_status();
+        }
+        taken.descriptor
+    }
+
+    /// Other guests have less than their share of the host's descriptors, and this one more: ends so many
+    /// flows that have one, the longest idle first.
+    pub fn make_way(&mut self, now: Time, count: usize) {
+        let mut having: Vec<(Time, usize)> = self
+            .flows
+            .places()
+            .into_iter()
+            .filter_map(|at| {
+                let flow = self.flows.get(at)?;
+                flow.descriptor.is_some().then_some((flow.last_active, at))
+            })
+            .collect();
+        having.sort_unstable();
+        for (_, at) in having.into_iter().take(count) {
+            self.cut(now, at, FlowEnd::Evicted);
+            self.made_way += 1;
+        }
+        self.config.descriptors.made_way();
+        self.note_status();
     }
 
     /// Counts bytes that passed on a flow.
@@ -250,6 +293,7 @@ impl Engine {
                 if connection.phase() == Phase::Opening && quiet >= OPENING_PATIENCE {
                     // Nothing has passed, and nobody must wait for what will not come.
                     self.unopened += 1;
+                    self.want_report(now);
                     self.reset_guest(now, at);
                     self.end_flow_with(at, FlowEnd::Idle, true);
                     return;

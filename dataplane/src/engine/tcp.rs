@@ -10,6 +10,7 @@ use std::time::Duration;
 use rand::Rng as _;
 use vnet_proto::model::{FlowKey, Protocol, VerdictAction};
 
+use crate::descriptors::Descriptor;
 use crate::engine::cache::Decision;
 use crate::engine::flow::{State, Waiting};
 use crate::engine::frame::DropReason;
@@ -151,7 +152,10 @@ impl Engine {
                     Ok(self.open_switched(now, ip, wanted, neighbour, decision))
                 }
                 (VerdictAction::Allow, None) => {
-                    self.dial(now, wanted, ip.packet.into(), decision);
+                    let Some(descriptor) = self.take_descriptor() else {
+                        return refuse(self, DropReason::FlowLimit);
+                    };
+                    self.dial(now, wanted, ip.packet.into(), decision, descriptor);
                     Ok(Outcome::Done)
                 }
                 (VerdictAction::Deny, _) => {
@@ -207,7 +211,14 @@ impl Engine {
         true
     }
 
-    fn dial(&mut self, now: Time, wanted: Wanted, syn: Box<[u8]>, decision: Arc<Decision>) {
+    fn dial(
+        &mut self,
+        now: Time,
+        wanted: Wanted,
+        syn: Box<[u8]>,
+        decision: Arc<Decision>,
+        descriptor: Descriptor,
+    ) {
         let at = self.new_flow(
             now,
             wanted,
@@ -216,7 +227,7 @@ impl Engine {
                 deadline: now + DIAL_PATIENCE,
             },
         );
-        self.start_dial(now, at, decision, None);
+        self.start_dial(now, at, decision, None, descriptor);
     }
 
     /// Lets a held flow dial.
@@ -227,6 +238,10 @@ impl Engine {
         decision: &Arc<Decision>,
         miss: vnet_proto::model::MissId,
     ) {
+        let Some(descriptor) = self.take_descriptor() else {
+            self.refuse_beyond_limit(now, at);
+            return;
+        };
         let Some(flow) = self.flows.get_mut(at) else {
             return;
         };
@@ -238,7 +253,7 @@ impl Engine {
             syn,
             deadline: now + DIAL_PATIENCE,
         };
-        self.start_dial(now, at, Arc::clone(decision), Some(miss));
+        self.start_dial(now, at, Arc::clone(decision), Some(miss), descriptor);
     }
 
     fn start_dial(
@@ -247,11 +262,13 @@ impl Engine {
         at: usize,
         decision: Arc<Decision>,
         miss: Option<vnet_proto::model::MissId>,
+        descriptor: Descriptor,
     ) {
         let Some(flow) = self.flows.get_mut(at) else {
             return;
         };
         flow.decision = Some(decision);
+        flow.descriptor = Some(descriptor);
         let to = flow.dialled;
         self.report_opened(now, at, miss);
         self.events.push_back(Event::Dial { flow: at, to });
@@ -304,7 +321,10 @@ impl Engine {
                 }
             }
         }
-        let _ = now;
+        if error == DialError::Local {
+            self.dials_failed += 1;
+            self.want_report(now);
+        }
         self.end_flow(at, FlowEnd::Unreachable);
     }
 
@@ -331,6 +351,7 @@ impl Engine {
             return None;
         }
         let client = self.free_ingress_port(Protocol::Tcp, target)?;
+        let descriptor = self.take_descriptor()?;
         let seed = self.random.next_u64();
         let slot = self.rings.take()?;
         let connection = Connection::connect(now, client, target, self.config.mtu_bytes, slot, seed)?;
@@ -342,6 +363,7 @@ impl Engine {
         let at = self.new_flow(now, Wanted::plain(key), State::Tcp(Box::new(connection)));
         if let Some(flow) = self.flows.get_mut(at) {
             flow.ingress = true;
+            flow.descriptor = Some(descriptor);
         }
         self.report_opened(now, at, None);
         self.mark_dirty(at);

@@ -7,6 +7,7 @@ mod datagram;
 mod identity;
 mod ipv6;
 mod kit;
+mod limits;
 mod neighbours;
 mod tcp;
 mod town;
