@@ -17,7 +17,7 @@ use crate::message::{FlowEnd, FlowOpened, MissEnd, Report, flow_id};
 const CLOSING_IDLE: Duration = Duration::from_secs(60);
 /// How long a handshake towards the guest may go on. A live guest answers in microseconds; one that does not
 /// is given as long as Linux repeats a SYN-ACK (63 s).
-pub const OPENING_PATIENCE: Duration = Duration::from_secs(60);
+pub(super) const OPENING_PATIENCE: Duration = Duration::from_secs(60);
 /// The least time ahead that a flow's timer is set.
 const TIMER_STEP: Duration = Duration::from_millis(1);
 /// When rings of a quiet connection give memory back.

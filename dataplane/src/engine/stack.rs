@@ -193,12 +193,28 @@ impl Connection {
         Ok(taken)
     }
 
-    /// Lends room for what goes to the guest, once; `fill` says how much of it was filled.
+    /// Lends room for what goes to the guest, once; `fill` says how much of it was filled. It is not called
+    /// where there is none.
     pub fn lend_room<E>(&mut self, fill: impl FnOnce(&mut [u8]) -> Result<usize, E>) -> Result<usize, E> {
-        let result = self.socket().send(|room| {
+        let Self {
+            sockets,
+            handle,
+            slot,
+            ..
+        } = self;
+        let result = sockets.get_mut::<Socket<'_>>(*handle).send(|room| {
+            let room = slot.allow(room);
             let length = room.len();
+            if length == 0 {
+                return (0, Ok(0));
+            }
             match fill(room) {
-                Ok(filled) => (filled.min(length), Ok(filled.min(length))),
+                Ok(filled) => {
+                    if filled >= length {
+                        slot.note_filled();
+                    }
+                    (filled.min(length), Ok(filled.min(length)))
+                }
                 Err(error) => (0, Err(error)),
             }
         });
