@@ -98,6 +98,7 @@ pub(crate) fn flow(flow: &LiveFlow) -> v1::Flow {
             subject.dialled.to_string()
         },
         peer_vm: flow.peer.clone(),
+        ended: String::new(),
     }
 }
 

@@ -105,6 +105,7 @@ impl Rig {
             actor: "tester",
             validate_only: false,
             lists: &[],
+            confirm_within: None,
         })
     }
 

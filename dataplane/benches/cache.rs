@@ -113,6 +113,7 @@ fn install(cache: &mut Cache, prefix: &str, ports: PortRange) {
         grant: String::new(),
         reason: Reason::default(),
         would_deny: false,
+        synthetic_only: false,
         name_demand: NameDemand::Off,
         names: Vec::new(),
     };

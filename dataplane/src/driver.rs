@@ -384,6 +384,11 @@ impl Driver {
                     Outcome::Done | Outcome::Switch(_) => {}
                     Outcome::Datagram { flow, payload } => io.send(now, &mut self.engine, flow, payload),
                     Outcome::Echo { flow, message } => io.send(now, &mut self.engine, flow, message),
+                    Outcome::Datagrams { flow, payloads } => {
+                        for payload in &payloads {
+                            io.send(now, &mut self.engine, flow, payload);
+                        }
+                    }
                     Outcome::Pass { flow, packet } => drop(io.pass(now, &mut self.engine, flow, packet)),
                     Outcome::Assembled { flow, payload } => {
                         if !io.pass(now, &mut self.engine, flow, &payload) {

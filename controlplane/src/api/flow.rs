@@ -37,6 +37,19 @@ impl FlowService for Api {
         Ok(Response::new(stream(watch, gap)))
     }
 
+    async fn verify_verdicts(
+        &self,
+        request: Request<v1::VerifyVerdictsRequest>,
+    ) -> Result<Response<v1::VerifyVerdictsResponse>, Status> {
+        let request = request.into_inner();
+        let vms = selector(request.vms)?;
+        let answer = self
+            .hub
+            .verify_verdicts(vms.as_ref(), request.seed, request.points)
+            .await?;
+        Ok(Response::new(answer))
+    }
+
     async fn close_flow(
         &self,
         request: Request<v1::CloseFlowRequest>,

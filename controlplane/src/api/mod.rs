@@ -10,6 +10,7 @@ mod forward;
 mod grant;
 mod pending;
 mod policy;
+mod replay;
 mod vm;
 
 #[cfg(test)]

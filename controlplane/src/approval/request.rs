@@ -164,7 +164,7 @@ impl Request {
     /// What is asked for: one address, protocol and port, or a name to look up.
     pub fn target(&self) -> Target {
         match &self.subject {
-            Subject::Flow(flow) => Target::of_flow(&flow.key),
+            Subject::Flow(flow) => Target::of_subject(flow),
             Subject::Lookup(lookup) => Target::of_name(lookup.name.clone()),
         }
     }

@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
 use std::net::{IpAddr, SocketAddr};
 use std::time::{Duration, SystemTime};
 
-use vnet_proto::model::{GuardSet, Name, Protocol, Reason, Subject, Target, VmId};
+use vnet_proto::model::{Guard, GuardSet, Name, Protocol, Reason, Subject, Target, VmId};
 
 use crate::approval::{
     Answer, AnswerError, Answered, Ask, AskOutcome, Change, Changes, FindError, HeldMiss, Limit, MissEnd,
@@ -511,7 +511,9 @@ impl Question {
             Subject::Flow(flow) => {
                 let (protocol, peer) = (flow.key.protocol, flow.key.peer);
                 match flow.names.first() {
-                    Some(name) if flow.guards.is_empty() && protocol.has_ports() => {
+                    Some(name)
+                        if flow.guards.without(Guard::Synthetic).is_empty() && protocol.has_ports() =>
+                    {
                         Self::NamedFlow(instance, protocol, name.clone(), peer.port())
                     }
                     _ => Self::Flow(instance, protocol, peer, flow.dialled, flow.guards, flow.peer_vm),

@@ -350,6 +350,7 @@ impl State {
             now,
             v1::Event {
                 subject: grant.id.0.clone(),
+                grant: Some(convert::grant(grant, None)),
                 actor: actor.to_owned(),
                 action: match grant.action {
                     GrantAction::Allow => v1::Action::Allow,

@@ -19,7 +19,7 @@ use crate::convert;
 use crate::fleet::{self, DATAPLANES_MAX, Dataplane, DataplaneNo, LOOKUP_HOLD, Link, VMS_MAX, Vm};
 use crate::grant::{VmGrants, VmView};
 use crate::lists;
-use crate::policy::{Effective, GuardedRanges, ListCache, Modes, OwnPolicy};
+use crate::policy::{EchGuard, Effective, GuardedRanges, ListCache, Modes, OwnPolicy, QuicGuard};
 use crate::refusal::Refusal;
 
 /// The version of the session's conversation.
@@ -235,7 +235,7 @@ impl State {
             if let Some(vm) = self.fleet.vms.get_mut(&flow.vm) {
                 vm.live_flows = vm.live_flows.saturating_sub(1);
             }
-            self.publish_flow(v1::FlowChange::Removed, &flow);
+            self.publish_flow(v1::FlowChange::Removed, &flow, "is told anew");
         }
         let mut settings = Vec::new();
         for up in ups {
@@ -457,7 +457,10 @@ impl State {
             name: name.to_owned(),
             switch_open: vm.effective.is_switch_open(),
             forwards_closed: vm.effective.closes_forwards(),
+            synthetic_answers: vm.effective.synthetic_answers(),
             lookup_hold: convert::span(lookup_hold(vm)),
+            ech_outer: vm.effective.name_guards().ech == EchGuard::Outer,
+            quic_denied: vm.effective.name_guards().quic == QuicGuard::Deny,
         })
     }
 
@@ -510,7 +513,7 @@ impl State {
         };
         let flows: Vec<_> = dataplane.flows.extract_if(|_, flow| flow.vm == name).collect();
         for (_, flow) in flows {
-            self.flow_ended(now, flow, v1::FlowEnd::VmDown);
+            self.flow_ended(now, flow, v1::FlowEnd::VmDown, None);
         }
         let Some(instance) = self.fleet.vms.get(&name).map(|vm| vm.view.instance.clone()) else {
             return;

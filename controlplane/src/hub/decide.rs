@@ -14,7 +14,9 @@ use crate::clock::Now;
 use crate::convert;
 use crate::fleet::{DataplaneNo, Fleet, LiveFlow, Vm};
 use crate::grant::{Grant, GrantId, Lifetime, Use};
-use crate::policy::{Context, Decision, GuardedRanges, Outcome, PeerView, decide_flow, decide_lookup};
+use crate::policy::{
+    Context, Decision, GuardedRanges, Outcome, PeerView, decide_flow, decide_live, decide_lookup,
+};
 
 /// Spent grants for once that are remembered.
 const SPENT_MAX: usize = 4_096;
@@ -65,6 +67,7 @@ fn with_match<M>(decision: Decision<M>, found: impl FnOnce(M) -> Match) -> Decis
         expires_at: decision.expires_at,
         name_demand: decision.name_demand,
         names: decision.names,
+        synthetic_only: decision.synthetic_only,
         remedy: decision.remedy,
     }
 }
@@ -171,6 +174,7 @@ impl State {
             would_deny: decision.would_deny,
             name_demand: decision.name_demand,
             names: decision.names,
+            synthetic_only: decision.synthetic_only,
         });
     }
 
@@ -256,6 +260,7 @@ impl State {
             would_deny: false,
             name_demand: NameDemand::Off,
             names: Vec::new(),
+            synthetic_only: false,
         });
     }
 
@@ -346,7 +351,7 @@ impl State {
             .subject
             .peer_vm
             .and_then(|handle| self.fleet.vm_of(number, handle));
-        let decision = decide_flow(&context(vm, &dataplane.guarded, peer), &flow.subject);
+        let decision = decide_live(&context(vm, &dataplane.guarded, peer), &flow.subject);
         match decision.outcome {
             Outcome::Allow => true,
             // Its grant was for this very flow: only what outranks any grant takes it back.

@@ -9,8 +9,11 @@
 //! - `traffic`: what dataplanes report of flows, lookups and bindings.
 //! - `budgets`: what is used of grants that have one.
 //! - `change`: what can alter a decision: the epoch, revocations, cuts.
+//! - `verify`: what dataplanes have cached, decided anew.
+//! - `confirm`: policies that go by themselves unless they are confirmed.
 //! - `answers`, `policies`, `vms`, `commands`: what people and programs do.
 //! - `reach`: what an answer would cover.
+//! - `history`: what is recorded, as policies can be asked about it.
 //! - `events`: what happened; `repeats`: what happens again and again.
 
 mod answers;
@@ -18,14 +21,17 @@ mod attach;
 mod budgets;
 mod change;
 mod commands;
+mod confirm;
 mod decide;
 mod events;
+mod history;
 mod ids;
 mod limits;
 mod policies;
 mod reach;
 mod repeats;
 mod traffic;
+mod verify;
 mod vms;
 
 #[cfg(test)]
@@ -56,7 +62,9 @@ pub use answers::{NewGrant, Reply};
 pub(crate) use attach::Attachment;
 pub use attach::SessionKey;
 pub use change::Ticket;
+pub(crate) use confirm::confirm_within;
 pub use events::EventFilter;
+pub use history::{Recalled, Span};
 pub(crate) use policies::DEFAULT;
 pub(crate) use policies::without_content;
 pub use policies::{Applied, Candidate};
@@ -169,7 +177,13 @@ impl Hub {
             metrics: Arc::clone(&metrics),
         };
         let lists = ListCache::default();
-        state.restore(now, snapshot.grants, snapshot.policies, &lists);
+        state.restore(
+            now,
+            snapshot.grants,
+            snapshot.policies,
+            snapshot.fallbacks,
+            &lists,
+        );
         Ok(Self {
             state: Mutex::new(state),
             writer,
@@ -291,6 +305,7 @@ impl State {
         }
         self.tick_budgets(now);
         self.end_rules(now);
+        self.end_unconfirmed(now);
         let changes = self.pending.expire(now.steady);
         self.take_up(now, changes);
 
@@ -327,6 +342,7 @@ impl State {
         now: Now,
         grants: Vec<crate::store::StoredGrant>,
         policies: Vec<v1::Policy>,
+        fallbacks: Vec<v1::Policy>,
         lists: &ListCache,
     ) {
         let mut instances = HashSet::new();
@@ -357,10 +373,13 @@ impl State {
         }
         for policy in policies {
             let name = policy.name.clone();
-            if let Err(e) = self.restore_policy(policy, lists) {
+            let fallback = fallbacks.iter().find(|fallback| fallback.name == name);
+            if let Err(e) = self.restore_policy(policy, fallback, lists) {
                 tracing::error!(policy = name, error = %e, "stored policy does not load: VMs under it are blocked");
             }
         }
+        // Before anybody is served under a revision whose time ran out while nothing ran.
+        self.end_unconfirmed(now);
     }
 
     /// Tells watchers and history what happened to requests, and decides anew what they let go.

@@ -1,5 +1,9 @@
+mod confirm;
 mod guests;
+mod history;
+mod names;
 mod reach;
+mod verify;
 
 use std::time::Duration;
 
@@ -345,6 +349,7 @@ fn a_wrong_policy_changes_nothing_and_an_old_etag_is_refused() {
         actor: "x",
         validate_only: false,
         lists: &[],
+        confirm_within: None,
     };
     assert!(matches!(rig.hub.apply_policy(stale), Err(Refusal::Changed(_))));
     let checked = Candidate {
@@ -1045,6 +1050,7 @@ fn listed<'a>(lists: &'a [v1::PolicyList]) -> Candidate<'a> {
         actor: "x",
         validate_only: false,
         lists,
+        confirm_within: None,
     }
 }
 

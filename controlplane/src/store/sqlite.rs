@@ -11,13 +11,13 @@ use std::time::SystemTime;
 
 use nix::fcntl::{Flock, FlockArg};
 use prost::Message;
-use rusqlite::{Connection, OptionalExtension as _, params, params_from_iter, types::Value};
+use rusqlite::{Connection, OptionalExtension as _, Transaction, params, params_from_iter, types::Value};
 use vnet_proto::model::Budget;
 use vnet_proto::v1;
 
 use super::retention::Census;
 use super::schema::{MIGRATIONS, VERSION};
-use super::{Class, EventQuery, Snapshot, Store, StoreError, StoredGrant, StoredVm, Write};
+use super::{Class, EventQuery, Snapshot, Store, StoreError, StoredGrant, StoredVm, Write, confirmed};
 use crate::lists::described;
 use crate::paths;
 
@@ -71,6 +71,16 @@ impl SqliteStore {
 }
 
 impl SqliteStore {
+    fn revision(&self, name: &str, revision: u64) -> Result<Option<v1::Policy>, StoreError> {
+        let message: Option<Vec<u8>> = self
+            .connection
+            .prepare_cached("SELECT message FROM policies WHERE name = ?1 AND revision = ?2")?
+            .query_row(params![name, number(revision)], |row| row.get(0))
+            .optional()?;
+        let policy = message.map(|bytes| decode("policies", &bytes)).transpose()?;
+        policy.map(|policy| self.with_lists(policy)).transpose()
+    }
+
     /// With the content of its lists. One that is missing stays empty, and is refused where it is read.
     fn with_lists(&self, mut policy: v1::Policy) -> Result<v1::Policy, StoreError> {
         for list in &mut policy.lists {
@@ -113,7 +123,13 @@ impl Store for SqliteStore {
                 "policies",
                 row.get_ref(0)?.as_blob().map_err(rusqlite::Error::from)?,
             )?;
-            snapshot.policies.push(self.with_lists(policy)?);
+            let policy: v1::Policy = self.with_lists(policy)?;
+            if policy.confirm_until.is_some() {
+                snapshot
+                    .fallbacks
+                    .extend(self.revision(&policy.name, policy.falls_back_to)?);
+            }
+            snapshot.policies.push(policy);
         }
         let mut vms = self
             .connection
@@ -153,7 +169,8 @@ impl Store for SqliteStore {
                 Write::PutPolicy(policy) => {
                     let mut insert = transaction
                         .prepare_cached("INSERT OR IGNORE INTO lists (sha256, content) VALUES (?1, ?2)")?;
-                    for list in &policy.lists {
+                    // One that comes without its content is there already.
+                    for list in policy.lists.iter().filter(|list| !list.content.is_empty()) {
                         insert.execute(params![list.sha256, list.content])?;
                     }
                     let message = v1::Policy {
@@ -168,6 +185,7 @@ impl Store for SqliteStore {
                             message.encode_to_vec()
                         ])?
                 }
+                Write::ConfirmPolicy { name, revision } => confirm(&transaction, name, *revision)?,
                 Write::PutVm(name, Some(stored)) => transaction
                     .prepare_cached(
                         "INSERT OR REPLACE INTO vms (name, mode, labels, instance) VALUES (?1, ?2, ?3, ?4)",
@@ -187,13 +205,7 @@ impl Store for SqliteStore {
     }
 
     fn policy(&mut self, name: &str, revision: u64) -> Result<Option<v1::Policy>, StoreError> {
-        let message: Option<Vec<u8>> = self
-            .connection
-            .prepare_cached("SELECT message FROM policies WHERE name = ?1 AND revision = ?2")?
-            .query_row(params![name, number(revision)], |row| row.get(0))
-            .optional()?;
-        let policy = message.map(|bytes| decode("policies", &bytes)).transpose()?;
-        policy.map(|policy| self.with_lists(policy)).transpose()
+        self.revision(name, revision)
     }
 
     fn revisions(&mut self, name: &str, before: u64, limit: usize) -> Result<Vec<v1::Policy>, StoreError> {
@@ -345,6 +357,18 @@ fn read_use(line: &str) -> Option<(String, Budget)> {
         bytes_down: number()?,
     };
     Some((parts.next()?.to_owned(), used))
+}
+
+fn confirm(transaction: &Transaction<'_>, name: &str, revision: u64) -> Result<usize, StoreError> {
+    let message: Option<Vec<u8>> = transaction
+        .prepare_cached("SELECT message FROM policies WHERE name = ?1 AND revision = ?2")?
+        .query_row(params![name, number(revision)], |row| row.get(0))
+        .optional()?;
+    let Some(message) = message else { return Ok(0) };
+    let confirmed = confirmed(decode("policies", &message)?);
+    Ok(transaction
+        .prepare_cached("UPDATE policies SET message = ?3 WHERE name = ?1 AND revision = ?2")?
+        .execute(params![name, number(revision), confirmed.encode_to_vec()])?)
 }
 
 fn take_census(connection: &Connection) -> Result<Census, StoreError> {

@@ -9,18 +9,21 @@
 //! What ends an entry: its own expiry or budget, the lease (for allows), a later epoch, or a change of the names
 //! bound to its address, if they were looked at.
 
+mod report;
+
 use std::collections::VecDeque;
 use std::net::IpAddr;
 use std::sync::Arc;
 
 use ahash::{HashMap, HashMapExt as _};
 use vnet_proto::model::{
-    Epoch, FlowKey, FlowMatch, GuardSet, LookupMatch, Match, Name, PortRange, Protocol, Reason, Verdict,
-    VerdictAction, VmId,
+    Epoch, FlowKey, FlowMatch, GuardSet, LookupMatch, Match, Name, NameDemand, PortRange, Protocol, Reason,
+    Verdict, VerdictAction, VmId,
 };
 
 use crate::engine::Time;
-use crate::engine::budget::Meter;
+use crate::engine::budget::{self, Meter};
+use crate::engine::inspect::{Level, NameList};
 
 /// Flow verdicts kept.
 pub const FLOW_ENTRIES_MAX: usize = 131_072;
@@ -48,9 +51,25 @@ pub struct Decision {
     pub reason: Reason,
     /// Observe mode let through what would have been denied.
     pub would_deny: bool,
+    /// It is for one flow or lookup only.
+    pub once: bool,
+    /// A lookup that it allows is answered with a synthetic address, and nothing of it goes upstream.
+    pub synthetic_only: bool,
     /// How what missed stood. No match reaches across it: a flow that stands otherwise is a miss,
     /// whatever the match says.
     pub standing: Standing,
+    /// What a flow must say of its name; `None`: nothing. It is here and not in the miss's answer alone, so
+    /// that a hit demands what the miss did.
+    pub naming: Option<Naming>,
+}
+
+/// What a flow must say of the name that its verdict rests on.
+#[derive(Debug, Clone)]
+pub struct Naming {
+    /// How much, as the verdict says.
+    pub demand: NameDemand,
+    /// Which names, at which ports: those that the verdict is for.
+    pub names: Arc<NameList>,
 }
 
 /// What holds of a destination at one moment and does not show in its address.
@@ -75,7 +94,36 @@ impl Decision {
             grant: verdict.grant.clone(),
             reason: verdict.reason.clone(),
             would_deny: verdict.would_deny,
+            once: verdict.once || budget::is_for_once(verdict.budget),
+            synthetic_only: verdict.synthetic_only,
+            naming: Naming::of(verdict),
         }
+    }
+
+    /// What is demanded of one flow that rests on it.
+    pub fn level(&self, key: &FlowKey) -> Option<Level> {
+        let naming = self.naming.as_ref()?;
+        match naming.demand.of(key.protocol, key.peer.port()) {
+            NameDemand::Require => Some(Level::Require),
+            NameDemand::IfPresent | NameDemand::ByPort => Some(Level::MatchIfPresent),
+            NameDemand::Off => None,
+        }
+    }
+}
+
+impl Naming {
+    fn of(verdict: &Verdict) -> Option<Self> {
+        let Match::Flow(found) = &verdict.found else {
+            return None;
+        };
+        let demanded = verdict.action == VerdictAction::Allow && verdict.name_demand != NameDemand::Off;
+        demanded.then(|| Self {
+            demand: verdict.name_demand,
+            names: Arc::new(NameList {
+                names: verdict.names.clone(),
+                ports: found.ports,
+            }),
+        })
     }
 }
 
@@ -183,6 +231,12 @@ impl Cache {
         found
             .or(self.any_name.as_ref())
             .filter(|decision| self.holds(now, decision))
+    }
+
+    /// Whether a decision could be made again now: it is of the epoch in force, leased, and not over.
+    pub fn stands(&self, now: Time, decision: &Decision) -> bool {
+        let in_force = self.epoch.is_some_and(|epoch| decision.epoch.stands_under(epoch));
+        in_force && self.holds(now, decision)
     }
 
     fn holds(&self, now: Time, decision: &Decision) -> bool {
@@ -398,6 +452,7 @@ mod tests {
             once: false,
             budget: None,
             grant: String::new(),
+            synthetic_only: false,
             reason: Reason::default(),
             would_deny: false,
             name_demand: NameDemand::Off,

@@ -34,12 +34,14 @@ pub mod ip;
 mod judge;
 mod life;
 mod lookup;
+mod naming;
 pub mod reply;
 mod report;
 pub mod ring;
 pub mod stack;
 mod station;
 pub mod switch;
+pub mod synthetic;
 mod tally;
 pub mod tcp;
 mod timer;
@@ -71,9 +73,11 @@ use crate::engine::frame::{Body, DropReason, Frame};
 use crate::engine::gateway::dhcp::DhcpOutcome;
 use crate::engine::gateway::dns::Dns;
 use crate::engine::held::Held;
+use crate::engine::inspect::InspectRefusal;
 use crate::engine::ring::RingPool;
 use crate::engine::switch::Neighbour;
 use crate::engine::switch::flow::Targeted;
+use crate::engine::synthetic::table::Synthetics;
 use crate::engine::tally::Tally;
 use crate::engine::timer::{Timer, Timers};
 use crate::engine::transmit::Transmit;
@@ -182,6 +186,13 @@ pub enum Outcome<'a> {
         /// The payload, message or packet.
         payload: Vec<u8>,
     },
+    /// As several [`Outcome::Datagram`]: some that waited until the name in them was whole, oldest first.
+    Datagrams {
+        /// The flow's place.
+        flow: usize,
+        /// The payloads.
+        payloads: Vec<Box<[u8]>>,
+    },
     /// Pass the frame to the guest that has this MAC address, or to all; with the address as its
     /// destination. If the one that it is for is not open: [`Engine::handle_unswitched`].
     Switch(Mac),
@@ -271,6 +282,7 @@ pub struct Engine {
     held: Held,
     tally: Tally,
     bindings: Bindings,
+    synthetics: Synthetics,
     budgets: Budgets,
     dhcp: DhcpCounts,
     dns: Dns,
@@ -301,6 +313,8 @@ pub struct Engine {
     made_way: u64,
     /// Dials that the host itself refused.
     dials_failed: u64,
+    /// Flows refused for their name, by [`InspectRefusal::WORDS`].
+    name_refusals: [u64; InspectRefusal::WORDS.len()],
 }
 
 impl Engine {
@@ -310,8 +324,11 @@ impl Engine {
             name,
             switch_open: false,
             forwards_closed: false,
+            synthetic_answers: false,
             lookup_hold: config.lookup_hold,
             hold: config.hold,
+            deny_ech: true,
+            deny_quic: false,
         };
         Self {
             transmit: Transmit::new(config.gateway_mac),
@@ -329,6 +346,7 @@ impl Engine {
             held: Held::new(config.vm, config.hold),
             tally: Tally::default(),
             bindings: Bindings::default(),
+            synthetics: Synthetics::default(),
             budgets: Budgets::default(),
             dhcp: DhcpCounts::default(),
             dns: Dns::new(config.lookup_hold),
@@ -351,6 +369,7 @@ impl Engine {
             descriptors_refused: 0,
             made_way: 0,
             dials_failed: 0,
+            name_refusals: [0; InspectRefusal::WORDS.len()],
             settings,
             config,
             surroundings,

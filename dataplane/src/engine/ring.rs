@@ -14,7 +14,8 @@
 //! - The size of the ring for what the guest sends is what the guest is told as window, and cannot change
 //!   later. It is chosen when the connection opens, smaller when little of the limit is left.
 //!
-//! So a connection beyond the limit is slower, and none is broken.
+//! So a connection beyond the limit is slower, and none is broken; but where a name is demanded of it, the
+//! bytes that say it must fit in the smaller ring.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 

@@ -270,6 +270,8 @@ pub struct Verdict {
     pub name_demand: NameDemand,
     /// The names that it may say: those bound to the destination on which the verdict rests.
     pub names: Vec<Name>,
+    /// For a lookup: nothing of it may go upstream. Addresses are answered with synthetic ones.
+    pub synthetic_only: bool,
 }
 
 impl TryFrom<v1::Verdict> for Verdict {
@@ -323,6 +325,7 @@ impl TryFrom<v1::Verdict> for Verdict {
                 .iter()
                 .map(|name| name_from_wire("verdict.names", name))
                 .collect::<Result<_, _>>()?,
+            synthetic_only: message.synthetic_only,
         })
     }
 }
@@ -346,6 +349,7 @@ impl From<&Verdict> for v1::Verdict {
             would_deny: verdict.would_deny,
             name_demand: v1::NameDemand::from(verdict.name_demand).into(),
             names: verdict.names.iter().map(ToString::to_string).collect(),
+            synthetic_only: verdict.synthetic_only,
         }
     }
 }

@@ -21,6 +21,9 @@ pub struct TreatArgs {
     /// Rules.
     #[command(flatten)]
     pub rules: RuleArgs,
+    /// Allow what a preset has, before the file's rules; `vnetctl policy presets` lists them; may be repeated
+    #[arg(long, value_name = "NAME")]
+    pub preset: Vec<String>,
     /// enforce, ask, observe, block or quarantine
     #[arg(long, value_name = "MODE")]
     pub mode: Option<Mode>,
@@ -55,8 +58,16 @@ impl TreatArgs {
                 None
             }
         };
+        let mut rules = self.rules.0.clone();
+        // After the rules that were typed, so that a --deny stands before them.
+        for name in &self.preset {
+            match launch::presets::find(name).and_then(|preset| preset.rules()) {
+                Ok(found) => rules.extend(found),
+                Err(problem) => told(problem),
+            }
+        }
         let mut warnings = Vec::new();
-        match launch::check_own(document.as_ref(), &self.rules.0) {
+        match launch::check_own(document.as_ref(), &rules) {
             Ok(found) => {
                 let source = document.as_ref().map_or("", |d| &d.source);
                 warnings = launch::warning_lines(source, &found);
@@ -70,7 +81,7 @@ impl TreatArgs {
         };
         Treatment {
             document,
-            rules: self.rules.0.clone(),
+            rules,
             mode,
             warnings,
         }
@@ -187,6 +198,31 @@ mod tests {
         assert!(parse(&["--secure-mode", "--mode", "block"]).is_err());
         assert_eq!(check(&["--mode", "observe"]).0.mode, Some(Mode::Observe));
         assert_eq!(check(&[]).0, Treatment::default());
+    }
+
+    #[test]
+    fn a_preset_comes_after_the_rules_that_were_typed_and_before_the_file() {
+        let (treatment, problems) = check(&[
+            "--preset",
+            "npm",
+            "--deny",
+            "domain registry.npmjs.org",
+            "--preset",
+            "pypi",
+        ]);
+        assert_eq!(problems, Vec::<String>::new());
+        assert_eq!(
+            treatment.rules,
+            [
+                "deny domain registry.npmjs.org",
+                "allow domain registry.npmjs.org:443",
+                "allow domain registry.yarnpkg.com:443",
+                "allow domain files.pythonhosted.org:443",
+                "allow domain pypi.org:443",
+            ]
+        );
+        let (_, problems) = check(&["--preset", "nmp"]);
+        assert!(problems[0].contains("did you mean npm?"), "{problems:?}");
     }
 
     #[test]

@@ -213,8 +213,11 @@ impl Town {
                 name: format!("guest-{who}"),
                 switch_open,
                 forwards_closed,
+                synthetic_answers: false,
                 lookup_hold: Duration::from_secs(4),
                 hold: HOLD,
+                deny_ech: true,
+                deny_quic: false,
             }),
         );
     }
@@ -263,7 +266,10 @@ impl Town {
             Outcome::Pass { flow, packet } => (flow, packet.to_vec()),
             Outcome::Assembled { flow, payload } => (flow, payload),
             Outcome::Done => return,
-            Outcome::Datagram { .. } | Outcome::Echo { .. } | Outcome::Switch(_) => panic!("to the host"),
+            Outcome::Datagram { .. }
+            | Outcome::Datagrams { .. }
+            | Outcome::Echo { .. }
+            | Outcome::Switch(_) => panic!("to the host"),
         };
         self.pass(who, at, &packet);
     }
@@ -530,6 +536,7 @@ pub(super) fn closed(reports: &[Report]) -> Vec<(FlowId, FlowEnd, u64, u64)> {
             end,
             bytes_up,
             bytes_down,
+            ..
         } => Some((*flow, *end, *bytes_up, *bytes_down)),
         _ => None,
     };

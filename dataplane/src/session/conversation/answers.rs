@@ -118,8 +118,11 @@ impl Conversation {
             name: message.name,
             switch_open: message.switch_open,
             forwards_closed: message.forwards_closed,
+            synthetic_answers: message.synthetic_answers,
             lookup_hold,
             hold: self.hold,
+            deny_ech: !message.ech_outer,
+            deny_quic: message.quic_denied,
         };
         if !self.router.send(vm, Input::Order(Order::Settings(settings))) {
             self.metrics

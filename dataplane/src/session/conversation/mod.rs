@@ -250,6 +250,12 @@ impl Conversation {
                 self.note_full(mirrored);
             }
             Report::Done { vm, command, cut } => self.done(vm, command, cut),
+            Report::Verdicts {
+                command,
+                verdicts,
+                in_all,
+                ..
+            } => self.verdicts_reported(command, &verdicts, in_all),
             // The snapshot of the guards is what the next Hello says.
             Report::Decided { .. } | Report::HostAddresses(_) | Report::End => {}
         }

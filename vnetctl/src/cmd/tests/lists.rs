@@ -538,8 +538,8 @@ async fn policy_revisions() {
     assert_eq!(
         table,
         "\
-NAME      REVISION   APPLIED                BY    SOURCE        MODE      DEFAULT
-default   2          2026-01-02T03:03:05Z   ada   policy.yaml   enforce   deny
+NAME      REVISION   APPLIED                BY    SOURCE        MODE      DEFAULT   NOTE
+default   2          2026-01-02T03:03:05Z   ada   policy.yaml   enforce   deny      -
 "
     );
 }
