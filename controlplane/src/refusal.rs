@@ -64,12 +64,6 @@ pub enum Refusal {
         /// One sentence.
         text: String,
     },
-    /// Not built yet.
-    #[error("{what} is not built yet")]
-    NotBuilt {
-        /// What.
-        what: &'static str,
-    },
     /// It holds now, and may not after a restart.
     #[error("{0}")]
     NotSaved(String),
@@ -100,7 +94,6 @@ impl Refusal {
                 Code::Ok => Code::Unknown,
                 code => code,
             },
-            Self::NotBuilt { .. } => Code::Unimplemented,
             Self::NotSaved(_) | Self::Store(_) => Code::Internal,
         }
     }
@@ -117,7 +110,6 @@ impl Refusal {
             Self::Limit(_) => "LIMIT_REACHED",
             Self::Unavailable(_) => "DATAPLANE_UNAVAILABLE",
             Self::Dataplane { .. } => "DATAPLANE_REFUSED",
-            Self::NotBuilt { .. } => "NOT_BUILT_YET",
             Self::NotSaved(_) => "NOT_SAVED",
             Self::Store(_) => "STORE_FAILED",
         }

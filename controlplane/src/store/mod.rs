@@ -118,6 +118,9 @@ pub enum StoreError {
     Busy,
 }
 
+/// Revisions of a policy that are kept with their lists, the last ones. Older ones keep their documents.
+pub const LISTED_REVISIONS_MAX: u64 = 16;
+
 /// A grant as it is kept.
 #[derive(Debug, Clone, PartialEq)]
 pub struct StoredGrant {
@@ -161,7 +164,7 @@ pub enum Write {
     /// Removes a grant.
     DeleteGrant(String),
     /// Adds a revision of a policy, with the content of its lists, each of which is kept once however many
-    /// revisions name it.
+    /// revisions name it, and until none of the last ones does ([`LISTED_REVISIONS_MAX`]).
     PutPolicy(v1::Policy),
     /// A revision awaits confirmation no more, and stays.
     ConfirmPolicy {
@@ -207,7 +210,8 @@ pub trait Store: Send + 'static {
     /// [`StoreError`].
     fn apply(&mut self, writes: &[Write]) -> Result<(), StoreError>;
 
-    /// One revision of a policy, with the content of its lists.
+    /// One revision of a policy, with the content of its lists, which is empty for those that are no longer
+    /// kept ([`LISTED_REVISIONS_MAX`]).
     ///
     /// # Errors
     /// [`StoreError`].

@@ -10,6 +10,7 @@ mod kit;
 mod limits;
 mod naming;
 mod neighbours;
+mod resolvers;
 mod synthetic;
 mod tcp;
 mod town;
