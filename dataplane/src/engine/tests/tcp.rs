@@ -487,3 +487,38 @@ fn timers_come_to_an_end_while_a_connection_has_something_to_send() {
     assert!(rig.engine.finish_service(rig.now, at));
     assert_eq!(rig.only_segment().3, b"hello");
 }
+
+#[test]
+fn bytes_that_came_before_their_turn_outlive_a_long_silence() {
+    let peer = (SERVER, 80);
+    let mut rig = Rig::new();
+    let (at, acknowledgement) = rig.connect(peer);
+    let mut sequence = 1001;
+    let take = |rig: &mut Rig| {
+        let mut got = Vec::new();
+        while rig.engine.connection(at).unwrap().has_received() {
+            rig.engine
+                .connection(at)
+                .unwrap()
+                .lend_received(|bytes| {
+                    got.extend_from_slice(bytes);
+                    Ok::<_, std::convert::Infallible>(bytes.len())
+                })
+                .unwrap();
+        }
+        rig.service();
+        got
+    };
+    // Enough that a quiet connection's ring would be given back.
+    for _ in 0..512 {
+        rig.tcp(peer, 0x10, sequence, acknowledgement, &[1; 1024]);
+        sequence += 1024;
+        assert_eq!(take(&mut rig).len(), 1024);
+    }
+    rig.tcp(peer, 0x10, sequence + 1024, acknowledgement, &[3; 1024]);
+    rig.service();
+    rig.wait(Duration::from_secs(30));
+    rig.tcp(peer, 0x10, sequence, acknowledgement, &[2; 1024]);
+    let got = take(&mut rig);
+    assert_eq!(got, [vec![2; 1024], vec![3; 1024]].concat());
+}
