@@ -230,6 +230,10 @@ fn after_its_time_a_name_says_nothing_of_a_new_connection_and_the_old_one_lives(
     let (at, _) = asker.rig.only_dial();
     asker.rig.engine.handle_dialled(asker.rig.now, at);
     asker.rig.service();
+    let (_, sequence, ..) = asker.rig.only_segment();
+    let mut ack = segment((SERVER, 443), 0x10, 1001, sequence + 1, &[]);
+    ack[20..22].copy_from_slice(&asker.port.to_be_bytes());
+    asker.rig.ip(&ack);
     // 100 s and 30 s more.
     asker.rig.wait(129 * SECOND);
     assert!(asker.open(SERVER).is_none(), "what was decided still stands");
@@ -245,6 +249,7 @@ fn after_its_time_a_name_says_nothing_of_a_new_connection_and_the_old_one_lives(
         .rig
         .order(Order::Verdict(Box::new(allowed_by_name(&miss, "a.test"))));
     assert!(!asker.rig.events.iter().any(|e| matches!(e, Event::Dial { .. })));
+    assert!(asker.rig.engine.flow(at).is_some());
 }
 
 #[test]

@@ -3,12 +3,12 @@
 use std::net::Ipv4Addr;
 use std::time::Duration;
 
-use vnet_proto::model::{Miss, VerdictAction};
+use vnet_proto::model::{CommandId, Miss, VerdictAction};
 
 use super::kit::*;
 use crate::engine::Event;
 use crate::engine::frame::DropReason;
-use crate::message::{CommandId, Order};
+use crate::message::Order;
 
 const WEB: (Ipv4Addr, u16) = (SERVER, 443);
 const ELSEWHERE: Ipv4Addr = Ipv4Addr::new(198, 51, 100, 7);
