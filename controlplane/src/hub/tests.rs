@@ -1,3 +1,4 @@
+mod apart;
 mod confirm;
 mod guests;
 mod history;
