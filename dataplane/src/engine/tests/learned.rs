@@ -183,7 +183,7 @@ fn a_connection_in_the_moment_of_the_answer_is_known_by_its_name() {
 fn the_controlplane_hears_of_a_name_before_it_is_asked_about_its_address() {
     let mut asker = Asker::new();
     asker.look_up("a.test", &[SERVER], 60);
-    let at = asker.rig.events.iter().position(|e| is_binding(e));
+    let at = asker.rig.events.iter().position(is_binding);
     let mut syn = segment((SERVER, 443), 2, 1000, 0, &[]);
     syn[20..22].copy_from_slice(&[9, 9]);
     asker.rig.ip(&syn);
