@@ -313,6 +313,13 @@ fn vm_config(args: &Args, settings: VmSettings, problems: &mut Vec<Problem>) -> 
     VmConfig {
         name: name.to_owned(),
         labels,
+    if let Some(own) = &settings.own_policy {
+        // On the wire an empty document is none: what was given must not become nothing on its way.
+        let is_empty = |document: &String| document.trim().is_empty();
+        if own.document.as_ref().is_some_and(is_empty) || (own.document.is_none() && own.rules.is_empty()) {
+            problems.push(Problem::EmptyPolicy(own.source.clone()));
+        }
+    }
         own_policy: settings.own_policy.map(Into::into),
         mode,
         resolver_patience: patience.unwrap_or(RESOLVER_PATIENCE_DEFAULT),

@@ -199,6 +199,22 @@ fn run_hands_everything_over_by_descriptors() {
 
 #[test]
 fn zones_resolvers_leases_and_forwards_are_read() {
+#[test]
+fn a_policy_of_nothing_is_refused_and_not_passed_on_as_none() {
+    for own in [
+        r#"{"source": "p.yaml"}"#,
+        r#"{"document": "", "source": "p.yaml"}"#,
+        r#"{"document": "\n ", "source": "p.yaml", "rules": ["allow tcp 10.0.0.1:80"]}"#,
+    ] {
+        let settings = VmSettings::read(format!("{{\"own_policy\": {own}}}").as_bytes()).unwrap();
+
+        let problems = check_with(&["--controlplane", "fd://3", "--link-fd", "4"], settings).unwrap_err();
+
+        let expected = "VM settings: policy \"p.yaml\" is empty (expected at least defaultAction: deny)";
+        assert_eq!(problems, [expected], "{own}");
+    }
+}
+
     let config = check(&[
         "--zone",
         "Docker.internal:db=192.168.127.9,1=192.168.127.8,@=192.168.127.7,*=2001:db8::1",
@@ -574,6 +590,7 @@ fn the_lists_of_a_policy_come_through_the_settings_as_they_are() {
         own_policy: Some(OwnPolicySettings {
             lists: vec![list],
             ..Default::default()
+            document: Some("defaultAction: deny\n".to_owned()),
         }),
         ..Default::default()
     };

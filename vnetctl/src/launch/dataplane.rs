@@ -88,12 +88,15 @@ impl Settings {
             ..
         } = &self.treatment;
         let own_policy = (document.is_some() || !rules.is_empty()).then(|| {
-            let document = document.clone().unwrap_or_default();
+            let (source, lists) = match document {
+                Some(document) => (document.source.clone(), document.lists.clone()),
+                None => Default::default(),
+            };
             OwnPolicySettings {
-                document: document.text,
-                source: document.source,
+                document: document.as_ref().map(|document| document.text.clone()),
+                source,
                 rules: rules.clone(),
-                lists: document.lists.into_iter().map(own_list).collect(),
+                lists: lists.into_iter().map(own_list).collect(),
             }
         });
         VmSettings {
@@ -367,7 +370,9 @@ mod tests {
 
         assert_eq!(read.mode.as_deref(), Some("ask"));
         assert_eq!(read.resolver_patience_ms, Some(30_000));
-        assert_eq!(read.own_policy.unwrap().rules, ["allow tcp 192.0.2.7:80"]);
+        assert_eq!(read.own_policy.clone().unwrap().rules, ["allow tcp 192.0.2.7:80"]);
+        let no_document = read.own_policy.as_ref().map(|own| own.document.clone());
+        assert_eq!(no_document, Some(None), "rules alone bring no document");
         assert_eq!(
             Settings::default().vm_settings(),
             VmSettings::default(),
