@@ -222,7 +222,7 @@ fn bad_policy_file_is_refused_with_its_place_and_nothing_is_started() {
                 ("rules:\n  - action: allow\n    ports: [65536]\n", ":3:13"),
                 ("rules: []\nrulez: []\n", ":2:1"),
                 ("rules: []\nrules: []\n", ":2:1"),
-                ("# defaultAction: deny\n", ":1:1: the document is empty"),
+                ("# defaultAction: deny\n", ":2:1: the document is empty"),
                 (
                     "",
                     ": the document is empty (expected at least defaultAction: deny)",
