@@ -91,7 +91,10 @@ fn page<T>(items: Vec<T>, page_size: u32, page_token: &str, key: impl Fn(&T) -> 
 }
 
 /// A watch as a stream; `gap` makes what stands for missing changes.
-fn stream<T: Send + 'static>(watch: Watch<T>, gap: impl Fn(u64) -> T + Send + 'static) -> Changes<T> {
+fn stream<T: Clone + Send + Sync + 'static>(
+    watch: Watch<T>,
+    gap: impl Fn(u64) -> T + Send + 'static,
+) -> Changes<T> {
     Box::pin(futures_util::stream::unfold(
         (watch, gap),
         |(mut watch, gap)| async move {

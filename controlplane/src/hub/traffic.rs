@@ -1,5 +1,6 @@
 //! What dataplanes report of flows, lookups and bindings.
 
+use std::sync::Arc;
 use std::time::SystemTime;
 
 use vnet_proto::model::{
@@ -9,7 +10,7 @@ use vnet_proto::v1;
 
 use super::events::{about, of_peer, on_subject};
 use super::repeats::Key;
-use super::{Hub, State, ids, too_many_watches};
+use super::{Hub, State, ids};
 use crate::clock::Now;
 use crate::convert;
 use crate::fleet::{Binding, DataplaneNo, FLOWS_PER_DATAPLANE_MAX, LiveFlow};
@@ -46,7 +47,7 @@ impl Hub {
                 .map(|flow| response(v1::FlowChange::Added, Some(convert::flow(flow))))
                 .collect();
             first.push(response(v1::FlowChange::Synced, None));
-            state.flow_watches.add(filter, first).ok_or_else(too_many_watches)
+            state.flow_watches.add(filter, first)
         })
     }
 
@@ -383,7 +384,10 @@ impl State {
         if self.flow_watches.is_empty() {
             return;
         }
-        let message = convert::flow(flow);
+        let response = Arc::new(v1::WatchFlowsResponse {
+            change: change.into(),
+            flow: Some(convert::flow(flow)),
+        });
         let labels = self
             .fleet
             .vms
@@ -391,13 +395,8 @@ impl State {
             .map(|vm| vm.view.labels.clone())
             .unwrap_or_default();
         self.flow_watches.publish(|filter| {
-            filter
-                .as_ref()
-                .is_none_or(|f| f.matches(&flow.vm, &labels))
-                .then(|| v1::WatchFlowsResponse {
-                    change: change.into(),
-                    flow: Some(message.clone()),
-                })
+            let lets = filter.as_ref().is_none_or(|f| f.matches(&flow.vm, &labels));
+            lets.then(|| Arc::clone(&response))
         });
     }
 }

@@ -1,12 +1,13 @@
 //! VMs as people see and change them: lists, labels, modes.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
 use vnet_proto::model::{Mode, VmSelector};
 use vnet_proto::v1;
 
 use super::events::about;
-use super::{Hub, State, Ticket, too_many_watches};
+use super::{Hub, State, Ticket};
 use crate::clock::Now;
 use crate::convert;
 use crate::fleet::Vm;
@@ -87,7 +88,7 @@ impl Hub {
                 .map(|vm| response(v1::VmChange::Added, Some(state.vm_message(vm))))
                 .collect();
             first.push(response(v1::VmChange::Synced, None));
-            state.vm_watches.add(filter, first).ok_or_else(too_many_watches)
+            state.vm_watches.add(filter, first)
         })
     }
 
@@ -114,16 +115,16 @@ impl State {
         let Some(vm) = self.fleet.vms.get(name) else {
             return;
         };
-        let message = self.vm_message(vm);
+        let response = Arc::new(v1::WatchVmsResponse {
+            change: change.into(),
+            vm: Some(self.vm_message(vm)),
+        });
         let view = &vm.view;
         self.vm_watches.publish(|filter| {
             filter
                 .as_ref()
-                .is_none_or(|f| f.matches(&view.name, &view.labels))
-                .then(|| v1::WatchVmsResponse {
-                    change: change.into(),
-                    vm: Some(message.clone()),
-                })
+                .is_none_or(|f| f.matches(&view.name, &view.labels));
+            lets.then(|| Arc::clone(&response))
         });
     }
 
