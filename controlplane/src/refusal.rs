@@ -70,6 +70,9 @@ pub enum Refusal {
         /// What.
         what: &'static str,
     },
+    /// It is served, and not here.
+    #[error("{0}")]
+    Elsewhere(String),
     /// It holds now, and may not after a restart.
     #[error("{0}")]
     NotSaved(String),
@@ -100,7 +103,7 @@ impl Refusal {
                 Code::Ok => Code::Unknown,
                 code => code,
             },
-            Self::NotBuilt { .. } => Code::Unimplemented,
+            Self::NotBuilt { .. } | Self::Elsewhere(_) => Code::Unimplemented,
             Self::NotSaved(_) | Self::Store(_) => Code::Internal,
         }
     }
@@ -118,6 +121,7 @@ impl Refusal {
             Self::Unavailable(_) => "DATAPLANE_UNAVAILABLE",
             Self::Dataplane { .. } => "DATAPLANE_REFUSED",
             Self::NotBuilt { .. } => "NOT_BUILT_YET",
+            Self::Elsewhere(_) => "SERVED_ELSEWHERE",
             Self::NotSaved(_) => "NOT_SAVED",
             Self::Store(_) => "STORE_FAILED",
         }
