@@ -16,7 +16,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use ipnet::{Ipv4Net, Ipv6Net};
-use vnet_proto::model::{Mode, Name};
+use vnet_proto::model::{Mode, Name, label_problem};
 
 use crate::args::Args;
 use crate::mac::Mac;
@@ -423,17 +423,6 @@ pub fn is_name(text: &str) -> bool {
 
 fn is_name_character(c: char) -> bool {
     c.is_ascii_alphanumeric() || matches!(c, '.' | '_' | '-')
-}
-
-/// What is wrong with a label, if something is.
-fn label_problem(key: &str, value: &str) -> Option<&'static str> {
-    let key_fits = (1..=NAME_CHARACTERS_MAX).contains(&key.len())
-        && key.starts_with(|c: char| c.is_ascii_alphanumeric())
-        && key.chars().all(|c| is_name_character(c) || c == '/');
-    if !key_fits {
-        return Some("has a key that is not 1 to 63 of letters, digits, '.', '_', '-' and '/'");
-    }
-    (!is_name(value)).then_some("has a value that is not 1 to 63 of letters, digits, '.', '_' and '-'")
 }
 
 /// Reads a unicast MAC address.

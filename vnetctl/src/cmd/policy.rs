@@ -8,6 +8,7 @@ use vnet_proto::model::Target;
 use vnet_proto::v1;
 
 use super::Context;
+use super::select::vm_name;
 use crate::client::{PAGE_SIZE, pages, unary};
 use crate::failure::Failure;
 use crate::launch;
@@ -102,7 +103,7 @@ pub struct ExplainArgs {
     #[arg(value_name = "DESTINATION", required = true)]
     pub words: Vec<String>,
     /// The VM; may be left out where there is only one
-    #[arg(long, value_name = "NAME")]
+    #[arg(long, value_name = "NAME", value_parser = vm_name)]
     pub vm: Option<String>,
 }
 
