@@ -76,6 +76,8 @@ pub struct Config {
     pub forwards: Vec<Forward>,
     /// The dataplane ends when the other end of this descriptor is closed.
     pub exit_with_fd: Option<RawFd>,
+    /// Written to, and closed, when everything listens.
+    pub ready_fd: Option<RawFd>,
 }
 
 /// Where the controlplane is, not yet opened.
@@ -205,6 +207,7 @@ impl Config {
                 link: args.link_fd.map(|fd| (fd, vm)),
                 forwards,
                 exit_with_fd: args.exit_with_fd,
+                ready_fd: args.ready_fd,
             }),
             _ => Err(Problems(problems)),
         }
@@ -310,9 +313,6 @@ fn vm_config(args: &Args, settings: VmSettings, problems: &mut Vec<Problem>) -> 
             problems.push(Problem::LabelTwice(key.to_owned()));
         }
     }
-    VmConfig {
-        name: name.to_owned(),
-        labels,
     if let Some(own) = &settings.own_policy {
         // On the wire an empty document is none: what was given must not become nothing on its way.
         let is_empty = |document: &String| document.trim().is_empty();
@@ -320,6 +320,9 @@ fn vm_config(args: &Args, settings: VmSettings, problems: &mut Vec<Problem>) -> 
             problems.push(Problem::EmptyPolicy(own.source.clone()));
         }
     }
+    VmConfig {
+        name: name.to_owned(),
+        labels,
         own_policy: settings.own_policy.map(Into::into),
         mode,
         resolver_patience: patience.unwrap_or(RESOLVER_PATIENCE_DEFAULT),
@@ -406,6 +409,7 @@ fn descriptors(args: &Args, controlplane: Option<&ControlplaneUrl>, problems: &m
         ("--link-fd", args.link_fd),
         ("--vm-settings-fd", args.vm_settings_fd),
         ("--exit-with-fd", args.exit_with_fd),
+        ("--ready-fd", args.ready_fd),
     ] {
         let Some(found) = fd else { continue };
         if found < FIRST_INHERITED {

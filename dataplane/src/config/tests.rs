@@ -181,13 +181,15 @@ fn run_hands_everything_over_by_descriptors() {
             "4",
             "--exit-with-fd",
             "5",
+            "--ready-fd",
+            "6",
         ],
         settings,
     )
     .unwrap();
 
     assert_eq!(config.controlplane, ControlplaneUrl::Fd(3));
-    assert_eq!(config.exit_with_fd, Some(5));
+    assert_eq!((config.exit_with_fd, config.ready_fd), (Some(5), Some(6)));
     let (fd, vm) = config.link.unwrap();
     assert_eq!(
         (fd, vm.mode, vm.resolver_patience),
@@ -197,8 +199,6 @@ fn run_hands_everything_over_by_descriptors() {
     assert_eq!(vm.own_policy.unwrap().rules, ["allow tcp 10.0.0.1:80"]);
 }
 
-#[test]
-fn zones_resolvers_leases_and_forwards_are_read() {
 #[test]
 fn a_policy_of_nothing_is_refused_and_not_passed_on_as_none() {
     for own in [
@@ -215,6 +215,8 @@ fn a_policy_of_nothing_is_refused_and_not_passed_on_as_none() {
     }
 }
 
+#[test]
+fn zones_resolvers_leases_and_forwards_are_read() {
     let config = check(&[
         "--zone",
         "Docker.internal:db=192.168.127.9,1=192.168.127.8,@=192.168.127.7,*=2001:db8::1",
@@ -588,9 +590,9 @@ fn the_lists_of_a_policy_come_through_the_settings_as_they_are() {
     };
     let settings = VmSettings {
         own_policy: Some(OwnPolicySettings {
+            document: Some("defaultAction: deny\n".to_owned()),
             lists: vec![list],
             ..Default::default()
-            document: Some("defaultAction: deny\n".to_owned()),
         }),
         ..Default::default()
     };

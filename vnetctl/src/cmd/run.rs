@@ -16,7 +16,7 @@ use clap::Args;
 use ipnet::Ipv6Net;
 
 use super::attend::dataplane_name;
-use super::treat::{TreatArgs, all};
+use super::treat::{Problems, TreatArgs};
 use crate::client::{Connection, Server};
 use crate::failure::Failure;
 use crate::launch::{DataplaneArgs, Settings, session_url};
@@ -111,7 +111,7 @@ pub fn execute(args: RunArgs, connection: Connection) -> Result<u8, Failure> {
 }
 
 fn plan(args: RunArgs, connection: &Connection) -> Result<Plan, Failure> {
-    let mut problems = Vec::new();
+    let mut problems = Problems::default();
     let treatment = args.treat.check(&mut problems);
     let vm = match args.vm {
         Some(name) => name,
@@ -138,10 +138,10 @@ fn plan(args: RunArgs, connection: &Connection) -> Result<Plan, Failure> {
         resolver_patience: Some(RESOLVER_PATIENCE),
         ..Settings::default()
     };
-    let config = settings.check(true, &mut problems);
-    let sockets = sockets(&args.socket, connection, &mut problems);
-    let writable = writable(&args.write, &mut problems);
-    all(problems)?;
+    let config = settings.check(true, &mut problems.usage);
+    let sockets = sockets(&args.socket, connection, &mut problems.found);
+    let writable = writable(&args.write, &mut problems.found);
+    problems.none()?;
     Ok(Plan {
         vm,
         dataplane,

@@ -41,8 +41,11 @@ pub struct Treatment {
 
 impl TreatArgs {
     /// Reads and checks everything that can be wrong, and adds what is to the problems.
-    pub fn check(&self, problems: &mut Vec<String>) -> Treatment {
-        let mut told = |problem: Failure| problems.push(problem.to_string());
+    pub fn check(&self, problems: &mut Problems) -> Treatment {
+        if let Err(problem) = launch::check_own(None, &self.rules.0) {
+            problems.usage.push(problem.to_string());
+        }
+        let mut told = |problem: Failure| problems.found.push(problem.to_string());
         let document = match self
             .network_policy
             .as_deref()
@@ -56,12 +59,11 @@ impl TreatArgs {
             }
         };
         let mut warnings = Vec::new();
-        match launch::check_own(document.as_ref(), &self.rules.0) {
-            Ok(found) => {
-                let source = document.as_ref().map_or("", |d| &d.source);
-                warnings = launch::warning_lines(source, &found);
+        if let Some(document) = &document {
+            match launch::check_own(Some(document), &[]) {
+                Ok(found) => warnings = launch::warning_lines(&document.source, &found),
+                Err(problem) => told(problem),
             }
-            Err(problem) => told(problem),
         }
         let mode = if self.secure_mode {
             Some(Mode::Ask)
@@ -128,12 +130,28 @@ impl FromArgMatches for RuleArgs {
     }
 }
 
-/// A failure that says every problem, one a line.
-pub fn all(problems: Vec<String>) -> Result<(), Failure> {
-    if problems.is_empty() {
-        Ok(())
-    } else {
-        Err(Failure::Failed(problems.join("\n  ")))
+/// Everything that is wrong with what `run` or `up` was given.
+#[derive(Debug, Default)]
+pub struct Problems {
+    /// With what was typed.
+    pub usage: Vec<String>,
+    /// With the files and sockets that it names.
+    pub found: Vec<String>,
+}
+
+impl Problems {
+    /// A failure that says every problem, one a line: of usage, if anything that was typed is wrong.
+    ///
+    /// # Errors
+    /// If there is any.
+    pub fn none(mut self) -> Result<(), Failure> {
+        let is_usage = !self.usage.is_empty();
+        self.usage.append(&mut self.found);
+        match self.usage.join("\n  ") {
+            text if text.is_empty() => Ok(()),
+            text if is_usage => Err(Failure::Usage(text)),
+            text => Err(Failure::Failed(text)),
+        }
     }
 }
 
@@ -153,8 +171,8 @@ mod tests {
         Line::try_parse_from(std::iter::once("x").chain(words.iter().copied())).map(|line| line.treat)
     }
 
-    fn check(words: &[&str]) -> (Treatment, Vec<String>) {
-        let mut problems = Vec::new();
+    fn check(words: &[&str]) -> (Treatment, Problems) {
+        let mut problems = Problems::default();
         let treatment = parse(words).unwrap().check(&mut problems);
         (treatment, problems)
     }
@@ -200,10 +218,19 @@ mod tests {
             "icmp 10.0.0.1:80",
         ]);
 
-        let text = all(problems).unwrap_err().to_string();
+        let failure = problems.none().unwrap_err();
 
+        let text = failure.to_string();
         for part in ["/nonexistent/policy.yaml", "--allow: ", "--deny: "] {
             assert!(text.contains(part), "{part} is missing in {text}");
         }
+        assert_eq!(failure.exit_code(), 2, "what was typed is wrong too");
+    }
+
+    #[test]
+    fn what_is_wrong_with_a_file_is_no_matter_of_usage() {
+        let (_, problems) = check(&["--network-policy", "/nonexistent/policy.yaml"]);
+        assert_eq!(problems.none().unwrap_err().exit_code(), 1);
+        assert!(check(&["--allow", "tcp 192.0.2.7:80"]).1.none().is_ok());
     }
 }
