@@ -31,6 +31,11 @@ pub fn own_server() -> Result<Server, Failure> {
     Ok(Server::Unix(path))
 }
 
+/// Where the user's own controlplane logs, if there is a place for it.
+pub fn own_log() -> Option<PathBuf> {
+    paths::state_dir().ok().map(|dir| dir.join(LOG_FILE))
+}
+
 /// Where dataplanes connect to the controlplane that serves its API at `server`: beside it.
 pub fn session_url(server: &Server) -> String {
     let Server::Unix(path) = server;
