@@ -8,7 +8,7 @@ use vnet_proto::v1;
 
 use crate::approval::{PendingState, Request, Scope};
 use crate::fleet::{Dataplane, LiveFlow, Vm};
-use crate::grant::{Grant, GrantAction, GrantId, Lifetime, VmInstance};
+use crate::grant::{Account, Grant, GrantAction, GrantId, Lifetime, VmInstance};
 use crate::policy::Outcome;
 use crate::store::StoredGrant;
 
@@ -98,6 +98,7 @@ pub(crate) fn flow(flow: &LiveFlow) -> v1::Flow {
             subject.dialled.to_string()
         },
         peer_vm: flow.peer.clone(),
+        ended: String::new(),
     }
 }
 
@@ -199,10 +200,13 @@ pub(crate) fn request(request: &Request) -> v1::PendingRequest {
         grant_id: request.grant.as_ref().map(|g| g.0.clone()).unwrap_or_default(),
         labels: request.vm.labels.clone().into_iter().collect(),
         peer_vm: request.peer.clone(),
+        domain: request.domain().unwrap_or_default().to_owned(),
+        options: Vec::new(),
     }
 }
 
-pub(crate) fn grant(grant: &Grant) -> v1::Grant {
+/// A grant, with what its account says is used of its budget.
+pub(crate) fn grant(grant: &Grant, account: Option<&Account>) -> v1::Grant {
     use v1::lifetime::Kind;
     let kind = match grant.lifetime {
         Lifetime::Once => Some(Kind::Once(true)),
@@ -229,7 +233,7 @@ pub(crate) fn grant(grant: &Grant) -> v1::Grant {
         hits: grant.hits,
         last_hit_at: grant.last_hit_at.and_then(timestamp),
         pending_id: grant.pending_id.clone(),
-        used: limits(grant.used),
+        used: limits(account.map_or(grant.used, Account::used)),
     }
 }
 
@@ -317,10 +321,15 @@ pub(crate) fn stored_grant(stored: StoredGrant) -> Result<Grant, Malformed> {
 }
 
 /// A grant as the store is to keep it.
-pub(crate) fn to_store(made: &Grant) -> StoredGrant {
+pub(crate) fn to_store(made: &Grant, account: Option<&Account>) -> StoredGrant {
     StoredGrant {
-        grant: grant(made),
+        grant: grant(made, account),
         instances: made.instances.iter().map(|i| i.0.clone()).collect(),
+        uses: account
+            .into_iter()
+            .flat_map(Account::vms)
+            .map(|(vm, used)| (vm.0.clone(), used))
+            .collect(),
     }
 }
 
@@ -349,6 +358,7 @@ mod tests {
                 ..Default::default()
             },
             instances: Vec::new(),
+            uses: Default::default(),
         };
 
         let long = stored_grant(stored(359_999_999_996_400)).unwrap();

@@ -221,6 +221,14 @@ impl Fleet {
             .unwrap_or_else(|| wanted.to_owned())
     }
 
+    /// Dataplanes by the part of attachments ([`VmInstance`]) that is theirs; see [`place`].
+    pub fn places(&self) -> HashMap<String, DataplaneNo> {
+        let dataplanes = self.dataplanes.iter();
+        dataplanes
+            .map(|(number, d)| (boot(&d.boot_id), *number))
+            .collect()
+    }
+
     /// The VM of a dataplane's handle.
     pub fn vm_of(&self, dataplane: DataplaneNo, handle: VmId) -> Option<&Vm> {
         self.vms.get(self.dataplanes.get(&dataplane)?.vms.get(&handle)?)
@@ -338,8 +346,17 @@ impl Vm {
 
 /// This attachment of a VM, unlike every other.
 pub fn instance(boot_id: &[u8], handle: VmId) -> VmInstance {
-    let boot: String = boot_id.iter().map(|b| format!("{b:02x}")).collect();
-    VmInstance(format!("{boot}/{handle}"))
+    VmInstance(format!("{}/{handle}", boot(boot_id)))
+}
+
+fn boot(boot_id: &[u8]) -> String {
+    boot_id.iter().map(|b| format!("{b:02x}")).collect()
+}
+
+/// Where an attachment is: its dataplane, if that is known, and its handle there.
+pub fn place(places: &HashMap<String, DataplaneNo>, instance: &VmInstance) -> Option<(DataplaneNo, VmId)> {
+    let (boot, handle) = instance.0.split_once('/')?;
+    Some((*places.get(boot)?, VmId(handle.parse().ok()?)))
 }
 
 /// Checks a VM's name: it stands in selectors, tables and file names.
@@ -382,6 +399,17 @@ mod tests {
         ] {
             assert!(check_name(bad).is_err(), "{bad:?}");
         }
+    }
+
+    #[test]
+    fn an_attachment_leads_to_its_dataplane() {
+        let places = HashMap::from([(boot(&[0xab; 16]), 7)]);
+        assert_eq!(
+            place(&places, &instance(&[0xab; 16], VmId(3))),
+            Some((7, VmId(3)))
+        );
+        assert_eq!(place(&places, &instance(&[0xac; 16], VmId(3))), None);
+        assert_eq!(place(&places, &VmInstance("nonsense".to_owned())), None);
     }
 
     #[test]

@@ -23,9 +23,11 @@ pub mod paths;
 pub mod peer;
 pub mod policy;
 pub mod refusal;
+pub mod replay;
 pub mod server;
 pub mod session;
 pub mod store;
+pub mod suggest;
 #[cfg(test)]
 mod testing;
 pub mod watch;

@@ -56,6 +56,8 @@ metrics! {
     flows_cut => "vnet_controlplane_flows_cut_total",
     /// Flows, bindings or VMs that were not recorded because a limit was reached.
     limits_reached => "vnet_controlplane_limits_reached_total",
+    /// Flows that a dataplane refused for the name that they spoke, or did not speak.
+    names_refused => "vnet_controlplane_names_refused_total",
     /// Connections refused because of who made them.
     peers_refused => "vnet_controlplane_peers_refused_total",
     /// Watches refused because there are as many as there may be.

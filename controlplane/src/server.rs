@@ -268,6 +268,7 @@ fn load_policy_file(hub: &Hub, file: &Path) -> Result<(), RunError> {
         actor: "--network-policy",
         validate_only: false,
         lists: &lists,
+        confirm_within: None,
     })?;
     for warning in applied.warnings {
         tracing::warn!(file = source, line = warning.line, text = warning.text, "policy");

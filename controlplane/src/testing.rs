@@ -105,6 +105,7 @@ impl Rig {
             actor: "tester",
             validate_only: false,
             lists: &[],
+            confirm_within: None,
         })
     }
 
@@ -238,6 +239,17 @@ impl FakeDataplane {
 
     /// Opens a flow under an epoch.
     pub(crate) fn open(&mut self, subject: &Subject, epoch: Option<Epoch>, grant: &str) -> u64 {
+        self.open_of(MissId(1), subject, epoch, grant)
+    }
+
+    /// Opens the flow of a miss.
+    pub(crate) fn open_of(
+        &mut self,
+        miss: MissId,
+        subject: &Subject,
+        epoch: Option<Epoch>,
+        grant: &str,
+    ) -> u64 {
         self.next_flow += 1;
         let Subject::Flow(subject) = subject else {
             panic!("not a flow")
@@ -248,7 +260,7 @@ impl FakeDataplane {
             subject: Some(subject.into()),
             epoch: epoch.map(Into::into),
             grant_id: grant.to_owned(),
-            miss_id: 1,
+            miss_id: miss.0,
             ..Default::default()
         }));
         self.next_flow

@@ -113,10 +113,11 @@ fn install(cache: &mut Cache, prefix: &str, ports: PortRange) {
         grant: String::new(),
         reason: Reason::default(),
         would_deny: false,
+        synthetic_only: false,
         name_demand: NameDemand::Off,
         names: Vec::new(),
     };
-    let decision = Arc::new(Decision::new(Time::ZERO, &verdict, Standing::default()));
+    let decision = Arc::new(Decision::new(Time::ZERO, &verdict, Standing::default(), None));
     cache.install(&verdict, &decision, None);
 }
 

@@ -379,6 +379,11 @@ impl Driver {
                     Outcome::Done | Outcome::Switch(_) => {}
                     Outcome::Datagram { flow, payload } => io.send(now, &mut self.engine, flow, payload),
                     Outcome::Echo { flow, message } => io.send(now, &mut self.engine, flow, message),
+                    Outcome::Datagrams { flow, payloads } => {
+                        for payload in &payloads {
+                            io.send(now, &mut self.engine, flow, payload);
+                        }
+                    }
                     Outcome::Pass { flow, packet } => drop(io.pass(now, &mut self.engine, flow, packet)),
                     Outcome::Assembled { flow, payload } => {
                         if !io.pass(now, &mut self.engine, flow, &payload) {
@@ -486,10 +491,11 @@ impl Driver {
         self.dirty.dedup();
         let mut again = Vec::new();
         for at in std::mem::take(&mut self.dirty) {
+            let room = self.engine.room(at);
             if let Some(HostSocket::Tcp(tcp)) = self.sockets.get_mut(at)
                 && let Some(connection) = self.engine.connection(at)
             {
-                let moved = tcp.transfer(connection);
+                let moved = tcp.transfer(connection, room);
                 if moved.up + moved.down != 0 {
                     self.engine.count_bytes(now, at, moved.up, moved.down);
                 }

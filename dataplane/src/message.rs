@@ -10,8 +10,8 @@ use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 use std::time::{Duration, SystemTime};
 
 use vnet_proto::model::{
-    CommandId, Epoch, FlowId, FlowSubject, Miss, MissId, Mode, Name, Protocol, Reason, Subject, Verdict,
-    VerdictAction, VmId,
+    Budget, CommandId, Epoch, FlowId, FlowSubject, GuardSet, Match, Miss, MissId, Mode, Name, Protocol,
+    Reason, Subject, Verdict, VerdictAction, VmId,
 };
 
 /// Bits of a [`MissId`] or [`FlowId`] that count within one guest; those above are its [`VmId`].
@@ -112,6 +112,8 @@ pub enum Report {
         bytes_up: u64,
         /// Bytes to the guest.
         bytes_down: u64,
+        /// Of [`FlowEnd::NameRefused`]: why.
+        refusal: Option<Box<NameRefusal>>,
     },
     /// Counts of live flows that changed: flow, bytes up, bytes down, each in all.
     FlowStats(Vec<(FlowId, u64, u64)>),
@@ -129,6 +131,13 @@ pub enum Report {
         count: u64,
         /// Observe mode let through what would have been denied.
         would_deny: bool,
+    },
+    /// What a guest has used of grants with budgets, each in all.
+    Uses {
+        /// Whose.
+        vm: VmId,
+        /// Grants, and what was used.
+        uses: Vec<(String, Budget)>,
     },
     /// A lookup taught addresses.
     Binding {
@@ -149,6 +158,17 @@ pub enum Report {
         command: CommandId,
         /// Flows that it cut here.
         cut: u64,
+    },
+    /// What the cache of verdicts holds, as it was asked for.
+    Verdicts {
+        /// Which guest's.
+        vm: VmId,
+        /// Which command asked.
+        command: CommandId,
+        /// What is cached, flows before lookups, up to a limit.
+        verdicts: Vec<CachedVerdict>,
+        /// How much is.
+        in_all: usize,
     },
     /// The host's own addresses changed; the whole list, loopback aside.
     HostAddresses(Vec<IpAddr>),
@@ -223,6 +243,27 @@ pub struct VmStatus {
     pub attached: bool,
 }
 
+/// A verdict as the cache keeps it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct CachedVerdict {
+    /// What is done.
+    pub action: VerdictAction,
+    /// Where it holds.
+    pub found: Match,
+    /// When it was made.
+    pub epoch: Epoch,
+    /// Observe mode let through what would have been denied.
+    pub would_deny: bool,
+    /// The guards that a flow must be under for it, these and no others.
+    pub guards: GuardSet,
+    /// The other guest that the destination must belong to.
+    pub neighbour: Option<VmId>,
+    /// The grant that it rests on; empty for none.
+    pub grant: String,
+    /// Names bound to the destination, where they were looked at.
+    pub names: Vec<Name>,
+}
+
 /// Why a miss no longer waits.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum MissEnd {
@@ -284,6 +325,21 @@ pub enum FlowEnd {
     GrantEnded,
     /// The destination refused it or could not be reached.
     Unreachable,
+    /// The guest spoke another name than its verdict rests on, or none where one is required.
+    NameRefused,
+}
+
+/// Why a flow was refused for its name.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct NameRefusal {
+    /// A word of a closed set, that of the counter.
+    pub word: &'static str,
+    /// One sentence for people.
+    pub text: String,
+    /// The name that the guest spoke, where one could be read.
+    pub spoken: Option<Name>,
+    /// The names that it might have spoken.
+    pub wanted: Vec<Name>,
 }
 
 /// From the session to every guest's driver, or to the one that a miss belongs to.
@@ -312,12 +368,24 @@ pub enum Order {
         /// Which; unknown ones are ignored.
         flows: Vec<FlowId>,
     },
+    /// Say what the cache of verdicts holds. Answer with [`Report::Verdicts`].
+    ReportVerdicts {
+        /// For the answer.
+        command: CommandId,
+    },
     /// Cached verdicts of this epoch hold for so long from now.
     Lease {
         /// The epoch in force.
         epoch: Epoch,
         /// How long from now.
         lease: Duration,
+    },
+    /// How much of a grant's budget this VM may use in all.
+    Limit {
+        /// The grant.
+        grant: String,
+        /// How much; `None`: the grant has ended, and need not be counted.
+        limit: Option<Budget>,
     },
     /// How this VM is treated.
     Settings(Settings),
@@ -336,10 +404,16 @@ pub struct Settings {
     pub switch_open: bool,
     /// Forwards into it are cut and refused.
     pub forwards_closed: bool,
+    /// Its lookups of addresses are answered with synthetic ones.
+    pub synthetic_answers: bool,
     /// How long its lookups may be held.
     pub lookup_hold: Duration,
     /// How long its flows may be held when nothing else is said.
     pub hold: Duration,
+    /// A hello that hides its name is refused where a name is demanded; else the name that it shows counts.
+    pub deny_ech: bool,
+    /// QUIC is refused where a name is demanded, rather than read.
+    pub deny_quic: bool,
 }
 
 /// One of a bounded number of things that wait to be taken on. Dropping it makes room for another.

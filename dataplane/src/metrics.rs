@@ -145,6 +145,8 @@ labels! {
         Flows = "flows",
         /// Bindings: such a binding is not told again after a reconnect.
         Bindings = "bindings",
+        /// Uses of budgets: such a use is not told again after a reconnect, but with its next change.
+        Uses = "uses",
         /// Refusals kept while there is no session: the oldest is forgotten.
         Refusals = "refusals",
     }

@@ -8,16 +8,19 @@ const PROGRAMS: &[(&str, &str)] = &[
     ("dhclient", "isc-dhcp-client"),
     ("dig", "bind9-dnsutils"),
     ("getent", "libc-bin"),
+    ("git", "git"),
     ("iperf3", "iperf3"),
     ("ip", "iproute2"),
     ("tc", "iproute2"),
     ("less", "less"),
+    ("openssl", "openssl"),
     ("ping", "iputils-ping"),
     ("python3", "python3"),
     ("qemu-system-x86_64", "qemu-system-x86"),
     ("setpriv", "util-linux"),
     ("setsid", "util-linux"),
     ("socat", "socat"),
+    ("ssh", "openssh-client"),
 ];
 
 /// Fails with one message if anything is missing.

@@ -144,3 +144,66 @@ fn the_schema_is_printed_as_it_is_published() {
         assert_eq!(world.vnetctl(&["policy", "schema"]), published);
     });
 }
+
+#[test]
+fn a_confirmed_policy_stays_and_an_unconfirmed_one_leaves_what_was() {
+    staged(
+        a_confirmed_policy_stays_and_an_unconfirmed_one_leaves_what_was,
+        |world| {
+            http(world.internet(), "203.0.113.10:80");
+            let open = world.file("open.yaml", "version: 1\ndefaultAction: allow\n");
+            let shut = world.file("shut.yaml", "version: 1\n");
+            let revision = |world: &World| world.json(&["policy", "show"])["revision"].clone();
+            world.vnetctl(&["policy", "apply", open.to_str().unwrap()]);
+            let mut run = world.run(&["--vm", "web"], &["curl", "-sSN", "http://203.0.113.10/drip"]);
+            run.prints("...");
+            let applied = world.vnetctl(&[
+                "policy",
+                "apply",
+                shut.to_str().unwrap(),
+                "--confirm-within",
+                "2s",
+            ]);
+            assert!(applied.contains("1 live flow was cut"), "{applied}");
+            assert_ne!(run.wait().code, 0);
+            vnet_tests::eventually("it goes by itself", || revision(world) == "3");
+            let notes: Vec<_> = world.list(&["policy", "revisions"]);
+            assert_eq!(notes[0]["appliedBy"], "vnet", "{notes:?}");
+            assert!(world.vnetctl(&["policy", "revisions"]).contains("not confirmed"));
+
+            world.vnetctl(&[
+                "policy",
+                "apply",
+                shut.to_str().unwrap(),
+                "--confirm-within",
+                "60s",
+            ]);
+            assert!(
+                world
+                    .vnetctl(&["policy", "revisions"])
+                    .contains("unless confirmed")
+            );
+            let other = world.try_vnetctl(&["policy", "confirm", "--revision", "3"]);
+            assert!(
+                other.code == 1 && other.stderr.contains("revision 4 of policy default awaits"),
+                "{other:?}"
+            );
+            let said = world.vnetctl(&["policy", "confirm", "--revision", "4"]);
+            assert_eq!(said, "revision 4 of policy default stays\n");
+            assert!(world.json(&["policy", "show"])["confirmUntil"].is_null());
+            for wrong in ["0s", "25h"] {
+                let refused = world.try_vnetctl(&[
+                    "policy",
+                    "apply",
+                    shut.to_str().unwrap(),
+                    "--confirm-within",
+                    wrong,
+                ]);
+                assert!(
+                    refused.code == 1 && refused.stderr.contains("1 s to 24 h"),
+                    "{refused:?}"
+                );
+            }
+        },
+    );
+}

@@ -107,6 +107,87 @@ fn an_answer_for_ever_survives_kill_9() {
     });
 }
 
+const SHUT: &str = "version: 1\nrules:\n  - {name: shut, action: deny}\n";
+const WEB: &str = "version: 1\nrules:\n  - {name: web, action: allow, cidr: 203.0.113.10/32, ports: [80]}\n";
+
+#[test]
+fn an_unconfirmed_policy_goes_at_its_deadline_over_kill_9() {
+    staged(an_unconfirmed_policy_goes_at_its_deadline_over_kill_9, |world| {
+        let controlplane = Controlplane::start(world, Signal::SIGKILL);
+        let _server = http(world.internet(), "203.0.113.10:80");
+        let (shut, web) = (world.file("shut.yaml", SHUT), world.file("web.yaml", WEB));
+        world.vnetctl(&["policy", "apply", shut.to_str().unwrap()]);
+        let applied = world.vnetctl(&["policy", "apply", web.to_str().unwrap(), "--confirm-within", "8s"]);
+        assert!(
+            applied.contains("it goes in 8s unless this comes: vnetctl policy confirm"),
+            "{applied}"
+        );
+        let mut run = world.run(&["--vm", "web"], &["curl", "-sSN", "http://203.0.113.10/drip"]);
+        run.prints("...");
+        let _again = controlplane.restart(world);
+        let shown = world.json(&["policy", "show"]);
+        assert_eq!(shown["revision"], "2", "its time is still to come: {shown}");
+        let ended = run.wait();
+        assert_ne!(ended.code, 0, "what it let through is cut: {ended:?}");
+        let shown = world.json(&["policy", "show"]);
+        assert_eq!(
+            (&shown["revision"], &shown["document"]),
+            (&"3".into(), &SHUT.into()),
+            "{shown}"
+        );
+        assert_eq!(shown["appliedBy"], "vnet");
+        let late = world.try_vnetctl(&["policy", "confirm"]);
+        assert!(
+            late.code == 1 && late.stderr.contains("awaits no confirmation"),
+            "{late:?}"
+        );
+        let refused = world
+            .run(&["--vm", "web"], &["curl", "-sS", "http://203.0.113.10/"])
+            .wait();
+        assert_eq!(refused.code, 7, "{refused:?}");
+    });
+}
+
+#[test]
+fn a_scan_of_what_one_verdict_opened_asks_nothing_more() {
+    staged(a_scan_of_what_one_verdict_opened_asks_nothing_more, |world| {
+        let controlplane = Controlplane::start_logging(world, Signal::SIGTERM);
+        let server = http(world.internet(), "198.51.100.7:80");
+        let file = world.file(
+            "wide.yaml",
+            "version: 1\nmode: enforce\nrules:\n  - {action: allow, cidr: 198.51.0.0/16, ports: [80], protocol: tcp}\n",
+        );
+        let load = binaries::binary("vnet-load");
+        // Four thousand of its addresses, most of which nobody has; what is fetched last comes behind them all.
+        let scan = format!(
+            "curl -sS http://198.51.100.7/ && {} knock --to 198.51.0.1 --addresses 4000 --port 80 --ports 1 \
+             --count 4000 -- curl -sS http://198.51.100.7/",
+            load.display()
+        );
+        let ended = world.script(
+            &["--network-policy", file.to_str().unwrap(), "--vm", "web"],
+            &scan,
+        );
+        assert_eq!(ended.code, 0, "{ended:?}");
+        assert_eq!(server.requests(), 2);
+        assert_eq!(misses(&controlplane.end()), 1);
+    });
+}
+
+/// How many misses a controlplane counted, as it says when it ends.
+fn misses(ended: &vnet_tests::Ended) -> u64 {
+    let line = ended
+        .stderr
+        .lines()
+        .find(|line| line.contains("vnet_controlplane_misses_total"));
+    let line = line.unwrap_or_else(|| panic!("it does not say: {}", ended.stderr));
+    let (_, value) = line
+        .rsplit_once("value=")
+        .unwrap_or_else(|| panic!("no number: {line:?}"));
+    let digits: String = value.chars().take_while(char::is_ascii_digit).collect();
+    digits.parse().unwrap_or_else(|_| panic!("no number: {line:?}"))
+}
+
 #[test]
 fn a_killed_dataplane_ends_the_run_and_leaves_nothing() {
     staged(a_killed_dataplane_ends_the_run_and_leaves_nothing, |world| {
@@ -200,6 +281,15 @@ struct Controlplane {
 
 impl Controlplane {
     fn start(world: &World, ends_by: Signal) -> Controlplane {
+        Self::start_with(world, ends_by, "")
+    }
+
+    /// One that says at its end what it counted.
+    fn start_logging(world: &World, ends_by: Signal) -> Controlplane {
+        Self::start_with(world, ends_by, "vnet_controlplane=debug")
+    }
+
+    fn start_with(world: &World, ends_by: Signal, log: &str) -> Controlplane {
         let directory = world.runtime_dir().join("vnet");
         let _ =
             std::os::unix::fs::DirBuilderExt::mode(&mut std::fs::DirBuilder::new(), 0o700).create(&directory);
@@ -213,6 +303,9 @@ impl Controlplane {
             &at("session.sock"),
         ]);
         command.args(["--secure-mode", "--store", &format!("sqlite:{}", store.display())]);
+        if !log.is_empty() {
+            command.env("RUST_LOG", log);
+        }
         let process = Running::start(command);
         let socket = world.control_socket();
         eventually("the controlplane listens", || {
@@ -232,9 +325,9 @@ impl Controlplane {
         Controlplane::start(world, ends_by)
     }
 
-    fn end(self) {
+    fn end(self) -> vnet_tests::Ended {
         self.process.signal(self.ends_by);
-        self.process.wait();
+        self.process.wait()
     }
 }
 

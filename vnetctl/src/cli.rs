@@ -10,6 +10,7 @@ use clap::{CommandFactory as _, Parser, Subcommand};
 
 use crate::client::{Connection, Server};
 use crate::cmd::answer::{AllowArgs, ApproveArgs, DenyArgs};
+use crate::cmd::dataplane::DataplaneCommand;
 use crate::cmd::demo::DemoArgs;
 use crate::cmd::dns::DnsCommand;
 use crate::cmd::events::EventsCommand;
@@ -64,7 +65,8 @@ pub enum Command {
             The answer holds for the VM that asked, until it stops, in the narrowest scope: name and port \
             where a name is known, else address and port. What is held and covered goes through at once.",
         after_help = "Examples:\n  vnetctl approve \"$(vnetctl pending list -o json | jq -r '.[0].id')\"\n  \
-            vnetctl approve 01ab --for 1h --reason 'package upgrade'\n  vnetctl approve 01ab --scope subdomains --all-vms --forever"
+            vnetctl approve 01ab --for 1h --reason 'package upgrade'\n  vnetctl approve 01ab --scope subdomains --all-vms --forever\n  \
+            vnetctl approve --vm web --matching '*.example.com'"
     )]
     Approve(ApproveArgs),
     /// Answer no to pending requests, or deny a destination
@@ -72,7 +74,7 @@ pub enum Command {
         long_about = "Answer no to pending requests, or deny a destination.\n\n\
             Of a request: for the VM that asked, until it stops, in the narrowest scope. Of a destination: for \
             ever, for the only VM there is or those you name. Live flows that it covers are cut.",
-        after_help = "Examples:\n  vnetctl deny 01ab\n  vnetctl deny tcp 192.0.2.7:443\n  \
+        after_help = "Examples:\n  vnetctl deny 01ab\n  vnetctl deny --matching '*.ads.example'\n  vnetctl deny tcp 192.0.2.7:443\n  \
             vnetctl deny domain '*.malware.example' --all-vms"
     )]
     Deny(DenyArgs),
@@ -100,6 +102,9 @@ pub enum Command {
     /// The documents that decide
     #[command(subcommand)]
     Policy(PolicyCommand),
+    /// What dataplanes have cached
+    #[command(subcommand)]
+    Dataplane(DataplaneCommand),
     /// Ports of the host that lead into a guest
     #[command(subcommand)]
     Forward(ForwardCommand),
@@ -217,6 +222,7 @@ async fn client_command(command: Command, mut context: Context) -> Result<(), Fa
         Command::Flows(command) => command.execute(context).await,
         Command::Events(command) => command.execute(context).await,
         Command::Policy(command) => command.execute(context).await,
+        Command::Dataplane(command) => command.execute(context).await,
         Command::Forward(command) => command.execute(context).await,
         Command::Dns(command) => command.execute(context).await,
         // Handled by `execute`, which has no runtime yet.
@@ -251,7 +257,7 @@ Examples:
   vnetctl allow domain '*.github.com:443'
   vnetctl demo
 
-Exit codes: 0 done, 1 refused or failed, 2 usage. `run` exits with its command's status, or with 125 \
+Exit codes: 0 done, 1 refused or failed, 2 usage; 3 from `policy diff` where something differs. `run` exits with its command's status, or with 125 \
 (its own failure), 126 (the command cannot be executed) or 127 (it was not found).";
 
 #[cfg(test)]
@@ -365,8 +371,6 @@ mod tests {
 
     #[test]
     fn commands_of_later_issues_are_not_listed() {
-        for line in ["vnetctl top", "vnetctl policy diff x", "vnetctl policy suggest"] {
-            assert!(parse(line).is_err(), "{line}");
-        }
+        assert!(parse("vnetctl top").is_err());
     }
 }

@@ -319,6 +319,11 @@ pub fn unary<T>(message: T) -> tonic::Request<T> {
     with_patience(message, UNARY_PATIENCE)
 }
 
+/// A request that reads the whole history, or asks every dataplane, and may take minutes.
+pub fn unhurried<T>(message: T) -> tonic::Request<T> {
+    with_patience(message, UNHURRIED_PATIENCE)
+}
+
 fn with_patience<T>(message: T, patience: Duration) -> tonic::Request<T> {
     let mut request = tonic::Request::new(message);
     request.set_timeout(patience);
@@ -357,6 +362,7 @@ pub const PAGE_SIZE: u32 = 1000;
 pub const LIST_ITEMS_MAX: usize = 100_000;
 /// How long an answer may take. A change waits for dataplanes to acknowledge, so it is not short.
 const UNARY_PATIENCE: Duration = Duration::from_secs(30);
+const UNHURRIED_PATIENCE: Duration = Duration::from_secs(600);
 const PROBE_PATIENCE: Duration = Duration::from_secs(2);
 const CONNECT_PATIENCE: Duration = Duration::from_secs(5);
 /// A page of the largest messages fits (a pending request with its names is under 16 KiB).

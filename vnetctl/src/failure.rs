@@ -1,6 +1,6 @@
 //! How a command ends when it does not succeed: what is said, and with which exit code.
 //!
-//! Exit codes: 0 done, 1 refused or failed, 2 usage. `run` exits with its command's status, and with
+//! Exit codes: 0 done, 1 refused or failed, 2 usage, 3 `policy diff` found differences. `run` exits with its command's status, and with
 //! 125, 126 and 127 for its own failures as `env` does. What a server answers is turned here into one
 //! message that names the field and the remedy (`google.rpc` error details, AIP-193).
 
@@ -147,6 +147,8 @@ fn line(text: &mut String, what: &str, description: &str) {
 const EXIT_FAILED: u8 = 1;
 /// A usage error.
 pub const EXIT_USAGE: u8 = 2;
+/// `policy diff` found something that would be decided otherwise.
+pub const EXIT_DIFFERS: u8 = 3;
 /// `run` itself failed.
 pub const EXIT_RUN_FAILED: u8 = 125;
 const EXIT_NOT_EXECUTABLE: u8 = 126;

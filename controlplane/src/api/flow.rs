@@ -43,12 +43,28 @@ impl FlowService for Api {
         Ok(Response::new(stream(watch, gap)))
     }
 
+    async fn verify_verdicts(
+        &self,
+        request: Request<v1::VerifyVerdictsRequest>,
+    ) -> Result<Response<v1::VerifyVerdictsResponse>, Status> {
+        let request = request.into_inner();
+        let vms = selector(request.vms)?;
+        let answer = self
+            .hub
+            .verify_verdicts(vms.as_ref(), request.seed, request.points)
+            .await?;
+        Ok(Response::new(answer))
+    }
+
     async fn close_flow(
         &self,
         request: Request<v1::CloseFlowRequest>,
     ) -> Result<Response<v1::CloseFlowResponse>, Status> {
         let actor = actor(&request);
-        let flow = self.hub.close_flow(&request.into_inner().id, &actor)?;
-        Ok(Response::new(v1::CloseFlowResponse { flow: Some(flow) }))
+        let (flow, ticket) = self.hub.close_flow(&request.into_inner().id, &actor)?;
+        Ok(Response::new(v1::CloseFlowResponse {
+            flow: Some(flow),
+            cut: Some(self.hub.report(ticket).await),
+        }))
     }
 }

@@ -5,7 +5,7 @@ use vnet_proto::model::{Malformed, Target};
 use vnet_proto::v1;
 use vnet_proto::v1::grant_service_server::GrantService;
 
-use super::{Api, Keys, actor, is_time_and_id, no_budget, page, saved, selector};
+use super::{Api, Keys, actor, is_time_and_id, page, saved, selector};
 use crate::convert;
 use crate::grant::{GrantAction, Lifetime};
 use crate::hub::NewGrant;
@@ -49,7 +49,6 @@ impl GrantService for Api {
     ) -> Result<Response<v1::CreateGrantResponse>, Status> {
         let actor = actor(&request);
         let request = request.into_inner();
-        no_budget(request.budget)?;
         let action = match v1::Action::try_from(request.action) {
             Ok(v1::Action::Allow) => GrantAction::Allow,
             Ok(v1::Action::Deny) => GrantAction::Deny,
@@ -66,6 +65,7 @@ impl GrantService for Api {
             lifetime: convert::lifetime(request.lifetime)
                 .map_err(Refusal::from)?
                 .unwrap_or(Lifetime::Forever),
+            budget: request.budget.map(Into::into).unwrap_or_default(),
             reason: &request.reason,
             request_id: &request.request_id,
             actor: &actor,

@@ -10,6 +10,7 @@ mod forward;
 mod grant;
 mod pending;
 mod policy;
+mod replay;
 mod vm;
 
 #[cfg(test)]
@@ -160,14 +161,4 @@ fn stream<T: Clone + Send + Sync + 'static>(
             Some((Ok(item), (watch, gap)))
         },
     ))
-}
-
-/// Refuses a budget: what cannot be enforced to its end is not accepted.
-fn no_budget(budget: Option<v1::Budget>) -> Result<(), Refusal> {
-    if budget.is_some_and(|b| b != v1::Budget::default()) {
-        return Err(Refusal::NotBuilt {
-            what: "a grant with a budget",
-        });
-    }
-    Ok(())
 }

@@ -1,14 +1,16 @@
 //! `PendingService`: lists and answers pending requests.
 
 use tonic::{Request, Response, Status};
+use vnet_proto::model::Budget;
 use vnet_proto::v1;
 use vnet_proto::v1::pending_service_server::PendingService;
 
-use super::{Api, Changes, Keys, actor, is_time_and_id, no_budget, page, saved, selector, stream};
+use super::{Api, Changes, Keys, actor, is_time_and_id, page, saved, selector, stream};
 use crate::approval::Answer;
 use crate::convert;
-use crate::hub::Reply;
+use crate::hub::{PAST_FLOWS_MAX, Reply};
 use crate::refusal::Refusal;
+use crate::store::EventQuery;
 
 /// Keys of the list's pages.
 const KEYS: Keys = Keys {
@@ -41,7 +43,18 @@ impl PendingService for Api {
         &self,
         request: Request<v1::GetPendingRequest>,
     ) -> Result<Response<v1::GetPendingResponse>, Status> {
-        let found = self.hub.pending_request(&request.into_inner().id)?;
+        let (mut found, offers) = self.hub.offers(&request.into_inner().id)?;
+        if let Some(mut offers) = offers {
+            self.hub.bring_history_up_to_date();
+            let query = EventQuery {
+                kinds: vec![v1::EventKind::FlowOpened.into(), v1::EventKind::FlowDenied.into()],
+                limit: PAST_FLOWS_MAX,
+                ..Default::default()
+            };
+            let past = self.hub.writer().events(query).await.map_err(Refusal::from)?;
+            offers.count_past(&past);
+            found.options = offers.into_messages();
+        }
         Ok(Response::new(v1::GetPendingResponse { request: Some(found) }))
     }
 
@@ -65,14 +78,14 @@ impl PendingService for Api {
     ) -> Result<Response<v1::ApproveResponse>, Status> {
         let actor = actor(&request);
         let request = request.into_inner();
-        no_budget(request.budget)?;
-        let (request, grant, durable) = self.hub.reply(&Reply {
+        let (request, grant, _, durable) = self.hub.reply(&Reply {
             id: &request.id,
             etag: &request.etag,
             answer: Answer::Approve,
             scope: convert::scope_from(request.scope).map_err(Refusal::from)?,
             lifetime: convert::lifetime(request.lifetime).map_err(Refusal::from)?,
             vms: selector(request.vms)?,
+            budget: request.budget.map(Into::into).unwrap_or_default(),
             reason: &request.reason,
             lookup_only: request.lookup_only,
             actor: &actor,
@@ -87,21 +100,27 @@ impl PendingService for Api {
     async fn deny(&self, request: Request<v1::DenyRequest>) -> Result<Response<v1::DenyResponse>, Status> {
         let actor = actor(&request);
         let request = request.into_inner();
-        let (request, grant, durable) = self.hub.reply(&Reply {
+        let (request, grant, ticket, durable) = self.hub.reply(&Reply {
             id: &request.id,
             etag: &request.etag,
             answer: Answer::Deny,
             scope: convert::scope_from(request.scope).map_err(Refusal::from)?,
             lifetime: convert::lifetime(request.lifetime).map_err(Refusal::from)?,
             vms: selector(request.vms)?,
+            budget: Budget::default(),
             reason: &request.reason,
             lookup_only: false,
             actor: &actor,
         })?;
         saved(durable).await?;
+        let cut = match ticket {
+            Some(ticket) => Some(self.hub.report(ticket).await),
+            None => None,
+        };
         Ok(Response::new(v1::DenyResponse {
             request: Some(request),
             grant: Some(grant),
+            cut,
         }))
     }
 }

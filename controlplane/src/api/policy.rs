@@ -5,8 +5,8 @@ use vnet_proto::model::{Malformed, Target};
 use vnet_proto::v1;
 use vnet_proto::v1::policy_service_server::PolicyService;
 
-use super::{Api, actor, saved};
-use crate::hub::{Candidate, DEFAULT, without_content};
+use super::{Api, actor, replay, saved};
+use crate::hub::{Candidate, DEFAULT, confirm_within, without_content};
 use crate::refusal::Refusal;
 
 /// Revisions on a page where the client does not say, and at most.
@@ -40,12 +40,7 @@ impl PolicyService for Api {
     ) -> Result<Response<v1::ApplyPolicyResponse>, Status> {
         let actor = actor(&request);
         let request = request.into_inner();
-        if request.confirm_within.is_some() {
-            return Err(Refusal::NotBuilt {
-                what: "confirm_within",
-            }
-            .into());
-        }
+        let confirm_within = confirm_within(request.confirm_within)?;
         let applied = self.hub.apply_policy(Candidate {
             name: &request.name,
             document: &request.document,
@@ -54,6 +49,7 @@ impl PolicyService for Api {
             actor: &actor,
             validate_only: request.validate_only,
             lists: &request.lists,
+            confirm_within,
         })?;
         saved(applied.durable).await?;
         let cut = match applied.ticket {
@@ -65,6 +61,17 @@ impl PolicyService for Api {
             warnings: applied.warnings,
             cut,
         }))
+    }
+
+    async fn confirm_policy(
+        &self,
+        request: Request<v1::ConfirmPolicyRequest>,
+    ) -> Result<Response<v1::ConfirmPolicyResponse>, Status> {
+        let actor = actor(&request);
+        let request = request.into_inner();
+        let (policy, durable) = self.hub.confirm_policy(&request.name, request.revision, &actor)?;
+        saved(durable).await?;
+        Ok(Response::new(v1::ConfirmPolicyResponse { policy: Some(policy) }))
     }
 
     async fn explain(
@@ -82,9 +89,18 @@ impl PolicyService for Api {
 
     async fn suggest(
         &self,
-        _request: Request<v1::SuggestRequest>,
+        request: Request<v1::SuggestRequest>,
     ) -> Result<Response<v1::SuggestResponse>, Status> {
-        Err(Refusal::NotBuilt { what: "Suggest" }.into())
+        let request = request.into_inner();
+        Ok(Response::new(replay::suggest(&self.hub, request).await?))
+    }
+
+    async fn diff_policy(
+        &self,
+        request: Request<v1::DiffPolicyRequest>,
+    ) -> Result<Response<v1::DiffPolicyResponse>, Status> {
+        let request = request.into_inner();
+        Ok(Response::new(replay::diff(&self.hub, &request).await?))
     }
 
     async fn list_revisions(
@@ -150,15 +166,20 @@ impl PolicyService for Api {
         }
         let earlier = self.stored_revision(name.clone(), revision).await?;
         // With the etag, so that what was applied meanwhile is not undone unseen.
-        let applied = self.hub.apply_policy(Candidate {
-            name: &name,
-            document: &earlier.document,
-            source: &earlier.source,
-            etag: &in_force.etag,
-            actor: &actor,
-            validate_only: false,
-            lists: &earlier.lists,
-        })?;
+        let applied = if earlier.withdrawn {
+            self.hub.withdraw_policy(&name, &in_force.etag, &actor)?
+        } else {
+            self.hub.apply_policy(Candidate {
+                name: &name,
+                document: &earlier.document,
+                source: &earlier.source,
+                etag: &in_force.etag,
+                actor: &actor,
+                validate_only: false,
+                lists: &earlier.lists,
+                confirm_within: None,
+            })?
+        };
         saved(applied.durable).await?;
         let cut = match applied.ticket {
             Some(ticket) => Some(self.hub.report(ticket).await),

@@ -25,7 +25,8 @@ pub struct Ask<'a> {
     pub reason: Reason,
     /// The miss.
     pub miss: MissRef,
-    /// How long it may be held from now.
+    /// How long it may be held from now. Zero: not at all; the caller refuses it at once, and the request
+    /// stays, for a yes that serves the next attempt.
     pub hold: Duration,
     /// Packets or queries held for it.
     pub packets: u32,

@@ -133,8 +133,8 @@ pub struct Request {
     pub held: Vec<HeldMiss>,
     /// The grant that answered it.
     pub grant: Option<GrantId>,
-    /// Something that was held for it was refused for want of an answer: the guest may try again, and
-    /// a late yes serves that.
+    /// Something that was held for it, or would have been, was refused for want of an answer: the guest may
+    /// try again, and a late yes serves that.
     pub(crate) hold_ran_out: bool,
     /// Its entry among the table's wakes.
     pub(crate) wakes_at: SystemTime,
@@ -164,7 +164,7 @@ impl Request {
     /// What is asked for: one address, protocol and port, or a name to look up.
     pub fn target(&self) -> Target {
         match &self.subject {
-            Subject::Flow(flow) => Target::of_flow(&flow.key),
+            Subject::Flow(flow) => Target::of_subject(flow),
             Subject::Lookup(lookup) => Target::of_name(lookup.name.clone()),
         }
     }
@@ -172,6 +172,16 @@ impl Request {
     /// Scopes that an answer may have, narrowest first.
     pub fn scopes(&self) -> Vec<Scope> {
         scope::offered(self)
+    }
+
+    /// What a grant of a scope would be for; `None` for one that is not offered.
+    pub fn target_of(&self, scope: Scope) -> Option<Target> {
+        scope::target(self, scope, false)
+    }
+
+    /// The registrable domain of its best name, by which requests may be shown together.
+    pub fn domain(&self) -> Option<&str> {
+        scope::domain(self)
     }
 
     /// Packets and queries that are held for it.

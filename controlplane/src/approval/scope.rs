@@ -1,7 +1,7 @@
 //! Scopes: what may be answered to a request, and the target of the grant that each yields.
 
 use ipnet::IpNet;
-use vnet_proto::model::{FlowKey, Name, NamePattern, PortRange, Subject, Target};
+use vnet_proto::model::{FlowKey, Guard, Name, NamePattern, PortRange, Subject, Target};
 
 use crate::approval::{Request, Scope};
 
@@ -19,14 +19,19 @@ pub(crate) fn offered(request: &Request) -> Vec<Scope> {
         Subject::Flow(flow) => {
             let ported = flow.key.protocol.has_ports();
             // A name's grant opens tcp and udp; what has no ports is answered by its address.
-            let named = ported && !request.names.is_empty() && request.guards.is_empty();
+            let guarded = !request.guards.without(Guard::Synthetic).is_empty();
+            let named = ported && !request.names.is_empty() && !guarded;
+            // A synthetic address is nothing that an answer could be about.
+            let addressed = !request.guards.contains(Guard::Synthetic);
             let mut scopes = Vec::new();
             if named {
                 scopes.push(Scope::NamePort);
             }
-            scopes.push(Scope::HostPort);
-            if request.guards.is_empty() {
-                if ported {
+            if addressed {
+                scopes.push(Scope::HostPort);
+            }
+            if !guarded {
+                if ported && addressed {
                     scopes.push(Scope::Host);
                 }
                 if named {
@@ -62,6 +67,11 @@ pub(crate) fn target(request: &Request, scope: Scope, lookup_only: bool) -> Opti
         (Scope::Subdomains, _) => named(NamePattern::Subdomains(parent_of(request.names.first()?)?), None),
         (Scope::HostPort | Scope::Host | Scope::NamePort, Subject::Lookup(_)) => None,
     }
+}
+
+/// The registrable domain of what is asked for, by which requests are shown together.
+pub(crate) fn domain(request: &Request) -> Option<&str> {
+    psl::domain_str(request.names.first()?.as_str())
 }
 
 fn any_port(key: &FlowKey) -> Target {

@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
 use std::net::{IpAddr, SocketAddr};
 use std::time::{Duration, SystemTime};
 
-use vnet_proto::model::{GuardSet, Name, Protocol, Reason, Subject, Target, VmId};
+use vnet_proto::model::{Guard, GuardSet, Name, Protocol, Reason, Subject, Target, VmId};
 
 use crate::approval::{
     Answer, AnswerError, Answered, Ask, AskOutcome, Change, Changes, FindError, HeldMiss, Limit, MissEnd,
@@ -64,7 +64,8 @@ impl PendingTable {
             until,
             packets: ask.packets,
         };
-        if let Some(id) = self.by_miss.get(&ask.miss).cloned() {
+        let parks = ask.hold.is_zero();
+        if let Some(id) = self.by_miss.get(&ask.miss).cloned().filter(|_| !parks) {
             self.hold(now, &id, held);
             return (AskOutcome::Joined(id.clone()), Changes::of(Change::Updated(id)));
         }
@@ -84,7 +85,7 @@ impl PendingTable {
                 request.count = request.count.saturating_add(1);
                 request.last_asked_at = now;
             }
-            self.hold(now, &id, held);
+            self.hold_or_park(now, &id, held, parks);
             return (AskOutcome::Joined(id.clone()), Changes::of(Change::Updated(id)));
         }
         let id = ask.id;
@@ -113,7 +114,7 @@ impl PendingTable {
         self.by_question.insert(question, id.clone());
         self.vms.entry(ask.vm.instance.clone()).or_default().open += 1;
         self.open.insert(id.clone(), request);
-        self.hold(now, &id, held);
+        self.hold_or_park(now, &id, held, parks);
         (AskOutcome::Opened(id.clone()), Changes::of(Change::Added(id)))
     }
 
@@ -398,6 +399,19 @@ impl PendingTable {
         None
     }
 
+    fn hold_or_park(&mut self, now: SystemTime, id: &PendingId, held: HeldMiss, parks: bool) {
+        if !parks {
+            return self.hold(now, id, held);
+        }
+        // One that was held before policy said otherwise waits no more.
+        self.let_go(id, |known| known.miss == held.miss);
+        if let Some(request) = self.open.get_mut(id) {
+            request.hold_ran_out = true;
+            let life = now.checked_add(LIFE).unwrap_or(now);
+            request.expires_at = request.expires_at.max(life);
+        }
+    }
+
     /// Holds a miss for an open request, or renews its hold, and renews the request's life.
     fn hold(&mut self, now: SystemTime, id: &PendingId, held: HeldMiss) {
         let Some(request) = self.open.get_mut(id) else {
@@ -497,7 +511,9 @@ impl Question {
             Subject::Flow(flow) => {
                 let (protocol, peer) = (flow.key.protocol, flow.key.peer);
                 match flow.names.first() {
-                    Some(name) if flow.guards.is_empty() && protocol.has_ports() => {
+                    Some(name)
+                        if flow.guards.without(Guard::Synthetic).is_empty() && protocol.has_ports() =>
+                    {
                         Self::NamedFlow(instance, protocol, name.clone(), peer.port())
                     }
                     _ => Self::Flow(instance, protocol, peer, flow.dialled, flow.guards, flow.peer_vm),

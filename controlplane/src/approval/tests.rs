@@ -445,6 +445,60 @@ fn a_late_yes_serves_the_next_attempt() {
 }
 
 #[test]
+fn what_parks_holds_nothing_and_lives_as_long_as_what_is_held() {
+    let mut desk = Desk::default();
+    let web = vm("web");
+    let park = |number, subject| Ask {
+        id: PendingId(format!("p{number}")),
+        vm: &web,
+        peer: String::new(),
+        subject,
+        reason: Reason::new("default", "deny", "nothing allows it"),
+        miss: miss(number),
+        hold: Duration::ZERO,
+        packets: 1,
+    };
+    let (outcome, _) = desk.table.ask(at(0), park(1, tcp("192.0.2.7:443", &[])));
+    assert_eq!(outcome, opened(1));
+    let (outcome, _) = desk.table.ask(at(5), park(2, tcp("192.0.2.7:443", &[])));
+    assert_eq!(outcome, joined(1));
+    let request = desk.get("p1");
+    assert_eq!(
+        (request.count, request.held_packets(), request.held_until()),
+        (2, 0, None)
+    );
+    // One that was held before nothing was to be held any more.
+    assert_eq!(desk.ask(6, 3, tcp("192.0.2.8:443", &[])), opened(3));
+    desk.table.ask(at(7), park(3, tcp("192.0.2.8:443", &[])));
+    assert_eq!(desk.get("p3").held_packets(), 0);
+    assert!(
+        desk.table
+            .miss_ended(at(8), miss(3), MissEnd::GuestGaveUp)
+            .changes
+            .is_empty()
+    );
+    desk.table.expire(at(604));
+    assert!(desk.get("p1").is_open() && desk.get("p3").is_open());
+    let answered = desk.approve(604, "p1", None).unwrap();
+    assert!(answered.changes.released.is_empty());
+    desk.table.expire(at(607));
+    assert_eq!(desk.get("p3").state, PendingState::Expired);
+}
+
+#[test]
+fn a_request_says_the_registrable_domain_that_it_belongs_to() {
+    let mut desk = Desk::default();
+    desk.ask(0, 1, lookup("a.b.example.co.uk", 1));
+    desk.ask(0, 2, tcp("192.0.2.7:443", &["example.co.uk"]));
+    desk.ask(0, 3, tcp("192.0.2.7:443", &[]));
+    desk.ask(0, 4, lookup("co.uk", 1));
+    assert_eq!(desk.get("p1").domain(), Some("example.co.uk"));
+    assert_eq!(desk.get("p2").domain(), Some("example.co.uk"));
+    assert_eq!(desk.get("p3").domain(), None);
+    assert_eq!(desk.get("p4").domain(), None);
+}
+
+#[test]
 fn a_request_whose_guest_gave_up_is_cancelled_unless_it_may_come_back() {
     let mut desk = Desk::default();
     desk.ask(0, 1, tcp("1.2.3.4:443", &[]));

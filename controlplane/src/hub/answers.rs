@@ -5,7 +5,7 @@ use vnet_proto::v1;
 
 use super::decide::context;
 use super::events::about;
-use super::{Hub, REQUEST_IDS_MAX, State, Ticket, ids};
+use super::{Hub, REQUEST_IDS_MAX, State, Ticket, budgets, ids};
 use crate::approval::{Answer, Scope};
 use crate::clock::Now;
 use crate::convert;
@@ -34,6 +34,8 @@ pub struct Reply<'a> {
     pub vms: Option<VmSelector>,
     /// Why.
     pub reason: &'a str,
+    /// Its limits; all zero: none.
+    pub budget: Budget,
     /// For a name: only the lookup.
     pub lookup_only: bool,
     /// Who answers.
@@ -51,6 +53,8 @@ pub struct NewGrant<'a> {
     pub vms: Option<VmSelector>,
     /// How long.
     pub lifetime: Lifetime,
+    /// Its limits; all zero: none.
+    pub budget: Budget,
     /// Why.
     pub reason: &'a str,
     /// If not empty, the client's id of the call.
@@ -78,13 +82,16 @@ impl Hub {
         self.read(|state, now| Ok(convert::request(state.pending.find(now.steady, prefix)?)))
     }
 
-    /// Answers a request.
+    /// Answers a request. There is a ticket for a no, which may cut flows.
     ///
     /// # Errors
     /// [`Refusal`]: nothing changed.
-    pub fn reply(&self, reply: &Reply<'_>) -> Result<(v1::PendingRequest, v1::Grant, Durable), Refusal> {
+    pub fn reply(
+        &self,
+        reply: &Reply<'_>,
+    ) -> Result<(v1::PendingRequest, v1::Grant, Option<Ticket>, Durable), Refusal> {
         let (result, durable) = self.with(|state, now| state.reply(now, reply));
-        result.map(|(request, grant)| (request, grant, durable))
+        result.map(|(request, grant, ticket)| (request, grant, ticket, durable))
     }
 
     /// Grants in force, newest first, perhaps only those that reach one VM.
@@ -111,7 +118,7 @@ impl Hub {
             let all = state.grants.newest_first().into_iter();
             Ok(all
                 .filter(|g| view.as_ref().is_none_or(|v| g.reaches(v)))
-                .map(|g| convert::grant(g))
+                .map(|g| state.grant_message(g))
                 .collect())
         })
     }
@@ -136,6 +143,7 @@ impl Hub {
     pub fn revoke_grant(&self, prefix: &str, actor: &str) -> Result<(v1::Grant, Ticket, Durable), Refusal> {
         let (result, durable) = self.with(|state, now| {
             let id = state.grants.find(prefix)?.id.clone();
+            let as_it_was = state.grants.get(&id).map(|grant| state.grant_message(grant));
             let grant = state
                 .grants
                 .remove(&id)
@@ -148,14 +156,18 @@ impl Hub {
                 |vm| grant.reaches(&vm.view),
                 "its grant was revoked",
             );
-            Ok((convert::grant(&grant), ticket))
+            Ok((as_it_was.unwrap_or_default(), ticket))
         });
         result.map(|(grant, ticket)| (grant, ticket, durable))
     }
 }
 
 impl State {
-    fn reply(&mut self, now: Now, reply: &Reply<'_>) -> Result<(v1::PendingRequest, v1::Grant), Refusal> {
+    fn reply(
+        &mut self,
+        now: Now,
+        reply: &Reply<'_>,
+    ) -> Result<(v1::PendingRequest, v1::Grant, Option<Ticket>), Refusal> {
         let found = self.pending.find(now.steady, reply.id)?;
         let (id, asker) = (found.id.clone(), found.vm.clone());
         let etag = (!reply.etag.is_empty()).then_some(reply.etag);
@@ -173,7 +185,7 @@ impl State {
                 .clone()
                 .unwrap_or_else(|| VmSelector::named(asker.name.clone())),
             reply.lifetime.unwrap_or(Lifetime::UntilVmStops),
-            Budget::default(),
+            reply.budget,
             reply.actor.to_owned(),
             now.steady,
         );
@@ -183,6 +195,7 @@ impl State {
         }
         grant.reason = shorten(reply.reason);
         grant.pending_id = id.0.clone();
+        budgets::check(&grant)?;
         self.bind_to_instances(&mut grant)?;
         self.check_overruled(&grant)?;
         let grant_id = grant.id.clone();
@@ -204,16 +217,19 @@ impl State {
             }
         };
         self.grant_made(now, &grant, reply.actor);
+        let ticket = (reply.answer == Answer::Deny).then(|| self.ticket());
+        let change = ticket.as_ref().map(Ticket::id);
         // What was held for this very question comes before others that its grant may decide.
-        self.revoke(None, |vm| grant.reaches(&vm.view));
-        self.cut_disallowed(None, |vm| grant.reaches(&vm.view), "denied");
+        self.revoke(change, |vm| grant.reaches(&vm.view));
+        self.cut_disallowed(change, |vm| grant.reaches(&vm.view), "denied");
         self.take_up(now, answered.changes);
         self.decide_pending(now);
+        if let Some(change) = change {
+            self.finish_if_done(change);
+        }
         let request = convert::request(self.pending.find(now.steady, &id.0)?);
-        Ok((
-            request,
-            convert::grant(self.grants.get(&grant_id).unwrap_or(&grant)),
-        ))
+        let grant = self.grant_message(self.grants.get(&grant_id).unwrap_or(&grant));
+        Ok((request, grant, ticket))
     }
 
     fn create_grant(
@@ -236,15 +252,16 @@ impl State {
             new.target,
             vms,
             new.lifetime,
-            Budget::default(),
+            new.budget,
             new.actor.to_owned(),
             now.steady,
         );
         grant.reason = shorten(new.reason);
+        budgets::check(&grant)?;
         self.bind_to_instances(&mut grant)?;
         self.check_overruled(&grant)?;
         let grant = self.grants.insert(grant)?;
-        let message = convert::grant(&grant);
+        let message = self.grant_message(&grant);
         self.grant_made(now, &grant, new.actor);
         if !new.request_id.is_empty() {
             if self.request_ids.len() >= REQUEST_IDS_MAX {
@@ -321,7 +338,7 @@ impl State {
         // One for once is void in a minute; it is not worth a restart's while.
         if grant.lifetime != Lifetime::Once {
             self.writes
-                .push(Write::PutGrant(Box::new(convert::to_store(grant))));
+                .push(Write::PutGrant(Box::new(convert::to_store(grant, None))));
         }
         let vm = grant.vms.name().unwrap_or_default();
         let text = format!(
@@ -333,6 +350,7 @@ impl State {
             now,
             v1::Event {
                 subject: grant.id.0.clone(),
+                grant: Some(convert::grant(grant, None)),
                 actor: actor.to_owned(),
                 action: match grant.action {
                     GrantAction::Allow => v1::Action::Allow,

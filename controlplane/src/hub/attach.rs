@@ -18,7 +18,7 @@ use crate::convert;
 use crate::fleet::{self, DATAPLANES_MAX, Dataplane, DataplaneNo, LOOKUP_HOLD, Link, VMS_MAX, Vm};
 use crate::grant::{VmGrants, VmView};
 use crate::lists;
-use crate::policy::{Effective, GuardedRanges, ListCache, Modes, OwnPolicy};
+use crate::policy::{EchGuard, Effective, GuardedRanges, ListCache, Modes, OwnPolicy, QuicGuard};
 use crate::refusal::Refusal;
 
 /// The version of the session's conversation.
@@ -230,10 +230,11 @@ impl State {
         }
         // Flows that are still there are told again below, and keep nothing of the old session.
         for (_, flow) in old_flows {
+            self.budgets.remove(&flow);
             if let Some(vm) = self.fleet.vms.get_mut(&flow.vm) {
                 vm.live_flows = vm.live_flows.saturating_sub(1);
             }
-            self.publish_flow(v1::FlowChange::Removed, &flow);
+            self.publish_flow(v1::FlowChange::Removed, &flow, "is told anew");
         }
         let mut settings = Vec::new();
         for up in ups {
@@ -256,6 +257,7 @@ impl State {
                 closed_addresses: Vec::new(),
             }),
         );
+        self.count_malformed(|state| state.handle_uses(now, number, hello.uses));
         for flow in hello.live_flows {
             self.count_malformed(|state| state.handle_flow_opened(now, number, flow));
         }
@@ -288,7 +290,9 @@ impl State {
                 }
             }
             Message::FlowClosed(flow) => self.handle_flow_closed(now, number, flow),
-            Message::FlowStats(stats) => self.handle_flow_stats(number, stats),
+            Message::FlowStats(stats) => {
+                self.count_malformed(|state| state.handle_flow_stats(now, number, stats));
+            }
             Message::Decided(decided) => {
                 self.count_malformed(|state| state.handle_decided(now, number, decided));
             }
@@ -452,7 +456,10 @@ impl State {
             name: name.to_owned(),
             switch_open: vm.effective.is_switch_open(),
             forwards_closed: vm.effective.closes_forwards(),
-            lookup_hold: convert::span(vm.lookup_hold.min(vm.effective.approval_timeout())),
+            synthetic_answers: vm.effective.synthetic_answers(),
+            lookup_hold: convert::span(lookup_hold(vm)),
+            ech_outer: vm.effective.name_guards().ech == EchGuard::Outer,
+            quic_denied: vm.effective.name_guards().quic == QuicGuard::Deny,
         })
     }
 
@@ -503,7 +510,7 @@ impl State {
         };
         let flows: Vec<_> = dataplane.flows.extract_if(|_, flow| flow.vm == name).collect();
         for (_, flow) in flows {
-            self.flow_ended(now, flow, v1::FlowEnd::VmDown);
+            self.flow_ended(now, flow, v1::FlowEnd::VmDown, None);
         }
         let Some(instance) = self.fleet.vms.get(&name).map(|vm| vm.view.instance.clone()) else {
             return;
@@ -685,4 +692,12 @@ fn counts(counts: HashMap<String, u64>) -> BTreeMap<String, u64> {
 
 fn malformed(error: Malformed) -> Status {
     Refusal::from(error).into()
+}
+/// How long a VM's lookups may wait for their verdicts. Where policy holds nothing for a person, those that
+/// need none still take their time.
+fn lookup_hold(vm: &Vm) -> Duration {
+    match vm.effective.approval_timeout() {
+        Duration::ZERO => vm.lookup_hold,
+        timeout => vm.lookup_hold.min(timeout),
+    }
 }

@@ -19,6 +19,7 @@ pub(super) struct Change {
     acknowledged: u32,
     silent: Vec<String>,
     flows: u64,
+    cut_on: HashSet<DataplaneNo>,
     done: Option<oneshot::Sender<()>>,
 }
 
@@ -27,6 +28,13 @@ pub(super) struct Change {
 pub struct Ticket {
     id: u64,
     done: oneshot::Receiver<()>,
+}
+
+impl Ticket {
+    /// The change, for what carries it out.
+    pub(super) fn id(&self) -> u64 {
+        self.id
+    }
 }
 
 impl Hub {
@@ -52,6 +60,7 @@ impl Hub {
                 flows: change.flows,
                 dataplanes_acknowledged: change.acknowledged,
                 dataplanes_silent: silent,
+                dataplanes_cut: u32::try_from(change.cut_on.len()).unwrap_or(u32::MAX),
             }
         })
     }
@@ -206,6 +215,9 @@ impl State {
                 let name = dataplane.name.clone();
                 if let Some(change) = self.changes.get_mut(&id) {
                     change.flows += ack.cut_flows;
+                    if ack.cut_flows > 0 {
+                        change.cut_on.insert(number);
+                    }
                     if let Some(left) = change.waiting.get_mut(&number) {
                         *left -= 1;
                         if *left == 0 {
@@ -246,7 +258,8 @@ impl State {
         }
     }
 
-    fn finish_if_done(&mut self, id: u64) {
+    /// Tells who waits for a change, if every dataplane that was told of it has done it.
+    pub(super) fn finish_if_done(&mut self, id: u64) {
         if let Some(change) = self.changes.get_mut(&id)
             && change.waiting.is_empty()
             && let Some(done) = change.done.take()

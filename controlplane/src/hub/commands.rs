@@ -135,7 +135,7 @@ impl State {
             .filter(move |vm| filter.is_none_or(|f| f.matches(&vm.view.name, &vm.view.labels)))
     }
 
-    fn send_command(
+    pub(super) fn send_command(
         &mut self,
         number: DataplaneNo,
         make: impl FnOnce(&str) -> Command,
@@ -209,6 +209,7 @@ impl State {
                 dataplane.zones.retain(|z| z.name != zone.name);
                 return;
             }
+            Command::ReportVerdicts(_) => return,
         };
         let event = v1::Event {
             subject: dataplane.network.clone(),

@@ -5,6 +5,7 @@ use vnet_proto::model::{
 };
 use vnet_proto::v1;
 
+use super::budgets::Issued;
 use super::events::{about, on_subject};
 use super::repeats::Key;
 use super::{State, ids};
@@ -13,7 +14,9 @@ use crate::clock::Now;
 use crate::convert;
 use crate::fleet::{DataplaneNo, Fleet, LiveFlow, Vm};
 use crate::grant::{Grant, GrantId, Lifetime, Use};
-use crate::policy::{Context, Decision, GuardedRanges, Outcome, PeerView, decide_flow, decide_lookup};
+use crate::policy::{
+    Context, Decision, GuardedRanges, Outcome, PeerView, decide_flow, decide_live, decide_lookup,
+};
 
 /// Spent grants for once that are remembered.
 const SPENT_MAX: usize = 4_096;
@@ -64,6 +67,7 @@ fn with_match<M>(decision: Decision<M>, found: impl FnOnce(M) -> Match) -> Decis
         expires_at: decision.expires_at,
         name_demand: decision.name_demand,
         names: decision.names,
+        synthetic_only: decision.synthetic_only,
         remedy: decision.remedy,
     }
 }
@@ -125,7 +129,19 @@ impl State {
             Outcome::Drop => VerdictAction::Drop,
             Outcome::Ask => return self.ask(now, name, miss, subject, packets, decision.reason),
         };
+        let mut issued = Issued::default();
         if let Some(id) = &decision.grant {
+            if action == VerdictAction::Allow {
+                let is_flow = matches!(subject, Subject::Flow(_));
+                issued = match self.issue(now, id, name, miss, is_flow) {
+                    Some(issued) => issued,
+                    None => {
+                        let text = "too many connections await their opening under grants with budgets";
+                        let reason = Reason::new("limit", "reserved", text);
+                        return self.deny_once(now, name, miss, &subject, reason);
+                    }
+                };
+            }
             let what = match subject {
                 Subject::Flow(_) => Use::Flow,
                 Subject::Lookup(_) => Use::Lookup,
@@ -151,13 +167,14 @@ impl State {
             found: decision.found,
             epoch,
             expires_in,
-            once: decision.once,
-            budget: decision.budget,
+            once: decision.once || issued.once,
+            budget: issued.allowance,
             grant: decision.grant.map(|g| g.0).unwrap_or_default(),
             reason: decision.reason,
             would_deny: decision.would_deny,
             name_demand: decision.name_demand,
             names: decision.names,
+            synthetic_only: decision.synthetic_only,
         });
     }
 
@@ -184,6 +201,15 @@ impl State {
         let (outcome, changes) = self.pending.ask(now.steady, ask);
         match outcome {
             AskOutcome::Opened(id) | AskOutcome::Joined(id) => {
+                if hold.is_zero() {
+                    let text = format!(
+                        "approvalTimeout is 0, so that nothing is held; request {id} awaits an answer for the \
+                         next attempt"
+                    );
+                    let reason = Reason::new("approval", id.0, text);
+                    self.deny_once(now, name, miss, &subject, reason);
+                    return self.take_up(now, changes);
+                }
                 self.metrics.held.add(1);
                 // Announced again after a reconnect, it keeps the time that it had.
                 let until = self
@@ -212,25 +238,30 @@ impl State {
                     let event = on_subject(event, &subject, &peer);
                     self.repeated_event(now, Key::limit(&reason.text), 1, event);
                 }
-                // For this miss alone: there may be room for the next.
-                self.decided(now, name, &subject, Outcome::Deny, &reason, 1, false, false);
-                self.send_verdict(miss, |epoch| Verdict {
-                    miss: miss.miss,
-                    action: VerdictAction::Deny,
-                    found: exactly(&subject),
-                    epoch,
-                    expires_in: None,
-                    once: true,
-                    budget: None,
-                    grant: String::new(),
-                    reason,
-                    would_deny: false,
-                    name_demand: NameDemand::Off,
-                    names: Vec::new(),
-                });
+                self.deny_once(now, name, miss, &subject, reason);
             }
         }
         self.take_up(now, changes);
+    }
+
+    /// Denies a miss, and it alone: there may be room, or an answer, for the next.
+    fn deny_once(&mut self, now: Now, name: &str, miss: MissRef, subject: &Subject, reason: Reason) {
+        self.decided(now, name, subject, Outcome::Deny, &reason, 1, false, false);
+        self.send_verdict(miss, |epoch| Verdict {
+            miss: miss.miss,
+            action: VerdictAction::Deny,
+            found: exactly(subject),
+            epoch,
+            expires_in: None,
+            once: true,
+            budget: None,
+            grant: String::new(),
+            reason,
+            would_deny: false,
+            name_demand: NameDemand::Off,
+            names: Vec::new(),
+            synthetic_only: false,
+        });
     }
 
     /// Records what became of a flow or lookup. Flows that were let through are recorded when they open.
@@ -320,15 +351,15 @@ impl State {
             .subject
             .peer_vm
             .and_then(|handle| self.fleet.vm_of(number, handle));
-        let decision = decide_flow(&context(vm, &dataplane.guarded, peer), &flow.subject);
+        let decision = decide_live(&context(vm, &dataplane.guarded, peer), &flow.subject);
         match decision.outcome {
             Outcome::Allow => true,
             // Its grant was for this very flow: only what outranks any grant takes it back.
-            Outcome::Ask => flow.once,
+            Outcome::Ask => self.rests(flow),
             Outcome::Deny | Outcome::Drop => {
                 let blocked = matches!(vm.effective.mode(), Some(Mode::Block | Mode::Quarantine));
                 let step = decision.reason.step.as_str();
-                flow.once && !blocked && !matches!(step, "mode" | "rule" | "grant")
+                self.rests(flow) && !blocked && !matches!(step, "mode" | "rule" | "grant")
             }
         }
     }
@@ -400,6 +431,7 @@ impl State {
             dataplane: number,
             miss: MissId(ended.miss_id),
         };
+        self.release(miss);
         let changes = self.pending.miss_ended(now.steady, miss, end);
         self.take_up(now, changes);
     }

@@ -110,6 +110,10 @@ pub(super) fn on_subject(mut event: v1::Event, subject: &Subject, peer: &str) ->
     match subject {
         Subject::Flow(flow) => {
             event.tuple = Some(convert::tuple(&flow.key));
+            event.guards = flow.guards.iter().map(|g| v1::Guard::from(g).into()).collect();
+            if flow.dialled != flow.key.peer.ip() {
+                event.dialled = flow.dialled.to_string();
+            }
             event.names = flow.names.iter().map(ToString::to_string).collect();
         }
         Subject::Lookup(lookup) => {

@@ -7,22 +7,34 @@
 //! - [`attach`](self): dataplanes and VMs come and go.
 //! - `decide`: a miss becomes a verdict or a question.
 //! - `traffic`: what dataplanes report of flows, lookups and bindings.
+//! - `budgets`: what is used of grants that have one.
 //! - `change`: what can alter a decision: the epoch, revocations, cuts.
+//! - `verify`: what dataplanes have cached, decided anew.
+//! - `confirm`: policies that go by themselves unless they are confirmed.
 //! - `answers`, `policies`, `vms`, `commands`: what people and programs do.
+//! - `reach`: what an answer would cover.
+//! - `history`: what is recorded, as policies can be asked about it.
 //! - `events`: what happened; `repeats`: what happens again and again.
 
 mod answers;
 mod attach;
+mod budgets;
 mod change;
 mod commands;
+mod confirm;
 mod decide;
 mod events;
+mod history;
 mod ids;
 mod policies;
+mod reach;
 mod repeats;
 mod traffic;
+mod verify;
 mod vms;
 
+#[cfg(test)]
+mod budget_tests;
 #[cfg(test)]
 mod tests;
 
@@ -37,7 +49,7 @@ use crate::approval::{Change as PendingChange, PendingTable};
 use crate::clock::{Clock, Now};
 use crate::convert;
 use crate::fleet::{Fleet, LOST_GRACE};
-use crate::grant::{GrantId, Grants};
+use crate::grant::{GrantId, Grants, VmInstance};
 use crate::metrics::Metrics;
 use crate::policy::ListCache;
 use crate::refusal::Refusal;
@@ -49,12 +61,16 @@ pub use answers::{NewGrant, Reply};
 pub(crate) use attach::Attachment;
 pub use attach::SessionKey;
 pub use change::Ticket;
+pub(crate) use confirm::confirm_within;
 pub use events::EventFilter;
+pub use history::{Recalled, Span};
 pub(crate) use policies::DEFAULT;
 pub(crate) use policies::without_content;
 pub use policies::{Applied, Candidate};
+pub use reach::{BINDINGS_COUNTED_MAX, LABELS_OFFERED_MAX, Offers, PAST_FLOWS_MAX};
 pub use vms::VmUpdate;
 
+use budgets::Budgets;
 use change::Change;
 use events::EventLog;
 use policies::NamedPolicy;
@@ -93,6 +109,7 @@ struct State {
     fleet: Fleet,
     policies: BTreeMap<String, NamedPolicy>,
     grants: Grants,
+    budgets: Budgets,
     pending: PendingTable,
     /// What was set for VMs, by name, attached or not.
     set: BTreeMap<String, StoredVm>,
@@ -139,6 +156,7 @@ impl Hub {
             fleet: Fleet::default(),
             policies: BTreeMap::new(),
             grants: Grants::default(),
+            budgets: Budgets::default(),
             pending: PendingTable::new(),
             set: snapshot.vms,
             restored: None,
@@ -162,7 +180,13 @@ impl Hub {
             metrics: Arc::clone(&metrics),
         };
         let lists = ListCache::default();
-        state.restore(now, snapshot.grants, snapshot.policies, &lists);
+        state.restore(
+            now,
+            snapshot.grants,
+            snapshot.policies,
+            snapshot.fallbacks,
+            &lists,
+        );
         Ok(Self {
             state: Mutex::new(state),
             writer,
@@ -196,6 +220,7 @@ impl Hub {
     pub fn close(&self) {
         self.with(|state, now| {
             state.tell_repeats(now);
+            state.save_spent();
             state.events.watchers.close();
             state.pending_watches.close();
             state.vm_watches.close();
@@ -278,7 +303,9 @@ impl State {
                 "a grant ended",
             );
         }
+        self.tick_budgets(now);
         self.end_rules(now);
+        self.end_unconfirmed(now);
         let changes = self.pending.expire(now.steady);
         self.take_up(now, changes);
 
@@ -315,11 +342,13 @@ impl State {
         now: Now,
         grants: Vec<crate::store::StoredGrant>,
         policies: Vec<v1::Policy>,
+        fallbacks: Vec<v1::Policy>,
         lists: &ListCache,
     ) {
         let mut instances = HashSet::new();
         for stored in grants {
             let id = stored.grant.id.clone();
+            let uses = stored.uses.clone();
             match convert::stored_grant(stored) {
                 Ok(grant) if grant.has_ended(now.steady) => self.writes.push(Write::DeleteGrant(id)),
                 Ok(grant) => {
@@ -327,6 +356,8 @@ impl State {
                     if let Err(e) = self.grants.insert(grant) {
                         tracing::warn!(grant = id, error = %e, "stored grant left out");
                     }
+                    let uses = uses.into_iter().map(|(vm, used)| (VmInstance(vm), used));
+                    self.grants.restore_uses(&GrantId(id), uses);
                 }
                 Err(e) => tracing::warn!(grant = id, error = %e, "stored grant left out"),
             }
@@ -342,10 +373,13 @@ impl State {
         }
         for policy in policies {
             let name = policy.name.clone();
-            if let Err(e) = self.restore_policy(policy, lists) {
+            let fallback = fallbacks.iter().find(|fallback| fallback.name == name);
+            if let Err(e) = self.restore_policy(policy, fallback, lists) {
                 tracing::error!(policy = name, error = %e, "stored policy does not load: VMs under it are blocked");
             }
         }
+        // Before anybody is served under a revision whose time ran out while nothing ran.
+        self.end_unconfirmed(now);
     }
 
     /// Tells watchers and history what happened to requests, and decides anew what they let go.

@@ -2,12 +2,14 @@
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::sync::Arc;
+use std::time::Duration;
 
 use vnet_proto::model::{
     FlowKey, FlowSubject, Guard, GuardSet, LookupSubject, Mode, NamePattern, Protocol, Subject, Target,
 };
 use vnet_proto::v1;
 
+use super::confirm::{Fallback, Unconfirmed};
 use super::decide::decide_for;
 use super::{Hub, State, Ticket};
 use crate::clock::Now;
@@ -24,8 +26,32 @@ pub(crate) const DEFAULT: &str = "default";
 const POLICIES_MAX: usize = 256;
 
 /// The name of a policy that a request names, perhaps by naming none.
-fn policy_name(name: &str) -> &str {
+pub(super) fn policy_name(name: &str) -> &str {
     if name.is_empty() { DEFAULT } else { name }
+}
+
+fn changed(name: &str) -> Refusal {
+    Refusal::Changed(format!("policy {name} changed since it was read; read it again"))
+}
+
+/// A document that the store kept, or what this version finds wrong with it.
+fn parse_stored(message: &v1::Policy, cache: &ListCache) -> (Option<Arc<Policy>>, Result<(), Refusal>) {
+    if message.withdrawn {
+        return (None, Ok(()));
+    }
+    let source = match message.source.as_str() {
+        "" => &message.name,
+        source => source,
+    };
+    let parsed = lists::unpack(&message.lists)
+        .map_err(Refusal::from)
+        .and_then(|lists| {
+            Policy::parse_with(source, &message.document, &lists, cache).map_err(Refusal::Document)
+        });
+    match parsed {
+        Ok(policy) => (Some(Arc::new(policy)), Ok(())),
+        Err(e) => (None, Err(e)),
+    }
 }
 
 /// As it is told, and kept in memory: lists by their digests alone.
@@ -39,9 +65,37 @@ pub(crate) fn without_content(policy: v1::Policy) -> v1::Policy {
 /// A policy's revision in force.
 #[derive(Debug)]
 pub(super) struct NamedPolicy {
-    message: v1::Policy,
-    /// `None`: a document that an older version stored and this one refuses.
-    parsed: Option<Arc<Policy>>,
+    pub(super) message: v1::Policy,
+    /// `None`: it is withdrawn, or a document that an older version stored and this one refuses.
+    pub(super) parsed: Option<Arc<Policy>>,
+    /// It goes by itself unless it is confirmed.
+    pub(super) unconfirmed: Option<Unconfirmed>,
+}
+
+impl NamedPolicy {
+    /// What comes back if what takes its place is not confirmed: the last that awaited nothing.
+    fn fallback(&self) -> Option<Fallback> {
+        match &self.unconfirmed {
+            Some(unconfirmed) => unconfirmed.fallback.clone(),
+            None => Some(Fallback {
+                message: self.message.clone(),
+                parsed: self.parsed.clone(),
+            }),
+        }
+    }
+}
+
+/// What changes whenever a policy does.
+pub(super) fn etag_of(policy: &v1::Policy) -> String {
+    let digests: String = policy
+        .lists
+        .iter()
+        .map(|list| format!(" {}", list.sha256))
+        .collect();
+    convert::etag(&format!(
+        "{} {} {}{digests}",
+        policy.name, policy.revision, policy.document
+    ))
 }
 
 /// A policy that was applied, or only checked.
@@ -74,6 +128,8 @@ pub struct Candidate<'a> {
     pub validate_only: bool,
     /// The lists that the document names.
     pub lists: &'a [v1::PolicyList],
+    /// It goes by itself unless it is confirmed so soon.
+    pub confirm_within: Option<Duration>,
 }
 
 impl Hub {
@@ -103,6 +159,20 @@ impl Hub {
         })
     }
 
+    /// Takes a policy away, unless it is not as `etag` says.
+    ///
+    /// # Errors
+    /// [`Refusal`]: nothing changed.
+    pub fn withdraw_policy(&self, name: &str, etag: &str, actor: &str) -> Result<Applied, Refusal> {
+        let (result, durable) = self.with(|state, now| state.withdraw_policy(now, name, etag, actor));
+        result.map(|(policy, ticket)| Applied {
+            policy,
+            warnings: Vec::new(),
+            ticket: Some(ticket),
+            durable,
+        })
+    }
+
     /// The revision in force; the built-in empty one of `default` if none was applied.
     ///
     /// # Errors
@@ -126,23 +196,38 @@ impl Hub {
 
 impl State {
     /// Takes up a revision that the store kept.
-    pub(super) fn restore_policy(&mut self, message: v1::Policy, cache: &ListCache) -> Result<(), Refusal> {
-        let parsed = lists::unpack(&message.lists)
-            .map_err(Refusal::from)
-            .and_then(|lists| {
-                let source = match message.source.as_str() {
-                    "" => &message.name,
-                    source => source,
-                };
-                Policy::parse_with(source, &message.document, &lists, cache).map_err(Refusal::Document)
-            });
-        let (parsed, result) = match parsed {
-            Ok(policy) => (Some(Arc::new(policy)), Ok(())),
-            Err(e) => (None, Err(e)),
+    pub(super) fn restore_policy(
+        &mut self,
+        message: v1::Policy,
+        fallback: Option<&v1::Policy>,
+        cache: &ListCache,
+    ) -> Result<(), Refusal> {
+        let (parsed, result) = parse_stored(&message, cache);
+        let unconfirmed = convert::time(message.confirm_until).map(|until| Unconfirmed {
+            until,
+            fallback: match fallback {
+                Some(stored) => Some(Fallback {
+                    parsed: parse_stored(stored, cache).0,
+                    message: without_content(stored.clone()),
+                }),
+                None if message.falls_back_to == 0 => None,
+                // It cannot be told what was in force: then nothing is let out.
+                None => Some(Fallback {
+                    message: v1::Policy {
+                        name: message.name.clone(),
+                        revision: message.falls_back_to,
+                        ..Default::default()
+                    },
+                    parsed: None,
+                }),
+            },
+        });
+        let named = NamedPolicy {
+            message: without_content(message),
+            parsed,
+            unconfirmed,
         };
-        let message = without_content(message);
-        self.policies
-            .insert(message.name.clone(), NamedPolicy { message, parsed });
+        self.policies.insert(named.message.name.clone(), named);
         result
     }
 
@@ -174,7 +259,12 @@ impl State {
             .filter_map(|(n, p)| Some((n.as_str(), p.parsed.as_deref()?)));
         let claims = claimants(&vm.view, loaded);
         let (claimed, conflict) = match claims.as_slice() {
-            [] => (self.policies.get_key_value(DEFAULT), false),
+            [] => (
+                self.policies
+                    .get_key_value(DEFAULT)
+                    .filter(|(_, named)| !named.message.withdrawn),
+                false,
+            ),
             [one] => (self.policies.get_key_value(*one), false),
             // Refused when applied; a VM that came later, or a label, can still bring it about.
             _ => (None, true),
@@ -222,28 +312,33 @@ impl State {
         self.change(now, None, |vm| outdated.contains(&vm.view.name), "a rule ended");
     }
 
-    fn policy_message(&self, name: &str) -> Result<v1::Policy, Refusal> {
+    /// What `default` is while none was applied.
+    fn built_in(&self) -> v1::Policy {
+        let (mode, default_action) = if self.secure_mode {
+            (v1::Mode::Ask, v1::Action::Deny)
+        } else {
+            (v1::Mode::Open, v1::Action::Allow)
+        };
+        v1::Policy {
+            name: DEFAULT.to_owned(),
+            source: "built in".to_owned(),
+            etag: convert::etag("built in"),
+            mode: mode.into(),
+            default_action: default_action.into(),
+            ..Default::default()
+        }
+    }
+
+    pub(super) fn policy_message(&self, name: &str) -> Result<v1::Policy, Refusal> {
         let name = policy_name(name);
         match self.policies.get(name) {
-            Some(named) => Ok(named.message.clone()),
-            None if name == DEFAULT => Ok(v1::Policy {
-                name: DEFAULT.to_owned(),
-                source: "built in".to_owned(),
-                etag: convert::etag("built in"),
-                mode: if self.secure_mode {
-                    v1::Mode::Ask
-                } else {
-                    v1::Mode::Open
-                }
-                .into(),
-                default_action: if self.secure_mode {
-                    v1::Action::Deny
-                } else {
-                    v1::Action::Allow
-                }
-                .into(),
-                ..Default::default()
+            Some(named) if named.message.withdrawn && name == DEFAULT => Ok(v1::Policy {
+                mode: self.built_in().mode,
+                default_action: self.built_in().default_action,
+                ..named.message.clone()
             }),
+            Some(named) => Ok(named.message.clone()),
+            None if name == DEFAULT => Ok(self.built_in()),
             None => Err(Refusal::NotFound(format!("there is no policy {name:?}"))),
         }
     }
@@ -254,6 +349,8 @@ impl State {
         candidate: Candidate<'_>,
         parsed: Policy,
     ) -> Result<(v1::Policy, Vec<v1::PolicyWarning>, Option<Ticket>), Refusal> {
+        // Its time may be over, and the next tick still to come.
+        self.end_unconfirmed(now);
         let name = policy_name(candidate.name);
         crate::fleet::check_name(name).map_err(|_| {
             Refusal::field(
@@ -269,9 +366,7 @@ impl State {
         }
         let current = self.policy_message(name).ok();
         if !candidate.etag.is_empty() && current.as_ref().is_none_or(|p| p.etag != candidate.etag) {
-            return Err(Refusal::Changed(format!(
-                "policy {name} changed since it was read; read it again"
-            )));
+            return Err(changed(name));
         }
         if current.is_none() && self.policies.len() >= POLICIES_MAX {
             return Err(Refusal::Limit(format!(
@@ -288,11 +383,10 @@ impl State {
         });
         let allow = parsed.default_action == Some(DefaultAction::Allow)
             && matches!(mode, Mode::Enforce | Mode::Observe);
-        let digests: String = candidate
-            .lists
-            .iter()
-            .map(|list| format!(" {}", list.sha256))
-            .collect();
+        let unconfirmed = candidate.confirm_within.map(|within| Unconfirmed {
+            until: now.steady + within,
+            fallback: self.policies.get(name).and_then(NamedPolicy::fallback),
+        });
         let message = v1::Policy {
             name: name.to_owned(),
             revision,
@@ -300,7 +394,6 @@ impl State {
             source: candidate.source.to_owned(),
             applied_at: convert::timestamp(now.wall),
             applied_by: candidate.actor.to_owned(),
-            etag: convert::etag(&format!("{name} {revision} {}{digests}", candidate.document)),
             mode: v1::Mode::from(mode).into(),
             default_action: if allow {
                 v1::Action::Allow
@@ -309,6 +402,16 @@ impl State {
             }
             .into(),
             lists: lists::described(candidate.lists),
+            confirm_until: unconfirmed.as_ref().and_then(|u| convert::timestamp(u.until)),
+            falls_back_to: unconfirmed
+                .as_ref()
+                .and_then(|u| u.fallback.as_ref())
+                .map_or(0, |fallback| fallback.message.revision),
+            ..Default::default()
+        };
+        let message = v1::Policy {
+            etag: etag_of(&message),
+            ..message
         };
         let warnings = parsed.warnings.iter().cloned().chain(parsed.over_by(now));
         let warnings = warnings
@@ -321,22 +424,80 @@ impl State {
         if candidate.validate_only {
             return Ok((message, warnings, None));
         }
-        self.writes.push(Write::PutPolicy(v1::Policy {
-            lists: candidate.lists.to_vec(),
-            ..message.clone()
-        }));
         let named = NamedPolicy {
             message: message.clone(),
             parsed: Some(Arc::new(parsed)),
+            unconfirmed,
         };
+        let mut text = format!("revision {revision} of policy {name} is in force");
+        if let Some(within) = candidate.confirm_within {
+            text.push_str(&format!(", for {} s unless it is confirmed", within.as_secs()));
+        }
+        let ticket = self.ticket();
+        self.put_in_force(now, named, candidate.lists, Some(&ticket), text);
+        Ok((message, warnings, Some(ticket)))
+    }
+
+    /// Takes a policy away: its VMs are treated as if it had never been applied.
+    fn withdraw_policy(
+        &mut self,
+        now: Now,
+        name: &str,
+        etag: &str,
+        actor: &str,
+    ) -> Result<(v1::Policy, Ticket), Refusal> {
+        self.end_unconfirmed(now);
+        let current = self.policy_message(name)?;
+        if current.etag != etag {
+            return Err(changed(name));
+        }
+        let message = v1::Policy {
+            name: name.to_owned(),
+            revision: current.revision + 1,
+            applied_at: convert::timestamp(now.wall),
+            applied_by: actor.to_owned(),
+            withdrawn: true,
+            ..Default::default()
+        };
+        let message = v1::Policy {
+            etag: etag_of(&message),
+            ..message
+        };
+        let named = NamedPolicy {
+            message: message.clone(),
+            parsed: None,
+            unconfirmed: None,
+        };
+        let ticket = self.ticket();
+        let text = format!("policy {name} is withdrawn");
+        self.put_in_force(now, named, &[], Some(&ticket), text);
+        Ok((message, ticket))
+    }
+
+    /// Takes up a revision, saves it, and judges anew whatever it concerns. `lists` are those of it whose
+    /// content the store may not have.
+    pub(super) fn put_in_force(
+        &mut self,
+        now: Now,
+        named: NamedPolicy,
+        lists: &[v1::PolicyList],
+        ticket: Option<&Ticket>,
+        text: String,
+    ) {
+        let message = named.message.clone();
+        let name = message.name.as_str();
+        let lists = if lists.is_empty() { &message.lists } else { lists };
+        self.writes.push(Write::PutPolicy(v1::Policy {
+            lists: lists.to_vec(),
+            ..message.clone()
+        }));
         self.policies.insert(name.to_owned(), named);
-        let text = format!("revision {revision} of policy {name} is in force");
         self.event(
             now,
             v1::Event {
                 kind: v1::EventKind::PolicyApplied.into(),
                 subject: name.to_owned(),
-                actor: candidate.actor.to_owned(),
+                actor: message.applied_by.clone(),
                 text,
                 ..Default::default()
             },
@@ -361,10 +522,8 @@ impl State {
                 self.publish_vm(v1::VmChange::Updated, &vm);
             }
         }
-        let ticket = self.ticket();
         let text = format!("policy {name} changed");
-        self.change(now, Some(&ticket), |vm| concerned.contains(&vm.view.name), &text);
-        Ok((message, warnings, Some(ticket)))
+        self.change(now, ticket, |vm| concerned.contains(&vm.view.name), &text);
     }
 
     fn check_claims(&self, name: &str, candidate: &Policy) -> Result<(), Refusal> {

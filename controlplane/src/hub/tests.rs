@@ -1,8 +1,13 @@
+mod confirm;
 mod guests;
+mod history;
+mod names;
+mod reach;
+mod verify;
 
 use std::time::Duration;
 
-use vnet_proto::model::{Epoch, MissId, Mode, Subject, Target, VmSelector};
+use vnet_proto::model::{Budget, Epoch, MissId, Mode, Subject, Target, VmSelector};
 use vnet_proto::v1;
 use vnet_proto::v1::session_request::Message;
 use vnet_proto::v1::session_response::Message as Told;
@@ -18,7 +23,7 @@ const ALLOW: i32 = v1::Action::Allow as i32;
 const DENY: i32 = v1::Action::Deny as i32;
 const WEB: &str = "192.0.2.7:443";
 
-fn reply(id: &str, answer: Answer) -> Reply<'_> {
+pub(super) fn reply(id: &str, answer: Answer) -> Reply<'_> {
     Reply {
         id,
         etag: "",
@@ -26,18 +31,25 @@ fn reply(id: &str, answer: Answer) -> Reply<'_> {
         scope: None,
         lifetime: None,
         vms: None,
+        budget: Budget::default(),
         reason: "",
         lookup_only: false,
         actor: "tester",
     }
 }
 
-fn grant<'a>(action: GrantAction, target: &str, vm: Option<&str>, lifetime: Lifetime) -> NewGrant<'a> {
+pub(super) fn grant<'a>(
+    action: GrantAction,
+    target: &str,
+    vm: Option<&str>,
+    lifetime: Lifetime,
+) -> NewGrant<'a> {
     NewGrant {
         action,
         target: target.parse::<Target>().unwrap(),
         vms: vm.map(VmSelector::named),
         lifetime,
+        budget: Budget::default(),
         reason: "",
         request_id: "",
         actor: "tester",
@@ -54,7 +66,7 @@ fn set_mode<'a>(name: &'a str, mode: Mode) -> VmUpdate<'a> {
     }
 }
 
-fn epoch_of(verdict: &v1::Verdict) -> Option<Epoch> {
+pub(super) fn epoch_of(verdict: &v1::Verdict) -> Option<Epoch> {
     verdict.epoch.map(|e| e.try_into().unwrap())
 }
 
@@ -87,7 +99,7 @@ fn an_undecided_miss_is_held_and_a_yes_lets_it_through() {
         (id.as_str(), "web", 1)
     );
 
-    let (request, grant, _) = rig.hub.reply(&reply(&id[..4], Answer::Approve)).unwrap();
+    let (request, grant, ..) = rig.hub.reply(&reply(&id[..4], Answer::Approve)).unwrap();
     assert_eq!(request.state, v1::PendingState::Approved as i32);
     assert_eq!(grant.creator, "tester");
     let told = dp.told();
@@ -337,6 +349,7 @@ fn a_wrong_policy_changes_nothing_and_an_old_etag_is_refused() {
         actor: "x",
         validate_only: false,
         lists: &[],
+        confirm_within: None,
     };
     assert!(matches!(rig.hub.apply_policy(stale), Err(Refusal::Changed(_))));
     let checked = Candidate {
@@ -1021,6 +1034,7 @@ fn listed<'a>(lists: &'a [v1::PolicyList]) -> Candidate<'a> {
         actor: "x",
         validate_only: false,
         lists,
+        confirm_within: None,
     }
 }
 

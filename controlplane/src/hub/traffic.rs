@@ -4,13 +4,14 @@ use std::sync::Arc;
 use std::time::SystemTime;
 
 use vnet_proto::model::{
-    FlowId, FlowSubject, Malformed, Name, Reason, Subject, VmId, VmSelector, address_from_bytes,
+    FlowId, FlowSubject, Malformed, MissId, Name, Reason, Subject, VmId, VmSelector, address_from_bytes,
 };
 use vnet_proto::v1;
 
 use super::events::{about, of_peer, on_subject};
 use super::repeats::Key;
-use super::{Hub, State, ids};
+use super::{Hub, State, Ticket, ids};
+use crate::approval::MissRef;
 use crate::clock::Now;
 use crate::convert;
 use crate::fleet::{Binding, DataplaneNo, FLOWS_PER_DATAPLANE_MAX, LiveFlow};
@@ -55,7 +56,7 @@ impl Hub {
     ///
     /// # Errors
     /// [`Refusal`] if no flow, or several, have ids that begin so.
-    pub fn close_flow(&self, prefix: &str, actor: &str) -> Result<v1::Flow, Refusal> {
+    pub fn close_flow(&self, prefix: &str, actor: &str) -> Result<(v1::Flow, Ticket), Refusal> {
         self.read(|state, _| {
             if prefix.len() < ID_PREFIX_MIN {
                 return Err(Refusal::field(
@@ -97,8 +98,10 @@ impl Hub {
                     flow.id
                 )));
             }
-            state.cut(None, number, vec![id], &format!("closed by {actor}"));
-            Ok(flow)
+            let ticket = state.ticket();
+            state.cut(Some(ticket.id()), number, vec![id], &format!("closed by {actor}"));
+            state.finish_if_done(ticket.id());
+            Ok((flow, ticket))
         })
     }
 }
@@ -180,6 +183,11 @@ impl State {
         self.refresh_grants(&name);
         // What a verdict in force let through is allowed; a forward's flow never had one.
         let allowed = (stands && !flow.ingress) || self.is_allowed(number, &flow);
+        // It was counted before it was told.
+        self.release(MissRef {
+            dataplane: number,
+            miss: MissId(message.miss_id),
+        });
         let subject = Subject::Flow(flow.subject.clone());
         let text = format!("{name} opened {}{}", flow.subject.key, of_peer(&flow.peer));
         let event = v1::Event {
@@ -187,6 +195,7 @@ impl State {
             action: v1::Action::Allow.into(),
             reason: Some((&flow.reason).into()),
             would_deny: flow.would_deny,
+            ingress: flow.ingress,
             ..on_subject(
                 about(v1::EventKind::FlowOpened, &name, text),
                 &subject,
@@ -194,15 +203,18 @@ impl State {
             )
         };
         self.event(now, event);
-        self.publish_flow(v1::FlowChange::Added, &flow);
+        self.publish_flow(v1::FlowChange::Added, &flow, "");
+        self.budgets.add(&flow);
         let replaced = self
             .fleet
             .dataplanes
             .get_mut(&number)
-            .and_then(|d| d.flows.insert(id, flow))
-            .is_some();
+            .and_then(|d| d.flows.insert(id, flow));
+        if let Some(replaced) = &replaced {
+            self.budgets.remove(replaced);
+        }
         if let Some(vm) = self.fleet.vms.get_mut(&name) {
-            vm.live_flows += u64::from(!replaced);
+            vm.live_flows += u64::from(replaced.is_none());
         }
         if !allowed {
             let change = self.open_change_of(number);
@@ -228,15 +240,21 @@ impl State {
             bytes_down: message.bytes_down,
             ..flow
         };
-        self.flow_ended(now, flow, end);
+        self.flow_ended(now, flow, end, message.refusal);
     }
 
-    /// A flow is gone from its dataplane's table.
-    pub(super) fn flow_ended(&mut self, now: Now, flow: LiveFlow, end: v1::FlowEnd) {
+    /// A flow is gone from its dataplane's table. `refusal` says why, of one that was refused for its name.
+    pub(super) fn flow_ended(
+        &mut self,
+        now: Now,
+        flow: LiveFlow,
+        end: v1::FlowEnd,
+        refusal: Option<v1::NameRefusal>,
+    ) {
+        self.budgets.remove(&flow);
         if let Some(vm) = self.fleet.vms.get_mut(&flow.vm) {
             vm.live_flows = vm.live_flows.saturating_sub(1);
         }
-        self.publish_flow(v1::FlowChange::Removed, &flow);
         let how = match end {
             v1::FlowEnd::Unspecified => "ended",
             v1::FlowEnd::Finished => "finished",
@@ -248,7 +266,12 @@ impl State {
             v1::FlowEnd::Evicted => "was evicted at a limit",
             v1::FlowEnd::GrantEnded => "ended with its grant",
             v1::FlowEnd::Unreachable => "could not reach its destination",
+            v1::FlowEnd::NameRefused => "was refused for its name",
         };
+        self.publish_flow(v1::FlowChange::Removed, &flow, how);
+        if let Some(refusal) = refusal.filter(|_| end == v1::FlowEnd::NameRefused) {
+            self.name_refused(now, &flow, refusal);
+        }
         let duration = now.wall.duration_since(flow.opened_at).unwrap_or_default();
         tracing::info!(
             target: "flow",
@@ -264,6 +287,7 @@ impl State {
             bytes_up: flow.bytes_up,
             bytes_down: flow.bytes_down,
             would_deny: flow.would_deny,
+            ingress: flow.ingress,
             ..on_subject(
                 about(v1::EventKind::FlowClosed, &flow.vm, text),
                 &subject,
@@ -273,7 +297,46 @@ impl State {
         self.event(now, event);
     }
 
-    pub(super) fn handle_flow_stats(&mut self, number: DataplaneNo, stats: v1::FlowStats) {
+    /// A flow was let through by a name and did not speak it: told as a denial, with both names.
+    fn name_refused(&mut self, now: Now, flow: &LiveFlow, refusal: v1::NameRefusal) {
+        self.metrics.names_refused.add(1);
+        let spoken = refusal.spoken.parse::<Name>().ok();
+        let wanted: Vec<Name> = refusal
+            .wanted
+            .iter()
+            .take(WANTED_MAX)
+            .filter_map(|name| Name::from_canonical(name).ok())
+            .collect();
+        let why: String = refusal.text.chars().take(REFUSAL_CHARS_MAX).collect();
+        let word: String = refusal.word.chars().take(REFUSAL_WORD_CHARS_MAX).collect();
+        let mut text = format!("{}{}: {why}", flow.subject.key, of_peer(&flow.peer));
+        for (place, name) in wanted.iter().enumerate() {
+            text.push_str(if place == 0 { "; it rests on " } else { ", " });
+            text.push_str(&name.to_string());
+        }
+        tracing::debug!(target: "flow", vm = flow.vm, flow = flow.id, reason = text, "refused for its name");
+        let reason = Reason::new("name", word, text.clone());
+        let subject = Subject::Flow(flow.subject.clone());
+        let event = v1::Event {
+            action: v1::Action::Deny.into(),
+            reason: Some((&reason).into()),
+            spoken_name: spoken.map(|name| name.to_string()).unwrap_or_default(),
+            ..on_subject(
+                about(v1::EventKind::FlowDenied, &flow.vm, text),
+                &subject,
+                &flow.peer,
+            )
+        };
+        let key = Key::decided(v1::EventKind::FlowDenied, &subject, &reason, false);
+        self.repeated_event(now, key, 1, event);
+    }
+
+    pub(super) fn handle_flow_stats(
+        &mut self,
+        now: Now,
+        number: DataplaneNo,
+        stats: v1::FlowStats,
+    ) -> Result<(), Malformed> {
         for count in stats.counts {
             let flows = self.fleet.dataplanes.get_mut(&number).map(|d| &mut d.flows);
             let Some(flow) = flows.and_then(|f| f.get_mut(&FlowId(count.flow_id))) else {
@@ -284,9 +347,10 @@ impl State {
             flow.bytes_down = count.bytes_down;
             if !self.flow_watches.is_empty() {
                 let flow = flow.clone();
-                self.publish_flow(v1::FlowChange::Updated, &flow);
+                self.publish_flow(v1::FlowChange::Updated, &flow, "");
             }
         }
+        self.handle_uses(now, number, stats.uses)
     }
 
     /// The dataplane's cache answered.
@@ -380,13 +444,17 @@ impl State {
         Ok(())
     }
 
-    pub(super) fn publish_flow(&mut self, change: v1::FlowChange, flow: &LiveFlow) {
+    /// Tells those who watch. `ended`: how, of one that is gone.
+    pub(super) fn publish_flow(&mut self, change: v1::FlowChange, flow: &LiveFlow, ended: &str) {
         if self.flow_watches.is_empty() {
             return;
         }
         let response = Arc::new(v1::WatchFlowsResponse {
             change: change.into(),
-            flow: Some(convert::flow(flow)),
+            flow: Some(v1::Flow {
+                ended: ended.to_owned(),
+                ..convert::flow(flow)
+            }),
         });
         let labels = self
             .fleet
@@ -400,3 +468,10 @@ impl State {
         });
     }
 }
+
+/// Names that are told of a refusal; a dataplane sends no more than are bound to one address.
+const WANTED_MAX: usize = 16;
+/// Characters of a refusal's sentence; one of a dataplane of this version is shorter.
+const REFUSAL_CHARS_MAX: usize = 400;
+/// Characters of a refusal's word.
+const REFUSAL_WORD_CHARS_MAX: usize = 32;

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use vnet_proto::model::{Mode, VmSelector};
 
-use crate::policy::{NameSet, PolicyTest, RuleList};
+use crate::policy::{NameGuards, NameSet, PolicyTest, RuleList};
 
 /// What is done where nothing else answers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -26,6 +26,25 @@ impl fmt::Display for DefaultAction {
     }
 }
 
+/// What lookups that are let through are answered with.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Hash)]
+pub enum DnsAnswer {
+    /// What the upstream says.
+    #[default]
+    Real,
+    /// An address of its own for each name; what it stands for is looked up when a connection is allowed.
+    Synthetic,
+}
+
+impl fmt::Display for DnsAnswer {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Real => "real",
+            Self::Synthetic => "synthetic",
+        })
+    }
+}
+
 /// The `dns:` part of a policy.
 #[derive(Debug, Clone, Default)]
 pub struct DnsPolicy {
@@ -35,6 +54,8 @@ pub struct DnsPolicy {
     pub allowed: Arc<NameSet>,
     /// Names that are refused before anything else.
     pub blocked: Arc<NameSet>,
+    /// What lookups are answered with.
+    pub answer: DnsAnswer,
 }
 
 /// A policy document, checked whole.
@@ -48,6 +69,8 @@ pub struct Policy {
     pub rules: Arc<RuleList>,
     /// The `dns:` part; `None`: there is none.
     pub dns: Option<DnsPolicy>,
+    /// How strictly flows are read that rest on a name.
+    pub name_guards: NameGuards,
     /// How long a packet is held; `None`: omitted.
     pub approval_timeout: Option<Duration>,
     /// Whether it says `version: 1`; without, and without `dns:`, it is of the draft's form.

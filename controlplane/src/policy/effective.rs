@@ -9,8 +9,8 @@ use crate::clock::Now;
 use crate::grant::VmView;
 use crate::policy::index::Applies;
 use crate::policy::{
-    Attachments, DefaultAction, ListCache, NameSet, Policy, PolicyError, PolicyErrors, ProtocolSet, Rule,
-    RuleAction, RuleList, file,
+    Attachments, DefaultAction, DnsAnswer, ListCache, NameGuards, NameSet, Policy, PolicyError, PolicyErrors,
+    ProtocolSet, Rule, RuleAction, RuleList, file,
 };
 
 /// How long a packet is held when no policy says.
@@ -152,6 +152,8 @@ pub struct Effective {
     /// Whether the lookups' default was said, and so is not the mode's to change.
     pub(crate) lookup_default_stands: bool,
     pub(crate) mode: Option<Mode>,
+    synthetic_answers: bool,
+    name_guards: NameGuards,
     approval_timeout: Duration,
 }
 
@@ -225,6 +227,8 @@ impl Effective {
             } else {
                 Some(mode.unwrap_or(Mode::Enforce))
             },
+            synthetic_answers: dns.is_some_and(|dns| dns.answer == DnsAnswer::Synthetic),
+            name_guards: document.map(|d| d.name_guards).unwrap_or_default(),
             approval_timeout: document
                 .and_then(|d| d.approval_timeout)
                 .unwrap_or(APPROVAL_TIMEOUT),
@@ -288,6 +292,16 @@ impl Effective {
     /// Whether lookups go out while addresses are closed: worth telling, since DNS carries data.
     pub fn leaves_dns_open(&self) -> bool {
         self.lookup_default() == DefaultAction::Allow && self.default_action() == DefaultAction::Deny
+    }
+
+    /// Whether lookups of addresses are answered with synthetic ones.
+    pub fn synthetic_answers(&self) -> bool {
+        self.synthetic_answers
+    }
+
+    /// How strictly flows are read that rest on a name.
+    pub fn name_guards(&self) -> NameGuards {
+        self.name_guards
     }
 
     /// How long a packet is held for an answer.

@@ -12,12 +12,13 @@ use std::time::SystemTime;
 use vnet_proto::model::special::judged;
 use vnet_proto::model::{
     Budget, FlowMatch, FlowSubject, Guard, GuardSet, LookupMatch, LookupSubject, Mode, Name, NameDemand,
-    Reason, Target,
+    Reason, Subject, Target,
 };
 
 use crate::grant::{Grant, GrantId, ReadyGrant, VmGrants, VmView};
 use crate::policy::guard::{is_inside_private, private_ranges};
 use crate::policy::region::{Region, Sides};
+use crate::policy::synthetic;
 use crate::policy::{DefaultAction, Effective, FlowTest, GuardedRanges, NameSet, Rule, RuleAction};
 
 /// What a decision reads beside its subject.
@@ -80,6 +81,8 @@ pub struct Decision<M> {
     pub name_demand: NameDemand,
     /// The names that it may say.
     pub names: Vec<Name>,
+    /// For a lookup that is allowed: it is answered with a synthetic address, and nothing goes upstream.
+    pub synthetic_only: bool,
     /// What would change the answer, in one sentence; empty where nothing would.
     pub remedy: String,
 }
@@ -92,8 +95,15 @@ pub type LookupDecision = Decision<LookupMatch>;
 
 /// Decides a flow.
 pub fn decide_flow(context: &Context<'_>, flow: &FlowSubject) -> FlowDecision {
+    if synthetic::is_synthetic(flow) {
+        return synthetic::decide(context, flow);
+    }
     let mut region = Region::around(flow, context.guarded);
-    let answer = flow_answer(context, flow, &mut region);
+    let mut answer = flow_answer(context, flow, &mut region);
+    if context.policy.mode() == Some(Mode::Observe) {
+        // A name that disagrees leaves the flow to the default action, which this mode lets through.
+        (answer.name_demand, answer.names) = (NameDemand::Off, Vec::new());
+    }
     let alone = answer.outcome == Outcome::Ask || answer.once();
     let names_consulted = region.names_consulted();
     let mut found = region.into_match(flow.key.protocol);
@@ -106,17 +116,43 @@ pub fn decide_flow(context: &Context<'_>, flow: &FlowSubject) -> FlowDecision {
     answer.into_decision(found)
 }
 
+/// Decides whether a flow that lives may live on.
+pub fn decide_live(context: &Context<'_>, flow: &FlowSubject) -> FlowDecision {
+    if synthetic::is_synthetic(flow) {
+        return synthetic::decide_live(context, flow);
+    }
+    decide_flow(context, flow)
+}
+
 /// Decides a lookup.
 pub fn decide_lookup(context: &Context<'_>, lookup: &LookupSubject) -> LookupDecision {
     let mut region = LookupMatch::Any;
-    let answer = lookup_answer(context, &lookup.name, &mut region);
+    let mut answer = lookup_answer(context, &lookup.name, &mut region);
+    let asked = answer.outcome == Outcome::Ask;
+    if asked && context.policy.synthetic_answers() {
+        // The connection is what is asked about.
+        answer = Answer::new(
+            Outcome::Allow,
+            "dns",
+            "dns.answer".to_owned(),
+            format!(
+                "{} gets a synthetic address; nothing is looked up before a connection is allowed",
+                lookup.name
+            ),
+            answer.remedy,
+        );
+    }
+    let synthetic_only = asked && answer.outcome == Outcome::Allow;
     let alone = answer.outcome == Outcome::Ask || answer.once();
-    let found = if alone {
+    let found = if alone || synthetic_only {
         LookupMatch::Exact(lookup.name.clone())
     } else {
         region
     };
-    answer.into_decision(found)
+    LookupDecision {
+        synthetic_only,
+        ..answer.into_decision(found)
+    }
 }
 
 /// The rule that makes a grant without effect for a VM, if one does: it refuses all that the grant
@@ -147,9 +183,29 @@ pub fn overruled_by(context: &Context<'_>, grant: &Grant) -> Option<String> {
     first.action.refuses().then(|| first.label.clone())
 }
 
-fn flow_answer(context: &Context<'_>, flow: &FlowSubject, region: &mut Region) -> Answer {
+/// Whether a grant that allows matches a flow or lookup, and names every guard that a flow is under: it would
+/// let through what nothing before it decides.
+pub(crate) fn would_let_through(context: &Context<'_>, ready: &ReadyGrant, subject: &Subject) -> bool {
+    match subject {
+        Subject::Flow(flow) => {
+            let guards = guards_in_force(context, flow);
+            let mut region = Region::around(flow, context.guarded);
+            ready.flows && opens(context, &ready.test, flow, guards, &mut region)
+        }
+        Subject::Lookup(lookup) => {
+            let names = ready.test.names.as_ref();
+            ready.lookups && names.is_some_and(|names| names.contains(&lookup.name))
+        }
+    }
+}
+
+pub(super) fn flow_answer(context: &Context<'_>, flow: &FlowSubject, region: &mut Region) -> Answer {
     let policy = context.policy;
-    let what = flow.key.to_string();
+    let target = Target::of_subject(flow);
+    let what = match flow.guards.contains(Guard::Synthetic) {
+        true => format!("{} to {target}", flow.key.protocol),
+        false => flow.key.to_string(),
+    };
     if flow.guards.contains(Guard::Daemon) {
         let text = format!("a vnet daemon listens at {what}, which is closed to every guest");
         return Answer::new(
@@ -200,15 +256,19 @@ fn flow_answer(context: &Context<'_>, flow: &FlowSubject, region: &mut Region) -
     for ready in allowing {
         if opens(context, &ready.test, flow, guards, region) {
             let answer = Answer::of_grant(Outcome::Allow, &ready.grant);
+            // What a rule that asks about a name demands of it is demanded of the answer's flows, too.
+            let demand = asking
+                .filter(|rule| rule.test.names.is_some())
+                .map_or(NameDemand::ByPort, Rule::name_demand);
             return Answer {
                 until: asking.and_then(|rule| rule.until),
-                ..answer.resting_on(&ready.test, NameDemand::ByPort, flow)
+                ..answer.resting_on(&ready.test, demand, flow)
             };
         }
     }
 
     if let Some(rule) = asking {
-        return Answer::asked_by_rule(context, rule, &Target::of_flow(&flow.key));
+        return Answer::asked_by_rule(context, rule, &target);
     }
 
     if let Some(guard) = guards.iter().next() {
@@ -239,12 +299,7 @@ fn flow_answer(context: &Context<'_>, flow: &FlowSubject, region: &mut Region) -
         }
     }
 
-    let answer = default_answer(
-        context,
-        policy.default_action(),
-        &what,
-        &Target::of_flow(&flow.key),
-    );
+    let answer = default_answer(context, policy.default_action(), &what, &target);
     // Beside this flow there may be addresses that a guard would have stopped one step before.
     if answer.outcome == Outcome::Allow {
         consult_private(context, flow, region);
@@ -360,6 +415,8 @@ fn guards_in_force(context: &Context<'_>, flow: &FlowSubject) -> GuardSet {
             !(context.policy.is_open() && peer_open)
         }
         Guard::Metadata | Guard::Daemon => true,
+        // No prefix matches it in the first place.
+        Guard::Synthetic => false,
         Guard::Host | Guard::PrivateFromDns => !context.policy.is_open(),
     };
     flow.guards.iter().filter(in_force).collect()
@@ -431,6 +488,7 @@ fn guarded(context: &Context<'_>, flow: &FlowSubject, guard: Guard) -> Answer {
             None => format!("{address} is an address for guests"),
         },
         Guard::Daemon => format!("a vnet daemon listens at {target}"),
+        Guard::Synthetic => format!("{address} is a synthetic address"),
     };
     let text = format!("{what}, which only a rule or grant that names it opens");
     let remedy = format!("vnetctl allow {target} --vm {}", context.vm.name);
@@ -492,9 +550,9 @@ fn allow_remedy(context: &Context<'_>, target: &Target) -> String {
 }
 
 /// An answer before its match.
-struct Answer {
-    outcome: Outcome,
-    reason: Reason,
+pub(super) struct Answer {
+    pub(super) outcome: Outcome,
+    pub(super) reason: Reason,
     would_deny: bool,
     grant: Option<std::sync::Arc<Grant>>,
     /// When the rule that it passed, or rests on, ends.
@@ -505,7 +563,7 @@ struct Answer {
 }
 
 impl Answer {
-    fn new(outcome: Outcome, step: &str, subject: String, text: String, remedy: String) -> Self {
+    pub(super) fn new(outcome: Outcome, step: &str, subject: String, text: String, remedy: String) -> Self {
         Self {
             outcome,
             reason: Reason::new(step, subject, text),
@@ -608,7 +666,16 @@ impl Answer {
                 .is_some_and(|g| g.lifetime == crate::grant::Lifetime::Once)
     }
 
-    fn into_decision<M>(self, found: M) -> Decision<M> {
+    /// Another outcome at the same step, with a sentence of its own.
+    pub(super) fn turned(self, outcome: Outcome, text: String) -> Self {
+        Self {
+            outcome,
+            reason: Reason { text, ..self.reason },
+            ..self
+        }
+    }
+
+    pub(super) fn into_decision<M>(self, found: M) -> Decision<M> {
         let once = self.once();
         let grant = self.grant.as_deref();
         Decision {
@@ -625,6 +692,7 @@ impl Answer {
                 .min(),
             name_demand: self.name_demand,
             names: self.names,
+            synthetic_only: false,
             grant: grant.map(|g| g.id.clone()),
             remedy: self.remedy,
         }

@@ -13,11 +13,13 @@ use std::time::Duration;
 
 use vnet_proto::model::{Mode, VmSelector};
 
-use crate::policy::keys::{self, DEFAULT_ACTIONS, MODES};
+use crate::policy::keys::{self, DEFAULT_ACTIONS, DNS_ANSWERS, MODES};
 use crate::policy::list::{Attachments, ListCache};
 use crate::policy::reader::{Fields, Reader};
 use crate::policy::yaml::{self, Node, Value};
-use crate::policy::{DefaultAction, DnsPolicy, Policy, PolicyErrors, RuleList, lint};
+use crate::policy::{
+    DefaultAction, DnsPolicy, EchGuard, NameGuards, Policy, PolicyErrors, QuicGuard, RuleList, lint,
+};
 
 pub(crate) use rules::rule_of_target;
 use sets::Sets;
@@ -109,6 +111,10 @@ fn read_policy(reader: &mut Reader, root: &Node, lists: &Attachments, cache: &Li
         .map(|node| rules::read_rules(reader, node, &mut sets))
         .unwrap_or_default();
     let dns = fields.take("dns").map(|node| read_dns(reader, node, &mut sets));
+    let name_guards = fields
+        .take("guards")
+        .map(|node| read_guards(reader, node))
+        .unwrap_or_default();
     let tests = fields
         .take("tests")
         .map(|node| tests::read_tests(reader, node, applies_to.as_ref()));
@@ -118,6 +124,7 @@ fn read_policy(reader: &mut Reader, root: &Node, lists: &Attachments, cache: &Li
         mode,
         rules: Arc::new(RuleList::new(rules)),
         dns,
+        name_guards,
         approval_timeout,
         versioned,
         applies_to,
@@ -226,10 +233,28 @@ fn read_dns(reader: &mut Reader, node: &Node, sets: &mut Sets) -> DnsPolicy {
     };
     let allowed = names("allowedDomains");
     let blocked = names("blockedDomains");
+    let answer = fields
+        .take("answer")
+        .and_then(|node| reader.one_of(node, "dns.answer", &DNS_ANSWERS));
     DnsPolicy {
         default_action,
         allowed,
         blocked,
+        answer: answer.unwrap_or_default(),
+    }
+}
+
+fn read_guards(reader: &mut Reader, node: &Node) -> NameGuards {
+    let mut fields = reader.fields(node, "guards", &keys::GUARDS);
+    let ech = fields
+        .take("ech")
+        .and_then(|node| reader.one_of(node, "guards.ech", &EchGuard::ALL));
+    let quic = fields
+        .take("quic")
+        .and_then(|node| reader.one_of(node, "guards.quic", &QuicGuard::ALL));
+    NameGuards {
+        ech: ech.unwrap_or_default(),
+        quic: quic.unwrap_or_default(),
     }
 }
 
@@ -282,6 +307,6 @@ fn read_text(reader: &mut Reader, node: &Node, key: &str) -> Option<String> {
 
 /// Characters that a terminal does not show, or that turn the direction of what follows them and so can
 /// make text look like another.
-fn is_unprintable(c: char) -> bool {
+pub(crate) fn is_unprintable(c: char) -> bool {
     c.is_control() || matches!(c, '\u{200e}' | '\u{200f}' | '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}')
 }

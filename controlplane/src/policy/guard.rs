@@ -55,6 +55,13 @@ impl GuardedRanges {
         }
     }
 
+    /// Single addresses that are the host's.
+    pub(crate) fn host_addresses(&self) -> impl Iterator<Item = IpAddr> + '_ {
+        let own = self.ranges.iter().filter(|(guard, _)| *guard == Guard::Host);
+        own.filter(|(_, net)| net.prefix_len() == net.max_prefix_len())
+            .map(|(_, net)| net.addr())
+    }
+
     /// All of them.
     pub(crate) fn iter(&self) -> impl Iterator<Item = IpNet> + '_ {
         self.ranges.iter().map(|(_, net)| *net)
@@ -67,6 +74,7 @@ impl GuardedRanges {
         let alone = prefix == IpNet::from(peer) || prefix == IpNet::from(dialled);
         guards.iter().all(|guard| match guard {
             Guard::Daemon => false,
+            Guard::Synthetic => true,
             Guard::PrivateFromDns => alone || is_inside_private(prefix),
             Guard::Metadata | Guard::Host | Guard::Guest => {
                 alone

@@ -10,7 +10,7 @@ use std::net::IpAddr;
 use std::sync::Arc;
 
 use vnet_proto::model::special::judged;
-use vnet_proto::model::{FlowSubject, LookupMatch, Name, NamePattern};
+use vnet_proto::model::{FlowSubject, Guard, LookupMatch, Name, NamePattern};
 
 use crate::policy::names::{NameTable, clear_around, narrower};
 use crate::policy::prefixes::PrefixTable;
@@ -141,7 +141,7 @@ impl RuleList {
             let Some(rule) = self.rules.get(index as usize) else {
                 continue;
             };
-            if applies.has(index) && matches(rule, region) {
+            if applies.has(index) && !rule.lookup_only && matches(rule, region) {
                 found = Some((index, rule.as_ref()));
                 break;
             }
@@ -189,6 +189,10 @@ impl RuleList {
         }
         for name in &flow.names {
             self.names.candidates(name, &mut found);
+            // No prefix is held against an address that is not known yet.
+            if flow.guards.contains(Guard::Synthetic) {
+                self.lookups.candidates(name, &mut found);
+            }
         }
         found.sort_unstable();
         found.dedup();

@@ -3,7 +3,7 @@
 use vnet_proto::model::{Mode, NameDemand, Protocol};
 
 use crate::policy::list::ListFormat;
-use crate::policy::{DefaultAction, RuleAction};
+use crate::policy::{DefaultAction, DnsAnswer, EchGuard, QuicGuard, RuleAction};
 
 /// The keys that one mapping may have.
 #[derive(Debug)]
@@ -80,6 +80,10 @@ pub(crate) const MODES: [Mode; 4] = [Mode::Enforce, Mode::Ask, Mode::Observe, Mo
 pub(crate) const DEFAULT_ACTIONS: [DefaultAction; 2] = [DefaultAction::Allow, DefaultAction::Deny];
 
 const MODE: Shape = Shape::Word(|| words(&MODES));
+/// `dns.answer`.
+pub(crate) const DNS_ANSWERS: [DnsAnswer; 2] = [DnsAnswer::Real, DnsAnswer::Synthetic];
+
+const DNS_ANSWER: Shape = Shape::Word(|| words(&DNS_ANSWERS));
 const DEFAULT_ACTION: Shape = Shape::Word(|| words(&DEFAULT_ACTIONS));
 
 /// The document itself.
@@ -130,6 +134,11 @@ pub(crate) static DOCUMENT: Table = table(&[
         "Rules, in order; the first that matches decides.",
     ),
     key("dns", Shape::Map(&DNS), "What is done with lookups."),
+    key(
+        "guards",
+        Shape::Map(&GUARDS),
+        "How strictly flows are read that rest on a name.",
+    ),
     key(
         "tests",
         Shape::List(&Shape::Map(&TEST)),
@@ -241,6 +250,26 @@ pub(crate) static DNS: Table = table(&[
         "blockedDomains",
         Shape::List(&Shape::Name),
         "Names, *.name or @set: refused before anything else.",
+    ),
+    key(
+        "answer",
+        DNS_ANSWER,
+        "What lookups of addresses are answered with: what the upstream says, or an address of its own for each \
+         name, so that nothing is looked up before a connection is allowed.",
+    ),
+]);
+
+/// `guards`.
+pub(crate) static GUARDS: Table = table(&[
+    key(
+        "ech",
+        Shape::Word(|| words(&EchGuard::ALL)),
+        "A hello that hides its name where one is demanded: deny it (if left out), or let the outer name count.",
+    ),
+    key(
+        "quic",
+        Shape::Word(|| words(&QuicGuard::ALL)),
+        "QUIC where a name is demanded: inspect it (if left out), or deny it.",
     ),
 ]);
 

@@ -4,7 +4,7 @@
 use std::sync::Arc;
 
 use ipnet::IpNet;
-use vnet_proto::model::{Mode, NameDemand, NamePattern, PortRange, Protocol};
+use vnet_proto::model::{Mode, NamePattern, PortRange, Protocol};
 
 use crate::clock::Now;
 use crate::policy::guard::GuardedRanges;
@@ -108,13 +108,6 @@ fn of_rule(rule: &Rule) -> Vec<String> {
     let mut texts = Vec::new();
     let label = &rule.label;
     let test = &rule.test;
-    // The one place that says so: it goes when the dataplane enforces what a verdict demands.
-    if matches!(rule.demand, Some(NameDemand::Require | NameDemand::IfPresent)) {
-        texts.push(format!(
-            "{label}: sni is checked and sent to the dataplane, which does not enforce it yet: connections are \
-             let through by the names that are bound to their addresses"
-        ));
-    }
     if rule.action.refuses() {
         return texts;
     }

@@ -17,28 +17,33 @@ mod keys;
 mod lint;
 mod list;
 mod names;
+mod naming;
 mod prefixes;
 mod reader;
 mod region;
 mod rule;
 mod schema;
 mod selftest;
+mod synthetic;
 mod yaml;
 
 #[cfg(test)]
 mod tests;
 
-pub use document::{DefaultAction, DnsPolicy, Policy, PolicyError, PolicyErrors, PolicyWarning};
+pub use document::{DefaultAction, DnsAnswer, DnsPolicy, Policy, PolicyError, PolicyErrors, PolicyWarning};
 pub use effective::{APPROVAL_TIMEOUT, Effective, Modes, OWN_POLICY, OwnPolicy, PolicyInForce, claimants};
+pub(crate) use eval::would_let_through;
 pub use eval::{
-    Context, Decision, FlowDecision, LookupDecision, Outcome, PeerView, decide_flow, decide_lookup,
-    overruled_by,
+    Context, Decision, FlowDecision, LookupDecision, Outcome, PeerView, decide_flow, decide_live,
+    decide_lookup, overruled_by,
 };
+pub(crate) use file::is_unprintable;
 pub use file::{APPROVAL_TIMEOUT_MAX, DOCUMENT_BYTES_MAX, LIST_MAX, RULES_MAX, list_paths};
 pub use guard::GuardedRanges;
 pub use index::RuleList;
 pub use list::{Attachment, Attachments, LIST_ENTRIES_MAX, LISTS_BYTES_MAX, List, ListCache, ListFormat};
 pub use names::{NameSet, NameTable};
+pub use naming::{EchGuard, NameGuards, QuicGuard};
 pub use prefixes::{PortSet, PrefixSet, PrefixTable};
 pub use region::{FlowTest, ProtocolSet};
 pub use rule::{Rule, RuleAction};

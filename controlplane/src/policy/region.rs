@@ -9,7 +9,7 @@ use std::sync::Arc;
 
 use ipnet::IpNet;
 use vnet_proto::model::special::judged;
-use vnet_proto::model::{FlowMatch, FlowSubject, PortRange, Protocol};
+use vnet_proto::model::{FlowMatch, FlowSubject, Guard, Name, PortRange, Protocol};
 
 use crate::policy::{GuardedRanges, NameSet, PortSet, PrefixSet};
 
@@ -84,6 +84,14 @@ impl FlowTest {
         self.protocols.has_all(other.protocols) && self.covers_ports(other) && self.covers_prefixes(other)
     }
 
+    /// Whether it holds of a flow, guards aside.
+    pub(crate) fn covers_flow(&self, protocol: Protocol, address: IpAddr, port: u16, names: &[Name]) -> bool {
+        self.protocols.contains(protocol)
+            && (self.prefixes.is_empty() || self.prefixes.contains(address))
+            && (self.ports.is_empty() || self.ports.range_of(port).is_some())
+            && (self.names.as_ref()).is_none_or(|wanted| names.iter().any(|name| wanted.contains(name)))
+    }
+
     /// Whether it has every port that `other` has.
     pub(crate) fn covers_ports(&self, other: &FlowTest) -> bool {
         self.ports.is_empty()
@@ -112,6 +120,10 @@ pub(crate) struct Region {
     prefix: IpNet,
     ports: PortRange,
     names_consulted: bool,
+    /// The flow's address stands for a name that is not resolved: no prefix matches it.
+    synthetic: bool,
+    /// What opens by name and prefix is taken to match, since the address found is judged later.
+    trusting: bool,
 }
 
 impl Region {
@@ -126,6 +138,8 @@ impl Region {
                 prefix: IpNet::from(peer.ip()),
                 ports: PortRange::one(peer.port()),
                 names_consulted: false,
+                synthetic: flow.guards.contains(Guard::Synthetic),
+                trusting: false,
             };
         }
         let mut region = Self {
@@ -136,6 +150,8 @@ impl Region {
                 PortRange::NONE
             },
             names_consulted: false,
+            synthetic: false,
+            trusting: false,
         };
         for range in guarded.iter() {
             region.exclude(peer.ip(), range);
@@ -151,6 +167,11 @@ impl Region {
         if !test.protocols.contains(flow.key.protocol) {
             return false;
         }
+        let unknown = self.synthetic && !test.prefixes.is_empty();
+        let trusted = unknown && self.trusting && sides == Sides::Visible && test.names.is_some();
+        if unknown && !trusted {
+            return false;
+        }
         let range = test.ports.range_of(port);
         let ports = test.ports.is_empty() || range.is_some();
         let prefix = test
@@ -159,7 +180,7 @@ impl Region {
             .min_by_key(|prefix| prefix.prefix_len());
         // Where the dialled address differs, the region is the flow alone.
         let dialled = sides == Sides::Either && test.prefixes.contains(judged(flow.dialled));
-        let prefixes = test.prefixes.is_empty() || prefix.is_some() || dialled;
+        let prefixes = test.prefixes.is_empty() || trusted || prefix.is_some() || dialled;
         if !prefixes && (ports || !test.prefixes.nearest(address).any(|p| self.touches(p))) {
             for prefix in test.prefixes.nearest(address) {
                 self.exclude(address, prefix);
@@ -183,6 +204,14 @@ impl Region {
             self.limit_ports(range.first(), range.last());
         }
         true
+    }
+
+    /// Takes what opens by name and prefix to match an address that is not known yet.
+    pub(crate) fn trusting(self) -> Self {
+        Self {
+            trusting: true,
+            ..self
+        }
     }
 
     /// Narrows the ports to the gap around `port` that none of `ports` has.

@@ -146,6 +146,22 @@ impl Policy {
         }
     }
 
+    /// What one of its tests would come to: `Allow`, `Ask`, or `Deny` (which `drop` is as well). Without a
+    /// selector it is about a VM that `appliesTo` claims.
+    pub fn answers(&self, vm: Option<&VmSelector>, destination: &Destination, now: Now) -> Outcome {
+        let vm = vm_of(vm.or(self.applies_to.as_ref()));
+        let claimed = PolicyInForce {
+            name: "",
+            revision: 0,
+            policy: self,
+        };
+        let effective = Effective::compose(now, &vm, Some(claimed), None, Modes::default());
+        match ask(&effective, &vm, destination).outcome {
+            Outcome::Drop => Outcome::Deny,
+            outcome => outcome,
+        }
+    }
+
     /// How many destinations its tests name.
     pub fn probes(&self) -> usize {
         self.tests.iter().map(|test| test.probes.len()).sum()

@@ -6,7 +6,7 @@ use std::time::SystemTime;
 use vnet_proto::v1;
 
 use super::retention::Census;
-use super::{Class, EventQuery, Snapshot, Store, StoreError, StoredGrant, StoredVm, Write};
+use super::{Class, EventQuery, Snapshot, Store, StoreError, StoredGrant, StoredVm, Write, confirmed};
 use crate::lists::described;
 
 /// State and history that are gone with the process.
@@ -57,13 +57,14 @@ impl MemoryStore {
 
 impl Store for MemoryStore {
     fn load(&mut self) -> Result<Snapshot, StoreError> {
+        let last = self.policies.values().filter_map(|p| p.values().next_back());
+        let awaiting = last.clone().filter(|policy| policy.confirm_until.is_some());
+        let fallbacks =
+            awaiting.filter_map(|policy| self.policies.get(&policy.name)?.get(&policy.falls_back_to));
         Ok(Snapshot {
             grants: self.grants.values().cloned().collect(),
-            policies: self
-                .policies
-                .values()
-                .filter_map(|p| p.values().next_back().map(|p| self.with_lists(p)))
-                .collect(),
+            policies: last.clone().map(|p| self.with_lists(p)).collect(),
+            fallbacks: fallbacks.map(|p| self.with_lists(p)).collect(),
             vms: self.vms.clone(),
         })
     }
@@ -80,7 +81,8 @@ impl Store for MemoryStore {
                 }
                 Write::PutPolicy(policy) => {
                     let revisions = self.policies.entry(policy.name.clone()).or_default();
-                    for list in &policy.lists {
+                    // One that comes without its content is there already.
+                    for list in policy.lists.iter().filter(|list| !list.content.is_empty()) {
                         self.lists
                             .entry(list.sha256.clone())
                             .or_insert_with(|| list.content.clone());
@@ -93,6 +95,12 @@ impl Store for MemoryStore {
                             ..policy.clone()
                         },
                     );
+                }
+                Write::ConfirmPolicy { name, revision } => {
+                    let revisions = self.policies.get_mut(name);
+                    if let Some(policy) = revisions.and_then(|r| r.get_mut(revision)) {
+                        *policy = confirmed(std::mem::take(policy));
+                    }
                 }
                 Write::PutVm(name, Some(stored)) => {
                     self.vms.insert(name.clone(), stored.clone());

@@ -21,6 +21,7 @@ use std::str::FromStr;
 use std::time::SystemTime;
 
 use rusqlite::ErrorCode;
+use vnet_proto::model::Budget;
 use vnet_proto::v1;
 
 pub use memory::MemoryStore;
@@ -152,6 +153,8 @@ pub struct StoredGrant {
     pub grant: v1::Grant,
     /// Attachments of VMs that an "until the VM stops" grant is bound to.
     pub instances: Vec<String>,
+    /// What attachments of VMs have told of their use of its budget; it is part of `grant.used`.
+    pub uses: Vec<(String, Budget)>,
 }
 
 /// What was set for a VM by name.
@@ -172,6 +175,8 @@ pub struct Snapshot {
     pub grants: Vec<StoredGrant>,
     /// The last revision of each policy, with the content of its lists.
     pub policies: Vec<v1::Policy>,
+    /// Of those that await confirmation, what they fall back to, likewise.
+    pub fallbacks: Vec<v1::Policy>,
     /// What was set for VMs, by name.
     pub vms: BTreeMap<String, StoredVm>,
 }
@@ -186,6 +191,13 @@ pub enum Write {
     /// Adds a revision of a policy, with the content of its lists, each of which is kept once however many
     /// revisions name it.
     PutPolicy(v1::Policy),
+    /// A revision awaits confirmation no more, and stays.
+    ConfirmPolicy {
+        /// The policy's name.
+        name: String,
+        /// Which.
+        revision: u64,
+    },
     /// Sets, or with `None` forgets, what was set for a VM.
     PutVm(String, Option<StoredVm>),
 }
@@ -254,6 +266,15 @@ pub trait Store: Send + 'static {
     /// # Errors
     /// [`StoreError`].
     fn last_sequence(&mut self) -> Result<u64, StoreError>;
+}
+
+/// A policy's revision that awaits confirmation no more.
+fn confirmed(policy: v1::Policy) -> v1::Policy {
+    v1::Policy {
+        confirm_until: None,
+        falls_back_to: 0,
+        ..policy
+    }
 }
 
 /// Opens a store.

@@ -38,6 +38,7 @@ impl Class {
         match event.kind() {
             Kind::GrantCreated
             | Kind::GrantEnded
+            | Kind::GrantUsedUp
             | Kind::PolicyApplied
             | Kind::VmUpdated
             | Kind::ForwardChanged => Self::Acts,

@@ -23,6 +23,10 @@ pub(super) const MIGRATIONS: &[Step] = &[
         sql: LISTS,
         then: None,
     },
+    Step {
+        sql: USES,
+        then: None,
+    },
 ];
 
 /// The version that this program writes.
@@ -75,6 +79,10 @@ const CLASSES: &str = "
     ALTER TABLE events ADD COLUMN vm TEXT NOT NULL DEFAULT '';
     CREATE INDEX events_by_class ON events (class, sequence);
     CREATE INDEX events_by_vm ON events (class, vm, sequence);
+";
+
+const USES: &str = "
+    ALTER TABLE grants ADD COLUMN uses TEXT NOT NULL DEFAULT '';     -- one attachment a line, after three sums
 ";
 
 /// Gives events of before the class and the VM that their messages say.

@@ -11,12 +11,13 @@ use std::time::SystemTime;
 
 use nix::fcntl::{Flock, FlockArg};
 use prost::Message;
-use rusqlite::{Connection, OptionalExtension as _, params, params_from_iter, types::Value};
+use rusqlite::{Connection, OptionalExtension as _, Transaction, params, params_from_iter, types::Value};
+use vnet_proto::model::Budget;
 use vnet_proto::v1;
 
 use super::retention::Census;
 use super::schema::{MIGRATIONS, VERSION};
-use super::{Class, EventQuery, Snapshot, Store, StoreError, StoredGrant, StoredVm, Write};
+use super::{Class, EventQuery, Snapshot, Store, StoreError, StoredGrant, StoredVm, Write, confirmed};
 use crate::lists::described;
 use crate::paths;
 
@@ -92,6 +93,16 @@ impl SqliteStore {
 }
 
 impl SqliteStore {
+    fn revision(&self, name: &str, revision: u64) -> Result<Option<v1::Policy>, StoreError> {
+        let message: Option<Vec<u8>> = self
+            .connection
+            .prepare_cached("SELECT message FROM policies WHERE name = ?1 AND revision = ?2")?
+            .query_row(params![name, number(revision)], |row| row.get(0))
+            .optional()?;
+        let policy = message.map(|bytes| decode("policies", &bytes)).transpose()?;
+        policy.map(|policy| self.with_lists(policy)).transpose()
+    }
+
     /// With the content of its lists. One that is missing stays empty, and is refused where it is read.
     fn with_lists(&self, mut policy: v1::Policy) -> Result<v1::Policy, StoreError> {
         for list in &mut policy.lists {
@@ -109,16 +120,19 @@ impl SqliteStore {
 impl Store for SqliteStore {
     fn load(&mut self) -> Result<Snapshot, StoreError> {
         let mut snapshot = Snapshot::default();
-        let mut grants = self.connection.prepare("SELECT message, instances FROM grants")?;
+        let mut grants = self
+            .connection
+            .prepare("SELECT message, instances, uses FROM grants")?;
         let mut rows = grants.query([])?;
         while let Some(row) = rows.next()? {
-            let instances: String = row.get(1)?;
+            let (instances, uses): (String, String) = (row.get(1)?, row.get(2)?);
             snapshot.grants.push(StoredGrant {
                 grant: decode(
                     "grants",
                     row.get_ref(0)?.as_blob().map_err(rusqlite::Error::from)?,
                 )?,
                 instances: instances.lines().map(str::to_owned).collect(),
+                uses: uses.lines().filter_map(read_use).collect(),
             });
         }
         let mut policies = self.connection.prepare(
@@ -131,7 +145,13 @@ impl Store for SqliteStore {
                 "policies",
                 row.get_ref(0)?.as_blob().map_err(rusqlite::Error::from)?,
             )?;
-            snapshot.policies.push(self.with_lists(policy)?);
+            let policy: v1::Policy = self.with_lists(policy)?;
+            if policy.confirm_until.is_some() {
+                snapshot
+                    .fallbacks
+                    .extend(self.revision(&policy.name, policy.falls_back_to)?);
+            }
+            snapshot.policies.push(policy);
         }
         let mut vms = self
             .connection
@@ -157,12 +177,13 @@ impl Store for SqliteStore {
             match write {
                 Write::PutGrant(stored) => transaction
                     .prepare_cached(
-                        "INSERT OR REPLACE INTO grants (id, message, instances) VALUES (?1, ?2, ?3)",
+                        "INSERT OR REPLACE INTO grants (id, message, instances, uses) VALUES (?1, ?2, ?3, ?4)",
                     )?
                     .execute(params![
                         stored.grant.id,
                         stored.grant.encode_to_vec(),
-                        stored.instances.join("\n")
+                        stored.instances.join("\n"),
+                        stored.uses.iter().map(write_use).collect::<String>()
                     ])?,
                 Write::DeleteGrant(id) => transaction
                     .prepare_cached("DELETE FROM grants WHERE id = ?1")?
@@ -170,7 +191,8 @@ impl Store for SqliteStore {
                 Write::PutPolicy(policy) => {
                     let mut insert = transaction
                         .prepare_cached("INSERT OR IGNORE INTO lists (sha256, content) VALUES (?1, ?2)")?;
-                    for list in &policy.lists {
+                    // One that comes without its content is there already.
+                    for list in policy.lists.iter().filter(|list| !list.content.is_empty()) {
                         insert.execute(params![list.sha256, list.content])?;
                     }
                     let message = v1::Policy {
@@ -185,6 +207,7 @@ impl Store for SqliteStore {
                             message.encode_to_vec()
                         ])?
                 }
+                Write::ConfirmPolicy { name, revision } => confirm(&transaction, name, *revision)?,
                 Write::PutVm(name, Some(stored)) => transaction
                     .prepare_cached(
                         "INSERT OR REPLACE INTO vms (name, mode, labels, instance) VALUES (?1, ?2, ?3, ?4)",
@@ -204,13 +227,7 @@ impl Store for SqliteStore {
     }
 
     fn policy(&mut self, name: &str, revision: u64) -> Result<Option<v1::Policy>, StoreError> {
-        let message: Option<Vec<u8>> = self
-            .connection
-            .prepare_cached("SELECT message FROM policies WHERE name = ?1 AND revision = ?2")?
-            .query_row(params![name, number(revision)], |row| row.get(0))
-            .optional()?;
-        let policy = message.map(|bytes| decode("policies", &bytes)).transpose()?;
-        policy.map(|policy| self.with_lists(policy)).transpose()
+        self.revision(name, revision)
     }
 
     fn revisions(&mut self, name: &str, before: u64, limit: usize) -> Result<Vec<v1::Policy>, StoreError> {
@@ -343,6 +360,37 @@ impl Store for SqliteStore {
             .query_row("SELECT max(sequence) FROM events", [], |row| row.get(0))?;
         Ok(last.map_or(0, |last| u64::try_from(last).unwrap_or(0)))
     }
+}
+
+/// A VM's use of a budget as one line: connections, bytes up, bytes down, and the attachment.
+fn write_use((vm, used): &(String, Budget)) -> String {
+    format!(
+        "{} {} {} {vm}\n",
+        used.connections, used.bytes_up, used.bytes_down
+    )
+}
+
+fn read_use(line: &str) -> Option<(String, Budget)> {
+    let mut parts = line.splitn(4, ' ');
+    let mut number = || parts.next()?.parse().ok();
+    let used = Budget {
+        connections: number()?,
+        bytes_up: number()?,
+        bytes_down: number()?,
+    };
+    Some((parts.next()?.to_owned(), used))
+}
+
+fn confirm(transaction: &Transaction<'_>, name: &str, revision: u64) -> Result<usize, StoreError> {
+    let message: Option<Vec<u8>> = transaction
+        .prepare_cached("SELECT message FROM policies WHERE name = ?1 AND revision = ?2")?
+        .query_row(params![name, number(revision)], |row| row.get(0))
+        .optional()?;
+    let Some(message) = message else { return Ok(0) };
+    let confirmed = confirmed(decode("policies", &message)?);
+    Ok(transaction
+        .prepare_cached("UPDATE policies SET message = ?3 WHERE name = ?1 AND revision = ?2")?
+        .execute(params![name, number(revision), confirmed.encode_to_vec()])?)
 }
 
 fn take_census(connection: &Connection) -> Result<Census, StoreError> {

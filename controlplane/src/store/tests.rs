@@ -31,6 +31,14 @@ fn grant(id: &str) -> StoredGrant {
             ..Default::default()
         },
         instances: vec!["a/1".to_owned(), "b/2".to_owned()],
+        uses: vec![(
+            "a/1".to_owned(),
+            Budget {
+                connections: 1,
+                bytes_up: u64::MAX,
+                bytes_down: 0,
+            },
+        )],
     }
 }
 

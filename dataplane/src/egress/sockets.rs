@@ -11,6 +11,7 @@ use mio::net::{TcpStream, UdpSocket};
 use mio::{Interest, Registry, Token};
 use socket2::{Domain, Protocol, SockRef, Socket, Type};
 
+use crate::engine::budget::Room;
 use crate::engine::stack::Connection;
 
 /// Bytes moved for one flow before the others have their turn.
@@ -195,8 +196,9 @@ impl TcpSocket {
         let _ = self.stream.set_nodelay(true);
     }
 
-    /// Moves bytes both ways between the guest's connection and this socket, as far as both go.
-    pub fn transfer(&mut self, connection: &mut Connection) -> Moved {
+    /// Moves bytes both ways between the guest's connection and this socket, as far as both go and there
+    /// is room under the flow's budget.
+    pub fn transfer(&mut self, connection: &mut Connection, room: Room) -> Moved {
         let mut moved = Moved {
             up: 0,
             down: 0,
@@ -206,8 +208,8 @@ impl TcpSocket {
         loop {
             let before = moved.up + moved.down;
             if let Err(error) = self
-                .transfer_up(connection, &mut moved)
-                .and_then(|()| self.transfer_down(connection, &mut moved))
+                .transfer_up(connection, room.up, &mut moved)
+                .and_then(|()| self.transfer_down(connection, room.down, &mut moved))
             {
                 tracing::trace!(%error, "host socket failed");
                 moved.failed = true;
@@ -224,12 +226,13 @@ impl TcpSocket {
         }
     }
 
-    fn transfer_up(&mut self, connection: &mut Connection, moved: &mut Moved) -> io::Result<()> {
-        if self.writable && connection.has_received() {
+    fn transfer_up(&mut self, connection: &mut Connection, most: usize, moved: &mut Moved) -> io::Result<()> {
+        let most = most.saturating_sub(moved.up);
+        if self.writable && most > 0 && connection.has_received() {
             let mut offered = 0;
             let written = connection.lend_received(|bytes| {
-                offered = bytes.len();
-                (&self.stream).write(bytes)
+                offered = bytes.len().min(most);
+                (&self.stream).write(&bytes[..offered])
             });
             match written {
                 Ok(length) => {
@@ -252,14 +255,20 @@ impl TcpSocket {
         Ok(())
     }
 
-    fn transfer_down(&mut self, connection: &mut Connection, moved: &mut Moved) -> io::Result<()> {
-        if !self.readable || !connection.has_room() {
+    fn transfer_down(
+        &mut self,
+        connection: &mut Connection,
+        most: usize,
+        moved: &mut Moved,
+    ) -> io::Result<()> {
+        let most = most.saturating_sub(moved.down);
+        if !self.readable || most == 0 || !connection.has_room() {
             return Ok(());
         }
         let mut room = 0;
         let read = connection.lend_room(|bytes| {
-            room = bytes.len();
-            (&self.stream).read(bytes)
+            room = bytes.len().min(most);
+            (&self.stream).read(&mut bytes[..room])
         });
         match read {
             Ok(0) if room != 0 => {

@@ -6,8 +6,10 @@
 //! thousand. A verdict that would need one shape too many is narrowed to the flow that missed. The
 //! hash is keyed at random: a guest cannot aim at its buckets.
 //!
-//! What ends an entry: its own expiry, the lease (for allows), a later epoch, or a change of the names
+//! What ends an entry: its own expiry or budget, the lease (for allows), a later epoch, or a change of the names
 //! bound to its address, if they were looked at.
+
+mod report;
 
 use std::collections::VecDeque;
 use std::net::IpAddr;
@@ -15,11 +17,13 @@ use std::sync::Arc;
 
 use ahash::{HashMap, HashMapExt as _};
 use vnet_proto::model::{
-    Epoch, FlowKey, FlowMatch, GuardSet, LookupMatch, Match, Name, PortRange, Protocol, Reason, Verdict,
-    VerdictAction, VmId,
+    Epoch, FlowKey, FlowMatch, GuardSet, LookupMatch, Match, Name, NameDemand, PortRange, Protocol, Reason,
+    Verdict, VerdictAction, VmId,
 };
 
 use crate::engine::Time;
+use crate::engine::budget::{self, Meter};
+use crate::engine::inspect::{Level, NameList};
 
 /// Flow verdicts kept.
 pub const FLOW_ENTRIES_MAX: usize = 131_072;
@@ -41,13 +45,31 @@ pub struct Decision {
     pub expires_at: Option<Time>,
     /// The grant that it rests on; empty for none.
     pub grant: String,
+    /// What counts this guest's use of that grant, if it has a budget.
+    pub meter: Option<Arc<Meter>>,
     /// Why.
     pub reason: Reason,
     /// Observe mode let through what would have been denied.
     pub would_deny: bool,
+    /// It is for one flow or lookup only.
+    pub once: bool,
+    /// A lookup that it allows is answered with a synthetic address, and nothing of it goes upstream.
+    pub synthetic_only: bool,
     /// How what missed stood. No match reaches across it: a flow that stands otherwise is a miss,
     /// whatever the match says.
     pub standing: Standing,
+    /// What a flow must say of its name; `None`: nothing. It is here and not in the miss's answer alone, so
+    /// that a hit demands what the miss did.
+    pub naming: Option<Naming>,
+}
+
+/// What a flow must say of the name that its verdict rests on.
+#[derive(Debug, Clone)]
+pub struct Naming {
+    /// How much, as the verdict says.
+    pub demand: NameDemand,
+    /// Which names, at which ports: those that the verdict is for.
+    pub names: Arc<NameList>,
 }
 
 /// What holds of a destination at one moment and does not show in its address.
@@ -62,16 +84,46 @@ pub struct Standing {
 
 impl Decision {
     /// What a verdict that arrives now decides, for what stands so.
-    pub fn new(now: Time, verdict: &Verdict, standing: Standing) -> Self {
+    pub fn new(now: Time, verdict: &Verdict, standing: Standing, meter: Option<Arc<Meter>>) -> Self {
         Self {
             standing,
+            meter,
             action: verdict.action,
             epoch: verdict.epoch,
             expires_at: verdict.expires_in.map(|d| now.saturating_add(d)),
             grant: verdict.grant.clone(),
             reason: verdict.reason.clone(),
             would_deny: verdict.would_deny,
+            once: verdict.once || budget::is_for_once(verdict.budget),
+            synthetic_only: verdict.synthetic_only,
+            naming: Naming::of(verdict),
         }
+    }
+
+    /// What is demanded of one flow that rests on it.
+    pub fn level(&self, key: &FlowKey) -> Option<Level> {
+        let naming = self.naming.as_ref()?;
+        match naming.demand.of(key.protocol, key.peer.port()) {
+            NameDemand::Require => Some(Level::Require),
+            NameDemand::IfPresent | NameDemand::ByPort => Some(Level::MatchIfPresent),
+            NameDemand::Off => None,
+        }
+    }
+}
+
+impl Naming {
+    fn of(verdict: &Verdict) -> Option<Self> {
+        let Match::Flow(found) = &verdict.found else {
+            return None;
+        };
+        let demanded = verdict.action == VerdictAction::Allow && verdict.name_demand != NameDemand::Off;
+        demanded.then(|| Self {
+            demand: verdict.name_demand,
+            names: Arc::new(NameList {
+                names: verdict.names.clone(),
+                ports: found.ports,
+            }),
+        })
     }
 }
 
@@ -181,9 +233,16 @@ impl Cache {
             .filter(|decision| self.holds(now, decision))
     }
 
+    /// Whether a decision could be made again now: it is of the epoch in force, leased, and not over.
+    pub fn stands(&self, now: Time, decision: &Decision) -> bool {
+        let in_force = self.epoch.is_some_and(|epoch| decision.epoch.stands_under(epoch));
+        in_force && self.holds(now, decision)
+    }
+
     fn holds(&self, now: Time, decision: &Decision) -> bool {
         let leased = decision.action != VerdictAction::Allow || now < self.lease_until;
-        leased && decision.expires_at.is_none_or(|at| now < at)
+        let in_budget = decision.meter.as_ref().is_none_or(|meter| !meter.is_used_up());
+        leased && in_budget && decision.expires_at.is_none_or(|at| now < at)
     }
 
     /// Takes a verdict that is not for once. The caller has checked its epoch. `flow` is the flow
@@ -393,6 +452,7 @@ mod tests {
             once: false,
             budget: None,
             grant: String::new(),
+            synthetic_only: false,
             reason: Reason::default(),
             would_deny: false,
             name_demand: NameDemand::Off,
@@ -403,7 +463,7 @@ mod tests {
     fn put(cache: &mut Cache, verdict: &Verdict, flow: Option<&FlowKey>) {
         cache.install(
             verdict,
-            &Arc::new(Decision::new(Time::ZERO, verdict, Standing::default())),
+            &Arc::new(Decision::new(Time::ZERO, verdict, Standing::default(), None)),
             flow,
         );
     }

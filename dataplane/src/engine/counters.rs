@@ -7,6 +7,7 @@ use std::collections::BTreeMap;
 use crate::engine::Engine;
 use crate::engine::gateway::dhcp::DhcpIgnored;
 use crate::engine::gateway::dns::DnsCounts;
+use crate::engine::inspect::InspectRefusal;
 
 /// DHCP messages that were not answered, by why.
 #[derive(Debug, Default)]
@@ -24,12 +25,16 @@ impl Engine {
         let own = [
             ("decisions_unnamed", self.tally.unnamed),
             ("verdicts_evicted", self.cache.evictions),
+            ("budgets_refused", self.budgets.refused),
             ("bindings_evicted", self.bindings.evicted()),
         ];
         let dhcp = DhcpIgnored::ALL.map(|why| (why.word(), self.dhcp.0[why as usize]));
+        let names = InspectRefusal::WORDS.into_iter().zip(self.name_refusals);
         own.into_iter()
+            .chain(names)
             .chain(dhcp)
             .chain(dns(self.dns.counts()))
+            .chain(self.synthetics.counters())
             .chain(self.surroundings.counters())
             .filter(|(_, count)| *count != 0)
             .map(|(name, count)| (name.to_owned(), count))
@@ -38,7 +43,7 @@ impl Engine {
 }
 
 /// Each by the name of its field, so that none can be forgotten.
-fn dns(counts: DnsCounts) -> [(&'static str, u64); 10] {
+fn dns(counts: DnsCounts) -> [(&'static str, u64); 11] {
     let DnsCounts {
         ignored,
         malformed,
@@ -50,6 +55,7 @@ fn dns(counts: DnsCounts) -> [(&'static str, u64); 10] {
         hold_ended,
         upstream_failed,
         relayed,
+        synthetic,
     } = counts;
     [
         ("dns_ignored", ignored),
@@ -62,5 +68,6 @@ fn dns(counts: DnsCounts) -> [(&'static str, u64); 10] {
         ("dns_hold_ended", hold_ended),
         ("dns_upstream_failed", upstream_failed),
         ("dns_relayed", relayed),
+        ("dns_synthetic", synthetic),
     ]
 }

@@ -54,6 +54,7 @@ impl Engine {
         if let Some(at) = self.flows.find(&key) {
             match self.flows.get(at).map(|f| &f.state) {
                 Some(State::Udp) => return Ok(Outcome::Datagram { flow: at, payload }),
+                Some(State::Checked(_)) => return self.pass_checked(now, at, payload),
                 Some(State::Switched(_)) => {
                     if let Some(outcome) = self.pass_datagram(now, at, ip)? {
                         return Ok(outcome);
@@ -135,19 +136,34 @@ impl Engine {
                 if let Some(neighbour) = wanted.neighbour {
                     return Ok(self.open_switched(now, ip, wanted, neighbour, decision));
                 }
+                if self.is_unresolved(&wanted) {
+                    if payload.len() > held::DATAGRAM_BYTES_MAX {
+                        return Err(DropReason::HeldLimit);
+                    }
+                    self.open_unresolved(now, wanted, payload, ip.short_quote().into(), &decision);
+                    return Ok(Outcome::Done);
+                }
                 let at = self.new_flow(now, wanted, state);
                 if let Some(flow) = self.flows.get_mut(at) {
                     flow.decision = Some(decision);
                 }
                 self.report_opened(now, at, None);
-                self.schedule(now, at);
-                Ok(match key.protocol {
-                    Protocol::Udp => Outcome::Datagram { flow: at, payload },
-                    _ => Outcome::Echo {
+                if key.protocol != Protocol::Udp {
+                    self.schedule(now, at);
+                    return Ok(Outcome::Echo {
                         flow: at,
                         message: payload,
-                    },
-                })
+                    });
+                }
+                if let State::Checked(checked) = self.association(now, at) {
+                    if let Some(flow) = self.flows.get_mut(at) {
+                        flow.state = State::Checked(checked);
+                    }
+                    self.schedule(now, at);
+                    return self.pass_checked(now, at, payload);
+                }
+                self.schedule(now, at);
+                Ok(Outcome::Datagram { flow: at, payload })
             }
             Some(decision) => {
                 self.tally(now, &wanted, &decision);
@@ -219,7 +235,7 @@ impl Engine {
         now: Time,
         at: usize,
         decision: &Arc<Decision>,
-        miss: vnet_proto::model::MissId,
+        miss: Option<vnet_proto::model::MissId>,
     ) {
         let Some(kind) = self.flows.get(at).map(|flow| flow.key.protocol) else {
             return;
@@ -233,16 +249,24 @@ impl Engine {
             return;
         };
         let packets = std::mem::take(&mut waiting.packets);
-        flow.state = match kind {
-            Protocol::Udp => State::Udp,
-            _ => State::Echo,
-        };
         flow.decision = Some(Arc::clone(decision));
         flow.last_active = now;
+        let state = match kind {
+            Protocol::Udp => self.association(now, at),
+            _ => State::Echo,
+        };
+        let is_checked = matches!(state, State::Checked(_));
+        if let Some(flow) = self.flows.get_mut(at) {
+            flow.state = state;
+        }
         *self.count_of(kind) += 1;
-        self.report_opened(now, at, Some(miss));
-        self.events.push_back(Event::Send { flow: at, packets });
+        self.report_opened(now, at, miss);
         self.schedule(now, at);
+        if is_checked {
+            self.pass_held(now, at, packets);
+        } else {
+            self.events.push_back(Event::Send { flow: at, packets });
+        }
     }
 
     /// A datagram for a UDP flow came from the host's side.

@@ -11,8 +11,10 @@ use vnet_proto::model::{FlowId, FlowKey, MissId, Protocol, VmId};
 use crate::engine::Time;
 use crate::engine::cache::Decision;
 use crate::engine::judge::Wanted;
+use crate::engine::naming::{Checked, Reading};
 use crate::engine::stack::Connection;
 use crate::engine::switch::flow::Switched;
+use crate::engine::synthetic::table::Place;
 
 /// Flows of one VM at once, when nothing else is configured.
 pub const FLOWS_MAX: usize = 32_768;
@@ -31,8 +33,12 @@ pub struct Flow {
     pub ingress: bool,
     /// Where it is in its life.
     pub state: State,
+    /// What let it through has a budget.
+    pub metered: bool,
     /// What let it through; `None` while held, for ingress and for the gateway's own services.
     pub decision: Option<Arc<Decision>>,
+    /// The miss that let it through, while it waits for what follows.
+    pub opened_by: Option<MissId>,
     /// When something last passed.
     pub last_active: Time,
     /// When it opened, for people.
@@ -60,16 +66,41 @@ pub enum State {
         /// When to give up.
         deadline: Time,
     },
+    /// Allowed if the guest speaks a name that may pass: its SYN is answered, the name is read, and nothing
+    /// is dialled before.
+    Reading(Box<Reading>),
     /// A TCP connection.
     Tcp(Box<Connection>),
     /// A TCP connection to the gateway's own DNS.
     Service(Box<Connection>),
     /// A UDP association.
     Udp,
+    /// A UDP association whose verdict rests on a name.
+    Checked(Box<Checked>),
     /// An ICMP echo session.
     Echo,
     /// Any of the three, with another guest.
     Switched(Box<Switched>),
+}
+
+impl State {
+    /// The miss that it waits for, and until when.
+    pub(super) fn held_mut(&mut self) -> Option<(&mut MissId, &mut Time)> {
+        match self {
+            Self::Held(waiting) => Some((&mut waiting.miss, &mut waiting.deadline)),
+            Self::Reading(reading) => reading.asking(),
+            _ => None,
+        }
+    }
+
+    /// The guest's end of a TCP connection, once its SYN was answered.
+    pub(super) fn connection_mut(&mut self) -> Option<&mut Connection> {
+        match self {
+            Self::Tcp(connection) | Self::Service(connection) => Some(connection),
+            Self::Reading(reading) => Some(&mut reading.connection),
+            _ => None,
+        }
+    }
 }
 
 impl Flow {
@@ -82,7 +113,9 @@ impl Flow {
             neighbour: wanted.neighbour,
             ingress: false,
             state,
+            metered: false,
             decision: None,
+            opened_by: None,
             last_active: now,
             opened_at: SystemTime::now(),
             bytes_up: 0,
@@ -105,7 +138,7 @@ impl Flow {
     /// Which of the limits for UDP associations and echo sessions it counts for.
     pub fn kind(&self) -> Option<Protocol> {
         match &self.state {
-            State::Udp | State::Echo => Some(self.key.protocol),
+            State::Udp | State::Checked(_) | State::Echo => Some(self.key.protocol),
             State::Switched(switched) if switched.is_opener() && self.key.protocol != Protocol::Tcp => {
                 Some(self.key.protocol)
             }
@@ -135,6 +168,8 @@ pub struct FlowTable {
     live: usize,
     by_key: HashMap<FlowKey, usize>,
     by_id: HashMap<FlowId, usize>,
+    /// How many go to each synthetic address.
+    synthetic: HashMap<Place, usize>,
     /// Where the last packet went: bulk traffic comes in runs.
     last: Option<(FlowKey, usize)>,
     capacity: usize,
@@ -148,6 +183,7 @@ impl FlowTable {
             live: 0,
             by_key: HashMap::default(),
             by_id: HashMap::default(),
+            synthetic: HashMap::default(),
             last: None,
             capacity,
         }
@@ -185,6 +221,11 @@ impl FlowTable {
         self.by_key.contains_key(key)
     }
 
+    /// Whether a flow goes to a synthetic address.
+    pub fn has_synthetic(&self, place: Place) -> bool {
+        self.synthetic.contains_key(&place)
+    }
+
     /// The place of a flow by its id.
     pub fn find_id(&self, id: FlowId) -> Option<usize> {
         self.by_id.get(&id).copied()
@@ -197,6 +238,9 @@ impl FlowTable {
         self.live += 1;
         self.by_key.insert(key, at);
         self.by_id.insert(id, at);
+        if let Some(place) = Place::of(key.peer.ip()) {
+            *self.synthetic.entry(place).or_default() += 1;
+        }
         at
     }
 
@@ -206,6 +250,14 @@ impl FlowTable {
         self.live -= 1;
         self.by_key.remove(&flow.key);
         self.by_id.remove(&flow.id);
+        if let Some(place) = Place::of(flow.key.peer.ip())
+            && let Some(count) = self.synthetic.get_mut(&place)
+        {
+            *count -= 1;
+            if *count == 0 {
+                self.synthetic.remove(&place);
+            }
+        }
         self.last = None;
         Some(flow)
     }

@@ -28,6 +28,8 @@ pub struct Target {
     pub protocol: Protocol,
     /// Destination as it is judged.
     pub peer: SocketAddr,
+    /// What would be dialled, where that is another address.
+    pub dialled: Option<IpAddr>,
     /// The other guest that it belongs to. Whoever has the address next is another question.
     pub neighbour: Option<VmId>,
 }
@@ -248,6 +250,7 @@ mod tests {
         Target {
             protocol: Protocol::Tcp,
             peer: peer.parse().unwrap(),
+            dialled: None,
             neighbour: None,
         }
     }

@@ -139,6 +139,7 @@ impl Outcome<'_> {
             Outcome::Echo { flow, message } => (flow, message),
             Outcome::Pass { flow, packet } => (flow, packet),
             Outcome::Assembled { flow, payload } => return Outcome::Assembled { flow, payload },
+            Outcome::Datagrams { flow, payloads } => return Outcome::Datagrams { flow, payloads },
             Outcome::Done | Outcome::Switch(_) => return Outcome::Done,
         };
         Outcome::Assembled {

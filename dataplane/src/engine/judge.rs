@@ -9,6 +9,7 @@ use vnet_proto::model::{FlowKey, FlowSubject, Guard, Reason, VerdictAction, VmId
 use crate::engine::cache::{Decision, Standing};
 use crate::engine::frame::DropReason;
 use crate::engine::held::Target;
+use crate::engine::inspect::Level;
 use crate::engine::ip::Ip;
 use crate::engine::reply::Unreachable;
 use crate::engine::{Engine, Time};
@@ -40,6 +41,7 @@ impl Wanted {
         Target {
             protocol: key.protocol,
             peer: key.peer,
+            dialled: (self.dialled != self.key.peer).then(|| self.dialled.ip()),
             neighbour: self.neighbour,
         }
     }
@@ -58,7 +60,7 @@ impl Engine {
                 return Err(reason);
             }
         };
-        if neighbour.is_none() {
+        if neighbour.is_none() && self.synthetics.find(key.peer.ip()).is_none() {
             self.check_way(ip, dialled.ip())?;
         }
         Ok(Wanted {
@@ -69,7 +71,7 @@ impl Engine {
     }
 
     /// What a guest-visible destination is dialled as.
-    fn dialled(&self, peer: SocketAddr) -> SocketAddr {
+    pub(super) fn dialled(&self, peer: SocketAddr) -> SocketAddr {
         match (peer.ip(), self.config.host_alias) {
             (IpAddr::V4(v4), Some(alias)) if v4 == alias => {
                 SocketAddr::new(Ipv4Addr::LOCALHOST.into(), peer.port())
@@ -79,7 +81,7 @@ impl Engine {
     }
 
     /// Whether a flow may go there at all, and which other guest it is that has the address.
-    fn check_destination(&self, address: IpAddr) -> Result<Option<VmId>, DropReason> {
+    pub(super) fn check_destination(&self, address: IpAddr) -> Result<Option<VmId>, DropReason> {
         if Some(address) == self.config.host_alias.map(IpAddr::V4) {
             return Ok(None);
         }
@@ -98,12 +100,18 @@ impl Engine {
         if refused {
             return Err(DropReason::Destination);
         }
+        if self.is_vacant(address) {
+            return Err(DropReason::UnknownStation);
+        }
         Ok(None)
     }
 
     /// How a destination stands now.
     pub(super) fn standing(&self, wanted: &Wanted) -> Standing {
-        let guards = self.surroundings.guards(wanted.dialled, wanted.key.protocol);
+        let mut guards = self.surroundings.guards(wanted.dialled, wanted.key.protocol);
+        if self.is_synthetic(wanted) {
+            guards = guards.with(Guard::Synthetic);
+        }
         Standing {
             guards: match wanted.neighbour {
                 Some(_) => guards.with(Guard::Guest),
@@ -136,20 +144,32 @@ impl Engine {
                 }),
                 expires_at: None,
                 grant: String::new(),
+                meter: None,
                 reason: Reason::new("guard", "daemon", "a vnet daemon listens there; nothing opens it"),
                 would_deny: false,
+                once: false,
+                synthetic_only: false,
                 standing,
+                naming: None,
             }));
         }
-        self.cache.lookup(now, &wanted.key, standing).cloned()
+        let decision = self.cache.lookup(now, &wanted.key, standing)?;
+        Some(unspeakable(wanted, decision).unwrap_or_else(|| Arc::clone(decision)))
     }
 
     /// The evidence about a flow.
     pub(super) fn subject(&mut self, now: Time, wanted: &Wanted) -> FlowSubject {
         let mut guards = self.standing(wanted).guards;
-        let address = wanted.key.peer.ip();
-        let bound = self.bindings.names_of(now, address);
-        if !bound.is_empty() && is_private_or_special(address) {
+        let address = match self.is_synthetic(wanted) {
+            true if self.is_unresolved(wanted) => None,
+            true => Some(wanted.dialled.ip()),
+            false => Some(wanted.key.peer.ip()),
+        };
+        let bound = self.names_of(now, wanted.key.peer.ip());
+        if let Some(address) = address
+            && !bound.is_empty()
+            && is_private_or_special(address)
+        {
             guards = guards.with(Guard::PrivateFromDns);
         }
         FlowSubject {
@@ -160,4 +180,30 @@ impl Engine {
             peer_vm: wanted.neighbour,
         }
     }
+}
+
+/// What becomes of an allow that demands a name of a flow in which none can be read: to another guest it is
+/// passed on as it is, and echo has none to speak.
+pub(super) fn unspeakable(wanted: &Wanted, decision: &Arc<Decision>) -> Option<Arc<Decision>> {
+    let level = decision.level(&wanted.key)?;
+    let why = if wanted.neighbour.is_some() {
+        "what is said to another guest is not read, and a name is demanded; say sni: off where that is meant"
+    } else if !wanted.key.protocol.has_ports() && level == Level::Require {
+        "an echo speaks no name, and one is demanded; say sni: off where that is meant"
+    } else {
+        return None;
+    };
+    Some(Arc::new(Decision {
+        action: VerdictAction::Deny,
+        epoch: decision.epoch,
+        expires_at: decision.expires_at,
+        grant: String::new(),
+        reason: Reason::new("name", decision.reason.subject.clone(), why),
+        would_deny: false,
+        standing: decision.standing,
+        naming: None,
+        meter: None,
+        once: false,
+        synthetic_only: false,
+    }))
 }

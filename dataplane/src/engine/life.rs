@@ -9,7 +9,7 @@ use crate::engine::judge::Wanted;
 use crate::engine::tcp::{DialError, TCP_IDLE};
 use crate::engine::timer::Timer;
 use crate::engine::{ECHO_IDLE, Engine, Event, Time, datagram};
-use crate::message::{FlowEnd, FlowOpened, MissEnd, Report, flow_id};
+use crate::message::{FlowEnd, FlowOpened, MissEnd, NameRefusal, Report, flow_id};
 
 /// How long a connection that both sides have closed may wait for the last acknowledgement.
 const CLOSING_IDLE: Duration = Duration::from_secs(60);
@@ -48,6 +48,7 @@ impl Engine {
 
     /// A flow was let through: tell the session.
     pub(super) fn report_opened(&mut self, now: Time, at: usize, miss: Option<MissId>) {
+        self.count_connection(at);
         let Some(flow) = self.flows.get(at) else { return };
         let (wanted, ingress) = (flow.wanted(), flow.ingress);
         let subject = self.subject(now, &wanted);
@@ -74,13 +75,23 @@ impl Engine {
     /// Ends a flow: out of the table, its host socket closed, the session told. What the guest still
     /// has to see must be queued before.
     pub(super) fn end_flow(&mut self, at: usize, end: FlowEnd) {
-        let Some(flow) = self.flows.remove(at) else { return };
+        self.end_flow_for(at, end, None);
+    }
+
+    /// The same, of a flow that may have been refused for its name.
+    pub(super) fn end_flow_for(&mut self, at: usize, end: FlowEnd, refusal: Option<Box<NameRefusal>>) {
+        let Some(mut flow) = self.flows.remove(at) else {
+            return;
+        };
         if let Some(kind) = flow.kind() {
             *self.count_of(kind) -= 1;
         }
-        match &flow.state {
+        match &mut flow.state {
             State::Held(waiting) => {
                 let miss = waiting.miss;
+                if let Some(place) = self.synthetics.find(flow.key.peer.ip()) {
+                    self.synthetics.leave(place, at);
+                }
                 if self.held.leave(miss, at) {
                     let end = match end {
                         FlowEnd::GuestReset => MissEnd::GuestGaveUp,
@@ -98,13 +109,19 @@ impl Engine {
                 self.close_dns(flow.id.0);
                 return;
             }
-            State::Switched(switched) => {
-                // It has no socket that would have to be closed first.
-                self.flows.release(at);
-                self.end_switched(&flow, switched, end);
-                return;
-            }
-            State::Dialing { .. } | State::Tcp(_) | State::Udp | State::Echo => {}
+            State::Reading(reading) => self.leave_reading(at, reading, end),
+            State::Switched(_)
+            | State::Dialing { .. }
+            | State::Tcp(_)
+            | State::Udp
+            | State::Checked(_)
+            | State::Echo => {}
+        }
+        if let State::Switched(switched) = &flow.state {
+            // It has no socket that would have to be closed first.
+            self.flows.release(at);
+            self.end_switched(&flow, switched, end);
+            return;
         }
         let reset = !matches!(end, FlowEnd::Finished | FlowEnd::Idle);
         self.events.push_back(Event::Close { flow: at, reset });
@@ -113,6 +130,7 @@ impl Engine {
             end,
             bytes_up: flow.bytes_up,
             bytes_down: flow.bytes_down,
+            refusal,
         });
     }
 
@@ -124,9 +142,13 @@ impl Engine {
         flow.last_active = now;
         flow.bytes_up += up as u64;
         flow.bytes_down += down as u64;
+        let is_metered = flow.metered;
         if !std::mem::replace(&mut flow.touched, true) {
             self.touched.push(at);
             self.want_report(now);
+        }
+        if is_metered {
+            self.count_under_budget(now, at, up as u64, down as u64);
         }
     }
 
@@ -171,9 +193,22 @@ impl Engine {
                     TCP_IDLE
                 };
                 let idle = flow.last_active + quiet;
-                connection.poll_timeout(now).map_or(idle, |at| at.min(idle))
+                let named = connection.check.as_ref().and_then(|check| check.deadline());
+                let own = connection.poll_timeout(now);
+                own.into_iter().chain(named).fold(idle, Time::min)
+            }
+            State::Reading(reading) => {
+                let named = reading.deadline();
+                let own = reading.connection.poll_timeout(now);
+                own.into_iter()
+                    .chain(named)
+                    .fold(flow.last_active + TCP_IDLE, Time::min)
             }
             State::Udp => flow.last_active + datagram::udp_idle(flow.bytes_down),
+            State::Checked(checked) => {
+                let idle = flow.last_active + datagram::udp_idle(flow.bytes_down);
+                checked.deadline().map_or(idle, |named| named.min(idle))
+            }
             State::Echo => flow.last_active + ECHO_IDLE,
             State::Switched(switched) => {
                 switched.deadline(flow.key.protocol, flow.last_active, flow.bytes_down)?
@@ -244,12 +279,17 @@ impl Engine {
                 self.mark_dirty(at);
                 return;
             }
-            State::Udp | State::Echo => {
+            State::Reading(_) => self.handle_reading_timeout(now, at),
+            State::Udp | State::Checked(_) | State::Echo => {
                 let idle = match flow.state {
-                    State::Udp => datagram::udp_idle(flow.bytes_down),
-                    _ => ECHO_IDLE,
+                    State::Echo => ECHO_IDLE,
+                    _ => datagram::udp_idle(flow.bytes_down),
                 };
-                if now.saturating_sub(flow.last_active) >= idle {
+                let last_active = flow.last_active;
+                if self.end_late_association(now, at) {
+                    return;
+                }
+                if now.saturating_sub(last_active) >= idle {
                     self.end_flow(at, FlowEnd::Idle);
                     return;
                 }

@@ -107,6 +107,7 @@ impl Engine {
                         expires_in,
                     });
                 }
+                dns::Event::Exhausted { name, query_type } => self.report_exhausted(&name, query_type),
                 dns::Event::Decided {
                     name,
                     query_type,
@@ -174,8 +175,7 @@ impl Engine {
     /// Gets a verdict on a name: from the cache at once, or by a miss.
     fn ask_name(&mut self, now: Time, name: Name, query_type: u16) {
         if let Some(decision) = self.cache.lookup_name(now, &name).cloned() {
-            self.dns
-                .handle_name_verdict(now, &name, decision.action, &decision.reason);
+            self.act_on_name(now, &name, &decision);
             return;
         }
         match self.held.join_lookup(&name, query_type) {
@@ -190,9 +190,22 @@ impl Engine {
 
     /// A verdict on a name that was asked about.
     pub(super) fn answer_name(&mut self, now: Time, name: &Name, decision: &Arc<Decision>) {
-        self.dns
-            .handle_name_verdict(now, name, decision.action, &decision.reason);
+        self.act_on_name(now, name, decision);
         self.act_on_dns(now);
+    }
+
+    /// Its queries go upstream, get synthetic addresses, or are refused.
+    fn act_on_name(&mut self, now: Time, name: &Name, decision: &Decision) {
+        let synthesis = match decision.action {
+            VerdictAction::Allow => self.synthesize(now, name, decision.synthetic_only),
+            VerdictAction::Deny | VerdictAction::Drop => None,
+        };
+        match synthesis {
+            Some(synthesis) => self.dns.handle_synthesis(now, name, synthesis),
+            None => self
+                .dns
+                .handle_name_verdict(now, name, decision.action, &decision.reason),
+        }
     }
 
     pub(super) fn extend_lookup(&mut self, now: Time, name: &Name, hold: std::time::Duration) {
@@ -238,6 +251,10 @@ impl Engine {
 
     /// An upstream answered, or nobody did.
     pub fn handle_resolved(&mut self, now: Time, query: u64, answer: Option<Vec<u8>>) {
+        self.clock = now;
+        if self.handle_found(now, query, answer.as_deref()) {
+            return;
+        }
         self.dns.handle_upstream(query, answer.as_deref());
         self.act_on_dns(now);
     }

@@ -18,6 +18,7 @@
 //! datagram is lent from the frame it came in.
 
 pub mod bindings;
+pub mod budget;
 pub mod cache;
 mod counters;
 mod datagram;
@@ -33,12 +34,14 @@ pub mod ip;
 mod judge;
 mod life;
 mod lookup;
+mod naming;
 pub mod reply;
 mod report;
 pub mod ring;
 pub mod stack;
 mod station;
 pub mod switch;
+pub mod synthetic;
 mod tally;
 pub mod tcp;
 mod timer;
@@ -59,6 +62,7 @@ use rand::rngs::StdRng;
 use vnet_proto::model::{FlowId, GuardSet, Protocol, VmId};
 
 use crate::engine::bindings::Bindings;
+use crate::engine::budget::Budgets;
 use crate::engine::cache::Cache;
 use crate::engine::counters::DhcpCounts;
 use crate::engine::discovery::Ipv6Config;
@@ -68,9 +72,11 @@ use crate::engine::frame::{Body, DropReason, Frame};
 use crate::engine::gateway::dhcp::DhcpOutcome;
 use crate::engine::gateway::dns::Dns;
 use crate::engine::held::Held;
+use crate::engine::inspect::InspectRefusal;
 use crate::engine::ring::RingPool;
 use crate::engine::switch::Neighbour;
 use crate::engine::switch::flow::Targeted;
+use crate::engine::synthetic::table::Synthetics;
 use crate::engine::tally::Tally;
 use crate::engine::timer::{Timer, Timers};
 use crate::engine::transmit::Transmit;
@@ -177,6 +183,13 @@ pub enum Outcome<'a> {
         /// The payload, message or packet.
         payload: Vec<u8>,
     },
+    /// As several [`Outcome::Datagram`]: some that waited until the name in them was whole, oldest first.
+    Datagrams {
+        /// The flow's place.
+        flow: usize,
+        /// The payloads.
+        payloads: Vec<Box<[u8]>>,
+    },
     /// Pass the frame to the guest that has this MAC address, or to all; with the address as its
     /// destination. If the one that it is for is not open: [`Engine::handle_unswitched`].
     Switch(Mac),
@@ -255,6 +268,8 @@ pub struct Engine {
     held: Held,
     tally: Tally,
     bindings: Bindings,
+    synthetics: Synthetics,
+    budgets: Budgets,
     dhcp: DhcpCounts,
     dns: Dns,
     /// What was counted when it was last reported.
@@ -276,6 +291,8 @@ pub struct Engine {
     clock: Time,
     report_set: bool,
     drops: [u64; DropReason::ALL.len()],
+    /// Flows refused for their name, by [`InspectRefusal::WORDS`].
+    name_refusals: [u64; InspectRefusal::WORDS.len()],
 }
 
 impl Engine {
@@ -285,8 +302,11 @@ impl Engine {
             name,
             switch_open: false,
             forwards_closed: false,
+            synthetic_answers: false,
             lookup_hold: config.lookup_hold,
             hold: config.hold,
+            deny_ech: true,
+            deny_quic: false,
         };
         Self {
             transmit: Transmit::new(config.gateway_mac),
@@ -304,6 +324,8 @@ impl Engine {
             held: Held::new(config.vm, config.hold),
             tally: Tally::default(),
             bindings: Bindings::default(),
+            synthetics: Synthetics::default(),
+            budgets: Budgets::default(),
             dhcp: DhcpCounts::default(),
             dns: Dns::new(config.lookup_hold),
             counted: BTreeMap::new(),
@@ -321,6 +343,7 @@ impl Engine {
             clock: Time::ZERO,
             report_set: false,
             drops: [0; DropReason::ALL.len()],
+            name_refusals: [0; InspectRefusal::WORDS.len()],
             settings,
             config,
             surroundings,
@@ -404,6 +427,7 @@ impl Engine {
                 Timer::Report => self.handle_report_timeout(),
                 Timer::Dns => self.handle_dns_timeout(now),
                 Timer::Bindings => self.handle_bindings_timeout(now),
+                Timer::Budgets => self.handle_budgets_timeout(now),
                 Timer::Advertise => self.handle_advertise_timeout(now),
             }
         }
@@ -424,5 +448,6 @@ impl Engine {
         for at in self.flows.places() {
             self.end_flow(at, FlowEnd::VmDown);
         }
+        self.tell_last_uses();
     }
 }

@@ -15,6 +15,7 @@ use smoltcp::wire::{HardwareAddress, IpCidr, IpListenEndpoint};
 
 use crate::engine::Time;
 use crate::engine::frame::EtherType;
+use crate::engine::naming::Check;
 use crate::engine::ring::Slot;
 use crate::engine::transmit::Transmit;
 
@@ -33,6 +34,8 @@ pub struct Connection {
     mtu_bytes: usize,
     /// Bytes moved since the rings last gave memory back.
     since_shrink: u64,
+    /// What the guest's bytes are held to, where the verdict demands a name and it may still be spoken.
+    pub(super) check: Option<Box<Check>>,
 }
 
 /// What a connection has to do next.
@@ -138,6 +141,7 @@ impl Connection {
             ether_type,
             mtu_bytes,
             since_shrink: 0,
+            check: None,
         }
     }
 
@@ -184,6 +188,9 @@ impl Connection {
 
     /// Lends what the guest sent, once; `take` says how much of it was taken.
     pub fn lend_received<E>(&mut self, take: impl FnOnce(&[u8]) -> Result<usize, E>) -> Result<usize, E> {
+        if self.check.is_some() {
+            return self.lend_checked(take);
+        }
         let result = self.socket().recv(|bytes| match take(bytes) {
             Ok(taken) => (taken.min(bytes.len()), Ok(taken.min(bytes.len()))),
             Err(error) => (0, Err(error)),
@@ -195,16 +202,78 @@ impl Connection {
 
     /// Lends room for what goes to the guest, once; `fill` says how much of it was filled.
     pub fn lend_room<E>(&mut self, fill: impl FnOnce(&mut [u8]) -> Result<usize, E>) -> Result<usize, E> {
-        let result = self.socket().send(|room| {
+        let check = &mut self.check;
+        let socket: &mut Socket<'static> = self.sockets.get_mut(self.handle);
+        let result = socket.send(|room| {
             let length = room.len();
             match fill(room) {
-                Ok(filled) => (filled.min(length), Ok(filled.min(length))),
+                Ok(filled) => {
+                    let filled = filled.min(length);
+                    if let Some(check) = check {
+                        check.show_answer(&room[..filled]);
+                    }
+                    (filled, Ok(filled))
+                }
                 Err(error) => (0, Err(error)),
             }
         });
         let filled = result.unwrap_or(Ok(0))?;
         self.since_shrink += filled as u64;
         Ok(filled)
+    }
+
+    /// The same of a connection whose name is checked: what may pass, and no more.
+    fn lend_checked<E>(&mut self, take: impl FnOnce(&[u8]) -> Result<usize, E>) -> Result<usize, E> {
+        self.inspect();
+        let allowed = match &self.check {
+            Some(check) => check.allowed(),
+            // It was the last that had to be seen.
+            None => return self.lend_received(take),
+        };
+        if allowed == 0 {
+            return Ok(0);
+        }
+        let result = self.socket().recv(|bytes| {
+            let length = bytes.len().min(allowed);
+            match take(&bytes[..length]) {
+                Ok(taken) => (taken.min(length), Ok(taken.min(length))),
+                Err(error) => (0, Err(error)),
+            }
+        });
+        let taken = result.unwrap_or(Ok(0))?;
+        self.since_shrink += taken as u64;
+        if let Some(check) = &mut self.check {
+            check.note_taken(taken);
+        }
+        Ok(taken)
+    }
+
+    /// Shows the check what has arrived and it has not seen. Afterwards there is none, if everything may pass.
+    pub(super) fn inspect(&mut self) {
+        let Some(check) = &mut self.check else { return };
+        let socket: &mut Socket<'static> = self.sockets.get_mut(self.handle);
+        let mut copy = Vec::new();
+        loop {
+            let (seen, arrived) = (check.ahead(), socket.recv_queue());
+            if arrived <= seen {
+                break;
+            }
+            let Ok(first) = socket.peek(arrived) else { break };
+            let more = if let Some(rest) = first.get(seen..).filter(|rest| !rest.is_empty()) {
+                check.show(rest)
+            } else {
+                // What was not seen lies behind the ring's end.
+                copy.resize(arrived, 0);
+                let length = socket.peek_slice(&mut copy).unwrap_or(0);
+                check.show(copy.get(seen..length).unwrap_or_default())
+            };
+            if !more {
+                break;
+            }
+        }
+        if check.is_over() {
+            self.check = None;
+        }
     }
 
     /// Whether the guest has sent something not yet taken.

@@ -59,7 +59,7 @@ impl Engine {
                 return Ok(outcome);
             }
             if let Some(flow) = self.flows.get_mut(at)
-                && let State::Tcp(connection) | State::Service(connection) = &mut flow.state
+                && let Some(connection) = flow.state.connection_mut()
                 && !header.is_syn()
             {
                 connection.handle_packet(now, ip.packet, &mut self.transmit);
@@ -108,16 +108,19 @@ impl Engine {
                     true
                 }
             }
-            State::Tcp(connection) | State::Service(connection) => {
+            State::Udp | State::Checked(_) | State::Echo | State::Switched(_) => false,
+            state => {
                 // A repeated SYN while the SYN-ACK is on its way is answered by its retransmission. Any
                 // other SYN on a live connection comes from a guest that was started anew.
-                if connection.phase() == Phase::Opening {
+                if state
+                    .connection_mut()
+                    .is_none_or(|connection| connection.phase() == Phase::Opening)
+                {
                     return false;
                 }
                 self.end_flow(at, FlowEnd::GuestReset);
                 true
             }
-            State::Udp | State::Echo | State::Switched(_) => false,
         }
     }
 
@@ -149,6 +152,10 @@ impl Engine {
             Some(decision) => match (decision.action, wanted.neighbour) {
                 (VerdictAction::Allow, Some(neighbour)) => {
                     Ok(self.open_switched(now, ip, wanted, neighbour, decision))
+                }
+                (VerdictAction::Allow, None) if self.is_unresolved(&wanted) => {
+                    self.open_unresolved(now, wanted, ip.packet, Box::default(), &decision);
+                    Ok(Outcome::Done)
                 }
                 (VerdictAction::Allow, None) => {
                     self.dial(now, wanted, ip.packet.into(), decision);
@@ -225,7 +232,7 @@ impl Engine {
         now: Time,
         at: usize,
         decision: &Arc<Decision>,
-        miss: vnet_proto::model::MissId,
+        miss: Option<vnet_proto::model::MissId>,
     ) {
         let Some(flow) = self.flows.get_mut(at) else {
             return;
@@ -238,7 +245,7 @@ impl Engine {
             syn,
             deadline: now + DIAL_PATIENCE,
         };
-        self.start_dial(now, at, Arc::clone(decision), Some(miss));
+        self.start_dial(now, at, Arc::clone(decision), miss);
     }
 
     fn start_dial(
@@ -252,14 +259,29 @@ impl Engine {
             return;
         };
         flow.decision = Some(decision);
-        let to = flow.dialled;
+        let (to, requires_name) = (flow.dialled, flow.requires_name());
         self.report_opened(now, at, miss);
+        if requires_name {
+            self.begin_reading(now, at);
+            return;
+        }
         self.events.push_back(Event::Dial { flow: at, to });
         self.schedule(now, at);
     }
 
     /// The host's side of a flow is connected: answer the guest's SYN.
     pub fn handle_dialled(&mut self, now: Time, at: usize) {
+        if let Some(flow) = self.flows.get_mut(at)
+            && matches!(&flow.state, State::Reading(reading) if reading.is_dialling())
+        {
+            // The guest has had its answer already.
+            if let State::Reading(reading) = std::mem::replace(&mut flow.state, State::Echo) {
+                flow.state = State::Tcp(Box::new(reading.connection));
+            }
+            flow.last_active = now;
+            self.mark_dirty(at);
+            return;
+        }
         let seed = self.random.next_u64();
         let slot = self.rings.take();
         let mtu_bytes = self.config.mtu_bytes;
@@ -275,7 +297,8 @@ impl Engine {
         };
         let (peer, syn) = (flow.key.peer, syn.clone());
         match Connection::accept(now, peer, mtu_bytes, slot, seed, &syn, &mut self.transmit) {
-            Some(connection) => {
+            Some(mut connection) => {
+                connection.check = flow.check(&self.settings);
                 flow.state = State::Tcp(Box::new(connection));
                 flow.last_active = now;
                 self.mark_dirty(at);
@@ -287,10 +310,18 @@ impl Engine {
     /// The host's side of a flow cannot be reached: say it to the guest as the network would.
     pub fn handle_refused(&mut self, now: Time, at: usize, error: DialError) {
         let Some(flow) = self.flows.get(at) else { return };
-        let State::Dialing { syn, .. } = &flow.state else {
-            return;
+        if let Some(place) = self.synthetics.find(flow.key.peer.ip()) {
+            self.synthetics.pass_turn(place);
+        }
+        let syn = match &flow.state {
+            State::Dialing { syn, .. } => syn.clone(),
+            // Its handshake was completed to hear its name: nothing but RST is left to say it with.
+            State::Reading(_) => {
+                self.cut(now, at, FlowEnd::Unreachable);
+                return;
+            }
+            _ => return,
         };
-        let syn = syn.clone();
         if let Ok(ip) = Ip::parse(&syn) {
             match error {
                 DialError::Refused => {
@@ -304,7 +335,6 @@ impl Engine {
                 }
             }
         }
-        let _ = now;
         self.end_flow(at, FlowEnd::Unreachable);
     }
 
@@ -407,10 +437,6 @@ impl Engine {
             return;
         };
         match &mut flow.state {
-            State::Tcp(connection) | State::Service(connection) => {
-                connection.abort();
-                connection.poll_transmit(now, &mut self.transmit);
-            }
             State::Dialing { syn, .. } => {
                 if let Ok(ip) = Ip::parse(syn)
                     && let Some(header) = TcpHeader::parse(ip.payload())
@@ -419,20 +445,34 @@ impl Engine {
                 }
             }
             State::Switched(_) => self.reset_switched(at),
-            State::Held(_) | State::Udp | State::Echo => {}
+            state => {
+                if let Some(connection) = state.connection_mut() {
+                    connection.abort();
+                    connection.poll_transmit(now, &mut self.transmit);
+                }
+            }
         }
     }
 
     /// After bytes were moved: sends what the connection has to send, ends it when it is over, sets
     /// its timer. False when the queue towards the guest ran out of room: come back when it has some.
     pub fn finish_service(&mut self, now: Time, at: usize) -> bool {
-        if matches!(self.flows.get(at).map(|f| &f.state), Some(State::Service(_))) {
-            self.serve_dns(now, at);
+        match self.flows.get(at).map(|f| &f.state) {
+            Some(State::Service(_)) => self.serve_dns(now, at),
+            Some(State::Reading(_)) => self.read_name(now, at),
+            _ => {}
         }
         let Some(flow) = self.flows.get_mut(at) else {
             return true;
         };
-        let (State::Tcp(connection) | State::Service(connection)) = &mut flow.state else {
+        if let State::Tcp(connection) = &mut flow.state
+            && let Some(check) = &mut connection.check
+            && let Some(refusal) = check.refusal(now)
+        {
+            self.refuse_name(now, at, &refusal);
+            return true;
+        }
+        let Some(connection) = flow.state.connection_mut() else {
             return true;
         };
         let sent_all = connection.poll_transmit(now, &mut self.transmit);

@@ -16,6 +16,8 @@ pub(super) enum Timer {
     Dns,
     /// ... end bindings whose time is over.
     Bindings,
+    /// ... tell what was used of budgets, and cut what rests on those that are used up.
+    Budgets,
     /// ... advertise the gateway as a router.
     Advertise,
 }

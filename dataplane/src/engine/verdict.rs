@@ -12,7 +12,7 @@ use crate::engine::flow::State;
 use crate::engine::frame::DropReason;
 use crate::engine::held::HeldMiss;
 use crate::engine::ip::Ip;
-use crate::engine::judge::Wanted;
+use crate::engine::judge::{Wanted, unspeakable};
 use crate::engine::reply::{self, TcpHeader, Unreachable};
 use crate::engine::{Engine, Time};
 use crate::message::{FlowEnd, MissEnd, Order, Report};
@@ -44,6 +44,15 @@ impl Engine {
                     cut: cut as u64,
                 });
             }
+            Order::ReportVerdicts { command } => {
+                let (verdicts, in_all) = self.cache.report(now, |address| self.names_of(now, address));
+                self.report(Report::Verdicts {
+                    vm: self.config.vm,
+                    command,
+                    verdicts,
+                    in_all,
+                });
+            }
             Order::Lease { epoch, lease } => self.cache.renew(epoch, now + lease),
             Order::Settings(settings) => {
                 self.held.hold = settings.hold;
@@ -59,7 +68,11 @@ impl Engine {
                     self.cut_targeted(now);
                 }
             }
-            Order::GuardsChanged => self.cache.clear(),
+            Order::GuardsChanged => {
+                self.cache.clear();
+                self.synthetics.forget_judged();
+            }
+            Order::Limit { grant, limit } => self.handle_limit(now, &grant, limit),
             Order::WayChanged => self.handle_way_changed(),
         }
     }
@@ -77,6 +90,8 @@ impl Engine {
         }
         // What no longer waits is taken for unguarded and nobody's: else it would be a miss again.
         let mut standing = Standing::default();
+        // What is said of an address that a synthetic one was resolved to is for that flow alone.
+        let mut once = verdict.once;
         let flow_key = match self.held.get(verdict.miss) {
             Some(HeldMiss::Flows { flows, .. }) => {
                 let covered = match &verdict.found {
@@ -92,7 +107,9 @@ impl Engine {
                 }
                 let first = flows.first().and_then(|at| self.flows.get(*at));
                 if let Some(flow) = first {
-                    standing = self.standing(&flow.wanted());
+                    let wanted = flow.wanted();
+                    standing = self.standing(&wanted);
+                    once |= self.is_synthetic(&wanted) && !self.is_unresolved(&wanted);
                 }
                 first.map(|flow| flow.key.judged())
             }
@@ -104,8 +121,12 @@ impl Engine {
             }
             None => None,
         };
-        let decision = Arc::new(Decision::new(now, verdict, standing));
-        if verdict.once {
+        let Some(meter) = self.meter_of(now, &verdict.grant, verdict.budget) else {
+            // What cannot be counted is not let through: it ends at its deadline.
+            return;
+        };
+        let decision = Arc::new(Decision::new(now, verdict, standing, meter));
+        if once || decision.once {
             self.answer_once(now, verdict.miss, &decision);
             return;
         }
@@ -135,9 +156,7 @@ impl Engine {
             return false;
         }
         match self.held.get(verdict.miss) {
-            Some(HeldMiss::Flows { target, names, .. }) => {
-                self.bindings.names_of(now, target.peer.ip()) != *names
-            }
+            Some(HeldMiss::Flows { target, names, .. }) => self.names_of(now, target.peer.ip()) != *names,
             _ => true,
         }
     }
@@ -183,15 +202,18 @@ impl Engine {
         }
     }
 
-    fn hold_again(&mut self, now: Time, at: usize) {
+    pub(super) fn hold_again(&mut self, now: Time, at: usize) {
         let Some(flow) = self.flows.get(at) else { return };
         let wanted = flow.wanted();
+        if self.is_synthetic(&wanted) && !self.is_unresolved(&wanted) {
+            // What the first of them was told may hold for it as well.
+            self.judge_found(now, at);
+            return;
+        }
         match self.held.join_flow(wanted.target(), at) {
             Some((miss, count, hold)) => {
-                if let Some(flow) = self.flows.get_mut(at)
-                    && let State::Held(waiting) = &mut flow.state
-                {
-                    waiting.miss = miss;
+                if let Some((waits_for, _)) = self.flows.get_mut(at).and_then(|flow| flow.state.held_mut()) {
+                    *waits_for = miss;
                 }
                 self.ask_flow(now, miss, &wanted, count, hold);
             }
@@ -201,12 +223,31 @@ impl Engine {
 
     fn answer_flow(&mut self, now: Time, at: usize, decision: &Arc<Decision>, miss: MissId) {
         let Some(flow) = self.flows.get(at) else { return };
-        match (decision.action, flow.key.protocol, flow.neighbour) {
+        let wanted = flow.wanted();
+        if matches!(flow.state, State::Reading(_)) {
+            self.answer_reading(now, at, decision);
+            return;
+        }
+        let unspeakable = unspeakable(&wanted, decision);
+        if let Some(refused) = &unspeakable {
+            // The controlplane has not decided this, and knows nothing of it yet.
+            self.tally(now, &wanted, refused);
+        }
+        let decision = unspeakable.as_ref().unwrap_or(decision);
+        if decision.action == VerdictAction::Allow && self.is_synthetic(&wanted) {
+            if self.is_unresolved(&wanted) {
+                self.resolve(now, at, decision, Some(miss));
+            } else {
+                self.handle_judged(now, at, decision);
+            }
+            return;
+        }
+        match (decision.action, wanted.key.protocol, wanted.neighbour) {
             (VerdictAction::Allow, _, Some(neighbour)) => {
                 self.open_held_switched(now, at, neighbour, decision, miss);
             }
-            (VerdictAction::Allow, Protocol::Tcp, None) => self.dial_held(now, at, decision, miss),
-            (VerdictAction::Allow, _, None) => self.open_held(now, at, decision, miss),
+            (VerdictAction::Allow, Protocol::Tcp, None) => self.dial_held(now, at, decision, Some(miss)),
+            (VerdictAction::Allow, _, None) => self.open_held(now, at, decision, Some(miss)),
             (VerdictAction::Deny, ..) => {
                 self.count_drop(DropReason::Denied);
                 self.refuse_held(now, at, FlowEnd::Cut);
@@ -220,8 +261,12 @@ impl Engine {
     }
 
     /// Refuses a held flow so that the guest sees it at once. Its miss may be answered already.
-    pub(super) fn refuse_held(&mut self, _now: Time, at: usize, end: FlowEnd) {
+    pub(super) fn refuse_held(&mut self, now: Time, at: usize, end: FlowEnd) {
         let Some(flow) = self.flows.get(at) else { return };
+        if matches!(flow.state, State::Reading(_)) {
+            self.cut(now, at, end);
+            return;
+        }
         let State::Held(waiting) = &flow.state else { return };
         let packet = if flow.key.protocol == Protocol::Tcp {
             waiting.packets.first().cloned().unwrap_or_default()
@@ -257,9 +302,9 @@ impl Engine {
         }
         for at in self.held.extend(miss, hold).to_vec() {
             if let Some(flow) = self.flows.get_mut(at)
-                && let State::Held(waiting) = &mut flow.state
+                && let Some((_, deadline)) = flow.state.held_mut()
             {
-                waiting.deadline = now + hold;
+                *deadline = now + hold;
                 // The timer that is set may be for the old deadline, which was earlier or later.
                 flow.scheduled = None;
                 self.schedule(now, at);

@@ -1,13 +1,13 @@
 //! The mirror: what a reconnect must say again, kept from the drivers' reports so that no driver is asked.
 //!
-//! Guests, misses that wait, live flows with their counts, bindings. Drivers bound their own tables; the
+//! Guests, misses that wait, live flows with their counts, bindings, uses of budgets. Drivers bound their own tables; the
 //! mirror has limits of its own, so that many guests together cannot grow the process without end.
 
 use std::collections::{BTreeMap, HashMap};
 use std::net::IpAddr;
 use std::time::{Duration, Instant};
 
-use vnet_proto::model::{Epoch, FlowId, Miss, MissId, Name, VmId};
+use vnet_proto::model::{Budget, Epoch, FlowId, Miss, MissId, Name, VmId};
 use vnet_proto::v1;
 
 use crate::message::{FlowOpened, VmStatus, VmUp, flow_id, miss_id};
@@ -20,6 +20,7 @@ pub(super) struct Limits {
     pub(super) misses: usize,
     pub(super) flows: usize,
     pub(super) bindings: usize,
+    pub(super) uses: usize,
 }
 
 impl Default for Limits {
@@ -28,6 +29,7 @@ impl Default for Limits {
             misses: MISSES_MAX,
             flows: FLOWS_MAX,
             bindings: BINDINGS_MAX,
+            uses: USES_MAX,
         }
     }
 }
@@ -44,6 +46,8 @@ pub(super) struct Mirror {
     misses: BTreeMap<MissId, Held>,
     flows: BTreeMap<FlowId, Flow>,
     bindings: HashMap<(VmId, Name), Binding>,
+    /// Also of guests that are gone, until a Hello has told them.
+    uses: BTreeMap<(VmId, String), Budget>,
 }
 
 #[derive(Debug)]
@@ -105,6 +109,40 @@ impl Mirror {
         remove_range(&mut self.misses, miss_id(vm, 0)..=miss_id(vm, u64::MAX));
         remove_range(&mut self.flows, flow_id(vm, 0)..=flow_id(vm, u64::MAX));
         self.bindings.retain(|(owner, _), _| *owner != vm);
+    }
+
+    /// What a guest has used of a grant, in all.
+    pub(super) fn used(&mut self, vm: VmId, grant: &str, used: Budget) -> Result<(), Full> {
+        if let Some(known) = self.uses.get_mut(&(vm, grant.to_owned())) {
+            *known = used;
+            return Ok(());
+        }
+        if self.uses.len() >= self.limits.uses {
+            let vms = &self.vms;
+            let gone = self.uses.keys().find(|(owner, _)| !vms.contains_key(owner));
+            let gone = gone.cloned().ok_or(Full(MirrorTable::Uses))?;
+            self.uses.remove(&gone);
+        }
+        self.uses.insert((vm, grant.to_owned()), used);
+        Ok(())
+    }
+
+    /// A grant has ended: nobody wants to know what was used of it.
+    pub(super) fn grant_ended(&mut self, vm: VmId, grant: &str) {
+        self.uses.remove(&(vm, grant.to_owned()));
+    }
+
+    /// A Hello was heard: what guests used that are gone is known.
+    pub(super) fn uses_told(&mut self) {
+        let vms = &self.vms;
+        self.uses.retain(|(owner, _), _| vms.contains_key(owner));
+    }
+
+    /// What guests have used of grants.
+    pub(super) fn uses(&self) -> impl Iterator<Item = v1::GrantUse> {
+        self.uses
+            .iter()
+            .map(|((vm, grant), used)| wire::grant_use(*vm, grant, *used))
     }
 
     /// How long a guest's resolver waits, if the guest is known.
@@ -254,3 +292,5 @@ const MISSES_MAX: usize = 65_536;
 const FLOWS_MAX: usize = 262_144;
 /// Bindings of all guests.
 const BINDINGS_MAX: usize = 65_536;
+/// Uses of budgets of all guests. One beyond is not told again after a reconnect, but with its next change.
+const USES_MAX: usize = 65_536;

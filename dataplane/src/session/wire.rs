@@ -4,12 +4,13 @@
 use std::net::{IpAddr, SocketAddr};
 use std::time::{Duration, Instant};
 
-use vnet_proto::model::{Epoch, Malformed, Name, NameError, Protocol, VmId, address_to_bytes};
+use vnet_proto::model::{Budget, Epoch, Malformed, Match, Name, NameError, Protocol, VmId, address_to_bytes};
 use vnet_proto::v1;
 use vnet_proto::v1::session_request::Message;
 
 use crate::message::{
-    FlowEnd, FlowOpened, Forward, MissEnd, OwnList, OwnPolicy, Report, VmStatus, VmUp, Zone,
+    CachedVerdict, FlowEnd, FlowOpened, Forward, MissEnd, NameRefusal, OwnList, OwnPolicy, Report, VmStatus,
+    VmUp, Zone,
 };
 use crate::session::commands::Refusal;
 
@@ -101,6 +102,14 @@ pub(super) fn binding(
     }
 }
 
+pub(super) fn grant_use(vm: VmId, grant: &str, used: Budget) -> v1::GrantUse {
+    v1::GrantUse {
+        vm: vm.0,
+        grant_id: grant.to_owned(),
+        used: Some(used.into()),
+    }
+}
+
 pub(super) fn host_addresses(addresses: &[IpAddr]) -> v1::HostAddresses {
     v1::HostAddresses {
         addresses: addresses.iter().copied().map(address_to_bytes).collect(),
@@ -124,11 +133,13 @@ pub(super) fn report(report: &Report, epoch: Option<Epoch>) -> Option<Message> {
             end,
             bytes_up,
             bytes_down,
+            refusal,
         } => Message::FlowClosed(v1::FlowClosed {
             flow_id: flow.0,
             end: flow_end(*end).into(),
             bytes_up: *bytes_up,
             bytes_down: *bytes_down,
+            refusal: refusal.as_deref().map(name_refusal),
         }),
         Report::FlowStats(counts) => Message::FlowStats(v1::FlowStats {
             counts: counts
@@ -138,6 +149,14 @@ pub(super) fn report(report: &Report, epoch: Option<Epoch>) -> Option<Message> {
                     bytes_up: *up,
                     bytes_down: *down,
                 })
+                .collect(),
+            uses: Vec::new(),
+        }),
+        Report::Uses { vm, uses } => Message::FlowStats(v1::FlowStats {
+            counts: Vec::new(),
+            uses: uses
+                .iter()
+                .map(|(grant, used)| grant_use(*vm, grant, *used))
                 .collect(),
         }),
         Report::Decided {
@@ -165,7 +184,7 @@ pub(super) fn report(report: &Report, epoch: Option<Epoch>) -> Option<Message> {
             expires_in,
         } => Message::Binding(binding(*vm, name, addresses, *expires_in)),
         Report::HostAddresses(addresses) => Message::HostAddresses(host_addresses(addresses)),
-        Report::Done { .. } | Report::End => return None,
+        Report::Done { .. } | Report::Verdicts { .. } | Report::End => return None,
     })
 }
 
@@ -190,6 +209,20 @@ fn flow_end(end: FlowEnd) -> v1::FlowEnd {
         FlowEnd::Evicted => v1::FlowEnd::Evicted,
         FlowEnd::GrantEnded => v1::FlowEnd::GrantEnded,
         FlowEnd::Unreachable => v1::FlowEnd::Unreachable,
+        FlowEnd::NameRefused => v1::FlowEnd::NameRefused,
+    }
+}
+
+fn name_refusal(refusal: &NameRefusal) -> v1::NameRefusal {
+    v1::NameRefusal {
+        word: refusal.word.to_owned(),
+        text: refusal.text.clone(),
+        spoken: refusal
+            .spoken
+            .as_ref()
+            .map(ToString::to_string)
+            .unwrap_or_default(),
+        wanted: refusal.wanted.iter().map(ToString::to_string).collect(),
     }
 }
 
@@ -351,3 +384,20 @@ const LEASE_MAX: Duration = Duration::from_secs(24 * 60 * 60);
 const HEARTBEAT_MAX: Duration = Duration::from_secs(10 * 60);
 /// The longest hold that is taken.
 pub(super) const HOLD_MAX: Duration = Duration::from_secs(60 * 60);
+
+/// A cached verdict for the wire.
+pub(super) fn cached_to_wire(cached: &CachedVerdict) -> v1::CachedVerdict {
+    v1::CachedVerdict {
+        action: v1::Action::from(cached.action).into(),
+        r#match: Some(match &cached.found {
+            Match::Flow(flow) => v1::cached_verdict::Match::Flow(flow.into()),
+            Match::Lookup(lookup) => v1::cached_verdict::Match::Lookup(lookup.into()),
+        }),
+        epoch: Some(cached.epoch.into()),
+        would_deny: cached.would_deny,
+        guards: cached.guards.iter().map(|g| v1::Guard::from(g).into()).collect(),
+        peer: cached.neighbour.map_or(0, |vm| vm.0),
+        grant_id: cached.grant.clone(),
+        names: cached.names.iter().map(ToString::to_string).collect(),
+    }
+}

@@ -189,16 +189,20 @@ pub enum Guard {
     Guest,
     /// An address where a vnet daemon listens; nothing opens it.
     Daemon,
+    /// A synthetic address: it stands for a name that was not resolved. Only
+    /// what names that name opens it.
+    Synthetic,
 }
 
 impl Guard {
     /// All of them.
-    pub const ALL: [Self; 5] = [
+    pub const ALL: [Self; 6] = [
         Self::Metadata,
         Self::Host,
         Self::PrivateFromDns,
         Self::Guest,
         Self::Daemon,
+        Self::Synthetic,
     ];
 }
 
@@ -210,6 +214,7 @@ impl fmt::Display for Guard {
             Self::PrivateFromDns => "private-from-dns",
             Self::Guest => "guest",
             Self::Daemon => "daemon",
+            Self::Synthetic => "synthetic",
         })
     }
 }
@@ -222,6 +227,7 @@ impl From<Guard> for v1::Guard {
             Guard::PrivateFromDns => Self::PrivateFromDns,
             Guard::Guest => Self::Guest,
             Guard::Daemon => Self::Daemon,
+            Guard::Synthetic => Self::Synthetic,
         }
     }
 }
@@ -237,6 +243,7 @@ fn guard_from_wire(value: i32) -> Result<Guard, Malformed> {
         Ok(v1::Guard::PrivateFromDns) => Ok(Guard::PrivateFromDns),
         Ok(v1::Guard::Guest) => Ok(Guard::Guest),
         Ok(v1::Guard::Daemon) => Ok(Guard::Daemon),
+        Ok(v1::Guard::Synthetic) => Ok(Guard::Synthetic),
         Ok(v1::Guard::Unspecified) | Err(_) => Err(refused),
     }
 }
@@ -253,6 +260,12 @@ impl GuardSet {
     #[must_use]
     pub fn with(self, guard: Guard) -> Self {
         Self(self.0 | 1 << guard as u8)
+    }
+
+    /// Without one.
+    #[must_use]
+    pub fn without(self, guard: Guard) -> Self {
+        Self(self.0 & !(1 << guard as u8))
     }
 
     /// Whether it has one.

@@ -27,7 +27,7 @@ pub use matching::{FlowMatch, LookupMatch, PortRange};
 pub use name::{Name, NameError, NamePattern};
 pub use selector::VmSelector;
 pub use target::{Target, TargetError};
-pub use verdict::{Budget, Match, NameDemand, Reason, Verdict, VerdictAction};
+pub use verdict::{Allowance, Budget, Match, NameDemand, Reason, Verdict, VerdictAction};
 
 /// The shortest time for which an answer may hold.
 pub const LIFETIME_MIN: Duration = Duration::from_secs(1);

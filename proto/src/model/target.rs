@@ -10,7 +10,9 @@ use std::str::FromStr;
 
 use ipnet::IpNet;
 
-use crate::model::{FlowKey, Malformed, Name, NameError, NamePattern, PortRange, Protocol, parse_prefix};
+use crate::model::{
+    FlowKey, FlowSubject, Guard, Malformed, Name, NameError, NamePattern, PortRange, Protocol, parse_prefix,
+};
 use crate::v1;
 
 /// What a grant, an inline rule or a question is about.
@@ -44,6 +46,27 @@ impl Target {
             protocol: Some(key.protocol),
             prefix: IpNet::from(key.peer.ip()),
             ports: key.protocol.has_ports().then(|| PortRange::one(key.peer.port())),
+        }
+    }
+
+    /// What a flow is asked about as: its very destination; of a synthetic address, the name and port that it
+    /// stands for.
+    pub fn of_subject(flow: &FlowSubject) -> Self {
+        match flow
+            .names
+            .first()
+            .filter(|_| flow.guards.contains(Guard::Synthetic))
+        {
+            Some(name) => Self::Name {
+                pattern: NamePattern::Exact(name.clone()),
+                ports: flow
+                    .key
+                    .protocol
+                    .has_ports()
+                    .then(|| PortRange::one(flow.key.peer.port())),
+                lookup_only: false,
+            },
+            None => Self::of_flow(&flow.key),
         }
     }
 

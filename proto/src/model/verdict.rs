@@ -161,6 +161,50 @@ pub struct Budget {
     pub bytes_down: u64,
 }
 
+impl Budget {
+    /// The sum, field by field.
+    #[must_use]
+    pub fn plus(self, other: Self) -> Self {
+        self.with(other, u64::saturating_add)
+    }
+
+    /// The difference, field by field, and never below zero.
+    #[must_use]
+    pub fn minus(self, other: Self) -> Self {
+        self.with(other, u64::saturating_sub)
+    }
+
+    fn with(self, other: Self, both: impl Fn(u64, u64) -> u64) -> Self {
+        Self {
+            connections: both(self.connections, other.connections),
+            bytes_up: both(self.bytes_up, other.bytes_up),
+            bytes_down: both(self.bytes_down, other.bytes_down),
+        }
+    }
+
+    /// Whether bytes are limited, either way.
+    pub fn limits_bytes(self) -> bool {
+        self.bytes_up != 0 || self.bytes_down != 0
+    }
+}
+
+/// What a VM may still do under a grant with a budget.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct Allowance {
+    /// What is left; zero is no such limit.
+    pub left: Budget,
+    /// What this VM had used when so much was left.
+    pub used: Budget,
+}
+
+impl Allowance {
+    /// How much this VM may have used in all when it ends; zero is no such limit.
+    pub fn limit(self) -> Budget {
+        let limit = |left: u64, used: u64| if left == 0 { 0 } else { used.saturating_add(left) };
+        self.left.with(self.used, limit)
+    }
+}
+
 impl From<v1::Budget> for Budget {
     fn from(message: v1::Budget) -> Self {
         Self {
@@ -214,8 +258,8 @@ pub struct Verdict {
     pub expires_in: Option<Duration>,
     /// For the miss itself only, never cached.
     pub once: bool,
-    /// What is left of its grant's budget.
-    pub budget: Option<Budget>,
+    /// What the VM may still do under its grant's budget; `None`: no limit.
+    pub budget: Option<Allowance>,
     /// The grant that it rests on; empty for none.
     pub grant: String,
     /// Why.
@@ -226,6 +270,8 @@ pub struct Verdict {
     pub name_demand: NameDemand,
     /// The names that it may say: those bound to the destination on which the verdict rests.
     pub names: Vec<Name>,
+    /// For a lookup: nothing of it may go upstream. Addresses are answered with synthetic ones.
+    pub synthetic_only: bool,
 }
 
 impl TryFrom<v1::Verdict> for Verdict {
@@ -261,7 +307,10 @@ impl TryFrom<v1::Verdict> for Verdict {
                 .try_into()?,
             expires_in: duration_from_wire("verdict.expires_in", message.expires_in)?,
             once: message.once,
-            budget: message.budget.map(Into::into),
+            budget: message.budget.map(|left| Allowance {
+                left: left.into(),
+                used: message.budget_used.map(Into::into).unwrap_or_default(),
+            }),
             grant: message.grant_id,
             reason: message.reason.map(Into::into).unwrap_or_default(),
             would_deny: message.would_deny,
@@ -276,6 +325,7 @@ impl TryFrom<v1::Verdict> for Verdict {
                 .iter()
                 .map(|name| name_from_wire("verdict.names", name))
                 .collect::<Result<_, _>>()?,
+            synthetic_only: message.synthetic_only,
         })
     }
 }
@@ -292,12 +342,14 @@ impl From<&Verdict> for v1::Verdict {
             epoch: Some(verdict.epoch.into()),
             expires_in: verdict.expires_in.and_then(duration_to_wire),
             once: verdict.once,
-            budget: verdict.budget.map(Into::into),
+            budget: verdict.budget.map(|allowance| allowance.left.into()),
+            budget_used: verdict.budget.map(|allowance| allowance.used.into()),
             grant_id: verdict.grant.clone(),
             reason: Some((&verdict.reason).into()),
             would_deny: verdict.would_deny,
             name_demand: v1::NameDemand::from(verdict.name_demand).into(),
             names: verdict.names.iter().map(ToString::to_string).collect(),
+            synthetic_only: verdict.synthetic_only,
         }
     }
 }

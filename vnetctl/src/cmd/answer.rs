@@ -7,15 +7,16 @@
 
 use clap::Args;
 use tonic_types::StatusExt as _;
-use vnet_proto::model::Target;
+use vnet_proto::model::{NamePattern, Target};
 use vnet_proto::v1;
 
 use super::Context;
 use super::grants::sentence;
-use super::select::{LifetimeArgs, VmArgs};
+use super::matching::Matching;
+use super::select::{BudgetArgs, LifetimeArgs, VmArgs};
 use crate::client::unary;
 use crate::failure::{Failure, describe};
-use crate::output::words;
+use crate::output::{Output, words};
 
 /// How wide an answer reaches.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
@@ -69,11 +70,17 @@ pub struct AnswerArgs {
 #[derive(Debug, Args)]
 pub struct ApproveArgs {
     /// Ids of pending requests, or their beginnings of at least four characters
-    #[arg(value_name = "ID", required = true)]
+    #[arg(value_name = "ID", required_unless_present = "matching")]
     pub ids: Vec<String>,
+    /// Answer every request for a name that fits, as `*.example.com`, of the VMs that are named
+    #[arg(long, value_name = "NAME", conflicts_with_all = ["ids", "etag"])]
+    pub matching: Option<NamePattern>,
     /// The answer.
     #[command(flatten)]
     pub answer: AnswerArgs,
+    /// How much.
+    #[command(flatten)]
+    pub budget: BudgetArgs,
     /// For a name: allow only the lookup, not connections to its addresses
     #[arg(long)]
     pub lookup_only: bool,
@@ -84,8 +91,11 @@ pub struct ApproveArgs {
 pub struct DenyArgs {
     /// Ids of pending requests (or beginnings of at least four characters), or a destination as
     /// `tcp 192.0.2.7:443`
-    #[arg(value_name = "ID|DESTINATION", required = true)]
+    #[arg(value_name = "ID|DESTINATION", required_unless_present = "matching")]
     pub words: Vec<String>,
+    /// Answer every request for a name that fits, as `*.example.com`, of the VMs that are named
+    #[arg(long, value_name = "NAME", conflicts_with_all = ["words", "etag"])]
+    pub matching: Option<NamePattern>,
     /// The answer.
     #[command(flatten)]
     pub answer: AnswerArgs,
@@ -100,6 +110,9 @@ pub struct AllowArgs {
     /// For how long.
     #[command(flatten)]
     pub lifetime: LifetimeArgs,
+    /// How much.
+    #[command(flatten)]
+    pub budget: BudgetArgs,
     /// For which VMs.
     #[command(flatten)]
     pub vms: VmArgs,
@@ -117,21 +130,45 @@ impl ApproveArgs {
         self.answer.check(self.ids.len())?;
         let lifetime = self.answer.lifetime.message()?;
         let client = context.connection.open().await?;
+        let request = v1::ApproveRequest {
+            etag: self.answer.etag(),
+            scope: self.answer.scope(),
+            lifetime,
+            vms: self.answer.vms.message(),
+            budget: self.budget.message(),
+            reason: self.answer.reason.clone().unwrap_or_default(),
+            lookup_only: self.lookup_only,
+            ..Default::default()
+        };
+        let approve = async |request: v1::ApproveRequest, output: &mut Output| {
+            let answer = client.pending().approve(unary(request)).await?.into_inner();
+            output.done("vnet.v1.ApproveResponse", &answer, || {
+                answered("approved", answer.request.as_ref(), answer.grant.as_ref())
+            })
+        };
+        if let Some(pattern) = self.matching {
+            // Behind a name may be any address; what is guarded is opened by itself alone.
+            let found =
+                Matching::find(&client, pattern, request.vms.clone(), |r| r.guards.is_empty()).await?;
+            let each = async |id, etag| {
+                let request = v1::ApproveRequest {
+                    id,
+                    etag,
+                    // For the VM that asks.
+                    vms: None,
+                    ..request.clone()
+                };
+                approve(request, &mut context.output).await
+            };
+            let summary = found.answer(&client, "approved", each).await?;
+            return context.output.sum_up(&summary);
+        }
         super::each(self.ids, async |id| {
             let request = v1::ApproveRequest {
                 id,
-                etag: self.answer.etag(),
-                scope: self.answer.scope(),
-                lifetime,
-                vms: self.answer.vms.message(),
-                budget: None,
-                reason: self.answer.reason.clone().unwrap_or_default(),
-                lookup_only: self.lookup_only,
+                ..request.clone()
             };
-            let answer = client.pending().approve(unary(request)).await?.into_inner();
-            context.output.done("vnet.v1.ApproveResponse", &answer, || {
-                answered("approved", answer.request.as_ref(), answer.grant.as_ref())
-            })
+            approve(request, &mut context.output).await
         })
         .await
     }
@@ -156,24 +193,54 @@ impl DenyArgs {
                 reason,
                 ..
             } = self.answer;
-            return grant(v1::Action::Deny, &self.words, &lifetime, &vms, reason, context).await;
+            let request = v1::CreateGrantRequest {
+                action: v1::Action::Deny.into(),
+                vms: vms.message(),
+                lifetime: lifetime.message()?,
+                reason: reason.unwrap_or_default(),
+                ..Default::default()
+            };
+            return grant(&self.words, request, context).await;
         }
         self.answer.check(self.words.len())?;
         let lifetime = self.answer.lifetime.message()?;
         let client = context.connection.open().await?;
+        let request = v1::DenyRequest {
+            etag: self.answer.etag(),
+            scope: self.answer.scope(),
+            lifetime,
+            vms: self.answer.vms.message(),
+            reason: self.answer.reason.clone().unwrap_or_default(),
+            ..Default::default()
+        };
+        let deny = async |request: v1::DenyRequest, output: &mut Output| {
+            let answer = client.pending().deny(unary(request)).await?.into_inner();
+            output.done("vnet.v1.DenyResponse", &answer, || {
+                let said = answered("denied", answer.request.as_ref(), answer.grant.as_ref());
+                format!("{said}{}", words::cut(answer.cut.as_ref()))
+            })
+        };
+        if let Some(pattern) = self.matching {
+            let found = Matching::find(&client, pattern, request.vms.clone(), |_| true).await?;
+            let each = async |id, etag| {
+                let request = v1::DenyRequest {
+                    id,
+                    etag,
+                    // For the VM that asks.
+                    vms: None,
+                    ..request.clone()
+                };
+                deny(request, &mut context.output).await
+            };
+            let summary = found.answer(&client, "denied", each).await?;
+            return context.output.sum_up(&summary);
+        }
         super::each(self.words, async |id| {
             let request = v1::DenyRequest {
                 id,
-                etag: self.answer.etag(),
-                scope: self.answer.scope(),
-                lifetime,
-                vms: self.answer.vms.message(),
-                reason: self.answer.reason.clone().unwrap_or_default(),
+                ..request.clone()
             };
-            let answer = client.pending().deny(unary(request)).await?.into_inner();
-            context.output.done("vnet.v1.DenyResponse", &answer, || {
-                answered("denied", answer.request.as_ref(), answer.grant.as_ref())
-            })
+            deny(request, &mut context.output).await
         })
         .await
     }
@@ -192,15 +259,15 @@ impl AllowArgs {
                 self.words[0], self.words[0]
             )));
         }
-        grant(
-            v1::Action::Allow,
-            &self.words,
-            &self.lifetime,
-            &self.vms,
-            self.reason,
-            context,
-        )
-        .await
+        let request = v1::CreateGrantRequest {
+            action: v1::Action::Allow.into(),
+            vms: self.vms.message(),
+            lifetime: self.lifetime.message()?,
+            budget: self.budget.message(),
+            reason: self.reason.unwrap_or_default(),
+            ..Default::default()
+        };
+        grant(&self.words, request, context).await
     }
 }
 
@@ -231,23 +298,17 @@ fn answered(done: &str, request: Option<&v1::PendingRequest>, grant: Option<&v1:
     }
 }
 
+/// Makes the grant of a request that has everything but what it is for.
 async fn grant(
-    action: v1::Action,
     destination: &[String],
-    lifetime: &LifetimeArgs,
-    vms: &VmArgs,
-    reason: Option<String>,
+    request: v1::CreateGrantRequest,
     context: &mut Context,
 ) -> Result<(), Failure> {
     let target = Target::from_words(destination).map_err(|e| Failure::Usage(e.to_string()))?;
     let request = v1::CreateGrantRequest {
-        action: action.into(),
         target: Some((&target).into()),
-        vms: vms.message(),
-        lifetime: lifetime.message()?,
-        budget: None,
-        reason: reason.unwrap_or_default(),
         request_id: request_id()?,
+        ..request
     };
     let client = context.connection.open().await?;
     let answer = client.grants().create_grant(unary(request)).await;

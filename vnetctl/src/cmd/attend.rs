@@ -208,6 +208,19 @@ pub async fn send_answer(
     Ok(())
 }
 
+/// All about a request, what each answer would cover included.
+///
+/// # Errors
+/// What the controlplane refuses.
+pub async fn look(connection: &Connection, id: &str) -> Result<v1::PendingRequest, Failure> {
+    let client = connection.open().await?;
+    let request = v1::GetPendingRequest { id: id.to_owned() };
+    let answer = client.pending().get_pending(unary(request)).await?.into_inner();
+    answer
+        .request
+        .ok_or_else(|| Failure::Failed(format!("the controlplane said nothing of request {id}")))
+}
+
 /// How `vnetctl` is to be called so that it reaches the same controlplane.
 pub fn command_line(connection: &Connection) -> String {
     match &connection.named {

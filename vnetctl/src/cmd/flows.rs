@@ -64,10 +64,11 @@ impl FlowsCommand {
                     context.output.done("vnet.v1.CloseFlowResponse", &answer, || {
                         let flow = answer.flow.clone().unwrap_or_default();
                         format!(
-                            "closed {} of {} (flow {})",
+                            "closed {} of {} (flow {}){}",
                             words::of_vm(words::far_end(flow.tuple.as_ref()), &flow.peer_vm),
                             flow.vm,
-                            flow.id
+                            flow.id,
+                            words::cut(answer.cut.as_ref())
                         )
                     })
                 })

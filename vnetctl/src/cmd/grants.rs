@@ -82,7 +82,7 @@ impl GrantsCommand {
 impl Row for v1::Grant {
     const NAME: &'static str = "vnet.v1.Grant";
     const COLUMNS: &'static [&'static str] = &[
-        "ID", "ACTION", "TARGET", "VMS", "LIFETIME", "ENDS IN", "HITS", "AGE", "BY", "REASON",
+        "ID", "ACTION", "TARGET", "VMS", "LIFETIME", "ENDS IN", "BUDGET", "HITS", "AGE", "BY", "REASON",
     ];
 
     fn cells(&self, now: SystemTime) -> Vec<String> {
@@ -93,6 +93,10 @@ impl Row for v1::Grant {
             words::selector(self.vms.as_ref()),
             words::lifetime(self.lifetime.as_ref()),
             text::remaining(now, self.expires_at.as_ref()),
+            text::or_none(words::budget(
+                self.budget.as_ref(),
+                Some(&self.used.unwrap_or_default()),
+            )),
             self.hits.to_string(),
             text::age(now, self.created_at.as_ref()),
             text::or_none(self.creator.as_str()),
@@ -103,8 +107,12 @@ impl Row for v1::Grant {
 
 /// A grant in one line: `allow tcp 10.0.0.1:80 for web, until the VM stops (grant 01AB)`.
 pub fn sentence(grant: &v1::Grant) -> String {
+    let mut budget = words::budget(grant.budget.as_ref(), None);
+    if !budget.is_empty() {
+        budget = format!(", at most {budget}");
+    }
     format!(
-        "{} {} for {}, {} (grant {})",
+        "{} {} for {}, {}{budget} (grant {})",
         words::action(grant.action),
         words::target(grant.target.as_ref()),
         words::selector(grant.vms.as_ref()),

@@ -2,12 +2,14 @@
 
 pub mod answer;
 pub mod attend;
+pub mod dataplane;
 pub mod demo;
 pub mod dns;
 pub mod events;
 pub mod flows;
 pub mod forward;
 pub mod grants;
+pub mod matching;
 pub mod pending;
 pub mod policy;
 pub mod questions;

@@ -1,5 +1,6 @@
 //! `pending list|show|watch`: what is held and waits for a person.
 
+use std::collections::HashMap;
 use std::time::SystemTime;
 
 use clap::{Args, Subcommand};
@@ -7,17 +8,17 @@ use vnet_proto::v1;
 
 use super::Context;
 use super::select::ListVmArgs;
-use crate::client::{PAGE_SIZE, pages, unary};
+use crate::client::{Client, PAGE_SIZE, pages, unary};
 use crate::failure::Failure;
 use crate::output::{self, Row, text, words};
 
 /// Verbs of `pending`.
 #[derive(Debug, Subcommand)]
 pub enum PendingCommand {
-    /// List the requests that await an answer, oldest first
+    /// List the requests that await an answer, oldest first, those of one registrable domain together
     #[command(after_help = "Examples:\n  vnetctl pending list\n  vnetctl pending list --vm web -o json")]
     List(ListVmArgs),
-    /// Show one request, open or lately answered
+    /// Show one request, open or lately answered, and what each answer to it would cover
     #[command(
         after_help = "Examples:\n  vnetctl pending show \"$(vnetctl pending list -o json | jq -r '.[0].id')\""
     )]
@@ -46,19 +47,10 @@ impl PendingCommand {
         let client = context.connection.open().await?;
         match self {
             Self::List(vms) => {
-                let requests = pages(|page_token| {
-                    let mut service = client.pending();
-                    let request = v1::ListPendingRequest {
-                        vms: vms.message(),
-                        page_size: PAGE_SIZE,
-                        page_token,
-                    };
-                    async move {
-                        let page = service.list_pending(unary(request)).await?.into_inner();
-                        Ok((page.requests, page.next_page_token))
-                    }
-                })
-                .await?;
+                let mut requests = open_requests(&client, vms.message()).await?;
+                if context.output.format() == output::Format::Table {
+                    together(&mut requests);
+                }
                 context.output.list(&requests)
             }
             Self::Show(ShowArgs { id }) => {
@@ -83,6 +75,45 @@ impl PendingCommand {
             }
         }
     }
+}
+
+/// The open requests of these VMs, oldest first.
+///
+/// # Errors
+/// What the controlplane refuses.
+pub(crate) async fn open_requests(
+    client: &Client,
+    vms: Option<v1::VmSelector>,
+) -> Result<Vec<v1::PendingRequest>, Failure> {
+    pages(|page_token| {
+        let mut service = client.pending();
+        let request = v1::ListPendingRequest {
+            vms: vms.clone(),
+            page_size: PAGE_SIZE,
+            page_token,
+        };
+        async move {
+            let page = service.list_pending(unary(request)).await?.into_inner();
+            Ok((page.requests, page.next_page_token))
+        }
+    })
+    .await
+}
+
+/// Puts requests of one registrable domain together, where the oldest of them stands.
+fn together(requests: &mut [v1::PendingRequest]) {
+    let mut first: HashMap<String, usize> = HashMap::new();
+    for (at, request) in requests.iter().enumerate() {
+        if !request.domain.is_empty() {
+            first.entry(request.domain.clone()).or_insert(at);
+        }
+    }
+    let mut at = 0;
+    requests.sort_by_cached_key(|request| {
+        let place = first.get(&request.domain).copied().unwrap_or(at);
+        at += 1;
+        place
+    });
 }
 
 fn watch_line(context: &mut Context, change: &v1::WatchPendingResponse) -> Result<(), Failure> {
@@ -116,12 +147,15 @@ fn watch_line(context: &mut Context, change: &v1::WatchPendingResponse) -> Resul
 
 impl Row for v1::PendingRequest {
     const NAME: &'static str = "vnet.v1.PendingRequest";
-    const COLUMNS: &'static [&'static str] = &["ID", "VM", "ASKS", "NAMES", "COUNT", "HELD", "AGE", "NOTE"];
+    const COLUMNS: &'static [&'static str] = &[
+        "ID", "VM", "DOMAIN", "ASKS", "NAMES", "COUNT", "HELD", "AGE", "NOTE",
+    ];
 
     fn cells(&self, now: SystemTime) -> Vec<String> {
         vec![
             self.id.clone(),
             self.vm.clone(),
+            text::or_none(self.domain.as_str()),
             asks(self),
             text::or_none(names(self)),
             self.count.to_string(),
@@ -172,7 +206,6 @@ fn guards(request: &v1::PendingRequest) -> String {
 
 /// Everything a person may want to know before answering.
 pub fn details(request: &v1::PendingRequest, now: SystemTime) -> Vec<(&'static str, String)> {
-    let scopes: Vec<String> = request.scopes.iter().map(|s| words::scope(*s)).collect();
     let mut lines = vec![
         ("Id", request.id.clone()),
         ("VM", request.vm.clone()),
@@ -203,12 +236,33 @@ pub fn details(request: &v1::PendingRequest, now: SystemTime) -> Vec<(&'static s
         ("Expires in", text::remaining(now, request.expires_at.as_ref())),
         ("Guards", text::or_none(guards(request))),
         ("Because", words::reason(request.reason.as_ref())),
-        ("Scopes", text::or_none(scopes.join(", "))),
     ];
+    if request.options.is_empty() {
+        let scopes: Vec<String> = request.scopes.iter().map(|s| words::scope(*s)).collect();
+        lines.push(("Scopes", text::or_none(scopes.join(", "))));
+    }
+    for option in &request.options {
+        let target = words::target(option.target.as_ref());
+        lines.push(("Scope", format!("{}: {target}", words::scope(option.scope))));
+        lines.extend(option.reaches.iter().map(|reach| ("", covers(reach))));
+    }
     if !request.grant_id.is_empty() {
         lines.push(("Grant", request.grant_id.clone()));
     }
     lines
+}
+
+/// What a yes for some VMs would cover.
+fn covers(reach: &v1::ScopeReach) -> String {
+    let count = |n: u64, one: &str| format!("{n} {one}{}", if n == 1 { "" } else { "s" });
+    format!(
+        "  for {} ({}): {}, {}, {}",
+        words::selector(reach.vms.as_ref()),
+        count(reach.vm_count.into(), "VM"),
+        count(reach.requests.into(), "request"),
+        count(reach.names.into(), "known name"),
+        count(reach.past_flows, "past flow"),
+    )
 }
 
 const NAMES_SHOWN: usize = 3;

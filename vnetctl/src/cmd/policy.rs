@@ -1,14 +1,20 @@
-//! `policy check|show|apply|explain|revisions|rollback`: the documents that decide.
+//! `policy`: the documents that decide. What the history says of them is in `history`, what comes with this
+//! program in `presets`.
+
+mod history;
+mod presets;
 
 use std::path::PathBuf;
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 
 use clap::{Args, Subcommand};
 use vnet_proto::model::Target;
 use vnet_proto::v1;
 
+pub use self::history::{DiffArgs, SuggestArgs};
+pub use self::presets::PresetsArgs;
 use super::Context;
-use super::select::vm_name;
+use super::select::{duration, vm_name};
 use crate::client::{PAGE_SIZE, pages, unary};
 use crate::failure::Failure;
 use crate::launch;
@@ -37,9 +43,33 @@ pub enum PolicyCommand {
         long_about = "Put a policy file in force as the next revision.\n\n\
             A file with any error changes nothing. Live flows that the new revision does not allow are cut.",
         after_help = "Examples:\n  vnetctl policy apply policy.yaml\n  vnetctl policy apply policy.yaml --dry-run\n  \
-            vnetctl policy apply build.yaml --name build"
+            vnetctl policy apply build.yaml --name build\n  vnetctl policy apply policy.yaml --confirm-within 60s"
     )]
     Apply(ApplyArgs),
+    /// Let a revision that was applied with --confirm-within stay
+    #[command(after_help = "Examples:\n  vnetctl policy confirm\n  vnetctl policy confirm --revision 4")]
+    Confirm(ConfirmArgs),
+    /// List what a policy file would decide otherwise than it was, of what is recorded; exit code 3 if anything
+    #[command(
+        long_about = "List what a policy file would decide otherwise than it was, of what is recorded.\n\n\
+            Recorded flows, lookups and questions are put to the file, as it would decide alone; people's answers \
+            stay as they were given. Exit code 0: nothing differs; 3: something does.",
+        after_help = "Examples:\n  vnetctl policy diff policy.yaml\n  \
+            vnetctl policy diff policy.yaml --since 24h --vm web -o json"
+    )]
+    Diff(DiffArgs),
+    /// Write a policy file of what was recorded, or of people's answers
+    #[command(
+        long_about = "Write a policy file of what was recorded, or of people's answers.\n\n\
+            It allows what was let through and nothing else, by names where they are known. Run what it is for in \
+            mode observe first. The same history, replayed against it, comes out as it was.",
+        after_help = "Examples:\n  vnetctl policy suggest --since 1h --vm web > policy.yaml\n  \
+            vnetctl policy suggest --from-grants --since 24h > answers.yaml"
+    )]
+    Suggest(SuggestArgs),
+    /// List the sets of rules that come with this program, or print one as a policy file
+    #[command(after_help = "Examples:\n  vnetctl policy presets\n  vnetctl policy presets npm > npm.yaml")]
+    Presets(PresetsArgs),
     /// Say what would be decided for a destination, and why
     #[command(after_help = "Examples:\n  vnetctl policy explain tcp 192.0.2.7:443\n  \
         vnetctl policy explain --vm web domain example.com")]
@@ -94,6 +124,20 @@ pub struct ApplyArgs {
     /// Refuse unless this is the etag of the policy in force
     #[arg(long, value_name = "ETAG")]
     pub etag: Option<String>,
+    /// Roll it back by itself unless `policy confirm` comes within this time, as 60s or 10m
+    #[arg(long, value_name = "TIME", value_parser = duration, conflicts_with = "dry_run")]
+    pub confirm_within: Option<Duration>,
+}
+
+/// Arguments of `policy confirm`.
+#[derive(Debug, Args)]
+pub struct ConfirmArgs {
+    /// Which policy.
+    #[command(flatten)]
+    pub name: NameArgs,
+    /// Refuse unless this is the revision that awaits it
+    #[arg(long, value_name = "N")]
+    pub revision: Option<u64>,
 }
 
 /// Arguments of `policy explain`.
@@ -130,6 +174,10 @@ impl PolicyCommand {
             Self::Schema => context.output.write(&launch::policy_schema()),
             Self::Show(args) => show(args, context).await,
             Self::Apply(args) => apply(args, context).await,
+            Self::Confirm(args) => confirm(args, context).await,
+            Self::Diff(args) => history::diff(args, context).await,
+            Self::Suggest(args) => history::suggest(args, context).await,
+            Self::Presets(args) => presets::execute(&args, context),
             Self::Explain(args) => explain(args, context).await,
             Self::Revisions(NameArgs { name }) => revisions(name, context).await,
             Self::Rollback(args) => rollback(args, context).await,
@@ -200,11 +248,27 @@ fn header(policy: &v1::Policy, now: SystemTime) -> String {
         words::mode(policy.mode),
         words::action(policy.default_action)
     );
+    if policy.withdrawn {
+        return format!(
+            "policy {}, revision {}: withdrawn {} ago by {}; {decides}",
+            policy.name,
+            policy.revision,
+            text::age(now, policy.applied_at.as_ref()),
+            text::or_none(policy.applied_by.as_str()),
+        );
+    }
     if policy.revision == 0 {
         return format!("policy {}: built in, no file was applied; {decides}", policy.name);
     }
+    let awaits = match &policy.confirm_until {
+        Some(_) => format!(
+            "; goes in {} unless confirmed",
+            text::remaining(now, policy.confirm_until.as_ref())
+        ),
+        None => String::new(),
+    };
     format!(
-        "policy {}, revision {}, applied {} ago by {} from {}; {decides}",
+        "policy {}, revision {}, applied {} ago by {} from {}; {decides}{awaits}",
         policy.name,
         policy.revision,
         text::age(now, policy.applied_at.as_ref()),
@@ -224,7 +288,9 @@ async fn apply(args: ApplyArgs, context: &mut Context) -> Result<(), Failure> {
         source: document.source.clone(),
         etag: args.etag.unwrap_or_default(),
         validate_only: args.dry_run,
-        confirm_within: None,
+        confirm_within: args
+            .confirm_within
+            .and_then(|within| prost_types::Duration::try_from(within).ok()),
         lists: document.lists,
     };
     let answer = client.policy().apply_policy(unary(request)).await?.into_inner();
@@ -236,16 +302,43 @@ async fn apply(args: ApplyArgs, context: &mut Context) -> Result<(), Failure> {
                 document.source, policy.name
             )
         } else {
+            let cut = words::cut(answer.cut.as_ref());
+            let awaits = match args.confirm_within {
+                Some(within) => format!(
+                    "; it goes in {} unless this comes: vnetctl policy confirm{}",
+                    text::span(within),
+                    of_policy(&policy.name)
+                ),
+                None => String::new(),
+            };
             format!(
-                "policy {} is at revision {}{}",
-                policy.name,
-                policy.revision,
-                words::cut(answer.cut.as_ref())
+                "policy {} is at revision {}{cut}{awaits}",
+                policy.name, policy.revision
             )
         }
     })?;
     warn(context, &document.source, &answer.warnings);
     Ok(())
+}
+
+fn of_policy(name: &str) -> String {
+    match name {
+        "default" => String::new(),
+        name => format!(" --name {name}"),
+    }
+}
+
+async fn confirm(args: ConfirmArgs, context: &mut Context) -> Result<(), Failure> {
+    let client = context.connection.open().await?;
+    let request = v1::ConfirmPolicyRequest {
+        name: args.name.name,
+        revision: args.revision.unwrap_or_default(),
+    };
+    let answer = client.policy().confirm_policy(unary(request)).await?.into_inner();
+    context.output.done("vnet.v1.ConfirmPolicyResponse", &answer, || {
+        let policy = answer.policy.clone().unwrap_or_default();
+        format!("revision {} of policy {} stays", policy.revision, policy.name)
+    })
 }
 
 async fn explain(args: ExplainArgs, context: &mut Context) -> Result<(), Failure> {
@@ -322,10 +415,20 @@ async fn rollback(args: RollbackArgs, context: &mut Context) -> Result<(), Failu
 
 impl Row for v1::Policy {
     const NAME: &'static str = "vnet.v1.Policy";
-    const COLUMNS: &'static [&'static str] =
-        &["NAME", "REVISION", "APPLIED", "BY", "SOURCE", "MODE", "DEFAULT"];
+    const COLUMNS: &'static [&'static str] = &[
+        "NAME", "REVISION", "APPLIED", "BY", "SOURCE", "MODE", "DEFAULT", "NOTE",
+    ];
 
-    fn cells(&self, _: SystemTime) -> Vec<String> {
+    fn cells(&self, now: SystemTime) -> Vec<String> {
+        let until = self.confirm_until.as_ref();
+        // One that was followed by another was not confirmed, whatever its time says.
+        let awaits = until.filter(|until| SystemTime::try_from(**until).is_ok_and(|until| until > now));
+        let note = match awaits {
+            _ if self.withdrawn => "withdrawn".to_owned(),
+            Some(_) => format!("goes in {} unless confirmed", text::remaining(now, until)),
+            None if until.is_some() => "not confirmed".to_owned(),
+            None => text::NONE.to_owned(),
+        };
         vec![
             self.name.clone(),
             self.revision.to_string(),
@@ -334,6 +437,7 @@ impl Row for v1::Policy {
             text::or_none(self.source.as_str()),
             words::mode(self.mode),
             words::action(self.default_action),
+            note,
         ]
     }
 }

@@ -33,6 +33,11 @@ pub enum Act {
         /// Why, for the person who is looking at it.
         why: String,
     },
+    /// Read all about it, what each answer would cover included, and give it to [`Questions::looked`].
+    Look {
+        /// What is known of it.
+        request: Box<v1::PendingRequest>,
+    },
     /// Send the answer. It carries the etag of what was shown.
     Answer {
         /// What was shown.
@@ -138,7 +143,7 @@ impl Questions {
     }
 
     /// A key was pressed at the prompt for a question. One that is gone is not answered by it.
-    pub fn pressed(&mut self, id: &str, key: char, now: SystemTime) -> Vec<Act> {
+    pub fn pressed(&mut self, id: &str, key: char) -> Vec<Act> {
         if self.asked.as_deref() != Some(id) {
             return Vec::new();
         }
@@ -150,13 +155,9 @@ impl Questions {
             'o' => Answer::Once,
             'n' => Answer::No,
             'd' => {
-                let lines = details(&request, now);
-                let mut acts: Vec<Act> = lines
-                    .iter()
-                    .map(|(name, value)| Act::Say(format!("  {name}: {}", safe(value))))
-                    .collect();
-                acts.push(self.ask(&request));
-                return acts;
+                return vec![Act::Look {
+                    request: Box::new(request),
+                }];
             }
             _ => return vec![self.ask(&request)],
         };
@@ -166,6 +167,22 @@ impl Questions {
             request: Box::new(request),
             answer,
         }]
+    }
+
+    /// A question's details were read. It is asked again, unless it has ended meanwhile.
+    pub fn looked(&mut self, request: &v1::PendingRequest, now: SystemTime) -> Vec<Act> {
+        if self.asked.as_deref() != Some(&request.id) {
+            return Vec::new();
+        }
+        let Some(asked) = self.open.get(&request.id) else {
+            return Vec::new();
+        };
+        let lines = details(request, now);
+        let shown = lines.iter().map(|(name, value)| {
+            let colon = if name.is_empty() { "" } else { ": " };
+            Act::Say(format!("  {name}{colon}{}", safe(value)))
+        });
+        shown.chain([self.ask(asked)]).collect()
     }
 
     /// An answer was sent and taken, or refused with a sentence.
@@ -417,7 +434,7 @@ mod tests {
         );
         assert_eq!(questions.change(&added(&second)), [], "it waits its turn");
 
-        let acts = questions.pressed("p1", 'y', now());
+        let acts = questions.pressed("p1", 'y');
         let expected = Act::Answer {
             request: Box::new(first.clone()),
             answer: Answer::Yes,
@@ -489,11 +506,7 @@ mod tests {
                 why: "tcp 10.0.0.1:80: denied elsewhere".to_owned()
             }]
         );
-        assert_eq!(
-            questions.pressed("p1", 'y', now()),
-            [],
-            "a late key answers nothing"
-        );
+        assert_eq!(questions.pressed("p1", 'y'), [], "a late key answers nothing");
     }
 
     #[test]
@@ -512,7 +525,7 @@ mod tests {
             "{acts:?}"
         );
 
-        let acts = questions.pressed("p1", 'N', now());
+        let acts = questions.pressed("p1", 'N');
         assert_eq!(
             acts,
             [Act::Answer {
@@ -527,7 +540,7 @@ mod tests {
         let mut questions = questions(true);
         let asked = request("p1", "10.0.0.1");
         questions.change(&added(&asked));
-        questions.pressed("p1", 'y', now());
+        questions.pressed("p1", 'y');
 
         let acts = questions.answered("p1", Some("it changed since".to_owned()));
 
@@ -542,7 +555,30 @@ mod tests {
         let mut questions = questions(true);
         questions.change(&added(&request("p1", "10.0.0.1")));
 
-        let acts = questions.pressed("p1", 'd', now());
+        let acts = questions.pressed("p1", 'd');
+        let [Act::Look { request: asked }] = &acts[..] else {
+            panic!("{acts:?}")
+        };
+        let reach = v1::ScopeReach {
+            vms: Some(v1::VmSelector {
+                name: "web".to_owned(),
+                ..Default::default()
+            }),
+            vm_count: 1,
+            requests: 2,
+            names: 0,
+            past_flows: 1,
+        };
+        let option = v1::ScopeOption {
+            scope: v1::Scope::HostPort.into(),
+            target: asked.target.clone(),
+            reaches: vec![reach],
+        };
+        let looked = v1::PendingRequest {
+            options: vec![option],
+            ..(**asked).clone()
+        };
+        let acts = questions.looked(&looked, now());
 
         assert!(
             matches!(acts.last(), Some(Act::Ask { id, .. }) if id == "p1"),
@@ -552,6 +588,18 @@ mod tests {
             acts.contains(&Act::Say("  Asks: tcp 10.0.0.1:80".to_owned())),
             "{acts:?}"
         );
+        let covers = "    for web (1 VM): 2 requests, 0 known names, 1 past flow";
+        assert!(acts.contains(&Act::Say(covers.to_owned())), "{acts:?}");
+    }
+
+    #[test]
+    fn details_of_a_question_that_ended_meanwhile_are_not_shown() {
+        let mut questions = questions(true);
+        let asked = request("p1", "10.0.0.1");
+        questions.change(&added(&asked));
+        questions.pressed("p1", 'd');
+        questions.change(&removed(&asked, v1::PendingState::Cancelled));
+        assert_eq!(questions.looked(&asked, now()), []);
     }
 
     /// Questions of one VM, as many.

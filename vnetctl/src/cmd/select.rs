@@ -1,4 +1,4 @@
-//! Options that several commands share: which VMs, and for how long.
+//! Options that several commands share: which VMs, for how long, and how much.
 
 use std::time::Duration;
 
@@ -113,6 +113,60 @@ pub fn vm_name(text: &str) -> Result<String, String> {
     Ok(text.to_owned())
 }
 
+/// How much may be done under a yes; all VMs that it is for share it.
+#[derive(Debug, Clone, Default, Args)]
+pub struct BudgetArgs {
+    /// At most so many connections
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..), conflicts_with = "once")]
+    pub connections: Option<u64>,
+    /// At most so much from the guest, as `500kB` or `5MiB`
+    #[arg(long, value_name = "SIZE", value_parser = size, conflicts_with = "once")]
+    pub bytes_up: Option<u64>,
+    /// At most so much to the guest, as `50MB` or `1GiB`
+    #[arg(long, value_name = "SIZE", value_parser = size, conflicts_with = "once")]
+    pub bytes_down: Option<u64>,
+}
+
+impl BudgetArgs {
+    /// The budget, or nothing if none was given.
+    pub fn message(&self) -> Option<v1::Budget> {
+        let budget = v1::Budget {
+            connections: self.connections.unwrap_or_default(),
+            bytes_up: self.bytes_up.unwrap_or_default(),
+            bytes_down: self.bytes_down.unwrap_or_default(),
+        };
+        (budget != v1::Budget::default()).then_some(budget)
+    }
+}
+
+/// Parses a size in bytes: a whole number, alone or with a unit of thousands (`kB`, `MB`, `GB`, `TB`) or of
+/// 1024s (`KiB`, `MiB`, `GiB`, `TiB`), whatever its case.
+///
+/// # Errors
+/// One sentence that says what was expected.
+pub fn size(text: &str) -> Result<u64, String> {
+    let expected = || format!("{text:?} is not a size (expected one as 4096, 500kB or 5MiB, above zero)");
+    let digits = text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len());
+    let (number, unit) = text.split_at(digits);
+    let unit: u64 = match unit.trim_start().to_ascii_lowercase().as_str() {
+        "" | "b" => 1,
+        "k" | "kb" => 1_000,
+        "m" | "mb" => 1_000_000,
+        "g" | "gb" => 1_000_000_000,
+        "t" | "tb" => 1_000_000_000_000,
+        "kib" => 1 << 10,
+        "mib" => 1 << 20,
+        "gib" => 1 << 30,
+        "tib" => 1 << 40,
+        _ => return Err(expected()),
+    };
+    let number: u64 = number.parse().map_err(|_| expected())?;
+    number
+        .checked_mul(unit)
+        .filter(|bytes| *bytes != 0)
+        .ok_or_else(expected)
+}
+
 /// Parses `K=V`.
 ///
 /// # Errors
@@ -192,6 +246,33 @@ mod tests {
             let refused = lasting(long).message().unwrap_err();
             assert_eq!(refused.exit_code(), 2);
             assert!(refused.to_string().contains("--forever"), "{refused}");
+        }
+    }
+
+    #[test]
+    fn sizes_have_units_of_thousands_and_of_1024s() {
+        let cases = [
+            ("4096", 4096),
+            ("1b", 1),
+            ("500kB", 500_000),
+            ("5MiB", 5 << 20),
+            ("5 mib", 5 << 20),
+            ("2G", 2_000_000_000),
+        ];
+        for (text, bytes) in cases {
+            assert_eq!(size(text), Ok(bytes), "{text}");
+        }
+        for bad in [
+            "",
+            "0",
+            "MiB",
+            "-1",
+            "1.5MB",
+            "5 miles",
+            "99999999999TB",
+            "\u{666}",
+        ] {
+            assert!(size(bad).unwrap_err().contains("expected one as"), "{bad}");
         }
     }
 

@@ -21,6 +21,9 @@ pub struct TreatArgs {
     /// Rules.
     #[command(flatten)]
     pub rules: RuleArgs,
+    /// Allow what a preset has, before the file's rules; `vnetctl policy presets` lists them; may be repeated
+    #[arg(long, value_name = "NAME")]
+    pub preset: Vec<String>,
     /// enforce, ask, observe, block or quarantine
     #[arg(long, value_name = "MODE")]
     pub mode: Option<Mode>,
@@ -42,9 +45,6 @@ pub struct Treatment {
 impl TreatArgs {
     /// Reads and checks everything that can be wrong, and adds what is to the problems.
     pub fn check(&self, problems: &mut Problems) -> Treatment {
-        if let Err(problem) = launch::check_own(None, &self.rules.0) {
-            problems.usage.push(problem.to_string());
-        }
         let mut told = |problem: Failure| problems.found.push(problem.to_string());
         let document = match self
             .network_policy
@@ -58,6 +58,17 @@ impl TreatArgs {
                 None
             }
         };
+        let mut rules = self.rules.0.clone();
+        // After the rules that were typed, so that a --deny stands before them.
+        for name in &self.preset {
+            match launch::presets::find(name).and_then(|preset| preset.rules()) {
+                Ok(found) => rules.extend(found),
+                Err(problem) => problems.usage.push(problem.to_string()),
+            }
+        }
+        if let Err(problem) = launch::check_own(None, &rules) {
+            problems.usage.push(problem.to_string());
+        }
         let mut warnings = Vec::new();
         if let Some(document) = &document {
             match launch::check_own(Some(document), &[]) {
@@ -72,7 +83,7 @@ impl TreatArgs {
         };
         Treatment {
             document,
-            rules: self.rules.0.clone(),
+            rules,
             mode,
             warnings,
         }
@@ -131,7 +142,7 @@ impl FromArgMatches for RuleArgs {
 }
 
 /// Everything that is wrong with what `run` or `up` was given.
-#[derive(Debug, Default)]
+#[derive(Debug, Default, PartialEq, Eq)]
 pub struct Problems {
     /// With what was typed.
     pub usage: Vec<String>,
@@ -205,6 +216,31 @@ mod tests {
         assert!(parse(&["--secure-mode", "--mode", "block"]).is_err());
         assert_eq!(check(&["--mode", "observe"]).0.mode, Some(Mode::Observe));
         assert_eq!(check(&[]).0, Treatment::default());
+    }
+
+    #[test]
+    fn a_preset_comes_after_the_rules_that_were_typed_and_before_the_file() {
+        let (treatment, problems) = check(&[
+            "--preset",
+            "npm",
+            "--deny",
+            "domain registry.npmjs.org",
+            "--preset",
+            "pypi",
+        ]);
+        assert_eq!(problems, Problems::default());
+        assert_eq!(
+            treatment.rules,
+            [
+                "deny domain registry.npmjs.org",
+                "allow domain registry.npmjs.org:443",
+                "allow domain registry.yarnpkg.com:443",
+                "allow domain files.pythonhosted.org:443",
+                "allow domain pypi.org:443",
+            ]
+        );
+        let (_, problems) = check(&["--preset", "nmp"]);
+        assert!(problems.usage[0].contains("did you mean npm?"), "{problems:?}");
     }
 
     #[test]

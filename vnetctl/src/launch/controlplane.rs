@@ -60,6 +60,8 @@ pub async fn controlplane(server: &Server) -> Result<Client, Failure> {
             Ok(_) => {}
             Err(ConnectError::Absent { .. }) if started.is_none() => started = Some(start(socket)?),
             Err(ConnectError::Absent { .. }) => {}
+            // It has lines of its own.
+            Err(ConnectError::NoAnswer(none)) => return Err(Failure::Failed(none.whole())),
             Err(error) => return Err(failed(error)),
         }
         if let Some(started) = &mut started

@@ -9,6 +9,7 @@ mod controlplane;
 mod dataplane;
 mod descriptors;
 mod documents;
+pub mod presets;
 
 use std::ffi::OsString;
 use std::path::PathBuf;

@@ -145,6 +145,21 @@ impl Output {
         }
     }
 
+    /// Says what several answers came to: for people after those, for programs beside them, on stderr.
+    ///
+    /// # Errors
+    /// When the output cannot be written.
+    pub fn sum_up(&mut self, sentence: &str) -> Result<(), Failure> {
+        let sentence = text::safe(sentence);
+        match self.format {
+            Format::Table => self.write(&format!("{sentence}\n")),
+            Format::Json | Format::Yaml => {
+                say(sentence);
+                Ok(())
+            }
+        }
+    }
+
     /// Prints the header of a watch.
     ///
     /// # Errors

@@ -36,7 +36,7 @@ impl fmt::Display for Table {
     }
 }
 
-/// `Field:   value` lines, values aligned. A value of several lines stands below its field.
+/// `Field:   value` lines, values aligned. One without a name goes on with the field above.
 pub(super) fn fields(fields: &[(&'static str, String)]) -> String {
     let width = fields
         .iter()
@@ -47,7 +47,8 @@ pub(super) fn fields(fields: &[(&'static str, String)]) -> String {
     fields
         .iter()
         .map(|(name, value)| {
-            format!("{:width$}  {}\n", format!("{name}:"), safe(value))
+            let colon = if name.is_empty() { "" } else { ":" };
+            format!("{:width$}  {}\n", format!("{name}{colon}"), safe(value))
                 .trim_end()
                 .to_owned()
                 + "\n"
@@ -93,10 +94,11 @@ mod tests {
         let text = fields(&[
             ("Id", "p1".into()),
             ("Asked", "3m".into()),
+            ("", "ago".into()),
             ("Names", String::new()),
         ]);
 
-        assert_eq!(text, "Id:     p1\nAsked:  3m\nNames:\n");
+        assert_eq!(text, "Id:     p1\nAsked:  3m\n        ago\nNames:\n");
     }
 
     #[test]

@@ -51,6 +51,32 @@ pub fn lifetime(lifetime: Option<&v1::Lifetime>) -> String {
     }
 }
 
+/// The limits of a grant, as `5 connections, 5.2 MB up`; with what is used of them, as
+/// `2/5 connections, 1.0 MB/5.2 MB up`. Empty where there is none.
+pub fn budget(budget: Option<&v1::Budget>, used: Option<&v1::Budget>) -> String {
+    let budget = budget.copied().unwrap_or_default();
+    let part = |limit: u64, spent: fn(&v1::Budget) -> u64, unit: &str, shown: fn(u64) -> String| {
+        let of = used.map(|u| format!("{}/", shown(spent(u)))).unwrap_or_default();
+        (limit != 0).then(|| format!("{of}{} {unit}", shown(limit)))
+    };
+    let connections = if budget.connections == 1 {
+        "connection"
+    } else {
+        "connections"
+    };
+    let parts = [
+        part(
+            budget.connections,
+            |b| b.connections,
+            connections,
+            |n| n.to_string(),
+        ),
+        part(budget.bytes_up, |b| b.bytes_up, "up", text::bytes),
+        part(budget.bytes_down, |b| b.bytes_down, "down", text::bytes),
+    ];
+    parts.into_iter().flatten().collect::<Vec<_>>().join(", ")
+}
+
 /// An enum's value without its prefix, in lower case with dashes: `FLOW_DIRECTION_EGRESS` is `egress`.
 fn plain(name: &str, prefix: &str) -> String {
     name.strip_prefix(prefix)
@@ -130,10 +156,15 @@ pub fn cut(report: Option<&v1::CutReport>) -> String {
     let Some(report) = report else {
         return String::new();
     };
+    let on = match report.dataplanes_cut {
+        0 => String::new(),
+        1 => " on 1 dataplane".to_owned(),
+        count => format!(" on {count} dataplanes"),
+    };
     let mut said = match report.flows {
         0 => String::new(),
-        1 => "; 1 live flow was cut".to_owned(),
-        flows => format!("; {flows} live flows were cut"),
+        1 => format!("; 1 live flow{on} was cut"),
+        flows => format!("; {flows} live flows{on} were cut"),
     };
     if !report.dataplanes_silent.is_empty() {
         said.push_str(&format!(
@@ -256,6 +287,26 @@ mod tests {
     }
 
     #[test]
+    fn a_budget_shows_what_is_used_of_each_limit() {
+        let limits = v1::Budget {
+            connections: 5,
+            bytes_up: 0,
+            bytes_down: 50_000_000,
+        };
+        let used = v1::Budget {
+            connections: 2,
+            bytes_up: 77,
+            bytes_down: 1_200_000,
+        };
+        assert_eq!(budget(Some(&limits), None), "5 connections, 50.0 MB down");
+        assert_eq!(
+            budget(Some(&limits), Some(&used)),
+            "2/5 connections, 1.2 MB/50.0 MB down"
+        );
+        assert_eq!(budget(None, Some(&used)), "");
+    }
+
+    #[test]
     fn values_of_a_newer_contract_are_shown_as_numbers() {
         assert_eq!(mode(v1::Mode::Quarantine.into()), "quarantine");
         assert_eq!(event_kind(v1::EventKind::FlowOpened.into()), "flow-opened");
@@ -268,11 +319,12 @@ mod tests {
             flows: 2,
             dataplanes_acknowledged: 1,
             dataplanes_silent: vec!["host-9".to_owned()],
+            dataplanes_cut: 1,
         };
 
         assert_eq!(
             cut(Some(&report)),
-            "; 2 live flows were cut; not acknowledged yet by host-9 (their verdicts end with their leases)"
+            "; 2 live flows on 1 dataplane were cut; not acknowledged yet by host-9 (their verdicts end with their leases)"
         );
         assert_eq!(cut(Some(&v1::CutReport::default())), "");
     }

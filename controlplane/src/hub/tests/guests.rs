@@ -104,7 +104,7 @@ fn a_question_about_another_guest_names_it_and_is_answered_for_that_address_alon
     assert_eq!(request.peer_vm, "db");
     assert_eq!(request.guards, [v1::Guard::Guest as i32]);
     assert_eq!(request.scopes, [v1::Scope::HostPort as i32]);
-    let (request, grant, _) = rig.hub.reply(&reply(&id, Answer::Approve)).unwrap();
+    let (request, grant, ..) = rig.hub.reply(&reply(&id, Answer::Approve)).unwrap();
     assert_eq!(request.peer_vm, "db");
     let target = Target::try_from(grant.target.unwrap()).unwrap();
     assert_eq!(target.to_string(), "tcp 192.168.127.3:5432");

@@ -200,7 +200,7 @@ fn every_verdict_that_rests_on_a_name_says_what_is_demanded_of_it() {
 }
 
 #[test]
-fn sni_without_names_or_in_a_refusal_is_refused_and_a_written_one_is_told_not_to_be_enforced_yet() {
+fn sni_without_names_or_in_a_refusal_is_refused_and_a_written_one_needs_no_warning() {
     let rule = |rest: &str| format!("version: 1\nrules:\n  - {{{rest}}}\n");
     assert!(problem(&rule("action: allow, sni: require")).contains("this rule has none; leave sni out"));
     assert!(
@@ -214,9 +214,70 @@ fn sni_without_names_or_in_a_refusal_is_refused_and_a_written_one_is_told_not_to
             .map(ToString::to_string)
             .collect::<String>()
     };
-    assert!(told("action: allow, domains: a.test, sni: require").contains("does not enforce it yet"));
-    assert!(!told("action: allow, domains: a.test, sni: off").contains("enforce"));
-    assert!(!told("action: allow, domains: a.test").contains("enforce"));
+    for sni in ["", ", sni: require", ", sni: match-if-present", ", sni: off"] {
+        assert_eq!(told(&format!("action: allow, domains: a.test{sni}")), "");
+    }
+}
+
+#[test]
+fn an_answer_to_a_rule_that_asks_demands_what_the_rule_does() {
+    for (sni, demand) in [
+        ("", NameDemand::ByPort),
+        (", sni: require", NameDemand::Require),
+        (", sni: match-if-present", NameDemand::IfPresent),
+        (", sni: off", NameDemand::Off),
+    ] {
+        let document = format!("version: 1\nrules:\n  - {{action: ask, domains: a.test{sni}}}\n");
+        let policy = effective(Some(&document), None);
+        let answered = grants(["allow domain a.test"]);
+        let found = decide(&policy, &answered, "tcp 1.1.1.1:22 a.test b.test");
+        assert_eq!((found.outcome, found.name_demand), (Outcome::Allow, demand));
+        // An answer about the address rests on no name.
+        let found = decide(
+            &policy,
+            &grants(["allow tcp 1.1.1.1:22"]),
+            "tcp 1.1.1.1:22 a.test",
+        );
+        assert_eq!(
+            (found.outcome, found.name_demand),
+            (Outcome::Allow, NameDemand::Off)
+        );
+    }
+}
+
+#[test]
+fn in_mode_observe_no_name_is_demanded_since_what_nothing_allows_is_let_through() {
+    let document = "version: 1\nrules:\n  - {action: allow, domains: a.test, sni: require}\n";
+    let observing = effective(Some(document), Some(Mode::Observe));
+    let found = decide(&observing, &grants([]), "tcp 1.1.1.1:443 a.test");
+    assert_eq!(
+        (found.outcome, found.name_demand, found.names.len()),
+        (Outcome::Allow, NameDemand::Off, 0)
+    );
+}
+
+#[test]
+fn guards_say_how_strictly_names_are_read() {
+    use crate::policy::{EchGuard, NameGuards, QuicGuard};
+    let read = |text: &str| effective(Some(text), None).name_guards();
+    assert_eq!(read("version: 1\n"), NameGuards::default());
+    assert_eq!(
+        read("version: 1\nguards: {ech: outer, quic: deny}\n"),
+        NameGuards {
+            ech: EchGuard::Outer,
+            quic: QuicGuard::Deny
+        }
+    );
+    assert_eq!(
+        read("version: 1\nguards: {ech: deny, quic: inspect}\n"),
+        NameGuards::default()
+    );
+    let told = problem("version: 1\nguards: {quic: allow}\n");
+    assert!(
+        told.contains("guards.quic is \"allow\" (expected inspect or deny"),
+        "{told}"
+    );
+    assert!(problem("version: 1\nguards: {esni: deny}\n").contains("key \"esni\" is not known in guards"));
 }
 
 const TESTED: &str = "version: 1\ndefaultAction: deny\nmode: ask\nrules:\n  - {name: github, action: allow, domains: [\"*.github.com\"], ports: [443]}\n  \

@@ -8,6 +8,7 @@ mod loading;
 mod order;
 mod property;
 mod sets;
+mod synthetic;
 
 use std::collections::BTreeMap;
 use std::net::IpAddr;

@@ -3,6 +3,11 @@
 //! Policies, grants and flows are drawn from small pools, so that they meet often. Guards are laid on
 //! as a dataplane does it: by the address really dialled, and on private addresses that names are
 //! bound to. A match that consulted names holds for the names that it was made under.
+//!
+//! What fails is made small before it is told: rules, grants and bindings without which it fails as well go.
+//!
+//! The ordinary run compares 100,000 pairs. Before a release, many more by hand:
+//! `VNET_PAIRS=10000000 cargo test --release -p vnet-controlplane --lib property -- --ignored --nocapture`
 
 use std::collections::HashMap;
 use std::net::{IpAddr, SocketAddr};
@@ -165,18 +170,42 @@ fn protocol(draw: &mut Draw, address: IpAddr) -> Protocol {
     *draw.one(&[Protocol::Tcp, Protocol::Tcp, Protocol::Udp, icmp])
 }
 
+/// A document in parts, any of which may be left out.
+#[derive(Clone)]
+struct Drawn {
+    head: Vec<String>,
+    rules: Vec<String>,
+    dns: Vec<String>,
+}
+
+impl Drawn {
+    fn text(&self) -> String {
+        let rules = if self.rules.is_empty() { "" } else { "rules:\n" };
+        format!(
+            "version: 1\n{}{rules}{}{}",
+            self.head.concat(),
+            self.rules.concat(),
+            self.dns.concat()
+        )
+    }
+}
+
 fn document(draw: &mut Draw) -> String {
-    let mut text = String::from("version: 1\n");
+    drawn(draw).text()
+}
+
+fn drawn(draw: &mut Draw) -> Drawn {
+    let (mut head, mut all_rules, mut dns) = (Vec::new(), Vec::new(), Vec::new());
     if draw.chance(80) {
-        text += &format!("defaultAction: {}\n", draw.one(&["allow", "deny"]));
+        head.push(format!("defaultAction: {}\n", draw.one(&["allow", "deny"])));
     }
     if draw.chance(30) {
-        text += &format!("mode: {}\n", draw.one(&["enforce", "ask", "observe"]));
+        head.push(format!("mode: {}\n", draw.one(&["enforce", "ask", "observe"])));
     }
     // Long ones have neighbours enough that regions are cut short.
     let (sets, rules) = (draw.chance(50), if draw.chance(5) { 400 } else { draw.below(6) });
     if sets {
-        text += &format!(
+        let mut text = format!(
             "sets:\n  s: {{domains: [\"{}\", \"{}\"], cidrs: [\"{}\", \"{}\"]}}\n",
             draw.one(&PATTERNS),
             draw.one(&PATTERNS),
@@ -191,10 +220,10 @@ fn document(draw: &mut Draw) -> String {
             many.join(", "),
             nets.join(", ")
         );
+        head.push(text);
     }
-    text += "rules:\n";
     for _ in 0..=rules {
-        text += &format!(
+        let mut text = format!(
             "  - {{action: {}",
             draw.one(&["allow", "allow", "deny", "drop", "ask"])
         );
@@ -237,15 +266,25 @@ fn document(draw: &mut Draw) -> String {
             );
         }
         text += "}\n";
+        all_rules.push(text);
     }
     if draw.chance(40) {
-        text += &format!("dns: {{allowedDomains: [\"{}\"]", draw.one(&PATTERNS));
+        let mut text = format!("dns: {{allowedDomains: [\"{}\"]", draw.one(&PATTERNS));
         text += &format!(", blockedDomains: [\"{}\"]}}\n", draw.one(&PATTERNS));
+        dns.push(text);
     }
-    text
+    Drawn {
+        head,
+        rules: all_rules,
+        dns,
+    }
 }
 
 fn some_grants(draw: &mut Draw) -> VmGrants {
+    grants(drawn_grants(draw).iter().map(String::as_str))
+}
+
+fn drawn_grants(draw: &mut Draw) -> Vec<String> {
     let mut texts = Vec::new();
     for _ in 0..draw.below(4) {
         let action = draw.one(&["allow", "allow", "deny"]);
@@ -268,7 +307,7 @@ fn some_grants(draw: &mut Draw) -> VmGrants {
         };
         texts.push(format!("{action} {target}"));
     }
-    grants(texts.iter().map(String::as_str))
+    texts
 }
 
 /// Another flow, most often inside `found`.
@@ -309,45 +348,155 @@ fn random_inside(draw: &mut Draw, prefix: ipnet::IpNet) -> IpAddr {
     }
 }
 
-#[test]
-fn a_flow_inside_a_match_is_decided_like_the_flow_that_the_match_is_of() {
-    let mut draw = Draw(0x5eed_1234_abcd_0001);
-    let (vm, guarded) = (vm(), guarded());
-    let mut pairs = 0;
-    let mut outcomes: HashMap<Outcome, u32> = HashMap::new();
-    let mut wide = 0;
-    while pairs < PAIRS {
-        let document = document(&mut draw);
-        let effective = if draw.chance(10) {
-            effective(None, None)
-        } else {
-            effective(Some(&document), None)
+/// Everything that two decisions are made of.
+#[derive(Clone)]
+struct Case {
+    /// `None`: no policy at all.
+    document: Option<Drawn>,
+    grants: Vec<String>,
+    bindings: Vec<(IpAddr, Name)>,
+    peer: Option<Option<Mode>>,
+    first: (Protocol, IpAddr, u16),
+    /// Inside the match of the first.
+    second: (Protocol, IpAddr, u16),
+}
+
+/// What is wrong with a case, if something is. One that does not load, or whose second flow is not in the
+/// match of the first, is none.
+fn wrong(case: &Case) -> Option<String> {
+    let text = case.document.as_ref().map(Drawn::text);
+    let parsed = match &text {
+        Some(text) => Some(Policy::parse("p.yaml", text).ok()?),
+        None => None,
+    };
+    let claimed = parsed.as_ref().map(|policy| PolicyInForce {
+        name: "default",
+        revision: 3,
+        policy,
+    });
+    let vm = vm();
+    let policy = Effective::compose(at(now()), &vm, claimed, None, Modes::default());
+    let mut bindings: HashMap<IpAddr, Vec<Name>> = HashMap::new();
+    for (address, name) in &case.bindings {
+        bindings.entry(*address).or_default().push(name.clone());
+    }
+    let grants = grants(case.grants.iter().map(String::as_str));
+    let context = Context {
+        vm: &vm,
+        policy: &policy,
+        grants: &grants,
+        guarded: &guarded(),
+        peer: case.peer.map(|mode| PeerView { name: "web-2", mode }),
+    };
+    disagreement(&context, &World { bindings }, case.first, case.second)
+}
+
+/// How a flow inside a match is decided otherwise than the one that the match is of, if it is.
+fn disagreement(
+    context: &Context<'_>,
+    world: &World,
+    first: (Protocol, IpAddr, u16),
+    second: (Protocol, IpAddr, u16),
+) -> Option<String> {
+    let flow = |(protocol, address, port)| world.flow(protocol, address, port);
+    let (first, second) = (flow(first), flow(second));
+    let decision = decide_flow(context, &first);
+    let found = &decision.found;
+    if !found.matches(&second.key) {
+        return None;
+    }
+    let again = decide_flow(context, &second);
+    if (again.outcome, again.would_deny) != (decision.outcome, decision.would_deny) {
+        return Some(format!(
+            "{} of {found} is decided as {} but {second:?} as {}",
+            first.key, decision.reason, again.reason
+        ));
+    }
+    // A region that read no name holds whatever is bound, so long as no guard comes of it.
+    if !found.names_consulted && second.guards.is_empty() {
+        let bound = FlowSubject {
+            names: vec!["other.test".parse().unwrap()],
+            ..second
         };
-        let grants = some_grants(&mut draw);
+        let again = decide_flow(context, &bound);
+        if again.outcome != decision.outcome {
+            return Some(format!("{found} read names: {bound:?}"));
+        }
+    }
+    None
+}
+
+/// The case without whatever it is as wrong without.
+fn shrunk(mut case: Case, fails: impl Fn(&Case) -> bool) -> Case {
+    fn parts(case: &Case) -> [usize; 5] {
+        let document = case.document.as_ref();
+        [
+            document.map_or(0, |d| d.head.len()),
+            document.map_or(0, |d| d.rules.len()),
+            document.map_or(0, |d| d.dns.len()),
+            case.grants.len(),
+            case.bindings.len(),
+        ]
+    }
+    fn without(case: &Case, part: usize, index: usize) -> Case {
+        let mut case = case.clone();
+        match (part, &mut case.document) {
+            (0, Some(document)) => drop(document.head.remove(index)),
+            (1, Some(document)) => drop(document.rules.remove(index)),
+            (2, Some(document)) => drop(document.dns.remove(index)),
+            (3, _) => drop(case.grants.remove(index)),
+            (4, _) => drop(case.bindings.remove(index)),
+            _ => {}
+        }
+        case
+    }
+    loop {
+        let counts = parts(&case);
+        let candidates = (0..counts.len()).flat_map(|part| (0..counts[part]).map(move |index| (part, index)));
+        let smaller = candidates.map(|(part, index)| without(&case, part, index));
+        let Some(smaller) = smaller.into_iter().find(|smaller| fails(smaller)) else {
+            return case;
+        };
+        case = smaller;
+    }
+}
+
+/// Compares so many pairs; says how many matches were wider than an address, and what came out how often.
+fn compare(seed: u64, at_least: u64) -> (u64, HashMap<Outcome, u64>) {
+    let mut draw = Draw(seed);
+    let (vm, guarded) = (vm(), guarded());
+    let (mut pairs, mut wide) = (0, 0);
+    let mut outcomes: HashMap<Outcome, u64> = HashMap::new();
+    while pairs < at_least {
+        let document = drawn(&mut draw);
+        let document = (!draw.chance(10)).then_some(document);
+        let effective = effective(document.as_ref().map(Drawn::text).as_deref(), None);
+        let texts = drawn_grants(&mut draw);
+        let grants = grants(texts.iter().map(String::as_str));
         let world = World::draw(&mut draw);
+        let peer = draw.chance(80).then(|| {
+            *draw.one(&[
+                None,
+                None,
+                Some(Mode::Enforce),
+                Some(Mode::Ask),
+                Some(Mode::Block),
+            ])
+        });
         let context = Context {
             vm: &vm,
             policy: &effective,
             grants: &grants,
             guarded: &guarded,
-            peer: draw.chance(80).then(|| PeerView {
-                name: "web-2",
-                mode: *draw.one(&[
-                    None,
-                    None,
-                    Some(Mode::Enforce),
-                    Some(Mode::Ask),
-                    Some(Mode::Block),
-                ]),
-            }),
+            peer: peer.map(|mode| PeerView { name: "web-2", mode }),
         };
         for _ in 0..20 {
             let address = draw.one(&ADDRESSES).parse().unwrap();
-            let protocol = protocol(&mut draw, address);
-            let first = world.flow(protocol, address, *draw.one(&PORTS));
-            let decision = decide_flow(&context, &first);
+            let first = (protocol(&mut draw, address), address, *draw.one(&PORTS));
+            let flow = world.flow(first.0, first.1, first.2);
+            let decision = decide_flow(&context, &flow);
             let found = &decision.found;
-            assert!(found.matches(&first.key), "{found} does not cover {}", first.key);
+            assert!(found.matches(&flow.key), "{found} does not cover {}", flow.key);
             assert!(
                 !found.names_consulted || found.is_one_address(),
                 "{found} rests on names and is wide"
@@ -358,50 +507,106 @@ fn a_flow_inside_a_match_is_decided_like_the_flow_that_the_match_is_of() {
                 found.is_one_address() || !(found.prefix.contains(&subnet) || subnet.contains(&found.prefix)),
                 "{found} reaches guests"
             );
-            wide += u32::from(!found.is_one_address());
+            wide += u64::from(!found.is_one_address());
             *outcomes.entry(decision.outcome).or_default() += 1;
             if decision.outcome == Outcome::Ask {
                 assert_eq!(
                     *found.to_string(),
-                    first.key.to_string(),
+                    flow.key.to_string(),
                     "an ask is never widened"
                 );
             }
             for _ in 0..5 {
-                let second = second(&mut draw, &world, found);
-                assert!(found.matches(&second.key));
-                let again = decide_flow(&context, &second);
-                assert_eq!(
-                    (again.outcome, again.would_deny),
-                    (decision.outcome, decision.would_deny),
-                    "{} of {found} is decided as {} but {second:?} as {}\n{document}\ngrants {grants:?}",
-                    first.key,
-                    decision.reason,
-                    again.reason,
-                );
-                // A region that read no name holds whatever is bound, so long as no guard comes of it.
-                if !found.names_consulted && second.guards.is_empty() {
-                    let bound = FlowSubject {
-                        names: vec!["other.test".parse().unwrap()],
-                        ..second.clone()
+                let second = second(&mut draw, &world, found).key;
+                let second = (second.protocol, second.peer.ip(), second.peer.port());
+                if disagreement(&context, &world, first, second).is_some() {
+                    let bindings = world.bindings.iter();
+                    let case = Case {
+                        document: document.clone(),
+                        grants: texts.clone(),
+                        bindings: bindings
+                            .flat_map(|(address, names)| names.iter().map(|name| (*address, name.clone())))
+                            .collect(),
+                        peer,
+                        first,
+                        second,
                     };
-                    let again = decide_flow(&context, &bound);
-                    assert_eq!(
-                        again.outcome, decision.outcome,
-                        "{found} read names: {bound:?}\n{document}"
+                    let case = shrunk(case, |case| wrong(case).is_some());
+                    panic!(
+                        "{}\n{}\ngrants {:?}\nbindings {:?}, peer {:?}",
+                        wrong(&case).unwrap_or_default(),
+                        case.document.as_ref().map(Drawn::text).unwrap_or_default(),
+                        case.grants,
+                        case.bindings,
+                        case.peer,
                     );
                 }
                 pairs += 1;
             }
         }
     }
+    (wide, outcomes)
+}
+
+#[test]
+fn a_flow_inside_a_match_is_decided_like_the_flow_that_the_match_is_of() {
+    let (wide, outcomes) = compare(0x5eed_1234_abcd_0001, PAIRS.into());
     assert!(
-        wide > PAIRS / 50,
+        wide > u64::from(PAIRS) / 50,
         "only {wide} matches were wider than an address"
     );
     for outcome in [Outcome::Allow, Outcome::Deny, Outcome::Drop, Outcome::Ask] {
         assert!(outcomes[&outcome] > 200, "{outcomes:?}");
     }
+}
+
+#[test]
+#[ignore = "by hand, before a release; see the head of this file"]
+fn a_flow_inside_a_match_is_decided_like_it_however_many_are_compared() {
+    let number = |name: &str, default: u64| {
+        let said = std::env::var(name).ok();
+        said.map_or(default, |text| {
+            text.parse().unwrap_or_else(|_| panic!("{name} is no number"))
+        })
+    };
+    let (pairs, seed) = (
+        number("VNET_PAIRS", 10_000_000),
+        number("VNET_SEED", 0x5eed_1234_abcd_0004),
+    );
+    let (wide, outcomes) = compare(seed, pairs);
+    println!(
+        "{pairs} pairs of seed {seed:#x}: none differs; {wide} matches wider than an address, {outcomes:?}"
+    );
+}
+
+#[test]
+fn what_fails_is_made_small_before_it_is_told() {
+    let document = Drawn {
+        head: vec!["defaultAction: deny\n".to_owned(), "mode: enforce\n".to_owned()],
+        rules: (0..20)
+            .map(|n| format!("  - {{action: allow, cidr: 203.0.{n}.0/24}}\n"))
+            .collect(),
+        dns: vec!["dns: {blockedDomains: [\"*.many.test\"]}\n".to_owned()],
+    };
+    let case = Case {
+        document: Some(document),
+        grants: vec!["allow tcp 10.0.0.0/8:22".to_owned()],
+        bindings: vec![("10.0.0.1".parse().unwrap(), "a.test".parse().unwrap())],
+        peer: None,
+        first: (Protocol::Tcp, "203.0.7.1".parse().unwrap(), 1),
+        second: (Protocol::Tcp, "203.0.7.2".parse().unwrap(), 2),
+    };
+    assert_eq!(wrong(&case), None, "the evaluator is right about it");
+    // As if it failed wherever the seventh rule meets the grant.
+    let fails = |case: &Case| {
+        let text = case.document.as_ref().map(Drawn::text).unwrap_or_default();
+        text.contains("203.0.7.0/24") && !case.grants.is_empty()
+    };
+    let case = shrunk(case, fails);
+    let document = case.document.as_ref().unwrap();
+    assert_eq!(document.rules, ["  - {action: allow, cidr: 203.0.7.0/24}\n"]);
+    assert!(document.head.is_empty() && document.dns.is_empty() && case.bindings.is_empty());
+    assert_eq!(case.grants.len(), 1);
 }
 
 /// What the rules answer, one after the other, without any index.

@@ -417,7 +417,7 @@ async fn gateway(resolver: Resolver) -> (SocketAddr, Arc<Mutex<Bindings>>) {
                             .unwrap()
                             .learn(Duration::ZERO, &name, &addresses, expires_in);
                     }
-                    Event::Unasked { .. } | Event::Decided { .. } => {}
+                    Event::Unasked { .. } | Event::Exhausted { .. } | Event::Decided { .. } => {}
                 }
             }
         }

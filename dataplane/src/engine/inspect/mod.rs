@@ -21,6 +21,7 @@ pub mod tls;
 #[cfg(test)]
 mod tests;
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use vnet_proto::model::{Name, PortRange};
@@ -58,6 +59,12 @@ impl Names for NameList {
     }
 }
 
+impl<N: Names> Names for Arc<N> {
+    fn may_pass(&self, name: &Name, port: u16) -> bool {
+        self.as_ref().may_pass(name, port)
+    }
+}
+
 /// How much a name is demanded.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Level {
@@ -65,16 +72,6 @@ pub enum Level {
     Require,
     /// What speaks no name passes; what speaks one must speak one that may pass.
     MatchIfPresent,
-}
-
-impl Level {
-    /// What holds at a port where nothing else is said.
-    pub fn at_port(port: u16) -> Self {
-        match port {
-            TLS_PORT | HTTP_PORT => Self::Require,
-            _ => Self::MatchIfPresent,
-        }
-    }
 }
 
 /// What is demanded of one flow.
@@ -86,6 +83,8 @@ pub struct Demand<N> {
     pub level: Level,
     /// Whether a hello that hides its name is refused; else the name that it shows counts.
     pub deny_ech: bool,
+    /// Whether QUIC is refused rather than read.
+    pub deny_quic: bool,
     /// The flow's port.
     pub port: u16,
 }
@@ -156,6 +155,11 @@ impl<N: Names> Inspector<N> {
             base: 0,
             passed: 0,
         }
+    }
+
+    /// Whether everything may pass from now on, and there is nothing left to follow.
+    pub fn is_open(&self) -> bool {
+        matches!(self.state, State::Open)
     }
 
     /// Takes the guest's bytes that follow [`Self::seen`].
@@ -370,6 +374,9 @@ impl<N: Names> DatagramInspector<N> {
     pub fn handle(&mut self, datagram: &[u8]) -> DatagramProgress {
         if let Some(refusal) = &self.refused {
             return DatagramProgress::Refuse(refusal.clone());
+        }
+        if self.demand.deny_quic && quic::looks_like_initial(datagram) {
+            return self.refuse(InspectRefusal::QuicDenied);
         }
         // Other protocols pass where a name is not demanded. Of QUIC, what follows its Initial packets is
         // of no use to a server that has not seen those.

@@ -21,7 +21,7 @@ use super::tls::{self, HELLOS_MAX, Hello};
 
 mod packet;
 #[cfg(test)]
-mod tests;
+pub(in crate::engine) mod tests;
 
 /// Connections of one association that are followed at once; the oldest agreed one is forgotten.
 pub const CONNECTIONS_MAX: usize = 4;

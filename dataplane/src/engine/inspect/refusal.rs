@@ -82,6 +82,9 @@ pub enum InspectRefusal {
     /// Encrypted ClientHello where the policy denies it.
     #[error("the hello hides its name (ECH), which guards.ech denies")]
     Ech,
+    /// QUIC where the policy denies it.
+    #[error("QUIC is spoken, which guards.quic denies where a name is demanded")]
+    QuicDenied,
     /// HTTP/2 without TLS.
     #[error("HTTP/2 without TLS, whose requests are not read (expected HTTP/1.1)")]
     H2c,
@@ -101,6 +104,41 @@ pub enum InspectRefusal {
 }
 
 impl InspectRefusal {
+    /// Every [`Self::word`].
+    pub const WORDS: [&str; 12] = [
+        "name_late",
+        "name_missing",
+        "name_mismatch",
+        "name_malformed",
+        "names_disagree",
+        "name_unreadable",
+        "hello_malformed",
+        "ech_denied",
+        "quic_denied",
+        "h2c_denied",
+        "quic_version",
+        "name_limit",
+    ];
+
+    /// The name that was spoken, where one was read.
+    pub fn spoken(&self) -> Option<&Name> {
+        match self {
+            Self::Mismatch { name, .. } => Some(name),
+            _ => None,
+        }
+    }
+
+    /// What it says, with its causes, in one line.
+    pub fn line(&self) -> String {
+        let mut line = self.to_string();
+        let mut cause = std::error::Error::source(self);
+        while let Some(error) = cause {
+            line.push_str(&format!(": {error}"));
+            cause = error.source();
+        }
+        line
+    }
+
     /// A word for counts and events, of a closed set.
     pub fn word(&self) -> &'static str {
         match self {
@@ -112,6 +150,7 @@ impl InspectRefusal {
             Self::OtherProtocol(_) | Self::NoProtocol => "name_unreadable",
             Self::Malformed { .. } | Self::Hello(_) => "hello_malformed",
             Self::Ech => "ech_denied",
+            Self::QuicDenied => "quic_denied",
             Self::H2c => "h2c_denied",
             Self::QuicVersion(_) => "quic_version",
             Self::Limit { .. } => "name_limit",

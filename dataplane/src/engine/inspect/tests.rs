@@ -11,6 +11,7 @@ fn demand(level: Level, port: u16) -> Demand<NameList> {
         },
         level,
         deny_ech: false,
+        deny_quic: false,
         port,
     }
 }
@@ -110,12 +111,6 @@ fn where_a_name_is_only_matched_other_protocols_pass_and_other_names_do_not() {
             assert!(outcome(MatchIfPresent, port, bytes).is_err());
         }
     }
-}
-
-#[test]
-fn demands_are_the_defaults_of_their_ports() {
-    assert_eq!((Level::at_port(443), Level::at_port(80)), (Require, Require));
-    assert_eq!(Level::at_port(22), MatchIfPresent);
 }
 
 #[test]

@@ -22,7 +22,7 @@ use super::refusal::{InspectRefusal, Spoken};
 #[cfg(test)]
 mod recorded;
 #[cfg(test)]
-pub(super) mod tests;
+pub(in crate::engine) mod tests;
 
 /// Hellos of one connection: the first, and the one that a server may ask for.
 pub(super) const HELLOS_MAX: usize = 2;

@@ -209,6 +209,7 @@ impl Engine {
                     end,
                     bytes_up: flow.bytes_up,
                     bytes_down: flow.bytes_down,
+                    refusal: None,
                 });
             }
             Role::Target => {

@@ -112,8 +112,11 @@ fn on_an_open_switch_frames_pass_but_for_dhcp_answers() {
         name: "vm".into(),
         switch_open: true,
         forwards_closed: false,
+        synthetic_answers: false,
         lookup_hold: Duration::from_secs(4),
         hold: HOLD,
+        deny_ech: true,
+        deny_quic: false,
     }));
     let neighbour = Mac([2, 0, 0, 0, 0, 3]);
     let mut frame = [neighbour.0, GUEST_MAC.0].concat();

@@ -116,8 +116,11 @@ impl Rig {
             name: "vm".into(),
             switch_open,
             forwards_closed: false,
+            synthetic_answers: false,
             lookup_hold: Duration::from_secs(4),
             hold: HOLD,
+            deny_ech: true,
+            deny_quic: false,
         }));
     }
 

@@ -190,6 +190,12 @@ impl Rig {
                     packets: vec![payload.into()],
                 });
             }
+            Outcome::Datagrams { flow, payloads } => {
+                self.events.push(Event::Send {
+                    flow,
+                    packets: payloads,
+                });
+            }
             Outcome::Pass { flow, packet } => {
                 self.events.push(Event::Pass {
                     flow,
@@ -378,6 +384,7 @@ pub(super) fn verdict(miss: &Miss, action: VerdictAction) -> Verdict {
         grant: String::new(),
         reason: Reason::new("rule", "rules[0]", "because"),
         would_deny: false,
+        synthetic_only: false,
         name_demand: NameDemand::Off,
         names: Vec::new(),
     }

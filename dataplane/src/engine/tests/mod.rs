@@ -1,12 +1,15 @@
 //! The engine under virtual time: a scripted guest on one side, scripted sockets and session on the
 //! other.
 
+mod budget;
 mod counters;
 mod datagram;
 mod identity;
 mod ipv6;
 mod kit;
+mod naming;
 mod neighbours;
+mod synthetic;
 mod tcp;
 mod town;
 mod verdict;

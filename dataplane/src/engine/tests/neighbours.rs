@@ -892,8 +892,11 @@ fn two_open_guests_are_switched_and_one_open_guest_is_filtered() {
         name: "guest-1".into(),
         switch_open: false,
         forwards_closed: false,
+        synthetic_answers: false,
         lookup_hold: HOLD,
         hold: HOLD,
+        deny_ech: true,
+        deny_quic: false,
     };
     town.engine(BOB).handle_order(now, Order::Settings(closed));
     town.settle();

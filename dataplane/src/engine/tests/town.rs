@@ -211,8 +211,11 @@ impl Town {
                 name: format!("guest-{who}"),
                 switch_open,
                 forwards_closed,
+                synthetic_answers: false,
                 lookup_hold: Duration::from_secs(4),
                 hold: HOLD,
+                deny_ech: true,
+                deny_quic: false,
             }),
         );
     }
@@ -261,7 +264,10 @@ impl Town {
             Outcome::Pass { flow, packet } => (flow, packet.to_vec()),
             Outcome::Assembled { flow, payload } => (flow, payload),
             Outcome::Done => return,
-            Outcome::Datagram { .. } | Outcome::Echo { .. } | Outcome::Switch(_) => panic!("to the host"),
+            Outcome::Datagram { .. }
+            | Outcome::Datagrams { .. }
+            | Outcome::Echo { .. }
+            | Outcome::Switch(_) => panic!("to the host"),
         };
         self.pass(who, at, &packet);
     }
@@ -528,6 +534,7 @@ pub(super) fn closed(reports: &[Report]) -> Vec<(FlowId, FlowEnd, u64, u64)> {
             end,
             bytes_up,
             bytes_down,
+            ..
         } => Some((*flow, *end, *bytes_up, *bytes_down)),
         _ => None,
     };

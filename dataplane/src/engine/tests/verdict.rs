@@ -1,11 +1,13 @@
 //! Verdicts, epochs, cuts and leases.
 
+use std::net::Ipv4Addr;
 use std::time::Duration;
 
 use vnet_proto::model::{CommandId, Epoch, Match, Subject, VerdictAction, parse_prefix};
 
 use super::kit::*;
 use crate::engine::Event;
+use crate::engine::tcp::DialError;
 use crate::message::{FlowEnd, MissEnd, Order, Report};
 
 const WEB: (std::net::Ipv4Addr, u16) = (SERVER, 80);
@@ -227,4 +229,63 @@ fn refusals_of_the_cache_are_counted_and_reported_once_a_second() {
         })
         .collect();
     assert_eq!(counts, [10]);
+}
+
+#[test]
+fn after_one_miss_a_scan_of_what_it_opened_asks_nothing_more() {
+    let mut rig = Rig::new();
+    rig.syn((Ipv4Addr::new(198, 18, 0, 1), 443));
+    let miss = rig.misses().remove(0);
+    let mut wide = verdict(&miss, VerdictAction::Allow);
+    wide.found = vnet_proto::model::Match::Flow(vnet_proto::model::FlowMatch {
+        protocol: vnet_proto::model::Protocol::Tcp,
+        prefix: "198.18.0.0/16".parse().unwrap(),
+        ports: vnet_proto::model::PortRange::one(443),
+        names_consulted: false,
+    });
+    rig.order(Order::Verdict(Box::new(wide)));
+    let (at, _) = rig.only_dial();
+    rig.engine.handle_refused(rig.now, at, DialError::Refused);
+    rig.reports();
+    for host in 0..=u16::MAX {
+        let [high, low] = host.to_be_bytes();
+        let address = Ipv4Addr::new(198, 18, high, low);
+        rig.syn((address, 443));
+        assert_eq!(rig.misses().len(), 0, "{address} was asked for");
+        let (at, to) = rig.only_dial();
+        assert_eq!(to.ip(), address);
+        rig.engine.handle_refused(rig.now, at, DialError::Refused);
+        rig.events.clear();
+        rig.sent();
+    }
+    // Beside it, everything is: another port, another network.
+    rig.syn((Ipv4Addr::new(198, 18, 0, 1), 444));
+    rig.syn((Ipv4Addr::new(198, 19, 0, 1), 443));
+    assert_eq!(rig.misses().len(), 2);
+}
+
+#[test]
+fn what_is_cached_is_told_with_what_it_stands_for() {
+    let mut rig = Rig::new();
+    rig.connect(WEB);
+    rig.reports();
+    rig.order(Order::ReportVerdicts {
+        command: CommandId(8),
+    });
+    let told = rig.reports().into_iter().find_map(|report| match report {
+        Report::Verdicts {
+            command: CommandId(8),
+            verdicts,
+            in_all,
+            ..
+        } => Some((verdicts, in_all)),
+        _ => None,
+    });
+    let (verdicts, in_all) = told.expect("it is told");
+    assert_eq!((verdicts.len(), in_all), (1, 1));
+    assert_eq!(
+        (verdicts[0].action, verdicts[0].epoch),
+        (VerdictAction::Allow, EPOCH)
+    );
+    assert_eq!(verdicts[0].found.to_string(), format!("tcp {}:{}", WEB.0, WEB.1));
 }

@@ -1,4 +1,4 @@
-//! What the controlplane decides: verdicts, how long a miss may wait, leases, and how a guest is treated.
+//! What the controlplane decides: verdicts, how long a miss may wait, leases, budgets, and how a guest is treated.
 //!
 //! Nothing here is acknowledged. What is malformed decides nothing, and a miss ends at its deadline.
 
@@ -93,6 +93,21 @@ impl Conversation {
         Ok(())
     }
 
+    pub(super) fn budget_limit(&mut self, message: v1::BudgetLimit) -> Result<(), String> {
+        let (vm, grant) = (VmId(message.vm), message.grant_id);
+        let limit = match (message.limit, message.ended) {
+            (None, true) => {
+                self.mirror.grant_ended(vm, &grant);
+                None
+            }
+            (Some(limit), false) => Some(limit.into()),
+            _ => return Err("a budget_limit has either a limit or an end".to_owned()),
+        };
+        // A guest that is gone uses nothing more.
+        self.router.send(vm, Input::Order(Order::Limit { grant, limit }));
+        Ok(())
+    }
+
     pub(super) fn settings(&mut self, message: v1::VmSettings) -> Result<(), Malformed> {
         let vm = VmId(message.vm);
         let lookup_hold = match message.lookup_hold {
@@ -103,8 +118,11 @@ impl Conversation {
             name: message.name,
             switch_open: message.switch_open,
             forwards_closed: message.forwards_closed,
+            synthetic_answers: message.synthetic_answers,
             lookup_hold,
             hold: self.hold,
+            deny_ech: !message.ech_outer,
+            deny_quic: message.quic_denied,
         };
         if !self.router.send(vm, Input::Order(Order::Settings(settings))) {
             self.metrics

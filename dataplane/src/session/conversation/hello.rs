@@ -40,12 +40,28 @@ impl Conversation {
             forwards: self.forwards(),
             zones: self.zones(),
             bindings: Vec::new(),
+            uses: Vec::new(),
             capabilities: Vec::new(),
             software: concat!("vnet-dataplane ", env!("CARGO_PKG_VERSION")).to_owned(),
         };
         once_each(&mut hello.vms);
         // A gRPC message has a limit of size; what does not fit follows as if it happened just now.
         let mut room = HELLO_BYTES_MAX.saturating_sub(hello.encoded_len());
+        // Uses first: what has opened is counted before it is told.
+        let mut uses_left = Vec::new();
+        for used in self.mirror.uses() {
+            if fits(&mut room, used.encoded_len()) {
+                hello.uses.push(used);
+            } else {
+                uses_left.push(used);
+            }
+        }
+        if !uses_left.is_empty() {
+            self.outbox.push_back(Message::FlowStats(v1::FlowStats {
+                counts: Vec::new(),
+                uses: uses_left,
+            }));
+        }
         for flow in self.mirror.flows() {
             if fits(&mut room, flow.encoded_len()) {
                 hello.live_flows.push(flow);

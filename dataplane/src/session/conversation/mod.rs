@@ -234,6 +234,12 @@ impl Conversation {
                     self.mirror.flow_counted(flow, up, down);
                 }
             }
+            Report::Uses { vm, uses } => {
+                for (grant, used) in uses {
+                    let mirrored = self.mirror.used(vm, &grant, used);
+                    self.note_full(mirrored);
+                }
+            }
             Report::Binding {
                 vm,
                 name,
@@ -244,6 +250,12 @@ impl Conversation {
                 self.note_full(mirrored);
             }
             Report::Done { vm, command, cut } => self.done(vm, command, cut),
+            Report::Verdicts {
+                command,
+                verdicts,
+                in_all,
+                ..
+            } => self.verdicts_reported(command, &verdicts, in_all),
             // The snapshot of the guards is what the next Hello says.
             Report::Decided { .. } | Report::HostAddresses(_) | Report::End => {}
         }
@@ -299,6 +311,7 @@ impl Conversation {
         tracing::info!(%epoch, restarted, "the controlplane welcomed this dataplane");
         self.epoch = Some(epoch);
         self.hold = hold;
+        self.mirror.uses_told();
         self.link = Link::Open {
             heartbeat,
             next_heartbeat: now + heartbeat,
@@ -338,6 +351,7 @@ impl Conversation {
             Some(Response::Held(held)) => Ok(self.held(&held, now)),
             Some(Response::Heartbeat(heartbeat)) => Ok(self.heartbeat(heartbeat)),
             Some(Response::VmSettings(settings)) => Ok(self.settings(settings).map_err(|e| chain(&e))),
+            Some(Response::BudgetLimit(limit)) => Ok(self.budget_limit(limit)),
             Some(Response::Revoke(revoke)) => self.revoke(revoke),
             Some(Response::Cut(cut)) => self.cut(&cut),
             Some(Response::Command(command)) => {

@@ -10,7 +10,7 @@ use vnet_proto::v1;
 use vnet_proto::v1::session_request::Message;
 
 use super::{Broken, Conversation};
-use crate::message::{Forward, Input, Order, vm_of_flow};
+use crate::message::{CachedVerdict, Forward, Input, Order, vm_of_flow};
 use crate::session::commands::Refusal;
 use crate::session::wire;
 
@@ -84,6 +84,9 @@ impl Conversation {
 
     pub(super) fn command(&mut self, message: v1::Command) {
         use v1::command::Command;
+        if let Some(Command::ReportVerdicts(asked)) = &message.command {
+            return self.report_verdicts(message.command_id, VmId(asked.vm));
+        }
         let answer = match message.command {
             Some(Command::Expose(forward)) => self.expose(&forward).map(Some),
             Some(Command::Unexpose(forward)) => wire::forward_from_wire(&forward)
@@ -100,7 +103,8 @@ impl Conversation {
             Some(Command::DeleteZone(zone)) => wire::zone_name(&zone.name)
                 .and_then(|name| self.commands.zones.delete_zone(name.as_ref()))
                 .map(|()| None),
-            None => Err(Refusal {
+            // Answered above.
+            Some(Command::ReportVerdicts(_)) | None => Err(Refusal {
                 code: tonic::Code::Unimplemented,
                 text: "the command is none that this version knows".to_owned(),
             }),
@@ -113,6 +117,47 @@ impl Conversation {
             Err(refusal) => (None, Some(refusal)),
         };
         self.acknowledge(message.command_id, 0, forward, error);
+    }
+
+    /// Asks a guest for what its cache holds.
+    fn report_verdicts(&mut self, id: u64, vm: VmId) {
+        let refuse = |code, text: &str| Refusal {
+            code,
+            text: text.to_owned(),
+        };
+        let Ok(command) = self.next_command() else {
+            let busy = refuse(
+                tonic::Code::ResourceExhausted,
+                "too many commands wait for guests",
+            );
+            return self.acknowledge(id, 0, None, Some(busy));
+        };
+        if !self
+            .router
+            .send(vm, Input::Order(Order::ReportVerdicts { command }))
+        {
+            let gone = refuse(tonic::Code::NotFound, "there is no guest of this handle");
+            return self.acknowledge(id, 0, None, Some(gone));
+        }
+        self.wait_for(command, id, vec![vm]);
+    }
+
+    /// A guest said what its cache holds.
+    pub(super) fn verdicts_reported(
+        &mut self,
+        command: CommandId,
+        verdicts: &[CachedVerdict],
+        in_all: usize,
+    ) {
+        let Some(done) = self.pending.remove(&command) else {
+            return;
+        };
+        self.outbox.push_back(Message::Ack(v1::Ack {
+            command_id: done.id,
+            verdicts: verdicts.iter().map(wire::cached_to_wire).collect(),
+            verdicts_in_all: in_all as u64,
+            ..Default::default()
+        }));
     }
 
     fn expose(&self, message: &v1::Forward) -> Result<Forward, Refusal> {
@@ -192,6 +237,7 @@ impl Conversation {
             error,
             cut_flows: cut,
             forward,
+            ..Default::default()
         }));
     }
 

@@ -688,6 +688,7 @@ async fn a_reconnect_tells_of_live_flows_and_bindings_and_asks_again_what_is_hel
         end: FlowEnd::Finished,
         bytes_up: 1,
         bytes_down: 1,
+        refusal: None,
     });
     given.report(Report::Binding {
         vm: VmId(1),
@@ -797,6 +798,7 @@ async fn a_full_mirror_cuts_the_flow_and_counts_the_rest() {
             misses: 1,
             flows: 1,
             bindings: 1,
+            uses: 1,
         },
     )
     .welcomed();
@@ -902,4 +904,112 @@ async fn an_ingress_flow_stands_the_other_way_round_on_the_wire() {
         (&[192, 168, 127, 1][..], 50000)
     );
     assert!(subject.dialled.is_empty());
+}
+
+#[tokio::test]
+async fn what_a_guest_has_cached_is_asked_of_it_alone_and_passed_on() {
+    use crate::message::CachedVerdict;
+    use vnet_proto::model::{LookupMatch, Match, VerdictAction};
+    let mut given = given(&[1, 2]).welcomed();
+    given.router.take();
+    let asked = |vm| {
+        Response::Command(v1::Command {
+            command_id: 30 + u64::from(vm),
+            command: Some(v1::command::Command::ReportVerdicts(v1::ReportVerdicts { vm })),
+        })
+    };
+    given.hears(asked(2)).unwrap();
+    let orders = given.router.take();
+    let [(VmId(2), Order::ReportVerdicts { command })] = orders.as_slice() else {
+        panic!("{orders:?}")
+    };
+    assert!(given.said().is_empty(), "the guest has yet to answer");
+    given.report(Report::Verdicts {
+        vm: VmId(2),
+        command: *command,
+        verdicts: vec![CachedVerdict {
+            action: VerdictAction::Deny,
+            found: Match::Lookup(LookupMatch::Any),
+            epoch: epoch(1),
+            would_deny: false,
+            guards: Default::default(),
+            neighbour: None,
+            grant: String::new(),
+            names: Vec::new(),
+        }],
+        in_all: 5,
+    });
+    let said = given.said();
+    let [Message::Ack(ack)] = said.as_slice() else {
+        panic!("{said:?}")
+    };
+    assert_eq!(
+        (ack.command_id, ack.verdicts.len(), ack.verdicts_in_all),
+        (32, 1, 5)
+    );
+    assert_eq!(ack.verdicts[0].action, v1::Action::Deny as i32);
+
+    given.hears(asked(9)).unwrap();
+    let said = given.said();
+    let [Message::Ack(ack)] = said.as_slice() else {
+        panic!("{said:?}")
+    };
+    assert_eq!(
+        (ack.command_id, ack.error.as_ref().map(|e| e.code)),
+        (39, Some(5))
+    );
+}
+
+#[tokio::test]
+async fn a_refusal_for_a_name_is_told_with_what_was_spoken_and_wanted() {
+    let mut given = given(&[1]).welcomed();
+    given.report(flow(1, 1));
+    given.said();
+    given.report(Report::FlowClosed {
+        flow: flow_id(VmId(1), 1),
+        end: FlowEnd::NameRefused,
+        bytes_up: 0,
+        bytes_down: 0,
+        refusal: Some(Box::new(crate::message::NameRefusal {
+            word: "name_mismatch",
+            text: "no".to_owned(),
+            spoken: Some("b.test".parse().unwrap()),
+            wanted: vec!["a.test".parse().unwrap()],
+        })),
+    });
+    let said = given.said();
+    let [Message::FlowClosed(closed)] = &said[..] else {
+        panic!("{said:?}")
+    };
+    assert_eq!(closed.end(), v1::FlowEnd::NameRefused);
+    assert_eq!(
+        closed.refusal,
+        Some(v1::NameRefusal {
+            word: "name_mismatch".into(),
+            text: "no".into(),
+            spoken: "b.test".into(),
+            wanted: vec!["a.test".into()],
+        })
+    );
+}
+
+#[tokio::test]
+async fn settings_say_how_strictly_names_are_read_and_strict_is_what_unset_means() {
+    let mut given = given(&[1]).welcomed();
+    for (ech_outer, quic_denied) in [(false, false), (true, true)] {
+        let settings = v1::VmSettings {
+            vm: 1,
+            name: "web".into(),
+            ech_outer,
+            quic_denied,
+            ..Default::default()
+        };
+        given.router.take();
+        given.hears(Response::VmSettings(settings)).unwrap();
+        let orders = given.router.take();
+        let [(_, Order::Settings(settings))] = &orders[..] else {
+            panic!("{orders:?}")
+        };
+        assert_eq!((settings.deny_ech, settings.deny_quic), (!ech_outer, quic_denied));
+    }
 }

@@ -20,7 +20,7 @@ use vnet_proto::v1;
 
 use super::{Plan, named_sockets, not_filtered};
 use crate::client::{Connection, INSIDE_RUN};
-use crate::cmd::attend::{Attendant, Seen, command_line, send_answer};
+use crate::cmd::attend::{Attendant, Seen, command_line, look, send_answer};
 use crate::cmd::questions::{Act, Questions};
 use crate::failure::Failure;
 use crate::launch::{Dataplane, own_directories, own_programs};
@@ -110,14 +110,14 @@ async fn supervise(plan: Plan, connection: Connection) -> Result<u8, Failure> {
         terminal.as_ref().is_some_and(Terminal::can_prompt),
         command_line(&connection),
     );
-    let (answered, answers) = mpsc::channel(ANSWERS_MAX);
+    let (told, tells) = mpsc::channel(ANSWERS_MAX);
     let mut run = Run {
         voice: &voice,
         connection,
         gateway: spec.gateway,
         questions,
         prompt: None,
-        answered,
+        told,
     };
     let result = match guest.start() {
         Ok(()) => {
@@ -126,7 +126,7 @@ async fn supervise(plan: Plan, connection: Connection) -> Result<u8, Failure> {
                 &mut dataplane,
                 &mut attendant,
                 waiting,
-                answers,
+                tells,
                 &mut signals,
             )
             .await
@@ -201,7 +201,15 @@ struct Run<'a> {
     gateway: Ipv4Addr,
     questions: Questions,
     prompt: Option<Prompt<'a>>,
-    answered: mpsc::Sender<(String, Option<String>)>,
+    told: mpsc::Sender<Told>,
+}
+
+/// What the controlplane said to this run's own calls.
+enum Told {
+    /// An answer to a question was taken, or refused with a sentence.
+    Answered(String, Option<String>),
+    /// All about a question.
+    Looked(Box<v1::PendingRequest>),
 }
 
 impl<'a> Run<'a> {
@@ -212,7 +220,7 @@ impl<'a> Run<'a> {
         dataplane: &mut Dataplane,
         attendant: &mut Attendant,
         waiting: Vec<Seen>,
-        mut answers: mpsc::Receiver<(String, Option<String>)>,
+        mut told: mpsc::Receiver<Told>,
         signals: &mut Signals,
     ) -> Result<Exit, Failure> {
         for seen in waiting {
@@ -231,8 +239,11 @@ impl<'a> Run<'a> {
                     self.seen(seen);
                 }
                 key = pressed(&mut self.prompt) => self.pressed(key),
-                Some((id, refused)) = answers.recv() => {
-                    let acts = self.questions.answered(&id, refused);
+                Some(told) = told.recv() => {
+                    let acts = match told {
+                        Told::Answered(id, refused) => self.questions.answered(&id, refused),
+                        Told::Looked(request) => self.questions.looked(&request, SystemTime::now()),
+                    };
                     self.act(acts);
                 }
                 number = signals.next() => self.signalled(guest, number),
@@ -286,13 +297,20 @@ impl<'a> Run<'a> {
                     self.voice.say(&format!("vnet: {why}"));
                 }
                 Act::Answer { request, answer } => {
-                    let (connection, answered) = (self.connection.clone(), self.answered.clone());
+                    let (connection, told) = (self.connection.clone(), self.told.clone());
                     tokio::spawn(async move {
                         let id = request.id.clone();
                         let refused = send_answer(&connection, *request, answer).await.err();
-                        let _ = answered
-                            .send((id, refused.map(|failure| failure.to_string())))
-                            .await;
+                        let refused = refused.map(|failure| failure.to_string());
+                        let _ = told.send(Told::Answered(id, refused)).await;
+                    });
+                }
+                Act::Look { request } => {
+                    let (connection, told) = (self.connection.clone(), self.told.clone());
+                    tokio::spawn(async move {
+                        // What is known already is better than nothing.
+                        let looked = look(&connection, &request.id).await.unwrap_or(*request);
+                        let _ = told.send(Told::Looked(Box::new(looked))).await;
                     });
                 }
             }
@@ -313,7 +331,7 @@ impl<'a> Run<'a> {
             Key::EndOfFile => self.type_in(CONTROL_D),
             Key::Enter | Key::Open | Key::Other => NO_KEY,
         };
-        let acts = self.questions.pressed(&id, key, SystemTime::now());
+        let acts = self.questions.pressed(&id, key);
         self.act(acts);
     }
 

@@ -78,6 +78,10 @@ async fn approve_passes_scope_lifetime_and_vms_on() {
         "--for",
         "1h",
         "--all-vms",
+        "--connections",
+        "3",
+        "--bytes-up",
+        "5MiB",
     ];
     run(&server, Format::Json, &words).await.unwrap();
 
@@ -91,6 +95,40 @@ async fn approve_passes_scope_lifetime_and_vms_on() {
         }))
     );
     assert!(asked[0].vms.as_ref().unwrap().all);
+    let budget = v1::Budget {
+        connections: 3,
+        bytes_up: 5 << 20,
+        bytes_down: 0,
+    };
+    assert_eq!(asked[0].budget, Some(budget));
+}
+
+#[tokio::test]
+async fn allow_says_the_budget_that_it_was_given() {
+    let server = Scripted::start();
+    let budget = Some(v1::Budget {
+        bytes_down: 50_000_000,
+        ..Default::default()
+    });
+    let made = v1::Grant {
+        budget,
+        ..grant(v1::Action::Allow, tcp("10.99.0.1", 80)).unwrap()
+    };
+    let answer = v1::CreateGrantResponse {
+        grant: Some(made),
+        ..Default::default()
+    };
+    server.answer("GrantService/CreateGrant", &answer);
+
+    let words = ["allow", "tcp 10.99.0.1:80", "--vm", "web", "--bytes-down", "50MB"];
+    let said = run(&server, Format::Table, &words).await.unwrap();
+
+    assert_eq!(
+        said,
+        "allow tcp 10.99.0.1:80 for web, until the VM stops, at most 50.0 MB down (grant g1)\n"
+    );
+    let asked: Vec<v1::CreateGrantRequest> = server.asked("GrantService/CreateGrant");
+    assert_eq!(asked[0].budget, budget);
 }
 
 #[tokio::test]
@@ -105,6 +143,7 @@ async fn one_id_that_fails_does_not_keep_the_others_from_being_answered() {
         &v1::DenyResponse {
             request: request("01abcd"),
             grant: grant(v1::Action::Deny, tcp("10.99.0.1", 8080)),
+            cut: None,
         },
     );
 
@@ -115,6 +154,183 @@ async fn one_id_that_fails_does_not_keep_the_others_from_being_answered() {
         "{said}"
     );
     assert_eq!(result.unwrap_err().exit_code(), 1);
+}
+
+/// A request for a name, guarded or not.
+fn named_request(id: &str, name: &str, guarded: bool) -> v1::PendingRequest {
+    v1::PendingRequest {
+        id: id.to_owned(),
+        etag: format!("{id}-1"),
+        vm: "web".to_owned(),
+        names: vec![name.to_owned()],
+        state: v1::PendingState::Open.into(),
+        guards: if guarded {
+            vec![v1::Guard::PrivateFromDns.into()]
+        } else {
+            Vec::new()
+        },
+        ..Default::default()
+    }
+}
+
+fn names_asked() -> v1::ListPendingResponse {
+    v1::ListPendingResponse {
+        requests: vec![
+            named_request("r1", "a.example.com", false),
+            named_request("r2", "example.com", false),
+            named_request("r3", "b.c.example.com", false),
+            named_request("r4", "in.example.com", true),
+            named_request("r5", "notexample.com", false),
+            v1::PendingRequest::default(),
+        ],
+        ..Default::default()
+    }
+}
+
+#[tokio::test]
+async fn approve_of_what_matches_answers_each_as_it_was_listed_and_says_how_many() {
+    let server = Scripted::start();
+    server.answer("PendingService/ListPending", &names_asked());
+    server.answer(
+        "PendingService/Approve",
+        &v1::ApproveResponse {
+            request: request("r1"),
+            grant: grant(v1::Action::Allow, domain("*.example.com")),
+        },
+    );
+    // The yes to the first has decided the second.
+    server.refuse(
+        "PendingService/Approve",
+        Status::failed_precondition("it is decided"),
+    );
+    let decided = v1::GetPendingResponse {
+        request: Some(v1::PendingRequest {
+            state: v1::PendingState::Decided.into(),
+            ..named_request("r3", "b.c.example.com", false)
+        }),
+    };
+    server.answer("PendingService/GetPending", &decided);
+
+    let words = [
+        "approve",
+        "--vm",
+        "web",
+        "--matching",
+        "*.example.com",
+        "--scope",
+        "subdomains",
+    ];
+    let said = run(&server, Format::Table, &words).await.unwrap();
+
+    assert_eq!(
+        said,
+        "approved r1: allow domain *.example.com for web, until the VM stops (grant g1)\n\
+         approved 2 requests for names that fit *.example.com, 1 of them by the answers to others; 1 request \
+         left out, under a guard: answer each by its id\n"
+    );
+    let listed: Vec<v1::ListPendingRequest> = server.asked("PendingService/ListPending");
+    assert_eq!(listed[0].vms, named("web"));
+    let asked: Vec<v1::ApproveRequest> = server.asked("PendingService/Approve");
+    let asked: Vec<_> = asked
+        .iter()
+        .map(|a| (a.id.as_str(), a.etag.as_str(), a.scope(), a.vms.clone()))
+        .collect();
+    assert_eq!(
+        asked,
+        [
+            ("r1", "r1-1", v1::Scope::Subdomains, None),
+            ("r3", "r3-1", v1::Scope::Subdomains, None)
+        ]
+    );
+}
+
+#[tokio::test]
+async fn deny_of_what_matches_leaves_nothing_out_and_stops_at_a_refusal() {
+    let server = Scripted::start();
+    server.answer("PendingService/ListPending", &names_asked());
+    let denied = |id: &str| v1::DenyResponse {
+        request: request(id),
+        grant: grant(v1::Action::Deny, domain("a.example.com")),
+        cut: Some(v1::CutReport {
+            flows: 3,
+            dataplanes_cut: 2,
+            ..Default::default()
+        }),
+    };
+    server.answer("PendingService/Deny", &denied("r1"));
+    server.answer("PendingService/Deny", &denied("r3"));
+    server.refuse(
+        "PendingService/Deny",
+        Status::resource_exhausted("too many grants"),
+    );
+    let open = v1::GetPendingResponse {
+        request: Some(named_request("r4", "in.example.com", true)),
+    };
+    server.answer("PendingService/GetPending", &open);
+
+    let words = ["deny", "--matching", "*.example.com"];
+    let (said, result) = run_all(&server, Format::Table, &words).await;
+
+    assert!(
+        said.starts_with(
+            "denied r1: deny domain a.example.com for web, until the VM stops (grant g1); 3 live flows on 2 \
+             dataplanes were cut\n"
+        ),
+        "{said}"
+    );
+    let asked: Vec<v1::DenyRequest> = server.asked("PendingService/Deny");
+    let asked: Vec<&str> = asked.iter().map(|a| a.id.as_str()).collect();
+    assert_eq!(asked, ["r1", "r3", "r4"]);
+    assert_eq!(result.unwrap_err().to_string(), "too many grants");
+}
+
+#[tokio::test]
+async fn what_matches_nothing_is_a_failure_and_answers_nothing() {
+    let server = Scripted::start();
+    server.answer("PendingService/ListPending", &names_asked());
+
+    let words = ["approve", "--matching", "*.example.org"];
+    let error = run(&server, Format::Table, &words).await.unwrap_err();
+
+    assert!(error.to_string().contains("fits *.example.org"), "{error}");
+    assert_eq!(error.exit_code(), 1);
+    for words in [
+        &["approve", "01ab", "--matching", "*.example.org"][..],
+        &["approve"],
+        &["deny", "--matching", "*.exa mple.org"],
+    ] {
+        let error = run(&server, Format::Table, words).await.unwrap_err();
+        assert_eq!(error.exit_code(), 2, "{words:?}: {error}");
+    }
+}
+
+#[tokio::test]
+async fn a_flow_that_is_closed_is_said_to_be_cut_when_it_is() {
+    let server = Scripted::start();
+    let flow = v1::Flow {
+        id: "f1".to_owned(),
+        vm: "web".to_owned(),
+        ..Default::default()
+    };
+    let answer = v1::CloseFlowResponse {
+        flow: Some(flow),
+        cut: Some(v1::CutReport {
+            flows: 1,
+            dataplanes_acknowledged: 1,
+            dataplanes_cut: 1,
+            ..Default::default()
+        }),
+    };
+    server.answer("FlowService/CloseFlow", &answer);
+
+    let said = run(&server, Format::Table, &["flows", "close", "f1ab"])
+        .await
+        .unwrap();
+
+    assert!(
+        said.ends_with("(flow f1); 1 live flow on 1 dataplane was cut\n"),
+        "{said}"
+    );
 }
 
 #[tokio::test]
@@ -349,7 +565,7 @@ async fn a_zone_without_a_record_is_made_only_where_that_was_said() {
     let said = run(&server, Format::Table, &words).await.unwrap();
     assert_eq!(said, "zone ads.example is empty: no name in it exists\n");
     assert_eq!(
-        server.asked("DnsService/SetZone"),
+        server.asked::<v1::SetZoneRequest>("DnsService/SetZone"),
         [v1::SetZoneRequest { zone: Some(zone) }]
     );
 }

@@ -33,6 +33,7 @@ fn request() -> v1::PendingRequest {
         vm: "web".to_owned(),
         target: tcp("10.99.0.1", 8080),
         names: vec!["a.example".to_owned(), "b.example".to_owned()],
+        domain: "a.example".to_owned(),
         state: v1::PendingState::Open.into(),
         count: 3,
         held: 2,
@@ -64,9 +65,9 @@ async fn pending_list() {
     assert_eq!(
         table,
         "\
-ID     VM            ASKS                 NAMES                 COUNT   HELD   AGE   NOTE
-01ab   web           tcp 10.99.0.1:8080   a.example,b.example   3       12s    1m    guarded: private-from-dns
-01ac   db\\u{1b}[2J   domain example.com   -                     1       -      5s    -
+ID     VM            DOMAIN      ASKS                 NAMES                 COUNT   HELD   AGE   NOTE
+01ab   web           a.example   tcp 10.99.0.1:8080   a.example,b.example   3       12s    1m    guarded: private-from-dns
+01ac   db\\u{1b}[2J   -           domain example.com   -                     1       -      5s    -
 "
     );
     assert_eq!(
@@ -77,6 +78,7 @@ ID     VM            ASKS                 NAMES                 COUNT   HELD   A
             "vm": "web",
             "target": {"address": {"protocol": "PROTOCOL_TCP", "prefix": "10.99.0.1", "ports": {"first": 8080, "last": 8080}}},
             "names": ["a.example", "b.example"],
+            "domain": "a.example",
             "guards": ["GUARD_PRIVATE_FROM_DNS"],
             "state": "PENDING_STATE_OPEN",
             "count": "3",
@@ -92,6 +94,82 @@ ID     VM            ASKS                 NAMES                 COUNT   HELD   A
 }
 
 #[tokio::test]
+async fn requests_of_one_domain_stand_together_where_the_oldest_of_them_does() {
+    let asks = |id: &str, name: &str, registrable: &str| v1::PendingRequest {
+        id: id.to_owned(),
+        vm: "web".to_owned(),
+        target: domain(name),
+        domain: registrable.to_owned(),
+        ..Default::default()
+    };
+    let answer = v1::ListPendingResponse {
+        requests: vec![
+            asks("r1", "localhost", ""),
+            asks("r2", "a.example.com", "example.com"),
+            asks("r3", "a.example.net", "example.net"),
+            asks("r4", "gateway", ""),
+            asks("r5", "b.example.com", "example.com"),
+            asks("r6", "b.example.net", "example.net"),
+        ],
+        ..Default::default()
+    };
+
+    let (table, json) = printed(&["pending", "list"], "PendingService/ListPending", answer).await;
+
+    let shown: Vec<&str> = table.lines().skip(1).map(|line| &line[..2]).collect();
+    assert_eq!(shown, ["r1", "r2", "r5", "r3", "r6", "r4"]);
+    let ids: Vec<&str> = (0..6).map(|n| json[n]["id"].as_str().unwrap()).collect();
+    assert_eq!(
+        ids,
+        ["r1", "r2", "r3", "r4", "r5", "r6"],
+        "programs get the oldest first"
+    );
+}
+
+#[tokio::test]
+async fn pending_show_says_what_each_answer_would_cover() {
+    let reach = |name: &str, requests, past_flows| v1::ScopeReach {
+        vms: Some(v1::VmSelector {
+            name: name.to_owned(),
+            all: name.is_empty(),
+            ..Default::default()
+        }),
+        vm_count: 1,
+        requests,
+        names: 2,
+        past_flows,
+    };
+    let option = v1::ScopeOption {
+        scope: v1::Scope::HostPort.into(),
+        target: tcp("10.99.0.1", 8080),
+        reaches: vec![reach("web", 1, 0), reach("", 3, 12)],
+    };
+    let server = Scripted::start();
+    let answer = v1::GetPendingResponse {
+        request: Some(v1::PendingRequest {
+            options: vec![option],
+            ..request()
+        }),
+    };
+    server.answer("PendingService/GetPending", &answer);
+
+    let shown = run(&server, Format::Table, &["pending", "show", "01ab"])
+        .await
+        .unwrap();
+
+    let lines: Vec<&str> = shown.lines().rev().take(3).map(str::trim).collect();
+    assert_eq!(
+        lines,
+        [
+            "for all VMs (1 VM): 3 requests, 2 known names, 12 past flows",
+            "for web (1 VM): 1 request, 2 known names, 0 past flows",
+            "Scope:       host-port: tcp 10.99.0.1:8080",
+        ],
+        "{shown}"
+    );
+}
+
+#[tokio::test]
 async fn an_empty_list_is_its_header_or_an_empty_array() {
     let (table, json) = printed(
         &["grants", "list"],
@@ -102,7 +180,7 @@ async fn an_empty_list_is_its_header_or_an_empty_array() {
 
     assert_eq!(
         table,
-        "ID   ACTION   TARGET   VMS   LIFETIME   ENDS IN   HITS   AGE   BY   REASON\n"
+        "ID   ACTION   TARGET   VMS   LIFETIME   ENDS IN   BUDGET   HITS   AGE   BY   REASON\n"
     );
     assert_eq!(json, json!([]));
 }
@@ -129,6 +207,14 @@ async fn grants_list() {
             creator: "ada".to_owned(),
             reason: "upgrade".to_owned(),
             hits: 12,
+            budget: Some(v1::Budget {
+                connections: 5,
+                ..Default::default()
+            }),
+            used: Some(v1::Budget {
+                connections: 2,
+                ..Default::default()
+            }),
             ..Default::default()
         },
         v1::Grant {
@@ -155,9 +241,9 @@ async fn grants_list() {
     assert_eq!(
         table,
         "\
-ID   ACTION   TARGET                 VMS       LIFETIME             ENDS IN   HITS   AGE   BY    REASON
-g1   allow    domain *.example.com   all VMs   for 1h               50m       12     10m   ada   upgrade
-g2   deny     tcp 10.0.0.0/8:22      web       until the VM stops   -         0      1s    -     -
+ID   ACTION   TARGET                 VMS       LIFETIME             ENDS IN   BUDGET            HITS   AGE   BY    REASON
+g1   allow    domain *.example.com   all VMs   for 1h               50m       2/5 connections   12     10m   ada   upgrade
+g2   deny     tcp 10.0.0.0/8:22      web       until the VM stops   -         -                 0      1s    -     -
 "
     );
     assert_eq!(json[0]["lifetime"], json!({"duration": "3600s"}));
@@ -452,8 +538,8 @@ async fn policy_revisions() {
     assert_eq!(
         table,
         "\
-NAME      REVISION   APPLIED                BY    SOURCE        MODE      DEFAULT
-default   2          2026-01-02T03:03:05Z   ada   policy.yaml   enforce   deny
+NAME      REVISION   APPLIED                BY    SOURCE        MODE      DEFAULT   NOTE
+default   2          2026-01-02T03:03:05Z   ada   policy.yaml   enforce   deny      -
 "
     );
 }

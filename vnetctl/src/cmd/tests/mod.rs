@@ -1,6 +1,7 @@
 //! Commands as users type them, against a controlplane that answers from a script.
 
 mod answers;
+mod history;
 mod lists;
 mod scripted;
 

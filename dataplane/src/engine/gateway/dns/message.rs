@@ -9,9 +9,11 @@ use std::time::Duration;
 
 use hickory_proto::op::{Edns, Message, MessageType, OpCode, Query, ResponseCode};
 use hickory_proto::rr::rdata::opt::EdnsOption;
-use hickory_proto::rr::{DNSClass, Record, RecordType};
+use hickory_proto::rr::{DNSClass, RData, Record, RecordType};
 use hickory_proto::serialize::binary::{BinDecodable, BinDecoder};
 use vnet_proto::model::Name;
+
+use crate::engine::synthetic::table::ANSWER_TTL;
 
 /// The largest UDP answer that is sent or asked for, bytes: no fragments on any path (DNS flag day 2020).
 pub const UDP_BYTES_MAX: usize = 1_232;
@@ -186,6 +188,21 @@ impl Question {
         encode(message)
     }
 
+    /// The answer that a name has this address; with `None`, that it has nothing of this type.
+    pub fn synthetic_answer(&self, address: Option<IpAddr>) -> Vec<u8> {
+        let mut message = self.answer();
+        let owner = Query::read(&mut BinDecoder::new(&self.wire)).map(|query| query.name);
+        if let (Some(address), Ok(owner)) = (address, owner) {
+            let data = match address {
+                IpAddr::V4(v4) => RData::A(v4.into()),
+                IpAddr::V6(v6) => RData::AAAA(v6.into()),
+            };
+            let ttl = u32::try_from(ANSWER_TTL.as_secs()).unwrap_or(0);
+            message.add_answers([Record::from_rdata(owner, ttl, data)]);
+        }
+        encode(message)
+    }
+
     fn answer(&self) -> Message {
         let mut message = Message::response(self.id, OpCode::Query);
         message.metadata.recursion_desired = self.recursion_desired;
@@ -278,6 +295,20 @@ impl Question {
         record.extend_from_slice(&upstream.extended_errors);
         Some(record)
     }
+}
+
+/// A query of our own for a name's addresses. Its id is zero; the resolver asks with one of its own.
+pub fn address_query(name: &Name, query_type: u16) -> Option<Vec<u8>> {
+    let mut query = Query::query(name.as_str().parse().ok()?, query_type.into());
+    query.name.set_fqdn(true);
+    let mut message = Message::query();
+    message.metadata.id = 0;
+    message.metadata.recursion_desired = true;
+    message.add_query(query);
+    let mut edns = Edns::new();
+    edns.set_max_payload(u16::try_from(UDP_BYTES_MAX).unwrap_or(u16::MAX));
+    message.set_edns(edns);
+    message.to_vec().ok()
 }
 
 /// An upstream's answer made ready for a client.

@@ -20,7 +20,7 @@ pub mod stream;
 pub mod zones;
 
 use std::collections::VecDeque;
-use std::net::{IpAddr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::time::Duration;
 
 use ahash::AHashMap;
@@ -102,6 +102,13 @@ pub enum Event {
         /// For how long.
         expires_in: Duration,
     },
+    /// A query was refused since every synthetic address is in use.
+    Exhausted {
+        /// The name.
+        name: Name,
+        /// The type that was asked for.
+        query_type: u16,
+    },
     /// Queries were decided by a verdict.
     Decided {
         /// The name.
@@ -113,6 +120,22 @@ pub enum Event {
         /// How many queries.
         count: u64,
     },
+}
+
+/// What a name's queries are answered with in place of the upstream's answer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Synthesis {
+    /// Synthetic addresses.
+    Addresses {
+        /// For queries of type A.
+        v4: Ipv4Addr,
+        /// For queries of type AAAA; `None`: there is none.
+        v6: Option<Ipv6Addr>,
+        /// Nothing goes upstream, of whatever type.
+        only: bool,
+    },
+    /// None is left.
+    Exhausted,
 }
 
 /// Why no verdict on a name is waited for any more.
@@ -149,6 +172,8 @@ pub struct DnsCounts {
     pub upstream_failed: u64,
     /// Answers relayed.
     pub relayed: u64,
+    /// Queries answered with synthetic addresses, or with no data beside them.
+    pub synthetic: u64,
 }
 
 /// The DNS server of one guest.
@@ -308,6 +333,59 @@ impl Dns {
                 }
                 VerdictAction::Drop => drop(self.queries.remove(key)),
             }
+        }
+    }
+
+    /// A name is allowed, and gets synthetic addresses. What would tell real ones beside them (HTTPS and SVCB
+    /// records, RFC 9460) is answered with no data.
+    pub fn handle_synthesis(&mut self, now: Time, name: &Name, synthesis: Synthesis) {
+        let keys = self.queries.take_held(name);
+        let mut decided = (0, 0);
+        for key in keys {
+            let Some(query_type) = self.queries.get(key).map(|q| q.question.query_type) else {
+                continue;
+            };
+            let (address, only) = match synthesis {
+                Synthesis::Exhausted => {
+                    let why = ExtendedError::new(
+                        ExtendedError::OTHER,
+                        "every synthetic address is in use; ask again in a minute or two",
+                    );
+                    self.finish_with(key, ResponseCode::ServFail, &why);
+                    self.events.push_back(Event::Exhausted {
+                        name: name.clone(),
+                        query_type,
+                    });
+                    continue;
+                }
+                Synthesis::Addresses { v4, v6, only } => match query_type {
+                    TYPE_A => (Some(IpAddr::from(v4)), only),
+                    TYPE_AAAA => (v6.map(IpAddr::from), only),
+                    _ => (None, only),
+                },
+            };
+            decided = (query_type, decided.1 + 1);
+            let is_local =
+                only || matches!(query_type, TYPE_A | TYPE_AAAA | TYPE_SVCB | TYPE_HTTPS | TYPE_ANY);
+            if is_local {
+                self.counts.synthetic += 1;
+                let Some(query) = self.queries.remove(key) else {
+                    continue;
+                };
+                let bytes = query.question.synthetic_answer(address);
+                let bytes = fitted(&query.question, query.transport, bytes);
+                self.reply(query.client, query.transport, bytes);
+            } else {
+                self.ask_upstream(now, key);
+            }
+        }
+        if let (query_type, count @ 1..) = decided {
+            self.events.push_back(Event::Decided {
+                name: name.clone(),
+                query_type,
+                action: VerdictAction::Allow,
+                count,
+            });
         }
     }
 
@@ -498,6 +576,9 @@ fn fitted(question: &Question, transport: Transport, bytes: Vec<u8>) -> Vec<u8> 
 
 const TYPE_A: u16 = 1;
 const TYPE_AAAA: u16 = 28;
+const TYPE_SVCB: u16 = 64;
+const TYPE_HTTPS: u16 = 65;
+const TYPE_ANY: u16 = 255;
 
 #[cfg(test)]
 mod tests;

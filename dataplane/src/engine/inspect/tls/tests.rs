@@ -24,7 +24,7 @@ fn client_hello(name: &'static str, change: impl FnOnce(&mut ClientConfig)) -> V
 }
 
 /// A hello with these extensions besides those that it must have.
-pub(in crate::engine::inspect) fn hello_with(extensions: &[(u16, Vec<u8>)]) -> Vec<u8> {
+pub(in crate::engine) fn hello_with(extensions: &[(u16, Vec<u8>)]) -> Vec<u8> {
     const SIGNATURE_ALGORITHMS: u16 = 13;
     let mut listed = Vec::new();
     let algorithms = (SIGNATURE_ALGORITHMS, vec![0, 2, 4, 3]);
@@ -42,7 +42,7 @@ pub(in crate::engine::inspect) fn hello_with(extensions: &[(u16, Vec<u8>)]) -> V
     [&[CLIENT_HELLO], &length[1..], &body].concat()
 }
 
-pub(in crate::engine::inspect) fn server_name_extension(names: &[(u8, &[u8])]) -> (u16, Vec<u8>) {
+pub(in crate::engine) fn server_name_extension(names: &[(u8, &[u8])]) -> (u16, Vec<u8>) {
     let mut list = Vec::new();
     for (kind, name) in names {
         list.push(*kind);
@@ -59,7 +59,7 @@ fn named(name: &[u8]) -> Vec<u8> {
 }
 
 /// Puts handshake bytes into records of so many bytes.
-pub(in crate::engine::inspect) fn in_records(handshake: &[u8], bytes: usize) -> Vec<u8> {
+pub(in crate::engine) fn in_records(handshake: &[u8], bytes: usize) -> Vec<u8> {
     handshake
         .chunks(bytes)
         .flat_map(|part| record(HANDSHAKE, part))

@@ -1,0 +1,140 @@
+//! Flows that rest on a name: what the dataplane is told of them, and what is told of those it refused.
+
+use super::*;
+
+/// Says that a flow was refused for its name.
+fn refuse(dp: &FakeDataplane, flow_id: u64, spoken: &str, text: String) {
+    dp.say(Message::FlowClosed(v1::FlowClosed {
+        flow_id,
+        end: v1::FlowEnd::NameRefused.into(),
+        refusal: Some(v1::NameRefusal {
+            word: "name_mismatch".to_owned(),
+            text,
+            spoken: spoken.to_owned(),
+            wanted: vec!["a.test".to_owned()],
+        }),
+        ..Default::default()
+    }));
+}
+
+/// The events of a kind since the last call.
+fn events(watch: &mut crate::watch::Watch<v1::Event>, kind: v1::EventKind) -> Vec<v1::Event> {
+    let mut events = Vec::new();
+    while let Some(Next::Change(event)) = watch.try_next() {
+        if event.kind() == kind {
+            events.push(event);
+        }
+    }
+    events
+}
+
+#[test]
+fn a_flow_refused_for_its_name_is_told_as_a_denial_with_both_names_and_its_watchers_hear_how_it_ended() {
+    let rig = Rig::open();
+    let mut dp = rig.dataplane("web");
+    let (mut watch, _) = rig.hub.watch_events(Default::default()).unwrap();
+    let mut flows = rig.hub.watch_flows(None).unwrap();
+    let flow_id = open_allowed(&mut dp, WEB);
+    refuse(
+        &dp,
+        flow_id,
+        "evil.test",
+        "TLS names evil.test at port 443, which the rule or grant does not name".to_owned(),
+    );
+    let denied = events(&mut watch, v1::EventKind::FlowDenied);
+    assert_eq!(denied.len(), 1);
+    assert_eq!(
+        (denied[0].action(), denied[0].spoken_name.as_str()),
+        (v1::Action::Deny, "evil.test")
+    );
+    assert_eq!(
+        denied[0].text,
+        "tcp 192.0.2.7:443: TLS names evil.test at port 443, which the rule or grant does not name; it rests \
+         on a.test"
+    );
+    let reason = denied[0].reason.clone().unwrap();
+    assert_eq!(
+        (reason.step.as_str(), reason.subject.as_str()),
+        ("name", "name_mismatch")
+    );
+    let mut ended = Vec::new();
+    while let Some(Next::Change(change)) = flows.try_next() {
+        if change.change() == v1::FlowChange::Removed {
+            ended.push(change.flow.unwrap().ended);
+        }
+    }
+    assert_eq!(ended, ["was refused for its name"]);
+    assert_eq!(rig.metrics.names_refused.get(), 1);
+    assert!(rig.hub.flows(None).is_empty());
+}
+
+#[test]
+fn a_guest_that_is_refused_again_and_again_makes_one_event_and_a_count() {
+    let rig = Rig::open();
+    let mut dp = rig.dataplane("web");
+    let (mut watch, _) = rig.hub.watch_events(Default::default()).unwrap();
+    for number in 0..50 {
+        let flow_id = open_allowed(&mut dp, WEB);
+        refuse(&dp, flow_id, &format!("n{number}.test"), "no".to_owned());
+    }
+    assert_eq!(events(&mut watch, v1::EventKind::FlowDenied).len(), 1);
+    rig.pass(Duration::from_secs(61));
+    let later = events(&mut watch, v1::EventKind::FlowDenied);
+    assert_eq!(later.iter().map(|e| e.count).collect::<Vec<_>>(), [49]);
+}
+
+#[test]
+fn what_a_dataplane_says_of_a_refusal_is_cut_to_size_and_only_names_are_taken_for_names() {
+    let rig = Rig::open();
+    let mut dp = rig.dataplane("web");
+    let (mut watch, _) = rig.hub.watch_events(Default::default()).unwrap();
+    let flow_id = open_allowed(&mut dp, WEB);
+    refuse(&dp, flow_id, "not a name\n", "x".repeat(1 << 20));
+    let denied = events(&mut watch, v1::EventKind::FlowDenied);
+    assert_eq!(denied[0].spoken_name, "");
+    assert!(denied[0].text.len() < 600, "{}", denied[0].text.len());
+}
+
+#[test]
+fn the_guards_of_names_reach_the_dataplane_when_they_change() {
+    let rig = Rig::open();
+    let mut dp = rig.dataplane("web");
+    dp.told();
+    rig.apply("version: 1\nguards: {ech: outer, quic: deny}\n");
+    let settings: Vec<_> = dp
+        .told()
+        .into_iter()
+        .filter_map(|told| match told {
+            Told::VmSettings(settings) => Some((settings.ech_outer, settings.quic_denied)),
+            _ => None,
+        })
+        .collect();
+    assert_eq!(settings, [(true, true)]);
+}
+
+#[test]
+fn a_yes_to_a_lookup_demands_of_the_connection_that_it_names_what_was_looked_up() {
+    let rig = Rig::secure();
+    let mut dp = rig.dataplane("web");
+    dp.announce(MissId(1), 1, lookup("a.test", 1));
+    let id = rig.hub.pending(None)[0].id.clone();
+    rig.hub.reply(&reply(&id, Answer::Approve)).unwrap();
+    dp.told();
+    let verdict = dp.verdict(flow(WEB, &["a.test", "b.test"]));
+    assert_eq!(
+        (verdict.action, verdict.names.as_slice()),
+        (ALLOW, &["a.test".to_owned()][..])
+    );
+    assert_eq!(verdict.name_demand, v1::NameDemand::ByPort as i32);
+    // To the connection itself, by its name, likewise.
+    dp.announce(MissId(2), 1, flow("192.0.2.9:443", &["c.test"]));
+    let id = rig.hub.pending(None)[0].id.clone();
+    rig.hub.reply(&reply(&id, Answer::Approve)).unwrap();
+    let told = dp.told();
+    let verdict = verdicts(&told).pop().unwrap();
+    assert_eq!(
+        (verdict.action, verdict.names.as_slice()),
+        (ALLOW, &["c.test".to_owned()][..])
+    );
+    assert_eq!(verdict.name_demand, v1::NameDemand::ByPort as i32);
+}

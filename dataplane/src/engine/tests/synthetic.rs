@@ -1,0 +1,546 @@
+//! Synthetic answers: an address at once, the lookup and the connection only after the yes.
+
+use std::net::{IpAddr, Ipv4Addr};
+use std::time::Duration;
+
+use hickory_proto::op::{Message, Query, ResponseCode};
+use hickory_proto::rr::{RData, Record, RecordType};
+use vnet_proto::model::{Guard, LookupMatch, Match, Miss, NameDemand, Subject, Verdict, VerdictAction};
+
+use super::kit::*;
+use crate::engine::Event;
+use crate::engine::inspect::tls::tests::{hello_with, in_records, server_name_extension};
+use crate::message::{Order, Report, Settings};
+
+const REAL: &str = "203.0.113.80";
+
+fn synthetic_rig() -> Rig {
+    let mut rig = Rig::new();
+    settings(&mut rig, true);
+    rig
+}
+
+fn settings(rig: &mut Rig, synthetic_answers: bool) {
+    rig.order(Order::Settings(Settings {
+        name: "vm".into(),
+        switch_open: false,
+        forwards_closed: false,
+        synthetic_answers,
+        deny_ech: true,
+        deny_quic: false,
+        lookup_hold: Duration::from_secs(4),
+        hold: HOLD,
+    }));
+}
+
+fn ask(rig: &mut Rig, name: &str, query_type: RecordType) {
+    let mut message = Message::query();
+    message.metadata.id = 7;
+    message.metadata.recursion_desired = true;
+    message.add_query(Query::query(name.parse().unwrap(), query_type));
+    rig.ip(&udp((GATEWAY, 53), &message.to_vec().unwrap()));
+}
+
+fn lookup_verdict(miss: &Miss, action: VerdictAction, synthetic_only: bool) -> Verdict {
+    let Subject::Lookup(lookup) = &miss.subject else {
+        panic!("not a lookup")
+    };
+    Verdict {
+        miss: miss.id,
+        action,
+        found: Match::Lookup(LookupMatch::Exact(lookup.name.clone())),
+        synthetic_only,
+        ..verdict_of_nothing()
+    }
+}
+
+fn verdict_of_nothing() -> Verdict {
+    let mut rig = Rig::new();
+    rig.syn((SERVER, 1));
+    verdict(&rig.misses().remove(0), VerdictAction::Allow)
+}
+
+fn answered(rig: &mut Rig) -> Message {
+    let (_, payload) = rig.only_datagram();
+    Message::from_vec(&payload).unwrap()
+}
+
+/// The guest looks a name up; the address that it is told.
+fn look_up(rig: &mut Rig, name: &str) -> Ipv4Addr {
+    ask(rig, name, RecordType::A);
+    if let Some(miss) = rig.misses().pop() {
+        rig.order(Order::Verdict(Box::new(lookup_verdict(
+            &miss,
+            VerdictAction::Allow,
+            true,
+        ))));
+    }
+    let message = answered(rig);
+    match &message.answers[0].data {
+        RData::A(a) => a.0,
+        other => panic!("{other:?}"),
+    }
+}
+
+/// Takes the lookups that go upstream: number and question.
+fn upstream(rig: &mut Rig) -> Vec<(u64, String, RecordType)> {
+    let (lookups, others) = std::mem::take(&mut rig.events)
+        .into_iter()
+        .partition::<Vec<_>, _>(|e| matches!(e, Event::Resolve { .. }));
+    rig.events = others;
+    lookups
+        .into_iter()
+        .map(|e| {
+            let Event::Resolve { query, bytes } = e else {
+                unreachable!()
+            };
+            let message = Message::from_vec(&bytes).unwrap();
+            let q = &message.queries[0];
+            (query, q.name.to_string(), q.query_type)
+        })
+        .collect()
+}
+
+fn resolved(rig: &mut Rig, (query, name, query_type): &(u64, String, RecordType), addresses: &[&str]) {
+    let mut message = Message::response(0, hickory_proto::op::OpCode::Query);
+    message.add_query(Query::query(name.parse().unwrap(), *query_type));
+    for address in addresses {
+        let data = match address.parse().unwrap() {
+            IpAddr::V4(v4) => RData::A(v4.into()),
+            IpAddr::V6(v6) => RData::AAAA(v6.into()),
+        };
+        message.add_answers([Record::from_rdata(name.parse().unwrap(), 300, data)]);
+    }
+    let bytes = message.to_vec().unwrap();
+    rig.engine.handle_resolved(rig.now, *query, Some(bytes));
+    while let Some(event) = rig.engine.poll_event() {
+        rig.events.push(event);
+    }
+}
+
+fn flow_miss(rig: &mut Rig) -> Miss {
+    let mut misses = rig.misses();
+    assert_eq!(misses.len(), 1, "{misses:?}");
+    misses.remove(0)
+}
+
+fn subject(miss: &Miss) -> &vnet_proto::model::FlowSubject {
+    let Subject::Flow(flow) = &miss.subject else {
+        panic!("not a flow: {miss:?}")
+    };
+    flow
+}
+
+fn once(miss: &Miss, action: VerdictAction) -> Order {
+    Order::Verdict(Box::new(Verdict {
+        once: true,
+        ..verdict(miss, action)
+    }))
+}
+
+#[test]
+fn a_connection_is_asked_about_by_name_before_a_byte_of_dns_leaves() {
+    let mut rig = synthetic_rig();
+    let address = look_up(&mut rig, "api.example.test.");
+    assert_eq!(upstream(&mut rig), []);
+
+    rig.syn((address, 443));
+    let miss = flow_miss(&mut rig);
+    assert_eq!(subject(&miss).names, ["api.example.test".parse().unwrap()]);
+    assert!(subject(&miss).guards.contains(Guard::Synthetic));
+    assert_eq!(subject(&miss).dialled, IpAddr::from(address));
+    assert_eq!(upstream(&mut rig), []);
+
+    rig.answer(&miss, VerdictAction::Allow);
+    let lookups = upstream(&mut rig);
+    assert_eq!(lookups.len(), 1);
+    assert_eq!(&lookups[0].1, "api.example.test.");
+    resolved(&mut rig, &lookups[0], &[REAL]);
+
+    let judged = flow_miss(&mut rig);
+    assert_eq!(subject(&judged).dialled, REAL.parse::<IpAddr>().unwrap());
+    assert_eq!(subject(&judged).key.peer.ip(), IpAddr::from(address));
+    assert!(!rig.events.iter().any(|e| matches!(e, Event::Dial { .. })));
+    rig.order(once(&judged, VerdictAction::Allow));
+    let (at, to) = rig.only_dial();
+    assert_eq!(to, format!("{REAL}:443").parse().unwrap());
+
+    // The guest sees the address that it was told.
+    rig.engine.handle_dialled(rig.now, at);
+    rig.service();
+    let sent = rig.sent();
+    assert_eq!(&sent[0][12..16], &address.octets());
+}
+
+#[test]
+fn the_next_connection_asks_nobody_and_looks_nothing_up() {
+    let mut rig = synthetic_rig();
+    let address = look_up(&mut rig, "api.example.test.");
+    rig.syn((address, 443));
+    let miss = flow_miss(&mut rig);
+    rig.answer(&miss, VerdictAction::Allow);
+    let lookup = upstream(&mut rig).remove(0);
+    resolved(&mut rig, &lookup, &[REAL]);
+    let judged = flow_miss(&mut rig);
+    rig.order(once(&judged, VerdictAction::Allow));
+    rig.only_dial();
+    rig.reports();
+
+    let mut second = segment((address, 443), 2, 5000, 0, &[]);
+    second[21] ^= 1;
+    rig.ip(&second);
+    assert_eq!(rig.misses().len(), 0);
+    rig.only_dial();
+
+    // Under another epoch, everything is asked anew.
+    rig.order(Order::Revoke {
+        command: None,
+        epoch: EPOCH.next(),
+    });
+    let mut third = segment((address, 443), 2, 9000, 0, &[]);
+    third[21] ^= 3;
+    rig.ip(&third);
+    assert_eq!(subject(&flow_miss(&mut rig)).dialled, IpAddr::from(address));
+}
+
+#[test]
+fn what_the_name_stands_for_may_still_be_refused() {
+    let mut rig = synthetic_rig();
+    let address = look_up(&mut rig, "rebind.test.");
+    rig.syn((address, 80));
+    let miss = flow_miss(&mut rig);
+    rig.answer(&miss, VerdictAction::Allow);
+    let lookup = upstream(&mut rig).remove(0);
+    resolved(&mut rig, &lookup, &["10.0.0.1"]);
+    let judged = flow_miss(&mut rig);
+    assert!(subject(&judged).guards.contains(Guard::PrivateFromDns));
+    rig.order(once(&judged, VerdictAction::Deny));
+    assert_eq!(rig.only_segment().0 & 4, 4);
+    assert!(!rig.events.iter().any(|e| matches!(e, Event::Dial { .. })));
+    assert_eq!(rig.engine.flow_count(), 0);
+}
+
+#[test]
+fn a_name_for_loopback_or_the_guests_network_is_not_even_asked_about() {
+    for (name, real) in [
+        ("lo.test.", "127.0.0.1"),
+        ("link.test.", "192.168.127.9"),
+        ("multi.test.", "224.0.0.1"),
+    ] {
+        let mut rig = synthetic_rig();
+        let address = look_up(&mut rig, name);
+        rig.syn((address, 80));
+        let miss = flow_miss(&mut rig);
+        rig.answer(&miss, VerdictAction::Allow);
+        let lookup = upstream(&mut rig).remove(0);
+        resolved(&mut rig, &lookup, &[real]);
+        assert_eq!(rig.misses().len(), 0, "{name}");
+        assert!(!rig.events.iter().any(|e| matches!(e, Event::Dial { .. })));
+        assert_eq!(rig.engine.flow_count(), 0, "{name}");
+        assert_eq!(rig.sent().len(), 1, "{name}: the guest is told");
+    }
+}
+
+#[test]
+fn a_name_that_stands_for_nothing_is_unreachable() {
+    let mut rig = synthetic_rig();
+    let address = look_up(&mut rig, "nothing.test.");
+    rig.syn((address, 443));
+    let miss = flow_miss(&mut rig);
+    rig.answer(&miss, VerdictAction::Allow);
+    let a = upstream(&mut rig).remove(0);
+    resolved(&mut rig, &a, &[]);
+    let aaaa = upstream(&mut rig).remove(0);
+    assert_eq!(aaaa.2, RecordType::AAAA, "the other family is tried");
+    rig.engine.handle_resolved(rig.now, aaaa.0, None);
+    assert_eq!(rig.only_icmp(), (3, 1));
+    assert_eq!(rig.engine.flow_count(), 0);
+}
+
+#[test]
+fn a_lookup_that_nobody_answers_ends() {
+    let mut rig = synthetic_rig();
+    let address = look_up(&mut rig, "slow.test.");
+    rig.syn((address, 443));
+    let miss = flow_miss(&mut rig);
+    rig.answer(&miss, VerdictAction::Allow);
+    let lookup = upstream(&mut rig).remove(0);
+    rig.wait(Duration::from_secs(21));
+    assert_eq!(rig.only_segment().0 & 4, 4);
+    assert_eq!(rig.engine.flow_count(), 0);
+    resolved(&mut rig, &lookup, &[REAL]);
+    assert!(!rig.events.iter().any(|e| matches!(e, Event::Dial { .. })));
+}
+
+#[test]
+fn a_yes_that_was_taken_back_during_the_lookup_is_asked_for_again() {
+    let mut rig = synthetic_rig();
+    let address = look_up(&mut rig, "api.example.test.");
+    rig.syn((address, 443));
+    let miss = flow_miss(&mut rig);
+    rig.answer(&miss, VerdictAction::Allow);
+    let lookup = upstream(&mut rig).remove(0);
+    rig.order(Order::Revoke {
+        command: None,
+        epoch: EPOCH.next(),
+    });
+    resolved(&mut rig, &lookup, &[REAL]);
+    let again = flow_miss(&mut rig);
+    assert_eq!(subject(&again).dialled, IpAddr::from(address), "by its name");
+    let mut denied = verdict(&again, VerdictAction::Deny);
+    denied.epoch = EPOCH.next();
+    rig.order(Order::Verdict(Box::new(denied)));
+    assert_eq!(rig.only_segment().0 & 4, 4);
+}
+
+#[test]
+fn a_yes_for_once_serves_one_connection_through_both_judgements() {
+    let mut rig = synthetic_rig();
+    let address = look_up(&mut rig, "api.example.test.");
+    rig.syn((address, 443));
+    let miss = flow_miss(&mut rig);
+    rig.order(once(&miss, VerdictAction::Allow));
+    let lookup = upstream(&mut rig).remove(0);
+    resolved(&mut rig, &lookup, &[REAL]);
+    let judged = flow_miss(&mut rig);
+    rig.order(once(&judged, VerdictAction::Allow));
+    rig.only_dial();
+    rig.reports();
+    let mut second = segment((address, 443), 2, 5000, 0, &[]);
+    second[21] ^= 1;
+    rig.ip(&second);
+    assert_eq!(subject(&flow_miss(&mut rig)).dialled, IpAddr::from(address));
+}
+
+#[test]
+fn datagrams_wait_for_the_lookup_and_go_on_in_order() {
+    let mut rig = synthetic_rig();
+    let address = look_up(&mut rig, "time.test.");
+    for payload in [b"one", b"two"] {
+        rig.ip(&udp((address, 123), payload));
+    }
+    let miss = flow_miss(&mut rig);
+    rig.answer(&miss, VerdictAction::Allow);
+    rig.ip(&udp((address, 123), b"three"));
+    let lookup = upstream(&mut rig).remove(0);
+    resolved(&mut rig, &lookup, &[REAL]);
+    let judged = flow_miss(&mut rig);
+    rig.order(once(&judged, VerdictAction::Allow));
+    let sent: Vec<_> = rig
+        .events
+        .iter()
+        .filter_map(|e| match e {
+            Event::Send { flow, packets } => Some((*flow, packets.clone())),
+            _ => None,
+        })
+        .collect();
+    assert_eq!(sent.len(), 1);
+    let packets: Vec<&[u8]> = sent[0].1.iter().map(|p| &p[..]).collect();
+    assert_eq!(packets, [&b"one"[..], b"two", b"three"]);
+    let flow = rig.engine.flow(sent[0].0).unwrap();
+    assert_eq!(flow.dialled, format!("{REAL}:123").parse().unwrap());
+    // The answer comes from the address that the guest knows.
+    rig.engine.handle_datagram(rig.now, sent[0].0, b"now");
+    let packet = rig.sent().remove(0);
+    assert_eq!(&packet[12..16], &address.octets());
+}
+
+#[test]
+fn under_a_name_that_is_only_asked_for_no_other_type_goes_upstream() {
+    let mut rig = synthetic_rig();
+    look_up(&mut rig, "asked.test.");
+    for query_type in [
+        RecordType::TXT,
+        RecordType::HTTPS,
+        RecordType::AAAA,
+        RecordType::MX,
+        RecordType::ANY,
+    ] {
+        ask(&mut rig, "asked.test.", query_type);
+        let message = answered(&mut rig);
+        assert_eq!(message.metadata.response_code, ResponseCode::NoError);
+        assert_eq!(message.answers.len(), 0, "{query_type}");
+    }
+    assert_eq!(upstream(&mut rig), []);
+}
+
+#[test]
+fn under_a_name_that_is_allowed_other_types_do() {
+    let mut rig = synthetic_rig();
+    ask(&mut rig, "allowed.test.", RecordType::MX);
+    let miss = rig.misses().remove(0);
+    rig.order(Order::Verdict(Box::new(lookup_verdict(
+        &miss,
+        VerdictAction::Allow,
+        false,
+    ))));
+    let types: Vec<_> = upstream(&mut rig).into_iter().map(|(_, _, t)| t).collect();
+    assert_eq!(types, [RecordType::MX]);
+    ask(&mut rig, "allowed.test.", RecordType::A);
+    assert_eq!(answered(&mut rig).answers.len(), 1);
+    ask(&mut rig, "allowed.test.", RecordType::HTTPS);
+    assert_eq!(answered(&mut rig).answers.len(), 0);
+    assert_eq!(upstream(&mut rig), []);
+}
+
+#[test]
+fn an_address_of_the_range_that_stands_for_no_name_leads_nowhere() {
+    let mut rig = synthetic_rig();
+    look_up(&mut rig, "one.test.");
+    rig.syn((Ipv4Addr::new(198, 18, 9, 9), 443));
+    assert_eq!(rig.misses().len(), 0);
+    assert_eq!(rig.only_icmp().0, 3);
+}
+
+#[test]
+fn a_verdict_that_asks_for_synthetic_answers_is_kept_even_where_they_are_off() {
+    let mut rig = Rig::new();
+    let address = look_up(&mut rig, "early.test.");
+    assert_eq!(address.octets()[..2], [198, 18]);
+    assert_eq!(upstream(&mut rig), []);
+}
+
+#[test]
+fn switched_off_real_addresses_are_told_again_and_flows_live_on() {
+    let mut rig = synthetic_rig();
+    let address = look_up(&mut rig, "api.example.test.");
+    settings(&mut rig, false);
+    ask(&mut rig, "other.test.", RecordType::A);
+    let miss = rig.misses().remove(0);
+    rig.order(Order::Verdict(Box::new(lookup_verdict(
+        &miss,
+        VerdictAction::Allow,
+        false,
+    ))));
+    assert_eq!(upstream(&mut rig).len(), 1);
+    rig.syn((address, 443));
+    assert!(subject(&flow_miss(&mut rig)).guards.contains(Guard::Synthetic));
+}
+
+#[test]
+fn a_million_names_meet_the_end_of_the_range_and_it_is_said() {
+    let mut rig = synthetic_rig();
+    // One verdict for every name, as a policy that allows all gives it.
+    ask(&mut rig, "first.test.", RecordType::A);
+    let miss = rig.misses().remove(0);
+    let mut any = lookup_verdict(&miss, VerdictAction::Allow, true);
+    any.found = Match::Lookup(LookupMatch::Any);
+    rig.order(Order::Verdict(Box::new(any)));
+    rig.frames();
+    rig.events.clear();
+    let mut refused = 0u32;
+    for i in 0..1_000_000u32 {
+        let mut message = Message::query();
+        message.metadata.recursion_desired = true;
+        message.add_query(Query::query(
+            format!("n{i}.test.").parse().unwrap(),
+            RecordType::A,
+        ));
+        rig.ip(&udp((GATEWAY, 53), &message.to_vec().unwrap()));
+        for frame in rig.frames() {
+            let answer = Message::from_vec(&frame[14 + 28..]).unwrap();
+            refused += u32::from(answer.metadata.response_code == ResponseCode::ServFail);
+        }
+        if i % 1_000 != 999_999 % 1_000 {
+            rig.events.clear();
+        }
+        if i == 100_000 {
+            // What was given out first may be given on now.
+            rig.wait(Duration::from_secs(120));
+        }
+    }
+    assert!(refused > 800_000, "{refused}");
+    assert!(rig.reports().iter().any(|r| matches!(
+        r,
+        Report::Decided { action: VerdictAction::Deny, reason, .. } if reason.subject == "synthetic-addresses"
+    )));
+}
+
+#[test]
+fn an_unreachable_address_passes_the_turn_to_the_next() {
+    let mut rig = synthetic_rig();
+    let address = look_up(&mut rig, "two.test.");
+    rig.syn((address, 443));
+    let miss = flow_miss(&mut rig);
+    rig.answer(&miss, VerdictAction::Allow);
+    let lookup = upstream(&mut rig).remove(0);
+    resolved(&mut rig, &lookup, &["203.0.113.80", "203.0.113.81"]);
+    let judged = flow_miss(&mut rig);
+    rig.order(once(&judged, VerdictAction::Allow));
+    let (at, first) = rig.only_dial();
+    rig.engine
+        .handle_refused(rig.now, at, crate::engine::tcp::DialError::HostUnreachable);
+    while rig.engine.poll_event().is_some() {}
+    rig.sent();
+    rig.syn((address, 443));
+    let judged = flow_miss(&mut rig);
+    assert_ne!(subject(&judged).dialled, first.ip());
+    rig.order(once(&judged, VerdictAction::Allow));
+    assert_ne!(rig.only_dial().1, first);
+}
+
+/// A connection to https of a name, allowed if it says that name, its handshake done; the sequence number that
+/// the gateway's side continues with.
+fn reading(rig: &mut Rig, address: Ipv4Addr) -> u32 {
+    rig.syn((address, 443));
+    let miss = flow_miss(rig);
+    let mut named = verdict(&miss, VerdictAction::Allow);
+    named.name_demand = NameDemand::ByPort;
+    named.names = vec!["api.example.test".parse().unwrap()];
+    if let Match::Flow(found) = &mut named.found {
+        found.names_consulted = true;
+    }
+    rig.order(Order::Verdict(Box::new(named)));
+    let lookup = upstream(rig).remove(0);
+    resolved(rig, &lookup, &[REAL]);
+    let judged = flow_miss(rig);
+    rig.order(once(&judged, VerdictAction::Allow));
+    rig.service();
+    let (flags, sequence, ..) = rig.only_segment();
+    assert_eq!(flags, 0x12, "it is answered to hear its name");
+    rig.tcp((address, 443), 0x10, 1001, sequence + 1, &[]);
+    rig.service();
+    rig.sent();
+    sequence + 1
+}
+
+fn hello(name: &str) -> Vec<u8> {
+    in_records(
+        &hello_with(&[server_name_extension(&[(0, name.as_bytes())])]),
+        4000,
+    )
+}
+
+#[test]
+fn the_name_that_was_asked_for_must_be_spoken_too() {
+    for (spoken, dialled) in [("api.example.test", true), ("other.example.test", false)] {
+        let mut rig = synthetic_rig();
+        let address = look_up(&mut rig, "api.example.test.");
+        let sequence = reading(&mut rig, address);
+        assert!(!rig.events.iter().any(|e| matches!(e, Event::Dial { .. })));
+        rig.tcp((address, 443), 0x18, 1001, sequence, &hello(spoken));
+        rig.service();
+        if dialled {
+            assert_eq!(rig.only_dial().1, format!("{REAL}:443").parse().unwrap());
+        } else {
+            assert!(!rig.events.iter().any(|e| matches!(e, Event::Dial { .. })));
+            assert_eq!(rig.engine.flow_count(), 0);
+        }
+    }
+}
+
+#[test]
+fn what_is_taken_back_while_its_name_is_read_is_not_dialled_on_the_second_judgement_alone() {
+    let mut rig = synthetic_rig();
+    let address = look_up(&mut rig, "api.example.test.");
+    let sequence = reading(&mut rig, address);
+    rig.order(Order::Revoke {
+        command: None,
+        epoch: EPOCH.next(),
+    });
+    rig.tcp((address, 443), 0x18, 1001, sequence, &hello("api.example.test"));
+    rig.service();
+    assert!(!rig.events.iter().any(|e| matches!(e, Event::Dial { .. })));
+    assert_eq!(rig.misses().len(), 0);
+    assert_eq!(rig.only_segment().0 & 4, 4, "it may try anew");
+}
