@@ -9,7 +9,7 @@ use vnet_proto::v1;
 use crate::approval::{PendingState, Request, Scope};
 use crate::fleet::{Dataplane, LiveFlow, Vm};
 use crate::grant::{Account, Grant, GrantAction, GrantId, Lifetime, VmInstance};
-use crate::policy::Outcome;
+use crate::policy::{Denial, DnsGuard, Effective, Outcome};
 use crate::store::StoredGrant;
 
 /// A time for the wire.
@@ -330,6 +330,28 @@ pub(crate) fn to_store(made: &Grant, account: Option<&Account>) -> StoredGrant {
             .flat_map(Account::vms)
             .map(|(vm, used)| (vm.0.clone(), used))
             .collect(),
+    }
+}
+
+/// How a VM's dataplane is to treat its lookups.
+pub(crate) fn dns_settings(effective: &Effective) -> v1::DnsSettings {
+    let said = effective.settings();
+    let (ttl_min, ttl_max) = said.ttl();
+    let [queries_per_second, queries_per_minute, names_per_domain] = effective.lookup_limits();
+    v1::DnsSettings {
+        ttl_min: Some(ttl_min).filter(|min| !min.is_zero()).and_then(span),
+        ttl_max: span(ttl_max),
+        deny_with: match said.deny_with.unwrap_or_default() {
+            Denial::Refused => v1::DnsDenial::Refused,
+            Denial::NxDomain => v1::DnsDenial::Nxdomain,
+            Denial::ServFail => v1::DnsDenial::Servfail,
+        }
+        .into(),
+        deny_text: said.deny_text.clone().unwrap_or_default(),
+        queries_per_second,
+        queries_per_minute,
+        names_per_domain,
+        redirect: effective.dns_guard() == DnsGuard::Redirect,
     }
 }
 

@@ -64,12 +64,6 @@ pub enum Refusal {
         /// One sentence.
         text: String,
     },
-    /// Not built yet.
-    #[error("{what} is not built yet")]
-    NotBuilt {
-        /// What.
-        what: &'static str,
-    },
     /// It is served, and not here.
     #[error("{0}")]
     Elsewhere(String),
@@ -103,7 +97,7 @@ impl Refusal {
                 Code::Ok => Code::Unknown,
                 code => code,
             },
-            Self::NotBuilt { .. } | Self::Elsewhere(_) => Code::Unimplemented,
+            Self::Elsewhere(_) => Code::Unimplemented,
             Self::NotSaved(_) | Self::Store(_) => Code::Internal,
         }
     }
@@ -120,7 +114,6 @@ impl Refusal {
             Self::Limit(_) => "LIMIT_REACHED",
             Self::Unavailable(_) => "DATAPLANE_UNAVAILABLE",
             Self::Dataplane { .. } => "DATAPLANE_REFUSED",
-            Self::NotBuilt { .. } => "NOT_BUILT_YET",
             Self::Elsewhere(_) => "SERVED_ELSEWHERE",
             Self::NotSaved(_) => "NOT_SAVED",
             Self::Store(_) => "STORE_FAILED",

@@ -69,7 +69,8 @@ pub struct Args {
     /// Search domain for guests; may be repeated.
     #[arg(long, value_name = "DOMAIN")]
     pub dns_search: Vec<String>,
-    /// Local zone, as example.internal:db=192.168.127.9,*=192.168.127.2; may be repeated.
+    /// Local zone, as example.internal:db=192.168.127.9,*=192.168.127.2; NAME=upstream is looked up after all.
+    /// May be repeated.
     #[arg(long = "zone", value_name = "ZONE:NAME=ADDRESS,...")]
     pub zones: Vec<String>,
     /// Forward a port of the host into a guest, as docker does: 8080:80, 127.0.0.1:5353:53/udp.

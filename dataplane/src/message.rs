@@ -75,8 +75,9 @@ pub struct Forward {
 pub struct Zone {
     /// Its name; `None` for the root, which answers for every name that no other zone has.
     pub name: Option<Name>,
-    /// Records. Their names are below the zone, as `host`; `None` for the zone itself.
-    pub records: Vec<(Option<Name>, IpAddr)>,
+    /// Records. Their names are below the zone, as `host`; `None` for the zone itself. A record without an
+    /// address is not local after all: it is looked up upstream, under a verdict like any other name.
+    pub records: Vec<(Option<Name>, Option<IpAddr>)>,
     /// The address for names that no record has. `None`: they do not exist.
     pub default_address: Option<IpAddr>,
 }
@@ -149,6 +150,19 @@ pub enum Report {
         addresses: Vec<IpAddr>,
         /// For how long.
         expires_in: Duration,
+    },
+    /// A limit that a policy sets refused something.
+    LimitReached {
+        /// Whose.
+        vm: VmId,
+        /// The policy's key.
+        limit: &'static str,
+        /// A registrable domain; empty for the VM as a whole.
+        subject: String,
+        /// What the limit is.
+        value: u32,
+        /// How much was refused since the last such report.
+        count: u64,
     },
     /// A Revoke or Cut is done in this guest. The session acknowledges when every guest has said so.
     Done {
@@ -410,10 +424,66 @@ pub struct Settings {
     pub lookup_hold: Duration,
     /// How long its flows may be held when nothing else is said.
     pub hold: Duration,
+    /// How its lookups are answered and limited.
+    pub dns: DnsSettings,
+    /// How much longer than their lease cached allows that rest on no grant hold.
+    pub loss_grace: Duration,
     /// A hello that hides its name is refused where a name is demanded; else the name that it shows counts.
     pub deny_ech: bool,
     /// QUIC is refused where a name is demanded, rather than read.
     pub deny_quic: bool,
+}
+
+/// How a VM's lookups are answered and limited.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct DnsSettings {
+    /// Times to live below this are raised to it.
+    pub ttl_min: Duration,
+    /// Times to live above this are cut to it.
+    pub ttl_max: Duration,
+    /// How a lookup that is denied is answered.
+    pub deny_with: DnsDenial,
+    /// The extended error's text then; empty for the denial's reason.
+    pub deny_text: String,
+    /// Lookups that may go upstream within a second; zero for any number.
+    pub queries_per_second: u32,
+    /// Lookups that may go upstream within a minute; zero for any number.
+    pub queries_per_minute: u32,
+    /// Different names of one registrable domain that may within a minute; zero for any number.
+    pub names_per_domain: u32,
+    /// What goes to port 53 of any other address than a guest's is answered by the gateway's own DNS.
+    pub redirect: bool,
+}
+
+impl Default for DnsSettings {
+    fn default() -> Self {
+        Self {
+            ttl_min: Duration::ZERO,
+            ttl_max: DNS_TTL_MAX,
+            deny_with: DnsDenial::default(),
+            deny_text: String::new(),
+            queries_per_second: 0,
+            queries_per_minute: 0,
+            names_per_domain: 0,
+            redirect: false,
+        }
+    }
+}
+
+/// The longest time to live that a guest is told where nothing else is said: what it may remember, its
+/// bindings remember as well.
+pub const DNS_TTL_MAX: Duration = Duration::from_secs(3_600);
+
+/// How a lookup that is denied is answered.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum DnsDenial {
+    /// REFUSED.
+    #[default]
+    Refused,
+    /// NXDOMAIN.
+    NxDomain,
+    /// SERVFAIL.
+    ServFail,
 }
 
 /// One of a bounded number of things that wait to be taken on. Dropping it makes room for another.

@@ -137,23 +137,6 @@ fn health_is_told_of_the_whole_and_of_every_service() {
 }
 
 #[test]
-fn what_is_not_served_yet_says_so() {
-    staged(what_is_not_served_yet_says_so, |world| {
-        with_channel(world, world.control_socket(), |channel| async {
-            let refused = v1::policy_service_client::PolicyServiceClient::new(channel)
-                .suggest(v1::SuggestRequest::default())
-                .await
-                .expect_err("it is not built");
-            assert_eq!(refused.code(), Code::Unimplemented, "{refused:?}");
-            let details = refused.get_error_details();
-            let info = details.error_info().expect("a detail says why");
-            assert_eq!(info.reason, "NOT_BUILT_YET", "{info:?}");
-            assert!(refused.message().contains("Suggest"), "{refused:?}");
-        });
-    });
-}
-
-#[test]
 fn sessions_and_the_api_have_listeners_of_their_own() {
     staged(sessions_and_the_api_have_listeners_of_their_own, |world| {
         with_channel(world, world.control_socket(), |channel| async {

@@ -89,7 +89,9 @@ fn check_zone(mut zone: v1::Zone) -> Result<v1::Zone, Refusal> {
             check_name(&format!("zone.records[{index}].name"), &full)?;
             record.name = record.name.trim_end_matches('.').to_ascii_lowercase();
         }
-        record.address = check_address(&format!("zone.records[{index}].address"), &record.address)?;
+        if !record.address.is_empty() {
+            record.address = check_address(&format!("zone.records[{index}].address"), &record.address)?;
+        }
     }
     if !zone.default_address.is_empty() {
         zone.default_address = check_address("zone.default_address", &zone.default_address)?;

@@ -8,6 +8,7 @@ use vnet_proto::v1::policy_service_server::PolicyService;
 use super::{Api, actor, replay, saved};
 use crate::hub::{Candidate, DEFAULT, confirm_within, without_content};
 use crate::refusal::Refusal;
+use crate::store::LISTED_REVISIONS_MAX;
 
 /// Revisions on a page where the client does not say, and at most.
 const PAGE_DEFAULT: usize = 50;
@@ -165,6 +166,17 @@ impl PolicyService for Api {
             .into());
         }
         let earlier = self.stored_revision(name.clone(), revision).await?;
+        if let Some(gone) = earlier.lists.iter().find(|list| list.content.is_empty()) {
+            let text = format!(
+                "revision {revision} of policy {name} names list {:?}, which is no longer kept: the last                  {LISTED_REVISIONS_MAX} revisions have theirs; apply its document again, with its lists",
+                gone.path
+            );
+            return Err(Refusal::Precondition {
+                reason: "LISTS_GONE",
+                text,
+            }
+            .into());
+        }
         // With the etag, so that what was applied meanwhile is not undone unseen.
         let applied = if earlier.withdrawn {
             self.hub.withdraw_policy(&name, &in_force.etag, &actor)?

@@ -30,6 +30,11 @@ pub struct Ask<'a> {
     pub hold: Duration,
     /// Packets or queries held for it.
     pub packets: u32,
+    /// Requests that the VM may have open (`approvals.maxPendingPerVm`); at most [`OPEN_PER_VM_MAX`].
+    pub open_max: usize,
+    /// Requests that it may open within a minute (`approvals.maxRequestsPerMinute`); at most
+    /// [`OPEN_PER_VM_MAX`]. `None`: any number.
+    pub per_minute_max: Option<usize>,
 }
 
 /// What became of an ask.
@@ -53,12 +58,14 @@ pub enum AskOutcome {
 /// A limit of the table.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Limit {
-    /// [`OPEN_PER_VM_MAX`].
+    /// [`OPEN_PER_VM_MAX`], or what the policy says.
     OpenPerVm,
     /// [`OPEN_MAX`].
     Open,
     /// [`HELD_PER_VM_MAX`].
     HeldPerVm,
+    /// Requests of a minute, as the policy says.
+    Rate,
 }
 
 impl fmt::Display for Limit {
@@ -67,6 +74,7 @@ impl fmt::Display for Limit {
             Self::OpenPerVm => "pending-per-vm",
             Self::Open => "pending",
             Self::HeldPerVm => "held-per-vm",
+            Self::Rate => "requests-per-minute",
         })
     }
 }

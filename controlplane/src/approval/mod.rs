@@ -17,5 +17,5 @@ pub use ask::{
 pub use request::{HeldMiss, MissRef, PendingId, PendingState, Request, Scope};
 pub use table::{
     HELD_PER_VM_MAX, HOLD_GRACE, LIFE, NAMES_PER_REQUEST_MAX, OPEN_MAX, OPEN_PER_VM_MAX, PendingTable,
-    RECENT_MAX, RETIRED_FOR, RETIRED_MAX,
+    RATE_SPAN, RECENT_MAX, RETIRED_FOR, RETIRED_MAX,
 };

@@ -3,7 +3,7 @@
 use std::fmt;
 use std::time::SystemTime;
 
-use vnet_proto::model::{GuardSet, MissId, Name, Reason, Subject, Target};
+use vnet_proto::model::{Guard, GuardSet, MissId, Name, Reason, Subject, Target};
 
 use crate::approval::scope;
 use crate::grant::{GrantId, VmView};
@@ -141,6 +141,11 @@ pub struct Request {
 }
 
 impl Request {
+    /// Whether a guard stands before what it asks for: then it is answered for that very destination.
+    pub fn is_guarded(&self) -> bool {
+        !self.guards.without(Guard::Synthetic).is_empty() || self.reason.step == "guard"
+    }
+
     /// Says what is asked, and whether it is still open; its count does not matter.
     pub fn etag(&self) -> String {
         let mut hash = Fnv::new();

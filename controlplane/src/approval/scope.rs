@@ -13,13 +13,13 @@ pub(crate) fn offered(request: &Request) -> Vec<Scope> {
         .names
         .first()
         .is_some_and(|name| parent_of(name).is_some());
-    let subdomains = below.then_some(Scope::Subdomains);
+    let subdomains = (below && !request.is_guarded()).then_some(Scope::Subdomains);
     match &request.subject {
         Subject::Lookup(_) => std::iter::once(Scope::Name).chain(subdomains).collect(),
         Subject::Flow(flow) => {
             let ported = flow.key.protocol.has_ports();
             // A name's grant opens tcp and udp; what has no ports is answered by its address.
-            let guarded = !request.guards.without(Guard::Synthetic).is_empty();
+            let guarded = request.is_guarded();
             let named = ported && !request.names.is_empty() && !guarded;
             // A synthetic address is nothing that an answer could be about.
             let addressed = !request.guards.contains(Guard::Synthetic);

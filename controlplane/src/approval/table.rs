@@ -26,6 +26,8 @@ pub const NAMES_PER_REQUEST_MAX: usize = 16;
 pub const HOLD_GRACE: Duration = Duration::from_secs(2);
 /// Requests kept after their end.
 pub const RECENT_MAX: usize = 1_024;
+/// The time within which a policy bounds how many requests are opened.
+pub const RATE_SPAN: Duration = Duration::from_secs(60);
 /// Ids kept of requests that ended.
 pub const RETIRED_MAX: usize = 65_536;
 /// How long the beginning of a request's id stands for no other request after its end.
@@ -71,7 +73,13 @@ impl PendingTable {
         }
         let question = Question::of(&ask.vm.instance, &held.subject);
         let known = self.by_question.get(&question).cloned();
-        if let Some((limit, text)) = self.limit_reached(&ask.vm.instance, known.is_none()) {
+        if let Some((limit, text)) = self.limit_reached(
+            now,
+            &ask.vm.instance,
+            known.is_none(),
+            ask.open_max,
+            ask.per_minute_max,
+        ) {
             let count = self
                 .vms
                 .entry(ask.vm.instance.clone())
@@ -112,7 +120,11 @@ impl PendingTable {
         };
         self.wakes.insert((expires_at, id.clone()));
         self.by_question.insert(question, id.clone());
-        self.vms.entry(ask.vm.instance.clone()).or_default().open += 1;
+        let counts = self.vms.entry(ask.vm.instance.clone()).or_default();
+        counts.open += 1;
+        if ask.per_minute_max.is_some() {
+            counts.opened_at.push_back(now);
+        }
         self.open.insert(id.clone(), request);
         self.hold_or_park(now, &id, held, parks);
         (AskOutcome::Opened(id.clone()), Changes::of(Change::Added(id)))
@@ -379,7 +391,14 @@ impl PendingTable {
             .map_or(0, |counts| counts.refused.iter().sum())
     }
 
-    fn limit_reached(&self, instance: &VmInstance, opens: bool) -> Option<(Limit, String)> {
+    fn limit_reached(
+        &mut self,
+        now: SystemTime,
+        instance: &VmInstance,
+        opens: bool,
+        open_max: usize,
+        per_minute_max: Option<usize>,
+    ) -> Option<(Limit, String)> {
         let (open, held) = self
             .vms
             .get(instance)
@@ -387,6 +406,27 @@ impl PendingTable {
         if opens && open >= OPEN_PER_VM_MAX {
             let text = format!("{OPEN_PER_VM_MAX} requests of this VM await an answer; answer some first");
             return Some((Limit::OpenPerVm, text));
+        }
+        if opens && open >= open_max {
+            let text = format!(
+                "{open_max} requests of this VM await an answer (approvals.maxPendingPerVm); answer some first"
+            );
+            return Some((Limit::OpenPerVm, text));
+        }
+        if let (true, Some(most)) = (opens, per_minute_max.map(|most| most.min(OPEN_PER_VM_MAX)))
+            && let Some(counts) = self.vms.get_mut(instance)
+        {
+            let over = |at: &SystemTime| at.checked_add(RATE_SPAN).is_none_or(|end| end <= now);
+            while counts.opened_at.front().is_some_and(over) {
+                counts.opened_at.pop_front();
+            }
+            if counts.opened_at.len() >= most {
+                let text = format!(
+                    "this VM opened {most} requests within a minute (approvals.maxRequestsPerMinute); wait, or \
+                     answer more with one answer"
+                );
+                return Some((Limit::Rate, text));
+            }
         }
         if opens && self.open.len() >= OPEN_MAX {
             let text = format!("{OPEN_MAX} requests of all VMs await an answer; answer some first");
@@ -528,7 +568,9 @@ impl Question {
 struct VmCounts {
     open: usize,
     held: usize,
-    refused: [u64; 3],
+    refused: [u64; 4],
+    /// When its last requests were opened, where the policy bounds how many may be within [`RATE_SPAN`].
+    opened_at: VecDeque<SystemTime>,
 }
 
 impl VmCounts {
@@ -542,7 +584,7 @@ impl VmCounts {
     /// limit makes no event of each refusal.
     fn forget_refusals(&mut self) {
         if self.open < OPEN_PER_VM_MAX / 2 && self.held < HELD_PER_VM_MAX / 2 {
-            self.refused = [0; 3];
+            self.refused = [0; 4];
         }
     }
 }

@@ -81,6 +81,8 @@ impl Desk {
             miss: miss(number),
             hold: HOLD,
             packets: 1,
+            open_max: OPEN_PER_VM_MAX,
+            per_minute_max: None,
         };
         self.table.ask(at(now), ask).0
     }
@@ -292,6 +294,8 @@ fn the_beginning_of_an_id_never_means_a_request_that_came_later() {
             miss: miss(number),
             hold: HOLD,
             packets: 1,
+            open_max: OPEN_PER_VM_MAX,
+            per_minute_max: None,
         };
         desk.table.ask(at(now), ask);
     };
@@ -457,6 +461,8 @@ fn what_parks_holds_nothing_and_lives_as_long_as_what_is_held() {
         miss: miss(number),
         hold: Duration::ZERO,
         packets: 1,
+        open_max: OPEN_PER_VM_MAX,
+        per_minute_max: None,
     };
     let (outcome, _) = desk.table.ask(at(0), park(1, tcp("192.0.2.7:443", &[])));
     assert_eq!(outcome, opened(1));

@@ -184,7 +184,9 @@ impl State {
                 .vms
                 .clone()
                 .unwrap_or_else(|| VmSelector::named(asker.name.clone())),
-            reply.lifetime.unwrap_or(Lifetime::UntilVmStops),
+            reply
+                .lifetime
+                .unwrap_or_else(|| self.usual_lifetime(&asker.name, action)),
             reply.budget,
             reply.actor.to_owned(),
             now.steady,
@@ -197,6 +199,7 @@ impl State {
         grant.pending_id = id.0.clone();
         budgets::check(&grant)?;
         self.bind_to_instances(&mut grant)?;
+        self.check_bounds(&grant)?;
         self.check_overruled(&grant)?;
         let grant_id = grant.id.clone();
         let grant = self.grants.insert(grant)?;
@@ -259,6 +262,7 @@ impl State {
         grant.reason = shorten(new.reason);
         budgets::check(&grant)?;
         self.bind_to_instances(&mut grant)?;
+        self.check_bounds(&grant)?;
         self.check_overruled(&grant)?;
         let grant = self.grants.insert(grant)?;
         let message = self.grant_message(&grant);

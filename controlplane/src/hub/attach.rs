@@ -299,6 +299,7 @@ impl State {
             Message::Binding(binding) => {
                 self.count_malformed(|state| state.handle_binding(now, number, binding));
             }
+            Message::LimitReached(reached) => self.handle_limit_reached(now, number, &reached),
             // Read before the lock was taken, see `Hub::handle`.
             Message::VmUp(_) => {}
             Message::VmStatus(status) => self.vm_status(now, number, status),
@@ -460,6 +461,14 @@ impl State {
             lookup_hold: convert::span(lookup_hold(vm)),
             ech_outer: vm.effective.name_guards().ech == EchGuard::Outer,
             quic_denied: vm.effective.name_guards().quic == QuicGuard::Deny,
+            dns: Some(convert::dns_settings(&vm.effective)),
+            loss_grace: vm
+                .effective
+                .settings()
+                .controller_loss
+                .map(|time| time.saturating_sub(LEASE))
+                .filter(|grace| !grace.is_zero())
+                .and_then(convert::span),
         })
     }
 

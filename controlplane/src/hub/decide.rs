@@ -9,7 +9,7 @@ use super::budgets::Issued;
 use super::events::{about, on_subject};
 use super::repeats::Key;
 use super::{State, ids};
-use crate::approval::{Ask, AskOutcome, MissRef, PendingId, Released};
+use crate::approval::{Ask, AskOutcome, MissRef, OPEN_PER_VM_MAX, PendingId, Released};
 use crate::clock::Now;
 use crate::convert;
 use crate::fleet::{DataplaneNo, Fleet, LiveFlow, Vm};
@@ -183,6 +183,7 @@ impl State {
         let Some(vm) = self.fleet.vms.get(name) else {
             return;
         };
+        let said = vm.effective.settings();
         let timeout = vm.effective.approval_timeout();
         let hold = match &subject {
             Subject::Flow(_) => timeout,
@@ -197,6 +198,8 @@ impl State {
             miss,
             hold,
             packets,
+            open_max: said.max_pending.map_or(OPEN_PER_VM_MAX, |most| most as usize),
+            per_minute_max: said.max_per_minute.map(|most| most as usize),
         };
         let (outcome, changes) = self.pending.ask(now.steady, ask);
         match outcome {

@@ -18,6 +18,7 @@
 
 mod answers;
 mod attach;
+mod bounds;
 mod budgets;
 mod change;
 mod commands;

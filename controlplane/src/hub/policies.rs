@@ -2,7 +2,7 @@
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use vnet_proto::model::{
     FlowKey, FlowSubject, Guard, GuardSet, LookupSubject, Mode, NamePattern, Protocol, Subject, Target,
@@ -46,7 +46,17 @@ fn parse_stored(message: &v1::Policy, cache: &ListCache) -> (Option<Arc<Policy>>
     let parsed = lists::unpack(&message.lists)
         .map_err(Refusal::from)
         .and_then(|lists| {
-            Policy::parse_with(source, &message.document, &lists, cache).map_err(Refusal::Document)
+            let policy =
+                Policy::parse_with(source, &message.document, &lists, cache).map_err(Refusal::Document)?;
+            // As of the moment at which they passed: rules may have ended since. That they fail now means
+            // that this version understands the document otherwise than the one that took it.
+            let applied_at = convert::time(message.applied_at).unwrap_or(SystemTime::UNIX_EPOCH);
+            let then = Now {
+                steady: applied_at,
+                wall: applied_at,
+            };
+            policy.run_tests(source, then).map_err(Refusal::Document)?;
+            Ok(policy)
         });
     match parsed {
         Ok(policy) => (Some(Arc::new(policy)), Ok(())),
@@ -279,7 +289,9 @@ impl State {
             })
         });
         let own_document = own.and_then(|o| o.document());
-        let document_mode = own_document.or(claimed.map(|c| c.policy)).and_then(|p| p.mode);
+        let document_mode = own_document
+            .or(claimed.map(|c| c.policy))
+            .and_then(|p| p.mode_of(&vm.view));
         let secure = self.secure_mode && !matches!(document_mode, Some(Mode::Block | Mode::Quarantine));
         let set = Option::<Mode>::try_from(vm.set.mode).unwrap_or_default();
         // Which policy is meant cannot be told: then nothing is let out.

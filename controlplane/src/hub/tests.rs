@@ -3,6 +3,7 @@ mod guests;
 mod history;
 mod names;
 mod reach;
+mod settings;
 mod verify;
 
 use std::time::Duration;

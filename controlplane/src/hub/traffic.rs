@@ -20,6 +20,9 @@ use crate::policy::Outcome;
 use crate::refusal::Refusal;
 use crate::watch::Watch;
 
+/// Characters taken of what a dataplane calls a limit, and of what it was reached for.
+const LIMIT_CHARS_MAX: usize = 1_024;
+
 impl Hub {
     /// The live flows of these VMs, newest first, each with the number that it is sorted by.
     pub fn flows(&self, filter: Option<&VmSelector>) -> Vec<(u64, v1::Flow)> {
@@ -442,6 +445,35 @@ impl State {
             None => self.metrics.stray.add(1),
         }
         Ok(())
+    }
+
+    /// A limit that a policy sets refused lookups.
+    pub(super) fn handle_limit_reached(&mut self, now: Now, number: DataplaneNo, message: &v1::LimitReached) {
+        let dataplane = self.fleet.dataplanes.get(&number);
+        let Some(name) = dataplane.and_then(|d| d.vms.get(&VmId(message.vm))).cloned() else {
+            self.metrics.stray.add(1);
+            return;
+        };
+        let shown = |text: &str| text.chars().take(LIMIT_CHARS_MAX).collect::<String>();
+        let (limit, subject, value) = (shown(&message.limit), shown(&message.subject), message.value);
+        let of = if subject.is_empty() {
+            String::new()
+        } else {
+            format!(" for {subject}")
+        };
+        let text = format!("{limit} ({value}) is reached{of}: what is beyond it is refused");
+        let key = Key::limit(&text);
+        let event = v1::Event {
+            reason: Some(v1::Reason {
+                step: "limit".to_owned(),
+                subject: limit,
+                text: text.clone(),
+            }),
+            names: (!subject.is_empty()).then_some(subject).into_iter().collect(),
+            action: v1::Action::Deny.into(),
+            ..about(v1::EventKind::LimitReached, &name, text)
+        };
+        self.repeated_event(now, key, message.count.max(1), event);
     }
 
     /// Tells those who watch. `ended`: how, of one that is gone.

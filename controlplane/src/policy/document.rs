@@ -6,7 +6,9 @@ use std::time::Duration;
 
 use vnet_proto::model::{Mode, VmSelector};
 
-use crate::policy::{NameGuards, NameSet, PolicyTest, RuleList};
+use crate::grant::VmView;
+use crate::policy::resolvers::Resolvers;
+use crate::policy::{NameGuards, NameSet, PolicyTest, Profile, RuleList, Settings};
 
 /// What is done where nothing else answers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -77,6 +79,12 @@ pub struct Policy {
     pub versioned: bool,
     /// Which VMs it claims; `None`: none by itself.
     pub applies_to: Option<VmSelector>,
+    /// What it says beside its rules.
+    pub settings: Settings,
+    /// Settings for some VMs, before its own; the first that matches.
+    pub profiles: Vec<Profile>,
+    /// What it knows of DNS servers.
+    pub(crate) resolvers: Arc<Resolvers>,
     /// What its author expects of it.
     pub tests: Vec<PolicyTest>,
     /// What a reader should know of it.
@@ -84,6 +92,16 @@ pub struct Policy {
 }
 
 impl Policy {
+    /// The profile that is for a VM.
+    pub fn profile_of(&self, vm: &VmView) -> Option<&Profile> {
+        self.profiles.iter().find(|p| p.vms.matches(&vm.name, &vm.labels))
+    }
+
+    /// The mode that it says for a VM.
+    pub fn mode_of(&self, vm: &VmView) -> Option<Mode> {
+        self.profile_of(vm).and_then(|profile| profile.mode).or(self.mode)
+    }
+
     /// Whether lookups stay open although nothing says so (the form of gvproxy's draft).
     pub fn leaves_lookups_open(&self) -> bool {
         self.dns.is_none() && !self.versioned

@@ -3,14 +3,16 @@
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
-use vnet_proto::model::{Mode, Target};
+use vnet_proto::model::{Guard, Mode, Target};
 
 use crate::clock::Now;
 use crate::grant::VmView;
 use crate::policy::index::Applies;
+use crate::policy::resolvers::Resolvers;
+use crate::policy::settings::{NAMES_PER_DOMAIN, QUERIES_PER_MINUTE, QUERIES_PER_SECOND};
 use crate::policy::{
-    Attachments, DefaultAction, DnsAnswer, ListCache, NameGuards, NameSet, Policy, PolicyError, PolicyErrors,
-    ProtocolSet, Rule, RuleAction, RuleList, file,
+    Attachments, DefaultAction, DnsAnswer, DnsGuard, GuardAction, ListCache, NameGuards, NameSet, Policy,
+    PolicyError, PolicyErrors, ProtocolSet, Rule, RuleAction, RuleList, Settings, file,
 };
 
 /// How long a packet is held when no policy says.
@@ -155,6 +157,9 @@ pub struct Effective {
     synthetic_answers: bool,
     name_guards: NameGuards,
     approval_timeout: Duration,
+    settings: Settings,
+    /// What leads to other DNS servers; `None` where that is nothing that stops.
+    pub(crate) resolvers: Option<Arc<Resolvers>>,
 }
 
 impl Effective {
@@ -180,7 +185,8 @@ impl Effective {
         let own_rules = own
             .map(|own| &own.rules)
             .filter(|rules| !rules.as_slice().is_empty());
-        let mode = modes.set.or(modes.own).or(document.and_then(|d| d.mode));
+        let profile = document.and_then(|d| d.profile_of(vm));
+        let mode = modes.set.or(modes.own).or(document.and_then(|d| d.mode_of(vm)));
         // Whoever brought anything meant to be limited by it, even if nothing should have come of it.
         let open = document.is_none() && own.is_none() && mode.is_none();
 
@@ -203,16 +209,30 @@ impl Effective {
         } else {
             DefaultAction::Deny
         };
-        let default_action = document.and_then(|d| d.default_action).unwrap_or(fallback);
+        let default_action = profile
+            .and_then(|p| p.default_action)
+            .or(document.and_then(|d| d.default_action))
+            .unwrap_or(fallback);
         let dns = document.and_then(|d| d.dns.as_ref());
-        let said = dns.and_then(|dns| dns.default_action);
+        let said = profile
+            .and_then(|p| p.lookup_default)
+            .or(dns.and_then(|dns| dns.default_action));
         let draft = document.is_some_and(Policy::leaves_lookups_open);
         let lookup_default = match said {
             Some(said) => said,
             None if draft => DefaultAction::Allow,
             None => default_action,
         };
+        let settings = profile.map(|p| p.settings.clone()).unwrap_or_default();
+        let settings = match document {
+            Some(document) => settings.or(&document.settings),
+            None => settings,
+        };
+        let guarded = !open && settings.dns_guard != Some(DnsGuard::Off);
+        let resolvers = guarded.then(|| document.map(|d| Arc::clone(&d.resolvers)).unwrap_or_default());
         Self {
+            settings,
+            resolvers,
             name,
             revision,
             rules,
@@ -229,8 +249,9 @@ impl Effective {
             },
             synthetic_answers: dns.is_some_and(|dns| dns.answer == DnsAnswer::Synthetic),
             name_guards: document.map(|d| d.name_guards).unwrap_or_default(),
-            approval_timeout: document
-                .and_then(|d| d.approval_timeout)
+            approval_timeout: profile
+                .and_then(|p| p.approval_timeout)
+                .or(document.and_then(|d| d.approval_timeout))
                 .unwrap_or(APPROVAL_TIMEOUT),
         }
     }
@@ -307,6 +328,45 @@ impl Effective {
     /// How long a packet is held for an answer.
     pub fn approval_timeout(&self) -> Duration {
         self.approval_timeout
+    }
+
+    /// What its document and profile say beside rules.
+    pub fn settings(&self) -> &Settings {
+        &self.settings
+    }
+
+    /// Lookups of a second and a minute, and different names of one domain, that may go upstream; zero for
+    /// any number.
+    pub fn lookup_limits(&self) -> [u32; 3] {
+        if self.is_open() {
+            return [0; 3];
+        }
+        let said = &self.settings;
+        [
+            said.queries_per_second.unwrap_or(QUERIES_PER_SECOND),
+            said.queries_per_minute.unwrap_or(QUERIES_PER_MINUTE),
+            said.names_per_domain.unwrap_or(NAMES_PER_DOMAIN),
+        ]
+    }
+
+    /// What becomes of DNS to other servers.
+    pub fn dns_guard(&self) -> DnsGuard {
+        if self.is_open() {
+            return DnsGuard::Off;
+        }
+        self.settings.dns_guard.unwrap_or_default()
+    }
+
+    /// Whether the policy lets a guard stand.
+    pub(crate) fn keeps(&self, guard: Guard) -> bool {
+        let said = match guard {
+            Guard::Metadata => self.settings.metadata,
+            Guard::Host => self.settings.host,
+            Guard::PrivateFromDns => self.settings.private_from_dns,
+            Guard::Guest => self.settings.guests,
+            Guard::Daemon | Guard::Synthetic => None,
+        };
+        said != Some(GuardAction::Off)
     }
 
     /// Whether the VM's link may be switched plainly to others of its kind.

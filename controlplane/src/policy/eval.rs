@@ -278,6 +278,12 @@ pub(super) fn flow_answer(context: &Context<'_>, flow: &FlowSubject, region: &mu
         }
         return guarded(context, flow, guard);
     }
+    if let Some(resolvers) = &policy.resolvers
+        && let Some(way) = resolvers.way(flow, region)
+    {
+        let text = format!("{what} is {way}, which guards.dns closes but for a rule or grant that names it");
+        return guarded_dns(context, text, &Target::of_flow(&flow.key));
+    }
 
     let ported = flow.key.protocol.has_ports();
     if ported && !policy.allowed.is_empty() {
@@ -339,10 +345,26 @@ fn lookup_answer(context: &Context<'_>, name: &Name, region: &mut LookupMatch) -
     }
 
     let mut asking: Option<&Rule> = None;
-    let first = policy
+    let mut first = policy
         .rules
         .iter()
         .find_map(|(list, applies)| list.first_for_lookup(applies, name, region));
+    // A name of another DNS server is opened by what names it, and by no pattern.
+    let is_resolver = |region: &mut LookupMatch| {
+        let resolvers = policy.resolvers.as_ref();
+        let found = resolvers.is_some_and(|resolvers| test(resolvers.names(), region));
+        if found {
+            *region = LookupMatch::Exact(name.clone());
+        }
+        found
+    };
+    if first.is_some_and(|rule| !rule.action.refuses()) && is_resolver(region) {
+        first = policy.rules().map(AsRef::as_ref).find(|rule| {
+            let names = rule.test.names.as_ref().filter(|_| rule.is_for_lookups());
+            names
+                .is_some_and(|names| names.contains(name) && (rule.action.refuses() || names.has_exact(name)))
+        });
+    }
     if let Some(rule) = first {
         match rule.action {
             RuleAction::Allow => return Answer::of_rule(context, Outcome::Allow, rule),
@@ -353,7 +375,8 @@ fn lookup_answer(context: &Context<'_>, name: &Name, region: &mut LookupMatch) -
     }
 
     for ready in context.grants.allow.iter().filter(|g| g.lookups) {
-        if ready.test.names.as_ref().is_some_and(|names| test(names, region)) {
+        let names = ready.test.names.as_ref().filter(|names| test(names, region));
+        if names.is_some_and(|names| !is_resolver(region) || names.has_exact(name)) {
             return Answer {
                 until: asking.and_then(|rule| rule.until),
                 ..Answer::of_grant(Outcome::Allow, &ready.grant)
@@ -366,7 +389,15 @@ fn lookup_answer(context: &Context<'_>, name: &Name, region: &mut LookupMatch) -
         return Answer::asked_by_rule(context, rule, &target);
     }
 
-    if test(&policy.allowed, region) {
+    let open = policy.lookup_default() == DefaultAction::Allow || policy.mode() != Some(Mode::Enforce);
+    let allowed = test(&policy.allowed, region);
+    if (allowed || open) && !policy.allowed.has_exact(name) && is_resolver(region) {
+        let text = format!(
+            "{name} is the name of a DNS server, which guards.dns closes but for a rule or grant that names it"
+        );
+        return guarded_dns(context, text, &target);
+    }
+    if allowed {
         let text = format!("dns.allowedDomains has {name}");
         return Answer::new(
             Outcome::Allow,
@@ -419,12 +450,28 @@ fn guards_in_force(context: &Context<'_>, flow: &FlowSubject) -> GuardSet {
         Guard::Synthetic => false,
         Guard::Host | Guard::PrivateFromDns => !context.policy.is_open(),
     };
+    let in_force = |guard: &Guard| in_force(guard) && context.policy.keeps(*guard);
     flow.guards.iter().filter(in_force).collect()
 }
 
 /// Whether something that allows or asks matches a flow: its test does, and it names every guard that
-/// the flow is under. Narrows the region by what was read.
+/// the flow is under, that of other DNS servers included. Narrows the region by what was read.
 fn opens(
+    context: &Context<'_>,
+    test: &FlowTest,
+    flow: &FlowSubject,
+    guards: GuardSet,
+    region: &mut Region,
+) -> bool {
+    opens_but_for_dns(context, test, flow, guards, region)
+        && context.policy.resolvers.as_ref().is_none_or(|resolvers| {
+            resolvers
+                .way(flow, region)
+                .is_none_or(|way| resolvers.is_named(way, test, flow, region))
+        })
+}
+
+fn opens_but_for_dns(
     context: &Context<'_>,
     test: &FlowTest,
     flow: &FlowSubject,
@@ -499,6 +546,20 @@ fn guarded(context: &Context<'_>, flow: &FlowSubject, guard: Guard) -> Answer {
     };
     Answer::new(outcome, "guard", guard.to_string(), text, remedy)
 }
+
+/// The answer of the guard of DNS.
+fn guarded_dns(context: &Context<'_>, text: String, target: &Target) -> Answer {
+    let outcome = if context.policy.mode() == Some(Mode::Ask) {
+        Outcome::Ask
+    } else {
+        Outcome::Deny
+    };
+    let remedy = allow_remedy(context, target);
+    Answer::new(outcome, "guard", DNS_GUARD.to_owned(), text, remedy)
+}
+
+/// The subject of reasons of that guard.
+const DNS_GUARD: &str = "dns";
 
 fn default_answer(context: &Context<'_>, default: DefaultAction, what: &str, target: &Target) -> Answer {
     let policy = context.policy;

@@ -6,6 +6,7 @@
 
 mod rules;
 mod sets;
+mod settings;
 mod tests;
 
 use std::sync::Arc;
@@ -16,10 +17,9 @@ use vnet_proto::model::{Mode, VmSelector};
 use crate::policy::keys::{self, DEFAULT_ACTIONS, DNS_ANSWERS, MODES};
 use crate::policy::list::{Attachments, ListCache};
 use crate::policy::reader::{Fields, Reader};
+use crate::policy::resolvers::Resolvers;
 use crate::policy::yaml::{self, Node, Value};
-use crate::policy::{
-    DefaultAction, DnsPolicy, EchGuard, NameGuards, Policy, PolicyErrors, QuicGuard, RuleList, lint,
-};
+use crate::policy::{DefaultAction, DnsPolicy, NameGuards, Policy, PolicyErrors, RuleList, Settings, lint};
 
 pub(crate) use rules::rule_of_target;
 use sets::Sets;
@@ -106,20 +106,42 @@ fn read_policy(reader: &mut Reader, root: &Node, lists: &Attachments, cache: &Li
         Some(node) => Sets::read(reader, node, lists, cache),
         None => Sets::default(),
     };
-    let rules = fields
+    let mut rules = fields
         .take("rules")
         .map(|node| rules::read_rules(reader, node, &mut sets))
         .unwrap_or_default();
-    let dns = fields.take("dns").map(|node| read_dns(reader, node, &mut sets));
-    let name_guards = fields
-        .take("guards")
-        .map(|node| read_guards(reader, node))
+    let (outbound, mut warnings) = match fields.take("outboundAllow") {
+        Some(node) => rules::read_outbound(reader, node),
+        None => Default::default(),
+    };
+    rules.extend(outbound);
+    let mut said = Settings::default();
+    let dns = fields
+        .take("dns")
+        .map(|node| read_dns(reader, node, &mut sets, &mut said));
+    let (resolvers, name_guards) = match fields.take("guards") {
+        Some(node) => settings::read_guards(reader, node, &mut sets, &mut said),
+        None => (Resolvers::default(), NameGuards::default()),
+    };
+    if let Some(node) = fields.take("approvals") {
+        settings::read_approvals(reader, node, "approvals", &mut said);
+    }
+    said.controller_loss = fields
+        .take("onControllerLoss")
+        .and_then(|node| settings::read_controller_loss(reader, node, "onControllerLoss"));
+    let profiles = fields
+        .take("profiles")
+        .map(|node| settings::read_profiles(reader, node))
         .unwrap_or_default();
     let tests = fields
         .take("tests")
         .map(|node| tests::read_tests(reader, node, applies_to.as_ref()));
     let tests = tests.unwrap_or_default();
+    warnings.extend(sets.unused());
     Policy {
+        settings: said,
+        profiles,
+        resolvers: Arc::new(resolvers),
         default_action,
         mode,
         rules: Arc::new(RuleList::new(rules)),
@@ -129,7 +151,7 @@ fn read_policy(reader: &mut Reader, root: &Node, lists: &Attachments, cache: &Li
         versioned,
         applies_to,
         tests,
-        warnings: sets.unused(),
+        warnings,
     }
 }
 
@@ -218,7 +240,7 @@ fn parse_duration(text: &str) -> Option<Duration> {
     }
 }
 
-fn read_dns(reader: &mut Reader, node: &Node, sets: &mut Sets) -> DnsPolicy {
+fn read_dns(reader: &mut Reader, node: &Node, sets: &mut Sets, said: &mut Settings) -> DnsPolicy {
     let mut fields = reader.fields(node, "dns", &keys::DNS);
     let default_action = fields
         .take("defaultAction")
@@ -233,6 +255,7 @@ fn read_dns(reader: &mut Reader, node: &Node, sets: &mut Sets) -> DnsPolicy {
     };
     let allowed = names("allowedDomains");
     let blocked = names("blockedDomains");
+    settings::read_dns(reader, &mut fields, "dns", said);
     let answer = fields
         .take("answer")
         .and_then(|node| reader.one_of(node, "dns.answer", &DNS_ANSWERS));
@@ -241,20 +264,6 @@ fn read_dns(reader: &mut Reader, node: &Node, sets: &mut Sets) -> DnsPolicy {
         allowed,
         blocked,
         answer: answer.unwrap_or_default(),
-    }
-}
-
-fn read_guards(reader: &mut Reader, node: &Node) -> NameGuards {
-    let mut fields = reader.fields(node, "guards", &keys::GUARDS);
-    let ech = fields
-        .take("ech")
-        .and_then(|node| reader.one_of(node, "guards.ech", &EchGuard::ALL));
-    let quic = fields
-        .take("quic")
-        .and_then(|node| reader.one_of(node, "guards.quic", &QuicGuard::ALL));
-    NameGuards {
-        ech: ech.unwrap_or_default(),
-        quic: quic.unwrap_or_default(),
     }
 }
 

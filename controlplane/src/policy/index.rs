@@ -13,9 +13,10 @@ use vnet_proto::model::special::judged;
 use vnet_proto::model::{FlowSubject, Guard, LookupMatch, Name, NamePattern};
 
 use crate::policy::names::{NameTable, clear_around, narrower};
+use crate::policy::patterns::NamePatterns;
 use crate::policy::prefixes::PrefixTable;
 use crate::policy::region::{FlowTest, Region};
-use crate::policy::{PortSet, ProtocolSet, Rule};
+use crate::policy::{NameSet, PortSet, ProtocolSet, Rule};
 
 /// Prefixes or patterns of a rule that are entered one by one. Larger lists answer for themselves.
 const ENTERED_MAX: usize = 64;
@@ -84,7 +85,7 @@ impl RuleList {
             if rule.is_for_lookups()
                 && let Some(names) = &rule.test.names
             {
-                list.lookups.add(index, names.tables());
+                list.lookups.add(index, names);
             }
             if rule.lookup_only {
                 continue;
@@ -100,7 +101,7 @@ impl RuleList {
                     }
                 }
                 Some(names) => {
-                    list.names.add(index, names.tables());
+                    list.names.add(index, names);
                     let shape = (test.protocols.bits(), test.ports.clone());
                     shapes.entry(shape).or_insert(index);
                 }
@@ -307,15 +308,20 @@ struct NameIndex {
     mixed: HashMap<Box<str>, u32>,
     /// Large tables, with the rules that have them, in order.
     tables: Vec<(Arc<NameTable>, Vec<u32>)>,
+    /// Regular expressions, with the rules that have them, in order.
+    expressions: Vec<(Arc<NamePatterns>, u32)>,
     /// The first rule of all.
     first: Option<u32>,
 }
 
 impl NameIndex {
     /// Enters a rule; those before it are entered already.
-    fn add(&mut self, rule: u32, tables: &[Arc<NameTable>]) {
+    fn add(&mut self, rule: u32, names: &NameSet) {
         self.first.get_or_insert(rule);
-        for table in tables {
+        if let Some(expressions) = names.expressions() {
+            self.expressions.push((Arc::clone(expressions), rule));
+        }
+        for table in names.tables() {
             if table.len() > ENTERED_MAX {
                 match self
                     .tables
@@ -351,6 +357,11 @@ impl NameIndex {
                 found.extend(rules);
             }
         }
+        for (expressions, rule) in &self.expressions {
+            if expressions.contains(name) {
+                found.push(*rule);
+            }
+        }
     }
 
     /// The widest region around `name`, no wider than `within`, in which no rule before `end` has a
@@ -358,6 +369,9 @@ impl NameIndex {
     fn narrow(&self, within: LookupMatch, name: &Name, end: u32) -> LookupMatch {
         if self.first.is_none_or(|first| first >= end) {
             return within;
+        }
+        if self.expressions.first().is_some_and(|(_, first)| *first < end) {
+            return LookupMatch::Exact(name.clone());
         }
         let tables = self
             .tables

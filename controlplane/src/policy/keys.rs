@@ -3,6 +3,7 @@
 use vnet_proto::model::{Mode, NameDemand, Protocol};
 
 use crate::policy::list::ListFormat;
+use crate::policy::settings::{Denial, DnsGuard, GuardAction, PENDING_MAX, QUERIES_MAX, WidestScope};
 use crate::policy::{DefaultAction, DnsAnswer, EchGuard, QuicGuard, RuleAction};
 
 /// The keys that one mapping may have.
@@ -50,6 +51,14 @@ pub(crate) enum Shape {
     Prefix,
     /// A port, or a range as text.
     Port,
+    /// A whole number between these two.
+    Count(u32, u32),
+    /// A regular expression.
+    Pattern,
+    /// A name or `*.name`, or an address or prefix.
+    NameOrPrefix,
+    /// Either of two.
+    Either(&'static Shape, &'static Shape),
     /// A file's path, relative to the policy.
     Path,
     /// A list.
@@ -133,12 +142,28 @@ pub(crate) static DOCUMENT: Table = table(&[
         Shape::List(&Shape::Map(&RULE)),
         "Rules, in order; the first that matches decides.",
     ),
+    key(
+        "outboundAllow",
+        Shape::List(&Shape::Pattern),
+        "Regular expressions (gvproxy's draft): TLS connections on port 443 to names that one matches are allowed.",
+    ),
     key("dns", Shape::Map(&DNS), "What is done with lookups."),
     key(
         "guards",
         Shape::Map(&GUARDS),
-        "How strictly flows are read that rest on a name.",
+        "What a broad rule does not open; everything named here is closed if left out.",
     ),
+    key(
+        "profiles",
+        Shape::List(&Shape::Map(&PROFILE)),
+        "Settings for some VMs, before the document's own; the first whose vm matches.",
+    ),
+    key(
+        "approvals",
+        Shape::Map(&APPROVALS),
+        "What people may be asked, and what they may answer.",
+    ),
+    key("onControllerLoss", CONTROLLER_LOSS, ABOUT_CONTROLLER_LOSS),
     key(
         "tests",
         Shape::List(&Shape::Map(&TEST)),
@@ -234,6 +259,179 @@ pub(crate) static RULE: Table = Table {
     ],
 };
 
+const CONTROLLER_LOSS: Shape = Shape::Either(&Shape::Word(|| vec!["deny".to_owned()]), &Shape::Span);
+
+const ABOUT_CONTROLLER_LOSS: &str = "How long the file's allows that a dataplane remembers hold without a controlplane: a time (at least 1m), or \
+     deny, which is 1m; deny if left out. Nothing new opens meanwhile.";
+
+const TTL: Key = key(
+    "ttl",
+    Shape::Map(&DNS_TTL),
+    "Bounds of the time for which an answer holds, for the guest and for what it teaches.",
+);
+
+const DENY_WITH: Key = key(
+    "denyWith",
+    Shape::Either(&DENIAL, &DENIAL_MAP),
+    "How a lookup that is denied is answered; refused if left out.",
+);
+
+const LIMITS: Key = key(
+    "limits",
+    Shape::Map(&DNS_LIMITS),
+    "How many lookups of a VM may go upstream.",
+);
+
+static DENIAL_MAP: Shape = Shape::Map(&DNS_DENIAL);
+
+const DENIAL: Shape = Shape::Word(|| words(&Denial::ALL));
+
+/// `dns.ttl`.
+pub(crate) static DNS_TTL: Table = table(&[
+    key(
+        "min",
+        Shape::Span,
+        "Shorter times are raised to it; 0 if left out.",
+    ),
+    key(
+        "max",
+        Shape::Span,
+        "Longer times are cut to it; 1h if left out, 24h at most.",
+    ),
+]);
+
+/// `dns.denyWith`, as a mapping.
+pub(crate) static DNS_DENIAL: Table = table(&[
+    key("code", DENIAL, "The response code; refused if left out."),
+    key(
+        "text",
+        Shape::Text,
+        "The text of the Extended DNS Error; the reason of the denial if left out.",
+    ),
+]);
+
+/// `dns.limits`.
+pub(crate) static DNS_LIMITS: Table = table(&[
+    key(
+        "queriesPerSecond",
+        Shape::Count(1, QUERIES_MAX),
+        "Lookups in a second; 500 if left out.",
+    ),
+    key(
+        "queriesPerMinute",
+        Shape::Count(1, QUERIES_MAX),
+        "Lookups in a minute; 6000 if left out.",
+    ),
+    key(
+        "namesPerDomain",
+        Shape::Count(1, QUERIES_MAX),
+        "Different names below one registrable domain in a minute; 300 if left out.",
+    ),
+]);
+
+const GUARD: Shape = Shape::Word(|| words(&GuardAction::ALL));
+
+/// `guards`.
+pub(crate) static GUARDS: Table = table(&[
+    key("metadata", GUARD, "Cloud metadata and link-local addresses."),
+    key("host", GUARD, "Every address of the host."),
+    key("privateFromDns", GUARD, "Private addresses that a name gave."),
+    key("guests", GUARD, "Other guests."),
+    key(
+        "dns",
+        Shape::Word(|| words(&DnsGuard::ALL)),
+        "Other DNS servers, whatever the transport; redirect has port 53 answered by the gateway.",
+    ),
+    key(
+        "resolvers",
+        Shape::List(&Shape::NameOrPrefix),
+        "Names and addresses of DNS servers beside those that are built in, or @set.",
+    ),
+    key(
+        "ech",
+        Shape::Word(|| words(&EchGuard::ALL)),
+        "A hello that hides its name where one is demanded: deny it (if left out), or let the outer name count.",
+    ),
+    key(
+        "quic",
+        Shape::Word(|| words(&QuicGuard::ALL)),
+        "QUIC where a name is demanded: inspect it (if left out), or deny it.",
+    ),
+]);
+
+/// `guards` of a profile.
+pub(crate) static PROFILE_GUARDS: Table = table(&[
+    key("metadata", GUARD, "Cloud metadata and link-local addresses."),
+    key("host", GUARD, "Every address of the host."),
+    key("privateFromDns", GUARD, "Private addresses that a name gave."),
+    key("guests", GUARD, "Other guests."),
+    key(
+        "dns",
+        Shape::Word(|| words(&DnsGuard::ALL)),
+        "Other DNS servers, whatever the transport; redirect has port 53 answered by the gateway.",
+    ),
+]);
+
+/// `approvals`.
+pub(crate) static APPROVALS: Table = table(&[
+    key(
+        "maxPendingPerVm",
+        Shape::Count(1, PENDING_MAX),
+        "Requests that one VM may have open; 1024 if left out. Beyond it what would be asked is denied.",
+    ),
+    key(
+        "maxRequestsPerMinute",
+        Shape::Count(1, PENDING_MAX),
+        "Requests that one VM may open within a minute; any number if left out.",
+    ),
+    key(
+        "maxLifetime",
+        Shape::Either(&Shape::Word(|| words(&["untilVmStops", "forever"])), &Shape::Span),
+        "The longest time that a yes may hold; forever if left out.",
+    ),
+    key(
+        "maxScope",
+        Shape::Word(|| words(&WidestScope::ALL)),
+        "How much a yes may cover at most: one port of a host or name, all of it, or all names below one's domain.",
+    ),
+]);
+
+/// One of `profiles`.
+pub(crate) static PROFILE: Table = Table {
+    required: &["vm"],
+    keys: &[
+        key("name", Shape::Text, "Its name, for people."),
+        key("vm", Shape::Map(&SELECTOR), "Which VMs it is for."),
+        key("mode", MODE, "The document's if left out."),
+        key("defaultAction", DEFAULT_ACTION, "The document's if left out."),
+        key("approvalTimeout", Shape::Span, "The document's if left out."),
+        key(
+            "dns",
+            Shape::Map(&PROFILE_DNS),
+            "What is done with lookups; each key is the document's if left out.",
+        ),
+        key(
+            "guards",
+            Shape::Map(&PROFILE_GUARDS),
+            "Each key is the document's if left out.",
+        ),
+        key(
+            "approvals",
+            Shape::Map(&APPROVALS),
+            "Each key is the document's if left out.",
+        ),
+        key("onControllerLoss", CONTROLLER_LOSS, "The document's if left out."),
+    ],
+};
+
+/// `dns` of a profile.
+pub(crate) static PROFILE_DNS: Table = table(&[
+    key("defaultAction", DEFAULT_ACTION, "The document's if left out."),
+    TTL,
+    DENY_WITH,
+    LIMITS,
+]);
+
 /// `dns`.
 pub(crate) static DNS: Table = table(&[
     key(
@@ -251,25 +449,14 @@ pub(crate) static DNS: Table = table(&[
         Shape::List(&Shape::Name),
         "Names, *.name or @set: refused before anything else.",
     ),
+    TTL,
+    DENY_WITH,
+    LIMITS,
     key(
         "answer",
         DNS_ANSWER,
         "What lookups of addresses are answered with: what the upstream says, or an address of its own for each \
          name, so that nothing is looked up before a connection is allowed.",
-    ),
-]);
-
-/// `guards`.
-pub(crate) static GUARDS: Table = table(&[
-    key(
-        "ech",
-        Shape::Word(|| words(&EchGuard::ALL)),
-        "A hello that hides its name where one is demanded: deny it (if left out), or let the outer name count.",
-    ),
-    key(
-        "quic",
-        Shape::Word(|| words(&QuicGuard::ALL)),
-        "QUIC where a name is demanded: inspect it (if left out), or deny it.",
     ),
 ]);
 

@@ -4,11 +4,14 @@
 use std::sync::Arc;
 
 use ipnet::IpNet;
-use vnet_proto::model::{Mode, NamePattern, PortRange, Protocol};
+use vnet_proto::model::{Mode, NamePattern, PortRange, Protocol, VmSelector};
 
 use crate::clock::Now;
 use crate::policy::guard::GuardedRanges;
-use crate::policy::{DefaultAction, FlowTest, NameSet, Policy, PolicyWarning, ProtocolSet, Rule, RuleAction};
+use crate::policy::{
+    DefaultAction, DnsGuard, FlowTest, GuardAction, NameSet, Policy, PolicyWarning, ProtocolSet, Rule,
+    RuleAction, Settings,
+};
 
 /// Warnings of one document.
 const WARNINGS_MAX: usize = 100;
@@ -69,6 +72,9 @@ pub(crate) fn warnings(policy: &Policy) -> Vec<PolicyWarning> {
         }
     }
 
+    warnings.extend(of_guards(policy).into_iter().map(at_start));
+    warnings.extend(of_profiles(policy));
+
     let rules = policy.rules.as_slice();
     for (index, rule) in rules.iter().enumerate() {
         let mut texts = of_rule(rule);
@@ -101,6 +107,64 @@ impl Policy {
         };
         over.take(WARNINGS_MAX).map(warning).collect()
     }
+}
+
+/// Guards that are taken away.
+fn of_guards(policy: &Policy) -> Vec<&'static str> {
+    let profiles = policy.profiles.iter().map(|profile| &profile.settings);
+    let all: Vec<&Settings> = std::iter::once(&policy.settings).chain(profiles).collect();
+    let mut texts = Vec::new();
+    if all.iter().any(|said| said.metadata == Some(GuardAction::Off)) {
+        texts.push(
+            "guards.metadata: off lets every broad rule open cloud metadata, which gives out the host's own \
+             credentials; a rule whose cidr is the one address opens no more than is meant",
+        );
+    }
+    if all.iter().any(|said| said.dns_guard == Some(DnsGuard::Off)) {
+        texts.push(
+            "guards.dns: off lets names be looked up past this policy, at any server that a broad rule reaches",
+        );
+    }
+    texts
+}
+
+/// Profiles that an earlier one leaves no VM to, and rules that a redirect leaves nothing to.
+fn of_profiles(policy: &Policy) -> Vec<PolicyWarning> {
+    let mut warnings = Vec::new();
+    let all = [
+        Some(VmSelector::all()),
+        VmSelector::new(Some("*".to_owned()), Default::default()),
+    ];
+    let everybody = |vms: &VmSelector| all.iter().flatten().any(|all| all == vms);
+    for (index, profile) in policy.profiles.iter().enumerate() {
+        let mut earlier = policy.profiles.iter().take(index);
+        if let Some(earlier) = earlier.find(|earlier| earlier.vms == profile.vms || everybody(&earlier.vms)) {
+            warnings.push(PolicyWarning {
+                line: profile.line,
+                column: profile.column,
+                text: format!(
+                    "{} is never for any VM: {} (line {}) is for all of its VMs, and the first that matches is \
+                     the one",
+                    profile.label, earlier.label, earlier.line
+                ),
+            });
+        }
+    }
+    if policy.settings.dns_guard == Some(DnsGuard::Redirect) {
+        let only_dns = |rule: &&Arc<Rule>| {
+            let ports = rule.test.ports.ranges();
+            matches!(ports, [one] if one.first() == 53 && one.last() == 53)
+        };
+        warnings.extend(policy.rules.as_slice().iter().filter(only_dns).map(|rule| PolicyWarning {
+            line: rule.line,
+            column: rule.column,
+            text: format!(
+                "{} is about port 53, which guards.dns: redirect has the gateway answer before any rule is read",
+                rule.label
+            ),
+        }));
+    }
+    warnings
 }
 
 /// What is worth telling of one rule by itself.
@@ -267,10 +331,14 @@ fn does(rule: &Rule) -> &'static str {
 
 /// Whether `outer` has every name of `inner`. Long lists are compared only with themselves.
 fn names_cover(outer: &NameSet, inner: &NameSet) -> bool {
-    inner.tables().iter().all(|table| {
-        outer.tables().iter().any(|other| Arc::ptr_eq(other, table))
-            || table.len() <= NAMES_COMPARED_MAX && table.patterns().all(|pattern| outer.covers(&pattern))
-    })
+    let expressions = inner
+        .expressions()
+        .is_none_or(|own| outer.expressions().is_some_and(|other| Arc::ptr_eq(own, other)));
+    expressions
+        && inner.tables().iter().all(|table| {
+            outer.tables().iter().any(|other| Arc::ptr_eq(other, table))
+                || table.len() <= NAMES_COMPARED_MAX && table.patterns().all(|pattern| outer.covers(&pattern))
+        })
 }
 
 fn prefixes_cover(outer: &FlowTest, inner: &FlowTest) -> bool {

@@ -18,12 +18,15 @@ mod lint;
 mod list;
 mod names;
 mod naming;
+mod patterns;
 mod prefixes;
 mod reader;
 mod region;
+mod resolvers;
 mod rule;
 mod schema;
 mod selftest;
+mod settings;
 mod synthetic;
 mod yaml;
 
@@ -44,8 +47,14 @@ pub use index::RuleList;
 pub use list::{Attachment, Attachments, LIST_ENTRIES_MAX, LISTS_BYTES_MAX, List, ListCache, ListFormat};
 pub use names::{NameSet, NameTable};
 pub use naming::{EchGuard, NameGuards, QuicGuard};
+pub use patterns::{NamePatterns, PATTERN_BYTES_MAX, PATTERNS_MAX};
 pub use prefixes::{PortSet, PrefixSet, PrefixTable};
 pub use region::{FlowTest, ProtocolSet};
 pub use rule::{Rule, RuleAction};
 pub use schema::schema;
 pub use selftest::{Destination, PROBES_MAX, PolicyTest, Probe};
+pub use settings::{
+    CONTROLLER_LOSS_MAX, CONTROLLER_LOSS_MIN, Denial, DnsGuard, GuardAction, LongestLifetime,
+    NAMES_PER_DOMAIN, PENDING_MAX, Profile, QUERIES_MAX, QUERIES_PER_MINUTE, QUERIES_PER_SECOND, Settings,
+    TTL_MAX, TTL_MAX_DEFAULT, WidestScope,
+};

@@ -11,6 +11,8 @@ use ahash::RandomState;
 use hashbrown::HashTable;
 use vnet_proto::model::{LookupMatch, Name, NamePattern};
 
+use crate::policy::patterns::NamePatterns;
+
 /// It is a pattern by itself.
 const EXACT: u8 = 1;
 /// It is the `x` of a pattern `*.x`.
@@ -180,6 +182,8 @@ fn length(text: &str) -> u32 {
 #[derive(Debug, Clone, Default)]
 pub struct NameSet {
     tables: Vec<Arc<NameTable>>,
+    /// Regular expressions beside them.
+    expressions: Option<Arc<NamePatterns>>,
 }
 
 impl NameSet {
@@ -191,6 +195,26 @@ impl NameSet {
         }
     }
 
+    /// Those that regular expressions match, and no others.
+    pub fn of_expressions(expressions: Arc<NamePatterns>) -> Self {
+        Self {
+            tables: Vec::new(),
+            expressions: Some(expressions),
+        }
+    }
+
+    /// Its regular expressions, if it has any.
+    pub fn expressions(&self) -> Option<&Arc<NamePatterns>> {
+        self.expressions.as_ref()
+    }
+
+    /// Whether a name is one of its patterns by itself, and not only below one.
+    pub fn has_exact(&self, name: &Name) -> bool {
+        self.tables
+            .iter()
+            .any(|table| table.flags(name.as_str()) & EXACT != 0)
+    }
+
     /// The tables that it is made of; none is empty.
     pub fn tables(&self) -> &[Arc<NameTable>] {
         &self.tables
@@ -198,15 +222,15 @@ impl NameSet {
 
     /// Whether it has no pattern.
     pub fn is_empty(&self) -> bool {
-        self.tables.is_empty()
+        self.tables.is_empty() && self.expressions.is_none()
     }
 
-    /// How many patterns it has; one that stands in two of its lists counts twice.
+    /// How many patterns it has; one that stands in two of its lists counts twice, expressions do not count.
     pub fn len(&self) -> usize {
         self.tables.iter().map(|table| table.len()).sum()
     }
 
-    /// All patterns, in no order.
+    /// All patterns but regular expressions, in no order.
     pub fn patterns(&self) -> impl Iterator<Item = NamePattern> + '_ {
         self.tables.iter().flat_map(|table| table.patterns())
     }
@@ -214,15 +238,23 @@ impl NameSet {
     /// The widest pattern that covers a name.
     pub fn covering(&self, name: &Name) -> Option<NamePattern> {
         let found = self.tables.iter().filter_map(|table| table.covering(name));
-        found.min_by_key(|pattern| match pattern {
+        let found = found.min_by_key(|pattern| match pattern {
             NamePattern::Subdomains(parent) => (0, parent.as_str().len()),
             NamePattern::Exact(_) => (1, 0),
-        })
+        });
+        // How far around a name an expression matches, nobody can tell.
+        found.or_else(|| self.matches(name).then(|| NamePattern::Exact(name.clone())))
     }
 
     /// Whether a pattern covers a name.
     pub fn contains(&self, name: &Name) -> bool {
-        self.tables.iter().any(|table| table.contains(name))
+        self.tables.iter().any(|table| table.contains(name)) || self.matches(name)
+    }
+
+    fn matches(&self, name: &Name) -> bool {
+        self.expressions
+            .as_ref()
+            .is_some_and(|expressions| expressions.contains(name))
     }
 
     /// Whether it covers every name that `pattern` does, by one pattern of its own.
@@ -237,7 +269,7 @@ impl NameSet {
 
     /// Whether names below `ancestor` may fare differently.
     pub(crate) fn is_mixed(&self, ancestor: &str) -> bool {
-        self.tables.iter().any(|table| table.is_mixed(ancestor))
+        self.expressions.is_some() || self.tables.iter().any(|table| table.is_mixed(ancestor))
     }
 
     /// The widest region around `name`, no wider than `within`, in which the answer of
@@ -318,6 +350,7 @@ mod tests {
         assert_eq!(table.len(), 4);
         let set = NameSet {
             tables: vec![Arc::new(table)],
+            expressions: None,
         };
         for (text, there) in [
             ("a.example.com", true),

@@ -67,6 +67,10 @@ fn shape(of: &Shape) -> Value {
             {"type": "integer", "minimum": 1, "maximum": 65535},
             {"type": "string", "pattern": "^[0-9]+(-[0-9]+)?$"},
         ]}),
+        Shape::Count(least, most) => json!({"type": "integer", "minimum": least, "maximum": most}),
+        Shape::Pattern => json!({"type": "string", "format": "regex", "minLength": 1}),
+        Shape::NameOrPrefix => json!({"anyOf": [shape(&Shape::Name), shape(&Shape::Prefix)]}),
+        Shape::Either(one, other) => json!({"anyOf": [shape(one), shape(other)]}),
         Shape::List(item) => json!({"type": "array", "items": shape(item)}),
         Shape::Some(item) => {
             json!({"anyOf": [shape(item), {"type": "array", "minItems": 1, "items": shape(item)}]})

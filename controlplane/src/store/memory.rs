@@ -6,7 +6,10 @@ use std::time::SystemTime;
 use vnet_proto::v1;
 
 use super::retention::Census;
-use super::{Class, EventQuery, Snapshot, Store, StoreError, StoredGrant, StoredVm, Write, confirmed};
+use super::{
+    Class, EventQuery, LISTED_REVISIONS_MAX, Snapshot, Store, StoreError, StoredGrant, StoredVm, Write,
+    confirmed,
+};
 use crate::lists::described;
 
 /// State and history that are gone with the process.
@@ -46,6 +49,17 @@ impl MemoryStore {
 }
 
 impl MemoryStore {
+    /// Lets go of lists that none of the last revisions names.
+    fn prune_lists(&mut self) {
+        let last = |revisions: &BTreeMap<u64, v1::Policy>| revisions.keys().next_back().copied().unwrap_or(0);
+        let kept = self.policies.values().flat_map(|revisions| {
+            let from = last(revisions).saturating_sub(LISTED_REVISIONS_MAX - 1);
+            revisions.range(from..).flat_map(|(_, policy)| &policy.lists)
+        });
+        let kept: BTreeSet<&str> = kept.map(|list| list.sha256.as_str()).collect();
+        self.lists.retain(|digest, _| kept.contains(digest.as_str()));
+    }
+
     fn with_lists(&self, policy: &v1::Policy) -> v1::Policy {
         let mut policy = policy.clone();
         for list in &mut policy.lists {
@@ -95,6 +109,7 @@ impl Store for MemoryStore {
                             ..policy.clone()
                         },
                     );
+                    self.prune_lists();
                 }
                 Write::ConfirmPolicy { name, revision } => {
                     let revisions = self.policies.get_mut(name);

@@ -132,6 +132,9 @@ pub enum StoreError {
     Busy,
 }
 
+/// Revisions of a policy that are kept with their lists, the last ones. Older ones keep their documents.
+pub const LISTED_REVISIONS_MAX: u64 = 16;
+
 /// What helps against what SQLite refuses.
 fn remedy(error: &rusqlite::Error) -> &'static str {
     match error.sqlite_error_code() {
@@ -189,7 +192,7 @@ pub enum Write {
     /// Removes a grant.
     DeleteGrant(String),
     /// Adds a revision of a policy, with the content of its lists, each of which is kept once however many
-    /// revisions name it.
+    /// revisions name it, and until none of the last ones does ([`LISTED_REVISIONS_MAX`]).
     PutPolicy(v1::Policy),
     /// A revision awaits confirmation no more, and stays.
     ConfirmPolicy {
@@ -235,7 +238,8 @@ pub trait Store: Send + 'static {
     /// [`StoreError`].
     fn apply(&mut self, writes: &[Write]) -> Result<(), StoreError>;
 
-    /// One revision of a policy, with the content of its lists.
+    /// One revision of a policy, with the content of its lists, which is empty for those that are no longer
+    /// kept ([`LISTED_REVISIONS_MAX`]).
     ///
     /// # Errors
     /// [`StoreError`].

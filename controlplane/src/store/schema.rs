@@ -27,6 +27,10 @@ pub(super) const MIGRATIONS: &[Step] = &[
         sql: USES,
         then: None,
     },
+    Step {
+        sql: LIST_USES,
+        then: Some(note_list_uses),
+    },
 ];
 
 /// The version that this program writes.
@@ -73,6 +77,36 @@ const LISTS: &str = "
         content BLOB NOT NULL                -- compressed; once, however many revisions name it
     ) STRICT;
 ";
+
+const LIST_USES: &str = "
+    CREATE TABLE list_uses (
+        name     TEXT NOT NULL,              -- a policy
+        revision INTEGER NOT NULL,           -- one of its last
+        sha256   TEXT NOT NULL,              -- a list that it names
+        PRIMARY KEY (name, revision, sha256)
+    ) STRICT, WITHOUT ROWID;
+    CREATE INDEX list_uses_by_list ON list_uses (sha256);
+";
+
+/// Gives revisions of before their entries.
+fn note_list_uses(transaction: &Transaction<'_>) -> Result<(), StoreError> {
+    let mut read = transaction.prepare("SELECT name, revision, message FROM policies")?;
+    let mut note = transaction
+        .prepare("INSERT OR IGNORE INTO list_uses (name, revision, sha256) VALUES (?1, ?2, ?3)")?;
+    let mut rows = read.query([])?;
+    while let Some(row) = rows.next()? {
+        let message = row.get_ref(2)?.as_blob().map_err(rusqlite::Error::from)?;
+        let policy = v1::Policy::decode(message).map_err(|source| StoreError::Damaged {
+            table: "policies",
+            source,
+        })?;
+        let (name, revision): (String, i64) = (row.get(0)?, row.get(1)?);
+        for list in &policy.lists {
+            note.execute(params![name, revision, list.sha256])?;
+        }
+    }
+    Ok(())
+}
 
 const CLASSES: &str = "
     ALTER TABLE events ADD COLUMN class INTEGER NOT NULL DEFAULT 2;  -- store::Class

@@ -17,7 +17,10 @@ use vnet_proto::v1;
 
 use super::retention::Census;
 use super::schema::{MIGRATIONS, VERSION};
-use super::{Class, EventQuery, Snapshot, Store, StoreError, StoredGrant, StoredVm, Write, confirmed};
+use super::{
+    Class, EventQuery, LISTED_REVISIONS_MAX, Snapshot, Store, StoreError, StoredGrant, StoredVm, Write,
+    confirmed,
+};
 use crate::lists::described;
 use crate::paths;
 
@@ -191,10 +194,24 @@ impl Store for SqliteStore {
                 Write::PutPolicy(policy) => {
                     let mut insert = transaction
                         .prepare_cached("INSERT OR IGNORE INTO lists (sha256, content) VALUES (?1, ?2)")?;
+                    let mut note = transaction.prepare_cached(
+                        "INSERT OR IGNORE INTO list_uses (name, revision, sha256) VALUES (?1, ?2, ?3)",
+                    )?;
                     // One that comes without its content is there already.
                     for list in policy.lists.iter().filter(|list| !list.content.is_empty()) {
                         insert.execute(params![list.sha256, list.content])?;
+                        note.execute(params![policy.name, number(policy.revision), list.sha256])?;
                     }
+                    let kept_from = policy.revision.saturating_sub(LISTED_REVISIONS_MAX - 1);
+                    transaction
+                        .prepare_cached("DELETE FROM list_uses WHERE name = ?1 AND revision < ?2")?
+                        .execute(params![policy.name, number(kept_from)])?;
+                    transaction
+                        .prepare_cached(
+                            "DELETE FROM lists WHERE NOT EXISTS
+                             (SELECT 1 FROM list_uses WHERE list_uses.sha256 = lists.sha256)",
+                        )?
+                        .execute([])?;
                     let message = v1::Policy {
                         lists: described(&policy.lists),
                         ..policy.clone()

@@ -291,6 +291,61 @@ fn a_list_is_kept_once_however_many_revisions_name_it() {
     );
 }
 
+#[test]
+fn lists_go_when_none_of_the_last_revisions_of_any_policy_names_them() {
+    let dir = TempDir::new();
+    let list = |digest: &str| v1::PolicyList {
+        path: "l.txt".to_owned(),
+        sha256: digest.repeat(32),
+        content: vec![7; 1_000],
+        size_bytes: 1_000,
+    };
+    let with_list = |name: &str, revision, digest: &str| v1::Policy {
+        lists: vec![list(digest)],
+        ..policy(name, revision)
+    };
+    for mut store in both(&dir) {
+        let mut put = |policy: v1::Policy| store.apply(&[Write::PutPolicy(policy)]).unwrap();
+        put(with_list("other", 1, "cc"));
+        put(with_list("default", 1, "aa"));
+        put(with_list("default", 2, "cc"));
+        for revision in 3..=LISTED_REVISIONS_MAX {
+            put(with_list("default", revision, "bb"));
+        }
+        let kept = |store: &mut Box<dyn Store>, name: &str, revision| {
+            !store.policy(name, revision).unwrap().unwrap().lists[0]
+                .content
+                .is_empty()
+        };
+        assert!(
+            kept(&mut store, "default", 1),
+            "the last of those that have theirs"
+        );
+        store
+            .apply(&[Write::PutPolicy(with_list(
+                "default",
+                LISTED_REVISIONS_MAX + 1,
+                "bb",
+            ))])
+            .unwrap();
+        assert!(!kept(&mut store, "default", 1));
+        store
+            .apply(&[Write::PutPolicy(with_list(
+                "default",
+                LISTED_REVISIONS_MAX + 2,
+                "bb",
+            ))])
+            .unwrap();
+        assert!(kept(&mut store, "default", 2), "another policy names it still");
+        assert!(kept(&mut store, "other", 1) && kept(&mut store, "default", 3));
+        let old = store.policy("default", 1).unwrap().unwrap();
+        assert_eq!(
+            (old.document, old.lists[0].path.as_str()),
+            (policy("default", 1).document, "l.txt")
+        );
+    }
+}
+
 fn traffic(sequence: u64, vm: &str) -> v1::Event {
     v1::Event {
         vm: vm.to_owned(),

@@ -300,7 +300,9 @@ fn zones(
             let known = [("gateway", Some(gateway)), ("host", host_alias)];
             let records = known
                 .into_iter()
-                .filter_map(|(label, address)| Some((Name::from_canonical(label).ok(), IpAddr::V4(address?))))
+                .filter_map(|(label, address)| {
+                    Some((Name::from_canonical(label).ok(), Some(IpAddr::V4(address?))))
+                })
                 .collect();
             zones.push(Zone {
                 name: Some(name),
@@ -312,8 +314,11 @@ fn zones(
     zones
 }
 
+/// In place of a record's address.
+const UPSTREAM: &str = "upstream";
+
 /// Reads `ZONE:NAME=ADDRESS,...`: `*` stands for every other name, `@` for the zone itself, a zone `.`
-/// for the root.
+/// for the root, and the address `upstream` for a name that is looked up like one of no zone.
 fn zone(text: &str) -> Result<Zone, Problem> {
     let name_of = |part: &str| -> Result<Name, Problem> {
         match part.parse() {
@@ -340,13 +345,16 @@ fn zone(text: &str) -> Result<Zone, Problem> {
         let (name, address) = record
             .split_once('=')
             .ok_or_else(|| Problem::Zone(text.to_owned()))?;
-        let address = address.parse().map_err(|_| Problem::ZoneAddress {
-            found: text.to_owned(),
-            part: address.to_owned(),
-        })?;
+        let address = match address {
+            UPSTREAM if name != "*" => None,
+            address => Some(address.parse().map_err(|_| Problem::ZoneAddress {
+                found: text.to_owned(),
+                part: address.to_owned(),
+            })?),
+        };
         match name {
             "*" if zone.default_address.is_some() => return Err(Problem::Zone(text.to_owned())),
-            "*" => zone.default_address = Some(address),
+            "*" => zone.default_address = address,
             "@" => zone.records.push((None, address)),
             name => zone.records.push((Some(name_of(name)?), address)),
         }

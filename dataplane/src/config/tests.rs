@@ -90,6 +90,7 @@ fn describe(zone: &Zone) -> String {
     let mut text = zone.name.as_ref().map_or(".".to_owned(), ToString::to_string) + ":";
     for (name, address) in &zone.records {
         let name = name.as_ref().map_or("@".to_owned(), ToString::to_string);
+        let address = address.map_or("upstream".to_owned(), |a| a.to_string());
         text.push_str(&format!(" {name}={address}"));
     }
     if let Some(address) = zone.default_address {

@@ -132,6 +132,8 @@ impl Naming {
 pub struct Cache {
     epoch: Option<Epoch>,
     lease_until: Time,
+    /// How much longer than the lease allows that rest on no grant hold.
+    pub loss_grace: Time,
     shapes: Vec<Shape>,
     /// Keys in the order they came, oldest first, for eviction. May name entries already gone.
     order: VecDeque<(usize, ShapeKey)>,
@@ -186,6 +188,7 @@ impl Cache {
         *self = Self {
             epoch,
             lease_until,
+            loss_grace: self.loss_grace,
             evictions,
             ..Self::default()
         };
@@ -240,7 +243,13 @@ impl Cache {
     }
 
     fn holds(&self, now: Time, decision: &Decision) -> bool {
-        let leased = decision.action != VerdictAction::Allow || now < self.lease_until;
+        // What a person said goes with the lease; what the policy's file says may outlive it.
+        let lease_until = if decision.grant.is_empty() {
+            self.lease_until.saturating_add(self.loss_grace)
+        } else {
+            self.lease_until
+        };
+        let leased = decision.action != VerdictAction::Allow || now < lease_until;
         let in_budget = decision.meter.as_ref().is_none_or(|meter| !meter.is_used_up());
         leased && in_budget && decision.expires_at.is_none_or(|at| now < at)
     }

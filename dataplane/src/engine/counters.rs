@@ -43,7 +43,7 @@ impl Engine {
 }
 
 /// Each by the name of its field, so that none can be forgotten.
-fn dns(counts: DnsCounts) -> [(&'static str, u64); 11] {
+fn dns(counts: DnsCounts) -> [(&'static str, u64); 13] {
     let DnsCounts {
         ignored,
         malformed,
@@ -55,6 +55,8 @@ fn dns(counts: DnsCounts) -> [(&'static str, u64); 11] {
         hold_ended,
         upstream_failed,
         relayed,
+        limited,
+        redirected,
         synthetic,
     } = counts;
     [
@@ -68,6 +70,8 @@ fn dns(counts: DnsCounts) -> [(&'static str, u64); 11] {
         ("dns_hold_ended", hold_ended),
         ("dns_upstream_failed", upstream_failed),
         ("dns_relayed", relayed),
+        ("dns_limited", limited),
+        ("dns_redirected", redirected),
         ("dns_synthetic", synthetic),
     ]
 }

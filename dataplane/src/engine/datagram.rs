@@ -77,6 +77,10 @@ impl Engine {
             self.refuse_unreachable(ip, Unreachable::Port);
             return Err(DropReason::GatewayService);
         }
+        if self.is_redirected(peer) {
+            self.handle_dns_datagram(now, guest, peer.ip(), payload);
+            return Ok(Outcome::Done);
+        }
         self.open_datagrams(now, ip, key, State::Udp, payload)
     }
 

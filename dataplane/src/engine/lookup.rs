@@ -17,7 +17,15 @@ use crate::message::{MissEnd, Report};
 const DNS_PORT: u16 = 53;
 
 impl Engine {
-    /// `server` is the address of the gateway that was asked, and that answers.
+    /// Whether a query to this address is answered by the gateway's own DNS, whoever it was for: the policy
+    /// says so, and it is neither a guest's nor an address that nothing may be sent to.
+    pub(super) fn is_redirected(&self, server: SocketAddr) -> bool {
+        self.settings.dns.redirect
+            && server.port() == DNS_PORT
+            && matches!(self.check_destination(server.ip()), Ok(None))
+    }
+
+    /// `server` is the address that was asked, and that answers.
     pub(super) fn handle_dns_datagram(
         &mut self,
         now: Time,
@@ -26,6 +34,14 @@ impl Engine {
         payload: &[u8],
     ) {
         let zones = self.surroundings.zones();
+        if !self.is_gateway(server) {
+            self.dns.count_redirected();
+            let from = SocketAddr::new(server, DNS_PORT);
+            self.dns
+                .handle_query(now, &zones, guest, Transport::Redirected(from), payload);
+            self.act_on_dns(now);
+            return;
+        }
         let client = match guest {
             // The zone stands for which of the gateway's two addresses it was.
             SocketAddr::V6(v6) => {
@@ -136,6 +152,11 @@ impl Engine {
                     _ => self.config.gateway.into(),
                 };
                 let from = SocketAddr::new(server, DNS_PORT);
+                if !reply::udp(&mut self.transmit, from, client, bytes, self.config.mtu_bytes) {
+                    self.count_drop(DropReason::TransmitQueueFull);
+                }
+            }
+            Transport::Redirected(from) => {
                 if !reply::udp(&mut self.transmit, from, client, bytes, self.config.mtu_bytes) {
                     self.count_drop(DropReason::TransmitQueueFull);
                 }

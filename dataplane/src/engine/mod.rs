@@ -81,7 +81,7 @@ use crate::engine::tally::Tally;
 use crate::engine::timer::{Timer, Timers};
 use crate::engine::transmit::Transmit;
 use crate::mac::Mac;
-use crate::message::{FlowEnd, Report, Settings};
+use crate::message::{DnsSettings, FlowEnd, Report, Settings};
 
 /// Time since the engine started, on a clock that counts suspended time.
 pub type Time = Duration;
@@ -305,6 +305,8 @@ impl Engine {
             synthetic_answers: false,
             lookup_hold: config.lookup_hold,
             hold: config.hold,
+            dns: DnsSettings::default(),
+            loss_grace: Duration::ZERO,
             deny_ech: true,
             deny_quic: false,
         };
@@ -327,7 +329,7 @@ impl Engine {
             synthetics: Synthetics::default(),
             budgets: Budgets::default(),
             dhcp: DhcpCounts::default(),
-            dns: Dns::new(config.lookup_hold),
+            dns: Dns::new(config.lookup_hold, config.seed),
             counted: BTreeMap::new(),
             dns_set: None,
             bindings_set: None,

@@ -55,6 +55,15 @@ impl Engine {
         for report in self.tally.take(self.config.vm) {
             self.report(report);
         }
+        for reached in self.dns.take_reached() {
+            self.report(Report::LimitReached {
+                vm: self.config.vm,
+                limit: reached.limit.key(),
+                subject: reached.domain,
+                value: reached.value,
+                count: reached.count,
+            });
+        }
         let counters = self.counters();
         if std::mem::take(&mut self.status_changed) || counters != self.counted {
             self.report_status(counters);

@@ -147,6 +147,10 @@ impl Engine {
             }
             return self.open_service(now, ip, key).map(|()| Outcome::Done);
         }
+        if self.is_redirected(key.peer) {
+            self.dns.count_redirected();
+            return self.open_service(now, ip, key).map(|()| Outcome::Done);
+        }
         let wanted = self.wanted(ip, key)?;
         match self.decide(now, &wanted) {
             Some(decision) => match (decision.action, wanted.neighbour) {

@@ -57,6 +57,8 @@ impl Engine {
             Order::Settings(settings) => {
                 self.held.hold = settings.hold;
                 self.dns.set_hold(settings.lookup_hold);
+                self.dns.set_treatment(&settings.dns);
+                self.cache.loss_grace = settings.loss_grace;
                 let close = settings.forwards_closed && !self.settings.forwards_closed;
                 self.settings = settings;
                 if close {

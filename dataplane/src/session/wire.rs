@@ -9,8 +9,8 @@ use vnet_proto::v1;
 use vnet_proto::v1::session_request::Message;
 
 use crate::message::{
-    CachedVerdict, FlowEnd, FlowOpened, Forward, MissEnd, NameRefusal, OwnList, OwnPolicy, Report, VmStatus,
-    VmUp, Zone,
+    CachedVerdict, DNS_TTL_MAX, DnsDenial, DnsSettings, FlowEnd, FlowOpened, Forward, MissEnd, NameRefusal,
+    OwnList, OwnPolicy, Report, VmStatus, VmUp, Zone,
 };
 use crate::session::commands::Refusal;
 
@@ -183,6 +183,19 @@ pub(super) fn report(report: &Report, epoch: Option<Epoch>) -> Option<Message> {
             addresses,
             expires_in,
         } => Message::Binding(binding(*vm, name, addresses, *expires_in)),
+        Report::LimitReached {
+            vm,
+            limit,
+            subject,
+            value,
+            count,
+        } => Message::LimitReached(v1::LimitReached {
+            vm: vm.0,
+            limit: (*limit).to_owned(),
+            subject: subject.clone(),
+            value: *value,
+            count: *count,
+        }),
         Report::HostAddresses(addresses) => Message::HostAddresses(host_addresses(addresses)),
         Report::Done { .. } | Report::Verdicts { .. } | Report::End => return None,
     })
@@ -291,6 +304,39 @@ pub(super) fn duration(value: Duration) -> Option<prost_types::Duration> {
     value.try_into().ok()
 }
 
+/// How a VM's lookups are treated; what is unset is as if nothing were said.
+pub(super) fn dns_settings(message: v1::DnsSettings) -> Result<DnsSettings, Malformed> {
+    let deny_with = match v1::DnsDenial::try_from(message.deny_with) {
+        Ok(v1::DnsDenial::Unspecified | v1::DnsDenial::Refused) => DnsDenial::Refused,
+        Ok(v1::DnsDenial::Nxdomain) => DnsDenial::NxDomain,
+        Ok(v1::DnsDenial::Servfail) => DnsDenial::ServFail,
+        Err(_) => {
+            return Err(Malformed::Enum {
+                field: "dns_settings.deny_with",
+                value: message.deny_with,
+            });
+        }
+    };
+    let ttl_max = match message.ttl_max {
+        None => DNS_TTL_MAX,
+        given => positive("dns_settings.ttl_max", given, TTL_MAX)?,
+    };
+    let ttl_min = match message.ttl_min {
+        None => Duration::ZERO,
+        given => positive("dns_settings.ttl_min", given, ttl_max)?,
+    };
+    Ok(DnsSettings {
+        ttl_min,
+        ttl_max,
+        deny_with,
+        deny_text: message.deny_text,
+        queries_per_second: message.queries_per_second,
+        queries_per_minute: message.queries_per_minute,
+        names_per_domain: message.names_per_domain,
+        redirect: message.redirect,
+    })
+}
+
 /// What is left until `deadline`.
 pub(super) fn remaining(deadline: Instant, now: Instant) -> Duration {
     deadline.saturating_duration_since(now)
@@ -339,7 +385,7 @@ pub(super) fn zone_to_wire(zone: &Zone, network: &str) -> v1::Zone {
             .iter()
             .map(|(name, address)| v1::ZoneRecord {
                 name: text(name),
-                address: address.to_string(),
+                address: address.map(|a| a.to_string()).unwrap_or_default(),
             })
             .collect(),
         default_address: zone.default_address.map(|a| a.to_string()).unwrap_or_default(),
@@ -356,7 +402,13 @@ pub(super) fn zone_from_wire(message: &v1::Zone) -> Result<Zone, Refusal> {
         records: message
             .records
             .iter()
-            .map(|record| Ok((zone_name(&record.name)?, address(&record.address)?)))
+            .map(|record| {
+                let address = match record.address.as_str() {
+                    "" => None,
+                    text => Some(address(text)?),
+                };
+                Ok((zone_name(&record.name)?, address))
+            })
             .collect::<Result<_, Refusal>>()?,
         default_address: match message.default_address.as_str() {
             "" => None,
@@ -382,6 +434,10 @@ pub(super) fn zone_name(text: &str) -> Result<Option<Name>, Refusal> {
 const LEASE_MAX: Duration = Duration::from_secs(24 * 60 * 60);
 /// The longest heartbeat interval that is taken.
 const HEARTBEAT_MAX: Duration = Duration::from_secs(10 * 60);
+/// The longest time to live that is told to a guest.
+const TTL_MAX: Duration = Duration::from_secs(24 * 60 * 60);
+/// The longest time for which a cached allow outlives its lease.
+pub(super) const LOSS_GRACE_MAX: Duration = Duration::from_secs(24 * 60 * 60);
 /// The longest hold that is taken.
 pub(super) const HOLD_MAX: Duration = Duration::from_secs(60 * 60);
 

@@ -73,7 +73,7 @@ pub struct SetArgs {
     /// The zone's name, as lab.internal
     #[arg(value_name = "ZONE")]
     pub name: String,
-    /// A name below the zone and its address; `@` is the zone itself
+    /// A name below the zone and its address, or `upstream` to have it looked up after all; `@` is the zone itself
     #[arg(value_name = "NAME=ADDRESS", value_parser = record)]
     pub records: Vec<v1::ZoneRecord>,
     /// The address of names that no record has; without it they do not exist
@@ -194,7 +194,11 @@ impl Row for v1::Zone {
             format!(
                 "{}={}",
                 if r.name.is_empty() { ZONE_ITSELF } else { &r.name },
-                r.address
+                if r.address.is_empty() {
+                    UPSTREAM
+                } else {
+                    &r.address
+                }
             )
         };
         vec![
@@ -237,17 +241,23 @@ impl Row for v1::DeniedLookup {
 }
 
 fn record(text: &str) -> Result<v1::ZoneRecord, String> {
-    let expected = || format!("{text:?} is not a record (expected NAME=ADDRESS, as db=192.168.127.9)");
+    let expected =
+        || format!("{text:?} is not a record (expected NAME=ADDRESS, as db=192.168.127.9, or NAME=upstream)");
     let (name, address) = text.split_once('=').ok_or_else(expected)?;
-    let address: IpAddr = address.parse().map_err(|_| expected())?;
+    let address = match address {
+        UPSTREAM => String::new(),
+        address => address.parse::<IpAddr>().map_err(|_| expected())?.to_string(),
+    };
     let name = if name == ZONE_ITSELF { "" } else { name };
     Ok(v1::ZoneRecord {
         name: name.to_owned(),
-        address: address.to_string(),
+        address,
     })
 }
 
 const ZONE_ITSELF: &str = "@";
+/// In place of an address: the name is looked up after all.
+const UPSTREAM: &str = "upstream";
 
 #[cfg(test)]
 mod tests {
@@ -262,6 +272,8 @@ mod tests {
 
         assert_eq!(record("db=192.168.127.9"), Ok(made("db", "192.168.127.9")));
         assert_eq!(record("@=2001:DB8::1"), Ok(made("", "2001:db8::1")));
+        assert_eq!(record("api=upstream"), Ok(made("api", "")));
+        assert!(record("db=").unwrap_err().contains("NAME=ADDRESS"));
         assert!(record("db").unwrap_err().contains("NAME=ADDRESS"));
         assert!(record("db=nine").unwrap_err().contains("NAME=ADDRESS"));
     }

@@ -3,6 +3,7 @@
 //! Here is what is checked before anything starts. What then runs together, and how it ends, is in
 //! `supervise`.
 
+mod exposed;
 #[cfg(target_os = "linux")]
 mod supervise;
 
@@ -20,6 +21,7 @@ use super::treat::{Problems, TreatArgs};
 use crate::client::{Connection, Server};
 use crate::failure::Failure;
 use crate::launch::{DataplaneArgs, Settings, session_url};
+use crate::output::text::safe;
 
 /// Arguments of `run`.
 #[derive(Debug, Args)]
@@ -112,7 +114,14 @@ pub fn execute(args: RunArgs, connection: Connection) -> Result<u8, Failure> {
 
 fn plan(args: RunArgs, connection: &Connection) -> Result<Plan, Failure> {
     let mut problems = Problems::default();
-    let treatment = args.treat.check(&mut problems);
+    let mut treatment = args.treat.check(&mut problems);
+    let writable = writable(&args.write, &mut problems.found);
+    if let (Some(policy), Some(document)) = (&args.treat.network_policy, &treatment.document) {
+        let warning = exposed::warning(policy, document, writable.as_deref());
+        treatment
+            .warnings
+            .extend(warning.map(|text| safe(&text).into_owned()));
+    }
     let vm = match args.vm {
         Some(name) => name,
         None => default_vm_name(&std::env::current_dir().map_err(|e| {
@@ -140,7 +149,6 @@ fn plan(args: RunArgs, connection: &Connection) -> Result<Plan, Failure> {
     };
     let config = settings.check(true, &mut problems.usage);
     let sockets = sockets(&args.socket, connection, &mut problems.found);
-    let writable = writable(&args.write, &mut problems.found);
     problems.none()?;
     Ok(Plan {
         vm,

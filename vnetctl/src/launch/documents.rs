@@ -17,6 +17,8 @@ use crate::output::text::safe;
 
 /// A policy document, and where it came from.
 #[derive(Debug, Clone, PartialEq)]
+// Outside of tests there is no document of nothing.
+#[cfg_attr(test, derive(Default))]
 pub struct Document {
     /// Its text.
     pub text: String,

@@ -12,9 +12,10 @@ use super::sets::Sets;
 use super::{LIST_MAX, RULES_MAX, read_selector, read_text};
 use crate::policy::effective::omitted_protocols;
 use crate::policy::keys;
+use crate::policy::patterns::{self, NamePatterns, PATTERNS_MAX};
 use crate::policy::reader::{Fields, Reader};
 use crate::policy::yaml::{Node, Value};
-use crate::policy::{FlowTest, NameSet, PortSet, PrefixSet, ProtocolSet, Rule, RuleAction};
+use crate::policy::{FlowTest, NameSet, PolicyWarning, PortSet, PrefixSet, ProtocolSet, Rule, RuleAction};
 
 pub(super) fn read_rules(reader: &mut Reader, node: &Node, sets: &mut Sets) -> Vec<Arc<Rule>> {
     let mut first_of: HashMap<String, u32> = HashMap::new();
@@ -33,6 +34,66 @@ pub(super) fn read_rules(reader: &mut Reader, node: &Node, sets: &mut Sets) -> V
         rules.push(Arc::new(rule));
     }
     rules
+}
+
+/// `outboundAllow` of gvproxy's draft: names by regular expressions, at which TLS on port 443 is allowed. They
+/// stand after the rules. Also what is worth telling of them.
+pub(super) fn read_outbound(reader: &mut Reader, node: &Node) -> (Option<Arc<Rule>>, Vec<PolicyWarning>) {
+    let mut warnings = Vec::new();
+    let mut patterns = Vec::new();
+    for node in reader.list(node, "outboundAllow", PATTERNS_MAX) {
+        let Some(text) = reader.text(node, "outboundAllow") else {
+            continue;
+        };
+        if let Err(problem) = patterns::check(text) {
+            let text = format!(
+                "outboundAllow: {} is not an expression that can be used: {problem}",
+                node.value
+            );
+            reader.problem(node, text);
+            continue;
+        }
+        if !patterns::is_anchored(text) {
+            warnings.push(PolicyWarning {
+                line: node.place.line,
+                column: node.place.column,
+                text: format!(
+                    "outboundAllow: {} is not one whole expression between ^ and $, so that it may match names \
+                     that only contain what is meant, as example.com.evil.test",
+                    node.value
+                ),
+            });
+        }
+        patterns.push(text.to_owned());
+    }
+    if patterns.is_empty() {
+        return (None, warnings);
+    }
+    let names = match NamePatterns::new(&patterns) {
+        Ok(names) => NameSet::of_expressions(Arc::new(names)),
+        Err(problem) => {
+            reader.problem(node, format!("outboundAllow: {problem}"));
+            return (None, warnings);
+        }
+    };
+    let rule = Rule {
+        label: "outboundAllow".to_owned(),
+        action: RuleAction::Allow,
+        test: FlowTest {
+            protocols: ProtocolSet::one(Protocol::Tcp),
+            prefixes: PrefixSet::default(),
+            ports: [PortRange::one(443)].into_iter().collect(),
+            names: Some(Arc::new(names)),
+        },
+        lookup_only: false,
+        demand: Some(NameDemand::Require),
+        until: None,
+        vms: None,
+        comment: String::new(),
+        line: node.place.line,
+        column: node.place.column,
+    };
+    (Some(Arc::new(rule)), warnings)
 }
 
 fn read_rule(reader: &mut Reader, node: &Node, index: usize, sets: &mut Sets) -> Option<Rule> {

@@ -13,6 +13,7 @@ use crate::policy::list::{self, Attachments, LISTS_BYTES_MAX, ListCache, ListFor
 use crate::policy::names::NameTable;
 use crate::policy::prefixes::PrefixTable;
 use crate::policy::reader::{Reader, nearest};
+use crate::policy::resolvers::Resolvers;
 use crate::policy::yaml::{self, Node, Place, Value};
 use crate::policy::{NameSet, PolicyWarning, PrefixSet};
 
@@ -114,6 +115,32 @@ impl Sets {
         }
         prefixes.share(Arc::new(own.into_iter().collect()));
         prefixes
+    }
+
+    /// Prefixes, names, and sets of either or both, as what a policy knows of DNS servers.
+    pub(super) fn resolvers(
+        &mut self,
+        reader: &mut Reader,
+        prefixes: Vec<&Node>,
+        others: &[&Node],
+        key: &str,
+    ) -> Resolvers {
+        let mut prefixes = self.prefixes(reader, prefixes);
+        let (mut own, mut names) = (NameTable::default(), NameSet::default());
+        for node in others {
+            match self.reference(reader, node, key) {
+                Reference::None => own.extend(read_name(reader, node, key).as_ref()),
+                Reference::Broken => {}
+                Reference::Set(set) => {
+                    set.names.iter().for_each(|table| names.share(Arc::clone(table)));
+                    set.prefixes
+                        .iter()
+                        .for_each(|table| prefixes.share(Arc::clone(table)));
+                }
+            }
+        }
+        names.share(Arc::new(own.shrunk()));
+        Resolvers::with(&names, &prefixes)
     }
 
     fn reference(&mut self, reader: &mut Reader, node: &Node, key: &str) -> Reference<'_> {

@@ -123,7 +123,7 @@ fn any_allow_or_deny_makes_the_default_deny_and_stands_before_the_files_rules() 
     says(
         &own(None, &["deny tcp 1.2.3.4:1"], None),
         &none(),
-        "tcp 9.9.9.9:9",
+        "tcp 9.8.9.9:9",
         Deny,
         "default",
         "deny",
@@ -215,15 +215,15 @@ fn secure_mode_asks_and_overrides_default_allow() {
         Some(SAMPLE),
     ] {
         let policy = effective(document, Some(Mode::Ask));
-        says(&policy, &none(), "tcp 9.9.9.9:22", Ask, "default", "deny");
+        says(&policy, &none(), "tcp 9.8.9.9:22", Ask, "default", "deny");
         assert_eq!(policy.default_action(), DefaultAction::Deny);
     }
     let policy = effective(Some("mode: enforce\ndefaultAction: allow"), Some(Mode::Ask));
-    says(&policy, &none(), "tcp 9.9.9.9:22", Ask, "default", "deny");
+    says(&policy, &none(), "tcp 9.8.9.9:22", Ask, "default", "deny");
     says(
         &effective(Some(SAMPLE), Some(Mode::Ask)),
         &none(),
-        "tcp 9.9.9.9:443",
+        "tcp 9.8.9.9:443",
         Allow,
         "rule",
         "rules[0]",

@@ -164,25 +164,25 @@ fn every_verdict_that_rests_on_a_name_says_what_is_demanded_of_it() {
     let given = grants(["allow domain f.test:443", "allow tcp 7.7.7.7:443"]);
     for (flow, demand, names) in [
         (
-            "tcp 1.1.1.1:443 x.a.test b.test y.a.test",
+            "tcp 1.3.1.1:443 x.a.test b.test y.a.test",
             NameDemand::ByPort,
             vec!["x.a.test", "y.a.test"],
         ),
-        ("tcp 1.1.1.1:80 b.test", NameDemand::Off, vec![]),
-        ("tcp 1.1.1.1:80 c.test", NameDemand::IfPresent, vec!["c.test"]),
+        ("tcp 1.3.1.1:80 b.test", NameDemand::Off, vec![]),
+        ("tcp 1.3.1.1:80 c.test", NameDemand::IfPresent, vec!["c.test"]),
         (
-            "tcp 1.1.1.1:22 d.test other.test",
+            "tcp 1.3.1.1:22 d.test other.test",
             NameDemand::Require,
             vec!["d.test"],
         ),
         ("tcp 9.1.1.1:443 q.test", NameDemand::Off, vec![]),
         (
-            "tcp 1.1.1.1:443 e.test q.test",
+            "tcp 1.3.1.1:443 e.test q.test",
             NameDemand::ByPort,
             vec!["e.test"],
         ),
         (
-            "tcp 1.1.1.1:443 f.test q.test",
+            "tcp 1.3.1.1:443 f.test q.test",
             NameDemand::ByPort,
             vec!["f.test"],
         ),
@@ -230,13 +230,13 @@ fn an_answer_to_a_rule_that_asks_demands_what_the_rule_does() {
         let document = format!("version: 1\nrules:\n  - {{action: ask, domains: a.test{sni}}}\n");
         let policy = effective(Some(&document), None);
         let answered = grants(["allow domain a.test"]);
-        let found = decide(&policy, &answered, "tcp 1.1.1.1:22 a.test b.test");
+        let found = decide(&policy, &answered, "tcp 1.2.3.4:22 a.test b.test");
         assert_eq!((found.outcome, found.name_demand), (Outcome::Allow, demand));
         // An answer about the address rests on no name.
         let found = decide(
             &policy,
-            &grants(["allow tcp 1.1.1.1:22"]),
-            "tcp 1.1.1.1:22 a.test",
+            &grants(["allow tcp 1.2.3.4:22"]),
+            "tcp 1.2.3.4:22 a.test",
         );
         assert_eq!(
             (found.outcome, found.name_demand),
@@ -249,7 +249,7 @@ fn an_answer_to_a_rule_that_asks_demands_what_the_rule_does() {
 fn in_mode_observe_no_name_is_demanded_since_what_nothing_allows_is_let_through() {
     let document = "version: 1\nrules:\n  - {action: allow, domains: a.test, sni: require}\n";
     let observing = effective(Some(document), Some(Mode::Observe));
-    let found = decide(&observing, &grants([]), "tcp 1.1.1.1:443 a.test");
+    let found = decide(&observing, &grants([]), "tcp 1.2.3.4:443 a.test");
     assert_eq!(
         (found.outcome, found.name_demand, found.names.len()),
         (Outcome::Allow, NameDemand::Off, 0)

@@ -7,7 +7,9 @@ mod language;
 mod loading;
 mod order;
 mod property;
+mod resolvers;
 mod sets;
+mod settings;
 mod synthetic;
 
 use std::collections::BTreeMap;

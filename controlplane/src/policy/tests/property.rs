@@ -62,7 +62,7 @@ const PREFIXES: [&str; 18] = [
     "fd00::/8",
     "fe80::/10",
 ];
-const ADDRESSES: [&str; 21] = [
+const ADDRESSES: [&str; 23] = [
     "1.2.3.4",
     "1.2.3.5",
     "1.2.9.9",
@@ -84,11 +84,21 @@ const ADDRESSES: [&str; 21] = [
     "2001:db9::1",
     "fd12::5",
     "fe80::1",
+    "1.1.1.1",
+    "2606:4700:4700::1111",
 ];
-const PORTS: [u16; 7] = [1, 22, 80, 443, 444, 8080, 65535];
-const RANGES: [&str; 6] = ["22", "80", "443", "80-443", "400-9000", "1-65535"];
-const NAMES: [&str; 5] = ["a.test", "x.a.test", "b.test", "y.b.test", "c.test"];
-const PATTERNS: [&str; 5] = ["a.test", "*.a.test", "b.test", "*.test", "y.b.test"];
+const PORTS: [u16; 9] = [1, 22, 53, 80, 443, 444, 853, 8080, 65535];
+const RANGES: [&str; 7] = ["22", "53", "80", "443", "80-443", "400-9000", "1-65535"];
+const NAMES: [&str; 6] = ["a.test", "x.a.test", "b.test", "y.b.test", "c.test", "dns.google"];
+const PATTERNS: [&str; 7] = [
+    "a.test",
+    "*.a.test",
+    "b.test",
+    "*.test",
+    "y.b.test",
+    "dns.google",
+    "*.google",
+];
 
 /// Which names are bound to which address, and so which guards hold where.
 struct World {
@@ -201,6 +211,21 @@ fn drawn(draw: &mut Draw) -> Drawn {
     }
     if draw.chance(30) {
         head.push(format!("mode: {}\n", draw.one(&["enforce", "ask", "observe"])));
+    }
+    if draw.chance(50) {
+        let mut text = format!(
+            "guards: {{dns: {}, host: {}",
+            draw.one(&["deny", "redirect", "off"]),
+            draw.one(&["deny", "off"])
+        );
+        if draw.chance(50) {
+            text += ", resolvers: [\"x.a.test\", \"1.2.9.0/24\", \"2001:db9::1\"]";
+        }
+        text += "}\n";
+        head.push(text);
+    }
+    if draw.chance(20) {
+        head.push("outboundAllow: [\"^x\\\\.a\", \"b.test$\"]\n".to_owned());
     }
     // Long ones have neighbours enough that regions are cut short.
     let (sets, rules) = (draw.chance(50), if draw.chance(5) { 400 } else { draw.below(6) });
@@ -618,6 +643,7 @@ fn first_by_walking<'a>(context: &Context<'a>, flow: &FlowSubject) -> Option<&'a
             *guard != Guard::Guest
                 || !(context.policy.is_open() && context.peer.is_some_and(|peer| peer.mode.is_none()))
         })
+        .filter(|guard| *guard != Guard::Host || context.policy.settings().host != Some(GuardAction::Off))
         .collect();
     let (peer, port) = (flow.key.peer.ip(), flow.key.peer.port());
     let found = context.policy.rules().find(|rule| {
@@ -627,7 +653,9 @@ fn first_by_walking<'a>(context: &Context<'a>, flow: &FlowSubject) -> Option<&'a
         let either = refuses || !guards.is_empty();
         let named = |prefix: ipnet::IpNet| {
             (prefix.contains(&peer) || prefix.contains(&flow.dialled))
-                && context.guarded.names_all(flow.guards, prefix, peer, flow.dialled)
+                && context
+                    .guarded
+                    .names_all(guards.iter().copied().collect(), prefix, peer, flow.dialled)
         };
         test.protocols.contains(flow.key.protocol)
             && (test.ports.is_empty() || test.ports.ranges().iter().any(|range| range.contains(port)))
@@ -635,10 +663,51 @@ fn first_by_walking<'a>(context: &Context<'a>, flow: &FlowSubject) -> Option<&'a
             && test.names.as_ref().is_none_or(|names| {
                 let mut patterns = names.patterns();
                 patterns.any(|pattern| flow.names.iter().any(|name| pattern.matches(name)))
+                    || names.expressions().is_some() && flow.names.iter().any(|name| names.contains(name))
             })
+            && (refuses || opens_dns(context, test, flow))
             && (refuses || guards.is_empty() || test.prefixes.iter().any(named))
     });
     found.map(|rule| rule.label.as_str())
+}
+
+/// Whether something that allows or asks names the DNS server that a flow leads to, if it does to one.
+fn opens_dns(context: &Context<'_>, test: &FlowTest, flow: &FlowSubject) -> bool {
+    let Some(resolvers) = &context.policy.resolvers else {
+        return true;
+    };
+    let (peer, port) = (flow.key.peer.ip(), flow.key.peer.port());
+    if !flow.key.protocol.has_ports() {
+        return true;
+    }
+    let own = resolvers.names().contains(&"x.a.test".parse().unwrap());
+    let known = ["1.1.1.0/30", "2606:4700:4700::/48"]
+        .into_iter()
+        .chain(
+            own.then_some(["1.2.9.0/24", "2001:db9::1/128"])
+                .into_iter()
+                .flatten(),
+        )
+        .any(|net| net.parse::<ipnet::IpNet>().unwrap().contains(&peer));
+    let by_port = [53, 137, 853, 5353, 5355].contains(&port);
+    if !known && !by_port {
+        return true;
+    }
+    let one = test
+        .prefixes
+        .iter()
+        .any(|prefix| prefix == ipnet::IpNet::from(peer));
+    let port_named = test
+        .ports
+        .ranges()
+        .iter()
+        .any(|r| (r.first(), r.last()) == (port, port));
+    let exact = |name: &Name| {
+        let known = name.as_str() == "dns.google" || own && name.as_str() == "x.a.test";
+        let mut patterns = test.names.iter().flat_map(|names| names.patterns());
+        known && patterns.any(|pattern| pattern == vnet_proto::model::NamePattern::Exact(name.clone()))
+    };
+    one || by_port && port_named || !by_port && flow.names.iter().any(exact)
 }
 
 #[test]
@@ -678,11 +747,11 @@ fn the_index_finds_the_rule_that_walking_finds() {
 fn a_name_inside_a_match_is_decided_like_the_name_that_the_match_is_of() {
     let mut draw = Draw(0x5eed_1234_abcd_0002);
     let (vm, guarded) = (vm(), guarded());
-    let labels = ["a", "b", "c", "x", "y", "test", "com"];
+    let labels = ["a", "b", "c", "x", "y", "test", "com", "dns"];
     let name = |draw: &mut Draw| -> Name {
         let count = 1 + draw.below(4);
         let text: Vec<&str> = (0..count).map(|_| *draw.one(&labels)).collect();
-        format!("{}.{}", text.join("."), draw.one(&["test", "com"]))
+        format!("{}.{}", text.join("."), draw.one(&["test", "com", "google"]))
             .parse()
             .unwrap()
     };

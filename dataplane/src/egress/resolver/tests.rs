@@ -341,7 +341,7 @@ async fn gateway(resolver: Resolver) -> (SocketAddr, Arc<Mutex<Bindings>>) {
     let learned = Arc::clone(&bindings);
     tokio::spawn(async move {
         let zones = zones::default_zones([192, 168, 127, 1].into(), Some([192, 168, 127, 254].into()));
-        let mut dns = Dns::new(Duration::from_secs(4));
+        let mut dns = Dns::new(Duration::from_secs(4), [7; 32]);
         let (answers, mut resolved) = tokio::sync::mpsc::unbounded_channel::<(u64, Option<Vec<u8>>)>();
         let (pieces, mut streams) = tokio::sync::mpsc::unbounded_channel::<(u64, Vec<u8>)>();
         let mut writers = std::collections::HashMap::new();
@@ -379,6 +379,10 @@ async fn gateway(resolver: Resolver) -> (SocketAddr, Arc<Mutex<Bindings>>) {
                     } => {
                         udp.send_to(&bytes, client).await.unwrap();
                     }
+                    Event::Reply {
+                        transport: Transport::Redirected(_),
+                        ..
+                    } => panic!("nothing was asked of another server"),
                     Event::Reply {
                         transport: Transport::Tcp(connection),
                         bytes,

@@ -13,7 +13,7 @@ use crate::engine::cache::Decision;
 use crate::engine::flow::{State, Waiting};
 use crate::engine::frame::DropReason;
 use crate::engine::gateway::dns::message::{Upstream, address_query};
-use crate::engine::gateway::dns::{BINDING_TIME_MAX, BINDING_TIME_MIN, Synthesis};
+use crate::engine::gateway::dns::{BINDING_TIME_MIN, Synthesis};
 use crate::engine::ip::Ip;
 use crate::engine::judge::Wanted;
 use crate::engine::reply::Unreachable;
@@ -162,7 +162,18 @@ impl Engine {
 
     fn start_lookup(&mut self, now: Time, place: Place, query_type: u16) {
         let started = self.synthetics.start(place, query_type);
-        let query = started.and_then(|(number, name)| Some((number, address_query(&name, query_type)?)));
+        let query = started.and_then(|(number, name)| {
+            // A name that is looked up for a connection carries as much out as one that the guest asks for.
+            let query = self
+                .dns
+                .admits(now, &name, query_type)
+                .then(|| address_query(&name, query_type))
+                .flatten();
+            if query.is_none() {
+                self.synthetics.end(number);
+            }
+            Some((number, query?))
+        });
         match query {
             Some((number, bytes)) => self.events.push_back(Event::Resolve {
                 query: number | OWN_LOOKUP,
@@ -191,7 +202,8 @@ impl Engine {
         if addresses.is_empty() && query_type == TYPE_A && self.surroundings.has_ipv6() {
             self.start_lookup(now, place, TYPE_AAAA);
         } else {
-            let until = now + ttl.clamp(BINDING_TIME_MIN, BINDING_TIME_MAX);
+            let most = self.settings.dns.ttl_max;
+            let until = now + ttl.clamp(BINDING_TIME_MIN.min(most), most);
             self.settle(now, place, addresses, until);
         }
         true

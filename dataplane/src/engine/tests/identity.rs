@@ -115,6 +115,8 @@ fn on_an_open_switch_frames_pass_but_for_dhcp_answers() {
         synthetic_answers: false,
         lookup_hold: Duration::from_secs(4),
         hold: HOLD,
+        dns: crate::message::DnsSettings::default(),
+        loss_grace: Duration::ZERO,
         deny_ech: true,
         deny_quic: false,
     }));

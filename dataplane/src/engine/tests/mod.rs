@@ -9,6 +9,7 @@ mod ipv6;
 mod kit;
 mod naming;
 mod neighbours;
+mod resolvers;
 mod synthetic;
 mod tcp;
 mod town;

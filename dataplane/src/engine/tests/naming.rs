@@ -683,6 +683,8 @@ fn settings(deny_ech: bool, deny_quic: bool) -> Settings {
         synthetic_answers: false,
         lookup_hold: Duration::from_secs(4),
         hold: HOLD,
+        dns: crate::message::DnsSettings::default(),
+        loss_grace: Duration::ZERO,
         deny_ech,
         deny_quic,
     }

@@ -895,6 +895,8 @@ fn two_open_guests_are_switched_and_one_open_guest_is_filtered() {
         synthetic_answers: false,
         lookup_hold: HOLD,
         hold: HOLD,
+        dns: crate::message::DnsSettings::default(),
+        loss_grace: Duration::ZERO,
         deny_ech: true,
         deny_quic: false,
     };

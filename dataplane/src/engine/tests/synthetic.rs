@@ -30,6 +30,8 @@ fn settings(rig: &mut Rig, synthetic_answers: bool) {
         deny_quic: false,
         lookup_hold: Duration::from_secs(4),
         hold: HOLD,
+        dns: crate::message::DnsSettings::default(),
+        loss_grace: Duration::ZERO,
     }));
 }
 

@@ -214,6 +214,8 @@ impl Town {
                 synthetic_answers: false,
                 lookup_hold: Duration::from_secs(4),
                 hold: HOLD,
+                dns: crate::message::DnsSettings::default(),
+                loss_grace: Duration::ZERO,
                 deny_ech: true,
                 deny_quic: false,
             }),

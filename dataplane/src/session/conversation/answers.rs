@@ -114,6 +114,15 @@ impl Conversation {
             None => self.mirror.resolver_patience(vm).unwrap_or(RESOLVER_PATIENCE),
             given => wire::positive("vm_settings.lookup_hold", given, wire::HOLD_MAX)?,
         };
+        let loss_grace = match message.loss_grace {
+            None => Duration::ZERO,
+            given => wire::positive("vm_settings.loss_grace", given, wire::LOSS_GRACE_MAX)?,
+        };
+        let dns = message
+            .dns
+            .map(wire::dns_settings)
+            .transpose()?
+            .unwrap_or_default();
         let settings = Settings {
             name: message.name,
             switch_open: message.switch_open,
@@ -121,6 +130,8 @@ impl Conversation {
             synthetic_answers: message.synthetic_answers,
             lookup_hold,
             hold: self.hold,
+            dns,
+            loss_grace,
             deny_ech: !message.ech_outer,
             deny_quic: message.quic_denied,
         };

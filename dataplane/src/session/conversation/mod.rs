@@ -257,7 +257,8 @@ impl Conversation {
                 ..
             } => self.verdicts_reported(command, &verdicts, in_all),
             // The snapshot of the guards is what the next Hello says.
-            Report::Decided { .. } | Report::HostAddresses(_) | Report::End => {}
+            Report::Decided { .. } | Report::LimitReached { .. } | Report::HostAddresses(_) | Report::End => {
+            }
         }
         self.send(message);
     }

@@ -229,11 +229,15 @@ impl Question {
     /// resolver asks with one of its own.
     pub fn upstream_query(&self) -> Vec<u8> {
         let mut bytes = vec![0; HEADER_BYTES];
+        let name_bytes = self.wire.len().saturating_sub(4);
         bytes[2] = u8::from(self.recursion_desired);
         bytes[3] = u8::from(self.authentic_data) << 5 | u8::from(self.checking_disabled) << 4;
         bytes[5] = 1;
         bytes[11] = 1;
-        bytes.extend_from_slice(&self.wire);
+        // In small letters, whatever the guest's: their case would carry a bit each past every limit. A label
+        // has at most 63 bytes, so that no length is taken for a letter.
+        bytes.extend(self.wire.iter().take(name_bytes).map(u8::to_ascii_lowercase));
+        bytes.extend(self.wire.iter().skip(name_bytes));
         let payload = u16::try_from(UDP_BYTES_MAX).unwrap_or(u16::MAX).to_be_bytes();
         let dnssec_ok = u8::from(self.edns.is_some_and(|e| e.dnssec_ok)) << 7;
         let [high, low] = OPT.to_be_bytes();
@@ -433,6 +437,21 @@ impl<'a> Upstream<'a> {
         addresses.sort_unstable();
         addresses.dedup();
         (addresses, Duration::from_secs(ttl.into()))
+    }
+
+    /// Holds the times to live in the answer section within bounds, in what [`Question::relay`] made of it.
+    /// A time is never raised beyond what a DNSSEC signature says, for whoever checks that
+    /// (RFC 4035 §5.3.3).
+    pub fn clamp_ttls(&self, relayed: &mut [u8], least: Duration, most: Duration) {
+        let seconds = |bound: Duration| u32::try_from(bound.as_secs()).unwrap_or(u32::MAX);
+        let (least, most) = (seconds(least), seconds(most));
+        for record in &self.answers {
+            // Four bytes, before the two of the data's length.
+            let at = record.data.saturating_sub(6);
+            if let Some(bytes) = relayed.get_mut(at..at + 4) {
+                bytes.copy_from_slice(&record.ttl.max(least).min(most).to_be_bytes());
+            }
+        }
     }
 
     fn address(&self, record: &RawRecord) -> Option<IpAddr> {

@@ -132,7 +132,8 @@ fn the_upstream_is_asked_the_same_with_an_opt_record_of_our_own() {
     bytes[3] |= 0x30;
     let question = read_query(&bytes).unwrap();
     let asked = question.upstream_query();
-    assert_eq!(question_of(&asked), Some(&question.wire[..]));
+    let small = question.wire.to_ascii_lowercase();
+    assert_eq!(question_of(&asked), Some(&small[..]));
     let message = Message::from_vec(&asked).unwrap();
     assert!(
         message.metadata.recursion_desired

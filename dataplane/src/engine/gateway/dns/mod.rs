@@ -8,12 +8,14 @@
 //!    name that wait (retransmissions, the A and AAAA pair, other programs)
 //! 4. allowed: the question goes upstream, and what comes back is relayed; the addresses in it are bound to
 //!    the name ([`Event::Bind`]) before the guest learns them
-//! 5. denied: REFUSED with an extended error that says why; dropped: silence; not decided in time: SERVFAIL
+//!    ([`limits`] bounds how many and how many different names go upstream)
+//! 5. denied: REFUSED (or what the policy says) with an extended error that says why; dropped: silence; not decided in time: SERVFAIL
 //!    with an extended error that says that it awaits approval
 //!
 //! Owns the held queries, their limits and deadlines. Left to others: verdicts and their cache (the engine),
 //! upstreams ([`crate::egress::resolver`]), what bindings mean ([`crate::engine::bindings`]).
 
+pub mod limits;
 pub mod message;
 mod queries;
 pub mod stream;
@@ -27,11 +29,13 @@ use ahash::AHashMap;
 use hickory_proto::op::ResponseCode;
 use vnet_proto::model::{Name, Reason, VerdictAction};
 
+use self::limits::{Limits, Reached};
 use self::message::{ExtendedError, Question, Refusal, UDP_BYTES_PLAIN, Upstream, read_query};
 use self::queries::{Queries, Query, State};
 use self::stream::{Messages, framed};
 use self::zones::Zones;
 use crate::engine::Time;
+use crate::message::{DnsDenial, DnsSettings};
 
 /// Queries of one guest that wait for a verdict; the newest is refused.
 pub const HELD_MAX: usize = 1_024;
@@ -43,12 +47,10 @@ pub const CONNECTIONS_MAX: usize = 64;
 pub const QUERIES_PER_CONNECTION_MAX: usize = 32;
 /// How long an upstream's answer is waited for, should the resolver never say that there is none.
 pub const UPSTREAM_TIME: Duration = Duration::from_secs(15);
-/// Bounds of the time for which an answer teaches its addresses, and what is added to it: programs hold on to
-/// an address a little longer than they should.
+/// An answer teaches its addresses for the time that the guest is told, and for this long at least, unless its
+/// policy says less: programs hold on to an address a little longer than they should.
 pub const BINDING_TIME_MIN: Duration = Duration::from_secs(30);
-/// See [`BINDING_TIME_MIN`].
-pub const BINDING_TIME_MAX: Duration = Duration::from_secs(3_600);
-/// See [`BINDING_TIME_MIN`].
+/// What is added to that time, for the same reason.
 pub const BINDING_GRACE: Duration = Duration::from_secs(30);
 
 /// How a query came and its answer goes.
@@ -56,6 +58,8 @@ pub const BINDING_GRACE: Duration = Duration::from_secs(30);
 pub enum Transport {
     /// In a datagram.
     Udp,
+    /// In a datagram to another server's address, from which the answer has to come.
+    Redirected(SocketAddr),
     /// Over the connection that the caller calls this.
     Tcp(u64),
 }
@@ -172,6 +176,10 @@ pub struct DnsCounts {
     pub upstream_failed: u64,
     /// Answers relayed.
     pub relayed: u64,
+    /// Refused at a limit of the policy's.
+    pub limited: u64,
+    /// Queries to other servers that are answered here, and connections.
+    pub redirected: u64,
     /// Queries answered with synthetic addresses, or with no data beside them.
     pub synthetic: u64,
 }
@@ -180,6 +188,8 @@ pub struct DnsCounts {
 #[derive(Debug)]
 pub struct Dns {
     hold: Duration,
+    treatment: DnsSettings,
+    limits: Limits,
     queries: Queries,
     connections: AHashMap<u64, Messages>,
     events: VecDeque<Event>,
@@ -187,10 +197,12 @@ pub struct Dns {
 }
 
 impl Dns {
-    /// A server that holds an undecided query for so long.
-    pub fn new(hold: Duration) -> Self {
+    /// A server that holds an undecided query for so long. `seed` keys what it counts names by.
+    pub fn new(hold: Duration, seed: [u8; 32]) -> Self {
         Self {
             hold,
+            treatment: DnsSettings::default(),
+            limits: Limits::new(seed),
             queries: Queries::default(),
             connections: AHashMap::new(),
             events: VecDeque::new(),
@@ -201,6 +213,22 @@ impl Dns {
     /// Changes how long queries that come from now on are held.
     pub fn set_hold(&mut self, hold: Duration) {
         self.hold = hold;
+    }
+
+    /// Changes how queries are answered and limited from now on.
+    pub fn set_treatment(&mut self, treatment: &DnsSettings) {
+        self.treatment.clone_from(treatment);
+        self.limits.set(treatment);
+    }
+
+    /// The limits that refused queries since the last call.
+    pub fn take_reached(&mut self) -> Vec<Reached> {
+        self.limits.take_reached()
+    }
+
+    /// Counts a query or connection to another server that is answered here.
+    pub fn count_redirected(&mut self) {
+        self.counts.redirected += 1;
     }
 
     /// Handles one message from the guest.
@@ -328,8 +356,17 @@ impl Dns {
                     } else {
                         ExtendedError::BLOCKED
                     };
-                    let why = ExtendedError::new(code, &*reason.text);
-                    self.finish_with(key, ResponseCode::Refused, &why);
+                    let text = match self.treatment.deny_text.as_str() {
+                        "" => &*reason.text,
+                        text => text,
+                    };
+                    let why = ExtendedError::new(code, text);
+                    let code = match self.treatment.deny_with {
+                        DnsDenial::Refused => ResponseCode::Refused,
+                        DnsDenial::NxDomain => ResponseCode::NXDomain,
+                        DnsDenial::ServFail => ResponseCode::ServFail,
+                    };
+                    self.finish_with(key, code, &why);
                 }
                 VerdictAction::Drop => drop(self.queries.remove(key)),
             }
@@ -412,23 +449,31 @@ impl Dns {
         let (question, transport) = (&query.question, query.transport);
         let upstream = answer.and_then(Upstream::read);
         let room = match transport {
-            Transport::Udp => Some(question.edns.map_or(UDP_BYTES_PLAIN, |e| e.udp_bytes)),
+            Transport::Udp | Transport::Redirected(_) => {
+                Some(question.edns.map_or(UDP_BYTES_PLAIN, |e| e.udp_bytes))
+            }
             Transport::Tcp(_) => None,
         };
         let relayed = upstream
             .as_ref()
             .and_then(|upstream| question.relay(upstream, room));
-        let (Some(upstream), Some(relayed)) = (upstream, relayed) else {
+        let (Some(upstream), Some(mut relayed)) = (upstream, relayed) else {
             self.counts.upstream_failed += 1;
             let why = ExtendedError::new(ExtendedError::NETWORK_ERROR, "no upstream DNS server answered");
             let bytes = question.error(ResponseCode::ServFail, Some(&why));
             self.reply(query.client, transport, bytes);
             return;
         };
+        let (ttl_min, ttl_max) = (self.treatment.ttl_min, self.treatment.ttl_max);
+        if !relayed.truncated {
+            upstream.clamp_ttls(&mut relayed.bytes, ttl_min, ttl_max);
+        }
         if matches!(question.query_type, TYPE_A | TYPE_AAAA) && !relayed.truncated {
             let (addresses, ttl) = upstream.addresses_of(&query.name);
             if !addresses.is_empty() {
-                let expires_in = ttl.clamp(BINDING_TIME_MIN, BINDING_TIME_MAX) + BINDING_GRACE;
+                // Never shorter than what the guest is told.
+                let least = BINDING_TIME_MIN.max(ttl_min).min(ttl_max);
+                let expires_in = ttl.clamp(least, ttl_max) + BINDING_GRACE;
                 self.events.push_back(Event::Bind {
                     name: query.name.clone(),
                     addresses,
@@ -497,6 +542,13 @@ impl Dns {
         self.queries.held_for(name)
     }
 
+    /// Whether a lookup of the engine's own may go upstream; it counts.
+    pub fn admits(&mut self, now: Time, name: &Name, query_type: u16) -> bool {
+        let admitted = self.limits.admit(now, name, query_type).is_ok();
+        self.counts.limited += u64::from(!admitted);
+        admitted
+    }
+
     fn ask_upstream(&mut self, now: Time, key: u64) {
         if self.queries.upstream() >= UPSTREAM_MAX {
             self.counts.upstream_full += 1;
@@ -504,9 +556,16 @@ impl Dns {
             self.finish_with(key, ResponseCode::ServFail, &why);
             return;
         }
-        let Some(bytes) = self.queries.get(key).map(|q| q.question.upstream_query()) else {
+        let Some(asked) = self.queries.get(key) else {
             return;
         };
+        let bytes = asked.question.upstream_query();
+        if let Err(text) = self.limits.admit(now, &asked.name, asked.question.query_type) {
+            self.counts.limited += 1;
+            let why = ExtendedError::new(ExtendedError::PROHIBITED, text);
+            self.finish_with(key, ResponseCode::Refused, &why);
+            return;
+        }
         let query = self.queries.send_upstream(key, now.saturating_add(UPSTREAM_TIME));
         self.events.push_back(Event::Upstream { query, bytes });
     }
@@ -549,7 +608,7 @@ impl Dns {
 
     fn reply(&mut self, client: SocketAddr, transport: Transport, bytes: Vec<u8>) {
         let bytes = match transport {
-            Transport::Udp => Some(bytes),
+            Transport::Udp | Transport::Redirected(_) => Some(bytes),
             Transport::Tcp(_) => framed(&bytes),
         };
         if let Some(bytes) = bytes {
@@ -565,7 +624,7 @@ impl Dns {
 /// An answer of the gateway's own, as one that says only that it was cut when it is too long for the client.
 fn fitted(question: &Question, transport: Transport, bytes: Vec<u8>) -> Vec<u8> {
     let room = question.edns.map_or(UDP_BYTES_PLAIN, |e| e.udp_bytes);
-    if transport != Transport::Udp || bytes.len() <= room {
+    if matches!(transport, Transport::Tcp(_)) || bytes.len() <= room {
         return bytes;
     }
     match Upstream::read(&bytes).and_then(|own| question.relay(&own, Some(room))) {

@@ -4,6 +4,8 @@ use hickory_proto::op::{Edns, Message, MessageType, OpCode, Query as WireQuery};
 use hickory_proto::rr::rdata::opt::EdnsOption;
 use hickory_proto::rr::{Name as WireName, RData, Record, RecordType};
 
+use std::net::Ipv4Addr;
+
 use super::*;
 
 const HOLD: Duration = Duration::from_secs(4);
@@ -19,7 +21,7 @@ impl Guest {
     fn new() -> Self {
         let zones = zones::default_zones([192, 168, 127, 1].into(), Some([192, 168, 127, 254].into()));
         Self {
-            dns: Dns::new(HOLD),
+            dns: Dns::new(HOLD, [7; 32]),
             zones,
             now: NOW,
         }
@@ -453,7 +455,7 @@ fn the_root_is_not_looked_up() {
 fn a_long_local_answer_is_cut_for_udp_and_whole_over_tcp() {
     let mut guest = Guest::new();
     let records = (0..=99)
-        .map(|n| (Some(name("many")), IpAddr::from([10, 0, 0, n])))
+        .map(|n| (Some(name("many")), Some(IpAddr::from([10, 0, 0, n]))))
         .collect();
     let zone = crate::message::Zone {
         name: Some(name("my.test")),
@@ -518,4 +520,132 @@ fn no_bytes_make_it_panic() {
         }
         guest.dns.handle_timeout(guest.now);
     }
+}
+
+fn treated(settings: DnsSettings) -> Guest {
+    let mut guest = Guest::new();
+    guest.dns.set_treatment(&settings);
+    guest
+}
+
+#[test]
+fn times_to_live_are_held_within_the_policys_bounds_in_what_is_told_and_in_what_is_bound() {
+    let seconds = Duration::from_secs;
+    for (min, max, ttl, told, bound) in [
+        (0, 3_600, 0, 0, 60),
+        (0, 3_600, 1_000_000, 3_600, 3_630),
+        // RFC 2181 §8: a time with its top bit set is zero.
+        (0, 3_600, 1 << 31, 0, 60),
+        (120, 300, 0, 120, 150),
+        (120, 300, 1 << 31, 120, 150),
+        (120, 300, 200, 200, 230),
+        (120, 300, u32::MAX >> 1, 300, 330),
+        // Less than what a binding has by itself.
+        (0, 5, 100, 5, 35),
+    ] {
+        let mut guest = treated(DnsSettings {
+            ttl_min: seconds(min),
+            ttl_max: seconds(max),
+            ..DnsSettings::default()
+        });
+        let query = guest.send_upstream(1, "a.test.", RecordType::A);
+        let data = RData::A(Ipv4Addr::new(192, 0, 2, 7).into());
+        let mut upstream = answer("a.test.", RecordType::A, &[(data, 0x1234_5678)]);
+        let at = upstream
+            .windows(4)
+            .position(|w| w == [0x12, 0x34, 0x56, 0x78])
+            .unwrap();
+        upstream[at..at + 4].copy_from_slice(&u32::to_be_bytes(ttl));
+        guest.dns.handle_upstream(query, Some(&upstream));
+        let events = guest.events();
+        assert_eq!(
+            replies(&events)[0].answers[0].ttl,
+            told,
+            "{ttl} within {min} and {max}"
+        );
+        let expires_in = events.iter().find_map(|e| match e {
+            Event::Bind { expires_in, .. } => Some(*expires_in),
+            _ => None,
+        });
+        assert_eq!(expires_in, Some(seconds(bound)), "{ttl} within {min} and {max}");
+    }
+}
+
+#[test]
+fn a_denied_lookup_is_answered_as_the_policy_says() {
+    for (deny_with, code) in [
+        (DnsDenial::Refused, ResponseCode::Refused),
+        (DnsDenial::NxDomain, ResponseCode::NXDomain),
+        (DnsDenial::ServFail, ResponseCode::ServFail),
+    ] {
+        let mut guest = treated(DnsSettings {
+            deny_with,
+            deny_text: "ask the network team".to_owned(),
+            ..DnsSettings::default()
+        });
+        guest.ask(1, "a.test.", RecordType::A);
+        guest.verdict("a.test.", VerdictAction::Deny);
+        let events = guest.events();
+        let reply = &replies(&events)[0];
+        assert_eq!(reply.metadata.response_code, code);
+        assert_eq!(extended_error(reply), (15, "ask the network team".to_owned()));
+        assert!(reply.authorities.is_empty(), "nothing that would be remembered");
+    }
+}
+
+#[test]
+fn beyond_a_limit_allowed_lookups_send_nothing_upstream() {
+    let mut guest = treated(DnsSettings {
+        names_per_domain: 50,
+        ..DnsSettings::default()
+    });
+    let mut upstream = 0;
+    for n in 0..10_000u16 {
+        let name = format!("x{n}.tunnel.example.com.");
+        guest.ask(n, &name, RecordType::TXT);
+        guest.verdict(&name, VerdictAction::Allow);
+        for event in guest.events() {
+            match event {
+                Event::Upstream { query, .. } => {
+                    upstream += 1;
+                    guest.dns.handle_upstream(query, None);
+                }
+                Event::Reply { bytes, .. } if n > 50 => {
+                    let reply = Message::from_vec(&bytes).unwrap();
+                    assert_eq!(reply.metadata.response_code, ResponseCode::Refused);
+                    let (code, text) = extended_error(&reply);
+                    assert_eq!(code, 18);
+                    assert!(
+                        text.contains("50 different names of example.com") && text.contains("namesPerDomain")
+                    );
+                }
+                _ => {}
+            }
+        }
+    }
+    assert_eq!((upstream, guest.dns.counts().limited), (50, 9_950));
+    let reached = guest.dns.take_reached();
+    assert_eq!((reached.len(), reached[0].count), (1, 9_950));
+}
+
+#[test]
+fn the_case_of_letters_carries_nothing_upstream_and_comes_back() {
+    let mut guest = Guest::new();
+    guest.ask(1, "DaTa.Example.COM.", RecordType::A);
+    guest.verdict("data.example.com", VerdictAction::Allow);
+    let sent = guest.events().into_iter().find_map(|e| match e {
+        Event::Upstream { query, bytes } => Some((query, bytes)),
+        _ => None,
+    });
+    let (query, bytes) = sent.unwrap();
+    let asked = Message::from_vec(&bytes).unwrap();
+    assert_eq!(asked.queries[0].name.to_string(), "data.example.com.");
+    let data = RData::A(Ipv4Addr::new(192, 0, 2, 7).into());
+    let upstream = answer("data.example.com.", RecordType::A, &[(data, 60)]);
+    guest.dns.handle_upstream(query, Some(&upstream));
+    let events = guest.events();
+    assert_eq!(
+        replies(&events)[0].queries[0].name.to_string(),
+        "DaTa.Example.COM."
+    );
 }

@@ -3,7 +3,8 @@
 //! Owns which zone a name is in and what the zone says of it. Zones have an order, and the first that a
 //! name is in answers; the root zone, if there is one, comes after all others. Inside a zone nothing is
 //! asked upstream: a type that a name does not have is NODATA, a name that is not there NXDOMAIN, so that
-//! no local name leaks. Compared without regard to case.
+//! no local name leaks. The exceptions are records without an address, which say so: with them a zone, even
+//! the root's, is a list of the names in it that exist at all. Compared without regard to case.
 
 use std::net::{IpAddr, Ipv4Addr};
 
@@ -85,7 +86,8 @@ impl Zones {
         Some(self.zones.remove(at))
     }
 
-    /// The answer to a question about a local name; `None` when the name is in no zone.
+    /// The answer to a question about a local name; `None` when the name is in no zone, or is one that its
+    /// zone has looked up upstream.
     pub fn answer(&self, question: &Question) -> Option<Vec<u8>> {
         if let Some(answer) = self.answer_reverse(question) {
             return Some(answer);
@@ -97,6 +99,7 @@ impl Zones {
             Found::Addresses(addresses) => Some(addresses),
             Found::Nothing => Some(Vec::new()),
             Found::NoName => None,
+            Found::Upstream => return None,
         };
         let owner = wire_name(&question.wire)?;
         let apex = wire_of(apex);
@@ -140,7 +143,7 @@ impl Zones {
         let (zone, name) = self.zones.iter().find_map(|zone| {
             zone.records
                 .iter()
-                .find(|(_, a)| *a == address)
+                .find(|(_, a)| *a == Some(address))
                 .map(|(name, _)| (zone, name.as_ref()))
         })?;
         let apex = wire_of(zone.name.as_ref());
@@ -156,17 +159,18 @@ enum Found {
     /// The name is there, by itself or above another one, without an address.
     Nothing,
     NoName,
+    /// It is looked up like a name of no zone.
+    Upstream,
 }
 
 /// `below` is the name without the zone's, empty for the zone itself.
 fn find(zone: &Zone, below: &str) -> Found {
     let is_it = |name: &Option<Name>| name.as_ref().map_or("", Name::as_str) == below;
-    let own: Vec<IpAddr> = zone
-        .records
-        .iter()
-        .filter(|(n, _)| is_it(n))
-        .map(|(_, a)| *a)
-        .collect();
+    let of_name = || zone.records.iter().filter(|(name, _)| is_it(name));
+    let own: Vec<IpAddr> = of_name().filter_map(|(_, address)| *address).collect();
+    if own.is_empty() && of_name().next().is_some() {
+        return Found::Upstream;
+    }
     let above_another = || {
         zone.records.iter().flat_map(|(name, _)| name).any(|name| {
             name.as_str()
@@ -234,8 +238,8 @@ fn wire_of(name: Option<&Name>) -> WireName {
 /// The zones that gvproxy has when it is not told others: `gateway` and `host` in both of its names.
 pub fn default_zones(gateway: Ipv4Addr, host_alias: Option<Ipv4Addr>) -> Zones {
     let label = |text: &str| text.parse::<Name>().ok();
-    let mut records = vec![(label("gateway"), IpAddr::V4(gateway))];
-    records.extend(host_alias.map(|host| (label("host"), IpAddr::V4(host))));
+    let mut records = vec![(label("gateway"), Some(IpAddr::V4(gateway)))];
+    records.extend(host_alias.map(|host| (label("host"), Some(IpAddr::V4(host)))));
     let zones = ["containers.internal", "docker.internal"]
         .into_iter()
         .filter_map(|name| {
@@ -283,10 +287,40 @@ mod tests {
             name: name.map(|n| n.parse().unwrap()),
             records: records
                 .iter()
-                .map(|(n, a)| (n.parse().ok(), a.parse().unwrap()))
+                .map(|(n, a)| (n.parse().ok(), a.parse().ok()))
                 .collect(),
             default_address: default.map(|a| a.parse().unwrap()),
         }
+    }
+
+    #[test]
+    fn a_record_without_an_address_is_looked_up_upstream_and_the_rest_of_its_zone_is_not() {
+        let mut zones = Zones::new();
+        zones
+            .set(zone(None, &[("api.example.com", ""), ("db", "10.0.0.1")], None))
+            .unwrap();
+        assert!(ask(&zones, "API.example.com.", RecordType::A).is_none());
+        assert!(
+            ask(&zones, "api.example.com.", RecordType::TXT).is_none(),
+            "whatever the type"
+        );
+        for name in ["www.example.com.", "x.api.example.com.", "evil.test."] {
+            let answer = ask(&zones, name, RecordType::A).unwrap();
+            assert_eq!(answer.metadata.response_code, ResponseCode::NXDomain, "{name}");
+        }
+        assert_eq!(data(&ask(&zones, "db.", RecordType::A).unwrap()), ["10.0.0.1"]);
+        // An address beside it makes it local.
+        zones
+            .set(zone(
+                None,
+                &[("api.example.com", ""), ("api.example.com", "10.0.0.2")],
+                None,
+            ))
+            .unwrap();
+        assert_eq!(
+            data(&ask(&zones, "api.example.com.", RecordType::A).unwrap()),
+            ["10.0.0.2"]
+        );
     }
 
     #[test]
