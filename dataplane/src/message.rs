@@ -215,8 +215,8 @@ pub struct VmUp {
 /// A policy that a VM brings along, as text; the dataplane does not read it.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct OwnPolicy {
-    /// The YAML document; may be empty.
-    pub document: String,
+    /// The YAML document, if there is one.
+    pub document: Option<String>,
     /// Where it came from.
     pub source: String,
     /// Rules placed before the document's, as `allow tcp 10.0.0.1:80`.

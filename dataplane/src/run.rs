@@ -54,7 +54,7 @@ pub enum RunError {
         source: io::Error,
     },
     /// A guest socket cannot be opened.
-    #[error("VM socket {at} cannot be opened; is another dataplane listening there?")]
+    #[error("VM socket {at} cannot be opened{}", remedy(.source))]
     Listen {
         /// Which.
         at: String,
@@ -80,6 +80,16 @@ pub enum RunError {
     /// The session ended for good.
     #[error(transparent)]
     Session(SessionEnd),
+}
+
+/// What helps where a socket cannot be opened.
+fn remedy(error: &io::Error) -> &'static str {
+    match error.kind() {
+        io::ErrorKind::AddrInUse => ", as something listens there; stop it, or listen elsewhere",
+        io::ErrorKind::NotFound => ", as its directory is not there; make it, or listen elsewhere",
+        io::ErrorKind::PermissionDenied => "; listen where this user may",
+        _ => "",
+    }
 }
 
 /// The program `vnet-dataplane`, from its flags to its exit status: 0 done, 1 failed, 2 usage.
@@ -159,6 +169,7 @@ pub async fn run(config: Config) -> Result<(), RunError> {
         .exit_with_fd
         .map(|fd| take("--exit-with-fd", fd))
         .transpose()?;
+    let ready = config.ready_fd.map(|fd| take("--ready-fd", fd)).transpose()?;
     let controlplane = match &config.controlplane {
         ControlplaneUrl::Unix(path) => Controlplane::Unix(path.clone()),
         ControlplaneUrl::Fd(fd) => Controlplane::Inherited(take("--controlplane", *fd)?.into()),
@@ -225,6 +236,10 @@ pub async fn run(config: Config) -> Result<(), RunError> {
     let mut terminate = signal(SignalKind::terminate()).map_err(RunError::System)?;
     let mut interrupt = signal(SignalKind::interrupt()).map_err(RunError::System)?;
     tracing::info!(dataplane = %config.name, "ready");
+    if let Some(ready) = ready {
+        // Who does not read it any more has no use for it.
+        let _ = std::fs::File::from(ready).write_all(b"ready\n");
+    }
     let mut session = std::pin::pin!(session);
     let session_end = tokio::select! {
         end = &mut session => Some(end),

@@ -222,6 +222,15 @@ fn bad_policy_file_is_refused_with_its_place_and_nothing_is_started() {
                 ("rules:\n  - action: allow\n    ports: [65536]\n", ":3:13"),
                 ("rules: []\nrulez: []\n", ":2:1"),
                 ("rules: []\nrules: []\n", ":2:1"),
+                ("# defaultAction: deny\n", ":2:1: the document is empty"),
+                (
+                    "",
+                    ": the document is empty (expected at least defaultAction: deny)",
+                ),
+                (
+                    " \n\n",
+                    ": the document is empty (expected at least defaultAction: deny)",
+                ),
             ] {
                 let file = world.file("bad.yaml", text);
                 let run = world
@@ -238,6 +247,34 @@ fn bad_policy_file_is_refused_with_its_place_and_nothing_is_started() {
                 let check = world.try_vnetctl(&["policy", "check", "bad.yaml"]);
                 assert_eq!(check.code, 1, "{check:?}");
                 assert!(check.stderr.contains(&format!("bad.yaml{place}")), "{check:?}");
+                // Whatever reads policies refuses the same.
+                for words in [
+                    &["policy", "test", "bad.yaml"][..],
+                    &["policy", "apply", "bad.yaml"],
+                    &[
+                        "up",
+                        "--listen-qemu",
+                        "unix:///nonexistent/vm.sock",
+                        "--network-policy",
+                        "bad.yaml",
+                    ],
+                ] {
+                    let refused = world.try_vnetctl(words);
+                    assert_ne!(refused.code, 0, "{words:?}: {refused:?}");
+                    assert!(
+                        refused.stderr.contains(&format!("bad.yaml{place}")),
+                        "{words:?}: {refused:?}"
+                    );
+                }
+            }
+            for (policy, named) in [("/dev/null", "/dev/null"), ("-", "standard input")] {
+                // Standard input is /dev/null here.
+                let run = world
+                    .run(&["--network-policy", policy], &["touch", "started"])
+                    .wait();
+                assert_eq!(run.code, 125, "{policy}: {run:?}");
+                let said = format!("{named}: the document is empty");
+                assert!(run.stderr.contains(&said), "{policy}: {run:?}");
             }
             assert!(!world.work().join("started").exists());
             assert_eq!(descendants(), [], "not even a controlplane");

@@ -659,8 +659,16 @@ fn read_own(
     if let Some((_, policy)) = read.iter().find(|(message, _)| *message == described) {
         return Ok(Arc::clone(policy));
     }
+    // A document that was given is never empty, so that this one was not.
+    let document = (!own.document.is_empty()).then_some(own.document.as_str());
+    if document.is_none() && own.rules.is_empty() {
+        return Err(Refusal::field(
+            "own_policy",
+            "it has neither a document nor rules (expected one of them; leave own_policy out to bring none)",
+        ));
+    }
     let lists = lists::unpack(&own.lists)?;
-    let policy = OwnPolicy::parse_with(&own.source, &own.document, &own.rules, &lists, cache);
+    let policy = OwnPolicy::parse_with(&own.source, document, &own.rules, &lists, cache);
     let policy = Arc::new(policy.map_err(Refusal::Document)?);
     // With every rule still in force: a VM that comes back after a rule's end is not to be refused for that.
     if let Some(document) = policy.document() {

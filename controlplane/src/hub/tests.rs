@@ -472,6 +472,17 @@ fn a_policy_that_a_vm_brings_is_its_own_and_a_wrong_one_ends_the_session() {
     let refused = rig.hub.attach(hello(2, vec![own("rulse: []", &[])])).unwrap_err();
     assert_eq!(refused.code(), tonic::Code::InvalidArgument);
     assert!(refused.message().contains("own.yaml"), "{}", refused.message());
+
+    for nothing in ["", "# defaultAction: deny"] {
+        let refused = rig.hub.attach(hello(2, vec![own(nothing, &[])])).unwrap_err();
+        assert_eq!(refused.code(), tonic::Code::InvalidArgument, "{nothing:?}");
+    }
+    let refused = rig.hub.attach(hello(2, vec![own("", &[])])).unwrap_err();
+    assert!(
+        refused.message().contains("neither a document nor rules"),
+        "{}",
+        refused.message()
+    );
 }
 
 #[test]
