@@ -188,7 +188,7 @@ impl TryFrom<Args> for Config {
             Some(text) => text.parse::<Location>().map_err(|e| format!("--store: {e}")),
             None => paths::state_dir()
                 .map(|dir| Location::Sqlite(dir.join(paths::STATE_FILE)))
-                .map_err(|e| e.to_string()),
+                .map_err(|e| format!("{e}, or give --store sqlite:FILE or --store memory:")),
         };
         let history = match &args.history {
             Some(text) => text
@@ -291,6 +291,14 @@ mod tests {
             "unix:x".parse::<Endpoint>(),
             Err(EndpointError::Relative(_))
         ));
+    }
+
+    #[test]
+    fn a_remedy_names_only_flags_that_its_program_has() {
+        let text = PathError::NoHome.to_string();
+        assert!(text.contains("XDG_STATE_HOME") && text.contains("HOME"), "{text}");
+        // vnetctl says this too, and has no such flag.
+        assert!(!text.contains("--store"), "{text}");
     }
 
     #[test]

@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, SystemTime};
 
-use vnet_proto::model::{FlowKey, Malformed, Mode, Subject, VmSelector};
+use vnet_proto::model::{FlowKey, LIFETIME_MAX, LIFETIME_MIN, Malformed, Mode, Subject, VmSelector};
 use vnet_proto::v1;
 
 use crate::approval::{PendingState, Request, Scope};
@@ -253,10 +253,25 @@ pub(crate) fn lifetime(message: Option<v1::Lifetime>) -> Result<Option<Lifetime>
             Err(refused("is set to false (leave it unset, or set one to true)"))
         }
         Kind::Duration(length) => match Duration::try_from(length) {
-            Ok(length) if length >= Duration::from_secs(1) => Ok(Some(Lifetime::For(length))),
+            Ok(length) if length > LIFETIME_MAX => Err(refused(
+                "is longer than 36525 days, the most there is (to have no end, set forever; vnetctl: --forever)",
+            )),
+            Ok(length) if length >= LIFETIME_MIN => Ok(Some(Lifetime::For(length))),
             _ => Err(refused("is shorter than one second")),
         },
     }
+}
+
+/// A lifetime as the store kept it. An earlier version took any length: what is over the limit now has no end,
+/// since a denial must not be forgotten for having been meant to hold for so long.
+fn stored_lifetime(message: Option<v1::Lifetime>) -> Result<Option<Lifetime>, Malformed> {
+    let kind = message.as_ref().and_then(|m| m.kind.as_ref());
+    if let Some(v1::lifetime::Kind::Duration(length)) = kind
+        && Duration::try_from(*length).is_ok_and(|length| length > LIFETIME_MAX)
+    {
+        return Ok(Some(Lifetime::Forever));
+    }
+    lifetime(message)
 }
 
 /// A grant as the store kept it.
@@ -272,6 +287,9 @@ pub(crate) fn stored_grant(stored: StoredGrant) -> Result<Grant, Malformed> {
             });
         }
     };
+    let lifetime = stored_lifetime(message.lifetime)?.ok_or(Malformed::Missing {
+        field: "grant.lifetime",
+    })?;
     Ok(Grant {
         id: GrantId(message.id),
         action,
@@ -282,15 +300,13 @@ pub(crate) fn stored_grant(stored: StoredGrant) -> Result<Grant, Malformed> {
             })?
             .try_into()?,
         vms: VmSelector::try_from(message.vms.ok_or(Malformed::Missing { field: "grant.vms" })?)?,
-        lifetime: lifetime(message.lifetime)?.ok_or(Malformed::Missing {
-            field: "grant.lifetime",
-        })?,
+        lifetime,
         budget: message.budget.map(Into::into).unwrap_or_default(),
         used: message.used.map(Into::into).unwrap_or_default(),
         created_at: time(message.created_at).ok_or(Malformed::Missing {
             field: "grant.created_at",
         })?,
-        expires_at: time(message.expires_at),
+        expires_at: time(message.expires_at).filter(|_| lifetime != Lifetime::Forever),
         creator: message.creator,
         reason: message.reason,
         hits: message.hits,
@@ -336,5 +352,42 @@ pub(crate) fn dns_settings(effective: &Effective) -> v1::DnsSettings {
         queries_per_minute,
         names_per_domain,
         redirect: effective.dns_guard() == DnsGuard::Redirect,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use vnet_proto::model::Target;
+
+    use super::*;
+
+    #[test]
+    fn a_stored_answer_of_a_length_that_is_no_longer_taken_holds_for_ever() {
+        let stored = |seconds| StoredGrant {
+            grant: v1::Grant {
+                id: "g".to_owned(),
+                action: v1::Action::Deny.into(),
+                target: Some((&"tcp 192.0.2.7:443".parse::<Target>().unwrap()).into()),
+                vms: Some((&VmSelector::all()).into()),
+                lifetime: Some(v1::Lifetime {
+                    kind: Some(v1::lifetime::Kind::Duration(prost_types::Duration {
+                        seconds,
+                        nanos: 0,
+                    })),
+                }),
+                created_at: Some(prost_types::Timestamp { seconds: 1, nanos: 0 }),
+                expires_at: Some(prost_types::Timestamp { seconds, nanos: 0 }),
+                ..Default::default()
+            },
+            instances: Vec::new(),
+            uses: Default::default(),
+        };
+
+        let long = stored_grant(stored(359_999_999_996_400)).unwrap();
+
+        assert_eq!((long.lifetime, long.expires_at), (Lifetime::Forever, None));
+        let hour = stored_grant(stored(3600)).unwrap();
+        assert_eq!(hour.lifetime, Lifetime::For(Duration::from_secs(3600)));
+        assert!(hour.expires_at.is_some());
     }
 }

@@ -60,6 +60,10 @@ metrics! {
     names_refused => "vnet_controlplane_names_refused_total",
     /// Connections refused because of who made them.
     peers_refused => "vnet_controlplane_peers_refused_total",
+    /// Watches refused because there are as many as there may be.
+    watches_refused => "vnet_controlplane_watches_refused_total",
+    /// Changes that a watch missed because its reader was too slow.
+    changes_missed => "vnet_controlplane_changes_missed_total",
     /// Events made.
     events => "vnet_controlplane_events_total",
     /// Decisions counted in an event of others like them rather than told by themselves.

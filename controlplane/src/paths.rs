@@ -57,7 +57,9 @@ pub enum PathError {
         .0.display(), .0.as_os_str().len())]
     TooLong(PathBuf),
     /// Neither XDG_STATE_HOME nor HOME is set.
-    #[error("neither XDG_STATE_HOME nor HOME is set; give --store sqlite:FILE or --store memory:")]
+    #[error(
+        "there is no place for state: neither XDG_STATE_HOME nor HOME is set to an absolute path; set one of them"
+    )]
     NoHome,
 }
 

@@ -64,6 +64,9 @@ pub enum Refusal {
         /// One sentence.
         text: String,
     },
+    /// It is served, and not here.
+    #[error("{0}")]
+    Elsewhere(String),
     /// It holds now, and may not after a restart.
     #[error("{0}")]
     NotSaved(String),
@@ -94,6 +97,7 @@ impl Refusal {
                 Code::Ok => Code::Unknown,
                 code => code,
             },
+            Self::Elsewhere(_) => Code::Unimplemented,
             Self::NotSaved(_) | Self::Store(_) => Code::Internal,
         }
     }
@@ -110,6 +114,7 @@ impl Refusal {
             Self::Limit(_) => "LIMIT_REACHED",
             Self::Unavailable(_) => "DATAPLANE_UNAVAILABLE",
             Self::Dataplane { .. } => "DATAPLANE_REFUSED",
+            Self::Elsewhere(_) => "SERVED_ELSEWHERE",
             Self::NotSaved(_) => "NOT_SAVED",
             Self::Store(_) => "STORE_FAILED",
         }

@@ -25,7 +25,7 @@ use crate::listener::{Attached, ListenError, Listener, SocketLock, answers};
 use crate::lists::{self, PACKED_BYTES_MAX};
 use crate::metrics::Metrics;
 use crate::refusal::Refusal;
-use crate::session::Sessions;
+use crate::session::{NoSessions, Sessions};
 use crate::store::{self, StoreError, Writer};
 
 /// The API's services, as reflection and health name them.
@@ -353,6 +353,8 @@ pub async fn serve_api(
             .fold(builder, |builder, name| builder.with_service_name(name))
     };
     let server = Server::builder()
+        // Neither listed nor healthy: it only says where a dataplane belongs.
+        .add_service(DataplaneServiceServer::new(NoSessions))
         .add_service(DnsServiceServer::new(api.clone()))
         .add_service(EventServiceServer::new(api.clone()))
         .add_service(FlowServiceServer::new(api.clone()))

@@ -260,17 +260,29 @@ fn a_bad_policy_file_stops_a_start_and_not_a_running_one() {
     let (code, text) = place.start(&args).wait();
     assert_eq!(code, 1);
     assert!(text.contains("p.yaml:1:"), "{text}");
+    for nothing in ["", "# defaultAction: deny\n"] {
+        std::fs::write(&file, nothing).unwrap();
+        let (code, text) = place.start(&args).wait();
+        assert_eq!(code, 1, "{nothing:?}");
+        assert!(
+            text.contains("p.yaml:") && text.contains("the document is empty"),
+            "{text}"
+        );
+    }
     std::fs::write(&file, "defaultAction: deny\n").unwrap();
     let running = place.start(&args);
     wait_for("it to serve", || answers(&place.socket()));
-    std::fs::write(&file, "rules: 7\n").unwrap();
-    running.signal(Signal::SIGHUP);
-    std::thread::sleep(Duration::from_millis(300));
-    assert!(answers(&place.socket()));
+    for bad in ["rules: 7\n", ""] {
+        std::fs::write(&file, bad).unwrap();
+        running.signal(Signal::SIGHUP);
+        std::thread::sleep(Duration::from_millis(300));
+        assert!(answers(&place.socket()));
+    }
     running.signal(Signal::SIGTERM);
     let (code, text) = running.wait();
     assert_eq!(code, 0);
-    assert!(text.contains("the policy in force stays"), "{text}");
+    assert_eq!(text.matches("the policy in force stays").count(), 2, "{text}");
+    assert!(text.contains("the document is empty"), "{text}");
 }
 
 #[test]

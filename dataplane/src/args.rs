@@ -83,6 +83,9 @@ pub struct Args {
     /// End when the other end of this inherited descriptor is closed.
     #[arg(long, value_name = "N", hide = true)]
     pub exit_with_fd: Option<RawFd>,
+    /// Write a line to this inherited descriptor, and close it, when everything listens.
+    #[arg(long, value_name = "N", hide = true)]
+    pub ready_fd: Option<RawFd>,
 }
 
 /// The command line of the program `vnet-dataplane`.

@@ -17,6 +17,7 @@ use tokio::sync::mpsc::Sender;
 use tokio::sync::mpsc::error::TrySendError;
 use vnet_proto::model::{Protocol, VmId};
 
+use crate::descriptors::Descriptor;
 use crate::egress::sockets::{HostSocket, Sockets};
 use crate::engine::frame::DropReason;
 use crate::engine::reply::Unreachable;
@@ -66,7 +67,7 @@ pub(crate) struct Driver {
     reports: Sender<Report>,
     backlog: std::collections::VecDeque<Report>,
     network: Arc<Network>,
-    resolver: Box<dyn Fn(u64, Vec<u8>) + Send>,
+    resolver: Ask,
     dirty: Vec<usize>,
     /// Flows that wait for room towards the guest.
     blocked: Vec<usize>,
@@ -81,6 +82,9 @@ struct ForwardSocket {
     target: SocketAddr,
     unread: bool,
 }
+
+/// Asks an upstream a query; the descriptor is given back when it has an end.
+pub(crate) type Ask = Box<dyn Fn(u64, Vec<u8>, Descriptor) + Send>;
 
 /// What a driver is made with.
 pub(crate) struct DriverParts {
@@ -99,7 +103,7 @@ pub(crate) struct DriverParts {
     /// What guests share.
     pub network: Arc<Network>,
     /// Asks an upstream; the answer comes as [`Input::Resolved`].
-    pub resolver: Box<dyn Fn(u64, Vec<u8>) + Send>,
+    pub resolver: Ask,
 }
 
 impl Driver {
@@ -263,6 +267,7 @@ impl Driver {
                 } => self.take_forward(listen, socket, target),
                 Input::IngressClosed { udp, listen } => self.close_forward(now, udp, listen),
                 Input::PermitClosed { flow, end } => self.engine.handle_permit_closed(now, flow, end),
+                Input::MakeWay(count) => self.engine.make_way(now, count),
                 Input::GuestGone(vm) => self.engine.handle_guest_gone(now, vm),
                 Input::Stop => return true,
             }
@@ -542,13 +547,26 @@ impl Driver {
                     // A guest that is gone needs no word.
                     self.network.send(to, Input::PermitClosed { flow, end });
                 }
-                Event::Close { flow, reset } => {
+                Event::Close {
+                    flow,
+                    reset,
+                    descriptor,
+                } => {
                     if let Some(HostSocket::Client { forward, address }) = self.sockets.get_mut(flow) {
                         self.clients.remove(&(*forward, *address));
                     }
                     self.sockets.close(flow, reset);
+                    drop(descriptor);
                 }
-                Event::Resolve { query, bytes } => (self.resolver)(query, bytes),
+                Event::Resolve {
+                    query,
+                    bytes,
+                    descriptor,
+                } => (self.resolver)(query, bytes, descriptor),
+                Event::MakeWay { vm, count } => {
+                    // A guest that is gone has made way.
+                    self.network.send(vm, Input::MakeWay(count));
+                }
             }
         }
     }

@@ -4,6 +4,7 @@ pub mod args;
 pub mod claims;
 mod clock;
 pub mod config;
+pub mod descriptors;
 mod driver;
 pub mod egress;
 pub mod engine;

@@ -215,8 +215,8 @@ pub struct VmUp {
 /// A policy that a VM brings along, as text; the dataplane does not read it.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct OwnPolicy {
-    /// The YAML document; may be empty.
-    pub document: String,
+    /// The YAML document, if there is one.
+    pub document: Option<String>,
     /// Where it came from.
     pub source: String,
     /// Rules placed before the document's, as `allow tcp 10.0.0.1:80`.
@@ -554,6 +554,8 @@ pub enum Input {
         /// How it ended.
         end: FlowEnd,
     },
+    /// Give up so many flows that have a descriptor of the host's: other guests have less than their share.
+    MakeWay(usize),
     /// Another guest is gone.
     GuestGone(VmId),
     /// End the driver; its link closes.

@@ -17,7 +17,8 @@ use vnet_proto::model::{GuardSet, Protocol, VmId};
 
 use crate::claims::Claims;
 use crate::clock;
-use crate::driver::{Driver, DriverParts};
+use crate::descriptors::Descriptors;
+use crate::driver::{Ask, Driver, DriverParts};
 use crate::egress::resolver::Resolver;
 use crate::egress::way;
 use crate::engine::discovery::Ipv6Config;
@@ -57,6 +58,8 @@ pub struct NetworkConfig {
     pub hold: Duration,
     /// Flows of one guest at once.
     pub flows_max: usize,
+    /// The host's descriptors, which guests share.
+    pub descriptors: Descriptors,
     /// Where what guests share is counted.
     pub metrics: Arc<Metrics>,
 }
@@ -182,6 +185,7 @@ impl Network {
             mtu_bytes: self.config.mtu_bytes,
             pinned_mac: spec.pinned_mac,
             flows_max: self.config.flows_max,
+            descriptors: self.config.descriptors.attach(vm)?,
             hold: self.config.hold,
             lookup_hold: spec.resolver_patience,
             seed,
@@ -251,11 +255,11 @@ impl Network {
     }
 
     /// How a guest's engine asks upstream; the answer comes back as an input of its driver.
-    fn resolve_for(self: &Arc<Self>, vm: VmId) -> Box<dyn Fn(u64, Vec<u8>) + Send> {
+    fn resolve_for(self: &Arc<Self>, vm: VmId) -> Ask {
         let network = Arc::downgrade(self);
         let runtime = self.runtime.clone();
         let resolver = self.resolver.clone();
-        Box::new(move |query, bytes| {
+        Box::new(move |query, bytes, descriptor| {
             let (network, resolver) = (network.clone(), resolver.clone());
             runtime.spawn(async move {
                 let answer = match resolver.resolve(bytes).await {
@@ -265,6 +269,7 @@ impl Network {
                         None
                     }
                 };
+                drop(descriptor);
                 if let Some(network) = network.upgrade() {
                     network.count_resolver();
                     network.send(vm, Input::Resolved { query, answer });
@@ -614,6 +619,7 @@ mod tests {
             },
             hold: Duration::from_secs(30),
             flows_max: 16,
+            descriptors: Descriptors::new(1_024),
             metrics: Arc::default(),
         };
         let leases = Leases::new(LeaseConfig {
@@ -669,7 +675,9 @@ mod tests {
 
         // No room for any question.
         let query = b"\x12\x34\x01\x00\x00\x01\x00\x00\x00\x00\x00\x00\x01a\x04test\x00\x00\x01\x00\x01";
-        network.resolve_for(VmId(1))(7, query.to_vec());
+        let share = network.config.descriptors.attach(VmId(1)).unwrap();
+        let descriptor = share.take().descriptor.unwrap();
+        network.resolve_for(VmId(1))(7, query.to_vec(), descriptor);
         while counter(&network, "network_resolver_busy") == 0 {
             tokio::task::yield_now().await;
         }

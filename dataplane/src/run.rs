@@ -11,6 +11,7 @@ use tokio::sync::mpsc;
 
 use crate::args::Args;
 use crate::config::{Config, ControlplaneUrl, ListenAt, Transport, VmConfig, VmSettings, default_name};
+use crate::descriptors::Descriptors;
 use crate::egress::resolver::{Resolver, ResolverConfig, Upstreams};
 use crate::egress::way::{ANYWHERE, has_way};
 use crate::engine::discovery::Ipv6Config;
@@ -53,7 +54,7 @@ pub enum RunError {
         source: io::Error,
     },
     /// A guest socket cannot be opened.
-    #[error("VM socket {at} cannot be opened; is another dataplane listening there?")]
+    #[error("VM socket {at} cannot be opened{}", remedy(.source))]
     Listen {
         /// Which.
         at: String,
@@ -79,6 +80,16 @@ pub enum RunError {
     /// The session ended for good.
     #[error(transparent)]
     Session(SessionEnd),
+}
+
+/// What helps where a socket cannot be opened.
+fn remedy(error: &io::Error) -> &'static str {
+    match error.kind() {
+        io::ErrorKind::AddrInUse => ", as something listens there; stop it, or listen elsewhere",
+        io::ErrorKind::NotFound => ", as its directory is not there; make it, or listen elsewhere",
+        io::ErrorKind::PermissionDenied => "; listen where this user may",
+        _ => "",
+    }
 }
 
 /// The program `vnet-dataplane`, from its flags to its exit status: 0 done, 1 failed, 2 usage.
@@ -152,12 +163,13 @@ fn take(flag: &'static str, fd: i32) -> Result<std::os::fd::OwnedFd, RunError> {
 /// # Errors
 /// [`RunError`].
 pub async fn run(config: Config) -> Result<(), RunError> {
-    raise_descriptor_limit();
+    let descriptors = Descriptors::of_process();
     let metrics = Arc::new(Metrics::default());
     let lifeline = config
         .exit_with_fd
         .map(|fd| take("--exit-with-fd", fd))
         .transpose()?;
+    let ready = config.ready_fd.map(|fd| take("--ready-fd", fd)).transpose()?;
     let controlplane = match &config.controlplane {
         ControlplaneUrl::Unix(path) => Controlplane::Unix(path.clone()),
         ControlplaneUrl::Fd(fd) => Controlplane::Inherited(take("--controlplane", *fd)?.into()),
@@ -173,12 +185,14 @@ pub async fn run(config: Config) -> Result<(), RunError> {
     let network = make_network(
         &config,
         Arc::clone(&guards),
+        descriptors.clone(),
         Arc::clone(&metrics),
         reports.clone(),
     );
     let forwards = Forwards::new(
         Arc::clone(&network) as Arc<dyn Router>,
         Arc::clone(&metrics),
+        descriptors,
         tokio::runtime::Handle::current(),
     );
     network.set_forwards(forwards.clone());
@@ -222,6 +236,10 @@ pub async fn run(config: Config) -> Result<(), RunError> {
     let mut terminate = signal(SignalKind::terminate()).map_err(RunError::System)?;
     let mut interrupt = signal(SignalKind::interrupt()).map_err(RunError::System)?;
     tracing::info!(dataplane = %config.name, "ready");
+    if let Some(ready) = ready {
+        // Who does not read it any more has no use for it.
+        let _ = std::fs::File::from(ready).write_all(b"ready\n");
+    }
     let mut session = std::pin::pin!(session);
     let session_end = tokio::select! {
         end = &mut session => Some(end),
@@ -275,6 +293,7 @@ async fn lifeline_end(lifeline: Option<std::os::fd::OwnedFd>) {
 fn make_network(
     config: &Config,
     guards: Arc<Guards>,
+    descriptors: Descriptors,
     metrics: Arc<Metrics>,
     reports: mpsc::Sender<Report>,
 ) -> Arc<Network> {
@@ -321,6 +340,7 @@ fn make_network(
         },
         hold: HOLD,
         flows_max: FLOWS_MAX,
+        descriptors,
         metrics,
     };
     Network::new(
@@ -405,16 +425,5 @@ fn guest_spec(vm: &VmConfig) -> GuestSpec {
         resolver_patience: vm.resolver_patience,
         pinned_mac: vm.mac,
         pinned_address: vm.address,
-    }
-}
-
-/// Each flow has a descriptor. Where the limit cannot be raised, dials beyond it fail and say so.
-fn raise_descriptor_limit() {
-    use nix::sys::resource::{Resource, getrlimit, setrlimit};
-    if let Ok((soft, hard)) = getrlimit(Resource::RLIMIT_NOFILE)
-        && soft < hard
-        && let Err(error) = setrlimit(Resource::RLIMIT_NOFILE, hard, hard)
-    {
-        tracing::debug!(%error, "the limit of descriptors stays");
     }
 }

@@ -145,6 +145,10 @@ fn sessions_and_the_api_have_listeners_of_their_own() {
                 .await
                 .expect_err("no session on the API's listener");
             assert_eq!(refused.code(), Code::Unimplemented, "{refused:?}");
+            let details = refused.get_error_details();
+            let info = details.error_info().expect("a detail says why");
+            assert_eq!(info.reason, "SERVED_ELSEWHERE", "{info:?}");
+            assert!(refused.message().contains("session.sock"), "{refused:?}");
         });
         let session = world.control_socket().with_file_name("session.sock");
         with_channel(world, session, |channel| async {

@@ -595,6 +595,26 @@ fn command_cannot_approve_its_own_request() {
 }
 
 #[test]
+fn command_that_asks_for_the_controlplane_is_told_that_it_is_inside_a_run() {
+    staged(
+        command_that_asks_for_the_controlplane_is_told_that_it_is_inside_a_run,
+        |world| {
+            let vnetctl = binaries::binary("vnetctl");
+            let vnetctl = vnetctl.display();
+            let socket = world.control_socket();
+            for server in [String::new(), format!("--server unix://{}", socket.display())] {
+                let ended = world.script(&[], &format!("{vnetctl} {server} vm list"));
+                assert_eq!(ended.code, 1, "{server}: {ended:?}");
+                assert!(
+                    ended.stderr.contains("error: this is inside a vnetctl run"),
+                    "{server}: {ended:?}"
+                );
+            }
+        },
+    );
+}
+
+#[test]
 fn command_cannot_signal_the_controlplane() {
     staged(command_cannot_signal_the_controlplane, |world| {
         let policy = world.file("policy.yaml", "defaultAction: deny\n");

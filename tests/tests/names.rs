@@ -444,3 +444,44 @@ for turn in ('first', 'second'):
         },
     );
 }
+
+#[test]
+fn nothing_of_what_a_guest_says_to_a_server_is_written_down() {
+    staged(
+        nothing_of_what_a_guest_says_to_a_server_is_written_down,
+        |world| {
+            dns(world);
+            let server = http(world.internet(), "203.0.113.10:80");
+            let file = world.file("names.yaml", POLICY);
+            let said = "-H 'Authorization: Bearer hush-in-a-head' -d hush-in-a-body";
+            let ended = world.script(
+                &["--vm", "web", "--network-policy", file.to_str().unwrap()],
+                &format!(
+                    "curl -sS {said} http://allowed.test/hush-in-a-path; \
+                 curl -sS {said} -H 'Host: denied.test' http://allowed.test/hush-in-a-path; echo $?"
+                ),
+            );
+            assert!(ended.stdout.ends_with(&format!("{NO_ANSWER}\n")), "{ended:?}");
+            assert!(server.requests() >= 1);
+            refusal(world);
+            world.stop_controlplane();
+            let mut written = Vec::new();
+            let mut places = vec![world.state_dir(), world.runtime_dir()];
+            while let Some(place) = places.pop() {
+                for entry in std::fs::read_dir(place).unwrap() {
+                    let entry = entry.unwrap();
+                    let kind = entry.file_type().unwrap();
+                    if kind.is_dir() {
+                        places.push(entry.path());
+                    } else if kind.is_file() {
+                        written.extend(std::fs::read(entry.path()).unwrap());
+                    }
+                }
+            }
+            written.extend(ended.stderr.bytes());
+            let written = String::from_utf8_lossy(&written);
+            assert!(written.contains("denied.test"), "the refusal is recorded");
+            assert!(!written.contains("hush"), "and what was said is not");
+        },
+    );
+}

@@ -222,6 +222,15 @@ fn bad_policy_file_is_refused_with_its_place_and_nothing_is_started() {
                 ("rules:\n  - action: allow\n    ports: [65536]\n", ":3:13"),
                 ("rules: []\nrulez: []\n", ":2:1"),
                 ("rules: []\nrules: []\n", ":2:1"),
+                ("# defaultAction: deny\n", ":2:1: the document is empty"),
+                (
+                    "",
+                    ": the document is empty (expected at least defaultAction: deny)",
+                ),
+                (
+                    " \n\n",
+                    ": the document is empty (expected at least defaultAction: deny)",
+                ),
             ] {
                 let file = world.file("bad.yaml", text);
                 let run = world
@@ -238,6 +247,34 @@ fn bad_policy_file_is_refused_with_its_place_and_nothing_is_started() {
                 let check = world.try_vnetctl(&["policy", "check", "bad.yaml"]);
                 assert_eq!(check.code, 1, "{check:?}");
                 assert!(check.stderr.contains(&format!("bad.yaml{place}")), "{check:?}");
+                // Whatever reads policies refuses the same.
+                for words in [
+                    &["policy", "test", "bad.yaml"][..],
+                    &["policy", "apply", "bad.yaml"],
+                    &[
+                        "up",
+                        "--listen-qemu",
+                        "unix:///nonexistent/vm.sock",
+                        "--network-policy",
+                        "bad.yaml",
+                    ],
+                ] {
+                    let refused = world.try_vnetctl(words);
+                    assert_ne!(refused.code, 0, "{words:?}: {refused:?}");
+                    assert!(
+                        refused.stderr.contains(&format!("bad.yaml{place}")),
+                        "{words:?}: {refused:?}"
+                    );
+                }
+            }
+            for (policy, named) in [("/dev/null", "/dev/null"), ("-", "standard input")] {
+                // Standard input is /dev/null here.
+                let run = world
+                    .run(&["--network-policy", policy], &["touch", "started"])
+                    .wait();
+                assert_eq!(run.code, 125, "{policy}: {run:?}");
+                let said = format!("{named}: the document is empty");
+                assert!(run.stderr.contains(&said), "{policy}: {run:?}");
             }
             assert!(!world.work().join("started").exists());
             assert_eq!(descendants(), [], "not even a controlplane");
@@ -676,4 +713,44 @@ fn ordinary_user_needs_nobodys_permission() {
         assert_eq!((ended.code, server.connections()), (0, 1), "{ended:?}");
         world.is_clean();
     });
+}
+
+#[test]
+fn a_relay_of_the_commands_own_and_proxy_variables_open_nothing() {
+    staged(
+        a_relay_of_the_commands_own_and_proxy_variables_open_nothing,
+        |world| {
+            http(world.internet(), "203.0.113.10:80");
+            let closed = http(world.internet(), "198.51.100.7:80");
+            let ended = world.script(
+            &["--vm", "web", "--allow", "tcp 203.0.113.10:80"],
+            "socat tcp-listen:3128,bind=127.0.0.1,fork,reuseaddr tcp:198.51.100.7:80 2>&- & \
+             socat tcp-listen:3129,bind=127.0.0.1,fork,reuseaddr tcp:203.0.113.10:80 2>&- & \
+             until socat -u /dev/null tcp:127.0.0.1:3128 && socat -u /dev/null tcp:127.0.0.1:3129; do sleep 0.05; done 2>&-; \
+             for proxy in '' http://127.0.0.1:3128; do \
+               http_proxy=$proxy all_proxy=$proxy curl -sS -o page http://198.51.100.7/; echo $?; \
+             done; \
+             curl -sS -o page http://127.0.0.1:3128/; echo $?; \
+             no_proxy='*' curl -sS http://203.0.113.10/; \
+             env -u http_proxy -u https_proxy -u all_proxy curl -sS http://203.0.113.10/; \
+             http_proxy=http://127.0.0.1:3129 curl -sS http://203.0.113.10/ | cut -d' ' -f 1-3; \
+             kill %1 %2",
+        );
+            let page = "this is 203.0.113.10:80";
+            let codes = "7\n52\n52\n";
+            assert_eq!(
+                ended.stdout,
+                format!("{codes}{page} at /\n{page} at /\n{page}\n"),
+                "{ended:?}"
+            );
+            assert_eq!(closed.connections(), 0);
+            let denied = world.list(&["events", "list", "--vm", "web", "--kind", "flow-denied"]);
+            assert!(
+                denied.iter().any(|e| e["text"]
+                    .as_str()
+                    .is_some_and(|text| text.contains("198.51.100.7:80"))),
+                "{denied:?}"
+            );
+        },
+    );
 }

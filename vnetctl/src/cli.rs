@@ -126,10 +126,13 @@ pub fn main(arguments: Vec<OsString>) -> u8 {
     let cli = match Cli::try_parse_from(arguments) {
         Ok(cli) => cli,
         Err(error) => {
-            // A reader that went away is no reason to complain.
-            let _ = error.print();
+            let printed = output::print_parsed(&error);
             return match error.kind() {
-                ErrorKind::DisplayHelp | ErrorKind::DisplayVersion => 0,
+                ErrorKind::DisplayHelp | ErrorKind::DisplayVersion => match printed {
+                    // A reader that went away is no reason to complain.
+                    Ok(()) | Err(Failure::OutputClosed) => 0,
+                    Err(failure) => fail(if is_run { failure.in_run() } else { failure }),
+                },
                 _ if is_run => EXIT_RUN_FAILED,
                 _ => EXIT_USAGE,
             };
@@ -138,13 +141,16 @@ pub fn main(arguments: Vec<OsString>) -> u8 {
     let result = execute(cli).map_err(|failure| if is_run { failure.in_run() } else { failure });
     match result {
         Ok(code) => code,
-        Err(failure) => {
-            if let Some(message) = failure.message() {
-                output::say(message);
-            }
-            failure.exit_code()
-        }
+        Err(failure) => fail(failure),
     }
+}
+
+/// Says why, if that is still to be said, and gives the exit code.
+fn fail(failure: Failure) -> u8 {
+    if let Some(message) = failure.message() {
+        output::say(message);
+    }
+    failure.exit_code()
 }
 
 /// Whether the line is a `run`, whose own failures have codes of their own.

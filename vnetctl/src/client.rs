@@ -8,10 +8,13 @@ use std::future::Future;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
+use std::task::{Context as TaskContext, Poll};
 use std::time::Duration;
 
 use hyper_util::rt::TokioIo;
 use tokio::net::UnixStream;
+use tonic::body::Body;
+use tonic::codegen::{BoxFuture, http};
 use tonic::transport::{Channel, Endpoint, Uri};
 use tower::service_fn;
 use vnet_proto::v1;
@@ -78,12 +81,15 @@ pub enum ConnectError {
         /// What is in the way.
         source: io::Error,
     },
+    /// Something listens there that does not answer as a controlplane does.
+    #[error("{}", .0.whole())]
+    NoAnswer(NoAnswer),
 }
 
 /// A connected client of every service that people use.
 #[derive(Debug, Clone)]
 pub struct Client {
-    channel: Channel,
+    wire: Wire,
 }
 
 /// One generated client.
@@ -91,8 +97,8 @@ macro_rules! service {
     ($($(#[$doc:meta])* $name:ident: $module:ident::$client:ident;)*) => {
         impl Client {$(
             $(#[$doc])*
-            pub fn $name(&self) -> v1::$module::$client<Channel> {
-                v1::$module::$client::new(self.channel.clone()).max_decoding_message_size(MESSAGE_BYTES_MAX)
+            pub fn $name(&self) -> v1::$module::$client<Wire> {
+                v1::$module::$client::new(self.wire.clone()).max_decoding_message_size(MESSAGE_BYTES_MAX)
             }
         )*}
     };
@@ -115,6 +121,82 @@ service! {
     dns: dns_service_client::DnsServiceClient;
     /// Events.
     events: event_service_client::EventServiceClient;
+}
+
+/// The way to a controlplane. What fails on it says which, and what to look at.
+#[derive(Debug, Clone)]
+pub struct Wire {
+    channel: Channel,
+    server: Server,
+}
+
+/// No answer came from a controlplane.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{what}")]
+pub struct NoAnswer {
+    what: String,
+    /// What to look at, a line each.
+    remedies: Vec<String>,
+}
+
+impl NoAnswer {
+    /// What it says, and what to look at, for a terminal.
+    pub fn whole(&self) -> String {
+        let lines = std::iter::once(&self.what).chain(&self.remedies);
+        lines.map(|line| safe(line)).collect::<Vec<_>>().join("\n  ")
+    }
+
+    fn new(server: &Server, error: &(dyn std::error::Error + 'static)) -> Self {
+        let Server::Unix(path) = server;
+        let listeners = format!("see who listens there: ss -xlp src {}", path.display());
+        let causes = std::iter::successors(Some(error), |error| error.source());
+        let mut last = String::new();
+        let mut in_time = true;
+        for cause in causes {
+            in_time &= !cause.is::<tonic::TimeoutExpired>();
+            last = cause.to_string();
+        }
+        if in_time {
+            return Self {
+                what: format!("what answers at {server} is no controlplane, or has just ended ({last})"),
+                remedies: vec![
+                    listeners,
+                    "of a controlplane's sockets, control.sock is the one for this".to_owned(),
+                ],
+            };
+        }
+        let mut remedies = vec![format!(
+            "it may be stopped (state T in ps) or too busy; {listeners}"
+        )];
+        if crate::launch::own_server().is_ok_and(|own| own == *server)
+            && let Some(log) = crate::launch::own_log()
+        {
+            remedies.push(format!("its log: {}", log.display()));
+        }
+        Self {
+            what: format!("the controlplane at {server} does not answer"),
+            remedies,
+        }
+    }
+}
+
+impl tower::Service<http::Request<Body>> for Wire {
+    type Response = http::Response<Body>;
+    type Error = NoAnswer;
+    type Future = BoxFuture<Self::Response, NoAnswer>;
+
+    fn poll_ready(&mut self, context: &mut TaskContext<'_>) -> Poll<Result<(), NoAnswer>> {
+        let server = &self.server;
+        self.channel
+            .poll_ready(context)
+            .map_err(|error| NoAnswer::new(server, &error))
+    }
+
+    fn call(&mut self, request: http::Request<Body>) -> Self::Future {
+        let server = self.server.clone();
+        let answer = self.channel.call(request);
+        Box::pin(async move { answer.await.map_err(|error| NoAnswer::new(&server, &error)) })
+    }
 }
 
 impl Client {
@@ -146,11 +228,11 @@ impl Client {
             .connect_timeout(CONNECT_PATIENCE)
             .connect_with_connector(connector)
             .await
-            .map_err(|e| ConnectError::Refused {
-                server: server.clone(),
-                source: io::Error::other(e),
-            })?;
-        Ok(Self { channel })
+            .map_err(|error| ConnectError::NoAnswer(NoAnswer::new(server, &error)))?;
+        let server = server.clone();
+        Ok(Self {
+            wire: Wire { channel, server },
+        })
     }
 
     /// Whether it answers: not merely accepts, but serves.
@@ -163,6 +245,20 @@ impl Client {
             PROBE_PATIENCE,
         );
         self.vms().list_vms(request).await.is_ok()
+    }
+}
+
+/// Set in the environment of a command under `run`. It decides nothing: it only words an error.
+pub const INSIDE_RUN: &str = "VNET_RUN";
+
+const NOT_INSIDE: &str = "this is inside a vnetctl run, from which no controlplane can be reached; use a terminal \
+                          outside of it";
+
+/// A failure to reach a controlplane, as it is told to who is inside a run.
+fn from_inside(failure: Failure, is_inside: bool) -> Failure {
+    match failure {
+        Failure::Failed(text) if is_inside => Failure::Failed(format!("{NOT_INSIDE}\n  {text}")),
+        other => other,
     }
 }
 
@@ -190,6 +286,13 @@ impl Connection {
     /// # Errors
     /// When the named one does not answer, or the user's own cannot be started.
     pub async fn open(&self) -> Result<Client, Failure> {
+        let is_inside = std::env::var_os(INSIDE_RUN).is_some();
+        self.connect()
+            .await
+            .map_err(|failure| from_inside(failure, is_inside))
+    }
+
+    async fn connect(&self) -> Result<Client, Failure> {
         let server = self.server()?;
         match (Client::connect(&server).await, &self.named) {
             (Ok(client), _) => Ok(client),
@@ -197,6 +300,7 @@ impl Connection {
             (Err(error @ ConnectError::Absent { .. }), Some(Server::Unix(path))) => Err(Failure::Failed(
                 format!("{}\n  {}", safe(&error.to_string()), how_to_start(path)),
             )),
+            (Err(ConnectError::NoAnswer(none)), _) => Err(Failure::Failed(none.whole())),
             (Err(error), _) => Err(Failure::Failed(safe(&error.to_string()).into_owned())),
         }
     }
@@ -266,7 +370,87 @@ const MESSAGE_BYTES_MAX: usize = 16 << 20;
 
 #[cfg(test)]
 mod tests {
+    use tokio::io::AsyncWriteExt as _;
+
     use super::*;
+
+    /// A socket of a test's own, served by `serve`.
+    fn served<F: Future<Output = ()> + Send>(
+        name: &str,
+        serve: impl Fn(UnixStream) -> F + Send + 'static,
+    ) -> (Server, impl Drop) {
+        struct Gone(PathBuf, tokio::task::JoinHandle<()>);
+        impl Drop for Gone {
+            fn drop(&mut self) {
+                self.1.abort();
+                let _ = std::fs::remove_file(&self.0);
+            }
+        }
+        let path = std::env::temp_dir().join(format!("vnetctl-{name}-{}.sock", std::process::id()));
+        let _ = std::fs::remove_file(&path);
+        let listener = tokio::net::UnixListener::bind(&path).unwrap();
+        let task = tokio::spawn(async move {
+            while let Ok((stream, _)) = listener.accept().await {
+                serve(stream).await;
+            }
+        });
+        (Server::Unix(path.clone()), Gone(path, task))
+    }
+
+    #[tokio::test]
+    async fn one_that_hangs_is_named_with_what_to_look_at() {
+        let (server, _gone) = served("hangs", |stream| async move {
+            let _held = stream;
+            std::future::pending().await
+        });
+        let client = Client::connect(&server).await.unwrap();
+        let request = with_patience(v1::ListVmsRequest::default(), Duration::from_millis(1));
+
+        let failure = Failure::from(client.vms().list_vms(request).await.unwrap_err());
+
+        let text = failure.to_string();
+        assert!(
+            text.starts_with(&format!("the controlplane at {server} does not answer\n")),
+            "{text}"
+        );
+        assert!(text.contains("ss -xlp src "), "{text}");
+        assert_eq!(failure.exit_code(), 1);
+    }
+
+    #[tokio::test]
+    async fn a_socket_that_is_no_controlplanes_is_named_as_such() {
+        let (server, _gone) = served("other", |mut stream| async move {
+            let _ = stream.write_all(b"220 mail.example ESMTP\r\n").await;
+        });
+        let answer = async {
+            let client = Client::connect(&server).await.map_err(|e| e.to_string())?;
+            let request = unary(v1::ListVmsRequest::default());
+            let answer = client.vms().list_vms(request).await;
+            Ok(answer
+                .map(drop)
+                .map_err(|status| crate::failure::describe(&status)))
+        };
+
+        let text = match answer.await {
+            Ok(answer) => answer.unwrap_err(),
+            Err(text) => text,
+        };
+
+        assert!(text.contains(&server.to_string()), "{text}");
+        assert!(
+            text.contains("no controlplane") && text.contains("control.sock"),
+            "{text}"
+        );
+    }
+
+    #[test]
+    fn who_is_inside_a_run_is_told_so_first() {
+        let failed = || Failure::Failed("/tmp/vnet-7 has mode 0555".to_owned());
+        let inside = from_inside(failed(), true).to_string();
+        assert!(inside.starts_with("this is inside a vnetctl run"), "{inside}");
+        assert!(inside.ends_with("/tmp/vnet-7 has mode 0555"), "{inside}");
+        assert_eq!(from_inside(failed(), false).to_string(), failed().to_string());
+    }
 
     #[test]
     fn servers_are_unix_sockets_with_absolute_paths() {

@@ -9,6 +9,7 @@ use std::io;
 
 use tonic_types::StatusExt as _;
 
+use crate::client::NoAnswer;
 use crate::output::text::safe;
 
 /// Why a command did not succeed.
@@ -89,6 +90,10 @@ impl From<tonic::Status> for Failure {
 
 /// Everything a refusal says: its sentence, each field or condition, and what helps.
 pub fn describe(status: &tonic::Status) -> String {
+    let source = std::error::Error::source(status);
+    if let Some(none) = source.and_then(|source| source.downcast_ref::<NoAnswer>()) {
+        return none.whole();
+    }
     let details = status.get_error_details();
     let mut text = safe(status.message()).into_owned();
     if text.is_empty() {

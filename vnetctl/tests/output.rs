@@ -137,5 +137,40 @@ fn data_that_nobody_reads_ends_quietly_and_a_full_disk_is_an_error() {
         #[cfg(target_os = "linux")]
         assert_eq!(words.code(full(), full()), 1, "{:?}", words.words);
     }
-    assert_eq!(Words::new(&["--help"]).code(gone(), gone()), 0);
+    for help in [&["--help"][..], &["--version"], &["run", "--help"]] {
+        let help = Words::new(help);
+        assert_eq!(help.code(Stdio::null(), Stdio::null()), 0);
+        assert_eq!(help.code(gone(), gone()), 0);
+        #[cfg(target_os = "linux")]
+        assert_eq!(
+            help.code(full(), full()),
+            if help.words[0] == "run" { 125 } else { 1 }
+        );
+    }
+}
+
+#[test]
+fn data_for_a_stdout_that_is_closed_from_the_start_is_an_error() {
+    let script = |redirection: &str, words: &str| {
+        let ended = Command::new("sh")
+            .args(["-c", &format!("exec \"$0\" {words} {redirection}")])
+            .arg(env!("CARGO_BIN_EXE_vnetctl"))
+            .stdin(Stdio::null())
+            .output()
+            .unwrap();
+        (ended.status.code(), String::from_utf8(ended.stderr).unwrap())
+    };
+    for words in ["completions bash", "policy schema", "--help", "--version"] {
+        let (code, said) = script(">&-", words);
+        assert_eq!(code, Some(1), "{words}: {said}");
+        assert!(said.contains("cannot write the output: "), "{words}: {said}");
+        // Where it goes nowhere by intention, nothing is lost.
+        for nowhere in [">/dev/null", "1<>/dev/null"] {
+            assert_eq!(
+                script(nowhere, words),
+                (Some(0), String::new()),
+                "{words} {nowhere}"
+            );
+        }
+    }
 }

@@ -7,7 +7,7 @@ use tonic::{Request, Response, Status};
 use vnet_proto::v1;
 use vnet_proto::v1::event_service_server::EventService;
 
-use super::{Api, Changes, PAGE_DEFAULT, PAGE_MAX, selector, stream};
+use super::{Api, Changes, PAGE_DEFAULT, PAGE_MAX, not_a_token, selector, stream};
 use crate::convert;
 use crate::hub::{EventFilter, Hub};
 use crate::refusal::Refusal;
@@ -71,10 +71,7 @@ impl EventService for Api {
             ..Default::default()
         };
         if !request.page_token.is_empty() {
-            query.before = request
-                .page_token
-                .parse()
-                .map_err(|_| Refusal::field("page_token", "is not one that this server gave"))?;
+            query.before = request.page_token.parse().map_err(|_| not_a_token())?;
         }
         let mut events: Vec<v1::Event> = Vec::new();
         loop {

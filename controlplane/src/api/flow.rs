@@ -4,7 +4,13 @@ use tonic::{Request, Response, Status};
 use vnet_proto::v1;
 use vnet_proto::v1::flow_service_server::FlowService;
 
-use super::{Api, Changes, actor, page, selector, stream};
+use super::{Api, Changes, Keys, actor, is_number, page, selector, stream};
+
+/// Keys of the list's pages.
+const KEYS: Keys = Keys {
+    list: "flows",
+    fits: |key| is_number(key, 20),
+};
 
 #[tonic::async_trait]
 impl FlowService for Api {
@@ -15,7 +21,7 @@ impl FlowService for Api {
         let request = request.into_inner();
         let flows = self.hub.flows(selector(request.vms)?.as_ref());
         let key = |(number, _): &(u64, v1::Flow)| format!("{:020}", u64::MAX - number);
-        let (flows, next_page_token) = page(flows, request.page_size, &request.page_token, key);
+        let (flows, next_page_token) = page(flows, request.page_size, &request.page_token, KEYS, key)?;
         let flows = flows.into_iter().map(|(_, flow)| flow).collect();
         Ok(Response::new(v1::ListFlowsResponse {
             flows,

@@ -5,11 +5,17 @@ use vnet_proto::model::{Malformed, Target};
 use vnet_proto::v1;
 use vnet_proto::v1::grant_service_server::GrantService;
 
-use super::{Api, actor, page, saved, selector};
+use super::{Api, Keys, actor, is_time_and_id, page, saved, selector};
 use crate::convert;
 use crate::grant::{GrantAction, Lifetime};
 use crate::hub::NewGrant;
 use crate::refusal::Refusal;
+
+/// Keys of the list's pages.
+const KEYS: Keys = Keys {
+    list: "grants",
+    fits: is_time_and_id,
+};
 
 #[tonic::async_trait]
 impl GrantService for Api {
@@ -30,7 +36,7 @@ impl GrantService for Api {
             )
         };
         grants.sort_by_key(key);
-        let (grants, next_page_token) = page(grants, request.page_size, &request.page_token, key);
+        let (grants, next_page_token) = page(grants, request.page_size, &request.page_token, KEYS, key)?;
         Ok(Response::new(v1::ListGrantsResponse {
             grants,
             next_page_token,

@@ -5,12 +5,18 @@ use vnet_proto::model::Budget;
 use vnet_proto::v1;
 use vnet_proto::v1::pending_service_server::PendingService;
 
-use super::{Api, Changes, actor, page, saved, selector, stream};
+use super::{Api, Changes, Keys, actor, is_time_and_id, page, saved, selector, stream};
 use crate::approval::Answer;
 use crate::convert;
 use crate::hub::{PAST_FLOWS_MAX, Reply};
 use crate::refusal::Refusal;
 use crate::store::EventQuery;
+
+/// Keys of the list's pages.
+const KEYS: Keys = Keys {
+    list: "pending",
+    fits: is_time_and_id,
+};
 
 #[tonic::async_trait]
 impl PendingService for Api {
@@ -26,7 +32,7 @@ impl PendingService for Api {
         };
         let mut requests = requests;
         requests.sort_by_key(key);
-        let (requests, next_page_token) = page(requests, request.page_size, &request.page_token, key);
+        let (requests, next_page_token) = page(requests, request.page_size, &request.page_token, KEYS, key)?;
         Ok(Response::new(v1::ListPendingResponse {
             requests,
             next_page_token,

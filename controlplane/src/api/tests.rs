@@ -9,10 +9,11 @@ use tokio_stream::StreamExt as _;
 use tonic::transport::{Channel, Endpoint, Uri};
 use tonic::{Code, Request};
 use tonic_types::StatusExt as _;
-use vnet_proto::model::{Subject, Target};
+use vnet_proto::model::{LIFETIME_MAX, Subject, Target, VmSelector};
 use vnet_proto::v1;
 use vnet_proto::v1::dataplane_service_client::DataplaneServiceClient;
 use vnet_proto::v1::event_service_client::EventServiceClient;
+use vnet_proto::v1::flow_service_client::FlowServiceClient;
 use vnet_proto::v1::grant_service_client::GrantServiceClient;
 use vnet_proto::v1::pending_service_client::PendingServiceClient;
 use vnet_proto::v1::policy_service_client::PolicyServiceClient;
@@ -21,6 +22,7 @@ use vnet_proto::v1::session_response::Message as Told;
 use vnet_proto::v1::vm_service_client::VmServiceClient;
 
 use crate::config::Endpoint as Listen;
+use crate::hub::EVENT_WATCHES_MAX;
 use crate::listener::{Attached, Listener};
 use crate::server::{API_SERVICES, serve_api, serve_sessions};
 use crate::testing::{Rig, TempDir, flow, hello, vm_up};
@@ -649,11 +651,15 @@ async fn an_update_with_an_old_etag_is_aborted() {
 fn pages_go_on_where_the_last_one_ended() {
     let items = || vec!["a", "b", "d"];
     let key = |item: &&str| (*item).to_owned();
-    let (shown, token) = super::page(items(), 2, "", key);
-    assert_eq!((shown, token.as_str()), (vec!["a", "b"], "b"));
+    let keys = super::Keys {
+        list: "letters",
+        fits: |key| key.len() == 1,
+    };
+    let (shown, token) = super::page(items(), 2, "", keys, key).unwrap();
+    assert_eq!((shown, token.as_str()), (vec!["a", "b"], "letters:b"));
     // "b" may be gone by then, and "c" come.
     assert_eq!(
-        super::page(vec!["a", "c", "d"], 2, &token, key),
+        super::page(vec!["a", "c", "d"], 2, &token, keys, key).unwrap(),
         (vec!["c", "d"], String::new())
     );
 }
@@ -698,6 +704,206 @@ async fn misses_are_answered_quickly() {
         "p50 {:?} p99 {:?}, {rate:.0} misses/s",
         one_by_one[1_000], one_by_one[1_980]
     );
+}
+
+#[tokio::test]
+async fn a_page_token_that_a_list_did_not_give_is_refused_by_it() {
+    let served = Served::start(true).await;
+    let mut dp = served.rig.dataplane("web");
+    let _other = served.rig.dataplane_with(hello(2, vec![vm_up(1, "db")]));
+    for port in 1..=2 {
+        dp.held(flow(&format!("192.0.2.7:{port}"), &[]));
+        let target = Some(v1::Target::from(
+            &format!("tcp 192.0.2.9:{port}").parse::<Target>().unwrap(),
+        ));
+        let mut grants = GrantServiceClient::new(served.channel("api").await);
+        let made = grants.create_grant(v1::CreateGrantRequest {
+            action: v1::Action::Allow.into(),
+            target,
+            vms: Some((&VmSelector::all()).into()),
+            ..Default::default()
+        });
+        made.await.unwrap();
+    }
+    let channel = served.channel("api").await;
+    let mut grants = GrantServiceClient::new(channel.clone());
+    let mut vms = VmServiceClient::new(channel.clone());
+    let mut pending = PendingServiceClient::new(channel.clone());
+    let mut flows = FlowServiceClient::new(channel.clone());
+    let mut events = EventServiceClient::new(channel);
+    /// A list's items, and its next page's token.
+    macro_rules! list {
+        ($client:ident.$method:ident($request:ident).$items:ident, $token:expr) => {{
+            let request = v1::$request {
+                page_size: 1,
+                page_token: $token,
+                ..Default::default()
+            };
+            let page = $client.$method(request).await.map(tonic::Response::into_inner);
+            page.map(|page| (page.$items.len(), page.next_page_token))
+        }};
+    }
+    let of_vms = list!(vms.list_vms(ListVmsRequest).vms, String::new()).unwrap().1;
+    let of_grants = list!(grants.list_grants(ListGrantsRequest).grants, String::new())
+        .unwrap()
+        .1;
+    let of_pending = list!(pending.list_pending(ListPendingRequest).requests, String::new())
+        .unwrap()
+        .1;
+    for own in [&of_vms, &of_grants, &of_pending] {
+        assert!(!own.is_empty(), "there is a second page");
+    }
+    // Each takes its own, and it leads to the last.
+    assert_eq!(
+        list!(vms.list_vms(ListVmsRequest).vms, of_vms.clone()).unwrap(),
+        (1, String::new())
+    );
+    assert_eq!(
+        list!(grants.list_grants(ListGrantsRequest).grants, of_grants.clone()).unwrap(),
+        (1, String::new())
+    );
+    let last = list!(
+        pending.list_pending(ListPendingRequest).requests,
+        of_pending.clone()
+    )
+    .unwrap();
+    assert_eq!(last, (1, String::new()));
+    for strange in [
+        "garbage",
+        "web",
+        "vms:",
+        "vms:a b",
+        "grants:1",
+        "pending:1.2.x",
+        "flows:-1",
+        "7",
+        "\u{202e}",
+    ] {
+        let strange = || strange.to_owned();
+        let mut refused = vec![
+            list!(vms.list_vms(ListVmsRequest).vms, strange()).err(),
+            list!(grants.list_grants(ListGrantsRequest).grants, strange()).err(),
+            list!(pending.list_pending(ListPendingRequest).requests, strange()).err(),
+            list!(flows.list_flows(ListFlowsRequest).flows, strange()).err(),
+        ];
+        if strange() != "7" {
+            refused.push(list!(events.list_events(ListEventsRequest).events, strange()).err());
+        }
+        for refused in refused {
+            let refused = refused.unwrap_or_else(|| panic!("{:?} is taken for a place", strange()));
+            assert_eq!(refused.code(), Code::InvalidArgument);
+            let fields = refused
+                .get_error_details()
+                .bad_request()
+                .unwrap()
+                .field_violations
+                .clone();
+            assert_eq!(fields[0].field, "page_token");
+        }
+    }
+    // And no other's.
+    assert!(list!(flows.list_flows(ListFlowsRequest).flows, of_vms.clone()).is_err());
+    assert!(list!(grants.list_grants(ListGrantsRequest).grants, of_pending.clone()).is_err());
+    assert!(
+        list!(
+            pending.list_pending(ListPendingRequest).requests,
+            of_grants.clone()
+        )
+        .is_err()
+    );
+    assert!(list!(vms.list_vms(ListVmsRequest).vms, of_grants).is_err());
+}
+
+#[tokio::test]
+async fn a_lifetime_that_no_reader_could_show_is_refused() {
+    let served = Served::start(false).await;
+    let _dp = served.rig.dataplane("web");
+    let mut grants = GrantServiceClient::new(served.channel("api").await);
+    let lasting = |seconds: i64, nanos: i32| v1::CreateGrantRequest {
+        action: v1::Action::Deny.into(),
+        target: Some((&"tcp 192.0.2.7:443".parse::<Target>().unwrap()).into()),
+        vms: Some((&VmSelector::all()).into()),
+        lifetime: Some(v1::Lifetime {
+            kind: Some(v1::lifetime::Kind::Duration(prost_types::Duration {
+                seconds,
+                nanos,
+            })),
+        }),
+        ..Default::default()
+    };
+    let most = i64::try_from(LIFETIME_MAX.as_secs()).unwrap();
+    for (seconds, nanos) in [(most, 1), (359_999_999_996_400, 0), (i64::MAX, 0)] {
+        let refused = grants.create_grant(lasting(seconds, nanos)).await.unwrap_err();
+        assert_eq!(refused.code(), Code::InvalidArgument, "{seconds}");
+        assert!(refused.message().contains("--forever"), "{refused:?}");
+    }
+    grants.create_grant(lasting(most, 0)).await.unwrap();
+    let listed = grants
+        .list_grants(v1::ListGrantsRequest::default())
+        .await
+        .unwrap()
+        .into_inner()
+        .grants;
+    // Years of four digits: what RFC 3339 can write, and proto3 JSON with it.
+    let last = 253_402_300_799;
+    assert!(
+        listed[0]
+            .expires_at
+            .is_some_and(|end| (most..=last).contains(&end.seconds)),
+        "{listed:?}"
+    );
+}
+
+#[tokio::test]
+async fn labels_have_one_form_however_they_are_set() {
+    let served = Served::start(false).await;
+    let _dp = served.rig.dataplane("web");
+    let mut vms = VmServiceClient::new(served.channel("api").await);
+    let set = |key: &str, value: &str| v1::UpdateVmRequest {
+        name: "web".to_owned(),
+        labels: [(key.to_owned(), value.to_owned())].into(),
+        ..Default::default()
+    };
+    for (key, value) in [("a b", "c"), (".x", "1"), ("x", "a b"), ("", "1"), ("x y", "")] {
+        let refused = vms.update_vm(set(key, value)).await.unwrap_err();
+        assert_eq!(refused.code(), Code::InvalidArgument, "{key:?}={value:?}");
+        assert!(refused.message().contains("letters, digits"), "{refused:?}");
+    }
+    for (key, value, now) in [("team.example/role", "a_b-1", 1), ("team.example/role", "", 0)] {
+        let vm = vms
+            .update_vm(set(key, value))
+            .await
+            .unwrap()
+            .into_inner()
+            .vm
+            .unwrap();
+        assert_eq!(vm.labels.len(), now, "{key:?}={value:?}");
+    }
+}
+
+#[tokio::test]
+async fn watchers_are_limited_counted_and_told() {
+    let served = Served::start(false).await;
+    let mut events = EventServiceClient::new(served.channel("api").await);
+    let mut watching = Vec::new();
+    for _ in 0..EVENT_WATCHES_MAX {
+        watching.push(
+            events
+                .watch_events(v1::WatchEventsRequest::default())
+                .await
+                .unwrap(),
+        );
+    }
+    let refused = events
+        .watch_events(v1::WatchEventsRequest::default())
+        .await
+        .unwrap_err();
+    assert_eq!(refused.code(), Code::ResourceExhausted);
+    assert!(
+        refused.message().starts_with("64 clients watch already"),
+        "{refused:?}"
+    );
+    assert_eq!(served.rig.metrics.watches_refused.get(), 1);
 }
 
 /// Misses of which each comes when it is due, whatever became of those before it: a slow answer is not hidden

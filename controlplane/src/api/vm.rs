@@ -5,9 +5,15 @@ use vnet_proto::model::{Malformed, Mode};
 use vnet_proto::v1;
 use vnet_proto::v1::vm_service_server::VmService;
 
-use super::{Api, Changes, actor, page, saved, selector, stream};
+use super::{Api, Changes, Keys, actor, page, saved, selector, stream};
 use crate::hub::VmUpdate;
 use crate::refusal::Refusal;
+
+/// Keys of the list's pages.
+const KEYS: Keys = Keys {
+    list: "vms",
+    fits: |key| crate::fleet::check_name(key).is_ok(),
+};
 
 #[tonic::async_trait]
 impl VmService for Api {
@@ -17,7 +23,9 @@ impl VmService for Api {
     ) -> Result<Response<v1::ListVmsResponse>, Status> {
         let request = request.into_inner();
         let vms = self.hub.vms(selector(request.vms)?.as_ref());
-        let (vms, next_page_token) = page(vms, request.page_size, &request.page_token, |vm| vm.name.clone());
+        let (vms, next_page_token) = page(vms, request.page_size, &request.page_token, KEYS, |vm| {
+            vm.name.clone()
+        })?;
         Ok(Response::new(v1::ListVmsResponse { vms, next_page_token }))
     }
 

@@ -12,6 +12,7 @@ use vnet_proto::v1;
 use vnet_proto::v1::session_request::Message;
 
 use super::events::about;
+use super::limits;
 use super::{HEARTBEAT, Hub, LEASE, State};
 use crate::clock::Now;
 use crate::convert;
@@ -487,8 +488,9 @@ impl State {
         vm.addresses = status.addresses;
         vm.mac = status.mac;
         vm.claimed_hostname = status.claimed_hostname;
-        vm.dropped_frames = counts(status.dropped_frames);
-        vm.counters = counts(status.counters);
+        let dropped = std::mem::replace(&mut vm.dropped_frames, counts(status.dropped_frames));
+        let counted = std::mem::replace(&mut vm.counters, counts(status.counters));
+        let reached = limits::reached([&dropped, &counted], [&vm.dropped_frames, &vm.counters]);
         let name = vm.view.name.clone();
         match (was_attached, status.attached) {
             (true, false) => {
@@ -505,6 +507,7 @@ impl State {
             }
             _ => {}
         }
+        self.limits_reached(now, &name, reached);
         self.publish_vm(v1::VmChange::Updated, &name);
     }
 
@@ -656,8 +659,16 @@ fn read_own(
     if let Some((_, policy)) = read.iter().find(|(message, _)| *message == described) {
         return Ok(Arc::clone(policy));
     }
+    // A document that was given is never empty, so that this one was not.
+    let document = (!own.document.is_empty()).then_some(own.document.as_str());
+    if document.is_none() && own.rules.is_empty() {
+        return Err(Refusal::field(
+            "own_policy",
+            "it has neither a document nor rules (expected one of them; leave own_policy out to bring none)",
+        ));
+    }
     let lists = lists::unpack(&own.lists)?;
-    let policy = OwnPolicy::parse_with(&own.source, &own.document, &own.rules, &lists, cache);
+    let policy = OwnPolicy::parse_with(&own.source, document, &own.rules, &lists, cache);
     let policy = Arc::new(policy.map_err(Refusal::Document)?);
     // With every rule still in force: a VM that comes back after a rule's end is not to be refused for that.
     if let Some(document) = policy.document() {

@@ -1,9 +1,11 @@
 //! Events: numbered once, then to the watchers and the history.
 
+use std::sync::Arc;
+
 use vnet_proto::model::{Subject, VmSelector};
 use vnet_proto::v1;
 
-use super::{Hub, too_many_watches};
+use super::Hub;
 use crate::approval::{PendingState, Request};
 use crate::clock::Now;
 use crate::convert;
@@ -44,10 +46,10 @@ pub(super) struct EventLog {
 }
 
 impl EventLog {
-    pub(super) fn new(sequence: u64, queue: usize, watches: usize) -> Self {
+    pub(super) fn new(sequence: u64, watchers: Watchers<EventFilter, v1::Event>) -> Self {
         Self {
             sequence,
-            watchers: Watchers::new(queue, watches),
+            watchers,
             unrecorded: Vec::new(),
         }
     }
@@ -58,8 +60,9 @@ impl EventLog {
         event.time = convert::timestamp(now.wall);
         metrics.events.add(1);
         if !self.watchers.is_empty() {
+            let shared = Arc::new(event.clone());
             self.watchers
-                .publish(|filter| filter.lets(&event, fleet).then(|| event.clone()));
+                .publish(|filter| filter.lets(&event, fleet).then(|| Arc::clone(&shared)));
         }
         self.unrecorded.push(event);
     }
@@ -73,11 +76,7 @@ impl Hub {
     pub fn watch_events(&self, filter: EventFilter) -> Result<(Watch<v1::Event>, u64), Refusal> {
         self.read(|state, _| {
             let sequence = state.events.sequence;
-            let watch = state
-                .events
-                .watchers
-                .add(filter, [])
-                .ok_or_else(too_many_watches)?;
+            let watch = state.events.watchers.add(filter, [])?;
             Ok((watch, sequence))
         })
     }

@@ -27,6 +27,7 @@ mod decide;
 mod events;
 mod history;
 mod ids;
+mod limits;
 mod policies;
 mod reach;
 mod repeats;
@@ -84,9 +85,11 @@ pub const HEARTBEAT: Duration = Duration::from_secs(20);
 /// How long a change waits for dataplanes to acknowledge it.
 pub const ACK_WAIT: Duration = Duration::from_secs(2);
 /// Changes that a watch may fall behind.
-const WATCH_QUEUE_MAX: usize = 4_096;
-/// Watches of each kind.
+const WATCH_QUEUE_MAX: usize = 1_024;
+/// Watches of each kind but events: `run` and `up` have one each.
 const WATCHES_MAX: usize = 256;
+/// Watches of events. Those that do not read may each keep other events in memory.
+pub const EVENT_WATCHES_MAX: usize = 64;
 /// Client-chosen request ids remembered.
 const REQUEST_IDS_MAX: usize = 4_096;
 
@@ -149,7 +152,6 @@ impl Hub {
         let now = clock.now();
         let randomness = || getrandom::u64().map_err(|e| Refusal::Unavailable(format!("no randomness: {e}")));
         let incarnation = randomness()?;
-        let watches = || (WATCH_QUEUE_MAX, WATCHES_MAX);
         let mut state = State {
             epoch: Epoch::first(incarnation),
             secure_mode,
@@ -168,11 +170,14 @@ impl Hub {
             last_request: randomness()?,
             spent: VecDeque::new(),
             request_ids: VecDeque::new(),
-            events: EventLog::new(last_sequence, watches().0, watches().1),
+            events: EventLog::new(
+                last_sequence,
+                Watchers::new(WATCH_QUEUE_MAX, EVENT_WATCHES_MAX, Arc::clone(&metrics)),
+            ),
             repeats: Repeats::default(),
-            pending_watches: Watchers::new(watches().0, watches().1),
-            vm_watches: Watchers::new(watches().0, watches().1),
-            flow_watches: Watchers::new(watches().0, watches().1),
+            pending_watches: Watchers::new(WATCH_QUEUE_MAX, WATCHES_MAX, Arc::clone(&metrics)),
+            vm_watches: Watchers::new(WATCH_QUEUE_MAX, WATCHES_MAX, Arc::clone(&metrics)),
+            flow_watches: Watchers::new(WATCH_QUEUE_MAX, WATCHES_MAX, Arc::clone(&metrics)),
             writes: Vec::new(),
             metrics: Arc::clone(&metrics),
         };
@@ -253,10 +258,7 @@ impl Hub {
                 .map(|r| response(v1::PendingChange::Added, Some(convert::request(r))))
                 .collect();
             first.push(response(v1::PendingChange::Synced, None));
-            state
-                .pending_watches
-                .add(filter, first)
-                .ok_or_else(too_many_watches)
+            state.pending_watches.add(filter, first)
         })
     }
 
@@ -403,15 +405,13 @@ impl State {
         };
         let (vm, labels) = (&request.vm.name, &request.vm.labels);
         if !self.pending_watches.is_empty() {
-            let message = convert::request(request);
+            let response = Arc::new(v1::WatchPendingResponse {
+                change: kind.into(),
+                request: Some(convert::request(request)),
+            });
             self.pending_watches.publish(|filter| {
-                filter
-                    .as_ref()
-                    .is_none_or(|f| f.matches(vm, labels))
-                    .then(|| v1::WatchPendingResponse {
-                        change: kind.into(),
-                        request: Some(message.clone()),
-                    })
+                let lets = filter.as_ref().is_none_or(|f| f.matches(vm, labels));
+                lets.then(|| Arc::clone(&response))
             });
         }
         let event = match change {
@@ -440,8 +440,4 @@ impl State {
             self.event(now, event);
         }
     }
-}
-
-fn too_many_watches() -> Refusal {
-    Refusal::Limit(format!("{WATCHES_MAX} clients watch already, which is the limit"))
 }

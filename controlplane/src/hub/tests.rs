@@ -1,3 +1,4 @@
+mod apart;
 mod confirm;
 mod guests;
 mod history;
@@ -471,6 +472,17 @@ fn a_policy_that_a_vm_brings_is_its_own_and_a_wrong_one_ends_the_session() {
     let refused = rig.hub.attach(hello(2, vec![own("rulse: []", &[])])).unwrap_err();
     assert_eq!(refused.code(), tonic::Code::InvalidArgument);
     assert!(refused.message().contains("own.yaml"), "{}", refused.message());
+
+    for nothing in ["", "# defaultAction: deny"] {
+        let refused = rig.hub.attach(hello(2, vec![own(nothing, &[])])).unwrap_err();
+        assert_eq!(refused.code(), tonic::Code::InvalidArgument, "{nothing:?}");
+    }
+    let refused = rig.hub.attach(hello(2, vec![own("", &[])])).unwrap_err();
+    assert!(
+        refused.message().contains("neither a document nor rules"),
+        "{}",
+        refused.message()
+    );
 }
 
 #[test]
@@ -860,6 +872,33 @@ fn what_a_dataplane_counts_of_a_vm_is_shown_with_it() {
         ..Default::default()
     }));
     assert_eq!(rig.hub.vm("web").unwrap().counters.len(), 256, "no more are kept");
+}
+
+#[tokio::test]
+async fn limits_that_a_vm_met_are_in_the_history_once_a_minute_with_their_count() {
+    let rig = Rig::open();
+    let dp = rig.dataplane("web");
+    for refused in [1, 4, 40] {
+        dp.say(Message::VmStatus(v1::VmStatus {
+            vm: 1,
+            attached: true,
+            dropped_frames: [("flow_limit".to_owned(), refused), ("denied".to_owned(), 7)].into(),
+            ..Default::default()
+        }));
+    }
+    rig.hub.bring_history_up_to_date();
+    let all = crate::store::EventQuery {
+        limit: 1_000,
+        ..Default::default()
+    };
+    let events = rig.hub.writer().events(all).await.unwrap();
+    let reached: Vec<_> = events
+        .iter()
+        .filter(|e| e.kind() == v1::EventKind::LimitReached)
+        .map(|e| (e.vm.as_str(), e.count))
+        .collect();
+    // Newest first: the 39 that followed in one, the first at once.
+    assert_eq!(reached, [("web", 39), ("web", 0)]);
 }
 
 #[test]

@@ -1,5 +1,6 @@
 //! What dataplanes report of flows, lookups and bindings.
 
+use std::sync::Arc;
 use std::time::SystemTime;
 
 use vnet_proto::model::{
@@ -9,7 +10,7 @@ use vnet_proto::v1;
 
 use super::events::{about, of_peer, on_subject};
 use super::repeats::Key;
-use super::{Hub, State, Ticket, ids, too_many_watches};
+use super::{Hub, State, Ticket, ids};
 use crate::approval::MissRef;
 use crate::clock::Now;
 use crate::convert;
@@ -50,7 +51,7 @@ impl Hub {
                 .map(|flow| response(v1::FlowChange::Added, Some(convert::flow(flow))))
                 .collect();
             first.push(response(v1::FlowChange::Synced, None));
-            state.flow_watches.add(filter, first).ok_or_else(too_many_watches)
+            state.flow_watches.add(filter, first)
         })
     }
 
@@ -480,10 +481,13 @@ impl State {
         if self.flow_watches.is_empty() {
             return;
         }
-        let message = v1::Flow {
-            ended: ended.to_owned(),
-            ..convert::flow(flow)
-        };
+        let response = Arc::new(v1::WatchFlowsResponse {
+            change: change.into(),
+            flow: Some(v1::Flow {
+                ended: ended.to_owned(),
+                ..convert::flow(flow)
+            }),
+        });
         let labels = self
             .fleet
             .vms
@@ -491,13 +495,8 @@ impl State {
             .map(|vm| vm.view.labels.clone())
             .unwrap_or_default();
         self.flow_watches.publish(|filter| {
-            filter
-                .as_ref()
-                .is_none_or(|f| f.matches(&flow.vm, &labels))
-                .then(|| v1::WatchFlowsResponse {
-                    change: change.into(),
-                    flow: Some(message.clone()),
-                })
+            let lets = filter.as_ref().is_none_or(|f| f.matches(&flow.vm, &labels));
+            lets.then(|| Arc::clone(&response))
         });
     }
 }

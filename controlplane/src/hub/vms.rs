@@ -1,12 +1,13 @@
 //! VMs as people see and change them: lists, labels, modes.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
-use vnet_proto::model::{Mode, VmSelector};
+use vnet_proto::model::{Mode, VmSelector, label_key_problem, label_problem};
 use vnet_proto::v1;
 
 use super::events::about;
-use super::{Hub, State, Ticket, too_many_watches};
+use super::{Hub, State, Ticket};
 use crate::clock::Now;
 use crate::convert;
 use crate::fleet::Vm;
@@ -16,8 +17,6 @@ use crate::watch::Watch;
 
 /// Labels of one VM.
 const LABELS_MAX: usize = 64;
-/// Bytes of a label's key or value.
-const LABEL_BYTES_MAX: usize = 256;
 
 /// What to change about a VM.
 #[derive(Debug)]
@@ -87,7 +86,7 @@ impl Hub {
                 .map(|vm| response(v1::VmChange::Added, Some(state.vm_message(vm))))
                 .collect();
             first.push(response(v1::VmChange::Synced, None));
-            state.vm_watches.add(filter, first).ok_or_else(too_many_watches)
+            state.vm_watches.add(filter, first)
         })
     }
 
@@ -114,16 +113,16 @@ impl State {
         let Some(vm) = self.fleet.vms.get(name) else {
             return;
         };
-        let message = self.vm_message(vm);
+        let response = Arc::new(v1::WatchVmsResponse {
+            change: change.into(),
+            vm: Some(self.vm_message(vm)),
+        });
         let view = &vm.view;
         self.vm_watches.publish(|filter| {
-            filter
+            let lets = filter
                 .as_ref()
-                .is_none_or(|f| f.matches(&view.name, &view.labels))
-                .then(|| v1::WatchVmsResponse {
-                    change: change.into(),
-                    vm: Some(message.clone()),
-                })
+                .is_none_or(|f| f.matches(&view.name, &view.labels));
+            lets.then(|| Arc::clone(&response))
         });
     }
 
@@ -144,10 +143,18 @@ impl State {
             )));
         }
         for (key, value) in &update.labels {
-            if key.is_empty() || key.len() > LABEL_BYTES_MAX || value.len() > LABEL_BYTES_MAX {
-                let text =
-                    format!("{key:?} is empty, or it or its value is longer than {LABEL_BYTES_MAX} bytes");
-                return Err(Refusal::field("labels", text));
+            // An empty value removes. What is there already can always be removed, as an earlier version took it.
+            let removes = value.is_empty() && vm.view.labels.contains_key(key);
+            let problem = match value.as_str() {
+                _ if removes => None,
+                "" => label_key_problem(key),
+                value => label_problem(key, value),
+            };
+            if let Some(why) = problem {
+                return Err(Refusal::field(
+                    "labels",
+                    format!("{:?} {why}", format!("{key}={value}")),
+                ));
             }
         }
         let mut set = StoredVm {

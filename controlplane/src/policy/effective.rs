@@ -49,11 +49,12 @@ pub struct OwnPolicy {
 }
 
 impl OwnPolicy {
-    /// Checks what a VM brought. `document` may be empty; each of `rules` is as `allow tcp 192.0.2.7:80`.
+    /// Checks what a VM brought. `None` is no document, which an empty one is not: that is refused as it is
+    /// everywhere. Each of `rules` is as `allow tcp 192.0.2.7:80`.
     ///
     /// # Errors
     /// Everything that is wrong with either.
-    pub fn parse(source: &str, document: &str, rules: &[String]) -> Result<Self, PolicyErrors> {
+    pub fn parse(source: &str, document: Option<&str>, rules: &[String]) -> Result<Self, PolicyErrors> {
         Self::parse_with(
             source,
             document,
@@ -69,23 +70,16 @@ impl OwnPolicy {
     /// Everything that is wrong with any of them.
     pub fn parse_with(
         source: &str,
-        document: &str,
+        document: Option<&str>,
         rules: &[String],
         lists: &Attachments,
         cache: &ListCache,
     ) -> Result<Self, PolicyErrors> {
         let mut problems = Vec::new();
-        let parsed = if document.is_empty() {
-            None
-        } else {
-            match Policy::parse_with(source, document, lists, cache) {
-                Ok(policy) => Some(policy),
-                Err(errors) => {
-                    problems.extend(errors.0);
-                    None
-                }
-            }
-        };
+        let parsed = document.and_then(|document| {
+            let parsed = Policy::parse_with(source, document, lists, cache);
+            parsed.map_err(|errors| problems.extend(errors.0)).ok()
+        });
         if rules.len() > file::RULES_MAX {
             let text = format!("{} rules are given (at most {})", rules.len(), file::RULES_MAX);
             problems.push(PolicyError {
@@ -193,7 +187,8 @@ impl Effective {
             .filter(|rules| !rules.as_slice().is_empty());
         let profile = document.and_then(|d| d.profile_of(vm));
         let mode = modes.set.or(modes.own).or(document.and_then(|d| d.mode_of(vm)));
-        let open = document.is_none() && own_rules.is_none() && mode.is_none();
+        // Whoever brought anything meant to be limited by it, even if nothing should have come of it.
+        let open = document.is_none() && own.is_none() && mode.is_none();
 
         let applies = |rule: &Rule| {
             !rule.is_over(now) && rule.vms.as_ref().is_none_or(|s| s.matches(&vm.name, &vm.labels))

@@ -12,7 +12,7 @@ use std::time::SystemTime;
 use vnet_proto::model::special::judged;
 use vnet_proto::model::{
     Budget, FlowMatch, FlowSubject, Guard, GuardSet, LookupMatch, LookupSubject, Mode, Name, NameDemand,
-    Reason, Subject, Target,
+    PortRange, Reason, Subject, Target,
 };
 
 use crate::grant::{Grant, GrantId, ReadyGrant, VmGrants, VmView};
@@ -113,7 +113,44 @@ pub fn decide_flow(context: &Context<'_>, flow: &FlowSubject) -> FlowDecision {
             ..FlowMatch::exact(&flow.key)
         };
     }
-    answer.into_decision(found)
+    with_other_names(context, flow, answer.into_decision(found))
+}
+
+/// An address that serves several names which are allowed, each by a rule or grant of its own, may be spoken to by
+/// any of them: to the names that an answer rests on are added those that would be let through alone. What holds
+/// for one flow only, or is counted, is not lent to another name.
+fn with_other_names(context: &Context<'_>, flow: &FlowSubject, mut decision: FlowDecision) -> FlowDecision {
+    let lends = decision.outcome == Outcome::Allow && !decision.once && decision.budget.is_none();
+    if !lends || decision.name_demand == NameDemand::Off {
+        return decision;
+    }
+    for name in &flow.names {
+        if decision.names.contains(name) {
+            continue;
+        }
+        let alone = FlowSubject {
+            names: vec![name.clone()],
+            ..flow.clone()
+        };
+        let mut region = Region::around(&alone, context.guarded);
+        let answer = flow_answer(context, &alone, &mut region);
+        let is_lent = answer.outcome == Outcome::Allow
+            && answer.name_demand != NameDemand::Off
+            && !answer.once()
+            && answer
+                .grant
+                .as_ref()
+                .is_none_or(|grant| grant.budget_left().is_none());
+        if !is_lent {
+            continue;
+        }
+        let ends = answer.into_decision(()).expires_at;
+        decision.expires_at = decision.expires_at.into_iter().chain(ends).min();
+        decision.names.push(name.clone());
+        // At another port another of the names may be allowed.
+        decision.found.ports = PortRange::one(flow.key.peer.port());
+    }
+    decision
 }
 
 /// Decides whether a flow that lives may live on.

@@ -19,6 +19,7 @@ use vnet_proto::v1::dataplane_service_server::DataplaneService;
 use vnet_proto::v1::session_request::Message;
 
 use crate::hub::{HEARTBEAT, Hub, SessionKey};
+use crate::refusal::Refusal;
 
 /// How long a dataplane may take to say Hello.
 const HELLO_WAIT: Duration = Duration::from_secs(10);
@@ -44,6 +45,21 @@ impl Sessions {
     #[cfg(test)]
     pub(crate) fn with_heartbeat(hub: Arc<Hub>, heartbeat: Duration) -> Self {
         Self { hub, heartbeat }
+    }
+}
+
+/// What the API's listeners say to a dataplane: where it belongs. They take no sessions.
+#[derive(Debug, Clone, Copy)]
+pub struct NoSessions;
+
+#[tonic::async_trait]
+impl DataplaneService for NoSessions {
+    type SessionStream = Outbound;
+
+    async fn session(&self, _: Request<Streaming<v1::SessionRequest>>) -> Result<Response<Outbound>, Status> {
+        let text = "sessions are not served on the API's socket (expected the session's: session.sock beside it, \
+                    or where --session-listen says)";
+        Err(Refusal::Elsewhere(text.to_owned()).into())
     }
 }
 

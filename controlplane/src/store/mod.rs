@@ -20,6 +20,7 @@ use std::path::PathBuf;
 use std::str::FromStr;
 use std::time::SystemTime;
 
+use rusqlite::ErrorCode;
 use vnet_proto::model::Budget;
 use vnet_proto::v1;
 
@@ -99,8 +100,21 @@ pub enum StoreError {
         source: std::io::Error,
     },
     /// SQLite refuses.
-    #[error("the store failed")]
-    Sqlite(#[from] rusqlite::Error),
+    #[error("the store failed: {source}{}", remedy(.source))]
+    Sqlite {
+        /// Why.
+        #[from]
+        source: rusqlite::Error,
+    },
+    /// SQLite refuses to open a file.
+    #[error("store {} cannot be used: {source}{}", .file.display(), remedy(.source))]
+    Unusable {
+        /// The file.
+        file: PathBuf,
+        /// Why.
+        #[source]
+        source: rusqlite::Error,
+    },
     /// A record does not decode.
     #[error("the store has a damaged record in {table}")]
     Damaged {
@@ -120,6 +134,20 @@ pub enum StoreError {
 
 /// Revisions of a policy that are kept with their lists, the last ones. Older ones keep their documents.
 pub const LISTED_REVISIONS_MAX: u64 = 16;
+
+/// What helps against what SQLite refuses.
+fn remedy(error: &rusqlite::Error) -> &'static str {
+    match error.sqlite_error_code() {
+        Some(ErrorCode::DiskFull) => "; make room on its disk",
+        Some(ErrorCode::DatabaseCorrupt | ErrorCode::NotADatabase) => {
+            "; put a copy in its place, or move it away, and what is named as it with -wal and -shm, to begin anew"
+        }
+        Some(ErrorCode::ReadOnly | ErrorCode::PermissionDenied | ErrorCode::CannotOpen) => {
+            "; let this user write it and its directory"
+        }
+        _ => "",
+    }
+}
 
 /// A grant as it is kept.
 #[derive(Debug, Clone, PartialEq)]

@@ -60,16 +60,38 @@ impl SqliteStore {
             .map_err(open)?;
         made.set_permissions(fs::Permissions::from_mode(0o600))
             .map_err(open)?;
-        let mut connection = Connection::open(&file)?;
-        connection.pragma_update(None, "journal_mode", "WAL")?;
-        // Durable at each commit, also against a power cut: answers are given on the strength of it.
-        connection.pragma_update(None, "synchronous", "FULL")?;
-        migrate(&mut connection, &file)?;
+        let connection = connect(&file).map_err(|error| match error {
+            StoreError::Sqlite { source } => StoreError::Unusable { file, source },
+            other => other,
+        })?;
         Ok(Self {
             connection,
             census: None,
             _lock: lock,
         })
+    }
+}
+
+fn connect(file: &Path) -> Result<Connection, StoreError> {
+    let mut connection = Connection::open(file)?;
+    connection.pragma_update(None, "journal_mode", "WAL")?;
+    // Durable at each commit, also against a power cut: answers are given on the strength of it.
+    connection.pragma_update(None, "synchronous", "FULL")?;
+    migrate(&mut connection, file)?;
+    Ok(connection)
+}
+
+#[cfg(test)]
+impl SqliteStore {
+    /// Has the file stay as it is, as on a full disk.
+    pub(super) fn forbid_growth(&self) {
+        let pages: i64 = self
+            .connection
+            .pragma_query_value(None, "page_count", |row| row.get(0))
+            .unwrap();
+        self.connection
+            .pragma_update_and_check(None, "max_page_count", pages, |_| Ok(()))
+            .unwrap();
     }
 }
 

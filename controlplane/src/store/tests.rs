@@ -550,3 +550,37 @@ async fn a_flood_of_traffic_leaves_room_in_the_queue_for_what_people_do() {
     };
     assert_eq!(writer.events(newest).await.unwrap()[0].sequence, flood + 1);
 }
+
+#[test]
+fn a_file_that_is_damaged_or_no_store_is_named_with_the_remedy() {
+    let dir = TempDir::new();
+    let file = dir.path().join("s.db");
+    std::fs::write(&file, "this is no database, however long it is\n".repeat(500)).unwrap();
+
+    let error = SqliteStore::open(&file).unwrap_err();
+
+    let text = error.to_string();
+    assert!(matches!(error, StoreError::Unusable { .. }), "{text}");
+    for part in [&*file.to_string_lossy(), "not a database", "move it away", "-wal"] {
+        assert!(text.contains(part), "{part} is missing in {text}");
+    }
+}
+
+#[test]
+fn a_full_disk_is_named_as_one() {
+    let dir = TempDir::new();
+    let mut store = SqliteStore::open(&dir.path().join("s.db")).unwrap();
+    // The file may not grow: what SQLite says is what it says of a full disk.
+    store.forbid_growth();
+    let grants = (0..2_000).map(|n| Write::PutGrant(Box::new(grant(&format!("g{n}")))));
+
+    let error = store.apply(&grants.collect::<Vec<_>>()).unwrap_err();
+
+    let text = error.to_string();
+    assert!(
+        text.contains("disk is full") && text.contains("make room"),
+        "{text}"
+    );
+    assert!(text.starts_with("the store failed: "), "{text}");
+    assert_eq!(store.load().unwrap().grants, [], "nothing is half done");
+}

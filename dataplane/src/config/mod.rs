@@ -16,7 +16,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use ipnet::{Ipv4Net, Ipv6Net};
-use vnet_proto::model::{Mode, Name};
+use vnet_proto::model::{Mode, Name, label_problem};
 
 use crate::args::Args;
 use crate::mac::Mac;
@@ -76,6 +76,8 @@ pub struct Config {
     pub forwards: Vec<Forward>,
     /// The dataplane ends when the other end of this descriptor is closed.
     pub exit_with_fd: Option<RawFd>,
+    /// Written to, and closed, when everything listens.
+    pub ready_fd: Option<RawFd>,
 }
 
 /// Where the controlplane is, not yet opened.
@@ -205,6 +207,7 @@ impl Config {
                 link: args.link_fd.map(|fd| (fd, vm)),
                 forwards,
                 exit_with_fd: args.exit_with_fd,
+                ready_fd: args.ready_fd,
             }),
             _ => Err(Problems(problems)),
         }
@@ -310,6 +313,13 @@ fn vm_config(args: &Args, settings: VmSettings, problems: &mut Vec<Problem>) -> 
             problems.push(Problem::LabelTwice(key.to_owned()));
         }
     }
+    if let Some(own) = &settings.own_policy {
+        // On the wire an empty document is none: what was given must not become nothing on its way.
+        let is_empty = |document: &String| document.trim().is_empty();
+        if own.document.as_ref().is_some_and(is_empty) || (own.document.is_none() && own.rules.is_empty()) {
+            problems.push(Problem::EmptyPolicy(own.source.clone()));
+        }
+    }
     VmConfig {
         name: name.to_owned(),
         labels,
@@ -399,6 +409,7 @@ fn descriptors(args: &Args, controlplane: Option<&ControlplaneUrl>, problems: &m
         ("--link-fd", args.link_fd),
         ("--vm-settings-fd", args.vm_settings_fd),
         ("--exit-with-fd", args.exit_with_fd),
+        ("--ready-fd", args.ready_fd),
     ] {
         let Some(found) = fd else { continue };
         if found < FIRST_INHERITED {
@@ -416,17 +427,6 @@ pub fn is_name(text: &str) -> bool {
 
 fn is_name_character(c: char) -> bool {
     c.is_ascii_alphanumeric() || matches!(c, '.' | '_' | '-')
-}
-
-/// What is wrong with a label, if something is.
-fn label_problem(key: &str, value: &str) -> Option<&'static str> {
-    let key_fits = (1..=NAME_CHARACTERS_MAX).contains(&key.len())
-        && key.starts_with(|c: char| c.is_ascii_alphanumeric())
-        && key.chars().all(|c| is_name_character(c) || c == '/');
-    if !key_fits {
-        return Some("has a key that is not 1 to 63 of letters, digits, '.', '_', '-' and '/'");
-    }
-    (!is_name(value)).then_some("has a value that is not 1 to 63 of letters, digits, '.', '_' and '-'")
 }
 
 /// Reads a unicast MAC address.

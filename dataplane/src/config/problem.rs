@@ -167,6 +167,8 @@ pub enum Problem {
     },
     #[error("VM settings: {0:?} is not a mode (expected enforce, ask, observe, block or quarantine)")]
     Mode(String),
+    #[error("VM settings: policy {0:?} is empty (expected at least defaultAction: deny)")]
+    EmptyPolicy(String),
     #[error("VM settings: a resolver patience of {0} ms is out of range (expected 1 to 300000)")]
     Patience(u64),
 }

@@ -28,8 +28,8 @@ pub struct VmSettings {
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct OwnPolicySettings {
-    /// The YAML document; may be empty.
-    pub document: String,
+    /// The YAML document, if there is one; never empty.
+    pub document: Option<String>,
     /// Where it came from, for messages.
     pub source: String,
     /// Rules placed before the document's, as `allow tcp 10.0.0.1:80`.

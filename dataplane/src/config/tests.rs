@@ -182,13 +182,15 @@ fn run_hands_everything_over_by_descriptors() {
             "4",
             "--exit-with-fd",
             "5",
+            "--ready-fd",
+            "6",
         ],
         settings,
     )
     .unwrap();
 
     assert_eq!(config.controlplane, ControlplaneUrl::Fd(3));
-    assert_eq!(config.exit_with_fd, Some(5));
+    assert_eq!((config.exit_with_fd, config.ready_fd), (Some(5), Some(6)));
     let (fd, vm) = config.link.unwrap();
     assert_eq!(
         (fd, vm.mode, vm.resolver_patience),
@@ -196,6 +198,22 @@ fn run_hands_everything_over_by_descriptors() {
     );
     assert_eq!(vm.labels["run"], "1");
     assert_eq!(vm.own_policy.unwrap().rules, ["allow tcp 10.0.0.1:80"]);
+}
+
+#[test]
+fn a_policy_of_nothing_is_refused_and_not_passed_on_as_none() {
+    for own in [
+        r#"{"source": "p.yaml"}"#,
+        r#"{"document": "", "source": "p.yaml"}"#,
+        r#"{"document": "\n ", "source": "p.yaml", "rules": ["allow tcp 10.0.0.1:80"]}"#,
+    ] {
+        let settings = VmSettings::read(format!("{{\"own_policy\": {own}}}").as_bytes()).unwrap();
+
+        let problems = check_with(&["--controlplane", "fd://3", "--link-fd", "4"], settings).unwrap_err();
+
+        let expected = "VM settings: policy \"p.yaml\" is empty (expected at least defaultAction: deny)";
+        assert_eq!(problems, [expected], "{own}");
+    }
 }
 
 #[test]
@@ -573,6 +591,7 @@ fn the_lists_of_a_policy_come_through_the_settings_as_they_are() {
     };
     let settings = VmSettings {
         own_policy: Some(OwnPolicySettings {
+            document: Some("defaultAction: deny\n".to_owned()),
             lists: vec![list],
             ..Default::default()
         }),

@@ -27,6 +27,11 @@ impl Engine {
             ("verdicts_evicted", self.cache.evictions),
             ("budgets_refused", self.budgets.refused),
             ("bindings_evicted", self.bindings.evicted()),
+            ("connections_unopened", self.unopened),
+            ("descriptors_refused", self.descriptors_refused),
+            ("flows_made_way", self.made_way),
+            ("dials_failed", self.dials_failed),
+            ("ring_growth_refused", self.rings.refused()),
         ];
         let dhcp = DhcpIgnored::ALL.map(|why| (why.word(), self.dhcp.0[why as usize]));
         let names = InspectRefusal::WORDS.into_iter().zip(self.name_refusals);

@@ -147,9 +147,11 @@ impl Engine {
                     self.open_unresolved(now, wanted, payload, ip.short_quote().into(), &decision);
                     return Ok(Outcome::Done);
                 }
+                let descriptor = self.take_descriptor().ok_or(DropReason::FlowLimit)?;
                 let at = self.new_flow(now, wanted, state);
                 if let Some(flow) = self.flows.get_mut(at) {
                     flow.decision = Some(decision);
+                    flow.descriptor = Some(descriptor);
                 }
                 self.report_opened(now, at, None);
                 if key.protocol != Protocol::Udp {
@@ -246,6 +248,10 @@ impl Engine {
         };
         // One answer may let many held flows go on at once; the limits hold for them too.
         self.evict_beyond_limit(kind);
+        let Some(descriptor) = self.take_descriptor() else {
+            self.refuse_beyond_limit(now, at);
+            return;
+        };
         let Some(flow) = self.flows.get_mut(at) else {
             return;
         };
@@ -254,6 +260,7 @@ impl Engine {
         };
         let packets = std::mem::take(&mut waiting.packets);
         flow.decision = Some(Arc::clone(decision));
+        flow.descriptor = Some(descriptor);
         flow.last_active = now;
         let state = match kind {
             Protocol::Udp => self.association(now, at),

@@ -8,6 +8,7 @@ use ahash::HashMap;
 use slab::Slab;
 use vnet_proto::model::{FlowId, FlowKey, MissId, Protocol, VmId};
 
+use crate::descriptors::Descriptor;
 use crate::engine::Time;
 use crate::engine::cache::Decision;
 use crate::engine::judge::Wanted;
@@ -18,6 +19,9 @@ use crate::engine::synthetic::table::Place;
 
 /// Flows of one VM at once, when nothing else is configured.
 pub const FLOWS_MAX: usize = 32_768;
+
+/// Room for so many flows is kept when it is not used.
+const KEPT_MAX: usize = 4_096;
 
 /// One flow.
 pub struct Flow {
@@ -43,6 +47,8 @@ pub struct Flow {
     pub last_active: Time,
     /// When it opened, for people.
     pub opened_at: SystemTime,
+    /// Of its host socket, if it has or will have one.
+    pub descriptor: Option<Descriptor>,
     /// Bytes from the guest.
     pub bytes_up: u64,
     /// Bytes to the guest.
@@ -118,6 +124,7 @@ impl Flow {
             opened_by: None,
             last_active: now,
             opened_at: SystemTime::now(),
+            descriptor: None,
             bytes_up: 0,
             bytes_down: 0,
             scheduled: None,
@@ -259,6 +266,10 @@ impl FlowTable {
             }
         }
         self.last = None;
+        if self.by_key.capacity() > KEPT_MAX && self.live < self.by_key.capacity() / 8 {
+            self.by_key.shrink_to(self.live * 2);
+            self.by_id.shrink_to(self.live * 2);
+        }
         Some(flow)
     }
 
@@ -266,6 +277,9 @@ impl FlowTable {
     pub fn release(&mut self, at: usize) {
         if self.flows.get(at).is_some_and(Option::is_none) {
             self.flows.remove(at);
+        }
+        if self.flows.is_empty() && self.flows.capacity() > KEPT_MAX {
+            self.flows = Slab::new();
         }
     }
 
@@ -296,5 +310,39 @@ impl FlowTable {
             .filter(|(_, flow)| of(flow))
             .min_by_key(|(_, flow)| flow.last_active)
             .map(|(at, _)| at)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::net::Ipv4Addr;
+
+    use super::*;
+
+    #[test]
+    fn a_flood_leaves_no_room_behind_that_nobody_uses() {
+        let mut table = FlowTable::new(FLOWS_MAX);
+        let places: Vec<usize> = (0..20_000u16)
+            .map(|port| {
+                let key = FlowKey {
+                    protocol: Protocol::Udp,
+                    guest: (Ipv4Addr::LOCALHOST, port).into(),
+                    peer: (Ipv4Addr::LOCALHOST, 53).into(),
+                };
+                let id = FlowId(u64::from(port));
+                table.insert(Flow::new(id, Time::ZERO, Wanted::plain(key), State::Udp))
+            })
+            .collect();
+        for at in places {
+            table.remove(at);
+            table.release(at);
+        }
+        assert!(table.is_empty());
+        let kept = [
+            table.flows.capacity(),
+            table.by_key.capacity(),
+            table.by_id.capacity(),
+        ];
+        assert!(kept.iter().all(|room| *room <= KEPT_MAX), "{kept:?}");
     }
 }

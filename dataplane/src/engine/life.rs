@@ -4,8 +4,10 @@ use std::time::Duration;
 
 use vnet_proto::model::{FlowId, MissId, Protocol, Reason};
 
+use crate::descriptors::Descriptor;
 use crate::engine::flow::{Flow, State};
 use crate::engine::judge::Wanted;
+use crate::engine::stack::Phase;
 use crate::engine::tcp::{DialError, TCP_IDLE};
 use crate::engine::timer::Timer;
 use crate::engine::{ECHO_IDLE, Engine, Event, Time, datagram};
@@ -13,6 +15,9 @@ use crate::message::{FlowEnd, FlowOpened, MissEnd, NameRefusal, Report, flow_id}
 
 /// How long a connection that both sides have closed may wait for the last acknowledgement.
 const CLOSING_IDLE: Duration = Duration::from_secs(60);
+/// How long a handshake towards the guest may go on. A live guest answers in microseconds; one that does not
+/// is given as long as Linux repeats a SYN-ACK (63 s).
+pub(super) const OPENING_PATIENCE: Duration = Duration::from_secs(60);
 /// The least time ahead that a flow's timer is set.
 const TIMER_STEP: Duration = Duration::from_millis(1);
 /// When rings of a quiet connection give memory back.
@@ -80,6 +85,12 @@ impl Engine {
 
     /// The same, of a flow that may have been refused for its name.
     pub(super) fn end_flow_for(&mut self, at: usize, end: FlowEnd, refusal: Option<Box<NameRefusal>>) {
+        let reset = !matches!(end, FlowEnd::Finished | FlowEnd::Idle);
+        self.end_flow_with(at, end, reset, refusal);
+    }
+
+    /// The same; `reset` says whether the host's side sees a RST.
+    fn end_flow_with(&mut self, at: usize, end: FlowEnd, reset: bool, refusal: Option<Box<NameRefusal>>) {
         let Some(mut flow) = self.flows.remove(at) else {
             return;
         };
@@ -123,8 +134,12 @@ impl Engine {
             self.end_switched(&flow, switched, end);
             return;
         }
-        let reset = !matches!(end, FlowEnd::Finished | FlowEnd::Idle);
-        self.events.push_back(Event::Close { flow: at, reset });
+        let descriptor = flow.descriptor.take();
+        self.events.push_back(Event::Close {
+            flow: at,
+            reset,
+            descriptor,
+        });
         self.report(Report::FlowClosed {
             flow: flow.id,
             end,
@@ -132,6 +147,41 @@ impl Engine {
             bytes_down: flow.bytes_down,
             refusal,
         });
+    }
+
+    /// A descriptor for the host's socket of one flow more, or of a query. `None` is counted: it is to be
+    /// refused.
+    pub(super) fn take_descriptor(&mut self) -> Option<Descriptor> {
+        let taken = self.config.descriptors.take();
+        if let Some((vm, count)) = taken.makes_way {
+            self.events.push_back(Event::MakeWay { vm, count });
+        }
+        if taken.descriptor.is_none() {
+            self.descriptors_refused += 1;
+            self.note_status();
+        }
+        taken.descriptor
+    }
+
+    /// Other guests have less than their share of the host's descriptors, and this one more: ends so many
+    /// flows that have one, the longest idle first.
+    pub fn make_way(&mut self, now: Time, count: usize) {
+        let mut having: Vec<(Time, usize)> = self
+            .flows
+            .places()
+            .into_iter()
+            .filter_map(|at| {
+                let flow = self.flows.get(at)?;
+                flow.descriptor.is_some().then_some((flow.last_active, at))
+            })
+            .collect();
+        having.sort_unstable();
+        for (_, at) in having.into_iter().take(count) {
+            self.cut(now, at, FlowEnd::Evicted);
+            self.made_way += 1;
+        }
+        self.config.descriptors.made_way();
+        self.note_status();
     }
 
     /// Counts bytes that passed on a flow.
@@ -185,7 +235,9 @@ impl Engine {
                 .map_or(waiting.deadline, |g| g.min(waiting.deadline)),
             State::Dialing { deadline, .. } => *deadline,
             State::Tcp(connection) | State::Service(connection) => {
-                let quiet = if connection.is_closing() {
+                let quiet = if connection.phase() == Phase::Opening {
+                    OPENING_PATIENCE
+                } else if connection.is_closing() {
                     CLOSING_IDLE
                 } else if now < flow.last_active + SHRINK_IDLE {
                     SHRINK_IDLE
@@ -267,6 +319,14 @@ impl Engine {
             }
             State::Tcp(connection) | State::Service(connection) => {
                 let quiet = now.saturating_sub(flow.last_active);
+                if connection.phase() == Phase::Opening && quiet >= OPENING_PATIENCE {
+                    // Nothing has passed, and nobody must wait for what will not come.
+                    self.unopened += 1;
+                    self.want_report(now);
+                    self.reset_guest(now, at);
+                    self.end_flow_with(at, FlowEnd::Idle, true, None);
+                    return;
+                }
                 if quiet >= TCP_IDLE || (connection.is_closing() && quiet >= CLOSING_IDLE) {
                     self.reset_guest(now, at);
                     self.end_flow(at, FlowEnd::Idle);

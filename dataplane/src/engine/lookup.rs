@@ -105,7 +105,15 @@ impl Engine {
                 dns::Event::Ask { name, query_type } => self.ask_name(now, name, query_type),
                 dns::Event::Unasked { name, why } => self.end_lookup(&name, why),
                 dns::Event::Upstream { query, bytes } => {
-                    self.events.push_back(Event::Resolve { query, bytes })
+                    match self.take_descriptor() {
+                        Some(descriptor) => self.events.push_back(Event::Resolve {
+                            query,
+                            bytes,
+                            descriptor,
+                        }),
+                        // As from an upstream that does not answer; the loop goes on with what that means.
+                        None => self.dns.handle_upstream(query, None),
+                    }
                 }
                 dns::Event::Bind {
                     name,

@@ -61,6 +61,7 @@ use rand::SeedableRng as _;
 use rand::rngs::StdRng;
 use vnet_proto::model::{FlowId, GuardSet, Protocol, VmId};
 
+use crate::descriptors::{Descriptor, Share};
 use crate::engine::bindings::Bindings;
 use crate::engine::budget::Budgets;
 use crate::engine::cache::Cache;
@@ -117,6 +118,8 @@ pub struct EngineConfig {
     pub pinned_mac: Option<Mac>,
     /// Flows at once.
     pub flows_max: usize,
+    /// Its part in the host's descriptors.
+    pub descriptors: Share,
     /// How long a flow is held when nothing else is said.
     pub hold: Duration,
     /// How long lookups are held.
@@ -235,6 +238,8 @@ pub enum Event {
         flow: usize,
         /// With RST.
         reset: bool,
+        /// To be given back once it is closed.
+        descriptor: Option<Descriptor>,
     },
     /// Ask an upstream resolver, then say [`Engine::handle_resolved`].
     Resolve {
@@ -242,6 +247,15 @@ pub enum Event {
         query: u64,
         /// The message.
         bytes: Vec<u8>,
+        /// Of the socket that it is asked through.
+        descriptor: Descriptor,
+    },
+    /// Tell another guest's engine, or this one, to give up flows ([`Engine::make_way`]).
+    MakeWay {
+        /// Which guest.
+        vm: VmId,
+        /// How many.
+        count: usize,
     },
     /// Tell the session.
     Report(Box<Report>),
@@ -291,6 +305,14 @@ pub struct Engine {
     clock: Time,
     report_set: bool,
     drops: [u64; DropReason::ALL.len()],
+    /// Connections that were given up before the guest had opened them.
+    unopened: u64,
+    /// Flows and queries that were refused because the host's descriptors are few.
+    descriptors_refused: u64,
+    /// Flows that ended for the same reason, to make way for other guests'.
+    made_way: u64,
+    /// Dials that the host itself refused.
+    dials_failed: u64,
     /// Flows refused for their name, by [`InspectRefusal::WORDS`].
     name_refusals: [u64; InspectRefusal::WORDS.len()],
 }
@@ -345,6 +367,10 @@ impl Engine {
             clock: Time::ZERO,
             report_set: false,
             drops: [0; DropReason::ALL.len()],
+            unopened: 0,
+            descriptors_refused: 0,
+            made_way: 0,
+            dials_failed: 0,
             name_refusals: [0; InspectRefusal::WORDS.len()],
             settings,
             config,

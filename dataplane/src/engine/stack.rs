@@ -15,6 +15,7 @@ use smoltcp::wire::{HardwareAddress, IpCidr, IpListenEndpoint};
 
 use crate::engine::Time;
 use crate::engine::frame::EtherType;
+use crate::engine::ip::Ip;
 use crate::engine::naming::Check;
 use crate::engine::ring::Slot;
 use crate::engine::transmit::Transmit;
@@ -34,6 +35,9 @@ pub struct Connection {
     mtu_bytes: usize,
     /// Bytes moved since the rings last gave memory back.
     since_shrink: u64,
+    /// Something came out of order, or twice, since the beginning: bytes may lie in the ring beyond those that can
+    /// be read, and smoltcp does not say.
+    has_gaps: bool,
     /// What the guest's bytes are held to, where the verdict demands a name and it may still be spoken.
     pub(super) check: Option<Box<Check>>,
 }
@@ -141,6 +145,7 @@ impl Connection {
             ether_type,
             mtu_bytes,
             since_shrink: 0,
+            has_gaps: false,
             check: None,
         }
     }
@@ -154,8 +159,11 @@ impl Connection {
             packet: Some(packet),
             out: Some(out),
         };
+        let before = self.sockets.get::<Socket<'_>>(self.handle).recv_queue();
         self.interface
             .poll_ingress_single(instant(now), &mut port, &mut self.sockets);
+        let after = self.sockets.get::<Socket<'_>>(self.handle).recv_queue();
+        self.has_gaps |= after == before && carries_payload(packet);
     }
 
     /// Queues what the connection has to send. False when the queue ran out of room first.
@@ -200,15 +208,28 @@ impl Connection {
         Ok(taken)
     }
 
-    /// Lends room for what goes to the guest, once; `fill` says how much of it was filled.
+    /// Lends room for what goes to the guest, once; `fill` says how much of it was filled. It is not called
+    /// where there is none.
     pub fn lend_room<E>(&mut self, fill: impl FnOnce(&mut [u8]) -> Result<usize, E>) -> Result<usize, E> {
-        let check = &mut self.check;
-        let socket: &mut Socket<'static> = self.sockets.get_mut(self.handle);
-        let result = socket.send(|room| {
+        let Self {
+            sockets,
+            handle,
+            slot,
+            check,
+            ..
+        } = self;
+        let result = sockets.get_mut::<Socket<'_>>(*handle).send(|room| {
+            let room = slot.allow(room);
             let length = room.len();
+            if length == 0 {
+                return (0, Ok(0));
+            }
             match fill(room) {
                 Ok(filled) => {
                     let filled = filled.min(length);
+                    if filled == length {
+                        slot.note_filled();
+                    }
                     if let Some(check) = check {
                         check.show_answer(&room[..filled]);
                     }
@@ -328,7 +349,8 @@ impl Connection {
     /// Gives ring memory back, if it carried much and holds nothing.
     pub fn shrink_if_idle(&mut self) {
         let socket = self.sockets.get::<Socket<'_>>(self.handle);
-        if self.since_shrink >= SHRINK_AFTER_BYTES && socket.recv_queue() == 0 && socket.send_queue() == 0 {
+        let is_empty = socket.recv_queue() == 0 && socket.send_queue() == 0;
+        if self.since_shrink >= SHRINK_AFTER_BYTES && is_empty && !self.has_gaps {
             self.slot.shrink();
             self.since_shrink = 0;
         }
@@ -349,6 +371,14 @@ impl Drop for Connection {
             self.slot.shrink();
         }
     }
+}
+
+/// Whether a packet of a connection has bytes of the stream in it.
+fn carries_payload(packet: &[u8]) -> bool {
+    let Ok(ip) = Ip::parse(packet) else { return false };
+    let segment = ip.payload();
+    let header = segment.get(12).map_or(0, |offset| usize::from(offset >> 4) * 4);
+    segment.len() > header
 }
 
 fn instant(now: Time) -> Instant {

@@ -10,6 +10,7 @@ use std::time::Duration;
 use rand::Rng as _;
 use vnet_proto::model::{FlowKey, Protocol, VerdictAction};
 
+use crate::descriptors::Descriptor;
 use crate::engine::cache::Decision;
 use crate::engine::flow::{State, Waiting};
 use crate::engine::frame::DropReason;
@@ -162,7 +163,10 @@ impl Engine {
                     Ok(Outcome::Done)
                 }
                 (VerdictAction::Allow, None) => {
-                    self.dial(now, wanted, ip.packet.into(), decision);
+                    let Some(descriptor) = self.take_descriptor() else {
+                        return refuse(self, DropReason::FlowLimit);
+                    };
+                    self.dial(now, wanted, ip.packet.into(), decision, descriptor);
                     Ok(Outcome::Done)
                 }
                 (VerdictAction::Deny, _) => {
@@ -218,7 +222,14 @@ impl Engine {
         true
     }
 
-    fn dial(&mut self, now: Time, wanted: Wanted, syn: Box<[u8]>, decision: Arc<Decision>) {
+    fn dial(
+        &mut self,
+        now: Time,
+        wanted: Wanted,
+        syn: Box<[u8]>,
+        decision: Arc<Decision>,
+        descriptor: Descriptor,
+    ) {
         let at = self.new_flow(
             now,
             wanted,
@@ -227,7 +238,7 @@ impl Engine {
                 deadline: now + DIAL_PATIENCE,
             },
         );
-        self.start_dial(now, at, decision, None);
+        self.start_dial(now, at, decision, None, descriptor);
     }
 
     /// Lets a held flow dial.
@@ -238,6 +249,10 @@ impl Engine {
         decision: &Arc<Decision>,
         miss: Option<vnet_proto::model::MissId>,
     ) {
+        let Some(descriptor) = self.take_descriptor() else {
+            self.refuse_beyond_limit(now, at);
+            return;
+        };
         let Some(flow) = self.flows.get_mut(at) else {
             return;
         };
@@ -249,7 +264,7 @@ impl Engine {
             syn,
             deadline: now + DIAL_PATIENCE,
         };
-        self.start_dial(now, at, Arc::clone(decision), miss);
+        self.start_dial(now, at, Arc::clone(decision), miss, descriptor);
     }
 
     fn start_dial(
@@ -258,11 +273,13 @@ impl Engine {
         at: usize,
         decision: Arc<Decision>,
         miss: Option<vnet_proto::model::MissId>,
+        descriptor: Descriptor,
     ) {
         let Some(flow) = self.flows.get_mut(at) else {
             return;
         };
         flow.decision = Some(decision);
+        flow.descriptor = Some(descriptor);
         let (to, requires_name) = (flow.dialled, flow.requires_name());
         self.report_opened(now, at, miss);
         if requires_name {
@@ -313,6 +330,10 @@ impl Engine {
 
     /// The host's side of a flow cannot be reached: say it to the guest as the network would.
     pub fn handle_refused(&mut self, now: Time, at: usize, error: DialError) {
+        if error == DialError::Local && self.flows.get(at).is_some() {
+            self.dials_failed += 1;
+            self.want_report(now);
+        }
         let Some(flow) = self.flows.get(at) else { return };
         if let Some(place) = self.synthetics.find(flow.key.peer.ip()) {
             self.synthetics.pass_turn(place);
@@ -365,6 +386,7 @@ impl Engine {
             return None;
         }
         let client = self.free_ingress_port(Protocol::Tcp, target)?;
+        let descriptor = self.take_descriptor()?;
         let seed = self.random.next_u64();
         let slot = self.rings.take()?;
         let connection = Connection::connect(now, client, target, self.config.mtu_bytes, slot, seed)?;
@@ -376,6 +398,7 @@ impl Engine {
         let at = self.new_flow(now, Wanted::plain(key), State::Tcp(Box::new(connection)));
         if let Some(flow) = self.flows.get_mut(at) {
             flow.ingress = true;
+            flow.descriptor = Some(descriptor);
         }
         self.report_opened(now, at, None);
         self.mark_dirty(at);

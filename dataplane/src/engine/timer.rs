@@ -22,6 +22,9 @@ pub(super) enum Timer {
     Advertise,
 }
 
+/// Room for so many deadlines is kept when it is not used.
+const KEPT_MAX: usize = 4_096;
+
 /// The table of deadlines. An entry may be out of date: whoever it is for finds nothing to do.
 #[derive(Default)]
 pub(super) struct Timers(BinaryHeap<Reverse<(Time, Timer)>>);
@@ -42,7 +45,31 @@ impl Timers {
         let Reverse((at, timer)) = self.0.peek().copied()?;
         (at <= now).then(|| {
             self.0.pop();
+            // A flood leaves many; most are out of date soon.
+            if self.0.capacity() > KEPT_MAX && self.0.len() < self.0.capacity() / 4 {
+                self.0.shrink_to(self.0.len() * 2);
+            }
             timer
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn deadlines_come_in_order_and_a_flood_leaves_no_room_behind() {
+        let mut timers = Timers::default();
+        for at in (0..50_000).rev() {
+            timers.set(Time::from_micros(at), Timer::Flow(0));
+        }
+        for _ in 0..50_000 {
+            let next = timers.next();
+            assert_eq!(timers.due(Time::MAX), Some(Timer::Flow(0)));
+            assert!(next <= timers.next() || timers.next().is_none());
+        }
+        assert_eq!(timers.due(Time::MAX), None);
+        assert!(timers.0.capacity() <= KEPT_MAX, "{}", timers.0.capacity());
     }
 }

@@ -296,6 +296,12 @@ impl Engine {
         self.end_flow(at, end);
     }
 
+    /// Refuses a held flow that may open, for which there is no room.
+    pub(super) fn refuse_beyond_limit(&mut self, now: Time, at: usize) {
+        self.count_drop(DropReason::FlowLimit);
+        self.refuse_held(now, at, FlowEnd::Evicted);
+    }
+
     fn handle_held(&mut self, now: Time, miss: MissId, hold: Duration) {
         if let Some(HeldMiss::Lookup { name, .. }) = self.held.get(miss) {
             let name = name.clone();

@@ -23,6 +23,7 @@ use tokio::net::TcpListener;
 use tokio::task::AbortHandle;
 use vnet_proto::model::{Protocol, VmId};
 
+use crate::descriptors::{Descriptors, Kept, NoDescriptor};
 use crate::message::{Forward, Input, Router, Waiting};
 use crate::metrics::{ForwardRefusal, Metrics};
 
@@ -78,6 +79,9 @@ pub enum ForwardError {
         /// Where.
         listen: SocketAddr,
     },
+    /// The process may have no more descriptors.
+    #[error("no descriptor is left for another forward")]
+    Descriptors(#[source] NoDescriptor),
     /// The limit is reached.
     #[error("{limit} forwards are open already; close one first")]
     TooMany {
@@ -96,6 +100,9 @@ struct Shared {
     router: Arc<dyn Router>,
     metrics: Arc<Metrics>,
     runtime: tokio::runtime::Handle,
+    descriptors: Descriptors,
+    /// Connections that wait for a guest's driver, of all forwards.
+    waiting: Arc<AtomicUsize>,
     limit: usize,
     open: Mutex<BTreeMap<Key, Open>>,
 }
@@ -106,6 +113,8 @@ type Key = (bool, SocketAddr);
 struct Open {
     forward: Forward,
     listener: Listener,
+    /// Of the two sockets at most; given back after they are closed.
+    _descriptors: Kept,
 }
 
 enum Listener {
@@ -120,13 +129,19 @@ enum Listener {
 
 impl Forwards {
     /// No forwards yet. Accepting runs on `runtime`.
-    pub fn new(router: Arc<dyn Router>, metrics: Arc<Metrics>, runtime: tokio::runtime::Handle) -> Self {
-        Self::with_limit(router, metrics, runtime, FORWARDS_MAX)
+    pub fn new(
+        router: Arc<dyn Router>,
+        metrics: Arc<Metrics>,
+        descriptors: Descriptors,
+        runtime: tokio::runtime::Handle,
+    ) -> Self {
+        Self::with_limit(router, metrics, descriptors, runtime, FORWARDS_MAX)
     }
 
     fn with_limit(
         router: Arc<dyn Router>,
         metrics: Arc<Metrics>,
+        descriptors: Descriptors,
         runtime: tokio::runtime::Handle,
         limit: usize,
     ) -> Self {
@@ -135,6 +150,8 @@ impl Forwards {
                 router,
                 metrics,
                 runtime,
+                descriptors,
+                waiting: Arc::default(),
                 limit,
                 open: Mutex::default(),
             }),
@@ -161,6 +178,11 @@ impl Forwards {
                 limit: self.shared.limit,
             });
         }
+        let descriptors = self
+            .shared
+            .descriptors
+            .keep_forward()
+            .map_err(ForwardError::Descriptors)?;
         let refused = |error: io::Error| listen_error(protocol, listen, error);
         let (bound, listener) = if udp {
             let socket = UdpSocket::bind(listen).map_err(refused)?;
@@ -180,7 +202,12 @@ impl Forwards {
         if let Some(vm) = self.shared.router.guest_at(target.ip()) {
             self.shared.hand_over(vm, &forward, &listener);
         }
-        open.insert((udp, bound), Open { forward, listener });
+        let opened = Open {
+            forward,
+            listener,
+            _descriptors: descriptors,
+        };
+        open.insert((udp, bound), opened);
         self.shared.metrics.forwards_open.set(open.len() as u64);
         tracing::info!(%protocol, listen = %bound, %target, "forward opened");
         Ok(bound)
@@ -260,7 +287,8 @@ impl Shared {
             socket: Arc::clone(&socket),
             router: Arc::clone(&self.router),
             metrics: Arc::clone(&self.metrics),
-            waiting: Arc::default(),
+            waiting: Arc::clone(&self.waiting),
+            waiting_max: CONNECTIONS_WAITING_MAX.min(self.descriptors.reserve() / WAITING_PART),
             target,
         };
         let task = self.runtime.spawn(accepting.run()).abort_handle();
@@ -282,6 +310,7 @@ struct Accepting {
     router: Arc<dyn Router>,
     metrics: Arc<Metrics>,
     waiting: Arc<AtomicUsize>,
+    waiting_max: usize,
     target: SocketAddr,
 }
 
@@ -320,7 +349,7 @@ impl Accepting {
         let Some(vm) = self.router.guest_at(self.target.ip()) else {
             return self.refuse(&stream, ForwardRefusal::NoGuest);
         };
-        let Some(waiting) = Waiting::enter(&self.waiting, CONNECTIONS_WAITING_MAX) else {
+        let Some(waiting) = Waiting::enter(&self.waiting, self.waiting_max) else {
             return self.refuse(&stream, ForwardRefusal::Backlog);
         };
         // Without it, small writes wait for the other side's acknowledgement; the connection works anyway.
@@ -379,8 +408,10 @@ fn is_about_one_connection(error: &io::Error) -> bool {
 /// How many forwards one network may have.
 pub const FORWARDS_MAX: usize = 1024;
 
-/// How many connections of one forward may wait for their guest's driver.
+/// How many connections of all forwards may wait for their guest's driver.
 const CONNECTIONS_WAITING_MAX: usize = 256;
+/// They may have this part of the descriptors that are kept back.
+const WAITING_PART: usize = 4;
 
 /// How long accepting pauses when the host has no descriptor left.
 const ACCEPT_AGAIN: Duration = Duration::from_millis(100);

@@ -5,6 +5,7 @@ use std::io::{Read as _, Write as _};
 use std::sync::mpsc;
 
 use super::*;
+use crate::descriptors::{PER_FORWARD, RESERVE_MIN};
 use crate::message::Order;
 
 /// One guest may live at each address; everything sent is recorded.
@@ -43,6 +44,10 @@ struct Given {
 const GUEST: &str = "192.168.127.2";
 
 fn given(guests: &[&str], limit: usize) -> Given {
+    given_with(guests, limit, Descriptors::new(1 << 20))
+}
+
+fn given_with(guests: &[&str], limit: usize, descriptors: Descriptors) -> Given {
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(1)
         .enable_all()
@@ -62,6 +67,7 @@ fn given(guests: &[&str], limit: usize) -> Given {
     let forwards = Forwards::with_limit(
         Arc::clone(&router) as Arc<dyn Router>,
         Arc::clone(&metrics),
+        descriptors,
         runtime.handle().clone(),
         limit,
     );
@@ -87,6 +93,20 @@ fn any_port() -> SocketAddr {
 }
 
 const PATIENCE: Duration = Duration::from_secs(10);
+
+#[test]
+fn a_forward_for_which_no_descriptor_is_left_is_refused_until_another_is_closed() {
+    let descriptors = Descriptors::new(RESERVE_MIN + PER_FORWARD);
+    let given = given_with(&[GUEST], 8, descriptors);
+    let listen = given.forwards.expose(forward(Protocol::Tcp, any_port())).unwrap();
+    let refused = given.forwards.expose(forward(Protocol::Udp, any_port()));
+    assert!(
+        matches!(refused, Err(ForwardError::Descriptors(_))),
+        "{refused:?}"
+    );
+    given.forwards.unexpose(Protocol::Tcp, listen).unwrap();
+    given.forwards.expose(forward(Protocol::Udp, any_port())).unwrap();
+}
 
 #[test]
 fn a_tcp_connection_reaches_the_guest_at_the_target() {

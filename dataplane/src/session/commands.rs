@@ -37,7 +37,7 @@ impl From<ForwardError> for Refusal {
             }
             ForwardError::Listen { .. } => Code::Unavailable,
             ForwardError::NotFound { .. } => Code::NotFound,
-            ForwardError::TooMany { .. } => Code::ResourceExhausted,
+            ForwardError::TooMany { .. } | ForwardError::Descriptors(_) => Code::ResourceExhausted,
         };
         let cause = std::error::Error::source(&error)
             .map(|cause| format!(": {cause}"))

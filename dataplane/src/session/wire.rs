@@ -32,7 +32,7 @@ pub(super) fn vm_up(up: &VmUp, status: Option<&VmStatus>) -> v1::VmUp {
 
 fn own_policy(policy: &OwnPolicy) -> v1::OwnPolicy {
     v1::OwnPolicy {
-        document: policy.document.clone(),
+        document: policy.document.clone().unwrap_or_default(),
         source: policy.source.clone(),
         rules: policy.rules.clone(),
         lists: policy.lists.iter().map(own_list).collect(),

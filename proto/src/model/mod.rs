@@ -3,9 +3,12 @@
 //! Everything here is plain data without clock, I/O or generated types in its fields. Conversions
 //! from generated messages are `TryFrom` and answer [`Malformed`]; conversions to them are `From`.
 
+use std::time::Duration;
+
 mod addr;
 mod flow;
 mod id;
+mod label;
 mod matching;
 mod name;
 mod selector;
@@ -19,11 +22,18 @@ mod tests;
 pub use addr::{address_from_bytes, address_to_bytes, parse_prefix};
 pub use flow::{FlowKey, FlowSubject, Guard, GuardSet, LookupSubject, Miss, Mode, Protocol, Subject};
 pub use id::{CommandId, Epoch, FlowId, MissId, VmId};
+pub use label::{label_key_problem, label_problem};
 pub use matching::{FlowMatch, LookupMatch, PortRange};
 pub use name::{Name, NameError, NamePattern};
 pub use selector::VmSelector;
 pub use target::{Target, TargetError};
 pub use verdict::{Allowance, Budget, Match, NameDemand, Reason, Verdict, VerdictAction};
+
+/// The shortest time for which an answer may hold.
+pub const LIFETIME_MIN: Duration = Duration::from_secs(1);
+/// The longest time for which an answer may hold, a hundred years: what is to hold longer holds for ever. Its end
+/// must be a date that RFC 3339 can write, or no list of answers could be read as JSON any more.
+pub const LIFETIME_MAX: Duration = Duration::from_secs(36_525 * 24 * 3600);
 
 /// Why a message was refused. Each variant names the field and what was found.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]

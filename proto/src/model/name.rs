@@ -17,7 +17,7 @@ pub enum NameError {
     #[error("the name is {0} bytes long (at most 253)")]
     TooLong(usize),
     /// A label is empty or longer than 63 bytes.
-    #[error("label {0:?} is empty or longer than 63 bytes")]
+    #[error("{}", part_problem(.0))]
     Label(String),
     /// A character that no host name has.
     #[error("{0:?} has a character that a name cannot have")]
@@ -31,6 +31,17 @@ pub enum NameError {
     /// Not in canonical form, where only that form is taken.
     #[error("{0:?} is not in canonical form")]
     NotCanonical(String),
+}
+
+fn part_problem(label: &str) -> String {
+    if label.is_empty() {
+        "the name begins with a dot, or has two in a row (expected one as a.example.com)".to_owned()
+    } else {
+        format!(
+            "{label:?}, between two dots of the name, is {} bytes long (at most {LABEL_BYTES_MAX})",
+            label.len()
+        )
+    }
 }
 
 const NAME_BYTES_MAX: usize = 253;

@@ -151,7 +151,10 @@ impl TryFrom<v1::VmSelector> for VmSelector {
         match Self::new(Some(message.name), labels) {
             Some(selector) => Ok(selector),
             None if message.all => Ok(Self::all()),
-            None => Err(Malformed::Missing { field: "selector" }),
+            None => Err(Malformed::Text {
+                field: "selector",
+                text: "it selects nothing (expected a VM's name, labels, or all)".to_owned(),
+            }),
         }
     }
 }

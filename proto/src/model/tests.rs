@@ -233,3 +233,20 @@ fn a_nat64_destination_is_judged_as_the_ipv4_address_and_keeps_what_is_dialled()
     );
     assert_eq!(Target::of_flow(&subject.key).to_string(), "icmp 10.0.0.1");
 }
+
+#[test]
+fn whatever_bytes_a_guest_asks_for_a_name_is_printable_ascii() {
+    for byte in 0..=u8::MAX {
+        for label in [vec![byte], vec![b'x', byte, b'y'], vec![byte; 63]] {
+            let Ok(name) = Name::from_labels([label.as_slice(), b"test"].into_iter()) else {
+                continue;
+            };
+            let text = name.as_str();
+            assert!(text.bytes().all(|b| b.is_ascii_graphic()), "{byte}: {text:?}");
+            assert_eq!(Name::from_canonical(text).unwrap(), name);
+        }
+    }
+    // Look-alikes have one form, which looks like nothing else.
+    let alike: Name = "\u{430}pple.com".parse().unwrap();
+    assert_eq!(alike.as_str(), "xn--pple-43d.com");
+}

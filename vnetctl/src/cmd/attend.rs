@@ -129,11 +129,10 @@ async fn follow(client: &Client, dataplane: &str, sender: &mpsc::Sender<Seen>, l
             change = pending.message() => match change {
                 Ok(Some(change)) if change.change() == v1::PendingChange::Gap => return End::Gap,
                 Ok(Some(change)) => {
-                    let vm = change.request.as_ref().map(|r| r.vm.clone()).unwrap_or_default();
-                    let is_ours = match ours.get(&vm) {
-                        Some(known) => *known,
+                    let is_ours = match known(&ours, &change) {
+                        Some(known) => known,
                         // The two streams are not ordered: the VM may be news still to come.
-                        None => serves(client, dataplane, &vm).await,
+                        None => serves(client, dataplane, vm_of(&change)).await,
                     };
                     is_ours.then(|| Seen::Pending(Box::new(change)))
                 }
@@ -146,6 +145,20 @@ async fn follow(client: &Client, dataplane: &str, sender: &mpsc::Sender<Seen>, l
         {
             return End::Dropped;
         }
+    }
+}
+
+fn vm_of(change: &v1::WatchPendingResponse) -> &str {
+    change.request.as_ref().map_or("", |request| &request.vm)
+}
+
+/// Whether a change is of one of our VMs' questions, as far as that is known here.
+fn known(ours: &HashMap<String, bool>, change: &v1::WatchPendingResponse) -> Option<bool> {
+    match ours.get(vm_of(change)) {
+        Some(is_ours) => Some(*is_ours),
+        // Its VM may be gone already, and with it whose it was; who never heard of the question passes over its end.
+        None if change.change() == v1::PendingChange::Removed => Some(true),
+        None => None,
     }
 }
 
@@ -239,3 +252,31 @@ pub fn say(acts: Vec<Act>) -> Vec<Act> {
 /// Changes on the way to the one who shows them; more make the watch wait, and then tell of a gap.
 const SEEN_MAX: usize = 64;
 const RETRY_INTERVAL: Duration = Duration::from_millis(500);
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_end_of_a_question_is_passed_on_though_its_vm_went_first() {
+        let change = |vm: &str, change: v1::PendingChange| v1::WatchPendingResponse {
+            change: change.into(),
+            request: Some(v1::PendingRequest {
+                id: "01ab".to_owned(),
+                vm: vm.to_owned(),
+                ..Default::default()
+            }),
+        };
+        let ours = HashMap::from([("web".to_owned(), true), ("other".to_owned(), false)]);
+        let (added, removed) = (v1::PendingChange::Added, v1::PendingChange::Removed);
+
+        assert_eq!(known(&ours, &change("gone", removed)), Some(true));
+        assert_eq!(
+            known(&ours, &change("gone", added)),
+            None,
+            "it is asked whose it is"
+        );
+        assert_eq!(known(&ours, &change("web", removed)), Some(true));
+        assert_eq!(known(&ours, &change("other", removed)), Some(false));
+    }
+}

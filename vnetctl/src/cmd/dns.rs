@@ -10,6 +10,7 @@ use super::Context;
 use super::select::ListVmArgs;
 use crate::client::unary;
 use crate::failure::Failure;
+use crate::output::text::safe;
 use crate::output::{Row, text, words};
 
 /// Nouns of `dns`.
@@ -49,7 +50,8 @@ pub enum ZonesCommand {
     /// Add a zone, or replace the one of that name
     #[command(
         after_help = "Examples:\n  vnetctl dns zones set lab.internal db=192.168.127.9 web=192.168.127.10\n  \
-        vnetctl dns zones set apps.internal --default 192.168.127.254"
+        vnetctl dns zones set apps.internal --default 192.168.127.254\n  \
+        vnetctl dns zones set ads.example --empty                # every name below it does not exist"
     )]
     Set(SetArgs),
     /// Remove a zone
@@ -77,6 +79,9 @@ pub struct SetArgs {
     /// The address of names that no record has; without it they do not exist
     #[arg(long, value_name = "ADDRESS")]
     pub default: Option<IpAddr>,
+    /// Without a record: the zone's name and all below it do not exist, and nobody else is asked for them
+    #[arg(long, conflicts_with_all = ["records", "default"])]
+    pub empty: bool,
     /// Which network.
     #[command(flatten)]
     pub network: NetworkArgs,
@@ -120,7 +125,24 @@ impl DnsCommand {
     }
 }
 
+impl SetArgs {
+    /// An empty zone is not what a forgotten record means: it takes names away.
+    fn check(&self) -> Result<(), Failure> {
+        if self.records.is_empty() && self.default.is_none() && !self.empty {
+            return Err(Failure::Usage(format!(
+                "zone {} would have no record, so that neither it nor any name below it existed\n  give \
+                 NAME=ADDRESS or --default ADDRESS, or --empty if that is meant",
+                safe(&self.name)
+            )));
+        }
+        Ok(())
+    }
+}
+
 async fn zones(command: ZonesCommand, context: &mut Context) -> Result<(), Failure> {
+    if let ZonesCommand::Set(args) = &command {
+        args.check()?;
+    }
     let client = context.connection.open().await?;
     match command {
         ZonesCommand::List(NetworkArgs { network }) => {
@@ -141,7 +163,13 @@ async fn zones(command: ZonesCommand, context: &mut Context) -> Result<(), Failu
             let answer = client.dns().set_zone(unary(request)).await?.into_inner();
             context.output.done("vnet.v1.SetZoneResponse", &answer, || {
                 let zone = answer.zone.clone().unwrap_or_default();
-                format!("zone {} has {} records", zone.name, zone.records.len())
+                match (zone.records.len(), zone.default_address.as_str()) {
+                    (0, "") => format!("zone {} is empty: no name in it exists", zone.name),
+                    (count, "") => format!("zone {} has {count} records", zone.name),
+                    (count, default) => {
+                        format!("zone {} has {count} records; all else is {default}", zone.name)
+                    }
+                }
             })
         }
         ZonesCommand::Remove(args) => {

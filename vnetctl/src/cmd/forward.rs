@@ -7,6 +7,7 @@ use clap::{Args, Subcommand};
 use vnet_proto::v1;
 
 use super::Context;
+use super::select::vm_name;
 use crate::client::{Client, unary};
 use crate::failure::Failure;
 use crate::launch::ForwardSpec;
@@ -44,7 +45,7 @@ pub struct AddArgs {
     #[arg(value_name = "FORWARD")]
     pub forward: ForwardSpec,
     /// The VM it leads into, where FORWARD names no guest address
-    #[arg(long, value_name = "NAME")]
+    #[arg(long, value_name = "NAME", value_parser = vm_name)]
     pub vm: Option<String>,
     /// The network; may be left out where there is only one
     #[arg(long, value_name = "NETWORK")]

@@ -14,7 +14,7 @@ use vnet_proto::v1;
 pub use self::history::{DiffArgs, SuggestArgs};
 pub use self::presets::PresetsArgs;
 use super::Context;
-use super::select::duration;
+use super::select::{duration, vm_name};
 use crate::client::{PAGE_SIZE, pages, unary};
 use crate::failure::Failure;
 use crate::launch;
@@ -147,7 +147,7 @@ pub struct ExplainArgs {
     #[arg(value_name = "DESTINATION", required = true)]
     pub words: Vec<String>,
     /// The VM; may be left out where there is only one
-    #[arg(long, value_name = "NAME")]
+    #[arg(long, value_name = "NAME", value_parser = vm_name)]
     pub vm: Option<String>,
 }
 

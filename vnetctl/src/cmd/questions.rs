@@ -58,7 +58,7 @@ pub enum Answer {
     No,
 }
 
-/// The open questions of one VM.
+/// The open questions of one dataplane's VMs.
 #[derive(Debug)]
 pub struct Questions {
     /// Whether somebody can be asked at a prompt.
@@ -71,8 +71,18 @@ pub struct Questions {
     /// Those still to be asked, oldest first; may name some that are no longer open.
     waiting: VecDeque<String>,
     asked: Option<String>,
-    /// Lines said for questions that are still open.
-    said: usize,
+    /// Of each VM with a question that is open here.
+    vms: BTreeMap<String, OfVm>,
+    /// Whether it was said that more is asked, by more VMs than there is room for here.
+    overflowed: bool,
+}
+
+/// What is known of one VM's questions.
+#[derive(Debug, Default)]
+struct OfVm {
+    /// Those that are open here.
+    open: usize,
+    /// Whether it was said that it asks more.
     overflowed: bool,
 }
 
@@ -86,14 +96,14 @@ impl Questions {
             claims: BTreeMap::new(),
             waiting: VecDeque::new(),
             asked: None,
-            said: 0,
+            vms: BTreeMap::new(),
             overflowed: false,
         }
     }
 
     /// Whether this is a question that is not known yet, of which it may be told who asks.
     pub fn is_news(&self, request: &v1::PendingRequest) -> bool {
-        !self.open.contains_key(&request.id) && self.open.len() < OPEN_MAX
+        !self.open.contains_key(&request.id) && self.has_room(&request.vm)
     }
 
     /// Which programs are said to ask a question that is about to come. It is shown, and decides nothing.
@@ -121,7 +131,8 @@ impl Questions {
         self.open.clear();
         self.claims.clear();
         self.waiting.clear();
-        self.said = 0;
+        self.vms.clear();
+        self.overflowed = false;
         asked
             .map(|id| Act::Withdraw {
                 id,
@@ -198,30 +209,42 @@ impl Questions {
             }
             return Vec::new();
         }
-        if self.open.len() >= OPEN_MAX {
-            return self.overflow();
+        if !self.has_room(&request.vm) {
+            return self.overflow(&request.vm);
         }
         self.open.insert(id.clone(), request.clone());
+        self.vms.entry(request.vm.clone()).or_default().open += 1;
         if self.prompts {
             self.waiting.push_back(id.clone());
             return self.next().into_iter().collect();
         }
-        if self.said >= SAID_MAX {
-            return self.overflow();
-        }
-        self.said += 1;
         vec![Act::Say(self.line(request))]
+    }
+
+    /// Questions of one VM that are open here at most.
+    fn of_vm_max(&self) -> usize {
+        if self.prompts { OPEN_MAX } else { SAID_MAX }
+    }
+
+    fn has_room(&self, vm: &str) -> bool {
+        self.open.len() < OPEN_MAX && self.vms.get(vm).map_or(0, |of| of.open) < self.of_vm_max()
     }
 
     fn ended(&mut self, request: &v1::PendingRequest) -> Vec<Act> {
         self.claims.remove(&request.id);
-        if self.open.remove(&request.id).is_none() {
+        let Some(known) = self.open.remove(&request.id) else {
             return Vec::new();
+        };
+        let of_vm_max = self.of_vm_max();
+        if let Some(of) = self.vms.get_mut(&known.vm) {
+            of.open = of.open.saturating_sub(1);
+            // Not at each that ends: one who asks at the limit, again and again, would be told of as often.
+            of.overflowed &= of.open > of_vm_max / 2;
+            if of.open == 0 {
+                self.vms.remove(&known.vm);
+            }
         }
-        if self.open.is_empty() {
-            self.said = 0;
-            self.overflowed = false;
-        }
+        self.overflowed &= self.open.len() > OPEN_MAX / 2;
         let mut acts = Vec::new();
         if self.asked.as_deref() == Some(&request.id) {
             self.asked = None;
@@ -250,12 +273,16 @@ impl Questions {
         None
     }
 
-    fn overflow(&mut self) -> Vec<Act> {
-        if std::mem::replace(&mut self.overflowed, true) {
+    fn overflow(&mut self, vm: &str) -> Vec<Act> {
+        let (who, overflowed) = match self.vms.get_mut(vm) {
+            Some(of) if self.open.len() < OPEN_MAX => (format!("{} asks more", safe(vm)), &mut of.overflowed),
+            _ => ("more is asked".to_owned(), &mut self.overflowed),
+        };
+        if std::mem::replace(overflowed, true) {
             return Vec::new();
         }
         vec![Act::Say(format!(
-            "vnet: more is asked than is shown here; see: {} pending list",
+            "vnet: {who} than is shown here; see: {} pending list",
             self.command
         ))]
     }
@@ -325,9 +352,9 @@ fn why_ended(request: &v1::PendingRequest) -> String {
     }
 }
 
-/// Lines said at once for questions that are open together. `pending list` has them all.
+/// Lines said for questions of one VM that are open together. `pending list` has them all.
 const SAID_MAX: usize = 20;
-/// Questions kept here. The controlplane keeps more; they are listed, and asked when they change.
+/// Questions kept here, of all VMs. The controlplane keeps more; they are listed, and asked when they change.
 const OPEN_MAX: usize = 1000;
 
 #[cfg(test)]
@@ -575,6 +602,111 @@ mod tests {
         assert_eq!(questions.looked(&asked, now()), []);
     }
 
+    /// Questions of one VM, as many.
+    fn of_vm(vm: &str, count: usize) -> Vec<v1::PendingRequest> {
+        let of_vm = |n| v1::PendingRequest {
+            vm: vm.to_owned(),
+            ..request(&format!("{vm}-{n}"), "10.0.0.1")
+        };
+        (0..count).map(of_vm).collect()
+    }
+
+    fn all_added(questions: &mut Questions, all: &[v1::PendingRequest]) -> Vec<String> {
+        let acts = all.iter().flat_map(|r| questions.change(&added(r)));
+        let line = |act| match act {
+            Act::Say(line) => line,
+            other => panic!("{other:?}"),
+        };
+        acts.map(line).collect()
+    }
+
+    #[test]
+    fn a_vm_that_keeps_one_question_open_for_ever_silences_nobody() {
+        let mut questions = questions(false);
+        let kept = of_vm("kept", 1);
+        assert_eq!(all_added(&mut questions, &kept).len(), 1);
+        for n in 0..100 {
+            let asked = request(&format!("p{n}"), "10.0.0.1");
+            assert_eq!(
+                all_added(&mut questions, std::slice::from_ref(&asked)).len(),
+                1,
+                "question {n}"
+            );
+            questions.change(&removed(&asked, v1::PendingState::Cancelled));
+        }
+    }
+
+    #[test]
+    fn one_vms_flood_is_said_once_and_leaves_room_for_the_others() {
+        let mut questions = questions(false);
+        let flood = of_vm("flood", SAID_MAX * 3);
+
+        let said = all_added(&mut questions, &flood);
+        assert_eq!(said.len(), SAID_MAX + 1);
+        let overflow = "vnet: flood asks more than is shown here; see: vnetctl pending list";
+        assert_eq!(said[SAID_MAX], overflow);
+
+        let other = all_added(&mut questions, &of_vm("other", SAID_MAX));
+        assert_eq!(other.len(), SAID_MAX);
+        assert!(
+            other.iter().all(|line| line.contains("other asks for")),
+            "{other:?}"
+        );
+        // One of the flood's that ends makes room for one more, and the rest stays unsaid.
+        questions.change(&removed(&flood[0], v1::PendingState::Expired));
+        let more = all_added(&mut questions, &flood[SAID_MAX..SAID_MAX + 2]);
+        assert!(
+            matches!(&more[..], [line] if line.contains("flood asks for")),
+            "{more:?}"
+        );
+        // Where half of it is gone, another flood is said again.
+        for ended in &flood[..SAID_MAX / 2 + 1] {
+            questions.change(&removed(ended, v1::PendingState::Expired));
+        }
+        let again = all_added(&mut questions, &of_vm("flood", SAID_MAX * 4)[SAID_MAX * 3..]);
+        assert_eq!(again.last().map(String::as_str), Some(overflow));
+    }
+
+    #[test]
+    fn what_many_vms_ask_is_bounded_together() {
+        let mut questions = questions(false);
+        let vms = OPEN_MAX / SAID_MAX;
+        for n in 0..vms {
+            assert_eq!(
+                all_added(&mut questions, &of_vm(&format!("vm{n}"), SAID_MAX)).len(),
+                SAID_MAX
+            );
+        }
+
+        let more = all_added(&mut questions, &of_vm("more", 5));
+
+        assert_eq!(
+            more,
+            ["vnet: more is asked than is shown here; see: vnetctl pending list"]
+        );
+        assert_eq!(questions.open.len(), OPEN_MAX);
+        assert_eq!(
+            questions.vms.len(),
+            vms,
+            "a VM without a question here is not kept"
+        );
+    }
+
+    #[test]
+    fn a_new_controlplane_begins_with_nothing_said() {
+        let mut questions = questions(false);
+        let flood = of_vm("flood", SAID_MAX + 1);
+        assert_eq!(all_added(&mut questions, &flood).len(), SAID_MAX + 1);
+
+        assert_eq!(questions.begin_again(), []);
+
+        assert_eq!(
+            all_added(&mut questions, &flood).len(),
+            SAID_MAX + 1,
+            "the flood is said again too"
+        );
+    }
+
     #[test]
     fn what_is_said_is_bounded_however_much_is_asked() {
         let mut questions = questions(false);
@@ -586,7 +718,7 @@ mod tests {
 
         assert_eq!(said.len(), SAID_MAX + 1);
         assert!(matches!(&said[SAID_MAX], Act::Say(line) if line.contains("pending list")));
-        assert_eq!(questions.open.len(), OPEN_MAX);
+        assert_eq!(questions.open.len(), SAID_MAX);
         let ended: Vec<Act> = all
             .iter()
             .flat_map(|r| questions.change(&removed(r, v1::PendingState::Expired)))

@@ -17,7 +17,7 @@ use clap::Args;
 use ipnet::Ipv6Net;
 
 use super::attend::dataplane_name;
-use super::treat::{TreatArgs, all};
+use super::treat::{Problems, TreatArgs};
 use crate::client::{Connection, Server};
 use crate::failure::Failure;
 use crate::launch::{DataplaneArgs, Settings, session_url};
@@ -113,9 +113,9 @@ pub fn execute(args: RunArgs, connection: Connection) -> Result<u8, Failure> {
 }
 
 fn plan(args: RunArgs, connection: &Connection) -> Result<Plan, Failure> {
-    let mut problems = Vec::new();
+    let mut problems = Problems::default();
     let mut treatment = args.treat.check(&mut problems);
-    let writable = writable(&args.write, &mut problems);
+    let writable = writable(&args.write, &mut problems.found);
     if let (Some(policy), Some(document)) = (&args.treat.network_policy, &treatment.document) {
         let warning = exposed::warning(policy, document, writable.as_deref());
         treatment
@@ -147,9 +147,9 @@ fn plan(args: RunArgs, connection: &Connection) -> Result<Plan, Failure> {
         resolver_patience: Some(RESOLVER_PATIENCE),
         ..Settings::default()
     };
-    let config = settings.check(true, &mut problems);
-    let sockets = sockets(&args.socket, connection, &mut problems);
-    all(problems)?;
+    let config = settings.check(true, &mut problems.usage);
+    let sockets = sockets(&args.socket, connection, &mut problems.found);
+    problems.none()?;
     Ok(Plan {
         vm,
         dataplane,

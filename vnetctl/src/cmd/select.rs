@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use clap::Args;
-use vnet_proto::model::VmSelector;
+use vnet_proto::model::{LIFETIME_MAX, LIFETIME_MIN, VmSelector, label_problem};
 use vnet_proto::v1;
 
 use crate::failure::Failure;
@@ -12,7 +12,7 @@ use crate::failure::Failure;
 #[derive(Debug, Clone, Default, Args)]
 pub struct VmArgs {
     /// The VM's name; `*` stands for any run of characters
-    #[arg(long, value_name = "NAME", conflicts_with_all = ["selector", "all_vms"])]
+    #[arg(long, value_name = "NAME", value_parser = vm_name, conflicts_with_all = ["selector", "all_vms"])]
     pub vm: Option<String>,
     /// The VMs that carry all of these labels
     #[arg(short = 'l', long, value_name = "K=V[,K=V...]", conflicts_with = "all_vms")]
@@ -39,7 +39,7 @@ impl VmArgs {
 #[derive(Debug, Clone, Default, Args)]
 pub struct ListVmArgs {
     /// Only this VM; `*` stands for any run of characters
-    #[arg(long, value_name = "NAME", conflicts_with = "selector")]
+    #[arg(long, value_name = "NAME", value_parser = vm_name, conflicts_with = "selector")]
     pub vm: Option<String>,
     /// Only VMs that carry all of these labels
     #[arg(short = 'l', long, value_name = "K=V[,K=V...]")]
@@ -76,12 +76,18 @@ impl LifetimeArgs {
     /// The lifetime, or nothing if none was given.
     ///
     /// # Errors
-    /// A time under the contract's least.
+    /// A time under the contract's least, or over its most.
     pub fn message(&self) -> Result<Option<v1::Lifetime>, Failure> {
         let kind = match (self.duration, self.once, self.forever) {
             (Some(duration), _, _) if duration < LIFETIME_MIN => {
                 return Err(Failure::Usage(
                     "--for is under one second (expected at least 1s)".to_owned(),
+                ));
+            }
+            (Some(duration), _, _) if duration > LIFETIME_MAX => {
+                return Err(Failure::Usage(
+                    "--for is over 36525 days (expected at most 36525days; for an answer without an end: --forever)"
+                        .to_owned(),
                 ));
             }
             (Some(duration), _, _) => v1::lifetime::Kind::Duration(
@@ -94,6 +100,17 @@ impl LifetimeArgs {
         };
         Ok(Some(v1::Lifetime { kind: Some(kind) }))
     }
+}
+
+/// Parses a VM's name, or a pattern of names. Nothing is not every VM, nor the only one there is.
+///
+/// # Errors
+/// If it is empty.
+pub fn vm_name(text: &str) -> Result<String, String> {
+    if text.is_empty() {
+        return Err("it is empty (expected a VM's name; list them with: vnetctl vm list)".to_owned());
+    }
+    Ok(text.to_owned())
 }
 
 /// How much may be done under a yes; all VMs that it is for share it.
@@ -155,9 +172,13 @@ pub fn size(text: &str) -> Result<u64, String> {
 /// # Errors
 /// One sentence that says what was expected.
 pub fn label(text: &str) -> Result<(String, String), String> {
-    match text.split_once('=') {
-        Some((key, value)) if !key.is_empty() && !value.is_empty() => Ok((key.to_owned(), value.to_owned())),
-        _ => Err(format!("{text:?} is not a label (expected KEY=VALUE)")),
+    let (key, value) = match text.split_once('=') {
+        Some((key, value)) if !key.is_empty() && !value.is_empty() => (key, value),
+        _ => return Err(format!("{text:?} is not a label (expected KEY=VALUE)")),
+    };
+    match label_problem(key, value) {
+        Some(why) => Err(format!("{text:?} {why}")),
+        None => Ok((key.to_owned(), value.to_owned())),
     }
 }
 
@@ -168,8 +189,6 @@ pub fn label(text: &str) -> Result<(String, String), String> {
 pub fn duration(text: &str) -> Result<Duration, String> {
     humantime::parse_duration(text).map_err(|e| format!("{e} (expected a time as 90s, 10m or 1h)"))
 }
-
-const LIFETIME_MIN: Duration = Duration::from_secs(1);
 
 #[cfg(test)]
 mod tests {
@@ -213,6 +232,24 @@ mod tests {
     }
 
     #[test]
+    fn lifetimes_over_a_hundred_years_are_refused_with_the_remedy() {
+        let lasting = |duration| LifetimeArgs {
+            duration: Some(duration),
+            ..Default::default()
+        };
+        assert!(lasting(LIFETIME_MAX).message().is_ok());
+        for long in [
+            LIFETIME_MAX + Duration::from_nanos(1),
+            duration("99999999999h").unwrap(),
+            Duration::MAX,
+        ] {
+            let refused = lasting(long).message().unwrap_err();
+            assert_eq!(refused.exit_code(), 2);
+            assert!(refused.to_string().contains("--forever"), "{refused}");
+        }
+    }
+
+    #[test]
     fn sizes_have_units_of_thousands_and_of_1024s() {
         let cases = [
             ("4096", 4096),
@@ -245,5 +282,19 @@ mod tests {
         for bad in ["env", "=prod", "env="] {
             assert!(label(bad).unwrap_err().contains("KEY=VALUE"), "{bad}");
         }
+    }
+
+    #[test]
+    fn labels_that_a_run_could_not_have_are_refused_here_too() {
+        for bad in ["a b=c", ".x=1", "x=a b", "x=\u{202e}"] {
+            assert!(label(bad).unwrap_err().contains("letters, digits"), "{bad}");
+        }
+        assert!(label("team.example/role=a_b-1").is_ok());
+    }
+
+    #[test]
+    fn an_empty_name_is_no_vms() {
+        assert!(vm_name("").unwrap_err().contains("a VM's name"));
+        assert_eq!(vm_name("web-*"), Ok("web-*".to_owned()));
     }
 }

@@ -44,8 +44,8 @@ pub struct Treatment {
 
 impl TreatArgs {
     /// Reads and checks everything that can be wrong, and adds what is to the problems.
-    pub fn check(&self, problems: &mut Vec<String>) -> Treatment {
-        let mut told = |problem: Failure| problems.push(problem.to_string());
+    pub fn check(&self, problems: &mut Problems) -> Treatment {
+        let mut told = |problem: Failure| problems.found.push(problem.to_string());
         let document = match self
             .network_policy
             .as_deref()
@@ -63,16 +63,18 @@ impl TreatArgs {
         for name in &self.preset {
             match launch::presets::find(name).and_then(|preset| preset.rules()) {
                 Ok(found) => rules.extend(found),
-                Err(problem) => told(problem),
+                Err(problem) => problems.usage.push(problem.to_string()),
             }
         }
+        if let Err(problem) = launch::check_own(None, &rules) {
+            problems.usage.push(problem.to_string());
+        }
         let mut warnings = Vec::new();
-        match launch::check_own(document.as_ref(), &rules) {
-            Ok(found) => {
-                let source = document.as_ref().map_or("", |d| &d.source);
-                warnings = launch::warning_lines(source, &found);
+        if let Some(document) = &document {
+            match launch::check_own(Some(document), &[]) {
+                Ok(found) => warnings = launch::warning_lines(&document.source, &found),
+                Err(problem) => told(problem),
             }
-            Err(problem) => told(problem),
         }
         let mode = if self.secure_mode {
             Some(Mode::Ask)
@@ -139,12 +141,28 @@ impl FromArgMatches for RuleArgs {
     }
 }
 
-/// A failure that says every problem, one a line.
-pub fn all(problems: Vec<String>) -> Result<(), Failure> {
-    if problems.is_empty() {
-        Ok(())
-    } else {
-        Err(Failure::Failed(problems.join("\n  ")))
+/// Everything that is wrong with what `run` or `up` was given.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub struct Problems {
+    /// With what was typed.
+    pub usage: Vec<String>,
+    /// With the files and sockets that it names.
+    pub found: Vec<String>,
+}
+
+impl Problems {
+    /// A failure that says every problem, one a line: of usage, if anything that was typed is wrong.
+    ///
+    /// # Errors
+    /// If there is any.
+    pub fn none(mut self) -> Result<(), Failure> {
+        let is_usage = !self.usage.is_empty();
+        self.usage.append(&mut self.found);
+        match self.usage.join("\n  ") {
+            text if text.is_empty() => Ok(()),
+            text if is_usage => Err(Failure::Usage(text)),
+            text => Err(Failure::Failed(text)),
+        }
     }
 }
 
@@ -164,8 +182,8 @@ mod tests {
         Line::try_parse_from(std::iter::once("x").chain(words.iter().copied())).map(|line| line.treat)
     }
 
-    fn check(words: &[&str]) -> (Treatment, Vec<String>) {
-        let mut problems = Vec::new();
+    fn check(words: &[&str]) -> (Treatment, Problems) {
+        let mut problems = Problems::default();
         let treatment = parse(words).unwrap().check(&mut problems);
         (treatment, problems)
     }
@@ -210,7 +228,7 @@ mod tests {
             "--preset",
             "pypi",
         ]);
-        assert_eq!(problems, Vec::<String>::new());
+        assert_eq!(problems, Problems::default());
         assert_eq!(
             treatment.rules,
             [
@@ -222,7 +240,7 @@ mod tests {
             ]
         );
         let (_, problems) = check(&["--preset", "nmp"]);
-        assert!(problems[0].contains("did you mean npm?"), "{problems:?}");
+        assert!(problems.usage[0].contains("did you mean npm?"), "{problems:?}");
     }
 
     #[test]
@@ -236,10 +254,19 @@ mod tests {
             "icmp 10.0.0.1:80",
         ]);
 
-        let text = all(problems).unwrap_err().to_string();
+        let failure = problems.none().unwrap_err();
 
+        let text = failure.to_string();
         for part in ["/nonexistent/policy.yaml", "--allow: ", "--deny: "] {
             assert!(text.contains(part), "{part} is missing in {text}");
         }
+        assert_eq!(failure.exit_code(), 2, "what was typed is wrong too");
+    }
+
+    #[test]
+    fn what_is_wrong_with_a_file_is_no_matter_of_usage() {
+        let (_, problems) = check(&["--network-policy", "/nonexistent/policy.yaml"]);
+        assert_eq!(problems.none().unwrap_err().exit_code(), 1);
+        assert!(check(&["--allow", "tcp 192.0.2.7:80"]).1.none().is_ok());
     }
 }

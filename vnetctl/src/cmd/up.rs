@@ -7,7 +7,7 @@ use tokio::signal::unix::{SignalKind, signal};
 
 use super::attend::{Attendant, Seen, command_line, dataplane_name, say};
 use super::questions::Questions;
-use super::treat::{TreatArgs, all};
+use super::treat::{Problems, TreatArgs};
 use crate::client::Connection;
 use crate::failure::Failure;
 use crate::launch::{Dataplane, DataplaneArgs, DataplaneConfig, ListenAt, Settings, Transport, session_url};
@@ -40,13 +40,15 @@ pub struct UpArgs {
 /// # Errors
 /// What is wrong with the options, and what fails to start.
 pub fn execute(args: UpArgs, connection: Connection) -> Result<(), Failure> {
-    let mut problems = Vec::new();
+    let mut problems = Problems::default();
     let UpArgs {
         treat,
         dataplane: mut flags,
     } = args;
     if flags.controlplane.is_some() {
-        problems.push("--controlplane is vnet-dataplane's; name a controlplane with --server".to_owned());
+        problems
+            .usage
+            .push("--controlplane is vnet-dataplane's; name a controlplane with --server".to_owned());
     }
     let treatment = treat.check(&mut problems);
     flags.controlplane = Some(session_url(&connection.server()?));
@@ -57,8 +59,8 @@ pub fn execute(args: UpArgs, connection: Connection) -> Result<(), Failure> {
         speaks: true,
         ..Settings::default()
     };
-    let config = settings.check(false, &mut problems);
-    all(problems)?;
+    let config = settings.check(false, &mut problems.usage);
+    problems.none()?;
     for warning in &settings.treatment.warnings {
         output::say(warning);
     }
@@ -80,16 +82,19 @@ async fn serve(
     connection.open().await?;
     let mut dataplane = Dataplane::start(settings).map_err(|e| Failure::Failed(e.to_string()))?;
     let ready = tokio::select! {
-        () = listening(config) => true,
+        ready = dataplane.ready() => ready,
         () = tokio::time::sleep(READY_PATIENCE) => false,
-        error = dataplane.ended() => return Err(Failure::Failed(error.to_string())),
     };
     if !ready {
+        let ended = tokio::time::timeout(END_PATIENCE, dataplane.ended()).await;
         dataplane.stop().await;
-        return Err(Failure::Failed(format!(
-            "the dataplane does not listen after {} s",
-            READY_PATIENCE.as_secs()
-        )));
+        return Err(Failure::Failed(match ended {
+            Ok(error) => error.to_string(),
+            Err(_) => format!(
+                "the dataplane does not listen after {} s",
+                READY_PATIENCE.as_secs()
+            ),
+        }));
     }
     let command = command_line(&connection);
     for line in greeting(config, &command) {
@@ -122,17 +127,6 @@ async fn serve(
     };
     dataplane.stop().await;
     result
-}
-
-/// Waits until every socket that has a path is there.
-async fn listening(config: &DataplaneConfig) {
-    let is_there = |at: &ListenAt| match at {
-        ListenAt::Unix(path) => path.exists(),
-        ListenAt::Tcp(_) => true,
-    };
-    while !config.listeners.iter().all(|listener| is_there(&listener.at)) {
-        tokio::time::sleep(READY_INTERVAL).await;
-    }
 }
 
 fn greeting(config: &DataplaneConfig, command: &str) -> Vec<String> {
@@ -169,4 +163,5 @@ fn greeting(config: &DataplaneConfig, command: &str) -> Vec<String> {
 
 /// How long binding its sockets may take.
 const READY_PATIENCE: Duration = Duration::from_secs(10);
-const READY_INTERVAL: Duration = Duration::from_millis(20);
+/// How long a dataplane that did not get there may take to end, which says why.
+const END_PATIENCE: Duration = Duration::from_secs(1);

@@ -31,6 +31,11 @@ pub fn own_server() -> Result<Server, Failure> {
     Ok(Server::Unix(path))
 }
 
+/// Where the user's own controlplane logs, if there is a place for it.
+pub fn own_log() -> Option<PathBuf> {
+    paths::state_dir().ok().map(|dir| dir.join(LOG_FILE))
+}
+
 /// Where dataplanes connect to the controlplane that serves its API at `server`: beside it.
 pub fn session_url(server: &Server) -> String {
     let Server::Unix(path) = server;
@@ -55,6 +60,8 @@ pub async fn controlplane(server: &Server) -> Result<Client, Failure> {
             Ok(_) => {}
             Err(ConnectError::Absent { .. }) if started.is_none() => started = Some(start(socket)?),
             Err(ConnectError::Absent { .. }) => {}
+            // It has lines of its own.
+            Err(ConnectError::NoAnswer(none)) => return Err(Failure::Failed(none.whole())),
             Err(error) => return Err(failed(error)),
         }
         if let Some(started) = &mut started

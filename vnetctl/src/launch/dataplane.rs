@@ -13,6 +13,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use tokio::io::AsyncReadExt as _;
+use tokio::net::unix::pipe;
 use tokio::process::{Child, Command};
 use vnet_dataplane::args::{Args, Cli};
 use vnet_dataplane::config::{Config, OwnListSettings, OwnPolicySettings, VmSettings, default_name};
@@ -43,6 +44,7 @@ pub struct Dataplane {
     child: Child,
     /// Closing it ends the dataplane.
     lifeline: Option<io::PipeWriter>,
+    ready: pipe::Receiver,
     said: Arc<Mutex<Vec<u8>>>,
 }
 
@@ -88,12 +90,15 @@ impl Settings {
             ..
         } = &self.treatment;
         let own_policy = (document.is_some() || !rules.is_empty()).then(|| {
-            let document = document.clone().unwrap_or_default();
+            let (source, lists) = match document {
+                Some(document) => (document.source.clone(), document.lists.clone()),
+                None => Default::default(),
+            };
             OwnPolicySettings {
-                document: document.text,
-                source: document.source,
+                document: document.as_ref().map(|document| document.text.clone()),
+                source,
                 rules: rules.clone(),
-                lists: document.lists.into_iter().map(own_list).collect(),
+                lists: lists.into_iter().map(own_list).collect(),
             }
         });
         VmSettings {
@@ -127,11 +132,15 @@ impl Dataplane {
         let document = serde_json::to_vec(&settings.vm_settings()).map_err(|e| start(io::Error::other(e)))?;
         let (lifeline_end, lifeline) = io::pipe().map_err(start)?;
         let (settings_end, settings_writer) = io::pipe().map_err(start)?;
+        let (ready, ready_end) = io::pipe().map_err(start)?;
+        let ready = pipe::Receiver::from_owned_fd(ready.into()).map_err(start)?;
+        let ready_end = OwnedFd::from(ready_end);
         let (lifeline_end, settings_end) = (OwnedFd::from(lifeline_end), OwnedFd::from(settings_end));
         let args = Args {
             link_fd: settings.link.as_ref().map(|fd| fd.as_raw_fd()),
             vm_settings_fd: Some(settings_end.as_raw_fd()),
             exit_with_fd: Some(lifeline_end.as_raw_fd()),
+            ready_fd: Some(ready_end.as_raw_fd()),
             ..settings.args
         };
         let mut command = std::process::Command::new(program);
@@ -158,7 +167,7 @@ impl Dataplane {
         let keep: Vec<&OwnedFd> = settings
             .link
             .iter()
-            .chain([&lifeline_end, &settings_end])
+            .chain([&lifeline_end, &settings_end, &ready_end])
             .collect();
         inherit_only(&mut command, &keep);
         let mut child = Command::from(command).kill_on_drop(true).spawn().map_err(start)?;
@@ -174,8 +183,15 @@ impl Dataplane {
         Ok(Self {
             child,
             lifeline: Some(lifeline),
+            ready,
             said,
         })
+    }
+
+    /// Waits until everything that it was told to open listens; `false` if it ended before. Cancel safe.
+    pub async fn ready(&mut self) -> bool {
+        let mut byte = [0];
+        matches!(self.ready.read(&mut byte).await, Ok(1))
     }
 
     /// Waits until it ends by itself. Cancel safe.
@@ -252,6 +268,7 @@ fn flags(args: &Args) -> Vec<OsString> {
         publish,
         vm_settings_fd,
         exit_with_fd,
+        ready_fd,
     } = args;
     let number = |fd: &Option<i32>| fd.map(|fd| fd.to_string());
     let once = [
@@ -267,6 +284,7 @@ fn flags(args: &Args) -> Vec<OsString> {
         ("ipv6-prefix", ipv6_prefix.clone()),
         ("vm-settings-fd", number(vm_settings_fd)),
         ("exit-with-fd", number(exit_with_fd)),
+        ("ready-fd", number(ready_fd)),
     ];
     let repeated = [
         ("label", labels),
@@ -367,7 +385,9 @@ mod tests {
 
         assert_eq!(read.mode.as_deref(), Some("ask"));
         assert_eq!(read.resolver_patience_ms, Some(30_000));
-        assert_eq!(read.own_policy.unwrap().rules, ["allow tcp 192.0.2.7:80"]);
+        assert_eq!(read.own_policy.clone().unwrap().rules, ["allow tcp 192.0.2.7:80"]);
+        let no_document = read.own_policy.as_ref().map(|own| own.document.clone());
+        assert_eq!(no_document, Some(None), "rules alone bring no document");
         assert_eq!(
             Settings::default().vm_settings(),
             VmSettings::default(),

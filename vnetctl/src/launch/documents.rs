@@ -16,7 +16,9 @@ use crate::failure::Failure;
 use crate::output::text::safe;
 
 /// A policy document, and where it came from.
-#[derive(Debug, Clone, Default, PartialEq)]
+#[derive(Debug, Clone, PartialEq)]
+// Outside of tests there is no document of nothing.
+#[cfg_attr(test, derive(Default))]
 pub struct Document {
     /// Its text.
     pub text: String,
@@ -30,7 +32,7 @@ pub struct Document {
 /// input, with lists relative to the working directory. The controlplane opens none of them.
 ///
 /// # Errors
-/// When one cannot be read, the document is longer than a policy may be, or not UTF-8.
+/// When one cannot be read, the document is empty, longer than a policy may be, or not UTF-8.
 pub fn read_document(path: &Path) -> Result<Document, Failure> {
     let (source, text) = if path == Path::new("-") {
         ("standard input".to_owned(), read_bounded(io::stdin()))
@@ -42,6 +44,11 @@ pub fn read_document(path: &Path) -> Result<Document, Failure> {
     };
     let text =
         text.map_err(|error| Failure::Failed(format!("cannot read policy {}: {error}", safe(&source))))?;
+    // A file that was cut short, or a variable that was not set, must not be the same as no policy.
+    if text.trim().is_empty() {
+        let text = format!("{source}: the document is empty (expected at least defaultAction: deny)");
+        return Err(Failure::Failed(safe(&text).into_owned()));
+    }
     let beside = path.parent().unwrap_or(Path::new(""));
     let lists = lists::read(&text, beside).map_err(|error| {
         let cause = std::error::Error::source(&error).map(|cause| format!(": {cause}"));
@@ -68,9 +75,6 @@ fn read_bounded(file: impl Read) -> io::Result<String> {
 /// # Errors
 /// Everything that is wrong with it, a line each.
 pub fn check_document(document: &Document) -> Result<Vec<v1::PolicyWarning>, Failure> {
-    if document.text.trim().is_empty() {
-        return Ok(Vec::new());
-    }
     Ok(warnings(&own_policy(Some(document), &[])?))
 }
 
@@ -97,9 +101,10 @@ pub fn check_own(document: Option<&Document>, rules: &[String]) -> Result<Vec<v1
 }
 
 fn own_policy(document: Option<&Document>, rules: &[String]) -> Result<OwnPolicy, Failure> {
-    let none = Document::default();
-    let Document { text, source, lists } = document.unwrap_or(&none);
+    let source = document.map_or("", |document| &document.source);
+    let lists = document.map_or(&[][..], |document| &document.lists);
     let lists = lists::unpack(lists).map_err(|e| Failure::Failed(safe(&e.to_string()).into_owned()))?;
+    let text = document.map(|document| document.text.as_str());
     let own = OwnPolicy::parse_with(source, text, rules, &lists, &ListCache::default());
     let own = own.map_err(|e| refused(&e))?;
     if let Some(policy) = own.document() {
@@ -144,4 +149,61 @@ fn refused(errors: &PolicyErrors) -> Failure {
             .join("\n  ")
     };
     Failure::Failed(errors.0.iter().map(problem).collect::<Vec<_>>().join("\n  "))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A file of this content, gone with the value.
+    struct Written(std::path::PathBuf);
+
+    impl Written {
+        fn new(name: &str, text: &str) -> Self {
+            let path = std::env::temp_dir().join(format!("vnetctl-{name}-{}.yaml", std::process::id()));
+            std::fs::write(&path, text).unwrap();
+            Self(path)
+        }
+    }
+
+    impl Drop for Written {
+        fn drop(&mut self) {
+            let _ = std::fs::remove_file(&self.0);
+        }
+    }
+
+    const EMPTY: &str = "the document is empty (expected at least defaultAction: deny)";
+
+    #[test]
+    fn a_file_of_nothing_is_named_and_is_not_no_policy() {
+        let blank = Written::new("blank", " \n\n");
+        for path in [&blank.0, Path::new("/dev/null")] {
+            let refused = read_document(path).unwrap_err().to_string();
+
+            assert!(refused.starts_with(&path.display().to_string()), "{refused}");
+            assert!(refused.ends_with(EMPTY), "{refused}");
+        }
+    }
+
+    #[test]
+    fn a_file_of_comments_alone_fails_its_check_as_one_of_nothing_does() {
+        let comments = Written::new("comments", "# defaultAction: deny\n");
+        let document = read_document(&comments.0).unwrap();
+
+        let checked = check_document(&document).unwrap_err().to_string();
+        let tested = test_document(&document).unwrap_err().to_string();
+        let brought = check_own(Some(&document), &["allow tcp 192.0.2.7:80".to_owned()]).unwrap_err();
+
+        assert!(
+            checked.contains("comments") && checked.ends_with(EMPTY),
+            "{checked}"
+        );
+        assert_eq!(tested, checked);
+        assert_eq!(brought.to_string(), checked);
+    }
+
+    #[test]
+    fn nothing_given_is_nothing_wrong() {
+        assert_eq!(check_own(None, &[]).unwrap(), []);
+    }
 }

@@ -22,7 +22,7 @@ pub use vnet_dataplane::args::Args as DataplaneArgs;
 pub use vnet_dataplane::config::{Config as DataplaneConfig, ListenAt, Transport};
 pub use vnet_dataplane::forward::ForwardSpec;
 
-pub use self::controlplane::{controlplane, own_server, session_url};
+pub use self::controlplane::{controlplane, own_log, own_server, session_url};
 pub use self::dataplane::{Dataplane, DataplaneError, Settings};
 pub use self::documents::{
     Document, check_document, check_own, policy_schema, read_document, test_document, warning_lines,

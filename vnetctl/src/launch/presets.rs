@@ -153,7 +153,7 @@ mod tests {
         for preset in ALL {
             let rules = preset.rules().unwrap();
             assert!(!rules.is_empty());
-            OwnPolicy::parse("", "", &rules).unwrap_or_else(|e| panic!("{e}"));
+            OwnPolicy::parse("", None, &rules).unwrap_or_else(|e| panic!("{e}"));
             // The same tests, put to a document that holds these rules and no others.
             let mut document = String::from("version: 1\nrules:\n");
             for rule in &rules {

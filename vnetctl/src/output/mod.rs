@@ -4,6 +4,7 @@
 //! `vnet.v1`, so the documented contract documents it too; a list is an array of them, a watch
 //! prints one object a line.
 
+mod closed;
 mod json;
 mod table;
 pub mod text;
@@ -15,6 +16,7 @@ use std::time::SystemTime;
 
 use prost_reflect::DynamicMessage;
 
+pub(crate) use self::closed::stdout_is_closed;
 pub use self::table::Table;
 
 use crate::failure::Failure;
@@ -52,7 +54,12 @@ pub trait Row: prost::Message {
 impl Output {
     /// Prints to stdout.
     pub fn stdout(format: Format) -> Self {
-        Self::to(format, SystemTime::now(), Box::new(io::stdout()))
+        let sink: Box<dyn Write + Send> = if stdout_is_closed() {
+            Box::new(Closed)
+        } else {
+            Box::new(io::stdout())
+        };
+        Self::to(format, SystemTime::now(), sink)
     }
 
     /// Prints to `sink`, with ages as seen from `now`.
@@ -206,6 +213,36 @@ impl Output {
         self.sink.flush()?;
         Ok(())
     }
+}
+
+/// What is behind a standard output that was closed from the start. It takes nothing, as a closed descriptor would.
+struct Closed;
+
+impl Write for Closed {
+    fn write(&mut self, _: &[u8]) -> io::Result<usize> {
+        Err(nix::errno::Errno::EBADF.into())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+/// Prints what the command line's parser has to say: help to stdout, what is wrong to stderr.
+///
+/// # Errors
+/// If it is help, and the output cannot be written.
+pub(crate) fn print_parsed(said: &clap::Error) -> Result<(), Failure> {
+    if said.use_stderr() {
+        // Words that nobody can read change no exit code.
+        let _ = said.print();
+        return Ok(());
+    }
+    if stdout_is_closed() {
+        Closed.write_all(b"help")?;
+    }
+    said.print()?;
+    Ok(io::stdout().flush()?)
 }
 
 /// A line of words to stderr. One that cannot be written is lost: there is nobody left to tell. (`eprintln!`

@@ -7,7 +7,7 @@ fn none() -> VmGrants {
     grants([])
 }
 
-fn own(document: &str, rules: &[&str], mode: Option<Mode>) -> Effective {
+fn own(document: Option<&str>, rules: &[&str], mode: Option<Mode>) -> Effective {
     let rules: Vec<String> = rules.iter().map(|r| (*r).to_owned()).collect();
     let own = OwnPolicy::parse("own.yaml", document, &rules).unwrap_or_else(|errors| panic!("{errors}"));
     Effective::compose(at(now()), &vm(), None, Some(&own), Modes { set: None, own: mode })
@@ -106,7 +106,7 @@ fn an_open_vm_reaches_only_guests_that_are_open_too() {
 
 #[test]
 fn any_allow_or_deny_makes_the_default_deny_and_stands_before_the_files_rules() {
-    let policy = own("", &["allow tcp 10.99.0.1:8080"], None);
+    let policy = own(None, &["allow tcp 10.99.0.1:8080"], None);
     assert_eq!(
         (policy.mode(), policy.policy_name()),
         (Some(Mode::Enforce), "own")
@@ -121,7 +121,7 @@ fn any_allow_or_deny_makes_the_default_deny_and_stands_before_the_files_rules() 
     );
     says(&policy, &none(), "tcp 10.99.0.1:8081", Deny, "default", "deny");
     says(
-        &own("", &["deny tcp 1.2.3.4:1"], None),
+        &own(None, &["deny tcp 1.2.3.4:1"], None),
         &none(),
         "tcp 9.8.9.9:9",
         Deny,
@@ -129,7 +129,7 @@ fn any_allow_or_deny_makes_the_default_deny_and_stands_before_the_files_rules() 
         "deny",
     );
     says_name(
-        &own("", &["allow domain a.test"], None),
+        &own(None, &["allow domain a.test"], None),
         &none(),
         "a.test",
         Allow,
@@ -137,7 +137,7 @@ fn any_allow_or_deny_makes_the_default_deny_and_stands_before_the_files_rules() 
         "--allow domain a.test",
     );
     says_name(
-        &own("", &["allow domain a.test"], None),
+        &own(None, &["allow domain a.test"], None),
         &none(),
         "b.test",
         Deny,
@@ -146,7 +146,7 @@ fn any_allow_or_deny_makes_the_default_deny_and_stands_before_the_files_rules() 
     );
 
     let document = "rules: [{name: all, action: allow}]";
-    let both = own(document, &["deny udp 10.0.0.0/8:53"], None);
+    let both = own(Some(document), &["deny udp 10.0.0.0/8:53"], None);
     says(
         &both,
         &none(),
@@ -159,9 +159,17 @@ fn any_allow_or_deny_makes_the_default_deny_and_stands_before_the_files_rules() 
 }
 
 #[test]
+fn whoever_brought_anything_is_not_open_even_if_nothing_is_left_of_it() {
+    let policy = own(None, &[], None);
+    assert!(!policy.is_open() && policy.mode() == Some(Mode::Enforce));
+    says(&policy, &none(), "tcp 1.2.3.4:443", Deny, "default", "deny");
+    says_name(&policy, &none(), "a.test", Deny, "default", "deny");
+}
+
+#[test]
 fn rules_of_its_own_stand_before_the_named_policy_that_a_vm_falls_to() {
     let named = policy("rules: [{name: all, action: allow}]");
-    let own = OwnPolicy::parse("", "", &["deny tcp 1.2.3.4".to_owned()]).unwrap();
+    let own = OwnPolicy::parse("", None, &["deny tcp 1.2.3.4".to_owned()]).unwrap();
     let claimed = Some(PolicyInForce {
         name: "default",
         revision: 1,
@@ -179,7 +187,7 @@ fn rules_of_its_own_stand_before_the_named_policy_that_a_vm_falls_to() {
     says(&policy, &none(), "tcp 1.2.3.5:1", Allow, "rule", "all");
     let own = OwnPolicy::parse(
         "o.yaml",
-        "rules: [{name: own, action: allow, cidr: 1.0.0.0/8}]",
+        Some("rules: [{name: own, action: allow, cidr: 1.0.0.0/8}]"),
         &[],
     )
     .unwrap();

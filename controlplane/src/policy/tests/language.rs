@@ -537,3 +537,20 @@ fn the_published_schema_is_the_one_that_the_loader_reads_by() {
         "docs/policy.schema.json is another; write it anew: vnetctl policy schema > docs/policy.schema.json"
     );
 }
+
+#[test]
+fn names_that_share_an_address_may_each_be_spoken_if_each_is_allowed() {
+    let policy = effective(
+        Some("version: 1\nmode: ask\nrules: [{action: allow, domains: c.test, ports: [443]}]\n"),
+        None,
+    );
+    let given = grants(["allow domain a.test", "allow domain b.test:443"]);
+    let found = decide(&policy, &given, "tcp 1.2.3.4:443 b.test d.test a.test c.test");
+    let mut names: Vec<String> = found.names.iter().map(ToString::to_string).collect();
+    names.sort();
+    assert_eq!(names, ["a.test", "b.test", "c.test"]);
+    assert_eq!(found.found.ports, vnet_proto::model::PortRange::one(443));
+    let found = decide(&policy, &given, "tcp 1.2.3.4:80 b.test d.test a.test c.test");
+    let names: Vec<String> = found.names.iter().map(ToString::to_string).collect();
+    assert_eq!(names, ["a.test"], "the others are for 443");
+}

@@ -479,7 +479,7 @@ fn inline_rules_are_checked_with_the_document() {
     let rules: Vec<String> = ["allow tcp 10.0.0.1/8", "block tcp 1.2.3.4", "allow"]
         .map(str::to_owned)
         .into();
-    let errors = OwnPolicy::parse("own.yaml", "mod: ask", &rules).unwrap_err();
+    let errors = OwnPolicy::parse("own.yaml", Some("mod: ask"), &rules).unwrap_err();
     let text = errors.to_string();
     assert_eq!(errors.0.len(), 4, "{text}");
     for part in ["own.yaml:1:1: key \"mod\"", "10.0.0.0/8", "\"block\"", "empty"] {
@@ -487,9 +487,37 @@ fn inline_rules_are_checked_with_the_document() {
     }
     let many = vec!["allow tcp 1.2.3.4".to_owned(); RULES_MAX + 1];
     assert!(
-        OwnPolicy::parse("", "", &many)
+        OwnPolicy::parse("", None, &many)
             .unwrap_err()
             .to_string()
             .contains("at most")
     );
+}
+
+#[test]
+fn a_document_of_nothing_is_refused_however_nothing_is_written() {
+    for nothing in [
+        "",
+        "\n",
+        "  \n\t\n",
+        "# rules:\n#   - all\n",
+        "---\n",
+        "---\n...\n",
+        "{}",
+        "null",
+        "~",
+        "\u{feff}",
+        "\r\n",
+    ] {
+        let alone = Policy::parse("p.yaml", nothing).unwrap_err();
+        assert_eq!(alone.0.len(), 1, "{nothing:?}: {alone}");
+        let expected = "the document is empty (expected at least defaultAction: deny)";
+        assert_eq!(alone.0[0].text, expected, "{nothing:?}");
+        assert_eq!(alone.0[0].source_name, "p.yaml", "{nothing:?}");
+        let rules = ["allow tcp 192.0.2.7:80".to_owned()];
+        for rules in [&[][..], &rules] {
+            let brought = OwnPolicy::parse("p.yaml", Some(nothing), rules).unwrap_err();
+            assert_eq!(brought, alone, "{nothing:?} as a VM's own");
+        }
+    }
 }

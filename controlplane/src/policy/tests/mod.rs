@@ -1,6 +1,7 @@
 //! What policy means, tested through its public functions.
 
 mod defaults;
+mod documentation;
 mod guests;
 mod language;
 mod loading;

@@ -724,3 +724,32 @@ fn a_lookups_match_reaches_as_far_as_the_verdict_and_no_further() {
         "a.test"
     );
 }
+
+#[test]
+fn ping_is_denied_where_all_else_is_and_allowed_by_what_names_it_alone() {
+    let none = grants(NONE);
+    for ping in ["icmp 1.2.3.4", "icmpv6 2001:db8::1"] {
+        let closed = effective(Some("version: 1\n"), None);
+        says(&closed, &none, ping, Deny, "default", "deny");
+        let others = "version: 1\nrules: [{action: allow}, {action: allow, protocol: udp}]\n";
+        says(
+            &effective(Some(others), None),
+            &none,
+            ping,
+            Deny,
+            "default",
+            "deny",
+        );
+        let asking = effective(Some("version: 1\n"), Some(Mode::Ask));
+        says(&asking, &none, ping, Ask, "default", "deny");
+        let named = "version: 1\nrules: [{action: allow, protocol: any}]\n";
+        says(
+            &effective(Some(named), None),
+            &none,
+            ping,
+            Allow,
+            "rule",
+            "rules[0]",
+        );
+    }
+}

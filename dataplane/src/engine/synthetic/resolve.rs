@@ -161,6 +161,10 @@ impl Engine {
     }
 
     fn start_lookup(&mut self, now: Time, place: Place, query_type: u16) {
+        let Some(descriptor) = self.take_descriptor() else {
+            // As a name of which nothing is found.
+            return self.settle(now, place, Vec::new(), now);
+        };
         let started = self.synthetics.start(place, query_type);
         let query = started.and_then(|(number, name)| {
             // A name that is looked up for a connection carries as much out as one that the guest asks for.
@@ -178,6 +182,7 @@ impl Engine {
             Some((number, bytes)) => self.events.push_back(Event::Resolve {
                 query: number | OWN_LOOKUP,
                 bytes,
+                descriptor,
             }),
             None => self.settle(now, place, Vec::new(), now),
         }

@@ -10,6 +10,7 @@ use vnet_proto::model::{
     VerdictAction, VmId,
 };
 
+use crate::descriptors::Descriptors;
 use crate::engine::discovery::Ipv6Config;
 use crate::engine::gateway::dhcp::{DhcpIgnored, DhcpOutcome};
 use crate::engine::gateway::dns::zones::Zones;
@@ -121,7 +122,16 @@ impl Rig {
         Self::with(1500, Some(ipv6))
     }
 
+    /// The same in a process that may have so many descriptors.
+    pub(super) fn with_descriptors(descriptors: &Descriptors) -> Self {
+        Self::with_all(1500, None, descriptors)
+    }
+
     fn with(mtu_bytes: usize, ipv6: Option<Ipv6Config>) -> Self {
+        Self::with_all(mtu_bytes, ipv6, &Descriptors::new(1 << 20))
+    }
+
+    fn with_all(mtu_bytes: usize, ipv6: Option<Ipv6Config>, descriptors: &Descriptors) -> Self {
         let config = EngineConfig {
             vm: VmId(1),
             gateway: GATEWAY,
@@ -132,6 +142,7 @@ impl Rig {
             mtu_bytes,
             pinned_mac: None,
             flows_max: 64,
+            descriptors: descriptors.attach(VmId(1)).unwrap(),
             hold: HOLD,
             lookup_hold: Duration::from_secs(4),
             seed: [7; 32],

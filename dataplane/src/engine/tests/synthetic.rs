@@ -93,7 +93,7 @@ fn upstream(rig: &mut Rig) -> Vec<(u64, String, RecordType)> {
     lookups
         .into_iter()
         .map(|e| {
-            let Event::Resolve { query, bytes } = e else {
+            let Event::Resolve { query, bytes, .. } = e else {
                 unreachable!()
             };
             let message = Message::from_vec(&bytes).unwrap();

@@ -9,6 +9,7 @@ use super::kit::*;
 use crate::engine::Event;
 use crate::engine::flow::State;
 use crate::engine::frame::DropReason;
+use crate::engine::life::OPENING_PATIENCE;
 use crate::engine::tcp::{DIAL_PATIENCE, DialError, TCP_IDLE};
 use crate::message::{FlowEnd, MissEnd, Order, Report};
 
@@ -219,7 +220,7 @@ fn a_reset_passes_both_ways() {
     assert!(
         rig.events
             .iter()
-            .any(|e| matches!(e, Event::Close { flow, reset: true } if *flow == at))
+            .any(|e| matches!(e, Event::Close { flow, reset: true, .. } if *flow == at))
     );
 
     let mut rig = Rig::new();
@@ -370,6 +371,69 @@ fn a_silent_connection_ends_at_last() {
     )));
 }
 
+/// Whether a flow ended for its idle time, and its host's side was reset.
+fn given_up(rig: &mut Rig, at: usize) -> bool {
+    let reset = |e: &Event| matches!(e, Event::Close { flow, reset: true, .. } if *flow == at);
+    let reset = rig.events.iter().any(reset);
+    let idle = |r: &Report| {
+        matches!(
+            r,
+            Report::FlowClosed {
+                end: FlowEnd::Idle,
+                ..
+            }
+        )
+    };
+    reset && rig.reports().iter().any(idle)
+}
+
+#[test]
+fn a_handshake_that_the_guest_never_finishes_is_given_up_and_both_sides_are_reset() {
+    let mut rig = Rig::new();
+    rig.syn(WEB);
+    let miss = rig.misses().remove(0);
+    rig.answer(&miss, VerdictAction::Allow);
+    let (at, _) = rig.only_dial();
+    rig.engine.handle_dialled(rig.now, at);
+    rig.service();
+    rig.wait(OPENING_PATIENCE - Duration::from_millis(1));
+    assert_eq!(rig.engine.flow_count(), 1);
+    let sent = rig.sent();
+    assert!(sent.len() > 3, "the SYN-ACK is repeated: {}", sent.len());
+    assert!(sent.iter().all(|packet| packet[33] & 0x3f == 0x12));
+
+    // Repeating the SYN opens nothing, and buys no time.
+    rig.syn(WEB);
+    rig.wait(Duration::from_millis(1));
+
+    assert_eq!(rig.only_segment().0 & 4, 4, "the guest's side is reset");
+    assert!(given_up(&mut rig, at));
+    assert_eq!(rig.engine.flow_count(), 0);
+    assert_eq!(rig.engine.counters()["connections_unopened"], 1);
+}
+
+#[test]
+fn a_forwards_connection_that_the_guest_does_not_answer_is_given_up() {
+    let mut rig = Rig::new();
+    let target = "192.168.127.2:22".parse().unwrap();
+    let at = rig.engine.open_ingress(rig.now, target).unwrap();
+    rig.service();
+    rig.wait(OPENING_PATIENCE - Duration::from_millis(1));
+    assert_eq!(rig.engine.flow_count(), 1);
+    rig.wait(Duration::from_millis(1));
+    assert!(given_up(&mut rig, at));
+    assert_eq!(rig.engine.flow_count(), 0);
+}
+
+#[test]
+fn a_connection_that_is_open_is_not_given_up_for_being_silent() {
+    let mut rig = Rig::new();
+    let (at, _) = rig.connect(WEB);
+    rig.wait(OPENING_PATIENCE * 2);
+    assert!(rig.engine.connection(at).is_some());
+    assert_eq!(rig.engine.counters().get("connections_unopened"), None);
+}
+
 #[test]
 fn a_forward_opens_towards_the_guest_from_the_gateway() {
     let mut rig = Rig::new();
@@ -422,4 +486,39 @@ fn timers_come_to_an_end_while_a_connection_has_something_to_send() {
     rig.engine.transmit.clear();
     assert!(rig.engine.finish_service(rig.now, at));
     assert_eq!(rig.only_segment().3, b"hello");
+}
+
+#[test]
+fn bytes_that_came_before_their_turn_outlive_a_long_silence() {
+    let peer = (SERVER, 80);
+    let mut rig = Rig::new();
+    let (at, acknowledgement) = rig.connect(peer);
+    let mut sequence = 1001;
+    let take = |rig: &mut Rig| {
+        let mut got = Vec::new();
+        while rig.engine.connection(at).unwrap().has_received() {
+            rig.engine
+                .connection(at)
+                .unwrap()
+                .lend_received(|bytes| {
+                    got.extend_from_slice(bytes);
+                    Ok::<_, std::convert::Infallible>(bytes.len())
+                })
+                .unwrap();
+        }
+        rig.service();
+        got
+    };
+    // Enough that a quiet connection's ring would be given back.
+    for _ in 0..512 {
+        rig.tcp(peer, 0x10, sequence, acknowledgement, &[1; 1024]);
+        sequence += 1024;
+        assert_eq!(take(&mut rig).len(), 1024);
+    }
+    rig.tcp(peer, 0x10, sequence + 1024, acknowledgement, &[3; 1024]);
+    rig.service();
+    rig.wait(Duration::from_secs(30));
+    rig.tcp(peer, 0x10, sequence, acknowledgement, &[2; 1024]);
+    let got = take(&mut rig);
+    assert_eq!(got, [vec![2; 1024], vec![3; 1024]].concat());
 }

@@ -145,6 +145,7 @@ impl Town {
 
     fn with(flows_max: usize, ipv6: Option<Ipv6Config>) -> Self {
         let street = Arc::new(Street::default());
+        let descriptors = crate::descriptors::Descriptors::new(1 << 20);
         let guests = (0..3).map(|who| {
             let config = EngineConfig {
                 vm: vm(who),
@@ -156,6 +157,7 @@ impl Town {
                 mtu_bytes: 1500,
                 pinned_mac: None,
                 flows_max,
+                descriptors: descriptors.attach(vm(who)).unwrap(),
                 hold: HOLD,
                 lookup_hold: Duration::from_secs(4),
                 seed: [who as u8; 32],

@@ -13,6 +13,7 @@ use vnet_proto::model::{Epoch, FlowKey, FlowSubject, GuardSet, Miss, Name, Proto
 use vnet_proto::v1;
 use vnet_proto::v1::session_response::Message as Response;
 
+use crate::descriptors::Descriptors;
 use crate::forward::Forwards;
 use crate::guards::{Guards, HostAddresses};
 use crate::message::{FlowOpened, Input, Order, Report, Router, VmUp, Zone, flow_id, miss_id};
@@ -142,7 +143,7 @@ fn commands(router: &Arc<Recorder>, metrics: &Arc<Metrics>) -> Commands {
     let runtime = tokio::runtime::Handle::current();
     let router = Arc::clone(router) as Arc<dyn Router>;
     Commands {
-        forwards: Forwards::new(router, Arc::clone(metrics), runtime),
+        forwards: Forwards::new(router, Arc::clone(metrics), Descriptors::new(1 << 20), runtime),
         zones: Arc::<ZoneList>::default(),
     }
 }

@@ -19,7 +19,7 @@ use tokio::sync::mpsc;
 use vnet_proto::v1;
 
 use super::{Plan, named_sockets, not_filtered};
-use crate::client::Connection;
+use crate::client::{Connection, INSIDE_RUN};
 use crate::cmd::attend::{Attendant, Seen, command_line, look, send_answer};
 use crate::cmd::questions::{Act, Questions};
 use crate::failure::Failure;
@@ -45,6 +45,7 @@ async fn supervise(plan: Plan, connection: Connection) -> Result<u8, Failure> {
         writable: plan.writable.clone(),
         sockets: plan.sockets,
         pty: standard_streams(),
+        env: vec![(INSIDE_RUN.into(), "1".into())],
         ..Spec::new(plan.command)
     };
     let mut guest = sandbox::spawn(&spec).map_err(|e| Failure::Run(with_causes(&e)))?;

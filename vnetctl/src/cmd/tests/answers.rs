@@ -538,3 +538,58 @@ To change it:  change rules[1]
 "
     );
 }
+
+#[tokio::test]
+async fn a_zone_without_a_record_is_made_only_where_that_was_said() {
+    let server = Scripted::start();
+    let refused = run(&server, Format::Table, &["dns", "zones", "set", "ads.example"])
+        .await
+        .unwrap_err();
+    assert_eq!(refused.exit_code(), 2);
+    for part in ["zone ads.example would have no record", "--empty", "--default"] {
+        assert!(refused.to_string().contains(part), "{refused}");
+    }
+    assert_eq!(server.asked::<v1::SetZoneRequest>("DnsService/SetZone"), []);
+
+    let zone = v1::Zone {
+        name: "ads.example".to_owned(),
+        ..Default::default()
+    };
+    server.answer(
+        "DnsService/SetZone",
+        &v1::SetZoneResponse {
+            zone: Some(zone.clone()),
+        },
+    );
+    let words = ["dns", "zones", "set", "ads.example", "--empty"];
+    let said = run(&server, Format::Table, &words).await.unwrap();
+    assert_eq!(said, "zone ads.example is empty: no name in it exists\n");
+    assert_eq!(
+        server.asked::<v1::SetZoneRequest>("DnsService/SetZone"),
+        [v1::SetZoneRequest { zone: Some(zone) }]
+    );
+}
+
+#[tokio::test]
+async fn what_is_empty_is_named_as_what_it_is() {
+    let server = Scripted::start();
+    for (words, said) in [
+        (&["vm", "list", "--vm", ""][..], "expected a VM's name"),
+        (
+            &["allow", "tcp", "192.0.2.7:443", "--vm", ""],
+            "expected a VM's name",
+        ),
+        (
+            &["policy", "explain", "--vm", "", "tcp", "192.0.2.7:443"],
+            "expected a VM's name",
+        ),
+        (
+            &["allow", "domain", "foo..bar"],
+            "the name begins with a dot, or has two in a row",
+        ),
+    ] {
+        let refused = run(&server, Format::Table, words).await.unwrap_err();
+        assert_eq!(refused.exit_code(), 2, "{words:?}");
+        assert!(refused.to_string().contains(said), "{words:?}: {refused}");
+    }
+}

@@ -649,3 +649,23 @@ fn the_case_of_letters_carries_nothing_upstream_and_comes_back() {
         "DaTa.Example.COM."
     );
 }
+
+#[test]
+fn whatever_type_is_asked_for_nothing_leaves_before_a_yes_nor_after_a_no() {
+    let upstream = |events: &[Event]| events.iter().any(|e| matches!(e, Event::Upstream { .. }));
+    let kinds = (0..=300).chain([32_768, 32_769, 65_280, u16::MAX]);
+    for kind in kinds.map(RecordType::from) {
+        for name in ["secret.a.test.", "1.2.0.192.in-addr.arpa."] {
+            let mut guest = Guest::new();
+            guest.ask(1, name, kind);
+            assert!(!upstream(&guest.events()), "{kind} while it is undecided");
+            guest.verdict(name, VerdictAction::Deny);
+            guest.ask(2, name, kind);
+            guest.now += HOLD;
+            guest.dns.handle_timeout(guest.now);
+            assert!(!upstream(&guest.events()), "{kind} once it is denied");
+        }
+    }
+    let mut guest = Guest::new();
+    guest.send_upstream(1, "1.2.0.192.in-addr.arpa.", RecordType::PTR);
+}
