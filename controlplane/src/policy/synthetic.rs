@@ -9,7 +9,8 @@ use std::net::SocketAddr;
 use vnet_proto::model::special::{is_private_or_special, judged};
 use vnet_proto::model::{FlowKey, FlowMatch, FlowSubject, Guard};
 
-use crate::policy::eval::{Answer, Context, FlowDecision, Outcome, flow_answer};
+use crate::policy::answer::Answer;
+use crate::policy::eval::{Context, FlowDecision, Outcome, flow_answer};
 use crate::policy::region::Region;
 
 /// Whether a flow goes to a synthetic address.
