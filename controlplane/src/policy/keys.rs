@@ -88,10 +88,10 @@ pub(crate) const MODES: [Mode; 4] = [Mode::Enforce, Mode::Ask, Mode::Observe, Mo
 
 pub(crate) const DEFAULT_ACTIONS: [DefaultAction; 2] = [DefaultAction::Allow, DefaultAction::Deny];
 
-const MODE: Shape = Shape::Word(|| words(&MODES));
 /// `dns.answer`.
 pub(crate) const DNS_ANSWERS: [DnsAnswer; 2] = [DnsAnswer::Real, DnsAnswer::Synthetic];
 
+const MODE: Shape = Shape::Word(|| words(&MODES));
 const DNS_ANSWER: Shape = Shape::Word(|| words(&DNS_ANSWERS));
 const DEFAULT_ACTION: Shape = Shape::Word(|| words(&DEFAULT_ACTIONS));
 
@@ -331,17 +331,24 @@ pub(crate) static DNS_LIMITS: Table = table(&[
 
 const GUARD: Shape = Shape::Word(|| words(&GuardAction::ALL));
 
+// Those that a profile may say as well.
+const METADATA: Key = key("metadata", GUARD, "Cloud metadata and link-local addresses.");
+const HOST: Key = key("host", GUARD, "Every address of the host.");
+const PRIVATE_FROM_DNS: Key = key("privateFromDns", GUARD, "Private addresses that a name gave.");
+const GUESTS: Key = key("guests", GUARD, "Other guests.");
+const OTHER_DNS: Key = key(
+    "dns",
+    Shape::Word(|| words(&DnsGuard::ALL)),
+    "Other DNS servers, whatever the transport; redirect has port 53 answered by the gateway.",
+);
+
 /// `guards`.
 pub(crate) static GUARDS: Table = table(&[
-    key("metadata", GUARD, "Cloud metadata and link-local addresses."),
-    key("host", GUARD, "Every address of the host."),
-    key("privateFromDns", GUARD, "Private addresses that a name gave."),
-    key("guests", GUARD, "Other guests."),
-    key(
-        "dns",
-        Shape::Word(|| words(&DnsGuard::ALL)),
-        "Other DNS servers, whatever the transport; redirect has port 53 answered by the gateway.",
-    ),
+    METADATA,
+    HOST,
+    PRIVATE_FROM_DNS,
+    GUESTS,
+    OTHER_DNS,
     key(
         "resolvers",
         Shape::List(&Shape::NameOrPrefix),
@@ -360,17 +367,7 @@ pub(crate) static GUARDS: Table = table(&[
 ]);
 
 /// `guards` of a profile.
-pub(crate) static PROFILE_GUARDS: Table = table(&[
-    key("metadata", GUARD, "Cloud metadata and link-local addresses."),
-    key("host", GUARD, "Every address of the host."),
-    key("privateFromDns", GUARD, "Private addresses that a name gave."),
-    key("guests", GUARD, "Other guests."),
-    key(
-        "dns",
-        Shape::Word(|| words(&DnsGuard::ALL)),
-        "Other DNS servers, whatever the transport; redirect has port 53 answered by the gateway.",
-    ),
-]);
+pub(crate) static PROFILE_GUARDS: Table = table(&[METADATA, HOST, PRIVATE_FROM_DNS, GUESTS, OTHER_DNS]);
 
 /// `approvals`.
 pub(crate) static APPROVALS: Table = table(&[
