@@ -33,7 +33,7 @@ impl Place {
             .env_remove("RUST_LOG")
             .stdin(Stdio::null())
             .stderr(Stdio::piped());
-        Running(command.spawn().unwrap())
+        Running(command.spawn().unwrap(), String::new())
     }
 }
 
@@ -61,7 +61,7 @@ fn root_may_speak_to_another_users_controlplane() {
         .gid(SERVICE_UID)
         .stdin(Stdio::null())
         .stderr(Stdio::piped());
-    let running = Running(command.spawn().unwrap());
+    let running = Running(command.spawn().unwrap(), String::new());
     wait_for("the socket", || answers(&place.socket()));
     assert_eq!(
         std::os::unix::fs::MetadataExt::uid(&std::fs::metadata(place.socket()).unwrap()),
@@ -113,7 +113,7 @@ fn a_log_that_cannot_be_written_stops_nothing() {
         .args(["--store", "memory:", "--log-level", "trace"])
         .stdin(Stdio::null())
         .stderr(full);
-    let mut running = Running(command.spawn().unwrap());
+    let mut running = Running(command.spawn().unwrap(), String::new());
     wait_for("the socket", || answers(&place.socket()));
     running.signal(Signal::SIGTERM);
     wait_for("the process to end", || running.ended().is_some());
@@ -126,7 +126,8 @@ impl Drop for Place {
     }
 }
 
-struct Running(Child);
+/// A controlplane, and what it has said so far.
+struct Running(Child, String);
 
 impl Running {
     fn signal(&self, signal: Signal) {
@@ -137,9 +138,19 @@ impl Running {
         self.0.try_wait().unwrap()
     }
 
+    /// Reads on until it has said something so often.
+    fn says(&mut self, words: &str, times: usize) {
+        let mut piece = [0; 4096];
+        while self.1.matches(words).count() < times {
+            let length = std::io::Read::read(self.0.stderr.as_mut().unwrap(), &mut piece).unwrap();
+            assert_ne!(length, 0, "it ended without {words:?}: {}", self.1);
+            self.1.push_str(&String::from_utf8_lossy(&piece[..length]));
+        }
+    }
+
     fn wait(mut self) -> (i32, String) {
         wait_for("the process to end", || self.ended().is_some());
-        let mut text = String::new();
+        let mut text = std::mem::take(&mut self.1);
         std::io::Read::read_to_string(&mut self.0.stderr.take().unwrap(), &mut text).unwrap();
         (self.ended().unwrap().code().unwrap_or(-1), text)
     }
@@ -270,12 +281,12 @@ fn a_bad_policy_file_stops_a_start_and_not_a_running_one() {
         );
     }
     std::fs::write(&file, "defaultAction: deny\n").unwrap();
-    let running = place.start(&args);
+    let mut running = place.start(&args);
     wait_for("it to serve", || answers(&place.socket()));
-    for bad in ["rules: 7\n", ""] {
+    for (bad, times) in [("rules: 7\n", 1), ("", 2)] {
         std::fs::write(&file, bad).unwrap();
         running.signal(Signal::SIGHUP);
-        std::thread::sleep(Duration::from_millis(300));
+        running.says("the policy in force stays", times);
         assert!(answers(&place.socket()));
     }
     running.signal(Signal::SIGTERM);
