@@ -109,16 +109,8 @@ fn an_address_that_nobody_has_is_unreachable() {
 fn on_an_open_switch_frames_pass_but_for_dhcp_answers() {
     let mut rig = Rig::new();
     rig.order(Order::Settings(Settings {
-        name: "vm".into(),
         switch_open: true,
-        forwards_closed: false,
-        synthetic_answers: false,
-        lookup_hold: Duration::from_secs(4),
-        hold: HOLD,
-        dns: crate::message::DnsSettings::default(),
-        loss_grace: Duration::ZERO,
-        deny_ech: true,
-        deny_quic: false,
+        ..settings()
     }));
     let neighbour = Mac([2, 0, 0, 0, 0, 3]);
     let mut frame = [neighbour.0, GUEST_MAC.0].concat();

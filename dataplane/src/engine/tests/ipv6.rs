@@ -113,16 +113,8 @@ impl Rig {
 
     fn settings(&mut self, switch_open: bool) {
         self.order(Order::Settings(Settings {
-            name: "vm".into(),
             switch_open,
-            forwards_closed: false,
-            synthetic_answers: false,
-            lookup_hold: Duration::from_secs(4),
-            hold: HOLD,
-            dns: crate::message::DnsSettings::default(),
-            loss_grace: Duration::ZERO,
-            deny_ech: true,
-            deny_quic: false,
+            ..settings()
         }));
     }
 

@@ -6,8 +6,8 @@ use std::time::Duration;
 
 use smoltcp::wire::{Icmpv4Packet, Ipv4Packet, TcpPacket, UdpPacket};
 use vnet_proto::model::{
-    Epoch, FlowMatch, Guard, GuardSet, Match, Miss, MissId, NameDemand, Protocol, Reason, Subject, Verdict,
-    VerdictAction, VmId,
+    Epoch, FlowMatch, Guard, GuardSet, LookupMatch, Match, Miss, MissId, NameDemand, Protocol, Reason,
+    Subject, Verdict, VerdictAction, VmId,
 };
 
 use crate::descriptors::Descriptors;
@@ -17,7 +17,7 @@ use crate::engine::gateway::dns::zones::Zones;
 use crate::engine::switch::Neighbour;
 use crate::engine::{Engine, EngineConfig, Event, Outcome, Surroundings, Time};
 use crate::mac::Mac;
-use crate::message::{Order, Report};
+use crate::message::{DnsSettings, Order, Report, Settings};
 
 pub(super) const GUEST_MAC: Mac = Mac([2, 0, 0, 0, 0, 2]);
 pub(super) const NEIGHBOUR_MAC: Mac = Mac([2, 0, 0, 0, 0, 3]);
@@ -381,13 +381,14 @@ impl Rig {
 
 /// An exact verdict on a miss.
 pub(super) fn verdict(miss: &Miss, action: VerdictAction) -> Verdict {
-    let Subject::Flow(flow) = &miss.subject else {
-        panic!("not a flow")
+    let found = match &miss.subject {
+        Subject::Flow(flow) => Match::Flow(FlowMatch::exact(&flow.key)),
+        Subject::Lookup(lookup) => Match::Lookup(LookupMatch::Exact(lookup.name.clone())),
     };
     Verdict {
         miss: miss.id,
         action,
-        found: Match::Flow(FlowMatch::exact(&flow.key)),
+        found,
         epoch: EPOCH,
         expires_in: None,
         once: false,
@@ -398,6 +399,30 @@ pub(super) fn verdict(miss: &Miss, action: VerdictAction) -> Verdict {
         synthetic_only: false,
         name_demand: NameDemand::Off,
         names: Vec::new(),
+    }
+}
+
+/// An allow of every lookup, in answer to one.
+pub(super) fn every_lookup(miss: &Miss) -> Verdict {
+    Verdict {
+        found: Match::Lookup(LookupMatch::Any),
+        ..verdict(miss, VerdictAction::Allow)
+    }
+}
+
+/// How a guest is treated of which nothing is said.
+pub(super) fn settings() -> Settings {
+    Settings {
+        name: "vm".into(),
+        switch_open: false,
+        forwards_closed: false,
+        synthetic_answers: false,
+        deny_ech: true,
+        deny_quic: false,
+        lookup_hold: Duration::from_secs(4),
+        hold: HOLD,
+        dns: DnsSettings::default(),
+        loss_grace: Duration::ZERO,
     }
 }
 

@@ -3,9 +3,7 @@
 use std::net::{IpAddr, Ipv4Addr};
 use std::time::Duration;
 
-use vnet_proto::model::{
-    FlowSubject, Guard, LookupMatch, Match, Miss, NameDemand, Reason, Subject, Verdict, VerdictAction,
-};
+use vnet_proto::model::{FlowSubject, Guard, Match, Miss, Subject, Verdict, VerdictAction};
 
 use super::kit::*;
 use crate::engine::Event;
@@ -58,7 +56,7 @@ impl Asker {
     fn look_up(&mut self, name: &str, addresses: &[Ipv4Addr], ttl: u32) {
         self.rig.ip(&udp((GATEWAY, 53), &question(7, name)));
         if let Some(miss) = self.rig.misses().pop() {
-            self.rig.order(Order::Verdict(Box::new(lookups_allowed(&miss))));
+            self.rig.order(Order::Verdict(Box::new(every_lookup(&miss))));
         }
         let asked = self.rig.events.iter().find_map(|e| match e {
             Event::Resolve { query, .. } => Some(*query),
@@ -91,24 +89,6 @@ impl Asker {
             .handle_refused(self.rig.now, at, DialError::Refused);
         self.rig.service();
         self.rig.events.clear();
-    }
-}
-
-fn lookups_allowed(miss: &Miss) -> Verdict {
-    Verdict {
-        miss: miss.id,
-        action: VerdictAction::Allow,
-        found: Match::Lookup(LookupMatch::Any),
-        epoch: EPOCH,
-        expires_in: None,
-        once: false,
-        budget: None,
-        grant: String::new(),
-        reason: Reason::new("default", "allow", "because"),
-        would_deny: false,
-        synthetic_only: false,
-        name_demand: NameDemand::Off,
-        names: Vec::new(),
     }
 }
 
@@ -202,7 +182,7 @@ fn nothing_that_a_guest_sends_as_an_answer_teaches_anything() {
     // A question of its own is under way.
     asker.rig.ip(&udp((GATEWAY, 53), &question(7, "allowed.test")));
     let miss = asker.rig.misses().remove(0);
-    asker.rig.order(Order::Verdict(Box::new(lookups_allowed(&miss))));
+    asker.rig.order(Order::Verdict(Box::new(every_lookup(&miss))));
     let forged = answered(7, "allowed.test", &[SERVER], 60);
     for source in [GUEST, GATEWAY, SERVER] {
         for to in [GUEST, GATEWAY, ALIAS] {

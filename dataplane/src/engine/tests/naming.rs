@@ -666,7 +666,7 @@ fn a_hello_that_hides_its_name_is_refused_unless_the_policy_says_otherwise() {
     assert_eq!(speaker.refused().word, "ech_denied");
 
     let (mut speaker, miss) = Speaker::asking(TLS);
-    speaker.rig.order(Order::Settings(settings(false, false)));
+    speaker.rig.order(Order::Settings(guarding(false, false)));
     let verdict = named(&miss, NameDemand::ByPort);
     speaker.rig.order(Order::Verdict(Box::new(verdict)));
     speaker.rig.service();
@@ -675,18 +675,11 @@ fn a_hello_that_hides_its_name_is_refused_unless_the_policy_says_otherwise() {
     speaker.dialled();
 }
 
-fn settings(deny_ech: bool, deny_quic: bool) -> Settings {
+fn guarding(deny_ech: bool, deny_quic: bool) -> Settings {
     Settings {
-        name: "vm".to_owned(),
-        switch_open: false,
-        forwards_closed: false,
-        synthetic_answers: false,
-        lookup_hold: Duration::from_secs(4),
-        hold: HOLD,
-        dns: crate::message::DnsSettings::default(),
-        loss_grace: Duration::ZERO,
         deny_ech,
         deny_quic,
+        ..settings()
     }
 }
 
@@ -716,7 +709,7 @@ fn association(first: &[u8], demand: NameDemand, settings: Settings) -> Rig {
 #[test]
 fn quic_waits_until_its_name_is_whole_and_then_goes_out_in_order() {
     let [first, second] = initials_naming("allowed.test");
-    let mut rig = association(&first, NameDemand::ByPort, settings(true, false));
+    let mut rig = association(&first, NameDemand::ByPort, guarding(true, false));
     assert!(payloads(&mut rig).is_empty());
     rig.ip(&udp(TLS, &second));
     assert_eq!(payloads(&mut rig), [first, second]);
@@ -736,7 +729,7 @@ fn quic_under_another_name_goes_nowhere_and_the_guest_is_told() {
                 bad.clone()
             },
             NameDemand::ByPort,
-            settings(true, false),
+            guarding(true, false),
         );
         if hit {
             assert_eq!(payloads(&mut rig).len(), 1);
@@ -762,7 +755,7 @@ fn quic_under_another_name_goes_nowhere_and_the_guest_is_told() {
 #[test]
 fn quic_that_does_not_finish_its_name_ends_after_five_seconds() {
     let [first, _] = initials_naming("allowed.test");
-    let mut rig = association(&first, NameDemand::ByPort, settings(true, false));
+    let mut rig = association(&first, NameDemand::ByPort, guarding(true, false));
     rig.reports();
     rig.wait(NAME_PATIENCE + Duration::from_millis(1));
     assert!(payloads(&mut rig).is_empty());
@@ -773,10 +766,10 @@ fn quic_that_does_not_finish_its_name_ends_after_five_seconds() {
 #[test]
 fn quic_is_refused_where_the_policy_says_so_and_other_datagrams_are_not() {
     let good = initial_naming("allowed.test");
-    let mut rig = association(&good, NameDemand::IfPresent, settings(true, true));
+    let mut rig = association(&good, NameDemand::IfPresent, guarding(true, true));
     assert!(payloads(&mut rig).is_empty());
     assert_eq!(refusal(&rig.reports()).word, "quic_denied");
-    let mut rig = association(b"not quic", NameDemand::IfPresent, settings(true, true));
+    let mut rig = association(b"not quic", NameDemand::IfPresent, guarding(true, true));
     assert_eq!(payloads(&mut rig), [b"not quic"]);
 }
 

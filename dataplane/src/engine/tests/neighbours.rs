@@ -890,15 +890,8 @@ fn two_open_guests_are_switched_and_one_open_guest_is_filtered() {
     let now = town.now;
     let closed = crate::message::Settings {
         name: "guest-1".into(),
-        switch_open: false,
-        forwards_closed: false,
-        synthetic_answers: false,
         lookup_hold: HOLD,
-        hold: HOLD,
-        dns: crate::message::DnsSettings::default(),
-        loss_grace: Duration::ZERO,
-        deny_ech: true,
-        deny_quic: false,
+        ..super::kit::settings()
     };
     town.engine(BOB).handle_order(now, Order::Settings(closed));
     town.settle();

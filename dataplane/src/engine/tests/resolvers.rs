@@ -5,7 +5,7 @@ use std::net::{IpAddr, Ipv4Addr};
 use std::time::Duration;
 
 use smoltcp::wire::Ipv4Packet;
-use vnet_proto::model::{LookupMatch, Match, NameDemand, Reason, Subject, Verdict, VerdictAction};
+use vnet_proto::model::{Subject, Verdict, VerdictAction};
 
 use super::kit::*;
 use crate::engine::Event;
@@ -15,16 +15,9 @@ const OTHER: Ipv4Addr = Ipv4Addr::new(8, 8, 8, 8);
 
 fn treat(rig: &mut Rig, dns: DnsSettings, loss_grace: Duration) {
     rig.order(Order::Settings(Settings {
-        name: "vm".into(),
-        switch_open: false,
-        forwards_closed: false,
-        lookup_hold: Duration::from_secs(4),
-        hold: HOLD,
-        deny_ech: true,
-        deny_quic: false,
-        synthetic_answers: false,
         dns,
         loss_grace,
+        ..settings()
     }));
 }
 
@@ -62,21 +55,7 @@ fn upstream(rig: &mut Rig) -> Vec<u64> {
 fn allow_lookups(rig: &mut Rig) {
     let miss = rig.misses().remove(0);
     assert!(matches!(miss.subject, Subject::Lookup(_)));
-    rig.order(Order::Verdict(Box::new(Verdict {
-        miss: miss.id,
-        action: VerdictAction::Allow,
-        found: Match::Lookup(LookupMatch::Any),
-        epoch: EPOCH,
-        expires_in: None,
-        once: false,
-        budget: None,
-        grant: String::new(),
-        reason: Reason::new("default", "allow", "because"),
-        would_deny: false,
-        synthetic_only: false,
-        name_demand: NameDemand::Off,
-        names: Vec::new(),
-    })));
+    rig.order(Order::Verdict(Box::new(every_lookup(&miss))));
 }
 
 #[test]

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use hickory_proto::op::{Message, Query, ResponseCode};
 use hickory_proto::rr::{RData, Record, RecordType};
-use vnet_proto::model::{Guard, LookupMatch, Match, Miss, NameDemand, Subject, Verdict, VerdictAction};
+use vnet_proto::model::{Guard, Match, Miss, NameDemand, Subject, Verdict, VerdictAction};
 
 use super::kit::*;
 use crate::engine::Event;
@@ -16,22 +16,14 @@ const REAL: &str = "203.0.113.80";
 
 fn synthetic_rig() -> Rig {
     let mut rig = Rig::new();
-    settings(&mut rig, true);
+    answer_synthetically(&mut rig, true);
     rig
 }
 
-fn settings(rig: &mut Rig, synthetic_answers: bool) {
+fn answer_synthetically(rig: &mut Rig, synthetic_answers: bool) {
     rig.order(Order::Settings(Settings {
-        name: "vm".into(),
-        switch_open: false,
-        forwards_closed: false,
         synthetic_answers,
-        deny_ech: true,
-        deny_quic: false,
-        lookup_hold: Duration::from_secs(4),
-        hold: HOLD,
-        dns: crate::message::DnsSettings::default(),
-        loss_grace: Duration::ZERO,
+        ..settings()
     }));
 }
 
@@ -44,22 +36,10 @@ fn ask(rig: &mut Rig, name: &str, query_type: RecordType) {
 }
 
 fn lookup_verdict(miss: &Miss, action: VerdictAction, synthetic_only: bool) -> Verdict {
-    let Subject::Lookup(lookup) = &miss.subject else {
-        panic!("not a lookup")
-    };
     Verdict {
-        miss: miss.id,
-        action,
-        found: Match::Lookup(LookupMatch::Exact(lookup.name.clone())),
         synthetic_only,
-        ..verdict_of_nothing()
+        ..verdict(miss, action)
     }
-}
-
-fn verdict_of_nothing() -> Verdict {
-    let mut rig = Rig::new();
-    rig.syn((SERVER, 1));
-    verdict(&rig.misses().remove(0), VerdictAction::Allow)
 }
 
 fn answered(rig: &mut Rig) -> Message {
@@ -126,6 +106,14 @@ fn flow_miss(rig: &mut Rig) -> Miss {
     misses.remove(0)
 }
 
+/// A connection whose name is allowed; the lookup that follows.
+fn allowed(rig: &mut Rig, peer: (Ipv4Addr, u16)) -> (u64, String, RecordType) {
+    rig.syn(peer);
+    let miss = flow_miss(rig);
+    rig.answer(&miss, VerdictAction::Allow);
+    upstream(rig).remove(0)
+}
+
 fn subject(miss: &Miss) -> &vnet_proto::model::FlowSubject {
     let Subject::Flow(flow) = &miss.subject else {
         panic!("not a flow: {miss:?}")
@@ -178,10 +166,7 @@ fn a_connection_is_asked_about_by_name_before_a_byte_of_dns_leaves() {
 fn the_next_connection_asks_nobody_and_looks_nothing_up() {
     let mut rig = synthetic_rig();
     let address = look_up(&mut rig, "api.example.test.");
-    rig.syn((address, 443));
-    let miss = flow_miss(&mut rig);
-    rig.answer(&miss, VerdictAction::Allow);
-    let lookup = upstream(&mut rig).remove(0);
+    let lookup = allowed(&mut rig, (address, 443));
     resolved(&mut rig, &lookup, &[REAL]);
     let judged = flow_miss(&mut rig);
     rig.order(once(&judged, VerdictAction::Allow));
@@ -209,10 +194,7 @@ fn the_next_connection_asks_nobody_and_looks_nothing_up() {
 fn what_the_name_stands_for_may_still_be_refused() {
     let mut rig = synthetic_rig();
     let address = look_up(&mut rig, "rebind.test.");
-    rig.syn((address, 80));
-    let miss = flow_miss(&mut rig);
-    rig.answer(&miss, VerdictAction::Allow);
-    let lookup = upstream(&mut rig).remove(0);
+    let lookup = allowed(&mut rig, (address, 80));
     resolved(&mut rig, &lookup, &["10.0.0.1"]);
     let judged = flow_miss(&mut rig);
     assert!(subject(&judged).guards.contains(Guard::PrivateFromDns));
@@ -231,10 +213,7 @@ fn a_name_for_loopback_or_the_guests_network_is_not_even_asked_about() {
     ] {
         let mut rig = synthetic_rig();
         let address = look_up(&mut rig, name);
-        rig.syn((address, 80));
-        let miss = flow_miss(&mut rig);
-        rig.answer(&miss, VerdictAction::Allow);
-        let lookup = upstream(&mut rig).remove(0);
+        let lookup = allowed(&mut rig, (address, 80));
         resolved(&mut rig, &lookup, &[real]);
         assert_eq!(rig.misses().len(), 0, "{name}");
         assert!(!rig.events.iter().any(|e| matches!(e, Event::Dial { .. })));
@@ -247,10 +226,7 @@ fn a_name_for_loopback_or_the_guests_network_is_not_even_asked_about() {
 fn a_name_that_stands_for_nothing_is_unreachable() {
     let mut rig = synthetic_rig();
     let address = look_up(&mut rig, "nothing.test.");
-    rig.syn((address, 443));
-    let miss = flow_miss(&mut rig);
-    rig.answer(&miss, VerdictAction::Allow);
-    let a = upstream(&mut rig).remove(0);
+    let a = allowed(&mut rig, (address, 443));
     resolved(&mut rig, &a, &[]);
     let aaaa = upstream(&mut rig).remove(0);
     assert_eq!(aaaa.2, RecordType::AAAA, "the other family is tried");
@@ -263,10 +239,7 @@ fn a_name_that_stands_for_nothing_is_unreachable() {
 fn a_lookup_that_nobody_answers_ends() {
     let mut rig = synthetic_rig();
     let address = look_up(&mut rig, "slow.test.");
-    rig.syn((address, 443));
-    let miss = flow_miss(&mut rig);
-    rig.answer(&miss, VerdictAction::Allow);
-    let lookup = upstream(&mut rig).remove(0);
+    let lookup = allowed(&mut rig, (address, 443));
     rig.wait(Duration::from_secs(21));
     assert_eq!(rig.only_segment().0 & 4, 4);
     assert_eq!(rig.engine.flow_count(), 0);
@@ -278,10 +251,7 @@ fn a_lookup_that_nobody_answers_ends() {
 fn a_yes_that_was_taken_back_during_the_lookup_is_asked_for_again() {
     let mut rig = synthetic_rig();
     let address = look_up(&mut rig, "api.example.test.");
-    rig.syn((address, 443));
-    let miss = flow_miss(&mut rig);
-    rig.answer(&miss, VerdictAction::Allow);
-    let lookup = upstream(&mut rig).remove(0);
+    let lookup = allowed(&mut rig, (address, 443));
     rig.order(Order::Revoke {
         command: None,
         epoch: EPOCH.next(),
@@ -406,7 +376,7 @@ fn a_verdict_that_asks_for_synthetic_answers_is_kept_even_where_they_are_off() {
 fn switched_off_real_addresses_are_told_again_and_flows_live_on() {
     let mut rig = synthetic_rig();
     let address = look_up(&mut rig, "api.example.test.");
-    settings(&mut rig, false);
+    answer_synthetically(&mut rig, false);
     ask(&mut rig, "other.test.", RecordType::A);
     let miss = rig.misses().remove(0);
     rig.order(Order::Verdict(Box::new(lookup_verdict(
@@ -425,9 +395,10 @@ fn a_million_names_meet_the_end_of_the_range_and_it_is_said() {
     // One verdict for every name, as a policy that allows all gives it.
     ask(&mut rig, "first.test.", RecordType::A);
     let miss = rig.misses().remove(0);
-    let mut any = lookup_verdict(&miss, VerdictAction::Allow, true);
-    any.found = Match::Lookup(LookupMatch::Any);
-    rig.order(Order::Verdict(Box::new(any)));
+    rig.order(Order::Verdict(Box::new(Verdict {
+        synthetic_only: true,
+        ..every_lookup(&miss)
+    })));
     rig.frames();
     rig.events.clear();
     let mut refused = 0u32;
@@ -462,10 +433,7 @@ fn a_million_names_meet_the_end_of_the_range_and_it_is_said() {
 fn an_unreachable_address_passes_the_turn_to_the_next() {
     let mut rig = synthetic_rig();
     let address = look_up(&mut rig, "two.test.");
-    rig.syn((address, 443));
-    let miss = flow_miss(&mut rig);
-    rig.answer(&miss, VerdictAction::Allow);
-    let lookup = upstream(&mut rig).remove(0);
+    let lookup = allowed(&mut rig, (address, 443));
     resolved(&mut rig, &lookup, &["203.0.113.80", "203.0.113.81"]);
     let judged = flow_miss(&mut rig);
     rig.order(once(&judged, VerdictAction::Allow));

@@ -213,13 +213,7 @@ impl Town {
                 name: format!("guest-{who}"),
                 switch_open,
                 forwards_closed,
-                synthetic_answers: false,
-                lookup_hold: Duration::from_secs(4),
-                hold: HOLD,
-                dns: crate::message::DnsSettings::default(),
-                loss_grace: Duration::ZERO,
-                deny_ech: true,
-                deny_quic: false,
+                ..super::kit::settings()
             }),
         );
     }
