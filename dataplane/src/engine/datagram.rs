@@ -280,9 +280,13 @@ impl Engine {
         }
     }
 
-    /// A datagram for a UDP flow came from the host's side.
+    /// A datagram for a UDP flow came from the host's side. What is for a flow that is held, or of another kind, is
+    /// left over from one that had the place before, and goes nowhere.
     pub fn handle_datagram(&mut self, now: Time, at: usize, payload: &[u8]) {
         let Some(flow) = self.flows.get(at) else { return };
+        if !matches!(flow.state, State::Udp | State::Checked(_)) {
+            return;
+        }
         let (guest, peer) = (flow.key.guest, flow.key.peer);
         if reply::udp(&mut self.transmit, peer, guest, payload, self.config.mtu_bytes) {
             self.count_bytes(now, at, 0, payload.len());
@@ -294,6 +298,9 @@ impl Engine {
     /// An echo reply for an echo flow came from the host's side: the message, header included.
     pub fn handle_echo_reply(&mut self, now: Time, at: usize, message: &mut [u8]) {
         let Some(flow) = self.flows.get(at) else { return };
+        if !matches!(flow.state, State::Echo) {
+            return;
+        }
         let (guest, peer) = (flow.key.guest.ip(), flow.key.peer.ip());
         // The host's kernel chose its own identifier; the guest knows its own.
         let Some(header) = message.first_chunk_mut::<ICMP_BYTES>() else {

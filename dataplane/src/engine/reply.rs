@@ -85,6 +85,16 @@ impl TcpHeader {
     /// ACK.
     pub const ACK: u8 = 16;
 
+    /// Bytes of the stream that the segment carries.
+    pub fn payload_bytes(&self) -> u32 {
+        self.sequence_bytes.saturating_sub(Self::marks(self.flags))
+    }
+
+    /// How many of SYN and FIN it has: each takes a place in sequence space.
+    fn marks(flags: u8) -> u32 {
+        u32::from(flags & Self::SYN != 0) + u32::from(flags & Self::FIN != 0)
+    }
+
     /// Reads a segment's header; `None` when it is cut short.
     pub fn parse(segment: &[u8]) -> Option<Self> {
         let header = segment.first_chunk::<TCP_BYTES>()?;
@@ -94,14 +104,15 @@ impl TcpHeader {
             return None;
         }
         let flags = header[13];
-        let marks = u32::from(flags & Self::SYN != 0) + u32::from(flags & Self::FIN != 0);
         Some(Self {
             source: u16::from_be_bytes([header[0], header[1]]),
             destination: u16::from_be_bytes([header[2], header[3]]),
             sequence: u32::from_be_bytes([header[4], header[5], header[6], header[7]]),
             acknowledgement: u32::from_be_bytes([header[8], header[9], header[10], header[11]]),
             flags,
-            sequence_bytes: u32::try_from(payload).unwrap_or(u32::MAX).saturating_add(marks),
+            sequence_bytes: u32::try_from(payload)
+                .unwrap_or(u32::MAX)
+                .saturating_add(Self::marks(flags)),
         })
     }
 

@@ -15,7 +15,6 @@ use smoltcp::wire::{HardwareAddress, IpCidr, IpListenEndpoint};
 
 use crate::engine::Time;
 use crate::engine::frame::EtherType;
-use crate::engine::ip::Ip;
 use crate::engine::naming::Check;
 use crate::engine::ring::Slot;
 use crate::engine::transmit::Transmit;
@@ -71,7 +70,7 @@ impl Connection {
             port: peer.port(),
         };
         connection.socket().listen(endpoint).ok()?;
-        connection.handle_packet(now, syn, out);
+        connection.handle_packet(now, syn, 0, out);
         (connection.state() == State::SynReceived).then_some(connection)
     }
 
@@ -151,19 +150,22 @@ impl Connection {
     }
 
     /// Takes a packet of this connection. Only what must be said at once (a challenge) is queued
-    /// here; everything else leaves with [`Self::poll_transmit`], once for a whole batch.
-    pub fn handle_packet(&mut self, now: Time, packet: &[u8], out: &mut Transmit) {
+    /// here; everything else leaves with [`Self::poll_transmit`], once for a whole batch. `payload_bytes`: how many
+    /// bytes of the stream it carries.
+    pub fn handle_packet(&mut self, now: Time, packet: &[u8], payload_bytes: u32, out: &mut Transmit) {
         let mut port = Port {
             ether_type: self.ether_type,
             mtu_bytes: self.mtu_bytes,
             packet: Some(packet),
             out: Some(out),
         };
-        let before = self.sockets.get::<Socket<'_>>(self.handle).recv_queue();
+        let readable = |sockets: &SocketSet<'static>| sockets.get::<Socket<'_>>(self.handle).recv_queue();
+        let watched = (payload_bytes > 0 && !self.has_gaps).then(|| readable(&self.sockets));
         self.interface
             .poll_ingress_single(instant(now), &mut port, &mut self.sockets);
-        let after = self.sockets.get::<Socket<'_>>(self.handle).recv_queue();
-        self.has_gaps |= after == before && carries_payload(packet);
+        if watched.is_some_and(|before| before == readable(&self.sockets)) {
+            self.has_gaps = true;
+        }
     }
 
     /// Queues what the connection has to send. False when the queue ran out of room first.
@@ -371,14 +373,6 @@ impl Drop for Connection {
             self.slot.shrink();
         }
     }
-}
-
-/// Whether a packet of a connection has bytes of the stream in it.
-fn carries_payload(packet: &[u8]) -> bool {
-    let Ok(ip) = Ip::parse(packet) else { return false };
-    let segment = ip.payload();
-    let header = segment.get(12).map_or(0, |offset| usize::from(offset >> 4) * 4);
-    segment.len() > header
 }
 
 fn instant(now: Time) -> Instant {

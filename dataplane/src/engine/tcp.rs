@@ -63,7 +63,7 @@ impl Engine {
                 && let Some(connection) = flow.state.connection_mut()
                 && !header.is_syn()
             {
-                connection.handle_packet(now, ip.packet, &mut self.transmit);
+                connection.handle_packet(now, ip.packet, header.payload_bytes(), &mut self.transmit);
                 self.mark_dirty(at);
                 return Ok(Outcome::Done);
             }

@@ -80,7 +80,9 @@ pub enum InspectRefusal {
     #[error("the TLS hello cannot be read")]
     Hello(#[source] rustls::Error),
     /// Encrypted ClientHello where the policy denies it.
-    #[error("the hello hides its name (ECH), which guards.ech denies")]
+    #[error(
+        "the hello hides its name (ECH), which guards.ech denies; with guards: {{ech: outer}} the name that it shows counts"
+    )]
     Ech,
     /// QUIC where the policy denies it.
     #[error("QUIC is spoken, which guards.quic denies where a name is demanded")]

@@ -230,16 +230,16 @@ impl Engine {
         let place = self.synthetics.find(key.peer.ip());
         let found = place.and_then(|place| self.synthetics.found(now, place));
         let (Some(place), Some(addresses)) = (place, found) else {
-            return self.refuse_unfound(now, at, Unreachable::Host);
+            return self.refuse_unfound(at, Unreachable::Host);
         };
         let has_way = |address: &IpAddr| address.is_ipv4() || self.surroundings.has_way(*address);
         let Some(address) = addresses.into_iter().find(has_way) else {
-            return self.refuse_unfound(now, at, Unreachable::Network);
+            return self.refuse_unfound(at, Unreachable::Network);
         };
         // A name that stands for the guests' own network, loopback or multicast leads nowhere, as an
         // address would.
         if self.check_destination(address) != Ok(None) {
-            return self.refuse_unfound(now, at, Unreachable::Host);
+            return self.refuse_unfound(at, Unreachable::Host);
         }
         let dialled = self.dialled(SocketAddr::new(address, key.peer.port()));
         let Some(flow) = self.flows.get_mut(at) else {
@@ -335,7 +335,7 @@ impl Engine {
     }
 
     /// There is nothing to dial.
-    fn refuse_unfound(&mut self, now: Time, at: usize, why: Unreachable) {
+    fn refuse_unfound(&mut self, at: usize, why: Unreachable) {
         let Some(flow) = self.flows.get(at) else { return };
         if let State::Held(waiting) = &flow.state {
             let quoted = match waiting.packets.first() {
@@ -348,7 +348,6 @@ impl Engine {
             let gateway = self.gateway_towards(guest);
             crate::engine::reply::unreachable(&mut self.transmit, gateway, guest, &quoted, why);
         }
-        let _ = now;
         self.end_flow(at, FlowEnd::Unreachable);
     }
 }
