@@ -21,7 +21,7 @@ const ALL_BYTES_MAX: usize = 8 << 20;
 pub struct NamePatterns(RegexSet);
 
 impl NamePatterns {
-    /// Compiles expressions that [`check`] has let through.
+    /// Compiles expressions that `check` has let through.
     ///
     /// # Errors
     /// All of them together are too large.
