@@ -164,7 +164,10 @@ fn a_confirmed_policy_stays_and_an_unconfirmed_one_leaves_what_was() {
                 "--confirm-within",
                 "2s",
             ]);
-            assert!(applied.contains("1 live flow on 1 dataplane was cut"), "{applied}");
+            assert!(
+                applied.contains("1 live flow on 1 dataplane was cut"),
+                "{applied}"
+            );
             assert_ne!(run.wait().code, 0);
             vnet_tests::eventually("it goes by itself", || revision(world) == "3");
             let notes: Vec<_> = world.list(&["policy", "revisions"]);
