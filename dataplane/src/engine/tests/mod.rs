@@ -4,6 +4,7 @@
 mod budget;
 mod counters;
 mod datagram;
+mod ends;
 mod identity;
 mod ipv6;
 mod kit;
@@ -13,6 +14,7 @@ mod naming;
 mod neighbours;
 mod opening;
 mod resolvers;
+mod segments;
 mod synthetic;
 mod tcp;
 mod town;
