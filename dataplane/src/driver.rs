@@ -14,7 +14,6 @@ use ahash::HashMap;
 use mio::net::UdpSocket;
 use mio::{Events, Interest, Poll, Token, Waker};
 use tokio::sync::mpsc::Sender;
-use tokio::sync::mpsc::error::TrySendError;
 use vnet_proto::model::{Protocol, VmId};
 
 use crate::descriptors::Descriptor;
@@ -27,6 +26,7 @@ use crate::inbox::Inbox;
 use crate::link::{Filled, Link, LinkError};
 use crate::message::{Input, Report, Router as _};
 use crate::network::Network;
+use crate::outlet::Outlet;
 
 const LINK: Token = Token(usize::MAX - 1);
 const WAKE: Token = Token(usize::MAX - 2);
@@ -44,8 +44,6 @@ const PASSED_A_TURN: usize = 512;
 const DATAGRAM_BYTES_MAX: usize = 65_536;
 /// Room that must be left towards the guest for the link to be read: answers must fit.
 const ROOM_TO_READ: usize = 192 << 10;
-/// Reports that wait for room in the session's queue before new frames are no longer read.
-const BACKLOG_MAX: usize = 65_536;
 /// How often a quiet link is asked whether it is still there.
 const ALIVE_INTERVAL: Duration = Duration::from_secs(1);
 
@@ -64,8 +62,7 @@ pub(crate) struct Driver {
     clients: HashMap<(usize, SocketAddr), usize>,
     inputs: Receiver<Input>,
     inbox: Arc<Inbox>,
-    reports: Sender<Report>,
-    backlog: std::collections::VecDeque<Report>,
+    outlet: Outlet,
     network: Arc<Network>,
     resolver: Ask,
     dirty: Vec<usize>,
@@ -129,8 +126,7 @@ impl Driver {
             clients: HashMap::default(),
             inputs: parts.inputs,
             inbox: parts.inbox,
-            reports: parts.reports,
-            backlog: std::collections::VecDeque::new(),
+            outlet: Outlet::new(parts.reports),
             network: parts.network,
             resolver: parts.resolver,
             dirty: Vec::new(),
@@ -150,13 +146,8 @@ impl Driver {
         self.engine.handle_link_down();
         let now = self.network.now();
         self.act_on_events(now);
-        self.send_backlog();
         // The session must hear that the guest is gone, however full its queue is.
-        while let Some(report) = self.backlog.pop_front() {
-            if self.reports.blocking_send(report).is_err() {
-                break;
-            }
-        }
+        self.outlet.drain();
         result
     }
 
@@ -182,7 +173,7 @@ impl Driver {
             self.read_datagrams(now);
             self.service(now);
             self.act_on_events(now);
-            self.send_backlog();
+            self.tell();
             self.write_link()?;
             self.check_alive(now)?;
         }
@@ -200,9 +191,6 @@ impl Driver {
         let now = self.network.now();
         let mut until = self.engine.poll_timeout().map(|at| at.saturating_sub(now));
         let mut sooner = |wait: Duration| until = Some(until.map_or(wait, |u| u.min(wait)));
-        if !self.backlog.is_empty() {
-            sooner(Duration::from_millis(1));
-        }
         if let Some(retry) = self.link.retry_after_ms() {
             sooner(Duration::from_millis(retry));
         }
@@ -214,7 +202,7 @@ impl Driver {
     }
 
     fn may_read(&self) -> bool {
-        self.engine.transmit.has_room(ROOM_TO_READ) && self.backlog.len() < BACKLOG_MAX
+        self.engine.transmit.has_room(ROOM_TO_READ) && !self.outlet.is_full()
     }
 
     fn handle_ready(&mut self, now: Time, event: &mio::event::Event) {
@@ -268,6 +256,7 @@ impl Driver {
                 Input::IngressClosed { udp, listen } => self.close_forward(now, udp, listen),
                 Input::PermitClosed { flow, end } => self.engine.handle_permit_closed(now, flow, end),
                 Input::MakeWay(count) => self.engine.make_way(now, count),
+                Input::Turn(turn) => self.outlet.take(turn),
                 Input::GuestGone(vm) => self.engine.handle_guest_gone(now, vm),
                 Input::Stop => return true,
             }
@@ -523,7 +512,7 @@ impl Driver {
     fn act_on_events(&mut self, now: Time) {
         while let Some(event) = self.engine.poll_event() {
             match event {
-                Event::Report(report) => self.backlog.push_back(*report),
+                Event::Report(report) => self.outlet.push(*report),
                 Event::Dial { flow, to } => {
                     if let Err(error) = self.sockets.dial(self.poll.registry(), flow, to) {
                         tracing::debug!(%to, %error, "cannot dial");
@@ -571,18 +560,9 @@ impl Driver {
         }
     }
 
-    fn send_backlog(&mut self) {
-        while let Some(report) = self.backlog.pop_front() {
-            match self.reports.try_send(report) {
-                Ok(()) => {}
-                Err(TrySendError::Full(report)) => {
-                    self.backlog.push_front(report);
-                    return;
-                }
-                // The session is gone; so is the process, in a moment.
-                Err(TrySendError::Closed(_)) => {}
-            }
-        }
+    fn tell(&mut self) {
+        let (network, vm) = (&self.network, self.vm);
+        self.outlet.flush(|reports| network.await_turn(vm, reports));
     }
 
     fn write_link(&mut self) -> Result<(), LinkError> {

@@ -18,6 +18,7 @@ pub mod mac;
 pub mod message;
 pub mod metrics;
 pub mod network;
+mod outlet;
 pub mod run;
 pub mod session;
 

@@ -512,6 +512,9 @@ impl Drop for Waiting {
     }
 }
 
+/// A place in the session's queue of reports; `None` when the session is gone.
+pub type Turn = Option<tokio::sync::mpsc::OwnedPermit<Report>>;
+
 /// Everything that reaches a guest's driver from the rest of its dataplane.
 #[derive(Debug)]
 pub enum Input {
@@ -560,6 +563,8 @@ pub enum Input {
     MakeWay(usize),
     /// Another guest is gone.
     GuestGone(VmId),
+    /// The session's queue has the place that this guest waits for.
+    Turn(Turn),
     /// End the driver; its link closes.
     Stop,
 }

@@ -278,6 +278,17 @@ impl Network {
         })
     }
 
+    /// Waits for a place in the session's queue on a guest's behalf, which comes as an input of its driver.
+    pub(crate) fn await_turn(self: &Arc<Self>, vm: VmId, reports: Sender<Report>) {
+        let network = Arc::downgrade(self);
+        self.runtime.spawn(async move {
+            let turn = reports.reserve_owned().await.ok();
+            if let Some(network) = network.upgrade() {
+                network.send(vm, Input::Turn(turn));
+            }
+        });
+    }
+
     fn count_leases(&self, counts: LeaseCounts) {
         let LeaseCounts {
             exhausted,
