@@ -359,7 +359,9 @@ impl State {
                         tracing::warn!(grant = id, error = %e, "stored grant left out");
                     }
                     let uses = uses.into_iter().map(|(vm, used)| (VmInstance(vm), used));
-                    self.grants.restore_uses(&GrantId(id), uses);
+                    let id = GrantId(id);
+                    self.grants.restore_uses(&id, uses);
+                    self.budgets.await_flows(now.steady + LOST_GRACE, id);
                 }
                 Err(e) => tracing::warn!(grant = id, error = %e, "stored grant left out"),
             }
