@@ -437,6 +437,7 @@ fn a_connection_that_is_open_is_not_given_up_for_being_silent() {
 #[test]
 fn a_forward_that_is_closed_cuts_what_came_through_it_and_counts_it() {
     let mut rig = Rig::new();
+    let (own, _) = rig.connect(WEB);
     let target = "192.168.127.2:22".parse().unwrap();
     let [listen, other] =
         ["127.0.0.1:2222", "127.0.0.1:2223"].map(|a| a.parse::<std::net::SocketAddr>().unwrap());
@@ -450,7 +451,6 @@ fn a_forward_that_is_closed_cuts_what_came_through_it_and_counts_it() {
         .engine
         .open_ingress_udp(rig.now, "192.168.127.2:53".parse().unwrap())
         .unwrap();
-    let (own, _) = rig.connect(WEB);
     rig.service();
     rig.reports();
 
