@@ -667,7 +667,7 @@ fn applied_policy_cuts_what_it_no_longer_allows() {
         assert_eq!(explained.as_array().map(Vec::len), Some(3), "{explained}");
         // A rollback says it as well.
         world.vnetctl(&["policy", "rollback", "1"]);
-        let mut run = drip(world, &[]);
+        let run = drip(world, &[]);
         let said = world.vnetctl(&["policy", "rollback"]);
         assert!(
             said.contains("policy default is at revision 5")
