@@ -373,7 +373,7 @@ fn what_an_unconfirmed_revision_falls_back_to_keeps_its_lists_however_old_it_is(
             put(awaiting(revision));
             put(policy("other", revision));
         }
-        assert_eq!(store.load().unwrap().fallbacks, [fallback.clone()]);
+        assert_eq!(store.load().unwrap().fallbacks, std::slice::from_ref(&fallback));
 
         // It comes back: as a revision of its own, which names the list and does not bring it.
         let back = v1::Policy {

@@ -113,7 +113,7 @@ fn a_policy_that_is_withdrawn_is_nobodys_and_a_mode_that_is_set_stands() {
         withdrawn: true,
         ..stored("gone", 2, "")
     };
-    let rig = found(&dir, &[withdrawn.clone()]);
+    let rig = found(&dir, &[withdrawn]);
     let mut dp = rig.dataplane("web");
     assert_eq!(dp.verdict(flow(WEB, &[])).action, ALLOW);
 
