@@ -253,7 +253,10 @@ impl Driver {
                     socket,
                     target,
                 } => self.take_forward(listen, socket, target),
-                Input::IngressClosed { udp, listen } => self.close_forward(now, udp, listen),
+                Input::IngressClosed { command, udp, listen } => {
+                    let cut = self.close_forward(now, udp, listen);
+                    self.engine.report_done(command, cut);
+                }
                 Input::PermitClosed { flow, end } => self.engine.handle_permit_closed(now, flow, end),
                 Input::MakeWay(count) => self.engine.make_way(now, count),
                 Input::Turn(turn) => self.outlet.take(turn),
@@ -303,16 +306,16 @@ impl Driver {
         }
     }
 
-    fn close_forward(&mut self, now: Time, udp: bool, listen: SocketAddr) {
+    /// Cuts the flows of a forward; how many those were.
+    fn close_forward(&mut self, now: Time, udp: bool, listen: SocketAddr) -> usize {
         if !udp {
-            self.engine.close_listener(now, listen);
-            return;
+            return self.engine.close_listener(now, listen);
         }
         let place = self
             .forwards
             .iter()
             .position(|f| f.as_ref().is_some_and(|f| f.listen == listen));
-        let Some(place) = place else { return };
+        let Some(place) = place else { return 0 };
         self.forwards[place] = None;
         let gone: Vec<usize> = self
             .clients
@@ -320,9 +323,8 @@ impl Driver {
             .filter(|((forward, _), _)| *forward == place)
             .map(|(_, at)| *at)
             .collect();
-        for at in gone {
-            self.engine.handle_host_reset(now, at);
-        }
+        let cut = gone.into_iter().filter(|at| self.engine.cut_ingress(now, *at));
+        cut.count()
     }
 
     /// Takes what other guests sent, for its turn: a guest that sends without end must not keep this one

@@ -164,7 +164,8 @@ pub enum Report {
         /// How much was refused since the last such report.
         count: u64,
     },
-    /// A Revoke or Cut is done in this guest. The session acknowledges when every guest has said so.
+    /// A Revoke, a Cut or the closing of a forward is done in this guest. The session acknowledges when every
+    /// guest has said so.
     Done {
         /// Which guest.
         vm: VmId,
@@ -545,8 +546,10 @@ pub enum Input {
         /// Where in the guest it leads.
         target: SocketAddr,
     },
-    /// A forward is closed: cut its flows.
+    /// A forward is closed: cut its flows. Answer with [`Report::Done`].
     IngressClosed {
+        /// For the answer.
+        command: CommandId,
         /// TCP (false) or UDP (true).
         udp: bool,
         /// Where it listened.

@@ -666,6 +666,16 @@ fn applied_policy_cuts_what_it_no_longer_allows() {
         assert_ne!(run.wait().code, 0);
         let explained = world.json(&["policy", "revisions"]);
         assert_eq!(explained.as_array().map(Vec::len), Some(3), "{explained}");
+        // A rollback says it as well.
+        world.vnetctl(&["policy", "rollback", "1"]);
+        let run = drip(world, &[]);
+        let said = world.vnetctl(&["policy", "rollback"]);
+        assert!(
+            said.contains("policy default is at revision 5")
+                && said.contains("1 live flow on 1 dataplane was cut"),
+            "{said}"
+        );
+        assert_ne!(run.wait().code, 0);
     });
 }
 

@@ -8,6 +8,7 @@ use std::net::{Shutdown, TcpStream, UdpSocket};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
+use nix::sys::signal::Signal;
 use vnet_tests::{Running, Server, World, binaries, echo, eventually, http, staged, tcp, udp_echo};
 use vnetctl::sandbox::stage::NetNs;
 
@@ -271,6 +272,62 @@ d, a = u.recvfrom(100); u.sendto(d.upper(), a)
         assert_eq!(ended.code, 0, "{ended:?}");
         world.is_clean();
     });
+}
+
+#[test]
+fn a_forward_that_is_closed_cuts_what_came_through_it_and_says_so() {
+    staged(
+        a_forward_that_is_closed_cuts_what_came_through_it_and_says_so,
+        |world| {
+            let mut run = world.run(
+                &["--mode", "ask", "-p", "18080:8080", "-p", "15353:5353/udp"],
+                &[
+                    "python3",
+                    "-uc",
+                    "
+import socket
+t = socket.socket(); t.bind(('', 8080)); t.listen()
+u = socket.socket(socket.AF_INET, socket.SOCK_DGRAM); u.bind(('', 5353))
+print('ready')
+c, _ = t.accept(); d, _ = t.accept(); c.sendall(b'c'); d.sendall(b'd')
+_, a = u.recvfrom(100); u.sendto(b'u', a)
+for s in (c, d):
+    try: print('end', s.recv(100))
+    except ConnectionResetError: print('cut')
+u.recv(100)
+",
+                ],
+            );
+            run.prints("ready");
+            let mut clients = ["127.0.0.1:18080"; 2].map(|to| TcpStream::connect(to).unwrap());
+            for client in &mut clients {
+                client.read_exact(&mut [0]).unwrap();
+            }
+            let socket = UdpSocket::bind("127.0.0.1:0").unwrap();
+            socket.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
+            socket.send_to(b"x", "127.0.0.1:15353").unwrap();
+            socket.recv(&mut [0; 8]).unwrap();
+
+            let said = world.vnetctl(&["forward", "remove", "127.0.0.1:18080"]);
+            assert!(
+                said.contains(
+                    "closed tcp 127.0.0.1:18080 -> 192.168.127.2:8080; 2 live flows on 1 dataplane were cut"
+                ),
+                "{said}"
+            );
+            run.prints("cut\ncut\n");
+            for client in &mut clients {
+                assert_ne!(client.read(&mut [0]).ok(), Some(1), "its client sees the end");
+            }
+            assert!(TcpStream::connect("127.0.0.1:18080").is_err());
+            let said = world.json(&["forward", "remove", "127.0.0.1:15353/udp"]);
+            assert_eq!(said["cut"]["flows"], "1", "{said}");
+            assert_eq!(said["cut"]["dataplanesCut"], 1, "{said}");
+            run.signal(Signal::SIGTERM);
+            run.wait();
+            world.is_clean();
+        },
+    );
 }
 
 #[test]

@@ -71,9 +71,16 @@ impl ForwardService for Api {
             })?;
         let network = forward.network.clone();
         let sent = forward.clone();
-        self.hub.command(&network, |_| Command::Unexpose(sent)).await?;
+        let ack = self.hub.command(&network, |_| Command::Unexpose(sent)).await?;
+        let cut = v1::CutReport {
+            flows: ack.cut_flows,
+            dataplanes_acknowledged: 1,
+            dataplanes_silent: Vec::new(),
+            dataplanes_cut: u32::from(ack.cut_flows > 0),
+        };
         Ok(Response::new(v1::DeleteForwardResponse {
             forward: Some(forward),
+            cut: Some(cut),
         }))
     }
 }

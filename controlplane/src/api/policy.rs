@@ -168,7 +168,8 @@ impl PolicyService for Api {
         let earlier = self.stored_revision(name.clone(), revision).await?;
         if let Some(gone) = earlier.lists.iter().find(|list| list.content.is_empty()) {
             let text = format!(
-                "revision {revision} of policy {name} names list {:?}, which is no longer kept: the last                  {LISTED_REVISIONS_MAX} revisions have theirs; apply its document again, with its lists",
+                "revision {revision} of policy {name} names list {:?}, which is no longer kept: the last \
+                 {LISTED_REVISIONS_MAX} revisions have theirs; apply its document again, with its lists",
                 gone.path
             );
             return Err(Refusal::Precondition {

@@ -93,10 +93,14 @@ fn width(target: &Target) -> WidestScope {
             };
             if one { WidestScope::Port } else { WidestScope::Host }
         }
+        // Below a public suffix (`*.com`, `*.github.io`) are everybody's names, not one owner's.
         Target::Name {
-            pattern: NamePattern::Subdomains(_),
+            pattern: NamePattern::Subdomains(parent),
             ..
-        } => WidestScope::Subdomains,
+        } => match psl::domain_str(parent.as_str()) {
+            Some(_) => WidestScope::Subdomains,
+            None => WidestScope::Any,
+        },
         Target::Name {
             pattern: NamePattern::Exact(_),
             ports,

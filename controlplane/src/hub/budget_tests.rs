@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use vnet_proto::model::{Budget, MissId};
+use vnet_proto::model::{Budget, MissId, Subject};
 use vnet_proto::v1;
 use vnet_proto::v1::session_request::Message;
 use vnet_proto::v1::session_response::Message as Told;
@@ -10,6 +10,7 @@ use vnet_proto::v1::session_response::Message as Told;
 use super::tests::{epoch_of, grant, reply};
 use super::*;
 use crate::approval::Answer;
+use crate::fleet;
 use crate::grant::{GrantAction, Lifetime, RESERVATIONS_MAX};
 use crate::store::Location;
 use crate::testing::{FakeDataplane, Rig, TempDir, cuts, flow, hello, lookup, verdicts, vm_up};
@@ -330,6 +331,56 @@ fn what_was_used_survives_a_restart() {
     assert_eq!(used(&rig).bytes_up, 350, "it is told again, and counted once");
     guest.pass(&told.grant_id, 650, 0);
     assert!(rig.hub.grants("").unwrap().is_empty());
+}
+
+#[test]
+fn after_a_restart_flows_of_a_grant_out_of_connections_are_waited_for() {
+    let dir = TempDir::new();
+    let location = Location::Sqlite(dir.path().join("s.db"));
+    let grants = |rig: &Rig| rig.hub.grants("").unwrap().len();
+    let (id, used) = {
+        let rig = Rig::start(&location, true);
+        let mut guest = Guest::new(rig.dataplane("web"));
+        let id = allow(&rig, None, connections(1));
+        guest.open(WEB, &id);
+        rig.pass(Duration::from_secs(1));
+        (id.clone(), guest.used_of(&id))
+    };
+    let back = || {
+        let Subject::Flow(live) = flow(WEB, &[]) else {
+            panic!("not a flow")
+        };
+        v1::Hello {
+            uses: vec![used.clone()],
+            live_flows: vec![v1::FlowOpened {
+                flow_id: 1,
+                vm: 1,
+                subject: Some((&live).into()),
+                grant_id: id.clone(),
+                ..Default::default()
+            }],
+            ..hello(1, vec![vm_up(1, "web")])
+        }
+    };
+    let almost = fleet::LOST_GRACE - Duration::from_secs(1);
+    for comes_back in [true, false] {
+        let rig = Rig::start(&location, true);
+        rig.pass(almost);
+        assert_eq!(grants(&rig), 1, "its flow may live, and is not told yet");
+        let guest = comes_back.then(|| {
+            let mut guest = Guest::new(rig.dataplane_with(back()));
+            assert!(cuts(&guest.dp.told()).is_empty());
+            guest
+        });
+        rig.pass(Duration::from_secs(1));
+        let Some(mut guest) = guest else {
+            assert_eq!(grants(&rig), 0, "nobody came back");
+            continue;
+        };
+        assert_eq!(grants(&rig), 1, "it rests on it");
+        assert!(cuts(&guest.dp.told()).is_empty());
+        guest.dp.held(flow(WEB, &[]));
+    }
 }
 
 #[test]

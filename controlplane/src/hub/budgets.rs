@@ -4,7 +4,7 @@
 //! other VMs on the same budget, and a grant that is used up ends: at once when its bytes are, with the last
 //! flow that rests on it when its connections are.
 
-use std::collections::{BTreeSet, HashMap};
+use std::collections::{BTreeSet, HashMap, HashSet};
 use std::time::{Duration, SystemTime};
 
 use vnet_proto::model::{Allowance, Budget, Malformed, Target, VmId};
@@ -33,9 +33,26 @@ pub(super) struct Budgets {
     /// Grants of which more is used than is saved.
     unsaved: BTreeSet<GrantId>,
     saved_at: Option<SystemTime>,
+    /// Grants of an earlier life, and until when live flows that rest on them may still be told.
+    untold: Option<(SystemTime, HashSet<GrantId>)>,
 }
 
 impl Budgets {
+    /// The store kept a grant: dataplanes may come back with flows that rest on it until then.
+    pub(super) fn await_flows(&mut self, until: SystemTime, id: GrantId) {
+        let (_, grants) = self.untold.get_or_insert_with(|| (until, HashSet::new()));
+        grants.insert(id);
+    }
+
+    /// Whether no live flow rests on a grant, as far as that can be known.
+    fn is_idle(&self, id: &GrantId) -> bool {
+        let untold = self
+            .untold
+            .as_ref()
+            .is_some_and(|(_, grants)| grants.contains(id));
+        !untold && !self.resting.contains_key(&id.0)
+    }
+
     /// A flow is live.
     pub(super) fn add(&mut self, flow: &LiveFlow) {
         if !flow.grant.is_empty() {
@@ -164,8 +181,9 @@ impl State {
     /// what was used.
     pub(super) fn tick_budgets(&mut self, now: Now) {
         self.grants.expire_reservations(now.steady);
+        self.budgets.untold.take_if(|(until, _)| *until <= now.steady);
         for id in self.grants.out_of_connections() {
-            if !self.budgets.resting.contains_key(&id.0)
+            if self.budgets.is_idle(&id)
                 && let Some(grant) = self.grants.remove(&id)
             {
                 self.end_used_up(now, &grant, "its connections are used up, and the last has ended");

@@ -195,6 +195,7 @@ impl State {
                 text
             }
             Command::Unexpose(forward) => {
+                self.metrics.flows_cut.add(ack.cut_flows);
                 dataplane.forwards.retain(|f| !is(f, &forward));
                 format!("{} is closed", forward.listen)
             }

@@ -11,6 +11,7 @@
 //! - `change`: what can alter a decision: the epoch, revocations, cuts.
 //! - `verify`: what dataplanes have cached, decided anew.
 //! - `confirm`: policies that go by themselves unless they are confirmed.
+//! - `claims`: which policy a VM is under.
 //! - `answers`, `policies`, `vms`, `commands`: what people and programs do.
 //! - `reach`: what an answer would cover.
 //! - `history`: what is recorded, as policies can be asked about it.
@@ -21,6 +22,7 @@ mod attach;
 mod bounds;
 mod budgets;
 mod change;
+mod claims;
 mod commands;
 mod confirm;
 mod decide;
@@ -359,7 +361,9 @@ impl State {
                         tracing::warn!(grant = id, error = %e, "stored grant left out");
                     }
                     let uses = uses.into_iter().map(|(vm, used)| (VmInstance(vm), used));
-                    self.grants.restore_uses(&GrantId(id), uses);
+                    let id = GrantId(id);
+                    self.grants.restore_uses(&id, uses);
+                    self.budgets.await_flows(now.steady + LOST_GRACE, id);
                 }
                 Err(e) => tracing::warn!(grant = id, error = %e, "stored grant left out"),
             }
@@ -377,7 +381,7 @@ impl State {
             let name = policy.name.clone();
             let fallback = fallbacks.iter().find(|fallback| fallback.name == name);
             if let Err(e) = self.restore_policy(policy, fallback, lists) {
-                tracing::error!(policy = name, error = %e, "stored policy does not load: VMs under it are blocked");
+                tracing::error!(policy = name, error = %e, "stored policy does not load: VMs that no other policy claims are blocked until it is applied anew");
             }
         }
         // Before anybody is served under a revision whose time ran out while nothing ran.

@@ -5,7 +5,8 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use vnet_proto::model::{
-    FlowKey, FlowSubject, Guard, GuardSet, LookupSubject, Mode, NamePattern, Protocol, Subject, Target,
+    FlowKey, FlowSubject, Guard, GuardSet, LookupSubject, Mode, NamePattern, Protocol, Reason, Subject,
+    Target,
 };
 use vnet_proto::v1;
 
@@ -14,9 +15,8 @@ use super::decide::decide_for;
 use super::{Hub, State, Ticket};
 use crate::clock::Now;
 use crate::convert;
-use crate::fleet::Vm;
 use crate::lists;
-use crate::policy::{DefaultAction, Effective, ListCache, Modes, Policy, PolicyInForce, claimants};
+use crate::policy::{Decision, DefaultAction, ListCache, Policy};
 use crate::refusal::Refusal;
 use crate::store::{Durable, Write};
 
@@ -83,6 +83,11 @@ pub(super) struct NamedPolicy {
 }
 
 impl NamedPolicy {
+    /// Whether it is in force, and this version cannot read what it says.
+    pub(super) fn is_unreadable(&self) -> bool {
+        !self.message.withdrawn && self.parsed.is_none()
+    }
+
     /// What comes back if what takes its place is not confirmed: the last that awaited nothing.
     fn fallback(&self) -> Option<Fallback> {
         match &self.unconfirmed {
@@ -258,53 +263,6 @@ impl State {
             self.send(vm.dataplane, v1::session_response::Message::VmSettings(settings));
         }
         changed || mode_changed
-    }
-
-    /// What a VM is under.
-    pub(super) fn compose(&self, now: Now, vm: &Vm) -> Effective {
-        let own = vm.own_policy.as_deref();
-        let loaded = self
-            .policies
-            .iter()
-            .filter_map(|(n, p)| Some((n.as_str(), p.parsed.as_deref()?)));
-        let claims = claimants(&vm.view, loaded);
-        let (claimed, conflict) = match claims.as_slice() {
-            [] => (
-                self.policies
-                    .get_key_value(DEFAULT)
-                    .filter(|(_, named)| !named.message.withdrawn),
-                false,
-            ),
-            [one] => (self.policies.get_key_value(*one), false),
-            // Refused when applied; a VM that came later, or a label, can still bring it about.
-            _ => (None, true),
-        };
-        let unreadable = claimed.is_some_and(|(_, p)| p.parsed.is_none());
-        let claimed = claimed.and_then(|(name, named)| {
-            let policy = named.parsed.as_deref()?;
-            Some(PolicyInForce {
-                name,
-                revision: named.message.revision,
-                policy,
-            })
-        });
-        let own_document = own.and_then(|o| o.document());
-        let document_mode = own_document
-            .or(claimed.map(|c| c.policy))
-            .and_then(|p| p.mode_of(&vm.view));
-        let secure = self.secure_mode && !matches!(document_mode, Some(Mode::Block | Mode::Quarantine));
-        let set = Option::<Mode>::try_from(vm.set.mode).unwrap_or_default();
-        // Which policy is meant cannot be told: then nothing is let out.
-        let set = if (conflict || unreadable) && own_document.is_none() {
-            set.or(Some(Mode::Block))
-        } else {
-            set
-        };
-        let modes = Modes {
-            set,
-            own: vm.own_mode.or(secure.then_some(Mode::Ask)),
-        };
-        Effective::compose(now, &vm.view, claimed, own, modes)
     }
 
     /// Composes anew what VMs are under where a rule's `until` has come, and judges their flows anew.
@@ -523,41 +481,19 @@ impl State {
                 .vms
                 .get(&vm)
                 .map(|v| v.effective.policy_name().to_owned());
-            self.recompose(now, &vm);
+            let treated_anew = self.recompose(now, &vm);
             let Some(now_under) = self.fleet.vms.get(&vm) else {
                 continue;
             };
             let brought = now_under.own_policy.is_some();
             let after = now_under.effective.policy_name();
-            if before.as_deref() != Some(after) || after == name || brought {
+            if before.as_deref() != Some(after) || after == name || brought || treated_anew {
                 concerned.insert(vm.clone());
                 self.publish_vm(v1::VmChange::Updated, &vm);
             }
         }
         let text = format!("policy {name} changed");
         self.change(now, ticket, |vm| concerned.contains(&vm.view.name), &text);
-    }
-
-    fn check_claims(&self, name: &str, candidate: &Policy) -> Result<(), Refusal> {
-        for vm in self.fleet.vms.values() {
-            let others = self
-                .policies
-                .iter()
-                .filter(|(other, _)| *other != name)
-                .filter_map(|(other, p)| Some((other.as_str(), p.parsed.as_deref()?)));
-            let claims = claimants(&vm.view, others.chain([(name, candidate)]));
-            if claims.len() > 1 && claims.contains(&name) {
-                return Err(Refusal::Precondition {
-                    reason: "CLAIMED_TWICE",
-                    text: format!(
-                        "VM {} would be claimed by several policies: {}; narrow one's appliesTo",
-                        vm.view.name,
-                        claims.join(", ")
-                    ),
-                });
-            }
-        }
-        Ok(())
     }
 
     fn explain(&self, name: &str, target: &Target) -> Result<v1::ExplainResponse, Refusal> {
@@ -641,6 +577,17 @@ impl State {
             }
         };
         let decision = decide_for(vm, &dataplane.guarded, peer, &subject);
+        let decision = match vm.effective.unsettled() {
+            Some(why) if decision.reason.step == "mode" => Decision {
+                reason: Reason {
+                    text: why.text(&decision.reason.text),
+                    ..decision.reason
+                },
+                remedy: why.remedy.clone(),
+                ..decision
+            },
+            _ => decision,
+        };
         let (names, guards) = match &subject {
             Subject::Flow(flow) => (flow.names.iter().map(ToString::to_string).collect(), flow.guards),
             Subject::Lookup(_) => (Vec::new(), GuardSet::EMPTY),

@@ -48,11 +48,11 @@ struct Offer {
 }
 
 /// A bit for each selector. There are as many as labels that are offered, and two.
-type Selected = u16;
+pub(super) type Selected = u16;
 const _: () = assert!(LABELS_OFFERED_MAX + 2 <= Selected::BITS as usize);
 
 #[derive(Debug, Default)]
-struct Counts {
+pub(super) struct Counts {
     vms: u32,
     requests: u32,
     past: u64,
@@ -77,7 +77,7 @@ impl State {
         let mut offers = Offers::new(now, request);
         for (name, vm) in &self.fleet.vms {
             let selected = offers.select(name, &vm.view.labels);
-            offers.each(selected, |_, counts| counts.vms += 1);
+            offers.each(selected, |_| true, |counts| counts.vms += 1);
         }
         for other in self.pending.open() {
             let name = &other.vm.name;
@@ -87,9 +87,11 @@ impl State {
             let peer = self.fleet.peer_of(vm.dataplane, &other.subject);
             let context = context(vm, &dataplane.guarded, peer);
             let selected = offers.select(name, &vm.view.labels);
-            offers.each(selected, |ready, counts| {
-                counts.requests += u32::from(would_let_through(&context, ready, &other.subject));
-            });
+            offers.each(
+                selected,
+                |ready| would_let_through(&context, ready, &other.subject),
+                |counts| counts.requests += 1,
+            );
         }
         let address = match &request.subject {
             Subject::Flow(flow) => Some(flow.key.peer.ip()),
@@ -154,11 +156,11 @@ impl Offers {
             let times = event.count.max(1);
             // What labels a VM had that is gone is not known.
             let selected = self.select(&event.vm, &BTreeMap::new());
-            self.each(selected, |ready, counts| {
-                if ready.flows && ready.test.covers_flow(protocol, address, port, &names) {
-                    counts.past = counts.past.saturating_add(times);
-                }
-            });
+            self.each(
+                selected,
+                |ready| ready.flows && ready.test.covers_flow(protocol, address, port, &names),
+                |counts| counts.past = counts.past.saturating_add(times),
+            );
         }
     }
 
@@ -204,11 +206,21 @@ impl Offers {
         selected
     }
 
-    fn each(&mut self, selected: Selected, mut count: impl FnMut(&ReadyGrant, &mut Counts)) {
-        for offer in &mut self.offers {
+    /// Counts something of a VM for each offer that covers it, under every selector that selects that VM. What
+    /// an offer covers has nothing to do with selectors, and is asked once.
+    pub(super) fn each(
+        &mut self,
+        selected: Selected,
+        mut covers: impl FnMut(&ReadyGrant) -> bool,
+        mut count: impl FnMut(&mut Counts),
+    ) {
+        for offer in self.offers.iter_mut().filter(|_| selected != 0) {
+            if !covers(&offer.ready) {
+                continue;
+            }
             for (at, counts) in offer.counts.iter_mut().enumerate() {
                 if has(selected, at) {
-                    count(&offer.ready, counts);
+                    count(counts);
                 }
             }
         }

@@ -1,4 +1,5 @@
 mod apart;
+mod claims;
 mod confirm;
 mod guests;
 mod history;

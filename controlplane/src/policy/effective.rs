@@ -41,6 +41,24 @@ pub struct Modes {
     pub own: Option<Mode>,
 }
 
+/// Why it cannot be told which policy a VM is under. It is in mode `block` for that.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Unsettled {
+    /// The cause, as a sentence.
+    pub why: String,
+    /// What settles it, after "until".
+    pub until: &'static str,
+    /// How that is done.
+    pub remedy: String,
+}
+
+impl Unsettled {
+    /// As a reason; `so` is the sentence of what comes of it.
+    pub fn text(&self, so: &str) -> String {
+        format!("{}: until {}, {so}", self.why, self.until)
+    }
+}
+
 /// What a VM brought along: a document, rules before the document's, or both.
 #[derive(Debug, Clone)]
 pub struct OwnPolicy {
@@ -160,6 +178,7 @@ pub struct Effective {
     settings: Settings,
     /// What leads to other DNS servers; `None` where that is nothing that stops.
     pub(crate) resolvers: Option<Arc<Resolvers>>,
+    unsettled: Option<Arc<Unsettled>>,
 }
 
 impl Effective {
@@ -231,6 +250,7 @@ impl Effective {
         let guarded = !open && settings.dns_guard != Some(DnsGuard::Off);
         let resolvers = guarded.then(|| document.map(|d| Arc::clone(&d.resolvers)).unwrap_or_default());
         Self {
+            unsettled: None,
             settings,
             resolvers,
             name,
@@ -254,6 +274,19 @@ impl Effective {
                 .or(document.and_then(|d| d.approval_timeout))
                 .unwrap_or(APPROVAL_TIMEOUT),
         }
+    }
+
+    /// With why it is in mode `block`, where that is for want of a policy that can be told.
+    pub fn with_unsettled(self, unsettled: Option<Unsettled>) -> Self {
+        Self {
+            unsettled: unsettled.map(Arc::new),
+            ..self
+        }
+    }
+
+    /// Why it cannot be told which policy the VM is under; `None`: it can, or a mode was set meanwhile.
+    pub fn unsettled(&self) -> Option<&Unsettled> {
+        self.unsettled.as_deref()
     }
 
     /// The rules that apply, in order.

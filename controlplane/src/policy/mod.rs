@@ -35,7 +35,9 @@ mod yaml;
 mod tests;
 
 pub use document::{DefaultAction, DnsAnswer, DnsPolicy, Policy, PolicyError, PolicyErrors, PolicyWarning};
-pub use effective::{APPROVAL_TIMEOUT, Effective, Modes, OWN_POLICY, OwnPolicy, PolicyInForce, claimants};
+pub use effective::{
+    APPROVAL_TIMEOUT, Effective, Modes, OWN_POLICY, OwnPolicy, PolicyInForce, Unsettled, claimants,
+};
 pub(crate) use eval::would_let_through;
 pub use eval::{
     Context, Decision, FlowDecision, LookupDecision, Outcome, PeerView, decide_flow, decide_live,

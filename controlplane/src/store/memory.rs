@@ -8,7 +8,7 @@ use vnet_proto::v1;
 use super::retention::Census;
 use super::{
     Class, EventQuery, LISTED_REVISIONS_MAX, Snapshot, Store, StoreError, StoredGrant, StoredVm, Write,
-    confirmed,
+    confirmed, fallback_of,
 };
 use crate::lists::described;
 
@@ -49,12 +49,14 @@ impl MemoryStore {
 }
 
 impl MemoryStore {
-    /// Lets go of lists that none of the last revisions names.
+    /// Lets go of lists that none of the last revisions names, nor what the last may fall back to.
     fn prune_lists(&mut self) {
-        let last = |revisions: &BTreeMap<u64, v1::Policy>| revisions.keys().next_back().copied().unwrap_or(0);
         let kept = self.policies.values().flat_map(|revisions| {
-            let from = last(revisions).saturating_sub(LISTED_REVISIONS_MAX - 1);
-            revisions.range(from..).flat_map(|(_, policy)| &policy.lists)
+            let last = revisions.last_key_value();
+            let from = last.map_or(0, |(last, _)| last.saturating_sub(LISTED_REVISIONS_MAX - 1));
+            let fallback = last.and_then(|(_, policy)| revisions.get(&fallback_of(policy)?));
+            let last_ones = revisions.range(from..).map(|(_, policy)| policy);
+            last_ones.chain(fallback).flat_map(|policy| &policy.lists)
         });
         let kept: BTreeSet<&str> = kept.map(|list| list.sha256.as_str()).collect();
         self.lists.retain(|digest, _| kept.contains(digest.as_str()));
@@ -72,9 +74,9 @@ impl MemoryStore {
 impl Store for MemoryStore {
     fn load(&mut self) -> Result<Snapshot, StoreError> {
         let last = self.policies.values().filter_map(|p| p.values().next_back());
-        let awaiting = last.clone().filter(|policy| policy.confirm_until.is_some());
-        let fallbacks =
-            awaiting.filter_map(|policy| self.policies.get(&policy.name)?.get(&policy.falls_back_to));
+        let fallbacks = last
+            .clone()
+            .filter_map(|policy| self.policies.get(&policy.name)?.get(&fallback_of(policy)?));
         Ok(Snapshot {
             grants: self.grants.values().cloned().collect(),
             policies: last.clone().map(|p| self.with_lists(p)).collect(),

@@ -132,7 +132,8 @@ pub enum StoreError {
     Busy,
 }
 
-/// Revisions of a policy that are kept with their lists, the last ones. Older ones keep their documents.
+/// Revisions of a policy that are kept with their lists: the last ones, and beside them the one that comes back
+/// if the last is not confirmed. Older ones keep their documents.
 pub const LISTED_REVISIONS_MAX: u64 = 16;
 
 /// What helps against what SQLite refuses.
@@ -192,7 +193,8 @@ pub enum Write {
     /// Removes a grant.
     DeleteGrant(String),
     /// Adds a revision of a policy, with the content of its lists, each of which is kept once however many
-    /// revisions name it, and until none of the last ones does ([`LISTED_REVISIONS_MAX`]).
+    /// revisions name it, and until none of those that are kept with theirs does ([`LISTED_REVISIONS_MAX`]). A
+    /// list without content is one that another of those revisions brought.
     PutPolicy(v1::Policy),
     /// A revision awaits confirmation no more, and stays.
     ConfirmPolicy {
@@ -270,6 +272,13 @@ pub trait Store: Send + 'static {
     /// # Errors
     /// [`StoreError`].
     fn last_sequence(&mut self) -> Result<u64, StoreError>;
+}
+
+/// The revision that comes back if this one, the last of its policy, is not confirmed. `None`: it awaits nothing,
+/// or nothing was in force before it.
+fn fallback_of(policy: &v1::Policy) -> Option<u64> {
+    policy.confirm_until?;
+    (policy.falls_back_to != 0).then_some(policy.falls_back_to)
 }
 
 /// A policy's revision that awaits confirmation no more.

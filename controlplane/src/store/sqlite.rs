@@ -19,7 +19,7 @@ use super::retention::Census;
 use super::schema::{MIGRATIONS, VERSION};
 use super::{
     Class, EventQuery, LISTED_REVISIONS_MAX, Snapshot, Store, StoreError, StoredGrant, StoredVm, Write,
-    confirmed,
+    confirmed, fallback_of,
 };
 use crate::lists::described;
 use crate::paths;
@@ -149,10 +149,8 @@ impl Store for SqliteStore {
                 row.get_ref(0)?.as_blob().map_err(rusqlite::Error::from)?,
             )?;
             let policy: v1::Policy = self.with_lists(policy)?;
-            if policy.confirm_until.is_some() {
-                snapshot
-                    .fallbacks
-                    .extend(self.revision(&policy.name, policy.falls_back_to)?);
+            if let Some(fallback) = fallback_of(&policy) {
+                snapshot.fallbacks.extend(self.revision(&policy.name, fallback)?);
             }
             snapshot.policies.push(policy);
         }
@@ -197,15 +195,20 @@ impl Store for SqliteStore {
                     let mut note = transaction.prepare_cached(
                         "INSERT OR IGNORE INTO list_uses (name, revision, sha256) VALUES (?1, ?2, ?3)",
                     )?;
-                    // One that comes without its content is there already.
-                    for list in policy.lists.iter().filter(|list| !list.content.is_empty()) {
-                        insert.execute(params![list.sha256, list.content])?;
+                    for list in &policy.lists {
+                        // One that comes without its content is there already, and named once more.
+                        if !list.content.is_empty() {
+                            insert.execute(params![list.sha256, list.content])?;
+                        }
                         note.execute(params![policy.name, number(policy.revision), list.sha256])?;
                     }
                     let kept_from = policy.revision.saturating_sub(LISTED_REVISIONS_MAX - 1);
+                    let fallback = fallback_of(policy).map_or(-1, number);
                     transaction
-                        .prepare_cached("DELETE FROM list_uses WHERE name = ?1 AND revision < ?2")?
-                        .execute(params![policy.name, number(kept_from)])?;
+                        .prepare_cached(
+                            "DELETE FROM list_uses WHERE name = ?1 AND revision < ?2 AND revision != ?3",
+                        )?
+                        .execute(params![policy.name, number(kept_from), fallback])?;
                     transaction
                         .prepare_cached(
                             "DELETE FROM lists WHERE NOT EXISTS

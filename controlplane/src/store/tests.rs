@@ -3,6 +3,7 @@ use std::os::unix::fs::PermissionsExt as _;
 use std::time::{Duration, SystemTime};
 
 use super::*;
+use crate::lists::described;
 use crate::testing::TempDir;
 
 fn event(sequence: u64, kind: v1::EventKind) -> v1::Event {
@@ -343,6 +344,62 @@ fn lists_go_when_none_of_the_last_revisions_of_any_policy_names_them() {
             (old.document, old.lists[0].path.as_str()),
             (policy("default", 1).document, "l.txt")
         );
+    }
+}
+
+#[test]
+fn what_an_unconfirmed_revision_falls_back_to_keeps_its_lists_however_old_it_is() {
+    let dir = TempDir::new();
+    let list = v1::PolicyList {
+        path: "l.txt".to_owned(),
+        sha256: "aa".repeat(32),
+        content: vec![7; 1_000],
+        size_bytes: 1_000,
+    };
+    let awaiting = |revision| v1::Policy {
+        confirm_until: Some(SystemTime::UNIX_EPOCH.into()),
+        falls_back_to: 1,
+        ..policy("default", revision)
+    };
+    let fallback = v1::Policy {
+        lists: vec![list.clone()],
+        ..policy("default", 1)
+    };
+    for mut store in both(&dir) {
+        let mut put = |policy: v1::Policy| store.apply(&[Write::PutPolicy(policy)]).unwrap();
+        put(fallback.clone());
+        let last = LISTED_REVISIONS_MAX + 4;
+        for revision in 2..=last {
+            put(awaiting(revision));
+            put(policy("other", revision));
+        }
+        assert_eq!(store.load().unwrap().fallbacks, std::slice::from_ref(&fallback));
+
+        // It comes back: as a revision of its own, which names the list and does not bring it.
+        let back = v1::Policy {
+            revision: last + 1,
+            ..fallback.clone()
+        };
+        let without_content = v1::Policy {
+            lists: described(&back.lists),
+            ..back.clone()
+        };
+        store.apply(&[Write::PutPolicy(without_content)]).unwrap();
+        store
+            .apply(&[Write::PutPolicy(policy("other", last + 1))])
+            .unwrap();
+        let snapshot = store.load().unwrap();
+        assert!(snapshot.policies.contains(&back), "{:?}", snapshot.policies);
+        assert_eq!(snapshot.fallbacks, []);
+
+        // Nothing awaits anything any more: it goes with the last that names it.
+        for revision in last + 2..=last + 1 + LISTED_REVISIONS_MAX {
+            store
+                .apply(&[Write::PutPolicy(policy("default", revision))])
+                .unwrap();
+        }
+        let old = store.policy("default", last + 1).unwrap().unwrap();
+        assert_eq!(old.lists, described(&back.lists));
     }
 }
 

@@ -419,18 +419,26 @@ impl Engine {
         }
     }
 
-    /// A forward is closed: cut the flows that came through it.
-    pub fn close_listener(&mut self, now: Time, listen: SocketAddr) {
-        for at in self.flows.places() {
-            let through = |flow: &super::flow::Flow| {
-                flow.ingress
-                    && flow.dialled.port() == listen.port()
-                    && (listen.ip().is_unspecified() || flow.dialled.ip() == listen.ip())
-            };
-            if self.flows.get(at).is_some_and(through) {
-                self.cut(now, at, FlowEnd::Cut);
-            }
+    /// A TCP forward is closed: cuts the flows that came through it, and says how many.
+    pub fn close_listener(&mut self, now: Time, listen: SocketAddr) -> usize {
+        let through = |flow: &super::flow::Flow| {
+            flow.key.protocol == Protocol::Tcp
+                && flow.dialled.port() == listen.port()
+                && (listen.ip().is_unspecified() || flow.dialled.ip() == listen.ip())
+        };
+        let places = self.flows.places().into_iter();
+        places
+            .filter(|at| self.flows.get(*at).is_some_and(through) && self.cut_ingress(now, *at))
+            .count()
+    }
+
+    /// Cuts a flow that came through a forward; false if there is none of that kind.
+    pub fn cut_ingress(&mut self, now: Time, at: usize) -> bool {
+        let there = self.flows.get(at).is_some_and(|flow| flow.ingress);
+        if there {
+            self.cut(now, at, FlowEnd::Cut);
         }
+        there
     }
 
     /// A port of the gateway that no flow to this target uses (RFC 6335 §6: dynamic ports).

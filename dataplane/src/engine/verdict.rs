@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use vnet_proto::model::{
-    Epoch, FlowId, LookupSubject, Match, Miss, MissId, Protocol, Subject, Verdict, VerdictAction,
+    CommandId, Epoch, FlowId, LookupSubject, Match, Miss, MissId, Protocol, Subject, Verdict, VerdictAction,
 };
 
 use crate::engine::cache::{Decision, Standing};
@@ -29,20 +29,12 @@ impl Engine {
                     self.cache.revoke(epoch);
                 }
                 if let Some(command) = command {
-                    self.report(Report::Done {
-                        vm: self.config.vm,
-                        command,
-                        cut: 0,
-                    });
+                    self.report_done(command, 0);
                 }
             }
             Order::Cut { command, flows } => {
                 let cut = flows.into_iter().filter(|flow| self.cut_id(now, *flow)).count();
-                self.report(Report::Done {
-                    vm: self.config.vm,
-                    command,
-                    cut: cut as u64,
-                });
+                self.report_done(command, cut);
             }
             Order::ReportVerdicts { command } => {
                 let (verdicts, in_all) = self.cache.report(now, |address| self.names_of(now, address));
@@ -405,6 +397,15 @@ impl Engine {
     }
 
     /// Cuts a flow by its id. False when there is none.
+    /// What the session asked for with a command is done, and cut so many flows.
+    pub fn report_done(&mut self, command: CommandId, cut: usize) {
+        self.report(Report::Done {
+            vm: self.config.vm,
+            command,
+            cut: cut as u64,
+        });
+    }
+
     fn cut_id(&mut self, now: Time, id: FlowId) -> bool {
         let Some(at) = self.flows.find_id(id) else {
             return false;

@@ -21,7 +21,7 @@ use std::time::Duration;
 
 use tokio::net::TcpListener;
 use tokio::task::AbortHandle;
-use vnet_proto::model::{Protocol, VmId};
+use vnet_proto::model::{CommandId, Protocol, VmId};
 
 use crate::descriptors::{Descriptors, Kept, NoDescriptor};
 use crate::message::{Forward, Input, Router, Waiting};
@@ -213,11 +213,17 @@ impl Forwards {
         Ok(bound)
     }
 
-    /// Closes a forward; its port is free when this returns. The guests cut its flows.
+    /// Closes a forward; its port is free when this returns. The guests that it names cut its flows, and say so
+    /// with `command`.
     ///
     /// # Errors
     /// [`ForwardError::NotFound`], [`ForwardError::Protocol`].
-    pub fn unexpose(&self, protocol: Protocol, listen: SocketAddr) -> Result<Forward, ForwardError> {
+    pub fn unexpose(
+        &self,
+        protocol: Protocol,
+        listen: SocketAddr,
+        command: CommandId,
+    ) -> Result<(Forward, Vec<VmId>), ForwardError> {
         let udp = is_udp(protocol)?;
         let mut open = self.shared.lock();
         let closed = open
@@ -228,11 +234,13 @@ impl Forwards {
         let forward = closed.forward;
         drop(closed);
         // Not only to the guest at the target now: another may have had its address when a flow began.
-        for vm in self.shared.router.vms() {
-            self.shared.router.send(vm, Input::IngressClosed { udp, listen });
-        }
+        let mut told = self.shared.router.vms();
+        told.retain(|vm| {
+            let closed = Input::IngressClosed { command, udp, listen };
+            self.shared.router.send(*vm, closed)
+        });
         tracing::info!(%protocol, %listen, "forward closed");
-        Ok(forward)
+        Ok((forward, told))
     }
 
     /// The forwards open now, by protocol and listen address.

@@ -42,6 +42,7 @@ struct Given {
 }
 
 const GUEST: &str = "192.168.127.2";
+const COMMAND: CommandId = CommandId(7);
 
 fn given(guests: &[&str], limit: usize) -> Given {
     given_with(guests, limit, Descriptors::new(1 << 20))
@@ -104,7 +105,7 @@ fn a_forward_for_which_no_descriptor_is_left_is_refused_until_another_is_closed(
         matches!(refused, Err(ForwardError::Descriptors(_))),
         "{refused:?}"
     );
-    given.forwards.unexpose(Protocol::Tcp, listen).unwrap();
+    given.forwards.unexpose(Protocol::Tcp, listen, COMMAND).unwrap();
     given.forwards.expose(forward(Protocol::Udp, any_port())).unwrap();
 }
 
@@ -225,7 +226,7 @@ fn a_port_in_use_is_refused_and_a_closed_one_is_free_at_once() {
         format!("tcp {listen} is already in use; close what listens there or forward another port")
     );
     for _ in 0..20 {
-        given.forwards.unexpose(Protocol::Tcp, listen).unwrap();
+        given.forwards.unexpose(Protocol::Tcp, listen, COMMAND).unwrap();
         assert_eq!(
             given.forwards.expose(forward(Protocol::Tcp, listen)).unwrap(),
             listen
@@ -239,19 +240,21 @@ fn closing_tells_every_guest_to_cut_its_flows() {
     let given = given(&[GUEST, "192.168.127.3"], 8);
     let listen = given.forwards.expose(forward(Protocol::Tcp, any_port())).unwrap();
 
-    given.forwards.unexpose(Protocol::Tcp, listen).unwrap();
+    let (closed, mut asked) = given.forwards.unexpose(Protocol::Tcp, listen, COMMAND).unwrap();
 
     let mut told: Vec<VmId> = given
         .sent
         .try_iter()
-        .filter(|(_, input)| matches!(input, Input::IngressClosed { udp: false, listen: l } if *l == listen))
+        .filter(|(_, input)| matches!(input, Input::IngressClosed { command: COMMAND, udp: false, listen: l } if *l == listen))
         .map(|(vm, _)| vm)
         .collect();
     told.sort_unstable();
     assert_eq!(told, [VmId(1), VmId(2)]);
+    asked.sort_unstable();
+    assert_eq!((closed, asked), (forward(Protocol::Tcp, listen), told));
     assert!(TcpStream::connect(listen).is_err());
     assert!(matches!(
-        given.forwards.unexpose(Protocol::Tcp, listen),
+        given.forwards.unexpose(Protocol::Tcp, listen, COMMAND),
         Err(ForwardError::NotFound { .. })
     ));
 }

@@ -124,7 +124,8 @@ impl ForwardCommand {
                     .await?
                     .into_inner();
                 context.output.done("vnet.v1.DeleteForwardResponse", &answer, || {
-                    format!("closed {}", sentence(answer.forward.as_ref()))
+                    let cut = words::cut(answer.cut.as_ref());
+                    format!("closed {}{cut}", sentence(answer.forward.as_ref()))
                 })
             }
         }

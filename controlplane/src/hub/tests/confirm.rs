@@ -288,6 +288,47 @@ async fn what_comes_back_has_its_lists() {
     );
 }
 
+#[tokio::test]
+async fn what_comes_back_has_its_lists_after_more_trials_than_revisions_keep_theirs() {
+    let dir = TempDir::new();
+    let file = dir.path().join("s.db");
+    let rig = restarted(&file, Duration::ZERO);
+    let lists = [crate::lists::pack("lists/web.txt", b"192.0.2.0/24\n")];
+    rig.hub.apply_policy(listed(&lists)).unwrap();
+    let trials = crate::store::LISTED_REVISIONS_MAX + 4;
+    for trial in 1..=trials {
+        let applied = try_out(&rig, &format!("version: 1\n# trial {trial}\n"));
+        assert_eq!(applied.policy.falls_back_to, 1);
+        applied.durable.wait().await.unwrap();
+    }
+    drop(rig);
+    let rig = restarted(&file, Duration::ZERO);
+    rig.pass(MINUTE);
+    let back = in_force(&rig);
+    assert_eq!((back.revision, back.lists.len()), (trials + 2, 1), "{back:?}");
+    let mut dp = rig.dataplane("web");
+    assert_eq!(dp.verdict(flow(WEB, &[])).action, ALLOW);
+    // Others are applied meanwhile, which let go of lists that nothing names.
+    let other = Candidate {
+        name: "other",
+        ..listed(&[])
+    };
+    let other = Candidate {
+        document: "version: 1\nappliesTo: {name: nobody}\n",
+        ..other
+    };
+    rig.hub.apply_policy(other).unwrap().durable.wait().await.unwrap();
+    drop(dp);
+    drop(rig);
+    let rig = restarted(&file, Duration::ZERO);
+    let mut dp = rig.dataplane("web");
+    assert_eq!(
+        dp.verdict(flow(WEB, &[])).action,
+        ALLOW,
+        "and after another start"
+    );
+}
+
 #[test]
 fn times_to_confirm_in_have_limits() {
     let span = |seconds| Some(prost_types::Duration { seconds, nanos: 0 });

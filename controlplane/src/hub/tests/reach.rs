@@ -85,6 +85,83 @@ fn each_scope_says_how_many_vms_requests_and_names_a_yes_covers() {
 }
 
 #[test]
+fn what_an_offer_covers_is_asked_once_however_many_selectors_select_the_vm() {
+    let rig = Rig::secure();
+    let labels = (0..LABELS_OFFERED_MAX).map(|n| (format!("k{n}"), "v".to_owned()));
+    let mut dp = rig.dataplane_with(hello(
+        1,
+        vec![v1::VmUp {
+            labels: labels.collect(),
+            ..vm_up(1, "web")
+        }],
+    ));
+    let (_, id) = dp.held(flow("192.0.2.7:443", &["api.example.com"]));
+    let (_, offers) = rig.hub.offers(&id).unwrap();
+    let mut offers = offers.unwrap();
+    let (mut asked, mut counted) = (0, 0);
+    let covers = |_: &crate::grant::ReadyGrant| {
+        asked += 1;
+        true
+    };
+    offers.each(crate::hub::reach::Selected::MAX, covers, |_| counted += 1);
+    let scopes = offers.into_messages().len();
+    assert_eq!((asked, counted), (scopes, scopes * (LABELS_OFFERED_MAX + 2)));
+}
+
+#[test]
+fn a_yes_for_a_label_opens_the_vms_that_carry_it_and_no_other() {
+    let rig = Rig::secure();
+    let mut a = rig.dataplane_with(hello(1, vec![labelled(1, "a", "agent")]));
+    let mut b = rig.dataplane_with(hello(2, vec![labelled(1, "b", "agent")]));
+    let mut c = rig.dataplane_with(hello(3, vec![labelled(1, "c", "db")]));
+    let (_, id) = a.held(flow(WEB, &[]));
+    let (held_of_b, _) = b.held(flow(WEB, &[]));
+    let (_, of_c) = c.held(flow(WEB, &[]));
+    let role = |role: &str| VmSelector::new(None, [("role".to_owned(), role.to_owned())].into());
+
+    let not_the_asker = Reply {
+        vms: role("db"),
+        ..reply(&id, Answer::Approve)
+    };
+    let text = rig.hub.reply(&not_the_asker).unwrap_err().to_string();
+    assert!(text.contains("role=db does not select VM a"), "{text}");
+
+    let agents = Reply {
+        vms: role("agent"),
+        scope: Some(crate::approval::Scope::Host),
+        ..reply(&id, Answer::Approve)
+    };
+    let (_, made, ..) = rig.hub.reply(&agents).unwrap();
+
+    let released = verdicts(&b.told());
+    assert_eq!(
+        (released[0].miss_id, released[0].action, &released[0].grant_id),
+        (held_of_b.0, ALLOW, &made.id),
+        "what b was held for is answered with it"
+    );
+    for (open, vm) in [(&mut a, "a"), (&mut b, "b")] {
+        assert_eq!(open.verdict(flow("192.0.2.7:80", &[])).action, ALLOW, "{vm}");
+    }
+    assert_eq!(verdicts(&c.told()), [], "c still waits");
+    c.held(flow("192.0.2.7:80", &[]));
+    let open: Vec<String> = rig.hub.pending(None).into_iter().map(|r| r.vm).collect();
+    assert_eq!(open, ["c", "c"]);
+    assert_eq!(rig.hub.pending_request(&of_c).unwrap().held, 1);
+
+    // A VM that gets the label is opened, one that loses it closed.
+    let update = |name, role: &str| VmUpdate {
+        name,
+        mode: None,
+        labels: [("role".to_owned(), role.to_owned())].into(),
+        etag: "",
+        actor: "tester",
+    };
+    rig.hub.update_vm(update("b", "db")).unwrap();
+    b.told();
+    b.held(flow(WEB, &[]));
+}
+
+#[test]
 fn a_yes_covers_no_guarded_destination_that_it_does_not_name() {
     let rig = Rig::secure();
     let mut dp = rig.dataplane("web");

@@ -246,3 +246,33 @@ fn a_stored_policy_that_fails_its_own_tests_blocks_the_vms_under_it_until_anothe
     dp.told();
     assert_eq!(dp.verdict(flow(WEB, &[])).action, ALLOW);
 }
+
+#[test]
+fn what_lies_below_a_public_suffix_is_wider_than_subdomains() {
+    let rig = Rig::open();
+    rig.apply("version: 1\nmode: ask\napprovals: {maxScope: subdomains}\n");
+    let _dp = rig.dataplane("web");
+    let made = |target: &str| {
+        rig.hub
+            .create_grant(grant(GrantAction::Allow, target, Some("web"), Lifetime::Once))
+    };
+    for target in [
+        "domain *.com",
+        "domain *.co.uk:443",
+        "domain *.github.io",
+        "lookup *.com",
+    ] {
+        let text = made(target).unwrap_err().to_string();
+        assert!(
+            text.starts_with("approvals.maxScope of policy default is subdomains for VM web"),
+            "{target}: {text}"
+        );
+    }
+    for target in [
+        "domain *.example.com",
+        "domain *.a.github.io",
+        "domain *.b.a.example.co.uk:443",
+    ] {
+        made(target).unwrap();
+    }
+}

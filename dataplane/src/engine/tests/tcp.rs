@@ -435,6 +435,49 @@ fn a_connection_that_is_open_is_not_given_up_for_being_silent() {
 }
 
 #[test]
+fn a_forward_that_is_closed_cuts_what_came_through_it_and_counts_it() {
+    let mut rig = Rig::new();
+    let (own, _) = rig.connect(WEB);
+    let target = "192.168.127.2:22".parse().unwrap();
+    let [listen, other] =
+        ["127.0.0.1:2222", "127.0.0.1:2223"].map(|a| a.parse::<std::net::SocketAddr>().unwrap());
+    let through = [listen, listen, other].map(|listen| {
+        let at = rig.engine.open_ingress(rig.now, target).unwrap();
+        rig.engine.note_listener(at, Some(listen));
+        at
+    });
+    // A client of a UDP forward comes from a port of the gateway's, which is no forward's.
+    let udp = rig
+        .engine
+        .open_ingress_udp(rig.now, "192.168.127.2:53".parse().unwrap())
+        .unwrap();
+    rig.service();
+    rig.reports();
+
+    assert_eq!(rig.engine.close_listener(rig.now, listen), 2);
+    rig.service();
+    let reports = rig.reports();
+    let cut = |r: &&Report| {
+        matches!(
+            r,
+            Report::FlowClosed {
+                end: FlowEnd::Cut,
+                ..
+            }
+        )
+    };
+    assert_eq!(reports.iter().filter(cut).count(), 2, "{reports:?}");
+    assert!(rig.engine.connection(through[2]).is_some() && rig.engine.connection(own).is_some());
+    assert_eq!(rig.engine.close_listener(rig.now, listen), 0, "once");
+
+    let dynamic = "0.0.0.0:49152".parse().unwrap();
+    assert_eq!(rig.engine.close_listener(rig.now, dynamic), 0, "udp is not tcp");
+    assert!(!rig.engine.cut_ingress(rig.now, own), "it came from the guest");
+    assert!(rig.engine.cut_ingress(rig.now, udp));
+    assert!(!rig.engine.cut_ingress(rig.now, udp), "once");
+}
+
+#[test]
 fn a_forward_opens_towards_the_guest_from_the_gateway() {
     let mut rig = Rig::new();
     let at = rig

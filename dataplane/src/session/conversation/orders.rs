@@ -21,6 +21,8 @@ pub(super) struct Pending {
     id: u64,
     waiting: HashSet<VmId>,
     cut: u64,
+    /// The forward that is closed.
+    forward: Option<v1::Forward>,
 }
 
 impl Conversation {
@@ -84,27 +86,20 @@ impl Conversation {
 
     pub(super) fn command(&mut self, message: v1::Command) {
         use v1::command::Command;
-        if let Some(Command::ReportVerdicts(asked)) = &message.command {
-            return self.report_verdicts(message.command_id, VmId(asked.vm));
-        }
         let answer = match message.command {
+            // Those that guests have a part in.
+            Some(Command::ReportVerdicts(asked)) => {
+                return self.report_verdicts(message.command_id, VmId(asked.vm));
+            }
+            Some(Command::Unexpose(forward)) => return self.unexpose(message.command_id, &forward),
             Some(Command::Expose(forward)) => self.expose(&forward).map(Some),
-            Some(Command::Unexpose(forward)) => wire::forward_from_wire(&forward)
-                .and_then(|(protocol, listen, _)| {
-                    self.commands
-                        .forwards
-                        .unexpose(protocol, listen)
-                        .map_err(Into::into)
-                })
-                .map(Some),
             Some(Command::SetZone(zone)) => wire::zone_from_wire(&zone)
                 .and_then(|zone| self.commands.zones.set_zone(zone))
                 .map(|()| None),
             Some(Command::DeleteZone(zone)) => wire::zone_name(&zone.name)
                 .and_then(|name| self.commands.zones.delete_zone(name.as_ref()))
                 .map(|()| None),
-            // Answered above.
-            Some(Command::ReportVerdicts(_)) | None => Err(Refusal {
+            None => Err(Refusal {
                 code: tonic::Code::Unimplemented,
                 text: "the command is none that this version knows".to_owned(),
             }),
@@ -121,22 +116,17 @@ impl Conversation {
 
     /// Asks a guest for what its cache holds.
     fn report_verdicts(&mut self, id: u64, vm: VmId) {
-        let refuse = |code, text: &str| Refusal {
-            code,
-            text: text.to_owned(),
-        };
         let Ok(command) = self.next_command() else {
-            let busy = refuse(
-                tonic::Code::ResourceExhausted,
-                "too many commands wait for guests",
-            );
-            return self.acknowledge(id, 0, None, Some(busy));
+            return self.acknowledge(id, 0, None, Some(busy()));
         };
         if !self
             .router
             .send(vm, Input::Order(Order::ReportVerdicts { command }))
         {
-            let gone = refuse(tonic::Code::NotFound, "there is no guest of this handle");
+            let gone = Refusal {
+                code: tonic::Code::NotFound,
+                text: "there is no guest of this handle".to_owned(),
+            };
             return self.acknowledge(id, 0, None, Some(gone));
         }
         self.wait_for(command, id, vec![vm]);
@@ -170,6 +160,23 @@ impl Conversation {
         })
     }
 
+    /// Closes a forward. It is acknowledged when every guest has cut what came through it.
+    fn unexpose(&mut self, id: u64, message: &v1::Forward) {
+        let command = self.next_command().map_err(|_| busy());
+        let closed = command.and_then(|command| {
+            let (protocol, listen, _) = wire::forward_from_wire(message)?;
+            let (forward, told) = self.commands.forwards.unexpose(protocol, listen, command)?;
+            Ok((command, forward, told))
+        });
+        match closed {
+            Ok((command, forward, told)) => {
+                let forward = wire::forward_to_wire(&forward, &self.identity.network);
+                self.wait_with(command, id, told, Some(forward));
+            }
+            Err(refusal) => self.acknowledge(id, 0, None, Some(refusal)),
+        }
+    }
+
     fn next_command(&mut self) -> Result<CommandId, Broken> {
         if self.pending.len() >= COMMANDS_MAX {
             return Err(Broken::Commands);
@@ -179,12 +186,17 @@ impl Conversation {
     }
 
     fn wait_for(&mut self, command: CommandId, id: u64, told: Vec<VmId>) {
+        self.wait_with(command, id, told, None);
+    }
+
+    fn wait_with(&mut self, command: CommandId, id: u64, told: Vec<VmId>, forward: Option<v1::Forward>) {
         self.pending.insert(
             command,
             Pending {
                 id,
                 waiting: told.into_iter().collect(),
                 cut: 0,
+                forward,
             },
         );
         self.settle(|_| {});
@@ -200,7 +212,7 @@ impl Conversation {
         if pending.waiting.is_empty()
             && let Some(done) = self.pending.remove(&command)
         {
-            self.acknowledge(done.id, done.cut, None, None);
+            self.acknowledge(done.id, done.cut, done.forward, None);
         }
     }
 
@@ -216,7 +228,7 @@ impl Conversation {
         done.sort_unstable();
         for command in done {
             if let Some(done) = self.pending.remove(&command) {
-                self.acknowledge(done.id, done.cut, None, None);
+                self.acknowledge(done.id, done.cut, done.forward, None);
             }
         }
     }
@@ -254,6 +266,13 @@ impl Conversation {
             flows: vec![flow],
         };
         self.router.send(vm_of_flow(flow), Input::Order(order));
+    }
+}
+
+fn busy() -> Refusal {
+    Refusal {
+        code: tonic::Code::ResourceExhausted,
+        text: format!("{COMMANDS_MAX} commands wait for guests already; try again"),
     }
 }
 

@@ -9,7 +9,9 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant, SystemTime};
 
 use tokio::sync::Notify;
-use vnet_proto::model::{Epoch, FlowKey, FlowSubject, GuardSet, Miss, Name, Protocol, Reason, Subject, VmId};
+use vnet_proto::model::{
+    CommandId, Epoch, FlowKey, FlowSubject, GuardSet, Miss, Name, Protocol, Reason, Subject, VmId,
+};
 use vnet_proto::v1;
 use vnet_proto::v1::session_response::Message as Response;
 
@@ -25,6 +27,8 @@ use crate::session::{Commands, Identity, Refusal, Zones};
 pub(super) struct Recorder {
     guests: Mutex<BTreeSet<VmId>>,
     orders: Mutex<Vec<(VmId, Order)>>,
+    /// Guests that were told of a forward's end, and for which command.
+    closings: Mutex<Vec<(VmId, CommandId)>>,
     news: Notify,
 }
 
@@ -68,9 +72,15 @@ impl Recorder {
 impl Router for Recorder {
     fn send(&self, vm: VmId, input: Input) -> bool {
         let there = self.guests.lock().unwrap().contains(&vm);
-        if let (true, Input::Order(order)) = (there, input) {
-            self.orders.lock().unwrap().push((vm, order));
-            self.news.notify_one();
+        match input {
+            Input::Order(order) if there => {
+                self.orders.lock().unwrap().push((vm, order));
+                self.news.notify_one();
+            }
+            Input::IngressClosed { command, .. } if there => {
+                self.closings.lock().unwrap().push((vm, command));
+            }
+            _ => {}
         }
         there
     }

@@ -546,6 +546,53 @@ async fn commands_that_nobody_finishes_are_bounded() {
 }
 
 #[tokio::test]
+async fn a_closed_forward_is_acknowledged_when_every_guest_has_cut_what_came_through_it() {
+    use v1::command::Command;
+    let mut given = given(&[1, 2]).welcomed();
+    let command = |id, command| {
+        Response::Command(v1::Command {
+            command_id: id,
+            command: Some(command),
+        })
+    };
+    let asked = v1::Forward {
+        protocol: v1::Protocol::Tcp.into(),
+        listen: "127.0.0.1:0".into(),
+        target: "192.168.127.2:80".into(),
+        ..Default::default()
+    };
+    given.hears(command(4, Command::Expose(asked))).unwrap();
+    let Some(Message::Ack(v1::Ack {
+        forward: Some(opened),
+        ..
+    })) = given.said().pop()
+    else {
+        panic!("it is opened")
+    };
+
+    given
+        .hears(command(5, Command::Unexpose(opened.clone())))
+        .unwrap();
+    let mut told = std::mem::take(&mut *given.router.closings.lock().unwrap());
+    told.sort_unstable();
+    let [(VmId(1), closing), (VmId(2), same)] = told[..] else {
+        panic!("{told:?}")
+    };
+    assert_eq!(closing, same);
+    assert!(given.said().is_empty(), "nobody has cut anything yet");
+    given.report(done(1, closing, 2));
+    assert!(given.said().is_empty(), "one of them has not");
+    given.report(done(2, closing, 1));
+    let acknowledged = v1::Ack {
+        command_id: 5,
+        cut_flows: 3,
+        forward: Some(opened),
+        ..Default::default()
+    };
+    assert_eq!(given.said(), [Message::Ack(acknowledged)]);
+}
+
+#[tokio::test]
 async fn commands_are_done_or_refused_with_a_code() {
     use v1::command::Command;
     let mut given = given(&[1]).welcomed();
@@ -589,9 +636,8 @@ async fn commands_are_done_or_refused_with_a_code() {
             .text,
         "forward.target is not set"
     );
-    assert_eq!(ack(Command::Unexpose(forward(&opened.listen, ""))).error, None);
     assert_eq!(
-        ack(Command::Unexpose(forward(&opened.listen, "")))
+        ack(Command::Unexpose(forward("127.0.0.1:1", "")))
             .error
             .unwrap()
             .code,

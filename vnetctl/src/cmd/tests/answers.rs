@@ -500,6 +500,40 @@ async fn a_forward_without_a_guest_leads_to_the_vm_that_was_named() {
 }
 
 #[tokio::test]
+async fn closing_a_forward_says_what_it_cut() {
+    let server = Scripted::start();
+    let forward = v1::Forward {
+        network: "up-1".to_owned(),
+        protocol: v1::Protocol::Udp.into(),
+        listen: "127.0.0.1:5353".to_owned(),
+        target: "192.168.127.5:53".to_owned(),
+    };
+    let answer = v1::DeleteForwardResponse {
+        forward: Some(forward),
+        cut: Some(v1::CutReport {
+            flows: 2,
+            dataplanes_acknowledged: 1,
+            dataplanes_cut: 1,
+            ..Default::default()
+        }),
+    };
+    server.answer("ForwardService/DeleteForward", &answer);
+
+    let said = run(
+        &server,
+        Format::Table,
+        &["forward", "remove", "127.0.0.1:5353/udp"],
+    )
+    .await
+    .unwrap();
+
+    assert_eq!(
+        said,
+        "closed udp 127.0.0.1:5353 -> 192.168.127.5:53; 2 live flows on 1 dataplane were cut\n"
+    );
+}
+
+#[tokio::test]
 async fn explain_says_the_answer_and_what_would_change_it() {
     let server = Scripted::start();
     let answer = v1::ExplainResponse {
