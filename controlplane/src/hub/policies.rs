@@ -5,8 +5,7 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use vnet_proto::model::{
-    FlowKey, FlowSubject, Guard, GuardSet, LookupSubject, Mode, NamePattern, Protocol, Reason, Subject,
-    Target,
+    FlowKey, FlowSubject, Guard, GuardSet, LookupSubject, Mode, NamePattern, Protocol, Subject, Target,
 };
 use vnet_proto::v1;
 
@@ -16,7 +15,7 @@ use super::{Hub, State, Ticket};
 use crate::clock::Now;
 use crate::convert;
 use crate::lists;
-use crate::policy::{Decision, DefaultAction, ListCache, Policy};
+use crate::policy::{DefaultAction, ListCache, Policy};
 use crate::refusal::Refusal;
 use crate::store::{Durable, Write};
 
@@ -577,17 +576,6 @@ impl State {
             }
         };
         let decision = decide_for(vm, &dataplane.guarded, peer, &subject);
-        let decision = match vm.effective.unsettled() {
-            Some(why) if decision.reason.step == "mode" => Decision {
-                reason: Reason {
-                    text: why.text(&decision.reason.text),
-                    ..decision.reason
-                },
-                remedy: why.remedy.clone(),
-                ..decision
-            },
-            _ => decision,
-        };
         let (names, guards) = match &subject {
             Subject::Flow(flow) => (flow.names.iter().map(ToString::to_string).collect(), flow.guards),
             Subject::Lookup(_) => (Vec::new(), GuardSet::EMPTY),

@@ -487,7 +487,10 @@ fn blocked_by_mode(context: &Context<'_>) -> Option<Answer> {
         .mode()
         .filter(|mode| matches!(mode, Mode::Block | Mode::Quarantine))?;
     let text = format!("mode {mode} denies everything that {} initiates", context.vm.name);
-    let remedy = format!("vnetctl vm mode {} enforce", context.vm.name);
+    let (text, remedy) = match context.policy.unsettled() {
+        Some(why) => (why.text(&text), why.remedy.clone()),
+        None => (text, format!("vnetctl vm mode {} enforce", context.vm.name)),
+    };
     Some(Answer::new(Outcome::Deny, "mode", mode.to_string(), text, remedy))
 }
 

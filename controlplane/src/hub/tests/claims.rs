@@ -66,7 +66,13 @@ fn a_policy_that_cannot_be_read_blocks_whom_no_other_claims() {
     let mut lab = rig.dataplane_with(hello(3, vec![vm_up(1, "lab")]));
     assert_eq!(known.verdict(flow(WEB, &[])).action, ALLOW);
     assert_eq!(own.verdict(flow(WEB, &[])).action, ALLOW);
-    assert_eq!(lab.verdict(flow(WEB, &[])).action, DENY);
+    let denied = lab.verdict(flow(WEB, &[]));
+    assert_eq!(denied.action, DENY);
+    let told = denied.reason.unwrap().text;
+    assert!(
+        told.starts_with("policy lab (revision 3) cannot be read"),
+        "{told}"
+    );
     assert_eq!(mode(&rig, "lab"), v1::Mode::Block);
     let why = explained(&rig, "lab");
     assert_eq!(
