@@ -7,6 +7,7 @@ mod language;
 mod loading;
 mod order;
 mod property;
+mod remedies;
 mod resolvers;
 mod sets;
 mod settings;
