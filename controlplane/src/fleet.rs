@@ -123,6 +123,8 @@ pub struct LiveFlow {
     pub subject: FlowSubject,
     /// The VM that it is for; empty where that is none.
     pub peer: String,
+    /// The names that it might speak when it opened; empty where none was demanded.
+    pub names: Vec<Name>,
     /// The grant that it rests on; empty for none.
     pub grant: String,
     /// That grant was for once, and is spent on it.

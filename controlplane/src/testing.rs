@@ -250,18 +250,41 @@ impl FakeDataplane {
         epoch: Option<Epoch>,
         grant: &str,
     ) -> u64 {
-        self.next_flow += 1;
-        let Subject::Flow(subject) = subject else {
+        let Subject::Flow(flow) = subject else {
             panic!("not a flow")
         };
-        self.say(Message::FlowOpened(v1::FlowOpened {
-            flow_id: self.next_flow,
-            vm: 1,
-            subject: Some(subject.into()),
+        let opened = v1::FlowOpened {
             epoch: epoch.map(Into::into),
             grant_id: grant.to_owned(),
             miss_id: miss.0,
+            names: flow.names.iter().map(ToString::to_string).collect(),
             ..Default::default()
+        };
+        self.open_as(flow, opened)
+    }
+
+    /// Opens a flow as a verdict says.
+    pub(crate) fn open_by(&mut self, subject: &Subject, verdict: &v1::Verdict) -> u64 {
+        let Subject::Flow(flow) = subject else {
+            panic!("not a flow")
+        };
+        let opened = v1::FlowOpened {
+            epoch: verdict.epoch,
+            grant_id: verdict.grant_id.clone(),
+            miss_id: verdict.miss_id,
+            names: verdict.names.clone(),
+            ..Default::default()
+        };
+        self.open_as(flow, opened)
+    }
+
+    fn open_as(&mut self, flow: &FlowSubject, opened: v1::FlowOpened) -> u64 {
+        self.next_flow += 1;
+        self.say(Message::FlowOpened(v1::FlowOpened {
+            flow_id: self.next_flow,
+            vm: 1,
+            subject: Some(flow.into()),
+            ..opened
         }));
         self.next_flow
     }

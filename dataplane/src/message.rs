@@ -316,6 +316,8 @@ pub struct FlowOpened {
     pub opened_at: SystemTime,
     /// The miss that it was; `None` for a hit.
     pub miss: Option<MissId>,
+    /// The names of which it must, or may, speak one; empty where none is demanded.
+    pub names: Vec<Name>,
 }
 
 /// Why a flow ended.

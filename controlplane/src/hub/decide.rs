@@ -356,7 +356,7 @@ impl State {
             .and_then(|handle| self.fleet.vm_of(number, handle));
         let decision = decide_live(&context(vm, &dataplane.guarded, peer), &flow.subject);
         match decision.outcome {
-            Outcome::Allow => true,
+            Outcome::Allow => decision.may_go_on(&flow.names),
             // Its grant was for this very flow: only what outranks any grant takes it back.
             Outcome::Ask => self.rests(flow),
             Outcome::Deny | Outcome::Drop => {

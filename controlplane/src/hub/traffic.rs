@@ -5,6 +5,7 @@ use std::time::SystemTime;
 
 use vnet_proto::model::{
     FlowId, FlowSubject, Malformed, MissId, Name, Reason, Subject, VmId, VmSelector, address_from_bytes,
+    names_from_wire,
 };
 use vnet_proto::v1;
 
@@ -140,6 +141,7 @@ impl State {
                 field: "flow_opened.subject",
             })?
             .try_into()?;
+        let names = names_from_wire("flow_opened.names", &message.names)?;
         let dataplane = self.fleet.dataplanes.get(&number);
         let name = dataplane.and_then(|d| d.vms.get(&VmId(message.vm))).cloned();
         let (Some(dataplane), Some(name)) = (dataplane, name) else {
@@ -173,6 +175,7 @@ impl State {
                 .map(|peer| peer.view.name.clone())
                 .unwrap_or_default(),
             subject,
+            names,
             grant: message.grant_id,
             reason: message.reason.map(Reason::from).unwrap_or_default(),
             would_deny: message.would_deny,

@@ -88,6 +88,15 @@ pub struct Decision<M> {
     pub remedy: String,
 }
 
+impl FlowDecision {
+    /// Whether a flow that is let through by this may be one that opened with these names to choose from; empty
+    /// where no name was demanded of it. Which of them was spoken is not known, so all of them have to be allowed.
+    pub fn may_go_on(&self, names: &[Name]) -> bool {
+        let demands = self.name_demand != NameDemand::Off;
+        !demands || (!names.is_empty() && names.iter().all(|name| self.names.contains(name)))
+    }
+}
+
 /// An answer about a flow.
 pub type FlowDecision = Decision<FlowMatch>;
 
@@ -96,15 +105,40 @@ pub type LookupDecision = Decision<LookupMatch>;
 
 /// Decides a flow.
 pub fn decide_flow(context: &Context<'_>, flow: &FlowSubject) -> FlowDecision {
-    if synthetic::is_synthetic(flow) {
-        return synthetic::decide(context, flow);
+    let decision = if synthetic::is_synthetic(flow) {
+        synthetic::decide(context, flow)
+    } else {
+        decide_plain(context, flow)
+    };
+    as_observed(context, decision)
+}
+
+/// Decides a flow that lives: whether it may live on. [`Decision::may_go_on`] says whether that is so whatever
+/// name was spoken on it.
+pub fn decide_live(context: &Context<'_>, flow: &FlowSubject) -> FlowDecision {
+    let decision = if synthetic::is_synthetic(flow) {
+        synthetic::decide_live(context, flow)
+    } else {
+        decide_plain(context, flow)
+    };
+    as_observed(context, decision)
+}
+
+/// In mode `observe` a name that disagrees leaves the flow to the default action, which that mode lets through.
+fn as_observed(context: &Context<'_>, decision: FlowDecision) -> FlowDecision {
+    if context.policy.mode() != Some(Mode::Observe) {
+        return decision;
     }
+    FlowDecision {
+        name_demand: NameDemand::Off,
+        names: Vec::new(),
+        ..decision
+    }
+}
+
+fn decide_plain(context: &Context<'_>, flow: &FlowSubject) -> FlowDecision {
     let mut region = Region::around(flow, context.guarded);
-    let mut answer = flow_answer(context, flow, &mut region);
-    if context.policy.mode() == Some(Mode::Observe) {
-        // A name that disagrees leaves the flow to the default action, which this mode lets through.
-        (answer.name_demand, answer.names) = (NameDemand::Off, Vec::new());
-    }
+    let answer = flow_answer(context, flow, &mut region);
     let alone = answer.outcome == Outcome::Ask || answer.once();
     let names_consulted = region.names_consulted();
     let mut found = region.into_match(flow.key.protocol);
@@ -119,16 +153,19 @@ pub fn decide_flow(context: &Context<'_>, flow: &FlowSubject) -> FlowDecision {
 
 /// An address that serves several names which are allowed, each by a rule or grant of its own, may be spoken to by
 /// any of them: to the names that an answer rests on are added those that would be let through alone. What holds
-/// for one flow only, or is counted, is not lent to another name.
+/// for one flow only, or is counted, is not lent to another name. The answer ends with the first of what it rests on.
 fn with_other_names(context: &Context<'_>, flow: &FlowSubject, mut decision: FlowDecision) -> FlowDecision {
     let lends = decision.outcome == Outcome::Allow && !decision.once && decision.budget.is_none();
     if !lends || decision.name_demand == NameDemand::Off {
         return decision;
     }
-    for name in &flow.names {
-        if decision.names.contains(name) {
-            continue;
-        }
+    let others = flow.names.iter().filter(|name| !decision.names.contains(name));
+    let others: Vec<&Name> = others.collect();
+    if !others.is_empty() {
+        // At another port others of the names may be allowed.
+        decision.found.ports = PortRange::one(flow.key.peer.port());
+    }
+    for name in others {
         let alone = FlowSubject {
             names: vec![name.clone()],
             ..flow.clone()
@@ -148,18 +185,8 @@ fn with_other_names(context: &Context<'_>, flow: &FlowSubject, mut decision: Flo
         let ends = answer.into_decision(()).expires_at;
         decision.expires_at = decision.expires_at.into_iter().chain(ends).min();
         decision.names.push(name.clone());
-        // At another port another of the names may be allowed.
-        decision.found.ports = PortRange::one(flow.key.peer.port());
     }
     decision
-}
-
-/// Decides whether a flow that lives may live on.
-pub fn decide_live(context: &Context<'_>, flow: &FlowSubject) -> FlowDecision {
-    if synthetic::is_synthetic(flow) {
-        return synthetic::decide_live(context, flow);
-    }
-    decide_flow(context, flow)
 }
 
 /// Decides a lookup.

@@ -39,20 +39,20 @@ pub(super) fn decide(context: &Context<'_>, flow: &FlowSubject) -> FlowDecision 
     }
 }
 
-/// Decides a flow that lives: by its name, and by what that was resolved to.
+/// Decides a flow that lives: by what its name was resolved to, and by the name. What is found against the address
+/// comes first, since it outranks whatever let the name through.
 pub(super) fn decide_live(context: &Context<'_>, flow: &FlowSubject) -> FlowDecision {
-    let unresolved = FlowSubject {
-        dialled: flow.key.peer.ip(),
-        ..flow.clone()
-    };
-    let named = decide(context, &unresolved);
-    if named.outcome == Outcome::Allow && is_resolved(flow) {
+    if is_resolved(flow) {
         let found = decide(context, flow);
         if found.outcome != Outcome::Allow {
             return found;
         }
     }
-    named
+    let unresolved = FlowSubject {
+        dialled: flow.key.peer.ip(),
+        ..flow.clone()
+    };
+    decide(context, &unresolved)
 }
 
 /// What is decided of the name. A rule with a name and prefixes is taken to match: whether it does shows when
@@ -103,14 +103,14 @@ fn by_address(context: &Context<'_>, flow: &FlowSubject) -> Answer {
     let answer = flow_answer(context, &real, &mut region);
     let step = answer.reason.step.as_str();
     let name = flow.names.first().map(ToString::to_string).unwrap_or_default();
-    let refused = match answer.outcome {
-        Outcome::Allow => false,
-        // What nothing else decides was allowed by its name.
-        Outcome::Deny | Outcome::Drop | Outcome::Ask if step == "default" => {
+    let refused = match (answer.outcome, step) {
+        (Outcome::Allow, _) => false,
+        (Outcome::Deny | Outcome::Drop | Outcome::Ask, "guard") => true,
+        // What nothing decides, or a rule would ask about, was allowed by its name.
+        (Outcome::Ask, _) | (Outcome::Deny | Outcome::Drop, "default") => {
             allowed_for_other_addresses(context, flow)
         }
-        Outcome::Deny | Outcome::Drop => true,
-        Outcome::Ask => step == "guard",
+        (Outcome::Deny | Outcome::Drop, _) => true,
     };
     if !refused {
         let text = format!("{name} was allowed, and nothing denies {address}, which it stands for");

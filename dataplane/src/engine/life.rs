@@ -73,6 +73,10 @@ impl Engine {
             would_deny: decision.is_some_and(|d| d.would_deny),
             opened_at: flow.opened_at,
             miss,
+            names: decision
+                .and_then(|d| d.naming.as_ref())
+                .map(|naming| naming.names.names.clone())
+                .unwrap_or_default(),
         };
         self.report(Report::FlowOpened(opened));
     }

@@ -85,6 +85,7 @@ pub(super) fn flow_opened(flow: &FlowOpened, bytes_up: u64, bytes_down: u64) -> 
         bytes_up,
         bytes_down,
         miss_id: flow.miss.map_or(0, |miss| miss.0),
+        names: flow.names.iter().map(ToString::to_string).collect(),
     }
 }
 

@@ -464,11 +464,7 @@ impl TryFrom<v1::FlowSubject> for FlowSubject {
             }
             .judged(),
             dialled,
-            names: message
-                .names
-                .iter()
-                .map(|n| name_from_wire("flow.names", n))
-                .collect::<Result<_, _>>()?,
+            names: names_from_wire("flow.names", &message.names)?,
             guards,
             peer_vm: guards.contains(Guard::Guest).then_some(VmId(message.peer)),
         })
@@ -516,6 +512,11 @@ impl From<&LookupSubject> for v1::LookupSubject {
             query_type: lookup.query_type.into(),
         }
     }
+}
+
+/// Reads the names of a field.
+pub fn names_from_wire(field: &'static str, names: &[String]) -> Result<Vec<Name>, Malformed> {
+    names.iter().map(|name| name_from_wire(field, name)).collect()
 }
 
 pub(crate) fn name_from_wire(field: &'static str, text: &str) -> Result<Name, Malformed> {

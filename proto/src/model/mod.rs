@@ -20,7 +20,9 @@ mod verdict;
 mod tests;
 
 pub use addr::{address_from_bytes, address_to_bytes, parse_prefix};
-pub use flow::{FlowKey, FlowSubject, Guard, GuardSet, LookupSubject, Miss, Mode, Protocol, Subject};
+pub use flow::{
+    FlowKey, FlowSubject, Guard, GuardSet, LookupSubject, Miss, Mode, Protocol, Subject, names_from_wire,
+};
 pub use id::{CommandId, Epoch, FlowId, MissId, VmId};
 pub use label::{label_key_problem, label_problem};
 pub use matching::{FlowMatch, LookupMatch, PortRange};

@@ -3,7 +3,7 @@
 use std::fmt;
 use std::time::Duration;
 
-use crate::model::flow::name_from_wire;
+use crate::model::flow::names_from_wire;
 use crate::model::flow::{duration_from_wire, duration_to_wire};
 use crate::model::{Epoch, FlowMatch, LookupMatch, Malformed, MissId, Name, Protocol};
 use crate::v1;
@@ -320,11 +320,7 @@ impl TryFrom<v1::Verdict> for Verdict {
                     value: message.name_demand,
                 })?
                 .into(),
-            names: message
-                .names
-                .iter()
-                .map(|name| name_from_wire("verdict.names", name))
-                .collect::<Result<_, _>>()?,
+            names: names_from_wire("verdict.names", &message.names)?,
             synthetic_only: message.synthetic_only,
         })
     }

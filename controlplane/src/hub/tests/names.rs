@@ -69,6 +69,52 @@ fn a_flow_refused_for_its_name_is_told_as_a_denial_with_both_names_and_its_watch
 }
 
 #[test]
+fn a_flow_that_might_have_spoken_a_name_that_is_no_longer_allowed_is_cut() {
+    let rig = Rig::secure();
+    let mut dp = rig.dataplane("web");
+    let allow = |name: &str| {
+        let made = grant(GrantAction::Allow, name, None, Lifetime::Forever);
+        rig.hub.create_grant(made).unwrap().0.id
+    };
+    let _first = allow("domain a.test");
+    let second = allow("domain b.test");
+    dp.told();
+    let (shared, alone) = (flow(WEB, &["a.test", "b.test"]), flow(WEB, &["a.test"]));
+    let verdict = dp.verdict(shared.clone());
+    assert_eq!(verdict.names.len(), 2, "{verdict:?}");
+    let cut = dp.open_by(&shared, &verdict);
+    let verdict = dp.verdict(alone.clone());
+    assert_eq!(verdict.names, ["a.test"]);
+    dp.open_by(&alone, &verdict);
+    dp.told();
+    rig.hub.revoke_grant(&second, "tester").unwrap();
+    assert_eq!(cuts(&dp.told()), [cut], "it may have spoken b.test");
+}
+
+#[test]
+fn a_flow_that_was_never_listened_to_is_cut_when_a_name_is_demanded() {
+    let rig = Rig::open();
+    let mut dp = rig.dataplane("web");
+    let subject = flow(WEB, &["a.test"]);
+    let verdict = dp.verdict(subject.clone());
+    assert!(verdict.names.is_empty());
+    let unheard = dp.open_by(&subject, &verdict);
+    dp.told();
+    rig.apply("rules: [{action: allow, domains: [a.test]}]\n");
+    assert_eq!(cuts(&dp.told()), [unheard]);
+    let verdict = dp.verdict(subject.clone());
+    assert_eq!(verdict.names, ["a.test"]);
+    let heard = dp.open_by(&subject, &verdict);
+    for rules in [
+        "[{action: allow, domains: [a.test, b.test]}]",
+        "[{action: allow, domains: [a.test], sni: off}]",
+    ] {
+        rig.apply(&format!("rules: {rules}\n"));
+        assert!(!cuts(&dp.told()).contains(&heard), "{rules}");
+    }
+}
+
+#[test]
 fn a_guest_that_is_refused_again_and_again_makes_one_event_and_a_count() {
     let rig = Rig::open();
     let mut dp = rig.dataplane("web");

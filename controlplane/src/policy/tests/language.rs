@@ -553,4 +553,29 @@ fn names_that_share_an_address_may_each_be_spoken_if_each_is_allowed() {
     let found = decide(&policy, &given, "tcp 1.2.3.4:80 b.test d.test a.test c.test");
     let names: Vec<String> = found.names.iter().map(ToString::to_string).collect();
     assert_eq!(names, ["a.test"], "the others are for 443");
+    assert_eq!(
+        found.found.ports,
+        vnet_proto::model::PortRange::one(80),
+        "elsewhere there are others"
+    );
+    let alone = decide(&policy, &given, "tcp 1.2.3.4:80 a.test");
+    assert_ne!(alone.found.ports, vnet_proto::model::PortRange::one(80));
+}
+
+#[test]
+fn an_answer_that_is_lent_a_name_ends_with_the_first_of_what_it_rests_on() {
+    let policy = effective(
+        Some(
+            "version: 1\nmode: ask\nrules:\n- {action: allow, domains: a.test}\n- {action: allow, domains: b.test, \
+             until: 2100-01-01T00:00:00Z}\n",
+        ),
+        None,
+    );
+    let ends = |subject| decide(&policy, &grants([]), subject).expires_at;
+    assert_eq!(ends("tcp 1.2.3.4:443 a.test"), None);
+    assert!(ends("tcp 1.2.3.4:443 b.test").is_some());
+    assert_eq!(
+        ends("tcp 1.2.3.4:443 a.test b.test"),
+        ends("tcp 1.2.3.4:443 b.test")
+    );
 }

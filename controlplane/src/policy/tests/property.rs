@@ -12,7 +12,7 @@
 use std::collections::HashMap;
 use std::net::{IpAddr, SocketAddr};
 
-use vnet_proto::model::{Name, PortRange};
+use vnet_proto::model::{Name, NameDemand, PortRange};
 
 use super::*;
 
@@ -247,12 +247,12 @@ fn drawn(draw: &mut Draw) -> Drawn {
         );
         head.push(text);
     }
+    // Many that rest on names, so that several of them meet at one address.
+    let with_names = if draw.chance(30) { 85 } else { 25 };
     for _ in 0..=rules {
-        let mut text = format!(
-            "  - {{action: {}",
-            draw.one(&["allow", "allow", "deny", "drop", "ask"])
-        );
-        if draw.chance(70) {
+        let action = *draw.one(&["allow", "allow", "deny", "drop", "ask"]);
+        let mut text = format!("  - {{action: {action}");
+        if draw.chance(95 - with_names) {
             let second = if rules > 6 {
                 format!("{}.{}.0.0/16", 1 + draw.below(12), draw.below(4))
             } else {
@@ -273,13 +273,16 @@ fn drawn(draw: &mut Draw) -> Drawn {
                 draw.one(&["tcp", "udp", "[tcp, icmp, icmpv6]", "any"])
             );
         }
-        if draw.chance(25) {
+        if draw.chance(with_names) {
             let name = if sets && draw.chance(40) {
                 draw.one(&["@s", "@m"])
             } else {
                 draw.one(&PATTERNS)
             };
             text += &format!(", domains: [\"{name}\"]");
+            if matches!(action, "allow" | "ask") && draw.chance(20) {
+                text += &format!(", sni: {}", draw.one(&["require", "match-if-present", "off"]));
+            }
         }
         if draw.chance(15) {
             text += &format!(", vm: {{name: {}}}", draw.one(&["web-1", "other"]));
@@ -314,7 +317,12 @@ fn drawn_grants(draw: &mut Draw) -> Vec<String> {
     for _ in 0..draw.below(4) {
         let action = draw.one(&["allow", "allow", "deny"]);
         let target = if draw.chance(30) {
-            format!("domain {}", draw.one(&PATTERNS))
+            let ports = if draw.chance(50) {
+                format!(":{}", draw.one(&RANGES))
+            } else {
+                String::new()
+            };
+            format!("domain {}{ports}", draw.one(&PATTERNS))
         } else {
             let prefix = draw.one(&PREFIXES);
             let (address, length) = prefix.split_once('/').unwrap();
@@ -416,6 +424,30 @@ fn wrong(case: &Case) -> Option<String> {
     disagreement(&context, &World { bindings }, case.first, case.second)
 }
 
+/// What a cached verdict does to a flow: everything of a decision that outlives the miss.
+#[derive(Debug, PartialEq)]
+struct Effect {
+    outcome: Outcome,
+    would_deny: bool,
+    name_demand: NameDemand,
+    names: Vec<Name>,
+    grant: Option<GrantId>,
+    expires_at: Option<SystemTime>,
+}
+
+fn verdict(decision: &FlowDecision) -> Effect {
+    let mut names = decision.names.clone();
+    names.sort();
+    Effect {
+        outcome: decision.outcome,
+        would_deny: decision.would_deny,
+        name_demand: decision.name_demand,
+        names,
+        grant: decision.grant.clone(),
+        expires_at: decision.expires_at,
+    }
+}
+
 /// How a flow inside a match is decided otherwise than the one that the match is of, if it is.
 fn disagreement(
     context: &Context<'_>,
@@ -431,9 +463,10 @@ fn disagreement(
         return None;
     }
     let again = decide_flow(context, &second);
-    if (again.outcome, again.would_deny) != (decision.outcome, decision.would_deny) {
+    let (cached, fresh) = (verdict(&decision), verdict(&again));
+    if cached != fresh {
         return Some(format!(
-            "{} of {found} is decided as {} but {second:?} as {}",
+            "{} of {found} is decided as {} with {cached:?} but {second:?} as {} with {fresh:?}",
             first.key, decision.reason, again.reason
         ));
     }

@@ -221,6 +221,28 @@ fn a_rule_with_a_name_and_a_prefix_opens_that_name_at_those_addresses() {
 }
 
 #[test]
+fn what_a_rule_would_ask_about_at_the_address_was_answered_by_the_name_unless_that_was_for_other_addresses() {
+    let asked = under("[{action: ask, domains: [api.test]}]");
+    let given = grants(["allow domain api.test"]);
+    assert_eq!(https(&asked, &given, "api.test", "192.0.2.7"), (Allow, Allow));
+    // Spent meanwhile: it was for once.
+    assert_eq!(https(&asked, &grants([]), "api.test", "192.0.2.7"), (Ask, Allow));
+
+    let partly = under(
+        "[{action: allow, domains: [db.corp.test], cidr: 10.0.0.0/8}, {action: ask, domains: [db.corp.test]}]",
+    );
+    assert_eq!(
+        https(&partly, &grants([]), "db.corp.test", "10.1.2.3"),
+        (Allow, Allow)
+    );
+    assert_eq!(
+        https(&partly, &grants([]), "db.corp.test", "192.0.2.7"),
+        (Allow, Deny),
+        "nobody was asked about this one"
+    );
+}
+
+#[test]
 fn ping_is_not_asked_about_since_no_answer_would_open_it() {
     let asked = judge(
         &under("[]"),
@@ -256,4 +278,22 @@ fn a_live_flow_is_judged_by_its_name_and_its_address() {
         Ask,
         "nothing allows the name any more"
     );
+    let denied = under("[{action: deny, cidr: 192.0.2.0/24}]");
+    assert_eq!(
+        live(&denied, &grants([])),
+        Deny,
+        "a spent answer is outranked by what is said of the address"
+    );
+}
+
+#[test]
+fn mode_observe_demands_no_name_of_it() {
+    let policy = effective(
+        Some("version: 1\ndns: {answer: synthetic}\nrules: [{action: allow, domains: [api.test]}]\n"),
+        Some(Mode::Observe),
+    );
+    let decision = judge(&policy, &grants([]), &stand_in(("tcp", 443), "api.test", None));
+    assert_eq!(decision.outcome, Allow);
+    assert_eq!(decision.name_demand, vnet_proto::model::NameDemand::Off);
+    assert!(decision.names.is_empty());
 }

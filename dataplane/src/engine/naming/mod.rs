@@ -211,7 +211,13 @@ impl Engine {
             return;
         }
         let before = flow.decision.replace(Arc::clone(decision));
-        let counted = before.and_then(|before| before.meter.clone());
+        let known = before.as_ref().and_then(|before| before.naming.as_ref());
+        let known = known.map_or(&[][..], |naming| &naming.names.names);
+        let adds_names = decision
+            .naming
+            .as_ref()
+            .is_some_and(|naming| naming.names.names.iter().any(|name| !known.contains(name)));
+        let counted = before.as_ref().and_then(|before| before.meter.clone());
         let is_counted = match (&counted, &decision.meter) {
             (Some(counted), Some(meter)) => Arc::ptr_eq(counted, meter),
             (_, meter) => meter.is_none(),
@@ -236,6 +242,12 @@ impl Engine {
         reading.bound = bound;
         reading.step = Step::Listening;
         let spoken = self.hear(now, at);
+        if adds_names && spoken.is_some() {
+            // The session told at its opening what it may speak, by which it is judged for as long as it lives.
+            // The guest may try anew.
+            self.cut(now, at, FlowEnd::Cut);
+            return;
+        }
         if spoken == Some(true) || (spoken.is_some() && !waits) {
             self.dial_read(now, at);
         } else {

@@ -2,6 +2,7 @@
 //! other.
 
 mod budget;
+mod cost;
 mod counters;
 mod datagram;
 mod identity;

@@ -6,6 +6,7 @@ use std::time::Duration;
 use vnet_proto::model::{Match, Miss, NameDemand, PortRange, Verdict, VerdictAction, parse_prefix};
 
 use super::kit::*;
+use super::town::opened;
 use crate::engine::Event;
 use crate::engine::inspect::NAME_PATIENCE;
 use crate::engine::inspect::quic::tests::{initial_naming, initials_naming};
@@ -425,6 +426,28 @@ fn a_new_verdict_holds_what_was_said_to_its_own_names_and_a_refusal_cuts() {
         };
         assert_eq!(ends, [expected]);
     }
+}
+
+#[test]
+fn the_session_is_told_which_names_a_flow_may_speak_and_no_later_verdict_adds_one() {
+    let mut speaker = Speaker::reading(TLS, NameDemand::Require);
+    let opened = opened(&speaker.rig.reports());
+    assert_eq!(opened[0].names, ["allowed.test".parse().unwrap()]);
+    speaker.rig.order(Order::Revoke {
+        command: None,
+        epoch: EPOCH.next(),
+    });
+    speaker.rig.order(Order::Lease {
+        epoch: EPOCH.next(),
+        lease: Duration::from_secs(60),
+    });
+    speaker.say(&hello("allowed.test"));
+    let miss = speaker.rig.misses().remove(0);
+    let mut fresh = named(&miss, NameDemand::Require);
+    fresh.epoch = EPOCH.next();
+    fresh.names.push("other.test".parse().unwrap());
+    speaker.rig.order(Order::Verdict(Box::new(fresh)));
+    assert_eq!((speaker.dials(), speaker.rig.engine.flow_count()), (0, 0));
 }
 
 #[test]

@@ -204,6 +204,7 @@ fn flow(vm: u32, sequence: u64) -> Report {
         would_deny: false,
         opened_at: SystemTime::UNIX_EPOCH,
         miss: None,
+        names: Vec::new(),
     })
 }
 
