@@ -258,7 +258,7 @@ impl Network {
     fn resolve_for(self: &Arc<Self>, vm: VmId) -> Ask {
         let network = Arc::downgrade(self);
         let runtime = self.runtime.clone();
-        let resolver = self.resolver.clone();
+        let resolver = self.resolver.for_guest();
         Box::new(move |query, bytes, descriptor| {
             let (network, resolver) = (network.clone(), resolver.clone());
             runtime.spawn(async move {

@@ -1,10 +1,11 @@
 //! Asking and answering: what is held, how it is answered, what an answer reaches, and what ends it.
 #![cfg(target_os = "linux")]
 
-use std::time::Duration;
+use std::io::{Read as _, Write as _};
+use std::time::{Duration, Instant};
 
 use serde_json::Value;
-use vnet_tests::{Answer, Dns, Running, World, eventually, http, id, staged, udp_echo};
+use vnet_tests::{Answer, Dns, Running, World, eventually, http, id, staged, tcp, udp_echo};
 
 const SERVER: &str = "http://203.0.113.10/";
 /// curl: it could not connect.
@@ -737,6 +738,42 @@ fn mode_block_cuts_and_closes_until_it_is_lifted() {
         );
         run.prints("cut\n7\n");
         world.vnetctl(&["vm", "mode", "web", "enforce"]);
+        assert_eq!(run.wait().code, 0);
+    });
+}
+
+#[test]
+fn cut_is_seen_by_both_sides_within_a_second() {
+    staged(cut_is_seen_by_both_sides_within_a_second, |world| {
+        let (ended, server_saw) = std::sync::mpsc::channel();
+        let _server = tcp(world.internet(), "203.0.113.10:7000", move |mut stream, _| {
+            let _ = stream.write_all(b"hello\n");
+            let end = stream.read(&mut [0; 16]);
+            let _ = ended.send((Instant::now(), end.map_err(|e| e.kind())));
+        });
+        let guest = "import socket\n\
+                     s = socket.create_connection(('203.0.113.10', 7000))\n\
+                     print(s.recv(16).decode(), flush=True)\n\
+                     try: s.recv(16)\n\
+                     except ConnectionResetError: print('reset', flush=True)\n";
+        let mut run = world.run(
+            &["--allow", "tcp 203.0.113.10:7000", "--vm", "web"],
+            &["python3", "-c", guest],
+        );
+        run.prints("hello");
+        let told = Instant::now();
+        world.vnetctl(&["vm", "mode", "web", "block"]);
+        run.prints("reset");
+        let guest_saw = told.elapsed();
+        let (at, end) = server_saw.recv_timeout(Duration::from_secs(15)).unwrap();
+        assert_eq!(
+            end,
+            Err(std::io::ErrorKind::ConnectionReset),
+            "the server sees a reset"
+        );
+        let second = Duration::from_secs(1);
+        assert!(guest_saw < second, "the guest saw it after {guest_saw:?}");
+        assert!(at - told < second, "the server saw it after {:?}", at - told);
         assert_eq!(run.wait().code, 0);
     });
 }

@@ -28,7 +28,8 @@ use crate::engine::gateway::dns::message::question_of;
 pub const TOTAL_TIME: Duration = Duration::from_secs(10);
 /// How long each server is waited for, by round, in hundredths of the whole time.
 const ROUND_SHARES: [u32; 3] = [15, 30, 50];
-/// Questions under way at once, unless configured otherwise. Each has one socket.
+/// Questions of one guest under way at once, unless configured otherwise. Each has one socket, whose descriptor
+/// comes out of the guest's share: that is what bounds the questions of all guests together.
 pub const IN_FLIGHT_MAX: usize = 512;
 /// Servers asked at most, in order; those beyond are left out.
 pub const SERVERS_MAX: usize = 8;
@@ -40,7 +41,7 @@ pub struct ResolverConfig {
     pub upstreams: Upstreams,
     /// Addresses never asked: the gateway's own, which would be asking ourselves.
     pub never: Vec<IpAddr>,
-    /// Questions under way at once.
+    /// Questions of one guest under way at once.
     pub in_flight_max: usize,
     /// The time in which a question is answered or given up.
     pub total_time: Duration,
@@ -73,8 +74,8 @@ pub enum ResolveError {
     /// There is nobody to ask.
     #[error("no DNS server is configured; give one with --dns or in the host's resolv.conf")]
     NoServers,
-    /// Too many questions are under way.
-    #[error("{0} DNS questions are under way already")]
+    /// Too many questions of this guest are under way.
+    #[error("{0} DNS questions of this guest are under way already")]
     Busy(usize),
     /// What shall be asked is not a question.
     #[error("the query is not one question")]
@@ -97,7 +98,7 @@ pub enum ResolveError {
 pub struct ResolverCounts {
     /// Questions asked.
     pub questions: AtomicU64,
-    /// Refused because too many were under way.
+    /// Refused because too many of their guest were under way.
     pub busy: AtomicU64,
     /// Questions that nobody answered.
     pub unanswered: AtomicU64,
@@ -107,17 +108,18 @@ pub struct ResolverCounts {
     pub over_tcp: AtomicU64,
 }
 
-/// Asks upstream servers. Clones share servers, limit and counts.
+/// Asks upstream servers. Clones share servers, limit and counts; one that is made [for a guest](Self::for_guest) has
+/// a limit of its own, so that no guest's questions keep another's from being asked.
 #[derive(Debug, Clone)]
 pub struct Resolver {
     shared: Arc<Shared>,
+    in_flight: Arc<Semaphore>,
 }
 
 #[derive(Debug)]
 struct Shared {
     servers: Mutex<Servers>,
     never: Vec<IpAddr>,
-    in_flight: Semaphore,
     in_flight_max: usize,
     total_time: Duration,
     counts: ResolverCounts,
@@ -137,14 +139,22 @@ impl Resolver {
             Upstreams::Host(path) => Servers::Host(ResolvConf::new(path)),
         };
         Self {
+            in_flight: Arc::new(Semaphore::new(config.in_flight_max)),
             shared: Arc::new(Shared {
                 servers: Mutex::new(servers),
                 never: config.never,
-                in_flight: Semaphore::new(config.in_flight_max),
                 in_flight_max: config.in_flight_max,
                 total_time: config.total_time,
                 counts: ResolverCounts::default(),
             }),
+        }
+    }
+
+    /// The same for one guest more: servers and counts are shared, the limit is its own.
+    pub fn for_guest(&self) -> Self {
+        Self {
+            shared: Arc::clone(&self.shared),
+            in_flight: Arc::new(Semaphore::new(self.shared.in_flight_max)),
         }
     }
 
@@ -163,7 +173,7 @@ impl Resolver {
         let Some(question) = question_of(&query) else {
             return Err(ResolveError::Malformed);
         };
-        let Ok(_place) = shared.in_flight.try_acquire() else {
+        let Ok(_place) = self.in_flight.try_acquire() else {
             shared.counts.busy.fetch_add(1, Relaxed);
             return Err(ResolveError::Busy(shared.in_flight_max));
         };

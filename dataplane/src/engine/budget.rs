@@ -22,6 +22,9 @@ use crate::message::{FlowEnd, Report};
 
 /// Grants with budgets that one guest's use is counted of. A verdict on one more is not acted on.
 pub const METERS_MAX: usize = 1_024;
+/// How long a yes may wait to be used where its grant's connections are counted: the controlplane sets one aside for a
+/// minute with each, and has counted from when it said so.
+pub const SET_ASIDE: Duration = Duration::from_secs(50);
 /// How often use is told, while it changes.
 const USE_INTERVAL: Duration = Duration::from_millis(250);
 

@@ -53,6 +53,9 @@ pub struct Decision {
     pub would_deny: bool,
     /// It is for one flow or lookup only.
     pub once: bool,
+    /// Until when a connection of its grant's budget is set aside for it; one that opens later might be one too
+    /// many. `None`: for as long as it holds.
+    pub opens_until: Option<Time>,
     /// A lookup that it allows is answered with a synthetic address, and nothing of it goes upstream.
     pub synthetic_only: bool,
     /// How what missed stood. No match reaches across it: a flow that stands otherwise is a miss,
@@ -95,6 +98,7 @@ impl Decision {
             reason: verdict.reason.clone(),
             would_deny: verdict.would_deny,
             once: verdict.once || budget::is_for_once(verdict.budget),
+            opens_until: budget::is_for_once(verdict.budget).then(|| now + budget::SET_ASIDE),
             synthetic_only: verdict.synthetic_only,
             naming: Naming::of(verdict),
         }
@@ -242,7 +246,8 @@ impl Cache {
         in_force && self.holds(now, decision)
     }
 
-    fn holds(&self, now: Time, decision: &Decision) -> bool {
+    /// Whether a decision that was made holds now: it is leased, within its budget, and not over.
+    pub fn holds(&self, now: Time, decision: &Decision) -> bool {
         // What a person said goes with the lease; what the policy's file says may outlive it.
         let lease_until = if decision.grant.is_empty() {
             self.lease_until.saturating_add(self.loss_grace)

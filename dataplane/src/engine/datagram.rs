@@ -12,10 +12,7 @@ use crate::engine::frame::DropReason;
 use crate::engine::ip::Ip;
 use crate::engine::judge::Wanted;
 use crate::engine::reply::{self, Unreachable};
-use crate::engine::{
-    ECHO_FLOWS_MAX, Engine, Event, Outcome, Time, UDP_FLOWS_MAX, UDP_IDLE, UDP_UNANSWERED_IDLE, held, inbound,
-};
-use crate::message::FlowEnd;
+use crate::engine::{Engine, Event, Outcome, Time, UDP_IDLE, UDP_UNANSWERED_IDLE, held, inbound};
 
 const UDP_BYTES: usize = 8;
 const ICMP_BYTES: usize = 8;
@@ -144,7 +141,7 @@ impl Engine {
                     if payload.len() > held::DATAGRAM_BYTES_MAX {
                         return Err(DropReason::HeldLimit);
                     }
-                    self.open_unresolved(now, wanted, payload, ip.short_quote().into(), &decision);
+                    self.open_unresolved(now, wanted, payload.into(), ip.short_quote().into(), &decision);
                     return Ok(Outcome::Done);
                 }
                 let descriptor = self.take_descriptor().ok_or(DropReason::FlowLimit)?;
@@ -204,20 +201,6 @@ impl Engine {
         }
     }
 
-    /// Ends the longest idle flow of a kind when there are as many as there may be.
-    pub(super) fn evict_beyond_limit(&mut self, kind: Protocol) {
-        let max = match kind {
-            Protocol::Tcp => return,
-            Protocol::Udp => UDP_FLOWS_MAX,
-            Protocol::Icmp | Protocol::Icmpv6 => ECHO_FLOWS_MAX,
-        };
-        if *self.count_of(kind) >= max
-            && let Some(idle) = self.flows.longest_idle(|flow| flow.kind() == Some(kind))
-        {
-            self.end_flow(idle, FlowEnd::Evicted);
-        }
-    }
-
     /// Keeps a further datagram of a held flow: the first few, the oldest.
     fn keep_held(&mut self, at: usize, ip: &Ip<'_>, payload: &[u8]) -> Result<(), DropReason> {
         let Some(flow) = self.flows.get_mut(at) else {
@@ -249,7 +232,7 @@ impl Engine {
         // One answer may let many held flows go on at once; the limits hold for them too.
         self.evict_beyond_limit(kind);
         let Some(descriptor) = self.take_descriptor() else {
-            self.refuse_beyond_limit(now, at);
+            self.refuse_beyond_limit(now, at, decision, miss);
             return;
         };
         let Some(flow) = self.flows.get_mut(at) else {
@@ -270,7 +253,7 @@ impl Engine {
         if let Some(flow) = self.flows.get_mut(at) {
             flow.state = state;
         }
-        *self.count_of(kind) += 1;
+        self.enter_kind(at);
         self.report_opened(now, at, miss);
         self.schedule(now, at);
         if is_checked {

@@ -158,7 +158,7 @@ impl Flow {
 pub struct Waiting {
     /// The miss it waits for.
     pub miss: MissId,
-    /// Its packets: for TCP the SYN as an IP packet; for UDP payloads; for ICMP messages.
+    /// Its packets: for TCP the SYN as an IP packet, to the host without payload; for UDP payloads; for ICMP messages.
     pub packets: Vec<Box<[u8]>>,
     /// The first packet whole (headers and eight bytes), for an ICMP refusal.
     pub quote: Box<[u8]>,
@@ -300,16 +300,6 @@ impl FlowTable {
             .filter(|(_, flow)| flow.is_some())
             .map(|(at, _)| at)
             .collect()
-    }
-
-    /// The flow of one kind that has been idle longest. Linear: for limits only.
-    pub fn longest_idle(&self, of: impl Fn(&Flow) -> bool) -> Option<usize> {
-        self.flows
-            .iter()
-            .filter_map(|(at, flow)| Some((at, flow.as_ref()?)))
-            .filter(|(_, flow)| of(flow))
-            .min_by_key(|(_, flow)| flow.last_active)
-            .map(|(at, _)| at)
     }
 }
 

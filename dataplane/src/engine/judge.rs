@@ -148,6 +148,7 @@ impl Engine {
                 reason: Reason::new("guard", "daemon", "a vnet daemon listens there; nothing opens it"),
                 would_deny: false,
                 once: false,
+                opens_until: None,
                 synthetic_only: false,
                 standing,
                 naming: None,
@@ -204,6 +205,7 @@ pub(super) fn unspeakable(wanted: &Wanted, decision: &Arc<Decision>) -> Option<A
         naming: None,
         meter: None,
         once: false,
+        opens_until: None,
         synthetic_only: false,
     }))
 }

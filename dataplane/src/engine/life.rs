@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use vnet_proto::model::{FlowId, MissId, Protocol, Reason};
+use vnet_proto::model::{FlowId, MissId, Reason};
 
 use crate::descriptors::Descriptor;
 use crate::engine::flow::{Flow, State};
@@ -37,18 +37,9 @@ impl Engine {
     }
 
     pub(super) fn insert(&mut self, flow: Flow) -> usize {
-        if let Some(kind) = flow.kind() {
-            *self.count_of(kind) += 1;
-        }
-        self.flows.insert(flow)
-    }
-
-    /// How many flows of a kind that has a limit of its own there are; of TCP nobody asks.
-    pub(super) fn count_of(&mut self, kind: Protocol) -> &mut usize {
-        match kind {
-            Protocol::Udp => &mut self.udp_flows,
-            _ => &mut self.echo_flows,
-        }
+        let at = self.flows.insert(flow);
+        self.enter_kind(at);
+        at
     }
 
     /// A flow was let through: tell the session.
@@ -99,7 +90,7 @@ impl Engine {
             return;
         };
         if let Some(kind) = flow.kind() {
-            *self.count_of(kind) -= 1;
+            self.leave_kind(kind);
         }
         match &mut flow.state {
             State::Held(waiting) => {
@@ -107,14 +98,18 @@ impl Engine {
                 if let Some(place) = self.synthetics.find(flow.key.peer.ip()) {
                     self.synthetics.leave(place, at);
                 }
+                let end = match end {
+                    FlowEnd::GuestReset => MissEnd::GuestGaveUp,
+                    FlowEnd::VmDown => MissEnd::VmDown,
+                    FlowEnd::Evicted => MissEnd::Evicted,
+                    _ => MissEnd::HoldExpired,
+                };
                 if self.held.leave(miss, at) {
-                    let end = match end {
-                        FlowEnd::GuestReset => MissEnd::GuestGaveUp,
-                        FlowEnd::VmDown => MissEnd::VmDown,
-                        FlowEnd::Evicted => MissEnd::Evicted,
-                        _ => MissEnd::HoldExpired,
-                    };
                     self.report(Report::MissEnded { miss, end });
+                }
+                // It was let through, and waited for its name to be looked up and judged.
+                if let Some(decision) = &flow.decision {
+                    self.give_back(decision, flow.opened_by, end);
                 }
                 self.flows.release(at);
                 return;
@@ -133,9 +128,13 @@ impl Engine {
             | State::Echo => {}
         }
         if let State::Switched(switched) = &flow.state {
-            // It has no socket that would have to be closed first.
-            self.flows.release(at);
             self.end_switched(&flow, switched, end);
+            // It has no socket to close, but packets of it may wait among the events, by its place.
+            self.events.push_back(Event::Close {
+                flow: at,
+                reset: false,
+                descriptor: None,
+            });
             return;
         }
         let descriptor = flow.descriptor.take();
@@ -287,6 +286,9 @@ impl Engine {
         if flow.scheduled.is_none_or(|set| deadline < set || set <= now) {
             flow.scheduled = Some(deadline);
             self.timers.set(deadline, Timer::Flow(at));
+            let flows = &self.flows;
+            let is_set = |at, time| flows.get(at).is_some_and(|flow| flow.scheduled == Some(time));
+            self.timers.prune(flows.len(), is_set);
         }
     }
 

@@ -28,6 +28,7 @@ mod fragment;
 pub mod frame;
 pub mod gateway;
 pub mod held;
+mod idle;
 mod inbound;
 pub mod inspect;
 pub mod ip;
@@ -73,6 +74,7 @@ use crate::engine::frame::{Body, DropReason, Frame};
 use crate::engine::gateway::dhcp::DhcpOutcome;
 use crate::engine::gateway::dns::Dns;
 use crate::engine::held::Held;
+use crate::engine::idle::Idle;
 use crate::engine::inspect::InspectRefusal;
 use crate::engine::ring::RingPool;
 use crate::engine::switch::Neighbour;
@@ -272,8 +274,7 @@ pub struct Engine {
     timers: Timers,
     flows: FlowTable,
     next_flow: u64,
-    udp_flows: usize,
-    echo_flows: usize,
+    idle: Idle,
     targeted: Targeted,
     next_ingress_port: u16,
     dirty: Vec<usize>,
@@ -338,8 +339,7 @@ impl Engine {
             timers: Timers::default(),
             flows: FlowTable::new(config.flows_max),
             next_flow: 1,
-            udp_flows: 0,
-            echo_flows: 0,
+            idle: Idle::default(),
             targeted: Targeted::default(),
             next_ingress_port: 0,
             dirty: Vec::new(),

@@ -4,7 +4,7 @@
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
 use crate::engine::frame::EtherType;
-use crate::engine::ip::{IPV4_BYTES, IPV6_BYTES};
+use crate::engine::ip::{IPV4_BYTES, IPV6_BYTES, Ip};
 use crate::engine::transmit::Transmit;
 use crate::mac::Mac;
 
@@ -121,10 +121,47 @@ impl TcpHeader {
         self.flags & (Self::SYN | Self::ACK | Self::RST) == Self::SYN
     }
 
+    /// Whether its flags contradict each other: what opens a connection neither closes nor resets one. No stack
+    /// sends such a segment, and filters that look for one flag alone have been passed by with it.
+    pub fn is_contradictory(&self) -> bool {
+        self.flags & Self::SYN != 0 && self.flags & (Self::FIN | Self::RST) != 0
+    }
+
     /// Whether it resets one.
     pub fn is_reset(&self) -> bool {
         self.flags & Self::RST != 0
     }
+}
+
+/// A SYN as it is kept while its flow waits: its packet without the bytes of the stream that it may carry, with
+/// lengths and checksums that say so. They count as never arrived and are sent again (RFC 7413 §3 lets a server do
+/// so); kept, they would be a frame's worth for each flow that a guest can begin.
+pub fn kept_syn(ip: &Ip<'_>) -> Box<[u8]> {
+    let segment = ip.payload();
+    let tcp_bytes = segment.get(12).map_or(0, |b| usize::from(b >> 4) * 4);
+    let header_bytes = usize::from(ip.header_bytes);
+    let total = header_bytes + tcp_bytes;
+    if tcp_bytes < TCP_BYTES || total >= ip.packet.len() {
+        return ip.packet.into();
+    }
+    let mut packet: Box<[u8]> = ip.packet[..total].into();
+    match ip.source {
+        IpAddr::V4(_) => {
+            packet[2..4].copy_from_slice(&u16::try_from(total).unwrap_or(u16::MAX).to_be_bytes());
+            packet[10..12].fill(0);
+            let sum = fold(word_sum(&packet[..header_bytes]));
+            packet[10..12].copy_from_slice(&sum.to_be_bytes());
+        }
+        IpAddr::V6(_) => {
+            let length = u16::try_from(total - IPV6_BYTES).unwrap_or(u16::MAX);
+            packet[4..6].copy_from_slice(&length.to_be_bytes());
+        }
+    }
+    let segment = &mut packet[header_bytes..];
+    segment[16..18].fill(0);
+    let sum = pseudo_header_sum(ip.source, ip.destination, TCP, tcp_bytes) + word_sum(segment);
+    segment[16..18].copy_from_slice(&fold(sum).to_be_bytes());
+    packet
 }
 
 /// Queues the RST that answers a segment (RFC 9293 §3.10.7.1); nothing for a RST.
@@ -485,7 +522,6 @@ mod tests {
     use smoltcp::wire::{Icmpv4Packet, Icmpv6Packet, Icmpv6Repr, Ipv4Packet, TcpPacket, UdpPacket};
 
     use super::*;
-    use crate::engine::ip::Ip;
 
     const GUEST: [IpAddr; 2] = [
         IpAddr::V4(Ipv4Addr::new(192, 168, 127, 2)),

@@ -18,7 +18,7 @@ use crate::engine::ip::Ip;
 use crate::engine::judge::Wanted;
 use crate::engine::reply::{self, TcpHeader, Unreachable};
 use crate::engine::stack::{Connection, Phase};
-use crate::engine::{Engine, Event, Outcome, Time};
+use crate::engine::{Engine, Event, Outcome, Time, held};
 use crate::message::FlowEnd;
 
 /// The gateway's DNS over TCP (RFC 7766).
@@ -50,6 +50,9 @@ pub enum DialError {
 impl Engine {
     pub(super) fn handle_tcp<'a>(&mut self, now: Time, ip: &Ip<'a>) -> Result<Outcome<'a>, DropReason> {
         let header = TcpHeader::parse(ip.payload()).ok_or(DropReason::Malformed)?;
+        if header.is_contradictory() {
+            return Err(DropReason::Malformed);
+        }
         let key = FlowKey {
             protocol: Protocol::Tcp,
             guest: SocketAddr::new(ip.source, header.source),
@@ -159,14 +162,14 @@ impl Engine {
                     Ok(self.open_switched(now, ip, wanted, neighbour, decision))
                 }
                 (VerdictAction::Allow, None) if self.is_unresolved(&wanted) => {
-                    self.open_unresolved(now, wanted, ip.packet, Box::default(), &decision);
+                    self.open_unresolved(now, wanted, reply::kept_syn(ip), Box::default(), &decision);
                     Ok(Outcome::Done)
                 }
                 (VerdictAction::Allow, None) => {
                     let Some(descriptor) = self.take_descriptor() else {
                         return refuse(self, DropReason::FlowLimit);
                     };
-                    self.dial(now, wanted, ip.packet.into(), decision, descriptor);
+                    self.dial(now, wanted, reply::kept_syn(ip), decision, descriptor);
                     Ok(Outcome::Done)
                 }
                 (VerdictAction::Deny, _) => {
@@ -179,7 +182,11 @@ impl Engine {
                 }
             },
             None => {
-                let waiting = vec![ip.packet.into()];
+                let waiting = vec![match wanted.neighbour {
+                    // It goes on as it came, unless it is longer than what is kept of datagrams.
+                    Some(_) if ip.packet.len() <= held::DATAGRAM_BYTES_MAX => ip.packet.into(),
+                    _ => reply::kept_syn(ip),
+                }];
                 if self.hold(now, wanted, waiting, Box::default(), Some(now + FIRST_REPEAT)) {
                     Ok(Outcome::Done)
                 } else {
@@ -250,7 +257,7 @@ impl Engine {
         miss: Option<vnet_proto::model::MissId>,
     ) {
         let Some(descriptor) = self.take_descriptor() else {
-            self.refuse_beyond_limit(now, at);
+            self.refuse_beyond_limit(now, at, decision, miss);
             return;
         };
         let Some(flow) = self.flows.get_mut(at) else {

@@ -35,6 +35,30 @@ impl Timers {
         self.0.push(Reverse((at, timer)));
     }
 
+    /// Throws out deadlines of flows that are out of date, when there are more of them than of `flows`. A place that
+    /// is taken again and again would leave one behind each time, for as long as packets are held.
+    pub(super) fn prune(&mut self, flows: usize, is_set: impl Fn(usize, Time) -> bool) {
+        if self.0.len() <= KEPT_MAX + 2 * flows {
+            return;
+        }
+        let mut set = std::mem::take(&mut self.0).into_vec();
+        set.retain(|Reverse((at, timer))| match timer {
+            Timer::Flow(flow) => is_set(*flow, *at),
+            _ => true,
+        });
+        // Of flows that had a place after each other in one moment, deadlines may be the same.
+        set.sort_unstable();
+        set.dedup();
+        set.shrink_to(KEPT_MAX);
+        self.0 = set.into();
+    }
+
+    /// Deadlines in the table, out of date or not.
+    #[cfg(test)]
+    pub(super) fn len(&self) -> usize {
+        self.0.len()
+    }
+
     /// The earliest deadline.
     pub(super) fn next(&self) -> Option<Time> {
         self.0.peek().map(|Reverse((at, _))| *at)

@@ -219,7 +219,21 @@ impl Engine {
                 }
                 self.ask_flow(now, miss, &wanted, count, hold);
             }
-            None => self.refuse_held(now, at, FlowEnd::Evicted),
+            None => {
+                self.count_drop(DropReason::HeldLimit);
+                self.refuse_held(now, at, FlowEnd::Evicted);
+            }
+        }
+    }
+
+    /// An allow was for one connection of a grant that counts them, and is not used: the controlplane need not keep
+    /// the connection set aside for it. `miss` is the one that it answered.
+    pub(super) fn give_back(&mut self, decision: &Decision, miss: Option<MissId>, end: MissEnd) {
+        if let Some(miss) = miss
+            && decision.once
+            && decision.meter.is_some()
+        {
+            self.report(Report::MissEnded { miss, end });
         }
     }
 
@@ -228,6 +242,8 @@ impl Engine {
         let wanted = flow.wanted();
         if matches!(flow.state, State::Reading(_)) {
             self.answer_reading(now, at, decision);
+            // It was told as opened before, and is counted once.
+            self.give_back(decision, Some(miss), MissEnd::Covered);
             return;
         }
         let unspeakable = unspeakable(&wanted, decision);
@@ -235,11 +251,16 @@ impl Engine {
             // The controlplane has not decided this, and knows nothing of it yet.
             self.tally(now, &wanted, refused);
         }
+        if unspeakable.is_some() {
+            self.give_back(decision, Some(miss), MissEnd::Evicted);
+        }
         let decision = unspeakable.as_ref().unwrap_or(decision);
         if decision.action == VerdictAction::Allow && self.is_synthetic(&wanted) {
             if self.is_unresolved(&wanted) {
                 self.resolve(now, at, decision, Some(miss));
             } else {
+                // The flow rests on what was said of its name.
+                self.give_back(decision, Some(miss), MissEnd::Covered);
                 self.handle_judged(now, at, decision);
             }
             return;
@@ -256,8 +277,7 @@ impl Engine {
             }
             (VerdictAction::Drop, ..) => {
                 self.count_drop(DropReason::Denied);
-                self.flows.remove(at);
-                self.flows.release(at);
+                self.end_flow(at, FlowEnd::Cut);
             }
         }
     }
@@ -296,8 +316,19 @@ impl Engine {
         self.end_flow(at, end);
     }
 
-    /// Refuses a held flow that may open, for which there is no room.
-    pub(super) fn refuse_beyond_limit(&mut self, now: Time, at: usize) {
+    /// Refuses a held flow that may open by a decision, for which there is no room.
+    pub(super) fn refuse_beyond_limit(
+        &mut self,
+        now: Time,
+        at: usize,
+        decision: &Decision,
+        miss: Option<MissId>,
+    ) {
+        // Of one that waited for its name to be looked up, its end says it.
+        let is_said = self.flows.get(at).is_some_and(|flow| flow.opened_by.is_some());
+        if !is_said {
+            self.give_back(decision, miss, MissEnd::Evicted);
+        }
         self.count_drop(DropReason::FlowLimit);
         self.refuse_held(now, at, FlowEnd::Evicted);
     }

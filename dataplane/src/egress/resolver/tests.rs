@@ -270,6 +270,42 @@ async fn questions_under_way_are_bounded() {
     assert_eq!(resolver.counts().unanswered.load(Relaxed), 4);
 }
 
+#[tokio::test]
+async fn a_guest_with_all_its_questions_under_way_keeps_none_of_anothers_from_being_asked() {
+    let server = serve(|_, asked| {
+        let is_slow = asked.windows(4).any(|bytes| bytes == b"slow");
+        if is_slow {
+            Vec::new()
+        } else {
+            vec![answer(asked, 1).to_vec().unwrap()]
+        }
+    })
+    .await;
+    let all = impatient(&[server]);
+    let (hog, other) = (all.for_guest(), all.for_guest());
+    let waiting: Vec<_> = (0..4)
+        .map(|_| {
+            let hog = hog.clone();
+            tokio::spawn(async move { hog.resolve(query("slow.test.")).await })
+        })
+        .collect();
+    tokio::task::yield_now().await;
+    assert!(matches!(
+        hog.resolve(query("a.test.")).await,
+        Err(ResolveError::Busy(4))
+    ));
+    assert_eq!(
+        addresses(&other.resolve(query("a.test.")).await.unwrap()),
+        ["203.0.113.1"]
+    );
+    for question in waiting {
+        assert!(question.await.unwrap().is_err());
+    }
+    // Counted together.
+    assert_eq!(all.counts().busy.load(Relaxed), 1);
+    assert_eq!(all.counts().questions.load(Relaxed), 5);
+}
+
 /// A `dnsmasq` on a free port of loopback, ended with the test.
 struct Dnsmasq(Child, SocketAddr);
 

@@ -3,7 +3,7 @@
 use std::net::IpAddr;
 use std::sync::Arc;
 
-use vnet_proto::model::{MissId, Protocol, VmId};
+use vnet_proto::model::{MissId, VmId};
 
 use crate::engine::cache::Decision;
 use crate::engine::flow::{Flow, State};
@@ -17,7 +17,7 @@ use crate::engine::switch::permit::Permit;
 use crate::engine::switch::track::{Sender, Stage};
 use crate::engine::switch::{Packet, Passed};
 use crate::engine::{Engine, Event, Outcome, Time};
-use crate::message::FlowEnd;
+use crate::message::{FlowEnd, MissEnd};
 
 impl Engine {
     /// A new flow to another guest is allowed: its packet is passed on.
@@ -65,6 +65,7 @@ impl Engine {
                 self.refuse_unreachable(&ip, Unreachable::Host);
             }
             self.count_drop(DropReason::UnknownStation);
+            self.give_back(decision, Some(miss), MissEnd::Evicted);
             self.end_flow(at, FlowEnd::Unreachable);
             return;
         }
@@ -77,7 +78,7 @@ impl Engine {
         flow.state = State::Switched(Box::new(switched));
         flow.decision = Some(Arc::clone(decision));
         flow.last_active = now;
-        *self.count_of(protocol) += usize::from(protocol != Protocol::Tcp);
+        self.enter_kind(at);
         self.report_opened(now, at, Some(miss));
         for packet in &packets {
             if let Ok(ip) = Ip::parse(packet) {

@@ -19,7 +19,7 @@ use crate::engine::judge::Wanted;
 use crate::engine::reply::Unreachable;
 use crate::engine::synthetic::table::{Judged, Lookup, Place};
 use crate::engine::{Engine, Event, Time};
-use crate::message::{FlowEnd, Report};
+use crate::message::{FlowEnd, MissEnd, Report};
 
 /// How long a flow waits for its name to be looked up, both families together.
 pub(super) const RESOLVE_PATIENCE: Duration = Duration::from_secs(20);
@@ -108,13 +108,13 @@ impl Engine {
         &mut self,
         now: Time,
         wanted: Wanted,
-        packet: &[u8],
+        packet: Box<[u8]>,
         quote: Box<[u8]>,
         decision: &Arc<Decision>,
     ) {
         let waiting = Waiting {
             miss: MissId(0),
-            packets: vec![packet.into()],
+            packets: vec![packet],
             quote,
             deadline: now,
             gives_up_at: None,
@@ -316,7 +316,8 @@ impl Engine {
             return false;
         };
         if decision.once {
-            return decision.expires_at.is_none_or(|ends| now < ends);
+            // A later epoch does not take it back: what it would be taken back by, the second judgement meets.
+            return self.cache.holds(now, decision) && decision.opens_until.is_none_or(|until| now < until);
         }
         let wanted = Wanted::plain(flow.key);
         self.cache
@@ -326,16 +327,27 @@ impl Engine {
 
     /// The verdict on a flow's name is void: it is a miss as it was at first.
     fn ask_anew(&mut self, now: Time, at: usize) {
-        if let Some(flow) = self.flows.get_mut(at) {
-            flow.dialled = flow.key.peer;
-            flow.decision = None;
-            flow.opened_by = None;
-            self.hold_again(now, at);
+        let hold = self.held.hold;
+        let Some(flow) = self.flows.get_mut(at) else {
+            return;
+        };
+        flow.dialled = flow.key.peer;
+        let (decision, miss) = (flow.decision.take(), flow.opened_by.take());
+        if let State::Held(waiting) = &mut flow.state {
+            // As long as any other that is asked for now, not what was left of the time for the lookup.
+            waiting.deadline = now + hold;
         }
+        flow.scheduled = None;
+        if let Some(decision) = decision {
+            self.give_back(&decision, miss, MissEnd::HoldExpired);
+        }
+        self.schedule(now, at);
+        self.hold_again(now, at);
     }
 
     /// There is nothing to dial.
     fn refuse_unfound(&mut self, at: usize, why: Unreachable) {
+        self.count_drop(DropReason::HostRefused);
         let Some(flow) = self.flows.get(at) else { return };
         if let State::Held(waiting) = &flow.state {
             let quoted = match waiting.packets.first() {

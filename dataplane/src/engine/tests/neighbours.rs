@@ -121,6 +121,31 @@ fn a_verdict_in_the_cache_lets_the_next_connection_pass_at_once() {
 }
 
 #[test]
+fn packets_of_a_flow_that_ended_before_they_were_passed_on_go_to_no_flow_after_it() {
+    use crate::engine::Event;
+    let mut town = Town::new();
+    town.ip(ANN, &datagram((ANN, 500), (BOB, 53), b"x"));
+    let miss = town.misses(ANN).remove(0);
+    let now = town.now;
+    let engine = town.engine(ANN);
+    // Three inputs of one turn, before its events are acted on.
+    engine.handle_order(now, Order::Verdict(Box::new(verdict(&miss, ALLOW))));
+    engine.handle_guest_gone(now, vm(BOB));
+    let packet = datagram((ANN, 501), (CAT, 53), b"y");
+    let frame = [&GATEWAY_MAC.0[..], &mac(ANN).0, &[8, 0], &packet].concat();
+    engine.handle_frame(now, &frame);
+    let mut passed = 0;
+    while let Some(event) = engine.poll_event() {
+        if let Event::Pass { flow, packets } = event {
+            passed += packets.len();
+            assert!(engine.flow(flow).is_none(), "its place is another's");
+        }
+    }
+    assert_eq!(passed, 1);
+    assert_eq!(engine.flow_count(), 1, "the second waits for its verdict");
+}
+
+#[test]
 fn a_denied_flow_is_answered_like_any_other() {
     let mut town = Town::new();
     for _ in 0..2 {

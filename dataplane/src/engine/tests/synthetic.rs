@@ -514,3 +514,307 @@ fn what_is_taken_back_while_its_name_is_read_is_not_dialled_on_the_second_judgem
     assert_eq!(rig.misses().len(), 0);
     assert_eq!(rig.only_segment().0 & 4, 4, "it may try anew");
 }
+
+// What ends a flow while its name is looked up, and what is left of it then.
+
+fn ended_misses(rig: &mut Rig) -> Vec<vnet_proto::model::MissId> {
+    ended(&rig.reports()).into_iter().map(|(miss, _)| miss).collect()
+}
+
+fn next_syn(address: Ipv4Addr, port: u16, which: u8) -> Vec<u8> {
+    let mut syn = segment((address, port), 2, 5000, 0, &[]);
+    syn[21] ^= which;
+    syn
+}
+
+#[test]
+fn a_guest_that_resets_during_the_lookup_leaves_nothing_and_may_try_anew() {
+    let mut rig = synthetic_rig();
+    let address = look_up(&mut rig, "api.example.test.");
+    let lookup = allowed(&mut rig, (address, 443));
+    rig.tcp((address, 443), 4, 1001, 0, &[]);
+    assert_eq!(rig.engine.flow_count(), 0);
+    resolved(&mut rig, &lookup, &[REAL]);
+    assert!(
+        rig.events.iter().all(|e| matches!(e, Event::Report(_))),
+        "{:?}",
+        rig.events
+    );
+    assert!(rig.sent().is_empty());
+    // What was found serves the next.
+    rig.ip(&next_syn(address, 443, 1));
+    assert_eq!(upstream(&mut rig), []);
+    let judged = flow_miss(&mut rig);
+    assert_eq!(subject(&judged).dialled, REAL.parse::<IpAddr>().unwrap());
+
+    // And one that resets while that is judged leaves nothing either.
+    let mut reset = next_syn(address, 443, 1);
+    reset[33] = 4;
+    rig.ip(&reset);
+    assert_eq!(ended_misses(&mut rig), [judged.id]);
+    rig.order(once(&judged, VerdictAction::Allow));
+    assert!(!rig.events.iter().any(|e| matches!(e, Event::Dial { .. })));
+    assert_eq!(rig.engine.flow_count(), 0);
+}
+
+#[test]
+fn a_lookup_that_failed_is_made_again_for_the_next_connection() {
+    let mut rig = synthetic_rig();
+    let address = look_up(&mut rig, "flaky.test.");
+    rig.surroundings
+        .no_ipv6
+        .store(true, std::sync::atomic::Ordering::Relaxed);
+    let lookup = allowed(&mut rig, (address, 443));
+    rig.engine.handle_resolved(rig.now, lookup.0, None);
+    assert_eq!(rig.only_icmp(), (3, 1));
+    assert_eq!(
+        rig.engine.dropped(crate::engine::frame::DropReason::HostRefused),
+        1
+    );
+    rig.syn((address, 443));
+    let again = upstream(&mut rig);
+    assert_eq!(again.len(), 1);
+    resolved(&mut rig, &again[0], &[REAL]);
+    let judged = flow_miss(&mut rig);
+    rig.order(once(&judged, VerdictAction::Allow));
+    rig.only_dial();
+}
+
+#[test]
+fn a_lookup_for_which_no_descriptor_is_left_finds_nothing_and_takes_none() {
+    use crate::descriptors::{Descriptors, PER_GUEST, RESERVE_MIN};
+    let descriptors = Descriptors::new(RESERVE_MIN + PER_GUEST + 2);
+    let mut rig = Rig::with_descriptors(&descriptors);
+    answer_synthetically(&mut rig, true);
+    let address = look_up(&mut rig, "api.example.test.");
+    rig.syn((address, 443));
+    let miss = flow_miss(&mut rig);
+    rig.answer(&miss, VerdictAction::Allow);
+    // The only one is the lookup's for as long as it is asked; another name has to do without.
+    let asked: Vec<Event> = std::mem::take(&mut rig.events);
+    assert!(asked.iter().any(|e| matches!(e, Event::Resolve { .. })));
+    let other = look_up(&mut rig, "other.example.test.");
+    rig.ip(&next_syn(other, 443, 1));
+    let miss = flow_miss(&mut rig);
+    rig.answer(&miss, VerdictAction::Allow);
+    assert_eq!(rig.only_icmp(), (3, 1));
+    assert_eq!(upstream(&mut rig), []);
+    assert_eq!(rig.engine.counters()["descriptors_refused"], 1);
+    // Its end gives it back, and the connection has it.
+    rig.events = asked;
+    let lookup = upstream(&mut rig).remove(0);
+    resolved(&mut rig, &lookup, &[REAL]);
+    let judged = flow_miss(&mut rig);
+    rig.order(once(&judged, VerdictAction::Allow));
+    rig.only_dial();
+}
+
+#[test]
+fn a_yes_that_was_taken_back_is_asked_for_again_for_the_whole_of_a_hold() {
+    let mut rig = synthetic_rig();
+    let address = look_up(&mut rig, "api.example.test.");
+    let lookup = allowed(&mut rig, (address, 443));
+    rig.order(Order::Revoke {
+        command: None,
+        epoch: EPOCH.next(),
+    });
+    rig.wait(Duration::from_secs(15));
+    resolved(&mut rig, &lookup, &[REAL]);
+    flow_miss(&mut rig);
+    rig.wait(HOLD - Duration::from_millis(1));
+    assert!(rig.sent().is_empty(), "a person has the time that is told");
+    rig.wait(Duration::from_millis(1));
+    assert_eq!(rig.only_segment().0 & 4, 4);
+    assert_eq!(rig.engine.flow_count(), 0);
+}
+
+#[test]
+fn a_yes_for_once_does_not_outlive_the_lease_during_the_lookup() {
+    let mut rig = synthetic_rig();
+    let address = look_up(&mut rig, "api.example.test.");
+    // Judged before, so that nobody would be asked again.
+    let lookup = allowed(&mut rig, (address, 443));
+    resolved(&mut rig, &lookup, &[REAL]);
+    let judged = flow_miss(&mut rig);
+    rig.order(once(&judged, VerdictAction::Allow));
+    rig.only_dial();
+    rig.order(Order::GuardsChanged);
+    rig.wait(Duration::from_secs(400));
+    rig.frames();
+    rig.reports();
+
+    rig.ip(&next_syn(address, 443, 1));
+    let miss = flow_miss(&mut rig);
+    rig.order(once(&miss, VerdictAction::Allow));
+    let lookup = upstream(&mut rig).remove(0);
+    // The session is lost for longer than any lease; the rig's is an hour.
+    rig.now += Duration::from_secs(3_600);
+    resolved(&mut rig, &lookup, &[REAL]);
+    assert!(!rig.events.iter().any(|e| matches!(e, Event::Dial { .. })));
+    assert_eq!(
+        subject(&flow_miss(&mut rig)).dialled,
+        IpAddr::from(address),
+        "asked anew"
+    );
+}
+
+/// An allow under a grant with a budget of connections.
+fn counted(miss: &Miss) -> Order {
+    use vnet_proto::model::{Allowance, Budget};
+    let left = Budget {
+        connections: 1,
+        ..Budget::default()
+    };
+    Order::Verdict(Box::new(Verdict {
+        once: true,
+        grant: "g1".into(),
+        budget: Some(Allowance {
+            left,
+            used: Budget::default(),
+        }),
+        ..verdict(miss, VerdictAction::Allow)
+    }))
+}
+
+#[test]
+fn a_connection_of_a_budget_is_given_back_once_where_nothing_is_dialled() {
+    type End = fn(&mut Rig, Ipv4Addr, (u64, String, RecordType));
+    let ways: [(&str, End); 5] = [
+        ("nothing is found", |rig, _, lookup| {
+            resolved(rig, &lookup, &[]);
+            let aaaa = upstream(rig).remove(0);
+            rig.engine.handle_resolved(rig.now, aaaa.0, None);
+        }),
+        ("the guest resets", |rig, address, _| {
+            rig.tcp((address, 443), 4, 1001, 0, &[])
+        }),
+        ("the lookup takes too long", |rig, _, _| {
+            rig.wait(Duration::from_secs(21))
+        }),
+        ("what is found is denied", |rig, _, lookup| {
+            resolved(rig, &lookup, &[REAL]);
+            let judged = flow_miss(rig);
+            rig.order(once(&judged, VerdictAction::Deny));
+        }),
+        ("what is found is dropped", |rig, _, lookup| {
+            resolved(rig, &lookup, &[REAL]);
+            let judged = flow_miss(rig);
+            rig.order(once(&judged, VerdictAction::Drop));
+        }),
+    ];
+    for (way, end) in ways {
+        let mut rig = synthetic_rig();
+        let address = look_up(&mut rig, "api.example.test.");
+        rig.syn((address, 443));
+        let miss = flow_miss(&mut rig);
+        rig.order(counted(&miss));
+        let lookup = upstream(&mut rig).remove(0);
+        end(&mut rig, address, lookup);
+        while let Some(event) = rig.engine.poll_event() {
+            rig.events.push(event);
+        }
+        let reports = rig.reports();
+        let told: Vec<_> = ended(&reports).into_iter().map(|(miss, _)| miss).collect();
+        assert_eq!(told, [miss.id], "{way}");
+        assert!(
+            !reports
+                .iter()
+                .any(|r| matches!(r, Report::Uses { .. } | Report::FlowOpened(_)))
+        );
+        assert_eq!(rig.engine.flow_count(), 0, "{way}");
+    }
+
+    // Dialled, it is used, and told as that alone.
+    let mut rig = synthetic_rig();
+    let address = look_up(&mut rig, "api.example.test.");
+    rig.syn((address, 443));
+    let miss = flow_miss(&mut rig);
+    rig.order(counted(&miss));
+    let lookup = upstream(&mut rig).remove(0);
+    resolved(&mut rig, &lookup, &[REAL]);
+    let judged = flow_miss(&mut rig);
+    rig.order(once(&judged, VerdictAction::Allow));
+    let reports = rig.reports();
+    assert_eq!(ended(&reports), []);
+    let opened: Vec<_> = reports
+        .iter()
+        .filter_map(|r| match r {
+            Report::FlowOpened(opened) => Some(opened.miss),
+            _ => None,
+        })
+        .collect();
+    assert_eq!(opened, [Some(miss.id)]);
+    assert!(reports.iter().any(|r| matches!(r, Report::Uses { .. })));
+    rig.only_dial();
+}
+
+#[test]
+fn a_connection_of_a_budget_that_waited_too_long_to_be_used_is_asked_for_again() {
+    let mut rig = synthetic_rig();
+    let address = look_up(&mut rig, "api.example.test.");
+    rig.syn((address, 443));
+    let miss = flow_miss(&mut rig);
+    rig.order(counted(&miss));
+    let lookup = upstream(&mut rig).remove(0);
+    resolved(&mut rig, &lookup, &[REAL]);
+    // A person is asked about the address, and takes longer than a connection is set aside.
+    let judged = flow_miss(&mut rig);
+    rig.order(Order::Held {
+        miss: judged.id,
+        hold: Duration::from_secs(300),
+    });
+    rig.wait(Duration::from_secs(61));
+    rig.order(once(&judged, VerdictAction::Allow));
+    assert!(!rig.events.iter().any(|e| matches!(e, Event::Dial { .. })));
+    let reports = rig.reports();
+    assert_eq!(ended(&reports).len(), 1);
+    assert_eq!(
+        ended(&reports)[0].0,
+        miss.id,
+        "given back before it is asked for again"
+    );
+    let again = reports
+        .iter()
+        .find_map(|r| match r {
+            Report::Miss(miss) => Some(miss.clone()),
+            _ => None,
+        })
+        .expect("asked again");
+    rig.order(counted(&again));
+    rig.only_dial();
+    assert_eq!(upstream(&mut rig), []);
+}
+
+#[test]
+fn a_client_that_has_said_all_before_the_dial_is_heard_to_its_end() {
+    let mut rig = synthetic_rig();
+    let address = look_up(&mut rig, "api.example.test.");
+    let sequence = reading(&mut rig, address);
+    let said = hello("api.example.test");
+    rig.tcp((address, 443), 0x19, 1001, sequence, &said);
+    rig.service();
+    let (at, _) = rig.only_dial();
+    rig.engine.handle_dialled(rig.now, at);
+    rig.service();
+    let connection = rig.engine.connection(at).unwrap();
+    let mut got = Vec::new();
+    while connection.has_received() {
+        let taken = connection.lend_received(|bytes| {
+            got.extend_from_slice(bytes);
+            Ok::<_, std::convert::Infallible>(bytes.len())
+        });
+        assert_ne!(taken, Ok(0));
+    }
+    assert_eq!(got, said);
+    assert!(connection.is_received_whole(), "the half close is passed on");
+    // And the other half still goes back.
+    connection
+        .lend_room(|room| {
+            room[..2].copy_from_slice(b"ok");
+            Ok::<_, std::convert::Infallible>(2)
+        })
+        .unwrap();
+    rig.sent();
+    rig.engine.finish_service(rig.now, at);
+    assert_eq!(rig.only_segment().3, b"ok");
+}

@@ -325,9 +325,13 @@ impl Town {
                 Event::Report(report) => self.guests[who].reports.push(*report),
                 Event::Pass { flow, packets } => {
                     for packet in packets {
-                        self.pass(who, flow, &packet);
+                        // As the driver does: one that has ended meanwhile leads nowhere.
+                        if self.guests[who].engine.flow(flow).is_some() {
+                            self.pass(who, flow, &packet);
+                        }
                     }
                 }
+                Event::Close { .. } => {}
                 Event::PermitClosed { to, flow, end } => {
                     self.guests[to.0 as usize - 1].ends.push_back((flow, end));
                 }
