@@ -14,7 +14,7 @@ use vnet_proto::model::{Budget, Guard, Mode, NamePattern, Reason, Subject, Targe
 use crate::clock::Now;
 use crate::grant::{Grant, GrantAction, GrantId, Lifetime, VmGrants, VmView};
 use crate::policy::{
-    Context, Effective, GuardedRanges, Modes, Outcome, PeerView, Policy, PolicyInForce, decide_flow,
+    Context, Effective, GuardedRanges, Modes, Outcome, PeerView, Policy, PolicyInForce, decide_live,
     decide_lookup,
 };
 
@@ -87,10 +87,10 @@ impl Recorded {
         }
     }
 
-    /// What it is, in the words of every list.
+    /// What it is, in the words of every list: a flow to a synthetic address by its name.
     pub fn target(&self) -> Target {
         match &self.subject {
-            Subject::Flow(flow) => Target::of_flow(&flow.key),
+            Subject::Flow(flow) => Target::of_subject(flow),
             Subject::Lookup(lookup) => Target::Name {
                 pattern: NamePattern::Exact(lookup.name.clone()),
                 ports: None,
@@ -178,7 +178,8 @@ impl<'a> Trial<'a> {
         };
         Some(match &recorded.subject {
             Subject::Flow(flow) => {
-                let decision = decide_flow(&context, flow);
+                // It had been let through by its name before it was judged by the address found.
+                let decision = decide_live(&context, flow);
                 (decision.outcome, decision.reason)
             }
             Subject::Lookup(lookup) => {
@@ -331,7 +332,7 @@ pub(crate) mod tests {
 
     impl History {
         /// `tcp 192.0.2.7:443`, `icmp 192.0.2.7` or `lookup example.com`, with the names bound to it; by
-        /// `step:subject`.
+        /// `step:subject`. A flow to 198.18.0.0/16 is one to a synthetic address, of which nothing is found yet.
         pub(crate) fn add(&mut self, vm: &str, what: &str, names: &[&str], outcome: Outcome, why: &str) {
             let (step, subject) = why.split_once(':').unwrap_or((why, ""));
             let guarded = guarded();
@@ -353,6 +354,9 @@ pub(crate) mod tests {
                     "[fd00::2]:40000"
                 };
                 let mut guards = guarded.guards_of(peer.ip(), !names.is_empty());
+                if peer.ip().to_string().starts_with("198.18.") {
+                    guards = [Guard::Synthetic].into_iter().collect();
+                }
                 let alias = peer.ip() == "192.168.127.254".parse::<std::net::IpAddr>().unwrap();
                 if alias {
                     guards = [Guard::Host].into_iter().collect();
@@ -390,6 +394,16 @@ pub(crate) mod tests {
                 count: 1,
                 at,
             });
+        }
+
+        /// What the synthetic address of the last one was found to stand for.
+        pub(crate) fn found(&mut self, address: &str) {
+            let Some(Subject::Flow(flow)) = self.0.last_mut().map(|last| &mut last.subject) else {
+                panic!("the last one is no flow");
+            };
+            flow.dialled = address.parse().unwrap();
+            let there = guarded().guards_of(flow.dialled, false);
+            flow.guards = flow.guards.iter().chain(there.iter()).collect();
         }
 
         pub(crate) fn replay(&self, document: &str) -> Report {
@@ -495,6 +509,58 @@ pub(crate) mod tests {
         let refusing = "version: 1\nrules:\n  - {name: no, action: deny, cidr: 192.0.2.0/24}\n";
         let found = lines(&history.replay(refusing));
         assert_eq!(found, ["web tcp 192.0.2.7:443 x1: Allow by g1 -> Deny by no"]);
+    }
+
+    #[test]
+    fn a_flow_to_a_synthetic_address_is_judged_by_its_name_and_by_what_was_found() {
+        let mut history = History::default();
+        history.add(
+            "web",
+            "tcp 198.18.0.1:443",
+            &["a.test"],
+            Outcome::Allow,
+            "grant:g1",
+        );
+        history.found("192.0.2.7");
+        history.add("web", "tcp 198.18.0.2:443", &["b.test"], Outcome::Ask, "default");
+        assert_eq!(history.0[0].target().to_string(), "domain a.test:443");
+        let asking = |rules: &str| format!("version: 1\nmode: ask\ndns: {{answer: synthetic}}\n{rules}");
+        assert_eq!(lines(&history.replay(&asking(""))), [""; 0]);
+        // The second was never let through, and so has no address that a rule for one could be about.
+        let found = lines(&history.replay(&asking(
+            "rules:\n  - {name: no, action: deny, cidr: 192.0.2.0/24}\n",
+        )));
+        assert_eq!(found, ["web domain a.test:443 x1: Allow by g1 -> Deny by no"]);
+        let found = lines(&history.replay(&asking(
+            "rules:\n  - {name: no, action: deny, domains: ['*.test', a.test, b.test]}\n",
+        )));
+        assert_eq!(
+            found,
+            [
+                "web domain a.test:443 x1: Allow by g1 -> Deny by no",
+                "web domain b.test:443 x1: Ask by  -> Deny by no",
+            ]
+        );
+    }
+
+    #[test]
+    fn what_no_document_lets_through_by_name_was_not_let_through_by_its_address() {
+        let mut history = History::default();
+        history.add(
+            "web",
+            "tcp 198.18.0.1:443",
+            &["a.test"],
+            Outcome::Allow,
+            "rule:names",
+        );
+        history.found("192.0.2.7");
+        let found = lines(&history.replay("version: 1\nrules:\n  - {action: allow, domains: [b.test]}\n"));
+        assert_eq!(
+            found,
+            ["web domain a.test:443 x1: Allow by names -> Deny by deny"]
+        );
+        let named = "version: 1\nrules:\n  - {action: allow, domains: [a.test]}\n";
+        assert_eq!(lines(&history.replay(named)), [""; 0]);
     }
 
     #[test]

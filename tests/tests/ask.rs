@@ -275,6 +275,54 @@ fn one_yes_to_a_name_serves_its_lookup_and_its_connections() {
 }
 
 #[test]
+fn a_yes_to_the_lookup_alone_answers_it_and_the_connection_is_asked_about() {
+    staged(
+        a_yes_to_the_lookup_alone_answers_it_and_the_connection_is_asked_about,
+        |world| {
+            let server = http(world.internet(), "203.0.113.10:80");
+            let upstream = dns(world);
+            let run = world.run(
+                &["--secure-mode", "--vm", "web"],
+                &["curl", "-4", "-sS", "http://web.example.com/"],
+            );
+            let lookup = world.first_pending_id();
+            let said = world.vnetctl(&["approve", &lookup, "--lookup-only"]);
+            assert!(said.contains("allow lookup web.example.com for web"), "{said}");
+            let mut connection = String::new();
+            eventually("the connection is asked about", || {
+                let waiting = world.pending();
+                connection = waiting
+                    .iter()
+                    .map(id)
+                    .find(|id| *id != lookup)
+                    .unwrap_or_default();
+                !connection.is_empty()
+            });
+            assert_ne!(
+                upstream.asked_for("web.example.com"),
+                0,
+                "the lookup was answered"
+            );
+            assert_eq!(server.connections(), 0);
+            let shown = world.vnetctl(&["pending", "show", &connection]);
+            assert!(
+                shown.contains("tcp 203.0.113.10:80") && shown.contains("web.example.com"),
+                "{shown}"
+            );
+            // A connection has no lookup that could be all that is meant.
+            let refused = world.try_vnetctl(&["approve", &connection, "--lookup-only"]);
+            assert!(
+                refused.code == 1 && refused.stderr.contains("answer it without lookup-only"),
+                "{refused:?}"
+            );
+            world.vnetctl(&["deny", &connection]);
+            let ended = run.wait();
+            assert_eq!((ended.code, server.connections()), (REFUSED, 0), "{ended:?}");
+        },
+    );
+}
+
+#[test]
 fn denied_name_fails_at_once_and_nothing_is_asked_upstream() {
     staged(denied_name_fails_at_once_and_nothing_is_asked_upstream, |world| {
         let upstream = dns(world);
@@ -810,4 +858,115 @@ fn explanation_is_what_happens() {
         assert_eq!(action(&["tcp", "203.0.113.10:81"]), "ACTION_DENY");
         assert_eq!(action(&["tcp", "203.0.113.10:82"]), "ACTION_ASK");
     });
+}
+
+/// What a policy explains of each, and what a run then meets.
+const EXPLAINED: &str = "\
+version: 1
+rules:
+  - {name: names, action: allow, domains: [web.example.com], ports: [80]}
+  - {name: there, action: allow, cidr: 198.51.100.7/32, ports: [80], protocol: tcp}
+  - {name: not-there, action: deny, cidr: 198.51.100.7/32, ports: [81]}
+dns: {blockedDomains: [other.example.org]}
+";
+
+#[test]
+fn explanation_says_step_subject_and_remedy_and_the_remedy_helps() {
+    staged(
+        explanation_says_step_subject_and_remedy_and_the_remedy_helps,
+        |world| {
+            for address in ["203.0.113.10:80", "198.51.100.7:82", "198.51.100.7:80"] {
+                http(world.internet(), address);
+            }
+            dns(world);
+            let file = world.file("policy.yaml", EXPLAINED);
+            let try_all = "for u in web.example.com other.example.org alias.example.com 198.51.100.7 \
+                    198.51.100.7:81 198.51.100.7:82; do curl -4 -sS -o got http://$u/; echo $u $?; done";
+            let script = format!(
+                "echo up; until test -e go; do sleep 0.05; done; {try_all}; echo then; \
+                    until test -e again; do sleep 0.05; done; {try_all}"
+            );
+            let mut run = world.run(
+                &["--vm", "web", "--network-policy", file.to_str().unwrap()],
+                &["sh", "-c", &script],
+            );
+            run.prints("up");
+            let explained = |target: &str| -> Value {
+                let words: Vec<&str> = target.split(' ').collect();
+                world.json(&[&["policy", "explain", "--vm", "web"], &words[..]].concat())
+            };
+            let mut remedies = Vec::new();
+            for (target, action, step, subject, remedy) in [
+                (
+                    "domain web.example.com",
+                    "ALLOW",
+                    "rule",
+                    "names",
+                    "change rule names of policy own (line 3)",
+                ),
+                (
+                    "domain other.example.org",
+                    "DENY",
+                    "dns",
+                    "dns.blockedDomains",
+                    "take it from dns.blockedDomains of policy own",
+                ),
+                (
+                    "domain alias.example.com",
+                    "DENY",
+                    "default",
+                    "deny",
+                    "vnetctl allow domain 'alias.example.com' --vm web",
+                ),
+                (
+                    "tcp 198.51.100.7:80",
+                    "ALLOW",
+                    "rule",
+                    "there",
+                    "change rule there of policy own (line 4)",
+                ),
+                (
+                    "tcp 198.51.100.7:81",
+                    "DENY",
+                    "rule",
+                    "not-there",
+                    "change rule not-there of policy own (line 5)",
+                ),
+                (
+                    "tcp 198.51.100.7:82",
+                    "DENY",
+                    "default",
+                    "deny",
+                    "vnetctl allow tcp 198.51.100.7:82 --vm web",
+                ),
+            ] {
+                let found = explained(target);
+                assert_eq!(found["action"], format!("ACTION_{action}"), "{target}: {found}");
+                assert_eq!(found["reason"]["step"], step, "{target}: {found}");
+                assert_eq!(found["reason"]["subject"], subject, "{target}: {found}");
+                assert_eq!(found["remedy"], remedy, "{target}: {found}");
+                if let Some(words) = remedy.strip_prefix("vnetctl ") {
+                    remedies.push((target, words.replace('\'', "")));
+                }
+            }
+            world.file("go", "");
+            let met = run.prints("then\n");
+            let expected = "up\nweb.example.com 0\nother.example.org 6\nalias.example.com 6\n198.51.100.7 0\n\
+                 198.51.100.7:81 7\n198.51.100.7:82 7\nthen\n";
+            assert_eq!(met, expected, "what was explained is what happens");
+
+            for (target, words) in remedies {
+                let words: Vec<&str> = words.split(' ').collect();
+                world.vnetctl(&words);
+                let found = explained(target);
+                assert_eq!(found["action"], "ACTION_ALLOW", "{target}: {found}");
+                assert_eq!(found["reason"]["step"], "grant", "{target}: {found}");
+            }
+            world.file("again", "");
+            let ended = run.wait();
+            let expected = "web.example.com 0\nother.example.org 6\nalias.example.com 0\n198.51.100.7 0\n\
+                 198.51.100.7:81 7\n198.51.100.7:82 0\n";
+            assert!(ended.stdout.ends_with(expected), "{ended:?}");
+        },
+    );
 }

@@ -329,6 +329,32 @@ fn ssh_and_git_under_a_rule_with_a_name_lose_no_time() {
 }
 
 #[test]
+fn git_over_ssh_goes_out_under_a_grant_for_its_name() {
+    staged(git_over_ssh_goes_out_under_a_grant_for_its_name, |world| {
+        dns(world);
+        let server = tcp(world.internet(), "203.0.113.10:22", |mut stream, _| {
+            let _ = stream.write_all(b"SSH-2.0-speaks_first\r\n");
+            let _ = stream.read(&mut [0; 256]);
+        });
+        world.vnetctl(&["allow", "domain", "allowed.test:22", "--vm", "web"]);
+        let git = "export GIT_SSH_COMMAND='ssh -v -F none -o BatchMode=yes -o UserKnownHostsFile=/dev/null \
+                   -o StrictHostKeyChecking=no -o ConnectTimeout=20'
+                   git ls-remote ssh://git@allowed.test/repository; git ls-remote ssh://git@denied.test/repository";
+        let run = world.run(&["--secure-mode", "--vm", "web"], &["sh", "-c", git]);
+        // The other name on that address is asked about; the first was not.
+        let request = world.first_pending();
+        assert!(request["target"].to_string().contains("denied.test"), "{request}");
+        assert_eq!(server.connections(), 1);
+        world.vnetctl(&["deny", &id(&request)]);
+        let ended = run.wait();
+        let reached = "remote software version speaks_first";
+        assert_eq!(ended.stderr.matches(reached).count(), 1, "{ended:?}");
+        assert_eq!(ended.stderr.matches("asks for").count(), 1, "{ended:?}");
+        assert_eq!(server.connections(), 1);
+    });
+}
+
+#[test]
 fn a_later_request_for_another_host_ends_the_connection_and_does_not_arrive() {
     staged(
         a_later_request_for_another_host_ends_the_connection_and_does_not_arrive,

@@ -137,6 +137,88 @@ fn tests_inside_a_policy_are_run_before_anything_else_is() {
     });
 }
 
+/// Loads, and may surprise: in each of these ways.
+const SURPRISING: &str = "\
+version: 1
+rules:
+  - {name: anybody, action: allow, domains: ['*.co.uk'], ports: [443]}
+  - {name: wide, action: allow, cidr: 0.0.0.0/0}
+  - {name: late, action: deny, cidr: 203.0.113.0/24, ports: [81]}
+  - {name: over, action: allow, cidr: 198.51.100.0/24, ports: [80], until: 2020-01-01T00:00:00Z}
+dns:
+  allowedDomains: [co.uk]
+";
+
+#[test]
+fn what_may_surprise_is_told_by_check_and_by_run_and_stops_neither() {
+    staged(
+        what_may_surprise_is_told_by_check_and_by_run_and_stops_neither,
+        |world| {
+            world.file("surprising.yaml", SURPRISING);
+            let check = world.try_vnetctl(&["policy", "check", "surprising.yaml"]);
+            let run = world
+                .run(&["--network-policy", "surprising.yaml"], &["echo", "ran"])
+                .wait();
+            for ended in [&check, &run] {
+                assert_eq!(ended.code, 0, "{ended:?}");
+                for (line, what) in [
+                    (1, "dns.allowedDomains has co.uk, and co.uk is a public suffix"),
+                    (
+                        3,
+                        "anybody: co.uk is a public suffix: anyone may own a name below it",
+                    ),
+                    (
+                        4,
+                        "wide allows every IPv4 destination, but for guarded ones (metadata, the host,",
+                    ),
+                    (5, "late can never match"),
+                    (6, "over can never match: its until is in the past"),
+                ] {
+                    let told = |said: &str| {
+                        said.contains(&format!("warning: surprising.yaml:{line}:")) && said.contains(what)
+                    };
+                    assert!(ended.stderr.lines().any(told), "{line}: {what}: {ended:?}");
+                }
+            }
+            assert_eq!(run.stdout, "ran\n", "{run:?}");
+        },
+    );
+}
+
+#[test]
+fn a_run_that_rewrites_its_policy_is_warned_of_and_does_not_read_it_again() {
+    staged(
+        a_run_that_rewrites_its_policy_is_warned_of_and_does_not_read_it_again,
+        |world| {
+            let servers = [
+                http(world.internet(), "203.0.113.10:80"),
+                http(world.internet(), "198.51.100.7:80"),
+            ];
+            let file = world.file("policy.yaml", "version: 1\n");
+            let path = file.to_str().unwrap();
+            let script = "curl -sS http://203.0.113.10/; echo $?
+                printf 'version: 1\\ndefaultAction: allow\\n' > policy.yaml && echo rewritten
+                curl -sS http://203.0.113.10/; echo $?; curl -sS http://198.51.100.7/; echo $?";
+            let ended = world.script(&["--network-policy", path], script);
+            assert_eq!(ended.stdout, "7\nrewritten\n7\n7\n", "{ended:?}");
+            let warning = format!("warning: {path} can be written from inside this run; it was read once");
+            assert!(ended.stderr.contains(&warning), "{ended:?}");
+            assert!(servers.iter().all(|server| server.connections() == 0));
+
+            // The next one reads what this one left, as the warning says, unless it cannot be written.
+            std::fs::create_dir(world.work().join("out")).unwrap();
+            let words = ["--network-policy", path, "--write", "out"];
+            let ended = world.script(
+                &words,
+                "curl -sS http://198.51.100.7/; echo > policy.yaml || echo kept",
+            );
+            assert!(ended.stdout.ends_with("kept\n"), "{ended:?}");
+            assert!(!ended.stderr.contains("can be written from inside"), "{ended:?}");
+            assert_eq!(servers[1].connections(), 1);
+        },
+    );
+}
+
 #[test]
 fn the_schema_is_printed_as_it_is_published() {
     staged(the_schema_is_printed_as_it_is_published, |world| {

@@ -3,7 +3,8 @@
 
 use std::time::Duration;
 
-use vnet_tests::{Answer, Dns, World, eventually, http, staged, udp_echo};
+use vnet_tests::{Answer, Dns, World, eventually, http, staged, staged_with, udp_echo};
+use vnetctl::sandbox::stage::StageSpec;
 
 const ASKING: &str = "version: 1\nmode: ask\ndns:\n  answer: synthetic\n";
 
@@ -61,6 +62,59 @@ fn one_question_opens_a_name_and_nothing_is_looked_up_before_the_yes() {
             );
             assert_eq!(web.connections(), 1);
             world.is_clean();
+        },
+    );
+}
+
+#[test]
+fn a_name_has_a_synthetic_ipv6_address_that_leads_to_its_real_one_after_the_yes() {
+    let nets = |texts: &[&str]| texts.iter().map(|net| net.parse().unwrap()).collect();
+    let spec = StageSpec {
+        host: nets(&["203.0.113.1/24", "2001:db8:1::1/64"]),
+        internet: nets(&["203.0.113.10/24", "2001:db8:1::10/64"]),
+        resolv_conf: Some("nameserver 203.0.113.10\n".to_owned()),
+        ..StageSpec::default()
+    };
+    staged_with(
+        a_name_has_a_synthetic_ipv6_address_that_leads_to_its_real_one_after_the_yes,
+        &spec,
+        |world| {
+            // Without a default route nothing looks for IPv6 addresses of a name.
+            let mut route = world.program("ip");
+            route.args(["-6", "route", "add", "default", "via", "2001:db8:1::10"]);
+            assert!(route.status().unwrap().success());
+            let web = http(world.internet(), "[2001:db8:1::10]:80");
+            let six = [("six.example.com", Answer::Aaaa("2001:db8:1::10"))];
+            let dns = Dns::serve(world.internet(), "203.0.113.10:53", &six);
+            let file = world.file("policy.yaml", ASKING);
+            let script = "getent ahostsv6 six.example.com | head -n 1 | cut -d ' ' -f 1
+                curl -6 -sS http://six.example.com/story; curl -6 -sS http://other.example.com/; echo $?";
+            let mut run = world.run(&flags(&file), &["sh", "-c", script]);
+            let first = world.first_pending_id();
+            let told = run.prints("\n");
+            assert!(told.starts_with("fd73:796e:7468::"), "{told}");
+            let asked = run.complains(&first);
+            assert!(
+                asked.contains("web asks for domain six.example.com:80"),
+                "{asked}"
+            );
+            assert_eq!(dns.asked(), Vec::<String>::new(), "nothing leaves before the yes");
+            world.vnetctl(&["approve", &first]);
+            let mut second = String::new();
+            eventually("the other name is asked about", || {
+                let waiting = world.pending();
+                second = waiting
+                    .iter()
+                    .map(vnet_tests::id)
+                    .find(|id| *id != first)
+                    .unwrap_or_default();
+                !second.is_empty()
+            });
+            world.vnetctl(&["deny", &second]);
+            let ended = run.wait();
+            let met = ended.stdout.lines().skip(1).collect::<Vec<_>>();
+            assert_eq!(met, ["this is [2001:db8:1::10]:80 at /story", "7"], "{ended:?}");
+            assert_eq!((web.connections(), dns.asked_for("other.example.com")), (1, 0));
         },
     );
 }

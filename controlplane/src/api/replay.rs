@@ -59,19 +59,16 @@ pub(super) async fn suggest(
     let span = span(request.time);
     let now = hub.now();
     if request.from_grants {
-        let grants = hub.answered(vms.as_ref(), span).await?;
+        let answers = hub.answered(vms.as_ref(), span).await?;
+        let grants = answers.len() as u64;
         return Ok(v1::SuggestResponse {
-            document: suggest::from_answers(&grants, now)?,
-            grants: grants.len() as u64,
+            document: aside(move || suggest::from_answers(&answers, now)).await?,
+            grants,
             ..Default::default()
         });
     }
     let (history, left_out) = recalled(hub, vms.as_ref(), span).await?;
-    // It is replayed several times over, which takes longer than others' calls should wait.
-    let worked = tokio::task::spawn_blocking(move || suggest::from_history(&history, now));
-    let suggestion = worked
-        .await
-        .map_err(|_| Refusal::Unavailable("the suggestion was given up".to_owned()))??;
+    let suggestion = aside(move || suggest::from_history(&history, now)).await?;
     let mut report = suggestion.report;
     for (why, count) in left_out {
         report.leave_out(why, count);
@@ -82,6 +79,15 @@ pub(super) async fn suggest(
         replay: Some(replayed(&report)),
         grants: 0,
     })
+}
+
+/// Makes a suggestion where nobody else's call waits for it: histories are replayed several times over, and a file
+/// of many answers is put to each of its own tests.
+async fn aside<T: Send + 'static>(
+    make: impl FnOnce() -> Result<T, SuggestError> + Send + 'static,
+) -> Result<T, Refusal> {
+    let made = tokio::task::spawn_blocking(make).await;
+    Ok(made.map_err(|_| Refusal::Unavailable("the suggestion was given up".to_owned()))??)
 }
 
 type LeftOut = Vec<(crate::replay::LeftOut, u64)>;
@@ -166,6 +172,15 @@ mod tests {
     use super::*;
     use crate::policy::Outcome;
     use crate::replay::tests::History;
+
+    #[tokio::test(flavor = "current_thread")]
+    async fn a_suggestion_is_made_beside_the_thread_that_serves_calls() {
+        let serving = std::thread::current().id();
+        let made = aside(move || Ok(std::thread::current().id() != serving)).await;
+        assert!(made.unwrap());
+        let failed = aside(|| Err::<(), _>(SuggestError::TooMany { found: 9 })).await;
+        assert!(matches!(failed, Err(Refusal::Limit(_))), "{failed:?}");
+    }
 
     #[test]
     fn more_changes_than_one_answer_has_are_counted() {

@@ -67,6 +67,11 @@ impl GuardedRanges {
         self.ranges.iter().map(|(_, net)| *net)
     }
 
+    /// All of them, with what guards each.
+    pub(crate) fn iter_with_guards(&self) -> impl Iterator<Item = (Guard, IpNet)> + '_ {
+        self.ranges.iter().copied()
+    }
+
     /// Whether a prefix that matches a flow to `peer` (dialled as `dialled`) names every guard in
     /// `guards`: it lies inside a range of that guard, or is that one address. Nothing names
     /// [`Guard::Daemon`].

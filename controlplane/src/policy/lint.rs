@@ -1,10 +1,11 @@
 //! What a reader of a policy should know of it although it loads: rules that earlier ones leave
 //! nothing to, ways out that are easily overlooked.
 
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::sync::Arc;
 
 use ipnet::IpNet;
-use vnet_proto::model::{Mode, NamePattern, PortRange, Protocol, VmSelector};
+use vnet_proto::model::{Guard, Mode, NamePattern, PortRange, Protocol, VmSelector};
 
 use crate::clock::Now;
 use crate::policy::guard::GuardedRanges;
@@ -66,8 +67,8 @@ pub(crate) fn warnings(policy: &Policy) -> Vec<PolicyWarning> {
         }
         for pattern in suffixes(&dns.allowed).take(WARNINGS_MAX) {
             warnings.push(at_start(&format!(
-                "dns.allowedDomains has {pattern}, and {} is a public suffix: anyone may own a name below it",
-                pattern.name()
+                "dns.allowedDomains has {pattern}, and {}",
+                of_suffix(&pattern)
             )));
         }
     }
@@ -77,7 +78,7 @@ pub(crate) fn warnings(policy: &Policy) -> Vec<PolicyWarning> {
 
     let rules = policy.rules.as_slice();
     for (index, rule) in rules.iter().enumerate() {
-        let mut texts = of_rule(rule);
+        let mut texts = of_rule(rule, &policy.settings);
         if index < COMPARED_MAX {
             let earlier = rules.iter().take(index).rev();
             texts.extend(earlier.filter_map(|earlier| shadow(earlier, rule)).next());
@@ -168,7 +169,7 @@ fn of_profiles(policy: &Policy) -> Vec<PolicyWarning> {
 }
 
 /// What is worth telling of one rule by itself.
-fn of_rule(rule: &Rule) -> Vec<String> {
+fn of_rule(rule: &Rule, settings: &Settings) -> Vec<String> {
     let mut texts = Vec::new();
     let label = &rule.label;
     let test = &rule.test;
@@ -177,61 +178,114 @@ fn of_rule(rule: &Rule) -> Vec<String> {
     }
     if rule.action == RuleAction::Allow {
         let names = test.names.iter().flat_map(|names| suffixes(names));
-        for pattern in names.take(WARNINGS_MAX) {
-            let suffix = pattern.name();
-            texts.push(format!(
-                "{label}: {suffix} is a public suffix: anyone may own a name below it"
-            ));
-        }
+        let named = |pattern| format!("{label}: {}", of_suffix(&pattern));
+        texts.extend(names.take(WARNINGS_MAX).map(named));
     }
-    if test.prefixes.is_empty() && test.names.is_none() && test.ports.is_empty() {
-        let all = if rule.action == RuleAction::Allow {
-            "allows"
-        } else {
-            "asks for"
+    if test.names.is_none()
+        && test.ports.is_empty()
+        && let Some(all) = everything(test)
+    {
+        let verb = match rule.action {
+            RuleAction::Allow => "allows",
+            _ => "asks for",
         };
-        texts.push(format!(
-            "{label} {all} every destination, but for guarded ones (metadata, the host, other guests): those \
-             need a rule whose cidr lies inside of theirs"
-        ));
+        let closed = kept_guards(settings);
+        texts.extend((!closed.is_empty()).then(|| {
+            format!(
+                "{label} {verb} {all}, but for guarded ones ({}): those need a rule that names them, as one does \
+                 whose cidr lies inside of theirs",
+                closed.join(", ")
+            )
+        }));
     } else {
-        texts.extend(stopped_by_guards(rule));
+        texts.extend(stopped_by_guards(rule, settings));
     }
     texts
 }
 
-/// A prefix that has guarded addresses without naming them: the rule stops short of those.
-fn stopped_by_guards(rule: &Rule) -> Option<String> {
-    let guarded = GuardedRanges::new([], None, []);
-    let broad = |prefix: &IpNet| {
-        prefix.prefix_len() > 0
-            && guarded
-                .iter()
-                .any(|range| prefix.contains(&range) && *prefix != range)
+/// Which whole of the address space a rule is for, if it is for one. A rule for some ports of everything is how
+/// the web is opened, and says itself that it is not meant to open all there is.
+fn everything(test: &FlowTest) -> Option<&'static str> {
+    let whole = |address: IpAddr| match IpNet::new(address, 0) {
+        Ok(whole) => test.prefixes.covers(whole),
+        Err(_) => false,
     };
-    let prefix = rule
-        .test
-        .prefixes
-        .iter()
-        .take(PREFIXES_COMPARED_MAX)
-        .find(broad)?;
-    let range = guarded.iter().find(|range| prefix.contains(range))?;
+    let v4 = whole(Ipv4Addr::UNSPECIFIED.into());
+    let v6 = whole(Ipv6Addr::UNSPECIFIED.into());
+    match (test.prefixes.is_empty(), v4, v6) {
+        (true, ..) | (false, true, true) => Some("every destination"),
+        (false, true, false) => Some("every IPv4 destination"),
+        (false, false, true) => Some("every IPv6 destination"),
+        (false, false, false) => None,
+    }
+}
+
+/// What the guards that a document leaves standing close.
+fn kept_guards(settings: &Settings) -> Vec<&'static str> {
+    let off = Some(GuardAction::Off);
+    let said = [
+        (settings.metadata != off, "metadata"),
+        (settings.host != off, "the host"),
+        (
+            settings.private_from_dns != off,
+            "private addresses that DNS taught",
+        ),
+        (settings.guests != off, "other guests"),
+        (settings.dns_guard != Some(DnsGuard::Off), "other DNS servers"),
+    ];
+    let kept = said.into_iter().filter(|(kept, _)| *kept);
+    kept.map(|(_, what)| what).collect()
+}
+
+/// A prefix that has guarded addresses without naming them: the rule stops short of those.
+fn stopped_by_guards(rule: &Rule, settings: &Settings) -> Option<String> {
+    let off = Some(GuardAction::Off);
+    let kept = |guard: Guard| match guard {
+        Guard::Metadata => settings.metadata != off,
+        Guard::Host => settings.host != off,
+        _ => true,
+    };
+    let guarded = GuardedRanges::new([], None, []);
+    let stops = |prefix: IpNet| {
+        let mut inside = guarded
+            .iter_with_guards()
+            .filter(|(guard, range)| kept(*guard) && prefix.contains(range) && prefix != *range);
+        inside.next().map(|(_, range)| (prefix, range))
+    };
+    let mut prefixes = rule.test.prefixes.iter().take(PREFIXES_COMPARED_MAX);
+    // Of a whole family it is the ports that say what is meant.
+    let (prefix, range) =
+        prefixes.find_map(|prefix| (prefix.prefix_len() > 0).then(|| stops(prefix)).flatten())?;
     Some(format!(
         "{}: {prefix} is broader than {range}, which stays guarded; add {range} itself to open that as well",
         rule.label
     ))
 }
 
+/// Patterns below which anyone may own a name, and names that are nobody's: `co.uk` for `*.co.uk`, or by mistake. A
+/// suffix that a company has made of its own domain (`s3.amazonaws.com`) is a host as well, and by itself meant.
 fn suffixes(names: &NameSet) -> impl Iterator<Item = NamePattern> {
     names.patterns().take(SUFFIXES_MAX).filter(|pattern| {
-        matches!(pattern, NamePattern::Subdomains(name)
-            if psl::suffix_str(name.as_str()) == Some(name.as_str()) && is_listed(name.as_str()))
+        let name = pattern.name().as_str();
+        let Some(suffix) = psl::suffix(name.as_bytes()).filter(|suffix| *suffix == name) else {
+            return false;
+        };
+        // Unlisted top-level names count as suffixes by the list's default rule; many are private.
+        match pattern {
+            NamePattern::Subdomains(_) => suffix.is_known(),
+            NamePattern::Exact(_) => suffix.typ() == Some(psl::Type::Icann),
+        }
     })
 }
 
-/// Unlisted top-level names count as suffixes by the list's default rule; many are private.
-fn is_listed(name: &str) -> bool {
-    psl::suffix(name.as_bytes()).is_some_and(|suffix| suffix.is_known())
+fn of_suffix(pattern: &NamePattern) -> String {
+    let suffix = pattern.name();
+    match pattern {
+        NamePattern::Subdomains(_) => format!("{suffix} is a public suffix: anyone may own a name below it"),
+        NamePattern::Exact(_) => {
+            format!("{suffix} is a public suffix: it means that name alone, and none below it")
+        }
+    }
 }
 
 /// What is left of `rule` by `earlier`, if that is worth telling.

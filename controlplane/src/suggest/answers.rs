@@ -1,11 +1,11 @@
 //! From people's answers to a file: what was granted for a while becomes a rule.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeSet, HashSet};
 use std::fmt::Write as _;
 
-use vnet_proto::model::{NamePattern, Target, VmSelector};
+use vnet_proto::model::{Budget, NamePattern, Target, VmSelector};
 
-use super::plan::Probe;
+use super::plan::{PROBES_MAX, Probe};
 use super::render::{quoted, write_probes};
 use super::{SOURCE, SuggestError, load, passes};
 use crate::clock::Now;
@@ -34,55 +34,77 @@ pub fn from_answers(grants: &[Grant], now: Now) -> Result<String, SuggestError> 
             "nobody answered anything in this time, and no grant is in force",
         ));
     }
-    // One more is for names that are only looked up.
+    // One more closes the ports of names that are only looked up.
     if found >= RULES_MAX {
         return Err(SuggestError::TooMany { found });
     }
+    let grants: Vec<&Grant> = denying.into_iter().chain(allowing).collect();
     let mut text = String::from(
-        "# Suggested by vnetctl policy suggest --from-grants: what people answered, for good.\n# Read it before you apply it: an answer for an hour is a rule for ever here.\nversion: 1\ndefaultAction: deny\nrules:\n",
+        "# Suggested by vnetctl policy suggest --from-grants: what people answered, for good.\n# Read it before you apply it: an answer for an hour is a rule for ever here.\n",
     );
-    let mut lookups: Vec<&NamePattern> = Vec::new();
-    for grant in denying.into_iter().chain(allowing.iter().copied()) {
-        match &grant.target {
-            Target::Name {
-                pattern,
-                lookup_only: true,
-                ..
-            } if grant.action == GrantAction::Allow => {
-                lookups.push(pattern);
-            }
-            _ => write_rule(&mut text, grant),
-        }
-    }
-    if !lookups.is_empty() {
-        lookups.sort();
-        lookups.dedup();
-        let names: Vec<String> = lookups
-            .iter()
-            .map(|pattern| quoted(&pattern.to_string()))
-            .collect();
-        let names = names.join(", ");
-        let _ = write!(
-            text,
-            "  - name: looked-up-only\n    action: deny\n    comment: only their lookups were allowed\n    domains: [{names}]\n    ports: [\"1-65535\"]\ndns:\n  defaultAction: deny\n  allowedDomains: [{names}]\n",
+    if grants.iter().any(|grant| grant.budget != Budget::default()) {
+        text.push_str(
+            "# A file has no budgets: what was allowed up to so many connections or bytes is allowed without end here.\n",
         );
-    } else {
-        text.push_str("dns:\n  defaultAction: deny\n");
     }
+    text.push_str("version: 1\ndefaultAction: deny\nrules:\n");
+    let (lookups, others): (Vec<&Grant>, Vec<&Grant>) =
+        grants.iter().partition(|grant| lookup_allowed(grant).is_some());
+    for grant in others {
+        write_rule(&mut text, grant);
+    }
+    write_lookups(&mut text, &lookups);
     let without = load(&text)?;
-    let probes = grants.iter().filter_map(probe);
-    let probes: Vec<Probe> = probes.filter(|probe| passes(&without, probe, now)).collect();
-    let mut distinct: Vec<&Probe> = Vec::new();
-    for probe in &probes {
-        if distinct.len() < crate::policy::PROBES_MAX && !distinct.contains(&probe) {
-            distinct.push(probe);
-        }
-    }
-    write_probes(&mut text, &distinct);
+    let mut seen = HashSet::new();
+    let probes: Vec<Probe> = grants
+        .iter()
+        .filter_map(|grant| probe(grant))
+        .filter(|probe| seen.insert((probe.vm.clone(), probe.text.clone())))
+        .filter(|probe| passes(&without, probe, now))
+        .take(PROBES_MAX)
+        .collect();
+    write_probes(&mut text, &probes.iter().collect::<Vec<_>>());
     load(&text)?
         .run_tests(SOURCE, now)
         .map_err(SuggestError::Refused)?;
     Ok(text)
+}
+
+/// The names whose lookups alone a grant allows.
+fn lookup_allowed(grant: &Grant) -> Option<&NamePattern> {
+    match &grant.target {
+        Target::Name {
+            pattern,
+            lookup_only: true,
+            ..
+        } if grant.action == GrantAction::Allow => Some(pattern),
+        Target::Name { .. } | Target::Address { .. } => None,
+    }
+}
+
+/// Names that may be looked up, by some VMs or by all, and no port of which is opened: what a rule or a list allows
+/// to be looked up it opens as well, so that before it stands one that closes every port.
+fn write_lookups(text: &mut String, grants: &[&Grant]) {
+    let listed = |grants: &[&Grant]| {
+        let patterns: BTreeSet<&NamePattern> = grants.iter().filter_map(|g| lookup_allowed(g)).collect();
+        let names: Vec<String> = patterns.iter().map(|p| quoted(&p.to_string())).collect();
+        names.join(", ")
+    };
+    if !grants.is_empty() {
+        let _ = write!(
+            text,
+            "  - name: looked-up-only\n    action: deny\n    comment: only their lookups were allowed\n    domains: [{}]\n    ports: [\"1-65535\"]\n",
+            listed(grants),
+        );
+    }
+    let (for_all, for_some): (Vec<&Grant>, Vec<&Grant>) = grants.iter().partition(|grant| grant.vms.is_all());
+    for grant in for_some {
+        write_rule(text, grant);
+    }
+    text.push_str("dns:\n  defaultAction: deny\n");
+    if !for_all.is_empty() {
+        let _ = writeln!(text, "  allowedDomains: [{}]", listed(&for_all));
+    }
 }
 
 fn write_rule(text: &mut String, grant: &Grant) {
@@ -153,10 +175,26 @@ fn comment(grant: &Grant) -> String {
     if grant.hits > 0 {
         let _ = write!(comment, ", used {} times", grant.hits);
     }
+    let budget = budget(grant.budget);
+    if !budget.is_empty() {
+        let _ = write!(comment, ", for at most {budget}, which is not kept here");
+    }
     if !grant.reason.is_empty() {
         let _ = write!(comment, ": {}", grant.reason);
     }
     comment
+}
+
+/// A budget in words; empty: none.
+fn budget(budget: Budget) -> String {
+    let limits = [
+        (budget.connections, "connections"),
+        (budget.bytes_up, "bytes up"),
+        (budget.bytes_down, "bytes down"),
+    ];
+    let limits = limits.iter().filter(|(limit, _)| *limit != 0);
+    let limits: Vec<String> = limits.map(|(limit, what)| format!("{limit} {what}")).collect();
+    limits.join(", ")
 }
 
 /// What a grant must come to in the file, where that is one destination for one VM.

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::net::IpAddr;
 
-use vnet_proto::model::{Name, Protocol, Subject};
+use vnet_proto::model::{Guard, Name, Protocol, Subject};
 
 use crate::policy::Outcome;
 use crate::replay::{Recorded, never_opens};
@@ -103,7 +103,8 @@ fn destination(subject: &Subject) -> Destination {
                 address: key.peer.ip(),
                 port: key.peer.port(),
                 names,
-                guarded: !flow.guards.is_empty(),
+                // A synthetic address is told by its name, and by nothing else.
+                guarded: !flow.guards.without(Guard::Synthetic).is_empty(),
             }
         }
         Subject::Lookup(lookup) => Destination::Lookup(lookup.name.clone()),

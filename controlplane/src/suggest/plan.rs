@@ -11,7 +11,7 @@ use crate::policy::{Outcome, RuleAction};
 /// From so many names below a registrable domain on, they are one pattern.
 const FOLD_FROM: usize = 2;
 /// Destinations in the tests of a suggestion.
-const PROBES_MAX: usize = 1_000;
+pub(super) const PROBES_MAX: usize = 1_000;
 
 /// A way to write a history down.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -199,6 +199,26 @@ fn a_name_that_is_only_looked_up_opens_no_port() {
 }
 
 #[test]
+fn a_flow_to_a_synthetic_address_is_allowed_by_its_name() {
+    let mut history = History::default();
+    history.add(
+        "web",
+        "tcp 198.18.0.1:443",
+        &["api.example.com"],
+        Allow,
+        "default",
+    );
+    history.found("192.0.2.7");
+    let suggestion = suggested(&history);
+    assert_eq!(suggestion.report.changed(), 0, "{}", suggestion.document);
+    let text = &suggestion.document;
+    assert!(
+        text.contains("- \"api.example.com\"  # 1 flow") && !text.contains("198.18"),
+        "{text}"
+    );
+}
+
+#[test]
 fn guarded_destinations_are_named_and_private_ones_too() {
     let mut history = History::default();
     history.add("web", "tcp 192.168.127.254:8080", &[], Allow, "default");
@@ -455,6 +475,81 @@ mod answers {
             "{document}"
         );
         assert!(policy.probes() >= 5, "{document}");
+    }
+
+    #[test]
+    fn a_lookup_that_was_allowed_to_one_vm_is_allowed_to_no_other() {
+        let grants = [
+            grant(
+                GrantAction::Allow,
+                "lookup one.example.org",
+                VmSelector::named("web"),
+            ),
+            grant(GrantAction::Allow, "lookup all.example.org", VmSelector::all()),
+            grant(
+                GrantAction::Allow,
+                "domain one.example.org:22",
+                VmSelector::named("db"),
+            ),
+        ];
+        let document = from_answers(&grants, now()).unwrap();
+        let policy = Policy::parse("again", &document).unwrap();
+        assert_eq!(policy.warnings, [], "{document}");
+        for (vm, destination, expected) in [
+            ("web", "domain one.example.org", Allow),
+            ("api", "domain one.example.org", Deny),
+            ("web", "domain all.example.org", Allow),
+            ("api", "domain all.example.org", Allow),
+            ("web", "tcp one.example.org:443", Deny),
+            ("web", "tcp one.example.org:22", Deny),
+            ("api", "udp all.example.org:443", Deny),
+            ("db", "tcp one.example.org:22", Allow),
+            ("db", "tcp one.example.org:443", Deny),
+        ] {
+            let vm_selector = VmSelector::named(vm);
+            let found = policy.answers(Some(&vm_selector), &destination.parse().unwrap(), now());
+            assert_eq!(found, expected, "{destination} for {vm}: {document}");
+        }
+    }
+
+    #[test]
+    fn a_budget_that_a_file_cannot_keep_is_told() {
+        let plain = grant(GrantAction::Allow, "tcp 192.0.2.7:443", VmSelector::all());
+        let document = from_answers(std::slice::from_ref(&plain), now()).unwrap();
+        assert!(
+            !document.contains("budget") && !document.contains("at most"),
+            "{document}"
+        );
+        let mut counted = plain;
+        counted.budget = Budget {
+            connections: 5,
+            bytes_down: 1000,
+            ..Budget::default()
+        };
+        let document = from_answers(&[counted], now()).unwrap();
+        assert!(document.contains("\n# A file has no budgets:"), "{document}");
+        let comment = "for 1h, for at most 5 connections, 1000 bytes down, which is not kept here: a ";
+        assert!(document.contains(comment), "{document}");
+    }
+
+    #[test]
+    fn a_file_of_many_answers_has_no_more_tests_than_its_limit() {
+        let one = |n: u32| {
+            let address = std::net::Ipv4Addr::from(0x0a00_0000 + n);
+            grant(
+                GrantAction::Allow,
+                &format!("tcp {address}:443"),
+                VmSelector::all(),
+            )
+        };
+        let most = u32::try_from(plan::PROBES_MAX).unwrap();
+        for (answers, expected) in [(most - 1, most - 1), (most, most), (most + 10, most)] {
+            let grants: Vec<Grant> = (0..answers).map(one).collect();
+            let document = from_answers(&grants, now()).unwrap();
+            let policy = Policy::parse("again", &document).unwrap();
+            assert_eq!(policy.probes(), expected as usize, "of {answers}");
+            assert_eq!(policy.rules.as_slice().len(), answers as usize);
+        }
     }
 
     #[test]

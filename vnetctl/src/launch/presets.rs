@@ -3,7 +3,9 @@
 //! `--preset NAME` puts what a file allows before a guest's own rules, as `--allow` does. A preset allows names
 //! and their ports, and says nothing else: that is all that rules given in this way can say.
 
-use vnet_controlplane::policy::{Policy, RuleAction};
+use vnet_controlplane::policy::{
+    DefaultAction, DnsAnswer, NameGuards, Policy, ProtocolSet, RuleAction, Settings,
+};
 use vnet_proto::model::{NamePattern, PortRange, Target};
 
 use crate::failure::Failure;
@@ -46,6 +48,11 @@ impl Preset {
     pub fn rules(&self) -> Result<Vec<String>, Failure> {
         let broken = |what: &str| Failure::Failed(format!("preset {} {what}", self.name));
         let policy = Policy::parse(self.name, self.document).map_err(|errors| broken(&errors.to_string()))?;
+        if !says_only_rules(&policy) {
+            return Err(broken(
+                "says more than its rules, which would be lost (expected version, defaultAction: deny, rules, dns with defaultAction: deny, tests)",
+            ));
+        }
         let mut rules = Vec::new();
         for rule in policy.rules.as_slice() {
             let names = rule
@@ -54,8 +61,18 @@ impl Preset {
                 .as_ref()
                 .filter(|_| rule.action == RuleAction::Allow);
             let names = names.ok_or_else(|| broken("has a rule that does not allow names"))?;
-            if !rule.test.prefixes.is_empty() || rule.test.ports.is_empty() || rule.vms.is_some() {
-                return Err(broken("has a rule of other than names and ports"));
+            let only_names_and_ports = rule.test.prefixes.is_empty()
+                && !rule.test.ports.is_empty()
+                && rule.test.protocols == ProtocolSet::TCP_UDP
+                && names.expressions().is_none()
+                && rule.vms.is_none()
+                && rule.demand.is_none()
+                && rule.until.is_none();
+            if !only_names_and_ports {
+                return Err(broken(&format!(
+                    "has a rule of other than names and ports, {} (line {})",
+                    rule.label, rule.line
+                )));
             }
             // In an order of their own: the set has none.
             let mut patterns: Vec<NamePattern> = names.patterns().collect();
@@ -67,6 +84,25 @@ impl Preset {
         }
         Ok(rules)
     }
+}
+
+/// Whether a document is one of rules alone, but for what holds with any `--allow`.
+fn says_only_rules(policy: &Policy) -> bool {
+    let dns = policy.dns.as_ref();
+    policy.mode.is_none()
+        && policy.default_action != Some(DefaultAction::Allow)
+        && dns.is_none_or(|dns| {
+            dns.default_action != Some(DefaultAction::Allow)
+                && dns.allowed.is_empty()
+                && dns.blocked.is_empty()
+                && dns.answer == DnsAnswer::default()
+        })
+        && policy.name_guards == NameGuards::default()
+        && policy.approval_timeout.is_none()
+        && policy.applies_to.is_none()
+        && policy.settings == Settings::default()
+        && policy.profiles.is_empty()
+        && !policy.leaves_lookups_open()
 }
 
 fn allow(pattern: &NamePattern, ports: PortRange) -> String {
@@ -136,6 +172,7 @@ mod tests {
             let policy = Policy::parse(preset.name, preset.document).unwrap_or_else(|e| panic!("{e}"));
             assert_eq!(policy.warnings, [], "{}", preset.name);
             assert!(policy.probes() >= 3, "{} has hardly any tests", preset.name);
+            assert!(!preset.document.contains("guards:"), "{}", preset.name);
             policy
                 .run_tests(preset.name, Clock::system().now())
                 .unwrap_or_else(|e| panic!("{e}"));
@@ -166,6 +203,70 @@ mod tests {
             policy
                 .run_tests(preset.name, Clock::system().now())
                 .unwrap_or_else(|e| panic!("{e}"));
+        }
+    }
+
+    #[test]
+    fn what_rules_of_a_command_line_cannot_say_is_refused_and_not_lost() {
+        let rules = |document: &'static str| {
+            Preset {
+                name: "odd",
+                document,
+            }
+            .rules()
+        };
+        let good = "version: 1\nrules: [{action: allow, domains: [a.test], ports: [22, 443]}]\n";
+        assert_eq!(
+            rules(good).unwrap(),
+            ["allow domain a.test:22", "allow domain a.test:443"]
+        );
+        for (document, expected) in [
+            (
+                "version: 1\nrules: [{action: allow, domains: [a.test], ports: [443], protocol: tcp}]\n",
+                "preset odd has a rule of other than names and ports, rules[0] (line 2)",
+            ),
+            (
+                "version: 1\nrules: [{action: allow, domains: [a.test], ports: [443], sni: match-if-present}]\n",
+                "of other than names and ports",
+            ),
+            (
+                "version: 1\nrules: [{action: allow, domains: [a.test], ports: [443], until: 2096-12-31T00:00:00Z}]\n",
+                "of other than names and ports",
+            ),
+            (
+                "version: 1\nrules: [{action: allow, domains: [a.test], ports: [443], vm: {name: a}}]\n",
+                "of other than names and ports",
+            ),
+            (
+                "version: 1\nrules: [{action: allow, domains: [a.test]}]\n",
+                "of other than names and ports",
+            ),
+            (
+                "version: 1\nrules: [{action: deny, domains: [a.test], ports: [443]}]\n",
+                "does not allow names",
+            ),
+            ("version: 1\nmode: ask\n", "says more than its rules"),
+            ("version: 1\ndefaultAction: allow\n", "says more than its rules"),
+            (
+                "version: 1\ndns: {allowedDomains: [a.test]}\n",
+                "says more than its rules",
+            ),
+            (
+                "version: 1\ndns: {answer: synthetic}\n",
+                "says more than its rules",
+            ),
+            ("version: 1\ndns: {ttl: {max: 5s}}\n", "says more than its rules"),
+            ("version: 1\nguards: {quic: deny}\n", "says more than its rules"),
+            ("version: 1\nguards: {host: off}\n", "says more than its rules"),
+            ("version: 1\napprovalTimeout: 5\n", "says more than its rules"),
+            ("version: 1\nappliesTo: {name: a}\n", "says more than its rules"),
+            ("defaultAction: deny\n", "says more than its rules"),
+        ] {
+            let said = rules(document).map_err(|error| error.to_string());
+            assert!(
+                said.as_ref().is_err_and(|error| error.contains(expected)),
+                "{document}: {said:?}"
+            );
         }
     }
 

@@ -9,12 +9,12 @@ use std::path::{Path, PathBuf};
 use super::*;
 
 /// A whole policy of a page.
-struct Shown {
-    place: String,
-    document: String,
+pub(super) struct Shown {
+    pub(super) place: String,
+    pub(super) document: String,
 }
 
-fn pages() -> Vec<PathBuf> {
+pub(super) fn pages() -> Vec<PathBuf> {
     let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
     let docs = fs::read_dir(root.join("docs"))
         .unwrap()
@@ -27,7 +27,7 @@ fn pages() -> Vec<PathBuf> {
     pages
 }
 
-fn shown(page: &Path) -> Vec<Shown> {
+pub(super) fn shown(page: &Path) -> Vec<Shown> {
     let text = fs::read_to_string(page).unwrap();
     let mut found = Vec::new();
     let mut block: Option<(String, usize, String)> = None;

@@ -475,6 +475,111 @@ fn rules_that_can_never_match_are_told() {
 }
 
 #[test]
+fn a_rule_for_everything_is_told_what_guards_still_close() {
+    let found = |document: &str| -> Vec<String> {
+        let warnings = policy(&format!("version: 1\n{document}")).warnings;
+        warnings.iter().map(|w| w.text.clone()).collect()
+    };
+    let all = "(metadata, the host, private addresses that DNS taught, other guests, other DNS servers)";
+    for (rule, what) in [
+        ("{action: allow}", "rules[0] allows every destination"),
+        (
+            "{action: ask, protocol: tcp}",
+            "rules[0] asks for every destination",
+        ),
+        (
+            "{action: allow, cidr: 0.0.0.0/0}",
+            "rules[0] allows every IPv4 destination",
+        ),
+        (
+            "{action: allow, cidr: '::/0'}",
+            "rules[0] allows every IPv6 destination",
+        ),
+        (
+            "{action: ask, cidrs: ['::/0', 192.0.2.0/24, 0.0.0.0/0]}",
+            "rules[0] asks for every destination",
+        ),
+    ] {
+        let texts = found(&format!("rules: [{rule}]\n"));
+        assert_eq!(texts.len(), 1, "{rule}: {texts:?}");
+        let expected = format!("{what}, but for guarded ones {all}: those need a rule that names them");
+        assert!(texts[0].starts_with(&expected), "{rule}: {texts:?}");
+    }
+    // Some ports of everything are how the web is opened, a name says where, and a refusal stops at no guard.
+    for quiet in [
+        "{action: allow, cidr: 0.0.0.0/0, ports: [443]}",
+        "{action: allow, ports: [443]}",
+        "{action: allow, domains: [a.test], cidr: 0.0.0.0/0}",
+        "{action: deny, cidr: 0.0.0.0/0}",
+        "{action: allow, cidr: 192.0.2.0/24}",
+    ] {
+        assert_eq!(found(&format!("rules: [{quiet}]\n")), [""; 0], "{quiet}");
+    }
+    let rest = "guards: {metadata: off, guests: off, dns: off}\n";
+    let texts = found(&format!("{rest}rules: [{{action: allow, cidr: 0.0.0.0/0}}]\n"));
+    let only =
+        |text: &String| text.contains("guarded ones (the host, private addresses that DNS taught): those");
+    assert!(texts.iter().any(only), "{texts:?}");
+    let none = "guards: {metadata: off, host: off, privateFromDns: off, guests: off, dns: off}\n";
+    let texts = found(&format!("{none}rules: [{{action: allow, cidr: 0.0.0.0/0}}]\n"));
+    assert!(!texts.iter().any(|text| text.contains("rules[0]")), "{texts:?}");
+    // A broad prefix is told the same way, and not of a guard that is off.
+    let broad = "rules: [{action: allow, cidr: 168.0.0.0/5}]\n";
+    let stays = "rules[0]: 168.0.0.0/5 is broader than 168.63.129.16/32, which stays guarded";
+    assert!(found(broad)[0].starts_with(stays), "{:?}", found(broad));
+    let off = found(&format!("guards: {{metadata: off}}\n{broad}"));
+    assert!(!off.iter().any(|text| text.contains("stays guarded")), "{off:?}");
+}
+
+#[test]
+fn a_public_suffix_among_what_is_allowed_is_told_wherever_it_stands() {
+    let found = |document: &str| -> Vec<String> {
+        let warnings = policy(&format!("version: 1\n{document}")).warnings;
+        warnings.iter().map(|w| w.text.clone()).collect()
+    };
+    let below = "co.uk is a public suffix: anyone may own a name below it";
+    let alone = "co.uk is a public suffix: it means that name alone, and none below it";
+    let set = "sets: {wide: {domains: ['*.co.uk', a.example.com]}}\n";
+    for (document, expected) in [
+        (
+            "dns: {allowedDomains: ['*.co.uk']}\n".to_owned(),
+            format!("dns.allowedDomains has *.co.uk, and {below}"),
+        ),
+        (
+            "dns: {allowedDomains: [co.uk]}\n".to_owned(),
+            format!("dns.allowedDomains has co.uk, and {alone}"),
+        ),
+        (
+            format!("{set}dns: {{allowedDomains: ['@wide']}}\n"),
+            format!("dns.allowedDomains has *.co.uk, and {below}"),
+        ),
+        (
+            "rules: [{action: allow, domains: ['*.co.uk']}]\n".to_owned(),
+            format!("rules[0]: {below}"),
+        ),
+        (
+            "rules: [{action: allow, domains: [co.uk]}]\n".to_owned(),
+            format!("rules[0]: {alone}"),
+        ),
+        (
+            format!("{set}rules: [{{name: r, action: allow, domains: ['@wide']}}]\n"),
+            format!("r: {below}"),
+        ),
+    ] {
+        assert_eq!(found(&document), [expected], "{document}");
+    }
+    // What is blocked or refused may be as broad as it likes; below a suffix there are owners, some suffixes are
+    // hosts, and a top-level name that no list has may be one's own.
+    for quiet in [
+        "dns: {blockedDomains: ['*.co.uk']}\n",
+        "rules: [{action: deny, domains: ['*.co.uk']}]\n",
+        "dns: {allowedDomains: ['*.example.co.uk', s3.amazonaws.com, '*.corp']}\n",
+    ] {
+        assert_eq!(found(quiet), [""; 0], "{quiet}");
+    }
+}
+
+#[test]
 fn inline_rules_are_checked_with_the_document() {
     let rules: Vec<String> = ["allow tcp 10.0.0.1/8", "block tcp 1.2.3.4", "allow"]
         .map(str::to_owned)

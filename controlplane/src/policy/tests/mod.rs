@@ -7,6 +7,8 @@ mod language;
 mod loading;
 mod order;
 mod property;
+mod published;
+mod remedies;
 mod resolvers;
 mod sets;
 mod settings;
