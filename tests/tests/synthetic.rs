@@ -79,10 +79,6 @@ fn a_name_has_a_synthetic_ipv6_address_that_leads_to_its_real_one_after_the_yes(
         a_name_has_a_synthetic_ipv6_address_that_leads_to_its_real_one_after_the_yes,
         &spec,
         |world| {
-            // Without a default route nothing looks for IPv6 addresses of a name.
-            let mut route = world.program("ip");
-            route.args(["-6", "route", "add", "default", "via", "2001:db8:1::10"]);
-            assert!(route.status().unwrap().success());
             let web = http(world.internet(), "[2001:db8:1::10]:80");
             let six = [("six.example.com", Answer::Aaaa("2001:db8:1::10"))];
             let dns = Dns::serve(world.internet(), "203.0.113.10:53", &six);

@@ -154,37 +154,51 @@ fn decide_plain(context: &Context<'_>, flow: &FlowSubject) -> FlowDecision {
 /// An address that serves several names which are allowed, each by a rule or grant of its own, may be spoken to by
 /// any of them: to the names that an answer rests on are added those that would be let through alone. What holds
 /// for one flow only, or is counted, is not lent to another name. The answer ends with the first of what it rests on.
+/// Where a grant opens the address by itself, and each of the names would be let through, none is demanded.
 fn with_other_names(context: &Context<'_>, flow: &FlowSubject, mut decision: FlowDecision) -> FlowDecision {
     let lends = decision.outcome == Outcome::Allow && !decision.once && decision.budget.is_none();
     if !lends || decision.name_demand == NameDemand::Off {
         return decision;
     }
-    let others = flow.names.iter().filter(|name| !decision.names.contains(name));
-    let others: Vec<&Name> = others.collect();
-    if !others.is_empty() {
-        // At another port others of the names may be allowed.
-        decision.found.ports = PortRange::one(flow.key.peer.port());
-    }
-    for name in others {
-        let alone = FlowSubject {
-            names: vec![name.clone()],
+    let with_names = |names: Vec<Name>| {
+        let flow = FlowSubject {
+            names,
             ..flow.clone()
         };
-        let mut region = Region::around(&alone, context.guarded);
-        let answer = flow_answer(context, &alone, &mut region);
-        let is_lent = answer.outcome == Outcome::Allow
-            && answer.name_demand != NameDemand::Off
-            && !answer.once()
-            && answer
-                .grant
-                .as_ref()
-                .is_none_or(|grant| grant.budget_left().is_none());
-        if !is_lent {
+        let mut region = Region::around(&flow, context.guarded);
+        flow_answer(context, &flow, &mut region)
+    };
+    let lends = |answer: &Answer| {
+        let budget = answer.grant.as_ref().and_then(|grant| grant.budget_left());
+        answer.outcome == Outcome::Allow && !answer.once() && budget.is_none()
+    };
+    let others: Vec<&Name> = flow
+        .names
+        .iter()
+        .filter(|name| !decision.names.contains(name))
+        .collect();
+    let by_address = |ready: &ReadyGrant| ready.flows && ready.test.names.is_none();
+    let has_address_grants = context.grants.allow.iter().any(|ready| by_address(ready));
+    if !others.is_empty() || has_address_grants {
+        // At another port others may be allowed, or none be demanded.
+        decision.found.ports = PortRange::one(flow.key.peer.port());
+    }
+    let mut all_pass = true;
+    for name in others {
+        let answer = with_names(vec![name.clone()]);
+        all_pass &= answer.outcome == Outcome::Allow;
+        if !lends(&answer) || answer.name_demand == NameDemand::Off {
             continue;
         }
         let ends = answer.into_decision(()).expires_at;
         decision.expires_at = decision.expires_at.into_iter().chain(ends).min();
         decision.names.push(name.clone());
+    }
+    if has_address_grants && all_pass {
+        let answer = with_names(Vec::new());
+        if lends(&answer) && answer.name_demand == NameDemand::Off && answer.grant.is_some() {
+            return answer.into_decision(decision.found);
+        }
     }
     decision
 }

@@ -1,7 +1,7 @@
 //! What a history says: of each destination, what was decided last, and how often it was asked for.
 
 use std::collections::BTreeMap;
-use std::net::IpAddr;
+use std::net::{IpAddr, Ipv4Addr};
 
 use vnet_proto::model::{Guard, Name, Protocol, Subject};
 
@@ -20,6 +20,8 @@ pub(super) enum Destination {
         names: Vec<Name>,
         /// Only a rule that names it opens it.
         guarded: bool,
+        /// The guest was given a stand-in for the name: the address says nothing, and is left unspecified.
+        synthetic: bool,
     },
     /// The lookup of a name.
     Lookup(Name),
@@ -50,6 +52,7 @@ impl Facts {
         let mut ordered: Vec<&Recorded> = history
             .iter()
             .filter(|recorded| recorded.left_out().is_none() && !never_opens(recorded))
+            .filter(|recorded| !is_stand_in(recorded))
             .collect();
         ordered.sort_by_key(|recorded| recorded.at);
         let mut facts: BTreeMap<(String, Destination), Fact> = BTreeMap::new();
@@ -82,6 +85,12 @@ impl Facts {
         self.0.iter()
     }
 
+    /// Whether names were given synthetic addresses.
+    pub(super) fn have_synthetic(&self) -> bool {
+        let is = |fact: &Fact| matches!(&fact.destination, Destination::Flow { synthetic: true, .. });
+        self.0.iter().any(is)
+    }
+
     pub(super) fn len(&self) -> usize {
         self.0.len()
     }
@@ -91,20 +100,30 @@ impl Facts {
     }
 }
 
+/// Whether a lookup got a synthetic address and was not decided: what is decided is its connections.
+fn is_stand_in(recorded: &Recorded) -> bool {
+    matches!(recorded.subject, Subject::Lookup(_)) && recorded.reason.subject == "dns.answer"
+}
+
 fn destination(subject: &Subject) -> Destination {
     match subject {
         Subject::Flow(flow) => {
             let key = flow.key.judged();
+            let synthetic = flow.guards.contains(Guard::Synthetic);
             let mut names = flow.names.clone();
             names.sort();
             names.dedup();
             Destination::Flow {
                 protocol: key.protocol,
-                address: key.peer.ip(),
+                address: match key.peer.ip() {
+                    _ if synthetic => IpAddr::from(Ipv4Addr::UNSPECIFIED),
+                    address => address,
+                },
                 port: key.peer.port(),
                 names,
                 // A synthetic address is told by its name, and by nothing else.
                 guarded: !flow.guards.without(Guard::Synthetic).is_empty(),
+                synthetic,
             }
         }
         Subject::Lookup(lookup) => Destination::Lookup(lookup.name.clone()),

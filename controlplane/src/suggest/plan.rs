@@ -77,6 +77,8 @@ pub(super) struct Probe {
 pub(super) struct Plan {
     /// What nothing decides is asked.
     pub(super) asks: bool,
+    /// Names get synthetic addresses.
+    pub(super) synthetic: bool,
     pub(super) rules: Vec<PlannedRule>,
     /// Names that are looked up and not connected to.
     pub(super) lookups: Vec<(String, String)>,
@@ -133,6 +135,7 @@ impl<'a> Maker<'a> {
         let asks = by_default(Outcome::Ask) && !by_default(Outcome::Deny);
         let mut plan = Plan {
             asks,
+            synthetic: self.facts.have_synthetic(),
             ..Plan::default()
         };
         // By address, and before all that allows: so they say nothing of any name.
@@ -274,6 +277,7 @@ impl<'a> Maker<'a> {
                 protocol,
                 address,
                 port,
+                synthetic: false,
                 ..
             } = &fact.destination
             {

@@ -47,6 +47,9 @@ pub(super) fn document(plan: &Plan, header: &str, probes: &[&Probe]) -> String {
         write_rule(&mut text, rule);
     }
     text.push_str("dns:\n  defaultAction: deny\n");
+    if plan.synthetic {
+        text.push_str("  answer: synthetic\n");
+    }
     if !plan.lookups.is_empty() {
         text.push_str("  allowedDomains:\n");
         write_places(&mut text, "    ", &plan.lookups);

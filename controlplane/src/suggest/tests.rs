@@ -216,6 +216,33 @@ fn a_flow_to_a_synthetic_address_is_allowed_by_its_name() {
         text.contains("- \"api.example.com\"  # 1 flow") && !text.contains("198.18"),
         "{text}"
     );
+    assert!(text.contains("answer: synthetic"), "{text}");
+}
+
+#[test]
+fn what_was_only_given_a_synthetic_address_or_refused_under_one_gets_no_rule() {
+    let mut history = History::default();
+    history.add(
+        "web",
+        "tcp 198.18.0.1:443",
+        &["api.example.com"],
+        Allow,
+        "default",
+    );
+    history.found("192.0.2.7");
+    history.add("web", "lookup aside.example.org", &[], Allow, "dns:dns.answer");
+    history.add(
+        "web",
+        "tcp 198.18.0.2:443",
+        &["bad.example.net"],
+        Drop,
+        "rule:bad",
+    );
+    let text = suggested(&history).document;
+    assert!(
+        !text.contains("aside") && !text.contains("198.18") && !text.contains("0.0.0.0"),
+        "nobody has said that these may be looked up: {text}"
+    );
 }
 
 #[test]

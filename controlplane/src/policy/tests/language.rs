@@ -563,6 +563,42 @@ fn names_that_share_an_address_may_each_be_spoken_if_each_is_allowed() {
 }
 
 #[test]
+fn a_grant_for_the_address_itself_demands_no_name_whatever_else_lets_it_through() {
+    let policy = effective(
+        Some("version: 1\nmode: ask\nrules: [{action: deny, domains: bad.test}]\n"),
+        None,
+    );
+    let demand = |given: &VmGrants, subject| {
+        let decision = decide(&policy, given, subject);
+        assert_eq!(decision.outcome, Outcome::Allow, "{subject}");
+        decision.name_demand
+    };
+    let both = grants(["allow domain a.test", "allow tcp 1.2.3.4:8080"]);
+    assert_eq!(demand(&both, "tcp 1.2.3.4:8080 a.test"), NameDemand::Off);
+    assert_eq!(demand(&both, "tcp 1.2.3.4:8080 a.test b.test"), NameDemand::Off);
+    assert_eq!(demand(&both, "tcp 1.2.3.4:443 a.test"), NameDemand::ByPort);
+    let at_443 = decide(&policy, &both, "tcp 1.2.3.4:443 a.test");
+    assert_eq!(
+        at_443.found.ports,
+        vnet_proto::model::PortRange::one(443),
+        "none is demanded at 8080"
+    );
+    let denied = decide(&policy, &both, "tcp 1.2.3.4:8080 a.test bad.test");
+    assert_eq!(denied.outcome, Outcome::Deny);
+    let by_name = effective(
+        Some("version: 1\nrules: [{action: allow, domains: a.test}, {action: deny, domains: bad.test}]\n"),
+        None,
+    );
+    let given = grants(["allow tcp 1.2.3.4:8080"]);
+    let held = decide(&by_name, &given, "tcp 1.2.3.4:8080 a.test bad.test");
+    assert_eq!(
+        (held.outcome, held.name_demand),
+        (Outcome::Allow, NameDemand::ByPort),
+        "one of its names is denied"
+    );
+}
+
+#[test]
 fn an_answer_that_is_lent_a_name_ends_with_the_first_of_what_it_rests_on() {
     let policy = effective(
         Some(

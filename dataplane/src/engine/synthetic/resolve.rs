@@ -204,7 +204,8 @@ impl Engine {
             TYPE_A => address.is_ipv4(),
             _ => address.is_ipv6(),
         });
-        if addresses.is_empty() && query_type == TYPE_A && self.surroundings.has_ipv6() {
+        if addresses.is_empty() && query_type == TYPE_A {
+            // Whether there is a way to what is found shows then: it need not be the default route.
             self.start_lookup(now, place, TYPE_AAAA);
         } else {
             let most = self.settings.dns.ttl_max;

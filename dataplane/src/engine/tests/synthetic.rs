@@ -561,10 +561,10 @@ fn a_guest_that_resets_during_the_lookup_leaves_nothing_and_may_try_anew() {
 fn a_lookup_that_failed_is_made_again_for_the_next_connection() {
     let mut rig = synthetic_rig();
     let address = look_up(&mut rig, "flaky.test.");
-    rig.surroundings
-        .no_ipv6
-        .store(true, std::sync::atomic::Ordering::Relaxed);
     let lookup = allowed(&mut rig, (address, 443));
+    rig.engine.handle_resolved(rig.now, lookup.0, None);
+    rig.service();
+    let lookup = upstream(&mut rig).remove(0);
     rig.engine.handle_resolved(rig.now, lookup.0, None);
     assert_eq!(rig.only_icmp(), (3, 1));
     assert_eq!(
