@@ -177,8 +177,8 @@ fn with_other_names(context: &Context<'_>, flow: &FlowSubject, mut decision: Flo
         .iter()
         .filter(|name| !decision.names.contains(name))
         .collect();
-    let by_address = |ready: &ReadyGrant| ready.flows && ready.test.names.is_none();
-    let has_address_grants = context.grants.allow.iter().any(|ready| by_address(ready));
+    let mut grants = context.grants.allow.iter();
+    let has_address_grants = grants.any(|ready| ready.flows && ready.test.names.is_none());
     if !others.is_empty() || has_address_grants {
         // At another port others may be allowed, or none be demanded.
         decision.found.ports = PortRange::one(flow.key.peer.port());
