@@ -27,6 +27,7 @@ mod commands;
 mod confirm;
 mod decide;
 mod events;
+mod explain;
 mod history;
 mod ids;
 mod limits;

@@ -1,16 +1,12 @@
-//! Named policies: applied as revisions, given to the VMs that they claim, and explained.
+//! Named policies: applied as revisions, and given to the VMs that they claim.
 
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
-use vnet_proto::model::{
-    FlowKey, FlowSubject, Guard, GuardSet, LookupSubject, Mode, NamePattern, Protocol, Subject, Target,
-};
+use vnet_proto::model::Mode;
 use vnet_proto::v1;
 
 use super::confirm::{Fallback, Unconfirmed};
-use super::decide::decide_for;
 use super::{Hub, State, Ticket};
 use crate::clock::Now;
 use crate::convert;
@@ -193,18 +189,6 @@ impl Hub {
     /// [`Refusal::NotFound`].
     pub fn policy(&self, name: &str) -> Result<v1::Policy, Refusal> {
         self.read(|state, _| state.policy_message(name))
-    }
-
-    /// Says what would be decided.
-    ///
-    /// # Errors
-    /// [`Refusal`] if the VM or the target is not one.
-    pub fn explain(&self, vm: &str, target: &Target) -> Result<v1::ExplainResponse, Refusal> {
-        self.read(|state, _| {
-            let name = state.only_vm(vm)?;
-            state.refresh_grants(&name);
-            state.explain(&name, target)
-        })
     }
 }
 
@@ -493,104 +477,6 @@ impl State {
         }
         let text = format!("policy {name} changed");
         self.change(now, ticket, |vm| concerned.contains(&vm.view.name), &text);
-    }
-
-    fn explain(&self, name: &str, target: &Target) -> Result<v1::ExplainResponse, Refusal> {
-        let (Some(vm), Some(dataplane)) = (
-            self.fleet.vms.get(name),
-            self.fleet
-                .vms
-                .get(name)
-                .and_then(|vm| self.fleet.dataplanes.get(&vm.dataplane)),
-        ) else {
-            return Err(Refusal::NotFound(format!("there is no VM {name:?}")));
-        };
-        let (subject, peer) = match target {
-            Target::Name {
-                pattern: NamePattern::Exact(name),
-                ..
-            } => (
-                Subject::Lookup(LookupSubject {
-                    name: name.clone(),
-                    query_type: 1,
-                }),
-                None,
-            ),
-            Target::Name { .. } => {
-                return Err(Refusal::field("target.name", "is a pattern (expected one name)"));
-            }
-            Target::Address {
-                protocol,
-                prefix,
-                ports,
-            } => {
-                if prefix.prefix_len() != prefix.max_prefix_len() {
-                    return Err(Refusal::field(
-                        "target.prefix",
-                        format!("{prefix} is not one address"),
-                    ));
-                }
-                let protocol = protocol.unwrap_or(Protocol::Tcp);
-                let port = match (ports, protocol.has_ports()) {
-                    (_, false) => 0,
-                    (Some(ports), true) if ports.first() == ports.last() => ports.first(),
-                    _ => return Err(Refusal::field("target.ports", "is not one port")),
-                };
-                let address = prefix.addr();
-                let guest = if address.is_ipv4() {
-                    IpAddr::from(Ipv4Addr::UNSPECIFIED)
-                } else {
-                    IpAddr::from(Ipv6Addr::UNSPECIFIED)
-                };
-                let text = address.to_string();
-                let peer = self
-                    .fleet
-                    .vms
-                    .values()
-                    .find(|other| other.dataplane == vm.dataplane && other.addresses.contains(&text))
-                    .filter(|other| other.view.name != vm.view.name);
-                let names = vm.names_of(address);
-                let dialled = match dataplane.host_alias {
-                    Some(alias) if alias == address => IpAddr::from(Ipv4Addr::LOCALHOST),
-                    _ => address,
-                };
-                let mut guards = dataplane.guarded.guards_of(address, !names.is_empty());
-                if dialled != address {
-                    guards = guards.with(Guard::Host);
-                }
-                let flow = FlowSubject {
-                    key: FlowKey {
-                        protocol,
-                        guest: SocketAddr::new(guest, 0),
-                        peer: SocketAddr::new(address, port),
-                    },
-                    dialled,
-                    names,
-                    guards,
-                    peer_vm: guards
-                        .contains(Guard::Guest)
-                        .then(|| peer.map(|p| p.handle))
-                        .flatten(),
-                };
-                (Subject::Flow(flow), peer)
-            }
-        };
-        let decision = decide_for(vm, &dataplane.guarded, peer, &subject);
-        let (names, guards) = match &subject {
-            Subject::Flow(flow) => (flow.names.iter().map(ToString::to_string).collect(), flow.guards),
-            Subject::Lookup(_) => (Vec::new(), GuardSet::EMPTY),
-        };
-        Ok(v1::ExplainResponse {
-            action: convert::action(decision.outcome).into(),
-            reason: Some((&decision.reason).into()),
-            policy: vm.effective.policy_name().to_owned(),
-            revision: vm.effective.revision(),
-            remedy: decision.remedy,
-            names,
-            guards: guards.iter().map(|g| v1::Guard::from(g).into()).collect(),
-            r#match: decision.found.to_string(),
-            peer_vm: peer.map(|peer| peer.view.name.clone()).unwrap_or_default(),
-        })
     }
 
     /// A VM by its name; without a name, the only one there is.
