@@ -1,6 +1,8 @@
 //! What a reader of a policy should know of it although it loads: rules that earlier ones leave
 //! nothing to, ways out that are easily overlooked.
 
+mod opened;
+
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::sync::Arc;
 
@@ -9,6 +11,7 @@ use vnet_proto::model::{Guard, Mode, NamePattern, PortRange, Protocol, VmSelecto
 
 use crate::clock::Now;
 use crate::policy::guard::GuardedRanges;
+use crate::policy::lint::opened::{Guards, Opened};
 use crate::policy::{
     DefaultAction, DnsGuard, FlowTest, GuardAction, NameSet, Policy, PolicyWarning, ProtocolSet, Rule,
     RuleAction, Settings,
@@ -77,11 +80,17 @@ pub(crate) fn warnings(policy: &Policy) -> Vec<PolicyWarning> {
     warnings.extend(of_profiles(policy));
 
     let rules = policy.rules.as_slice();
+    let guards = Guards::of(policy);
     for (index, rule) in rules.iter().enumerate() {
         let mut texts = of_rule(rule, &policy.settings);
         if index < COMPARED_MAX {
             let earlier = rules.iter().take(index).rev();
-            texts.extend(earlier.filter_map(|earlier| shadow(earlier, rule)).next());
+            let opened = Opened::new(rule, &guards);
+            texts.extend(
+                earlier
+                    .filter_map(|earlier| shadow(earlier, rule, &opened))
+                    .next(),
+            );
         }
         warnings.extend(texts.into_iter().map(|text| PolicyWarning {
             line: rule.line,
@@ -289,7 +298,7 @@ fn of_suffix(pattern: &NamePattern) -> String {
 }
 
 /// What is left of `rule` by `earlier`, if that is worth telling.
-fn shadow(earlier: &Rule, rule: &Rule) -> Option<String> {
+fn shadow(earlier: &Rule, rule: &Rule, opened: &Opened<'_>) -> Option<String> {
     if earlier.vms.is_some() && earlier.vms != rule.vms {
         return None;
     }
@@ -309,11 +318,27 @@ fn shadow(earlier: &Rule, rule: &Rule) -> Option<String> {
         return allowed_first(earlier, rule);
     }
     let place = format!("{} (line {})", earlier.label, earlier.line);
-    // A guarded destination passes an allow or ask by, so that only a rule that refuses covers all of it.
-    let guarded = !earlier.action.refuses() && rule.action != earlier.action;
-    let but = if guarded { " but guarded destinations" } else { "" };
     let protocols = rule.test.protocols.and(earlier.test.protocols);
     if protocols.has_all(rule.test.protocols) && earlier.test.covers_ports(&rule.test) {
+        // A lookup asks only the rules with names, and a guarded destination passes an allow or ask by that does
+        // not name its guard.
+        let lookups = rule.is_for_lookups() && earlier.test.names.is_none();
+        let guarded = match (earlier.action.refuses(), rule.action.refuses()) {
+            (true, _) => false,
+            (false, true) => true,
+            (false, false) if opened.is_all() && opened.beyond(earlier) => return None,
+            (false, false) => opened.beyond(earlier),
+        };
+        let but = match (lookups, guarded) {
+            (false, false) => "",
+            (true, false) => " but lookups",
+            (false, true) => " but guarded destinations",
+            (true, true) => " but lookups and guarded destinations",
+        };
+        // What it does for those is what it is there for.
+        if !but.is_empty() && rule.action == earlier.action {
+            return None;
+        }
         return Some(format!(
             "{} can never match{but}: {place} matches all of it before",
             rule.label

@@ -475,6 +475,102 @@ fn rules_that_can_never_match_are_told() {
 }
 
 #[test]
+fn a_rule_that_opens_what_guards_close_is_not_dead_behind_a_broad_one() {
+    let found = |guards: &str, rules: &[&str]| -> Vec<String> {
+        let rules: Vec<String> = rules.iter().map(|rule| format!("  - {{{rule}}}\n")).collect();
+        let warnings = policy(&format!("version: 1\n{guards}rules:\n{}", rules.concat())).warnings;
+        let texts = warnings.iter().map(|w| w.text.clone());
+        texts.filter(|text| text.contains("can never match")).collect()
+    };
+    let all = "action: allow, cidr: 0.0.0.0/0";
+    let both = [
+        all,
+        "action: allow, cidr: 8.8.8.0/24, ports: [53]",
+        "action: allow, cidr: 169.254.169.254/32, ports: [80]",
+    ];
+    assert_eq!(found("", &both), [""; 0]);
+    for alive in [
+        "action: allow, cidr: 10.0.0.0/8",
+        "action: allow, cidr: 127.0.0.1/32",
+        "action: allow, cidr: 203.0.113.7/32",
+        "action: allow, cidr: 8.8.8.8/32, ports: [443]",
+        "action: ask, cidr: 169.254.0.0/16",
+        "action: ask, cidr: 192.0.2.0/24, ports: [853]",
+    ] {
+        assert_eq!(found("", &[all, alive]), [""; 0], "{alive}");
+    }
+    for (dead, but) in [
+        ("action: allow, cidr: 192.0.2.0/24", ""),
+        ("action: allow, cidr: 8.8.8.0/24, ports: [443]", ""),
+        ("action: allow, cidr: 8.8.8.0/24, ports: ['50-60']", ""),
+        ("action: ask, cidr: 192.0.2.0/24", ""),
+        ("action: ask, cidr: 10.0.0.0/8", " but guarded destinations"),
+        (
+            "action: deny, protocol: tcp, cidr: 10.0.0.0/8",
+            " but guarded destinations",
+        ),
+    ] {
+        let texts = found("", &[all, dead]);
+        let expected = format!("rules[1] can never match{but}: rules[0] (line 3) matches all of it before");
+        assert_eq!(texts, [expected], "{dead}");
+    }
+    // What the earlier one names as well is left to nobody.
+    let named = [
+        "action: allow, cidr: 169.254.0.0/16",
+        "action: allow, cidr: 169.254.0.0/17",
+    ];
+    assert_eq!(found("", &named).len(), 1);
+    let denied = [
+        "action: deny, cidr: 169.254.0.0/16",
+        "action: allow, cidr: 169.254.169.254/32",
+    ];
+    assert_eq!(found("", &denied).len(), 1, "a refusal stops at no guard");
+    // A guard that is off, and on again for some, is as the document has it.
+    let off = "guards: {metadata: off, host: off, guests: off, privateFromDns: off, dns: off}\n";
+    let metadata = [all, "action: allow, cidr: 169.254.169.254/32"];
+    assert_eq!(found(off, &metadata).len(), 1);
+    let some = format!("{off}profiles: [{{vm: {{name: a}}, guards: {{metadata: deny}}}}]\n");
+    assert_eq!(found(&some, &metadata), [""; 0]);
+    assert_eq!(found("guards: {dns: off}\n", &[all, both[1]]).len(), 1);
+    // A resolver's very name, which no pattern names.
+    let names = |last| ["action: allow, domains: ['*.google']", last];
+    assert_eq!(found("", &names("action: allow, domains: [dns.google]")), [""; 0]);
+    assert_eq!(found("", &names("action: allow, domains: [a.google]")).len(), 1);
+}
+
+#[test]
+fn a_rule_with_names_is_not_dead_behind_one_without_since_it_opens_their_lookups() {
+    let found = |rules: &str| -> Vec<String> {
+        let warnings = policy(&format!("version: 1\nrules:\n{rules}")).warnings;
+        let texts = warnings.iter().map(|w| w.text.clone());
+        texts.filter(|text| text.contains("can never match")).collect()
+    };
+    let opens = "  - {action: allow, ports: [443]}\n  - {action: allow, domains: [a.test], ports: [443]}\n";
+    assert_eq!(found(opens), [""; 0]);
+    let late = "  - {action: deny}\n  - {action: allow, domains: [a.test]}\n";
+    let expected = "rules[1] can never match but lookups: rules[0] (line 3) matches all of it before";
+    assert_eq!(found(late), [expected]);
+}
+
+#[test]
+fn what_a_rule_opens_is_looked_for_within_bounds() {
+    let prefixes = |count: u32| -> String {
+        let all: Vec<String> = (0..count)
+            .map(|n| format!("{}/30", std::net::Ipv4Addr::from(0x0a00_0000 + n * 8)))
+            .collect();
+        format!("{{action: allow, cidrs: [{}]}}", all.join(", "))
+    };
+    let dead = |count| {
+        let rule = prefixes(count);
+        let document = format!("version: 1\nrules:\n  - {rule}\n  - {rule}\n");
+        let warnings = policy(&document).warnings;
+        warnings.iter().any(|w| w.text.contains("can never match"))
+    };
+    assert!(dead(60));
+    assert!(!dead(65), "of too many destinations nothing is claimed");
+}
+
+#[test]
 fn a_rule_for_everything_is_told_what_guards_still_close() {
     let found = |document: &str| -> Vec<String> {
         let warnings = policy(&format!("version: 1\n{document}")).warnings;
