@@ -571,6 +571,60 @@ fn what_a_rule_opens_is_looked_for_within_bounds() {
 }
 
 #[test]
+fn prefixes_that_lead_nowhere_and_one_unspecified_address_are_told() {
+    let found = |rule: &str| -> Vec<String> {
+        let warnings = policy(&format!("version: 1\nrules: [{rule}]\n")).warnings;
+        warnings.iter().map(|w| w.text.clone()).collect()
+    };
+    for prefix in [
+        "2002::/16",
+        "2002:808:808::/48",
+        "2001::/32",
+        "64:ff9b:1::/48",
+        "ff00::/8",
+        "224.0.0.0/4",
+        "0.0.0.0/8",
+    ] {
+        let expected = format!(
+            "rules[0]: {prefix} can never match: nothing is let to such addresses, whatever a policy says"
+        );
+        let both = [
+            format!("{{action: deny, cidrs: [192.0.2.0/24, '{prefix}']}}"),
+            format!("{{action: allow, cidr: '{prefix}'}}"),
+        ];
+        for rule in both {
+            assert_eq!(found(&rule), [expected.as_str()], "{rule}");
+        }
+    }
+    for prefix in [
+        "2000::/3",
+        "2001::/31",
+        "2002::/15",
+        "::/0",
+        "fd00::/8",
+        "10.0.0.0/8",
+        "192.0.0.0/2",
+        "0.0.0.0/7",
+        "127.0.0.0/8",
+        "::1/128",
+    ] {
+        assert_eq!(
+            found(&format!("{{action: deny, cidr: '{prefix}'}}")),
+            [""; 0],
+            "{prefix}"
+        );
+    }
+    for address in ["0.0.0.0", "::"] {
+        let expected = format!("rules[0]: {address} is one address; for every address write {address}/0");
+        assert_eq!(
+            found(&format!("{{action: deny, cidr: '{address}'}}")),
+            [expected.as_str()]
+        );
+        assert_eq!(found(&format!("{{action: deny, cidr: '{address}/0'}}")), [""; 0]);
+    }
+}
+
+#[test]
 fn a_rule_for_everything_is_told_what_guards_still_close() {
     let found = |document: &str| -> Vec<String> {
         let warnings = policy(&format!("version: 1\n{document}")).warnings;
