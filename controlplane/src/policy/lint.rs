@@ -82,6 +82,7 @@ pub(crate) fn warnings(policy: &Policy) -> Vec<PolicyWarning> {
 
     let rules = policy.rules.as_slice();
     let guards = Guards::of(policy);
+    warnings.extend(denied_name(policy, closed));
     for (index, rule) in rules.iter().enumerate() {
         let mut texts = of_rule(rule, &policy.settings);
         if index < COMPARED_MAX {
@@ -176,6 +177,32 @@ fn of_profiles(policy: &Policy) -> Vec<PolicyWarning> {
         }));
     }
     warnings
+}
+
+/// A name that is denied where the rest is open: told once, of the first.
+fn denied_name(policy: &Policy, closed: bool) -> Option<PolicyWarning> {
+    let rules = policy.rules.as_slice();
+    let broad = |rule: &Arc<Rule>| {
+        rule.action == RuleAction::Allow && rule.test.names.is_none() && everything(&rule.test).is_some()
+    };
+    if closed && !rules.iter().any(broad) {
+        return None;
+    }
+    let denies = |rule: &&Arc<Rule>| rule.action.refuses() && rule.test.names.is_some();
+    let blocks = policy.dns.as_ref().is_some_and(|dns| !dns.blocked.is_empty());
+    let (line, column, what) = match rules.iter().find(denies) {
+        Some(rule) => (rule.line, rule.column, rule.label.as_str()),
+        None if blocks => (1, 1, "dns.blockedDomains"),
+        None => return None,
+    };
+    Some(PolicyWarning {
+        line,
+        column,
+        text: format!(
+            "{what}: denying a name under a default that allows stops its lookups; whoever has the address from \
+             elsewhere may still speak the name; deny by default and allow names instead"
+        ),
+    })
 }
 
 /// Prefixes that are hardly what was meant: one unspecified address, and those that lead nowhere anyway.

@@ -73,8 +73,12 @@ fn the_designs_sample_loads_and_means_what_it_says() {
 #[test]
 fn the_samples_shadowed_rule_is_told() {
     let warnings = policy(SAMPLE).warnings;
-    assert_eq!(warnings.len(), 1, "{warnings:?}");
-    let text = warnings[0].to_string();
+    assert_eq!(warnings.len(), 2, "{warnings:?}");
+    assert!(
+        warnings[0].text.starts_with("dns.blockedDomains: denying a name"),
+        "{warnings:?}"
+    );
+    let text = warnings[1].to_string();
     assert!(
         text.starts_with("7:5: rules[1] does not deny tcp 80, 443 to 10.0.0.0/8"),
         "{text}"
@@ -621,6 +625,45 @@ fn prefixes_that_lead_nowhere_and_one_unspecified_address_are_told() {
             [expected.as_str()]
         );
         assert_eq!(found(&format!("{{action: deny, cidr: '{address}/0'}}")), [""; 0]);
+    }
+}
+
+#[test]
+fn a_name_that_is_denied_where_the_rest_is_open_is_told_once() {
+    let found = |document: &str| -> Vec<String> {
+        let warnings = policy(&format!("version: 1\n{document}")).warnings;
+        let texts = warnings.iter().map(|w| w.to_string());
+        texts.filter(|text| text.contains("denying a name")).collect()
+    };
+    let denies = "  - {action: deny, domains: [a.test]}\n  - {action: deny, domains: [b.test]}\n";
+    let web = "  - {action: allow, cidr: 0.0.0.0/0, ports: [443]}\n";
+    let block = "dns: {blockedDomains: [c.test]}\n";
+    let text = "denying a name under a default that allows stops its lookups; whoever has the address from \
+                elsewhere may still speak the name; deny by default and allow names instead";
+    for (document, place) in [
+        (
+            format!("defaultAction: allow\nrules:\n{denies}"),
+            "4:5: rules[0]: ",
+        ),
+        (format!("rules:\n{denies}{web}"), "3:5: rules[0]: "),
+        (format!("{block}rules:\n{web}"), "1:1: dns.blockedDomains: "),
+        (
+            format!("defaultAction: allow\n{block}"),
+            "1:1: dns.blockedDomains: ",
+        ),
+    ] {
+        assert_eq!(found(&document), [format!("{place}{text}")], "{document}");
+    }
+    for quiet in [
+        format!("rules:\n{denies}"),
+        block.to_owned(),
+        format!(
+            "{block}rules: [{{action: allow, domains: ['*.test']}}, {{action: allow, cidr: 10.0.0.0/8}}]\n"
+        ),
+        format!("rules:\n{web}"),
+        format!("mode: ask\n{block}"),
+    ] {
+        assert_eq!(found(&quiet), [""; 0], "{quiet}");
     }
 }
 
