@@ -575,6 +575,48 @@ fn what_a_rule_opens_is_looked_for_within_bounds() {
 }
 
 #[test]
+fn a_number_that_parsers_read_differently_is_refused_as_it_is_written() {
+    for written in [
+        "0x50", "0o17", "8_0", "010", "80.0", "8e1", "+80", "\"010\"", "\"1-08\"", "\"0x50\"", "\"8_0\"",
+    ] {
+        let found = problems(&format!(
+            "rules:\n  - {{action: deny, cidr: 10.0.0.0/8, ports: [443, {written}]}}\n"
+        ));
+        assert_eq!(found.len(), 1, "{written}: {found:?}");
+        assert!(found[0].starts_with("p.yaml:2:"), "{found:?}");
+        assert!(
+            found[0].contains(written.trim_matches('"')),
+            "{written}: {found:?}"
+        );
+    }
+    assert!(problems("approvalTimeout: 0x1e")[0].contains("0x1e"));
+    assert!(problems("version: 0x1")[0].contains("0x1"));
+    // By an alias as well, and what is written between other letters.
+    let alias =
+        "rules:\n  - {comment: äöü, action: deny, ports: [&p 0x50]}\n  - {action: deny, ports: [*p]}\n";
+    let found = problems(alias);
+    assert_eq!(found.len(), 2, "{found:?}");
+    assert!(found.iter().all(|text| text.contains("0x50")), "{found:?}");
+    let honest = "rules:\n  - {comment: äöü, action: deny, ports: [&p 80, \"81\", '82-83' , 84]}\n  \
+                  - action: deny\n    ports: *p\n  - action: deny\n    ports:\n      - 85 # the last\n      - 86\n";
+    assert_eq!(policy(honest).rules.as_slice().len(), 3);
+}
+
+#[test]
+fn tags_are_refused() {
+    for document in [
+        "mode: !foo ask",
+        "!foo mode: ask",
+        "rules: !foo []",
+        "--- !foo {mode: ask}",
+    ] {
+        let found = problems(document);
+        assert_eq!(found.len(), 1, "{document}");
+        assert!(found[0].contains("tag") && found[0].contains("foo"), "{found:?}");
+    }
+}
+
+#[test]
 fn prefixes_that_lead_nowhere_and_one_unspecified_address_are_told() {
     let found = |rule: &str| -> Vec<String> {
         let warnings = policy(&format!("version: 1\nrules: [{rule}]\n")).warnings;
