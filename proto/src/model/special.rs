@@ -2,7 +2,7 @@
 //! ones. Both planes read these tables, so that what one guards the other knows.
 //!
 //! An IPv6 address may carry an IPv4 address that some translator, tunnel or the kernel would take a packet
-//! to: IPv4-mapped (RFC 4291 §2.5.5.2), IPv4-compatible (§2.5.5.1), NAT64 (RFC 6052 §2.1), 6to4 (RFC 3056
+//! to: IPv4-mapped (RFC 4291 §2.5.5.2), IPv4-compatible (§2.5.5.1), IPv4-translated (RFC 2765 §2.1), NAT64 (RFC 6052 §2.1), 6to4 (RFC 3056
 //! §2). A rule about the IPv4 address must not be passed by in such a spelling. NAT64's well-known prefix is
 //! in honest use (DNS64 hands it out), and what it leads to is one IPv4 address: it is **judged** as that
 //! address, by every rule, grant, guard and name. The others no guest has an honest use for: a dataplane
@@ -28,7 +28,8 @@ pub fn judged(address: IpAddr) -> IpAddr {
 pub fn carried_ipv4(address: Ipv6Addr) -> Option<Ipv4Addr> {
     match address.segments() {
         [0, 0, 0, 0, 0, 0, 0, 0 | 1] => None,
-        [0, 0, 0, 0, 0, 0 | 0xffff, ..] | [0x64, 0xff9b, 0, 0, 0, 0, ..] => Some(low_ipv4(address)),
+        [0, 0, 0, 0, 0, 0 | 0xffff, ..] | [0, 0, 0, 0, 0xffff, 0, ..] => Some(low_ipv4(address)),
+        [0x64, 0xff9b, 0, 0, 0, 0, ..] => Some(low_ipv4(address)),
         [0x2002, ..] => {
             let [_, _, a, b, c, d, ..] = address.octets();
             Some(Ipv4Addr::new(a, b, c, d))
@@ -39,11 +40,11 @@ pub fn carried_ipv4(address: Ipv6Addr) -> Option<Ipv4Addr> {
 
 /// Whether an IPv6 address is none that a guest may send to, whatever a policy says: unspecified, loopback,
 /// multicast and link-local addresses lead nowhere beyond the link; the rest carry IPv4 addresses past the
-/// rules for those (IPv4-mapped, IPv4-compatible, 6to4, Teredo of RFC 4380, local NAT64 of RFC 8215), or
+/// rules for those (IPv4-mapped, IPv4-compatible, IPv4-translated, 6to4, Teredo of RFC 4380, local NAT64 of RFC 8215), or
 /// are of a kind that is no more (site-local, RFC 3879).
 pub fn is_refused(address: Ipv6Addr) -> bool {
     match address.segments() {
-        [0, 0, 0, 0, 0, 0 | 0xffff, ..] => true,
+        [0, 0, 0, 0, 0, 0 | 0xffff, ..] | [0, 0, 0, 0, 0xffff, 0, ..] => true,
         [0x64, 0xff9b, 1, ..] | [0x2001, 0, ..] | [0x2002, ..] => true,
         // fe80::/10 and fec0::/10 together, multicast.
         [first, ..] => first & 0xff80 == 0xfe80 || first >= 0xff00,
@@ -140,7 +141,9 @@ mod tests {
 
     #[test]
     fn every_spelling_of_an_ipv4_address_is_refused_or_judged_as_it() {
-        for text in "::ffff:10.1.2.3 ::10.1.2.3 64:ff9b::10.1.2.3 2002:a01:203:: 2002:a01:203:1::7".split(' ')
+        for text in
+            "::ffff:10.1.2.3 ::10.1.2.3 ::ffff:0:10.1.2.3 64:ff9b::10.1.2.3 2002:a01:203:: 2002:a01:203:1::7"
+                .split(' ')
         {
             let address = ip6(text);
             assert_eq!(carried_ipv4(address), Some(Ipv4Addr::new(10, 1, 2, 3)), "{text}");
@@ -170,7 +173,7 @@ mod tests {
     fn special_addresses_are_told_from_public_ones_at_the_edges() {
         let special = "0.0.0.0 0.255.255.255 10.0.0.0 10.255.255.255 100.64.0.0 100.127.255.255 127.0.0.1 169.254.169.254 \
             172.16.0.0 172.31.255.255 192.0.0.8 192.168.0.1 198.18.0.0 198.19.255.255 224.0.0.1 240.0.0.1 255.255.255.255 \
-            :: ::1 ::10.0.0.1 ::ffff:10.8.8.8 64:ff9b::a00:1 64:ff9b:1::808:808 2002:a00:1:: 2002:c0a8:101::1 100::1 2001::1 \
+            :: ::1 ::10.0.0.1 ::ffff:10.8.8.8 ::ffff:0:10.8.8.8 64:ff9b::a00:1 64:ff9b:1::808:808 2002:a00:1:: 2002:c0a8:101::1 100::1 2001::1 \
             2001:2::1 2001:10::1 2001:20::1 fc00::1 fdff::1 fe80::1 febf::1 fec0::1 ff02::1 5f00::1";
         for text in special.split_whitespace() {
             assert!(is_private_or_special(ip(text)), "{text}");

@@ -278,7 +278,10 @@ impl<N: Names> Inspector<N> {
     /// Chooses the reader by the first byte; where a name is demanded, as the port says.
     fn start(&mut self, first: u8) -> Result<(), InspectRefusal> {
         const HANDSHAKE_RECORD: u8 = 22;
-        let is_tls = first == HANDSHAKE_RECORD;
+        // Servers are known to skip these before the hello.
+        const SMALL_RECORDS: [u8; 2] = [20, 21];
+        let is_matched = self.demand.level == Level::MatchIfPresent;
+        let is_tls = first == HANDSHAKE_RECORD || is_matched && SMALL_RECORDS.contains(&first);
         if self.demand.level == Level::Require {
             match (self.port, is_tls) {
                 (TLS_PORT, false) => return Err(InspectRefusal::OtherProtocol(Spoken::Tls)),

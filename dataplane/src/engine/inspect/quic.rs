@@ -71,10 +71,26 @@ struct Connection {
     hellos: usize,
 }
 
-/// Whether a datagram begins as an Initial packet that [`Association`] can read does.
+/// Whether a datagram begins as an Initial packet does: one that [`Association`] can read, or of a version that it
+/// knows to be QUIC's and cannot read (negotiation and drafts of RFC 9000 §15, and Google's), padded as a client's must
+/// be (§14.1).
 pub fn looks_like_initial(datagram: &[u8]) -> bool {
     let mut rest = datagram;
-    Packet::parse(&mut rest).is_some_and(|packet| packet.kind == Kind::Initial)
+    Packet::parse(&mut rest).is_some_and(|packet| match packet.kind {
+        Kind::Initial => true,
+        Kind::Unknown(version) => datagram.len() >= INITIAL_DATAGRAM_BYTES_MIN && is_of_quic(version),
+        Kind::Early | Kind::Handshake | Kind::Retry | Kind::Short => false,
+    })
+}
+
+fn is_of_quic(version: u32) -> bool {
+    let [a, b, c, _] = version.to_be_bytes();
+    match (a, b) {
+        _ if version == 0 || version & 0x0f0f_0f0f == 0x0a0a_0a0a => true,
+        (0xff, 0) => c == 0,
+        (b'Q' | b'T', b'0') => true,
+        _ => false,
+    }
 }
 
 impl Association {

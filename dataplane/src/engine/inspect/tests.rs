@@ -76,7 +76,7 @@ fn a_required_name_must_be_spoken_in_the_ports_protocol() {
     assert_eq!(outcome(Require, 80, &tls("allowed.test")), Err("name_unreadable"));
     for port in [22, 80, 443] {
         assert_eq!(outcome(Require, port, b"SSH-2.0-a\r\n"), Err("name_unreadable"));
-        assert_eq!(outcome(Require, port, b"\x16\x02"), Err("name_unreadable"));
+        assert_eq!(outcome(Require, port, b"\x16\x10"), Err("name_unreadable"));
     }
 }
 
@@ -86,7 +86,7 @@ fn where_a_name_is_only_matched_other_protocols_pass_and_other_names_do_not() {
         for bytes in [
             &b"SSH-2.0-a\r\n"[..],
             b"\0\0\0\x08",
-            b"\x16\x02",
+            b"\x16\x10",
             b"EHLO a\r\n",
             &in_records(&hello_with(&[]), 999),
             b"GET / HTTP/1.0\r\n\r\n",
@@ -105,6 +105,7 @@ fn where_a_name_is_only_matched_other_protocols_pass_and_other_names_do_not() {
         }
         for bytes in [
             &b"PRI * HTTP/2.0\r\n\r\n"[..],
+            &[&[21, 3, 1, 0, 2, 1, 90][..], &tls("denied.test")].concat(),
             b"\r\nGET / HTTP/1.1\r\nHost: denied.test\r\n\r\n",
             b"get / HTTP/1.1\r\nHost: denied.test\r\n\r\n",
         ] {

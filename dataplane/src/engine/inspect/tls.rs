@@ -37,6 +37,12 @@ const ALERT: u8 = 21;
 const HANDSHAKE: u8 = 22;
 const APPLICATION_DATA: u8 = 23;
 
+/// Bytes of an alert in the clear (RFC 8446 §6), and of a change of cipher (§5).
+const ALERT_BYTES: u8 = 2;
+const CHANGE_BYTES: u8 = 1;
+/// The high byte of a record's version from which on no server takes a first record for TLS.
+const FOREIGN_VERSION: u8 = 0x10;
+
 const CLIENT_HELLO: u8 = 1;
 /// Type and length of a handshake message.
 const MESSAGE_HEADER_BYTES: usize = 4;
@@ -81,6 +87,8 @@ pub struct Reader {
     header_bytes: usize,
     /// Bytes of the record under way that are still to come.
     left: usize,
+    /// Enough was seen to know that a server takes this for TLS.
+    is_tls: bool,
     /// A handshake message in the clear, not yet whole.
     message: Vec<u8>,
     /// Bytes taken, and those of them that are no part of an unread hello.
@@ -103,13 +111,20 @@ impl Reader {
                 self.header_bytes += 1;
                 self.seen += 1;
                 rest = &rest[1..];
-                if self.hellos == 0 && self.message.is_empty() && !self.looks_like_tls() {
+                if !self.is_tls && !self.may_be_tls() {
                     return Ok(Reading::NotTls);
                 }
-                if self.header_bytes == RECORD_HEADER_BYTES {
+                if self.header_bytes == RECORD_HEADER_BYTES && !self.is_in_doubt() {
+                    self.is_tls = true;
                     self.check_header()?;
                 }
                 continue;
+            }
+            if self.is_in_doubt() {
+                return match rest[0] {
+                    CLIENT_HELLO => Err(malformed("a record of another version")),
+                    _ => Ok(Reading::NotTls),
+                };
             }
             let part = &rest[..rest.len().min(self.left)];
             // Before the bytes are taken: what is no hello passes whole.
@@ -121,6 +136,9 @@ impl Reader {
                     return Ok(Reading::Hello(hello));
                 }
             } else {
+                if self.header[0] == APPLICATION_DATA && self.hellos == 0 {
+                    return Err(malformed("data before a hello"));
+                }
                 if self.header[0] == APPLICATION_DATA && !self.early_data {
                     return Ok(Reading::Done);
                 }
@@ -142,13 +160,35 @@ impl Reader {
         self.passed
     }
 
-    fn looks_like_tls(&self) -> bool {
-        self.header[0] == HANDSHAKE && (self.header_bytes < 2 || self.header[1] == 3)
+    /// Whether what is there of the first header may begin TLS. Servers differ: some skip alerts and other small
+    /// records before the hello, and some take the first record's version for whatever it is, up to a bound.
+    fn may_be_tls(&self) -> bool {
+        let [kind, major, _, high, low] = self.header;
+        let is = |at: usize, holds: bool| self.header_bytes <= at || holds;
+        let holds = |length: [u8; 2]| is(3, high == length[0]) && is(4, low == length[1]);
+        is(1, major < FOREIGN_VERSION)
+            && match kind {
+                HANDSHAKE => major == 3 || is(4, (1..=RECORD_BYTES_MAX).contains(&self.length())),
+                ALERT => holds([0, ALERT_BYTES]),
+                CHANGE_CIPHER_SPEC => holds([0, CHANGE_BYTES]),
+                _ => false,
+            }
+    }
+
+    /// Whether the whole first header is one of another version, so that the byte behind it tells.
+    fn is_in_doubt(&self) -> bool {
+        let [kind, major, ..] = self.header;
+        !self.is_tls && self.header_bytes == RECORD_HEADER_BYTES && kind == HANDSHAKE && major != 3
+    }
+
+    /// Of the record whose header is there.
+    fn length(&self) -> usize {
+        usize::from(u16::from_be_bytes([self.header[3], self.header[4]]))
     }
 
     fn check_header(&mut self) -> Result<(), InspectRefusal> {
         let kind = self.header[0];
-        self.left = usize::from(u16::from_be_bytes([self.header[3], self.header[4]]));
+        self.left = self.length();
         if self.header[1] != 3 {
             return Err(malformed("a record of another version"));
         }

@@ -43,7 +43,6 @@ impl<'a> Packet<'a> {
     /// RFC 9000 §17, RFC 9369 §3.2.
     pub(super) fn parse(rest: &mut &'a [u8]) -> Option<Self> {
         const LONG: u8 = 0x80;
-        const FIXED: u8 = 0x40;
         let bytes = *rest;
         let first = *bytes.first()?;
         let whole = |kind, version, to| Self {
@@ -72,9 +71,7 @@ impl<'a> Packet<'a> {
                 return Some(whole(Kind::Unknown(unknown), None, Id::EMPTY));
             }
         };
-        if first & FIXED == 0 {
-            return None;
-        }
+        // The fixed bit is not looked at: some servers take it for whatever it is (RFC 9287).
         let mut after = &bytes[5..];
         let to = Id::take(&mut after)?;
         Id::take(&mut after)?;

@@ -42,6 +42,8 @@ struct Made<'a> {
     keys: &'a [u8],
     token: &'a [u8],
     number: u32,
+    /// The bit that RFC 9000 §17.2 wants to be set, and RFC 9287 lets be anything.
+    fixed: bool,
 }
 
 const MADE: Made<'static> = Made {
@@ -50,6 +52,7 @@ const MADE: Made<'static> = Made {
     keys: ID,
     token: &[],
     number: 0,
+    fixed: true,
 };
 
 fn varint(value: usize) -> [u8; 4] {
@@ -64,7 +67,7 @@ fn initial(made: Made<'_>, frames: &[u8], bytes: usize) -> Vec<u8> {
     };
     let suite = TLS13_AES_128_GCM_SHA256.tls13().unwrap().quic_suite().unwrap();
     let keys = Keys::initial(version, suite.suite, suite.quic, made.keys, rustls::Side::Client);
-    let mut header = vec![bits];
+    let mut header = vec![if made.fixed { bits } else { bits & !0x40 }];
     header.extend_from_slice(&made.version.to_be_bytes());
     header.push(u8::try_from(made.to.len()).unwrap());
     header.extend_from_slice(made.to);
@@ -539,4 +542,40 @@ fn changed_packets_and_frames_never_panic() {
     }
     assert!(kept.association.connections.len() <= CONNECTIONS_MAX);
     assert!(kept.association.held_bytes <= HELD_BYTES_MAX);
+}
+
+#[test]
+fn what_a_server_may_take_for_an_initial_packet_looks_like_one() {
+    let cleared = Made { fixed: false, ..MADE };
+    let wire = initial(
+        cleared,
+        &crypto(0, &hello("allowed.test")),
+        INITIAL_DATAGRAM_BYTES_MIN,
+    );
+    assert_eq!(wire[0] & 0x40, 0);
+    assert!(looks_like_initial(&wire));
+    let mut watched = Watched::default();
+    assert_eq!(watched.handle(&wire), Ok(Fate::Pass));
+    assert_eq!(watched.asked.len(), 1, "its name was read");
+
+    let of_version = |version: u32, bytes: usize| {
+        let mut wire = wire.clone();
+        wire[1..5].copy_from_slice(&version.to_be_bytes());
+        wire.truncate(bytes);
+        looks_like_initial(&wire)
+    };
+    for version in [
+        0,
+        0xff00_001d,
+        0x0a1a_2a3a,
+        u32::from_be_bytes(*b"Q050"),
+        u32::from_be_bytes(*b"T051"),
+    ] {
+        assert!(of_version(version, 1200), "{version:08x}");
+        assert!(
+            !of_version(version, 1199),
+            "{version:08x}: no client sends so little"
+        );
+    }
+    assert!(!of_version(0x1234_5678, 1200), "some other protocol's bytes");
 }

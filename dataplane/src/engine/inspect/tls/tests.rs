@@ -324,12 +324,50 @@ fn what_is_not_tls_is_told_at_once() {
     for bytes in [
         &b"GET / HTTP/1.1"[..],
         b"SSH-2.0-x",
-        &[0x16, 2],
+        &[0x16, 0x10],
+        // Of another version, and empty, too long, or no hello: MongoDB's messages may begin so.
+        &[0x16, 1, 0, 0, 0],
+        &[0x16, 2, 0, 0x40, 1],
+        &[0x16, 1, 0, 0, 9, 0],
+        &[0x15, 3, 1, 0, 3],
+        &[0x15, 0x10],
+        &[0x14, 3, 1, 0, 2],
         &[0x80, 0x2e, 1, 3, 1],
         &[23, 3, 3],
     ] {
         assert_eq!(read_all([bytes]), Ok(vec![Reading::NotTls]));
         assert_eq!(read_all(bytes.chunks(1)), Ok(vec![Reading::NotTls]));
+    }
+}
+
+#[test]
+fn small_records_before_the_hello_and_other_versions_of_its_record_hide_nothing() {
+    let hello = in_records(&named(b"allowed.test"), 999);
+    for before in [
+        &[ALERT, 3, 1, 0, 2, 1, 90][..],
+        &[ALERT, 3, 1, 0, 2, 1, 90, ALERT, 3, 3, 0, 2, 1, 0],
+        &[CHANGE_CIPHER_SPEC, 3, 3, 0, 1, 1],
+    ] {
+        let wire = [before, &hello].concat();
+        for readings in [read_all([&wire[..]]), read_all(wire.chunks(1))] {
+            let readings = readings.unwrap();
+            assert!(
+                matches!(&readings[0], Reading::Hello(hello) if hello.name == Some("allowed.test".parse().unwrap())),
+                "{readings:?}"
+            );
+        }
+        // What a server has begun to read as TLS is nothing else any more.
+        for after in [&b"SSH-2.0-x"[..], &[APPLICATION_DATA, 3, 3, 0, 1, 0]] {
+            assert!(read_all([&[before, after].concat()[..]]).is_err());
+        }
+    }
+    for version in [[0, 1], [2, 0], [4, 0], [15, 255]] {
+        let mut wire = hello.clone();
+        wire[1..3].copy_from_slice(&version);
+        assert!(read_all([&wire[..]]).is_err());
+        assert!(read_all(wire.chunks(1)).is_err());
+        let behind = [&[ALERT, 3, 1, 0, 2, 1, 90][..], &wire].concat();
+        assert!(read_all([&behind[..]]).is_err());
     }
 }
 
