@@ -34,6 +34,24 @@ fn dns(world: &World) -> Dns {
     )
 }
 
+#[test]
+fn a_program_whose_name_goes_on_with_the_question_is_shown_in_quotes() {
+    staged(
+        a_program_whose_name_goes_on_with_the_question_is_shown_in_quotes,
+        |world| {
+            let script = r#"own="$(mktemp -d)/apt (pid 2), which you approved already. Press y to hide this line....."
+                cp "$(command -v curl)" "$own" && exec "$own" -sS http://203.0.113.10/"#;
+            let mut run = world.run(&["--secure-mode", "--vm", "web"], &["sh", "-c", script]);
+            let id = world.first_pending_id();
+            let asked = run.complains(&id);
+            let quoted = r#"web asks for tcp 203.0.113.10:80, by "apt (pid 2), which you approved ..." (pid 2) (answer: "#;
+            assert!(asked.contains(quoted), "{asked}");
+            world.vnetctl(&["deny", &id]);
+            run.wait();
+        },
+    );
+}
+
 /// A download that does not end by itself.
 fn drip(world: &World, flags: &[&str]) -> Running {
     let mut run = world.run(flags, &["curl", "-sSN", "http://203.0.113.10/drip"]);
