@@ -170,10 +170,7 @@ pub(crate) fn flow(destination: &str, names: &[&str]) -> Subject {
 }
 
 pub(crate) fn lookup(name: &str, query_type: u16) -> Subject {
-    Subject::Lookup(LookupSubject {
-        name: name.parse().unwrap(),
-        query_type,
-    })
+    Subject::Lookup(LookupSubject::new(name.parse().unwrap(), query_type))
 }
 
 /// A dataplane that says what a test tells it to, without a stream.

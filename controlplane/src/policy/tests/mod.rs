@@ -153,10 +153,7 @@ fn flow(text: &str) -> FlowSubject {
 }
 
 fn lookup(name: &str) -> LookupSubject {
-    LookupSubject {
-        name: name.parse().unwrap(),
-        query_type: 1,
-    }
+    LookupSubject::new(name.parse().unwrap(), 1)
 }
 
 fn decide(effective: &Effective, grants: &VmGrants, text: &str) -> FlowDecision {

@@ -801,17 +801,11 @@ fn a_name_inside_a_match_is_decided_like_the_name_that_the_match_is_of() {
             peer: None,
         };
         for _ in 0..20 {
-            let first = LookupSubject {
-                name: name(&mut draw),
-                query_type: 1,
-            };
+            let first = LookupSubject::new(name(&mut draw), 1);
             let decision = decide_lookup(&context, &first);
             assert!(decision.found.matches(&first.name));
             for _ in 0..10 {
-                let second = LookupSubject {
-                    name: name(&mut draw),
-                    query_type: 28,
-                };
+                let second = LookupSubject::new(name(&mut draw), 28);
                 pairs += 1;
                 if decision.found.matches(&second.name) {
                     let again = decide_lookup(&context, &second);
