@@ -2,14 +2,14 @@
 //!
 //! What is decided is the name that was asked for. Of an alias only what is said explicitly counts: whatever refuses
 //! its lookup, and is not the default action, refuses it, in the order of lookups. Anything else lets it pass, and
-//! nobody is asked about it. The guard of DNS refuses it in mode `ask` as well: an address of another DNS server
-//! would else be had by an alias that nobody saw.
+//! nobody is asked about it. The guard of DNS refuses where it would ask, and where the default action stands before
+//! it: an address of another DNS server would else be had by an alias that nobody saw.
 
 use vnet_proto::model::{LookupMatch, Name};
 
 use crate::policy::answer::Answer;
 use crate::policy::eval::{
-    Context, LookupDecision, Outcome, first_rule_for_lookup, lookup_answer, refused_at_once,
+    Context, LookupDecision, Outcome, first_rule_for_lookup, guarded_name, lookup_answer, refused_at_once,
 };
 
 /// Decides an alias. No grant is used by letting it pass.
@@ -60,20 +60,22 @@ fn alias_answer(context: &Context<'_>, name: &Name, region: &mut LookupMatch) ->
     }
 }
 
-/// Of a name of another DNS server, all that lookups read may open it.
+/// A name of another DNS server is opened by what opens its lookup, and by nothing less: where the default action
+/// would deny that, the guard does so here.
 fn guarded(context: &Context<'_>, name: &Name) -> Answer {
     let answer = lookup_answer(context, name, &mut LookupMatch::Any);
     match (answer.outcome, answer.reason.step.as_str()) {
-        (Outcome::Deny | Outcome::Drop | Outcome::Ask, "guard") => {
-            let text = answer.reason.text.clone();
-            answer.turned(Outcome::Deny, text)
-        }
-        (Outcome::Deny | Outcome::Drop, step) if step != "default" => answer,
-        _ => Answer {
+        (Outcome::Allow, _) | (Outcome::Ask, "rule") => Answer {
             until: answer.until,
             grant: answer.grant,
             ..passed(name)
         },
+        (Outcome::Deny | Outcome::Drop, "rule") => answer,
+        (Outcome::Deny | Outcome::Drop | Outcome::Ask, _) => {
+            let answer = guarded_name(context, name);
+            let text = answer.reason.text.clone();
+            answer.turned(Outcome::Deny, text)
+        }
     }
 }
 

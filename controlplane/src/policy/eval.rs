@@ -484,10 +484,7 @@ pub(super) fn lookup_answer(context: &Context<'_>, name: &Name, region: &mut Loo
     let open = policy.lookup_default() == DefaultAction::Allow || policy.mode() != Some(Mode::Enforce);
     let allowed = test(&policy.allowed, region);
     if (allowed || open) && !policy.allowed.has_exact(name) && is_resolver(region) {
-        let text = format!(
-            "{name} is the name of a DNS server, which guards.dns closes but for a rule or grant that names it"
-        );
-        return guarded_dns(context, text, &target);
+        return guarded_name(context, name);
     }
     if allowed {
         let text = format!("dns.allowedDomains has {name}");
@@ -506,6 +503,14 @@ pub(super) fn lookup_answer(context: &Context<'_>, name: &Name, region: &mut Loo
         &format!("the lookup of {name}"),
         &target,
     )
+}
+
+/// The guard of DNS on the name of another server.
+pub(super) fn guarded_name(context: &Context<'_>, name: &Name) -> Answer {
+    let text = format!(
+        "{name} is the name of a DNS server, which guards.dns closes but for a rule or grant that names it"
+    );
+    guarded_dns(context, text, &Target::of_name(name.clone()))
 }
 
 fn blocked_by_mode(context: &Context<'_>) -> Option<Answer> {

@@ -1,5 +1,6 @@
 //! What policy means, tested through its public functions.
 
+mod aliases;
 mod defaults;
 mod documentation;
 mod guests;

@@ -455,11 +455,11 @@ impl<'a> Upstream<'a> {
         while let Some(owner) = next {
             for (_, target) in given.iter().filter(|(of, _)| *of == owner) {
                 if target != name && !aliases.contains(target) {
+                    if aliases.len() >= ALIASES_MAX {
+                        return None;
+                    }
                     aliases.push(target.clone());
                 }
-            }
-            if aliases.len() > ALIASES_MAX {
-                return None;
             }
             next = aliases.get(read).cloned();
             read += 1;
