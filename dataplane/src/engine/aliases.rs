@@ -1,7 +1,7 @@
 //! Aliases: the names that an upstream's answer leads through, judged before the answer is acted on.
 //!
 //! The guest asked for one name and was allowed it; the answer may lead through others (CNAME, RFC 1034 §3.6.2), and
-//! one of these may be refused. What happens to an answer, top to bottom, is [`Engine::judge_answer`]: each of its
+//! one of these may be refused. What happens to an answer, top to bottom, is `Engine::judge_answer`: each of its
 //! aliases is looked up in the verdict cache, where aliases have a table of their own; those that are not there are
 //! misses, and the answer waits. Once all are allowed it goes on as if nothing had been asked. One that is refused
 //! refuses the lookup. One that is not decided in time does so too.
