@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, SystemTime};
 
-use vnet_proto::model::{FlowKey, LIFETIME_MAX, LIFETIME_MIN, Malformed, Mode, Subject, VmSelector};
+use vnet_proto::model::{FlowKey, Guard, LIFETIME_MAX, LIFETIME_MIN, Malformed, Mode, Subject, VmSelector};
 use vnet_proto::v1;
 
 use crate::approval::{PendingState, Request, Scope};
@@ -187,7 +187,10 @@ pub(crate) fn request(request: &Request) -> v1::PendingRequest {
             Subject::Lookup(lookup) => record_type(lookup.query_type),
             Subject::Flow(_) => String::new(),
         },
-        guards: request.guards.iter().map(|g| v1::Guard::from(g).into()).collect(),
+        // That an address is synthetic guards nothing: the name is what is asked for.
+        guards: (request.guards.without(Guard::Synthetic).iter())
+            .map(|g| v1::Guard::from(g).into())
+            .collect(),
         state: state.into(),
         count: request.count,
         held: request.held_packets(),

@@ -198,6 +198,13 @@ fn presets_are_listed_printed_and_given_to_a_run() {
             );
             world.vnetctl(&["policy", "check", file.to_str().unwrap()]);
         }
+        let documents = world.list(&["policy", "presets"]);
+        assert_eq!(documents.len(), listed.lines().count());
+        let one = world.vnetctl(&["policy", "presets", "npm", "-o", "json"]);
+        let one: serde_json::Value = serde_json::from_str(&one).unwrap();
+        let file = world.vnetctl(&["policy", "presets", "npm"]);
+        assert_eq!((&one["name"], &one["document"]), (&"npm".into(), &file.into()));
+        assert!(documents.contains(&one), "{documents:?}");
         let fetch = "curl -sk -m 5 https://pypi.org/ >/dev/null 2>&1; echo $?; curl -sS http://pypi.org/ 2>/dev/null; echo $?; \
             getent hosts one.example.com; echo $?";
         let ended = world.script(&["--preset", "pypi"], fetch);

@@ -41,8 +41,10 @@ fn one_question_opens_a_name_and_nothing_is_looked_up_before_the_yes() {
                 asked.contains("web asks for domain web.example.com:80"),
                 "{asked}"
             );
+            assert!(!asked.contains("guarded"), "{asked}");
             assert_eq!(dns.asked(), Vec::<String>::new(), "nothing leaves before the yes");
-            let said = world.vnetctl(&["approve", &id]);
+            let said = world.vnetctl(&["approve", "--matching", "*.example.com", "--vm", "web"]);
+            assert!(!said.contains("left out"), "{said}");
             assert!(said.contains("allow domain web.example.com:80 for web"), "{said}");
             let ended = run.wait();
             assert_eq!(

@@ -1,14 +1,18 @@
 //! What a reader of a policy should know of it although it loads: rules that earlier ones leave
 //! nothing to, ways out that are easily overlooked.
 
+mod opened;
+
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::sync::Arc;
 
 use ipnet::IpNet;
+use vnet_proto::model::special::is_refused;
 use vnet_proto::model::{Guard, Mode, NamePattern, PortRange, Protocol, VmSelector};
 
 use crate::clock::Now;
 use crate::policy::guard::GuardedRanges;
+use crate::policy::lint::opened::{Guards, Opened};
 use crate::policy::{
     DefaultAction, DnsGuard, FlowTest, GuardAction, NameSet, Policy, PolicyWarning, ProtocolSet, Rule,
     RuleAction, Settings,
@@ -77,11 +81,18 @@ pub(crate) fn warnings(policy: &Policy) -> Vec<PolicyWarning> {
     warnings.extend(of_profiles(policy));
 
     let rules = policy.rules.as_slice();
+    let guards = Guards::of(policy);
+    warnings.extend(denied_name(policy, closed));
     for (index, rule) in rules.iter().enumerate() {
         let mut texts = of_rule(rule, &policy.settings);
         if index < COMPARED_MAX {
             let earlier = rules.iter().take(index).rev();
-            texts.extend(earlier.filter_map(|earlier| shadow(earlier, rule)).next());
+            let opened = Opened::new(rule, &guards);
+            texts.extend(
+                earlier
+                    .filter_map(|earlier| shadow(earlier, rule, &opened))
+                    .next(),
+            );
         }
         warnings.extend(texts.into_iter().map(|text| PolicyWarning {
             line: rule.line,
@@ -168,9 +179,77 @@ fn of_profiles(policy: &Policy) -> Vec<PolicyWarning> {
     warnings
 }
 
+/// A name that is denied where the rest is open: told once, of the first.
+fn denied_name(policy: &Policy, closed: bool) -> Option<PolicyWarning> {
+    let rules = policy.rules.as_slice();
+    let broad = |rule: &Arc<Rule>| {
+        rule.action == RuleAction::Allow && rule.test.names.is_none() && everything(&rule.test).is_some()
+    };
+    if closed && !rules.iter().any(broad) {
+        return None;
+    }
+    let denies = |rule: &&Arc<Rule>| rule.action.refuses() && rule.test.names.is_some();
+    let blocks = policy.dns.as_ref().is_some_and(|dns| !dns.blocked.is_empty());
+    let (line, column, what) = match rules.iter().find(denies) {
+        Some(rule) => (rule.line, rule.column, rule.label.as_str()),
+        None if blocks => (1, 1, "dns.blockedDomains"),
+        None => return None,
+    };
+    Some(PolicyWarning {
+        line,
+        column,
+        text: format!(
+            "{what}: denying a name under a default that allows stops its lookups; whoever has the address from \
+             elsewhere may still speak the name; deny by default and allow names instead"
+        ),
+    })
+}
+
+/// Prefixes that are hardly what was meant: one unspecified address, and those that lead nowhere anyway.
+fn of_prefixes(rule: &Rule) -> Vec<String> {
+    let label = &rule.label;
+    let written = || rule.test.prefixes.iter().take(PREFIXES_COMPARED_MAX);
+    let mut texts = Vec::new();
+    if let Some(one) = written().find(|prefix| is_one_unspecified(*prefix)) {
+        let address = one.addr();
+        texts.push(format!(
+            "{label}: {address} is one address; for every address write {address}/0"
+        ));
+    }
+    let nowhere = |prefix: &IpNet| !is_one_unspecified(*prefix) && leads_nowhere(*prefix);
+    if let Some(prefix) = written().find(nowhere) {
+        texts.push(format!(
+            "{label}: {prefix} can never match: nothing is let to such addresses, whatever a policy says"
+        ));
+    }
+    texts
+}
+
+fn is_one_unspecified(prefix: IpNet) -> bool {
+    prefix.prefix_len() == prefix.max_prefix_len() && prefix.addr().is_unspecified()
+}
+
+/// Whether a dataplane lets nothing to any address of a prefix. Of IPv6 it refuses whole prefixes, so that one
+/// address on each side of every way to split this one will do. Loopback is where the host's alias leads.
+fn leads_nowhere(prefix: IpNet) -> bool {
+    match prefix {
+        IpNet::V4(prefix) => match prefix.network().octets() {
+            [0, ..] => prefix.prefix_len() >= 8,
+            [first, ..] => prefix.prefix_len() >= 3 && first >= 224,
+        },
+        IpNet::V6(prefix) => {
+            let ends = [prefix.network().to_bits(), prefix.broadcast().to_bits()];
+            let bits = 0..128 - u32::from(prefix.prefix_len());
+            let beside = bits.flat_map(|bit| ends.map(|end| end ^ (1 << bit)));
+            let mut all = ends.into_iter().chain(beside).map(Ipv6Addr::from_bits);
+            !prefix.contains(&Ipv6Addr::LOCALHOST) && all.all(is_refused)
+        }
+    }
+}
+
 /// What is worth telling of one rule by itself.
 fn of_rule(rule: &Rule, settings: &Settings) -> Vec<String> {
-    let mut texts = Vec::new();
+    let mut texts = of_prefixes(rule);
     let label = &rule.label;
     let test = &rule.test;
     if rule.action.refuses() {
@@ -289,7 +368,7 @@ fn of_suffix(pattern: &NamePattern) -> String {
 }
 
 /// What is left of `rule` by `earlier`, if that is worth telling.
-fn shadow(earlier: &Rule, rule: &Rule) -> Option<String> {
+fn shadow(earlier: &Rule, rule: &Rule, opened: &Opened<'_>) -> Option<String> {
     if earlier.vms.is_some() && earlier.vms != rule.vms {
         return None;
     }
@@ -309,11 +388,27 @@ fn shadow(earlier: &Rule, rule: &Rule) -> Option<String> {
         return allowed_first(earlier, rule);
     }
     let place = format!("{} (line {})", earlier.label, earlier.line);
-    // A guarded destination passes an allow or ask by, so that only a rule that refuses covers all of it.
-    let guarded = !earlier.action.refuses() && rule.action != earlier.action;
-    let but = if guarded { " but guarded destinations" } else { "" };
     let protocols = rule.test.protocols.and(earlier.test.protocols);
     if protocols.has_all(rule.test.protocols) && earlier.test.covers_ports(&rule.test) {
+        // A lookup asks only the rules with names, and a guarded destination passes an allow or ask by that does
+        // not name its guard.
+        let lookups = rule.is_for_lookups() && earlier.test.names.is_none();
+        let guarded = match (earlier.action.refuses(), rule.action.refuses()) {
+            (true, _) => false,
+            (false, true) => true,
+            (false, false) if opened.is_all() && opened.beyond(earlier) => return None,
+            (false, false) => opened.beyond(earlier),
+        };
+        let but = match (lookups, guarded) {
+            (false, false) => "",
+            (true, false) => " but lookups",
+            (false, true) => " but guarded destinations",
+            (true, true) => " but lookups and guarded destinations",
+        };
+        // What it does for those is what it is there for.
+        if !but.is_empty() && rule.action == earlier.action {
+            return None;
+        }
         return Some(format!(
             "{} can never match{but}: {place} matches all of it before",
             rule.label

@@ -218,7 +218,7 @@ impl Reader {
                 &[]
             }
             Value::List(_) | Value::Null | Value::Map(_) => self.list(node, key, most),
-            Value::Bool(_) | Value::Int(_) | Value::Float(_) | Value::Text(_) => std::slice::from_ref(node),
+            Value::Bool(_) | Value::Int(_) | Value::Number(_) | Value::Text(_) => std::slice::from_ref(node),
         }
     }
 

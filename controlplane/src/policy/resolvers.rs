@@ -19,7 +19,7 @@ use crate::policy::region::{Region, Sides};
 use crate::policy::{FlowTest, NameSet, PrefixSet, ProtocolSet};
 
 /// DNS; DNS over TLS and QUIC; multicast DNS; LLMNR; NetBIOS names.
-const PORTS: [u16; 5] = [53, 137, 853, 5353, 5355];
+pub(crate) const PORTS: [u16; 5] = [53, 137, 853, 5353, 5355];
 
 /// Names at which DNS over HTTPS is offered to everybody. All names below them are meant as well. The last is
 /// the canary by which Firefox learns that it is not to use any.
@@ -366,6 +366,11 @@ impl Resolvers {
     /// The names of resolvers.
     pub(crate) fn names(&self) -> &NameSet {
         &self.names
+    }
+
+    /// The addresses of resolvers.
+    pub(crate) fn addresses(&self) -> &PrefixSet {
+        &self.addresses.prefixes
     }
 
     /// Whether a flow leads to another DNS server, and how. One that does stands for itself alone; else the

@@ -2,7 +2,8 @@
 //!
 //! `serde-saphyr` parses; this keeps duplicate keys and positions, so that the loader can report every
 //! problem and not just the first. Aliases count against small budgets: nothing here grows past a
-//! constant factor of the document.
+//! constant factor of the document. A number is one where it is written as people write it: `0x50`, `010` and
+//! `8_0`, of which parsers think differently, are kept as they are written, for the reader to refuse.
 
 use std::fmt;
 
@@ -15,6 +16,8 @@ use crate::policy::PolicyError;
 const NODES_MAX: usize = 500_000;
 /// How deep a document may nest; a policy needs five levels.
 const DEPTH_MAX: usize = 32;
+/// Of what is written in the place of a number no more is kept.
+const WRITTEN_MAX: usize = 80;
 /// Uses of aliases.
 const ALIASES_MAX: usize = 1_000;
 
@@ -23,6 +26,8 @@ const ALIASES_MAX: usize = 1_000;
 pub(crate) struct Node {
     pub(crate) value: Value,
     pub(crate) place: Place,
+    /// Where it is written, by byte and length.
+    written: Option<(usize, usize)>,
 }
 
 /// Line and column, from 1.
@@ -38,7 +43,8 @@ pub(crate) enum Value {
     Null,
     Bool(bool),
     Int(i128),
-    Float(f64),
+    /// Any other number, as it is written.
+    Number(String),
     Text(String),
     List(Vec<Node>),
     /// In order, duplicates kept.
@@ -51,7 +57,7 @@ impl fmt::Display for Value {
             Self::Null => f.write_str("nothing"),
             Self::Bool(value) => value.fmt(f),
             Self::Int(value) => value.fmt(f),
-            Self::Float(value) => value.fmt(f),
+            Self::Number(written) => f.write_str(written),
             Self::Text(text) if text.chars().count() > 80 => {
                 write!(f, "{:?}...", text.chars().take(80).collect::<String>())
             }
@@ -71,6 +77,7 @@ pub(crate) fn load(source: &str, document: &str) -> Result<Node, PolicyError> {
         duplicate_keys: DuplicateKeyPolicy::PassThrough,
         merge_keys: MergeKeyPolicy::Error,
         strict_booleans: true,
+        reject_unsupported_tags: true,
         with_snippet: false,
         budget: serde_saphyr::budget! {
             max_nodes: NODES_MAX,
@@ -85,7 +92,7 @@ pub(crate) fn load(source: &str, document: &str) -> Result<Node, PolicyError> {
         },
     };
     serde_saphyr::from_str_with_options::<Spanned<Value>>(document, options)
-        .map(node)
+        .map(|root| as_written(node(root), document))
         .map_err(|error| {
             let place = error.location().map_or(Place { line: 1, column: 1 }, place_of);
             let text = error.without_snippet().to_string();
@@ -114,10 +121,39 @@ fn plain(text: &str) -> &str {
 }
 
 fn node(spanned: Spanned<Value>) -> Node {
+    let span = spanned.defined.span();
+    let number = |n: Option<u64>| n.and_then(|n| usize::try_from(n).ok());
     Node {
         place: place_of(spanned.referenced),
+        written: number(span.byte_offset()).zip(number(span.byte_len())),
         value: spanned.value,
     }
+}
+
+/// Numbers that are written in another way than in decimal digits become what is written. Nests no deeper than
+/// the parser lets a document.
+fn as_written(mut node: Node, document: &str) -> Node {
+    let text = node
+        .written
+        .and_then(|(offset, length)| document.get(offset..offset.checked_add(length)?))
+        .map(str::trim);
+    node.value = match (node.value, text) {
+        (Value::Int(number), Some(text)) if text != number.to_string() => Value::Number(cut(text)),
+        (Value::Number(_), Some(text)) => Value::Number(cut(text)),
+        (Value::List(list), _) => {
+            Value::List(list.into_iter().map(|node| as_written(node, document)).collect())
+        }
+        (Value::Map(map), _) => {
+            let both = |(key, value)| (as_written(key, document), as_written(value, document));
+            Value::Map(map.into_iter().map(both).collect())
+        }
+        (other, _) => other,
+    };
+    node
+}
+
+fn cut(text: &str) -> String {
+    text.chars().take(WRITTEN_MAX).collect()
 }
 
 fn place_of(location: serde_saphyr::Location) -> Place {
@@ -176,7 +212,7 @@ impl<'de> Visitor<'de> for ValueVisitor {
     }
 
     fn visit_f64<E>(self, value: f64) -> Result<Value, E> {
-        Ok(Value::Float(value))
+        Ok(Value::Number(value.to_string()))
     }
 
     fn visit_str<E>(self, text: &str) -> Result<Value, E> {

@@ -16,7 +16,7 @@ use super::matching::Matching;
 use super::select::{BudgetArgs, LifetimeArgs, VmArgs};
 use crate::client::unary;
 use crate::failure::{Failure, describe};
-use crate::output::{Output, words};
+use crate::output::{self, Output, words};
 
 /// How wide an answer reaches.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
@@ -305,6 +305,11 @@ async fn grant(
     context: &mut Context,
 ) -> Result<(), Failure> {
     let target = Target::from_words(destination).map_err(|e| Failure::Usage(e.to_string()))?;
+    if request.action() == v1::Action::Allow
+        && let Some(warning) = words::warning(&target)
+    {
+        output::say(warning);
+    }
     let request = v1::CreateGrantRequest {
         target: Some((&target).into()),
         request_id: request_id()?,

@@ -4,10 +4,11 @@
 use std::path::PathBuf;
 
 use clap::{ArgMatches, Args, FromArgMatches};
-use vnet_proto::model::Mode;
+use vnet_proto::model::{Mode, Target};
 
 use crate::failure::Failure;
 use crate::launch::{self, Document};
+use crate::output::words;
 
 /// The options.
 #[derive(Debug, Clone, Default, Args)]
@@ -69,10 +70,12 @@ impl TreatArgs {
         if let Err(problem) = launch::check_own(None, &rules) {
             problems.usage.push(problem.to_string());
         }
-        let mut warnings = Vec::new();
+        let typed = self.rules.0.iter().filter_map(|rule| rule.strip_prefix("allow "));
+        let typed = typed.filter_map(|words| words.parse::<Target>().ok());
+        let mut warnings: Vec<String> = typed.filter_map(|target| words::warning(&target)).collect();
         if let Some(document) = &document {
             match launch::check_own(Some(document), &[]) {
-                Ok(found) => warnings = launch::warning_lines(&document.source, &found),
+                Ok(found) => warnings.extend(launch::warning_lines(&document.source, &found)),
                 Err(problem) => told(problem),
             }
         }
@@ -207,6 +210,16 @@ mod tests {
                 "allow any 10.0.0.0/8",
                 "deny any 0.0.0.0/0"
             ]
+        );
+    }
+
+    #[test]
+    fn a_name_that_anyone_may_own_is_warned_of_when_it_is_allowed() {
+        let (treatment, problems) = check(&["--deny", "domain *.org", "--allow", "domain *.com:443"]);
+        assert_eq!(problems, Problems::default());
+        assert_eq!(
+            treatment.warnings,
+            ["warning: *.com covers a public suffix: anyone may own a name below com"]
         );
     }
 

@@ -5,7 +5,7 @@
 
 use std::time::Duration;
 
-use vnet_proto::model::{Target, VmSelector};
+use vnet_proto::model::{NamePattern, Target, VmSelector};
 use vnet_proto::v1;
 
 use super::text;
@@ -17,6 +17,21 @@ pub fn target(target: Option<&v1::Target>) -> String {
         Some(Err(error)) => format!("unreadable ({error})"),
         None => text::NONE.to_owned(),
     }
+}
+
+/// What a person should know who allows a target: that anyone may own a name in it.
+pub fn warning(target: &Target) -> Option<String> {
+    let Target::Name {
+        pattern: pattern @ NamePattern::Subdomains(suffix),
+        ..
+    } = target
+    else {
+        return None;
+    };
+    let listed = psl::suffix(suffix.as_str().as_bytes()).filter(|found| *found == suffix.as_str())?;
+    listed
+        .is_known()
+        .then(|| format!("warning: {pattern} covers a public suffix: anyone may own a name below {suffix}"))
 }
 
 /// Which VMs.
@@ -220,6 +235,36 @@ mod tests {
                 prefix: prefix.to_owned(),
                 ports: ports.map(|(first, last)| v1::PortRange { first, last }),
             })),
+        }
+    }
+
+    #[test]
+    fn names_that_anyone_may_own_are_warned_of() {
+        let warned = |words: &str| warning(&words.parse::<Target>().unwrap());
+        for (words, expected) in [
+            (
+                "domain *.com",
+                "*.com covers a public suffix: anyone may own a name below com",
+            ),
+            (
+                "domain *.co.uk:443",
+                "*.co.uk covers a public suffix: anyone may own a name below co.uk",
+            ),
+            (
+                "lookup *.github.io",
+                "*.github.io covers a public suffix: anyone may own a name below github.io",
+            ),
+        ] {
+            assert_eq!(warned(words), Some(format!("warning: {expected}")), "{words}");
+        }
+        // A name of its own, one that is in no list, and addresses.
+        for words in [
+            "domain *.example.com",
+            "domain com",
+            "domain *.corp",
+            "tcp 0.0.0.0/0:443",
+        ] {
+            assert_eq!(warned(words), None, "{words}");
         }
     }
 

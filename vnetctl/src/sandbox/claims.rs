@@ -17,6 +17,10 @@ const PROGRAMS_MAX: usize = 3;
 const SOCKETS_MAX: usize = 256;
 /// How long it may take: a guest can have many processes with many descriptors.
 const TIME_MAX: Duration = Duration::from_millis(200);
+/// Of a file's name no more characters are shown.
+const FILE_NAME_SHOWN: usize = 32;
+/// Characters of the name that a process gives itself: the kernel keeps no more (proc_pid_comm(5)).
+const COMM_MAX: usize = 15;
 /// Of a table of sockets no more is read.
 const TABLE_MAX_BYTES: u64 = 4 << 20;
 
@@ -79,9 +83,22 @@ fn name(process: &Path) -> String {
     let file = fs::read_link(process.join("exe")).ok();
     let file = file.as_deref().and_then(Path::file_name);
     match file {
-        Some(name) => name.to_string_lossy().into_owned(),
-        None => read(&process.join("comm")).trim().to_owned(),
+        Some(name) => shown(&name.to_string_lossy(), FILE_NAME_SHOWN),
+        None => shown(read(&process.join("comm")).trim(), COMM_MAX),
     }
+}
+
+/// A name as it may stand in vnet's own words: as it is where it is made of what programs' names are made of, else in
+/// quotes, escaped and cut. The guest chooses it, and could go on with the sentence.
+fn shown(name: &str, longest: usize) -> String {
+    let plain = |c: char| c.is_ascii_alphanumeric() || "._+-".contains(c);
+    let mut rest = name.chars();
+    let start: String = rest.by_ref().take(longest).collect();
+    let cut = rest.next().is_some();
+    if !cut && !start.is_empty() && start.chars().all(plain) {
+        return start;
+    }
+    format!("\"{}{}\"", start.escape_default(), if cut { "..." } else { "" })
 }
 
 fn read(path: &Path) -> String {
@@ -150,6 +167,31 @@ mod tests {
         for wrong in ["", "0A7100CB", "0A7100C:0050x", "ä:1", "0A7100CB0A7100CB:0050"] {
             assert_eq!(parse_address(wrong), None, "{wrong}");
         }
+    }
+
+    #[test]
+    fn a_name_that_would_read_as_vnets_own_words_is_quoted_and_cut() {
+        for plain in ["curl", "python3.13", "x86_64-linux-gnu-g++", "busybox"] {
+            assert_eq!(shown(plain, FILE_NAME_SHOWN), plain);
+        }
+        let words = "apt (pid 2), which you approved already. Press y to hide this line....................";
+        let cut = "\"apt (pid 2), which you approved ...\"";
+        assert_eq!(shown(words, FILE_NAME_SHOWN), cut);
+        assert_eq!(shown(words, COMM_MAX), "\"apt (pid 2), wh...\"");
+        for (name, expected) in [
+            ("", r#""""#),
+            ("a b", r#""a b""#),
+            ("apt,", r#""apt,""#),
+            ("apt\" (pid 2), or \"b", r#""apt\" (pid 2), or \"b""#),
+            ("a\\", r#""a\\""#),
+            ("a\u{201d}; \u{1b}[2J\n", r#""a\u{201d}; \u{1b}[2J\n""#),
+        ] {
+            assert_eq!(shown(name, FILE_NAME_SHOWN), expected);
+        }
+        let longest = "a".repeat(FILE_NAME_SHOWN);
+        assert_eq!(shown(&longest, FILE_NAME_SHOWN), longest);
+        let longer = format!("{longest}a");
+        assert_eq!(shown(&longer, FILE_NAME_SHOWN), format!("\"{longest}...\""));
     }
 
     #[test]

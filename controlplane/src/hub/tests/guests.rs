@@ -161,3 +161,25 @@ fn flows_events_and_explanations_say_whose_the_address_is() {
     let own = explain("db", "tcp 192.168.127.3:80");
     assert_eq!((own.action, own.peer_vm.as_str()), (DENY, ""));
 }
+
+#[test]
+fn that_an_address_is_synthetic_is_told_as_no_guard() {
+    let rig = Rig::secure();
+    let mut dp = rig.dataplane("web");
+    let under = |guards| match flow("198.18.0.9:80", &["a.example.com"]) {
+        Subject::Flow(flow) => Subject::Flow(FlowSubject { guards, ..flow }),
+        lookup => lookup,
+    };
+    let synthetic = GuardSet::EMPTY.with(Guard::Synthetic);
+    let (_, id) = dp.held(under(synthetic));
+    let asked = rig.hub.pending_request(&id).unwrap();
+    assert_eq!(asked.guards, [0; 0]);
+    assert_eq!(asked.scopes[0], v1::Scope::NamePort as i32);
+    let (_, id) = dp.held(under(GuardSet::EMPTY.with(Guard::PrivateFromDns)));
+    let asked = rig.hub.pending_request(&id).unwrap();
+    assert_eq!(
+        asked.guards,
+        [v1::Guard::PrivateFromDns as i32],
+        "others are told"
+    );
+}

@@ -227,7 +227,7 @@ fn read_ports(reader: &mut Reader, node: &Node) -> PortSet {
     for node in reader.list_of_some(node, "ports", LIST_MAX) {
         let parsed = match &node.value {
             Value::Int(port) => PortRange::from_str(&port.to_string()),
-            Value::Text(text) if text != "*" => PortRange::from_str(text),
+            Value::Text(text) if text != "*" && !has_leading_zero(text) => PortRange::from_str(text),
             other => Err(format!(
                 "{other} is not a port (expected one as 443 or a range as \"8000-8999\")"
             )),
@@ -238,6 +238,13 @@ fn read_ports(reader: &mut Reader, node: &Node) -> PortSet {
         }
     }
     ports.into_iter().collect()
+}
+
+/// Whether a port is written as an octal number would be.
+fn has_leading_zero(range: &str) -> bool {
+    range
+        .split('-')
+        .any(|port| port.len() > 1 && port.starts_with('0'))
 }
 
 fn read_demand(reader: &mut Reader, node: &Node) -> Option<NameDemand> {

@@ -73,8 +73,12 @@ fn the_designs_sample_loads_and_means_what_it_says() {
 #[test]
 fn the_samples_shadowed_rule_is_told() {
     let warnings = policy(SAMPLE).warnings;
-    assert_eq!(warnings.len(), 1, "{warnings:?}");
-    let text = warnings[0].to_string();
+    assert_eq!(warnings.len(), 2, "{warnings:?}");
+    assert!(
+        warnings[0].text.starts_with("dns.blockedDomains: denying a name"),
+        "{warnings:?}"
+    );
+    let text = warnings[1].to_string();
     assert!(
         text.starts_with("7:5: rules[1] does not deny tcp 80, 443 to 10.0.0.0/8"),
         "{text}"
@@ -472,6 +476,237 @@ fn rules_that_can_never_match_are_told() {
     assert!(blocked.warnings[0].text.contains("refuses all the same"));
     let asks = policy("version: 1\nmode: ask\ndefaultAction: allow");
     assert!(asks.warnings[0].text.contains("no effect in mode ask"));
+}
+
+#[test]
+fn a_rule_that_opens_what_guards_close_is_not_dead_behind_a_broad_one() {
+    let found = |guards: &str, rules: &[&str]| -> Vec<String> {
+        let rules: Vec<String> = rules.iter().map(|rule| format!("  - {{{rule}}}\n")).collect();
+        let warnings = policy(&format!("version: 1\n{guards}rules:\n{}", rules.concat())).warnings;
+        let texts = warnings.iter().map(|w| w.text.clone());
+        texts.filter(|text| text.contains("can never match")).collect()
+    };
+    let all = "action: allow, cidr: 0.0.0.0/0";
+    let both = [
+        all,
+        "action: allow, cidr: 8.8.8.0/24, ports: [53]",
+        "action: allow, cidr: 169.254.169.254/32, ports: [80]",
+    ];
+    assert_eq!(found("", &both), [""; 0]);
+    for alive in [
+        "action: allow, cidr: 10.0.0.0/8",
+        "action: allow, cidr: 127.0.0.1/32",
+        "action: allow, cidr: 203.0.113.7/32",
+        "action: allow, cidr: 8.8.8.8/32, ports: [443]",
+        "action: ask, cidr: 169.254.0.0/16",
+        "action: ask, cidr: 192.0.2.0/24, ports: [853]",
+    ] {
+        assert_eq!(found("", &[all, alive]), [""; 0], "{alive}");
+    }
+    for (dead, but) in [
+        ("action: allow, cidr: 192.0.2.0/24", ""),
+        ("action: allow, cidr: 8.8.8.0/24, ports: [443]", ""),
+        ("action: allow, cidr: 8.8.8.0/24, ports: ['50-60']", ""),
+        ("action: ask, cidr: 192.0.2.0/24", ""),
+        ("action: ask, cidr: 10.0.0.0/8", " but guarded destinations"),
+        (
+            "action: deny, protocol: tcp, cidr: 10.0.0.0/8",
+            " but guarded destinations",
+        ),
+    ] {
+        let texts = found("", &[all, dead]);
+        let expected = format!("rules[1] can never match{but}: rules[0] (line 3) matches all of it before");
+        assert_eq!(texts, [expected], "{dead}");
+    }
+    // What the earlier one names as well is left to nobody.
+    let named = [
+        "action: allow, cidr: 169.254.0.0/16",
+        "action: allow, cidr: 169.254.0.0/17",
+    ];
+    assert_eq!(found("", &named).len(), 1);
+    let denied = [
+        "action: deny, cidr: 169.254.0.0/16",
+        "action: allow, cidr: 169.254.169.254/32",
+    ];
+    assert_eq!(found("", &denied).len(), 1, "a refusal stops at no guard");
+    // A guard that is off, and on again for some, is as the document has it.
+    let off = "guards: {metadata: off, host: off, guests: off, privateFromDns: off, dns: off}\n";
+    let metadata = [all, "action: allow, cidr: 169.254.169.254/32"];
+    assert_eq!(found(off, &metadata).len(), 1);
+    let some = format!("{off}profiles: [{{vm: {{name: a}}, guards: {{metadata: deny}}}}]\n");
+    assert_eq!(found(&some, &metadata), [""; 0]);
+    assert_eq!(found("guards: {dns: off}\n", &[all, both[1]]).len(), 1);
+    // A resolver's very name, which no pattern names.
+    let names = |last| ["action: allow, domains: ['*.google']", last];
+    assert_eq!(found("", &names("action: allow, domains: [dns.google]")), [""; 0]);
+    assert_eq!(found("", &names("action: allow, domains: [a.google]")).len(), 1);
+}
+
+#[test]
+fn a_rule_with_names_is_not_dead_behind_one_without_since_it_opens_their_lookups() {
+    let found = |rules: &str| -> Vec<String> {
+        let warnings = policy(&format!("version: 1\nrules:\n{rules}")).warnings;
+        let texts = warnings.iter().map(|w| w.text.clone());
+        texts.filter(|text| text.contains("can never match")).collect()
+    };
+    let opens = "  - {action: allow, ports: [443]}\n  - {action: allow, domains: [a.test], ports: [443]}\n";
+    assert_eq!(found(opens), [""; 0]);
+    let late = "  - {action: deny}\n  - {action: allow, domains: [a.test]}\n";
+    let expected = "rules[1] can never match but lookups: rules[0] (line 3) matches all of it before";
+    assert_eq!(found(late), [expected]);
+}
+
+#[test]
+fn what_a_rule_opens_is_looked_for_within_bounds() {
+    let prefixes = |count: u32| -> String {
+        let all: Vec<String> = (0..count)
+            .map(|n| format!("{}/30", std::net::Ipv4Addr::from(0x0a00_0000 + n * 8)))
+            .collect();
+        format!("{{action: allow, cidrs: [{}]}}", all.join(", "))
+    };
+    let dead = |count| {
+        let rule = prefixes(count);
+        let document = format!("version: 1\nrules:\n  - {rule}\n  - {rule}\n");
+        let warnings = policy(&document).warnings;
+        warnings.iter().any(|w| w.text.contains("can never match"))
+    };
+    assert!(dead(60));
+    assert!(!dead(65), "of too many destinations nothing is claimed");
+}
+
+#[test]
+fn a_number_that_parsers_read_differently_is_refused_as_it_is_written() {
+    for written in [
+        "0x50", "0o17", "8_0", "010", "80.0", "8e1", "+80", "\"010\"", "\"1-08\"", "\"0x50\"", "\"8_0\"",
+    ] {
+        let found = problems(&format!(
+            "rules:\n  - {{action: deny, cidr: 10.0.0.0/8, ports: [443, {written}]}}\n"
+        ));
+        assert_eq!(found.len(), 1, "{written}: {found:?}");
+        assert!(found[0].starts_with("p.yaml:2:"), "{found:?}");
+        assert!(
+            found[0].contains(written.trim_matches('"')),
+            "{written}: {found:?}"
+        );
+    }
+    assert!(problems("approvalTimeout: 0x1e")[0].contains("0x1e"));
+    assert!(problems("version: 0x1")[0].contains("0x1"));
+    // By an alias as well, and what is written between other letters.
+    let alias =
+        "rules:\n  - {comment: äöü, action: deny, ports: [&p 0x50]}\n  - {action: deny, ports: [*p]}\n";
+    let found = problems(alias);
+    assert_eq!(found.len(), 2, "{found:?}");
+    assert!(found.iter().all(|text| text.contains("0x50")), "{found:?}");
+    let honest = "rules:\n  - {comment: äöü, action: deny, ports: [&p 80, \"81\", '82-83' , 84]}\n  \
+                  - action: deny\n    ports: *p\n  - action: deny\n    ports:\n      - 85 # the last\n      - 86\n";
+    assert_eq!(policy(honest).rules.as_slice().len(), 3);
+}
+
+#[test]
+fn tags_are_refused() {
+    for document in [
+        "mode: !foo ask",
+        "!foo mode: ask",
+        "rules: !foo []",
+        "--- !foo {mode: ask}",
+    ] {
+        let found = problems(document);
+        assert_eq!(found.len(), 1, "{document}");
+        assert!(found[0].contains("tag") && found[0].contains("foo"), "{found:?}");
+    }
+}
+
+#[test]
+fn prefixes_that_lead_nowhere_and_one_unspecified_address_are_told() {
+    let found = |rule: &str| -> Vec<String> {
+        let warnings = policy(&format!("version: 1\nrules: [{rule}]\n")).warnings;
+        warnings.iter().map(|w| w.text.clone()).collect()
+    };
+    for prefix in [
+        "2002::/16",
+        "2002:808:808::/48",
+        "2001::/32",
+        "64:ff9b:1::/48",
+        "ff00::/8",
+        "224.0.0.0/4",
+        "0.0.0.0/8",
+    ] {
+        let expected = format!(
+            "rules[0]: {prefix} can never match: nothing is let to such addresses, whatever a policy says"
+        );
+        let both = [
+            format!("{{action: deny, cidrs: [192.0.2.0/24, '{prefix}']}}"),
+            format!("{{action: allow, cidr: '{prefix}'}}"),
+        ];
+        for rule in both {
+            assert_eq!(found(&rule), [expected.as_str()], "{rule}");
+        }
+    }
+    for prefix in [
+        "2000::/3",
+        "2001::/31",
+        "2002::/15",
+        "::/0",
+        "fd00::/8",
+        "10.0.0.0/8",
+        "192.0.0.0/2",
+        "0.0.0.0/7",
+        "127.0.0.0/8",
+        "::1/128",
+    ] {
+        assert_eq!(
+            found(&format!("{{action: deny, cidr: '{prefix}'}}")),
+            [""; 0],
+            "{prefix}"
+        );
+    }
+    for address in ["0.0.0.0", "::"] {
+        let expected = format!("rules[0]: {address} is one address; for every address write {address}/0");
+        assert_eq!(
+            found(&format!("{{action: deny, cidr: '{address}'}}")),
+            [expected.as_str()]
+        );
+        assert_eq!(found(&format!("{{action: deny, cidr: '{address}/0'}}")), [""; 0]);
+    }
+}
+
+#[test]
+fn a_name_that_is_denied_where_the_rest_is_open_is_told_once() {
+    let found = |document: &str| -> Vec<String> {
+        let warnings = policy(&format!("version: 1\n{document}")).warnings;
+        let texts = warnings.iter().map(|w| w.to_string());
+        texts.filter(|text| text.contains("denying a name")).collect()
+    };
+    let denies = "  - {action: deny, domains: [a.test]}\n  - {action: deny, domains: [b.test]}\n";
+    let web = "  - {action: allow, cidr: 0.0.0.0/0, ports: [443]}\n";
+    let block = "dns: {blockedDomains: [c.test]}\n";
+    let text = "denying a name under a default that allows stops its lookups; whoever has the address from \
+                elsewhere may still speak the name; deny by default and allow names instead";
+    for (document, place) in [
+        (
+            format!("defaultAction: allow\nrules:\n{denies}"),
+            "4:5: rules[0]: ",
+        ),
+        (format!("rules:\n{denies}{web}"), "3:5: rules[0]: "),
+        (format!("{block}rules:\n{web}"), "1:1: dns.blockedDomains: "),
+        (
+            format!("defaultAction: allow\n{block}"),
+            "1:1: dns.blockedDomains: ",
+        ),
+    ] {
+        assert_eq!(found(&document), [format!("{place}{text}")], "{document}");
+    }
+    for quiet in [
+        format!("rules:\n{denies}"),
+        block.to_owned(),
+        format!(
+            "{block}rules: [{{action: allow, domains: ['*.test']}}, {{action: allow, cidr: 10.0.0.0/8}}]\n"
+        ),
+        format!("rules:\n{web}"),
+        format!("mode: ask\n{block}"),
+    ] {
+        assert_eq!(found(&quiet), [""; 0], "{quiet}");
+    }
 }
 
 #[test]
