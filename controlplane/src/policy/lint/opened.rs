@@ -30,6 +30,9 @@ const NAMES_MAX: usize = 1_000;
 /// A port that no guard is about.
 const ORDINARY_PORT: u16 = 443;
 
+/// What settings say of one guard.
+type Said = fn(&Settings) -> Option<GuardAction>;
+
 /// The guards that a document leaves standing, for some VM at least.
 pub(super) struct Guards<'a> {
     ranges: GuardedRanges,
@@ -40,12 +43,12 @@ pub(super) struct Guards<'a> {
 impl<'a> Guards<'a> {
     pub(super) fn of(policy: &'a Policy) -> Self {
         let profiles = policy.profiles.iter().map(|profile| &profile.settings);
-        let kept = |said: fn(&Settings) -> Option<GuardAction>| {
+        let kept = |said: Said| {
             let off = Some(GuardAction::Off);
             let mut profiles = profiles.clone().filter_map(said);
             said(&policy.settings) != off || profiles.any(|said| Some(said) != off)
         };
-        let said: [(Guard, fn(&Settings) -> Option<GuardAction>); 4] = [
+        let said: [(Guard, Said); 4] = [
             (Guard::Metadata, |settings| settings.metadata),
             (Guard::Host, |settings| settings.host),
             (Guard::PrivateFromDns, |settings| settings.private_from_dns),
