@@ -170,10 +170,7 @@ fn a_lookup_with_names_in_lists(bencher: Bencher, names: usize) {
         guarded: &guarded,
         peer: None,
     };
-    let lookup = LookupSubject {
-        name: "a.track77.ads77.example".parse().unwrap(),
-        query_type: 1,
-    };
+    let lookup = LookupSubject::new("a.track77.ads77.example".parse().unwrap(), 1);
     assert_eq!(decide_lookup(&context, &lookup).outcome, Outcome::Deny);
     bencher.bench(|| decide_lookup(black_box(&context), black_box(&lookup)));
 }

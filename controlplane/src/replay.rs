@@ -340,7 +340,7 @@ pub(crate) mod tests {
             let subject_of = |kind: &str, rest: &str| {
                 if kind == "lookup" {
                     let name = rest.parse().unwrap();
-                    return Subject::Lookup(LookupSubject { name, query_type: 1 });
+                    return Subject::Lookup(LookupSubject::new(name, 1));
                 }
                 let protocol: vnet_proto::model::Protocol = kind.parse().unwrap();
                 let peer: std::net::SocketAddr = if protocol.has_ports() {

@@ -170,10 +170,12 @@ pub(crate) fn flow(destination: &str, names: &[&str]) -> Subject {
 }
 
 pub(crate) fn lookup(name: &str, query_type: u16) -> Subject {
-    Subject::Lookup(LookupSubject {
-        name: name.parse().unwrap(),
-        query_type,
-    })
+    Subject::Lookup(LookupSubject::new(name.parse().unwrap(), query_type))
+}
+
+/// An alias in the answer to a lookup.
+pub(crate) fn alias(name: &str) -> Subject {
+    Subject::Lookup(LookupSubject::alias(name.parse().unwrap(), 1))
 }
 
 /// A dataplane that says what a test tells it to, without a stream.

@@ -435,6 +435,8 @@ pub struct Settings {
     pub deny_ech: bool,
     /// QUIC is refused where a name is demanded, rather than read.
     pub deny_quic: bool,
+    /// The controlplane judges the aliases in answers; else they pass unasked.
+    pub judges_aliases: bool,
 }
 
 /// How a VM's lookups are answered and limited.

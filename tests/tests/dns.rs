@@ -1,6 +1,7 @@
 //! Ways round the policy by DNS: other servers, and data under names that are allowed.
 #![cfg(target_os = "linux")]
 
+use vnet_tests::servers::http;
 use vnet_tests::{Answer, Dns, World, eventually, staged};
 
 fn dns_at(world: &World, address: &str) -> Dns {
@@ -122,6 +123,82 @@ fn ten_thousand_names_below_an_allowed_one_send_no_more_upstream_than_the_limit(
                         && text.starts_with("dns.limits.namesPerDomain (50) is reached for example.com")
                 })
             });
+        },
+    );
+}
+
+#[test]
+fn a_name_whose_alias_is_blocked_is_denied_and_another_is_one_question() {
+    staged(
+        a_name_whose_alias_is_blocked_is_denied_and_another_is_one_question,
+        |world| {
+            let server = http(world.internet(), "203.0.113.10:80");
+            let upstream = Dns::serve(
+                world.internet(),
+                "203.0.113.10:53",
+                &[
+                    ("shop.example.com", Answer::Cname("t.cdn.example.net")),
+                    ("t.cdn.example.net", Answer::Cname("x.tracker.example")),
+                    ("x.tracker.example", Answer::A("203.0.113.10")),
+                    ("web.example.com", Answer::Cname("w.cdn.example.net")),
+                    ("w.cdn.example.net", Answer::A("203.0.113.10")),
+                ],
+            );
+            let document = "version: 1\ndns: {allowedDomains: [\"*.example.com\"], blockedDomains: [\"*.tracker.example\"]}\n";
+            let file = world.file("blocked.yaml", document);
+            let ended = world.script(
+                &["--network-policy", file.to_str().unwrap()],
+                "dig shop.example.com | grep -e 'status: REFUSED' -e 'EDE: 15' | grep -c .; \
+                 dig +tcp shop.example.com AAAA | grep -c 'x.tracker.example, an alias of it, is refused'; \
+                 curl -sS --max-time 5 --resolve shop.example.com:80:203.0.113.10 http://shop.example.com/; echo $?; \
+                 curl -sS http://web.example.com/",
+            );
+            assert_eq!(
+                ended.stdout, "2\n1\n7\nthis is 203.0.113.10:80 at /\n",
+                "{ended:?}"
+            );
+            assert_eq!(server.connections(), 1);
+            assert!(upstream.asked_for("shop.example.com") >= 2);
+            let denied = world.list(&["events", "list", "--kind", "dns-denied"]);
+            assert!(!denied.is_empty());
+            for event in &denied {
+                assert_eq!(event["reason"]["subject"], "dns.blockedDomains", "{event:?}");
+            }
+
+            // Where a person is asked, they are asked about the name and never about what it leads through.
+            let document = "version: 1\nmode: ask\ndns: {blockedDomains: [\"*.tracker.example\"]}\n";
+            let file = world.file("asking.yaml", document);
+            let flags = ["--network-policy", file.to_str().unwrap()];
+            let run = world.run(&flags, &["curl", "-sS", "http://web.example.com/"]);
+            let request = world.first_pending();
+            assert_eq!(
+                request["target"]["name"]["name"], "web.example.com",
+                "{request:?}"
+            );
+            world.vnetctl(&["approve", request["id"].as_str().unwrap()]);
+            assert_eq!(run.wait().stdout, "this is 203.0.113.10:80 at /\n");
+            assert!(world.list(&["pending", "list"]).is_empty());
+
+            let mut run = world.run(
+                &[&flags[..], &["--vm", "shop"]].concat(),
+                &[
+                    "sh",
+                    "-c",
+                    "curl -sS http://shop.example.com/; echo $?; exec sleep 60",
+                ],
+            );
+            let request = world.first_pending();
+            world.vnetctl(&["approve", request["id"].as_str().unwrap()]);
+            run.prints("6\n");
+            let denied = world.list(&["dns", "denied"]);
+            assert!(
+                denied.iter().any(|denied| denied["name"] == "shop.example.com"
+                    && denied["reason"]["text"]
+                        .as_str()
+                        .is_some_and(|text| text.starts_with("x.tracker.example, an alias of it"))),
+                "{denied:?}"
+            );
+            assert!(world.list(&["pending", "list"]).is_empty());
         },
     );
 }

@@ -51,10 +51,7 @@ fn guarded(peer: &str, names: &[&str]) -> Subject {
 }
 
 fn lookup(name: &str, query_type: u16) -> Subject {
-    Subject::Lookup(LookupSubject {
-        name: name.parse().unwrap(),
-        query_type,
-    })
+    Subject::Lookup(LookupSubject::new(name.parse().unwrap(), query_type))
 }
 
 fn miss(number: u64) -> MissRef {

@@ -256,6 +256,7 @@ impl State {
                 hold: convert::span(HOLD),
                 vms: settings,
                 closed_addresses: Vec::new(),
+                judges_aliases: true,
             }),
         );
         self.count_malformed(|state| state.handle_uses(now, number, hello.uses));

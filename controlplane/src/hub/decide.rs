@@ -38,7 +38,10 @@ pub(super) fn decide_for(
     let context = context(vm, guarded, peer);
     match subject {
         Subject::Flow(flow) => with_match(decide_flow(&context, flow), Match::Flow),
-        Subject::Lookup(lookup) => with_match(decide_lookup(&context, lookup), Match::Lookup),
+        Subject::Lookup(lookup) => {
+            let found = if lookup.alias { Match::Alias } else { Match::Lookup };
+            with_match(decide_lookup(&context, lookup), found)
+        }
     }
 }
 
@@ -148,16 +151,20 @@ impl State {
             };
             self.use_grant(now, id, what);
         }
-        self.decided(
-            now,
-            name,
-            &subject,
-            decision.outcome,
-            &decision.reason,
-            1,
-            decision.would_deny,
-            false,
-        );
+        // Of an alias the dataplane tells what came of it, by the name that was asked for.
+        let is_alias = matches!(&subject, Subject::Lookup(lookup) if lookup.alias);
+        if !is_alias {
+            self.decided(
+                now,
+                name,
+                &subject,
+                decision.outcome,
+                &decision.reason,
+                1,
+                decision.would_deny,
+                false,
+            );
+        }
         let expires_in = decision
             .expires_at
             .map(|end| end.duration_since(now.steady).unwrap_or_default());
@@ -462,6 +469,13 @@ impl State {
 fn exactly(subject: &Subject) -> Match {
     match subject {
         Subject::Flow(flow) => Match::Flow(FlowMatch::exact(&flow.key)),
-        Subject::Lookup(lookup) => Match::Lookup(LookupMatch::Exact(lookup.name.clone())),
+        Subject::Lookup(lookup) => {
+            let found = LookupMatch::Exact(lookup.name.clone());
+            if lookup.alias {
+                Match::Alias(found)
+            } else {
+                Match::Lookup(found)
+            }
+        }
     }
 }

@@ -68,13 +68,7 @@ impl State {
             Target::Name {
                 pattern: NamePattern::Exact(name),
                 ..
-            } => (
-                Subject::Lookup(LookupSubject {
-                    name: name.clone(),
-                    query_type: 1,
-                }),
-                None,
-            ),
+            } => (Subject::Lookup(LookupSubject::new(name.clone(), 1)), None),
             Target::Name { .. } => {
                 return Err(Refusal::field("target.name", "is a pattern (expected one name)"));
             }

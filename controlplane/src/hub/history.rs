@@ -242,7 +242,7 @@ fn subject(event: &v1::Event) -> Option<Subject> {
         return names
             .into_iter()
             .next()
-            .map(|name| Subject::Lookup(LookupSubject { name, query_type: 1 }));
+            .map(|name| Subject::Lookup(LookupSubject::new(name, 1)));
     };
     let protocol = v1::Protocol::try_from(tuple.protocol).ok()?;
     let protocol = Protocol::try_from(protocol).ok()?;

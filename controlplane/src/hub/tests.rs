@@ -19,7 +19,7 @@ use super::*;
 use crate::approval::Answer;
 use crate::grant::{GrantAction, Lifetime};
 use crate::store::Location;
-use crate::testing::{FakeDataplane, Rig, TempDir, cuts, flow, hello, lookup, verdicts, vm_up};
+use crate::testing::{FakeDataplane, Rig, TempDir, alias, cuts, flow, hello, lookup, verdicts, vm_up};
 use crate::watch::Next;
 
 const ALLOW: i32 = v1::Action::Allow as i32;

@@ -206,6 +206,7 @@ impl std::fmt::Display for Said<'_> {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self.0 {
             Subject::Flow(flow) => flow.key.fmt(f),
+            Subject::Lookup(lookup) if lookup.alias => write!(f, "alias {}", lookup.name),
             Subject::Lookup(lookup) => write!(f, "lookup {}", lookup.name),
         }
     }
@@ -239,7 +240,7 @@ impl TryFrom<v1::CachedVerdict> for Cached {
                 field: "cached.match",
             })? {
                 v1::cached_verdict::Match::Flow(flow) => Match::Flow(flow.try_into()?),
-                v1::cached_verdict::Match::Lookup(lookup) => Match::Lookup(lookup.try_into()?),
+                v1::cached_verdict::Match::Lookup(names) => Match::of_names(&names)?,
             },
             epoch: message
                 .epoch
@@ -260,8 +261,15 @@ impl Cached {
     fn draw(&self, draw: &mut Draw, points: u32) -> Vec<Subject> {
         match &self.found {
             Match::Flow(found) => self.draw_flows(found, draw, points),
-            Match::Lookup(found) => {
-                let subject = |name: Name| Subject::Lookup(LookupSubject { name, query_type: 1 });
+            Match::Lookup(found) | Match::Alias(found) => {
+                let alias = matches!(self.found, Match::Alias(_));
+                let subject = |name: Name| {
+                    Subject::Lookup(LookupSubject {
+                        name,
+                        query_type: 1,
+                        alias,
+                    })
+                };
                 let below = |draw: &mut Draw, parent: Option<&Name>| {
                     let label = format!("v{:x}", draw.next() & 0xff_ffff);
                     let text = match parent {

@@ -8,7 +8,7 @@ use vnet_proto::model::{FlowSubject, Guard, Mode, Name, NameDemand, Reason, Targ
 
 use crate::grant::{Grant, Lifetime};
 use crate::policy::eval::{Context, Decision, Outcome};
-use crate::policy::{DefaultAction, FlowTest, Rule};
+use crate::policy::{DefaultAction, FlowTest, Rule, RuleAction};
 
 pub(super) fn guarded(context: &Context<'_>, flow: &FlowSubject, guard: Guard) -> Answer {
     let target = Target::of_flow(&flow.key);
@@ -195,6 +195,14 @@ impl Answer {
             until: rule.until,
             ..Self::new(outcome, "rule", rule.label.clone(), text, remedy)
         }
+    }
+
+    pub(super) fn of_refusing_rule(context: &Context<'_>, rule: &Rule) -> Self {
+        let outcome = match rule.action {
+            RuleAction::Drop => Outcome::Drop,
+            RuleAction::Allow | RuleAction::Deny | RuleAction::Ask => Outcome::Deny,
+        };
+        Self::of_rule(context, outcome, rule)
     }
 
     pub(super) fn asked_by_rule(context: &Context<'_>, rule: &Rule, target: &Target) -> Self {

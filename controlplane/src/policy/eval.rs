@@ -2,7 +2,7 @@
 //!
 //! First answer wins. For a flow: modes `block` and `quarantine` (of the VM, and of the other guest that
 //! the flow is for), grants that deny, rules in order, grants that allow, a rule that asks, guards,
-//! `dns.allowedDomains`, the default action. For a lookup:
+//! `dns.allowedDomains`, the default action. For a lookup (an alias in an answer: `alias.rs`):
 //! `block`, `dns.blockedDomains`, grants that deny, rules with `domains`, grants that allow, a rule that
 //! asks, `dns.allowedDomains`, the lookups' default. Addresses where a vnet daemon listens come before
 //! all of it: nothing opens them.
@@ -16,6 +16,7 @@ use vnet_proto::model::{
 };
 
 use crate::grant::{Grant, GrantId, ReadyGrant, VmGrants, VmView};
+use crate::policy::alias::decide_alias;
 use crate::policy::answer::{Answer, default_answer, guarded, guarded_dns};
 use crate::policy::guard::{is_inside_private, private_ranges};
 use crate::policy::region::{Region, Sides};
@@ -203,8 +204,11 @@ fn with_other_names(context: &Context<'_>, flow: &FlowSubject, mut decision: Flo
     decision
 }
 
-/// Decides a lookup.
+/// Decides a lookup, or an alias in the answer to one.
 pub fn decide_lookup(context: &Context<'_>, lookup: &LookupSubject) -> LookupDecision {
+    if lookup.alias {
+        return decide_alias(context, &lookup.name);
+    }
     let mut region = LookupMatch::Any;
     let mut answer = lookup_answer(context, &lookup.name, &mut region);
     let asked = answer.outcome == Outcome::Ask;
@@ -392,42 +396,65 @@ pub(super) fn flow_answer(context: &Context<'_>, flow: &FlowSubject, region: &mu
     answer
 }
 
-fn lookup_answer(context: &Context<'_>, name: &Name, region: &mut LookupMatch) -> Answer {
+/// Whether a name is in a set. Narrows the region by what was read.
+fn is_in(names: &NameSet, name: &Name, region: &mut LookupMatch) -> bool {
+    *region = names.narrow(std::mem::replace(region, LookupMatch::Any), name);
+    names.contains(name)
+}
+
+/// What refuses a name before any rule is read: the mode, `dns.blockedDomains`, a grant.
+pub(super) fn refused_at_once(
+    context: &Context<'_>,
+    name: &Name,
+    region: &mut LookupMatch,
+) -> Option<Answer> {
     let policy = context.policy;
     if let Some(answer) = blocked_by_mode(context) {
-        return answer;
+        return Some(answer);
     }
-    let test = |names: &NameSet, region: &mut LookupMatch| {
-        *region = names.narrow(std::mem::replace(region, LookupMatch::Any), name);
-        names.contains(name)
-    };
-
-    if test(&policy.blocked, region) {
+    if is_in(&policy.blocked, name, region) {
         let text = format!("dns.blockedDomains has {name}");
         let remedy = format!(
             "take it from dns.blockedDomains of policy {}",
             policy.policy_name()
         );
-        return Answer::new(
+        return Some(Answer::new(
             Outcome::Deny,
             "dns",
             "dns.blockedDomains".to_owned(),
             text,
             remedy,
-        );
+        ));
     }
-
-    for ready in context.grants.deny.iter().filter(|g| g.lookups) {
-        if ready.test.names.as_ref().is_some_and(|names| test(names, region)) {
-            return Answer::of_grant(Outcome::Deny, &ready.grant);
+    let denying = context.grants.deny.iter().filter(|g| g.lookups);
+    for ready in denying {
+        let names = ready.test.names.as_ref();
+        if names.is_some_and(|names| is_in(names, name, region)) {
+            return Some(Answer::of_grant(Outcome::Deny, &ready.grant));
         }
     }
+    None
+}
+
+/// The first rule that decides the lookup of a name, the guard of DNS aside.
+pub(super) fn first_rule_for_lookup<'a>(
+    context: &Context<'a>,
+    name: &Name,
+    region: &mut LookupMatch,
+) -> Option<&'a Rule> {
+    let mut lists = context.policy.rules.iter();
+    lists.find_map(|(list, applies)| list.first_for_lookup(applies, name, region))
+}
+
+pub(super) fn lookup_answer(context: &Context<'_>, name: &Name, region: &mut LookupMatch) -> Answer {
+    let policy = context.policy;
+    if let Some(answer) = refused_at_once(context, name, region) {
+        return answer;
+    }
+    let test = |names: &NameSet, region: &mut LookupMatch| is_in(names, name, region);
 
     let mut asking: Option<&Rule> = None;
-    let mut first = policy
-        .rules
-        .iter()
-        .find_map(|(list, applies)| list.first_for_lookup(applies, name, region));
+    let mut first = first_rule_for_lookup(context, name, region);
     // A name of another DNS server is opened by what names it, and by no pattern.
     let is_resolver = |region: &mut LookupMatch| {
         let resolvers = policy.resolvers.as_ref();
@@ -471,10 +498,7 @@ fn lookup_answer(context: &Context<'_>, name: &Name, region: &mut LookupMatch) -
     let open = policy.lookup_default() == DefaultAction::Allow || policy.mode() != Some(Mode::Enforce);
     let allowed = test(&policy.allowed, region);
     if (allowed || open) && !policy.allowed.has_exact(name) && is_resolver(region) {
-        let text = format!(
-            "{name} is the name of a DNS server, which guards.dns closes but for a rule or grant that names it"
-        );
-        return guarded_dns(context, text, &target);
+        return guarded_name(context, name);
     }
     if allowed {
         let text = format!("dns.allowedDomains has {name}");
@@ -493,6 +517,14 @@ fn lookup_answer(context: &Context<'_>, name: &Name, region: &mut LookupMatch) -
         &format!("the lookup of {name}"),
         &target,
     )
+}
+
+/// The guard of DNS on the name of another server.
+pub(super) fn guarded_name(context: &Context<'_>, name: &Name) -> Answer {
+    let text = format!(
+        "{name} is the name of a DNS server, which guards.dns closes but for a rule or grant that names it"
+    );
+    guarded_dns(context, text, &Target::of_name(name.clone()))
 }
 
 fn blocked_by_mode(context: &Context<'_>) -> Option<Answer> {

@@ -66,6 +66,8 @@ pub struct RuleList {
     others: Vec<u32>,
     /// Of rules that decide lookups.
     lookups: NameIndex,
+    /// Whether one of these refuses.
+    refuses_lookups: bool,
 }
 
 #[derive(Debug)]
@@ -86,6 +88,7 @@ impl RuleList {
                 && let Some(names) = &rule.test.names
             {
                 list.lookups.add(index, names);
+                list.refuses_lookups |= rule.action.refuses();
             }
             if rule.lookup_only {
                 continue;
@@ -126,6 +129,11 @@ impl RuleList {
     /// The rules, in order.
     pub fn as_slice(&self) -> &[Arc<Rule>] {
         &self.rules
+    }
+
+    /// Whether any of the rules refuses lookups, whomever it is for.
+    pub(crate) fn refuses_lookups(&self) -> bool {
+        self.refuses_lookups
     }
 
     /// The first rule of those that apply that `matches`, which is asked of every rule that could match

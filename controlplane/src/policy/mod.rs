@@ -7,6 +7,7 @@
 //!
 //! Nothing here knows a clock, a socket, a store or a generated type.
 
+mod alias;
 mod answer;
 mod document;
 mod effective;

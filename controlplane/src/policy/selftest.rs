@@ -207,10 +207,7 @@ fn ask(effective: &Effective, vm: &VmView, destination: &Destination) -> Found {
         peer: None,
     };
     let lookup = |name: &Name| {
-        let subject = LookupSubject {
-            name: name.clone(),
-            query_type: 1,
-        };
+        let subject = LookupSubject::new(name.clone(), 1);
         let decision = decide_lookup(&context, &subject);
         Found {
             outcome: decision.outcome,

@@ -9,6 +9,7 @@
 //! What ends an entry: its own expiry or budget, the lease (for allows), a later epoch, or a change of the names
 //! bound to its address, if they were looked at.
 
+mod names;
 mod report;
 
 use std::collections::VecDeque;
@@ -17,18 +18,17 @@ use std::sync::Arc;
 
 use ahash::{HashMap, HashMapExt as _};
 use vnet_proto::model::{
-    Epoch, FlowKey, FlowMatch, GuardSet, LookupMatch, Match, Name, NameDemand, PortRange, Protocol, Reason,
-    Verdict, VerdictAction, VmId,
+    Epoch, FlowKey, FlowMatch, GuardSet, Match, Name, NameDemand, PortRange, Protocol, Reason, Verdict,
+    VerdictAction, VmId,
 };
 
 use crate::engine::Time;
 use crate::engine::budget::{self, Meter};
+use crate::engine::cache::names::NameTable;
 use crate::engine::inspect::{Level, NameList};
 
 /// Flow verdicts kept.
 pub const FLOW_ENTRIES_MAX: usize = 131_072;
-/// Lookup verdicts kept.
-pub const LOOKUP_ENTRIES_MAX: usize = 16_384;
 /// Shapes of match a protocol may have in use beyond the exact one.
 const SHAPES_MAX: usize = 7;
 /// Port ranges kept for one prefix.
@@ -143,9 +143,8 @@ pub struct Cache {
     order: VecDeque<(usize, ShapeKey)>,
     entries: usize,
     by_address: HashMap<IpAddr, Vec<(usize, ShapeKey)>>,
-    any_name: Option<Arc<Decision>>,
-    names: HashMap<Name, Arc<Decision>>,
-    below: HashMap<Name, Arc<Decision>>,
+    lookups: NameTable,
+    aliases: NameTable,
     /// Entries thrown out at a limit.
     pub evictions: u64,
 }
@@ -226,17 +225,15 @@ impl Cache {
 
     /// The decision that covers a lookup now, if one does.
     pub fn lookup_name(&self, now: Time, name: &Name) -> Option<&Arc<Decision>> {
-        let found = self.names.get(name).or_else(|| {
-            if self.below.is_empty() {
-                return None;
-            }
-            name.ancestors()
-                .skip(1)
-                .filter_map(|parent| Name::from_canonical(parent).ok())
-                .find_map(|parent| self.below.get(&parent))
-        });
-        found
-            .or(self.any_name.as_ref())
+        self.lookups
+            .find(name)
+            .filter(|decision| self.holds(now, decision))
+    }
+
+    /// The decision that covers an alias now, if one does. None of a lookup does, and the other way round.
+    pub fn lookup_alias(&self, now: Time, name: &Name) -> Option<&Arc<Decision>> {
+        self.aliases
+            .find(name)
             .filter(|decision| self.holds(now, decision))
     }
 
@@ -264,7 +261,8 @@ impl Cache {
     pub fn install(&mut self, verdict: &Verdict, decision: &Arc<Decision>, flow: Option<&FlowKey>) {
         match &verdict.found {
             Match::Flow(found) => self.install_flow(found, decision, flow),
-            Match::Lookup(found) => self.install_lookup(found, decision),
+            Match::Lookup(found) => self.evictions += self.lookups.install(found, decision),
+            Match::Alias(found) => self.evictions += self.aliases.install(found, decision),
         }
     }
 
@@ -363,19 +361,6 @@ impl Cache {
         Some(self.shapes.len() - 1)
     }
 
-    fn install_lookup(&mut self, found: &LookupMatch, decision: &Arc<Decision>) {
-        if self.names.len() + self.below.len() >= LOOKUP_ENTRIES_MAX {
-            self.evictions += (self.names.len() + self.below.len()) as u64;
-            self.names.clear();
-            self.below.clear();
-        }
-        match found {
-            LookupMatch::Exact(name) => drop(self.names.insert(name.clone(), Arc::clone(decision))),
-            LookupMatch::Subdomains(name) => drop(self.below.insert(name.clone(), Arc::clone(decision))),
-            LookupMatch::Any => self.any_name = Some(Arc::clone(decision)),
-        }
-    }
-
     /// The names bound to an address changed: verdicts that looked at them are void.
     pub fn forget_address(&mut self, address: IpAddr) {
         for (shape, key) in self.by_address.remove(&address).unwrap_or_default() {
@@ -434,7 +419,7 @@ mod tests {
     use std::net::Ipv4Addr;
     use std::time::Duration;
 
-    use vnet_proto::model::{MissId, NameDemand, parse_prefix};
+    use vnet_proto::model::{LookupMatch, MissId, NameDemand, parse_prefix};
 
     use super::*;
 
@@ -703,5 +688,25 @@ mod tests {
         named.found = Match::Lookup(LookupMatch::Any);
         put(&mut cache, &named, None);
         assert!(found(&cache, "x.test"));
+    }
+
+    #[test]
+    fn what_holds_for_lookups_holds_for_no_alias_and_the_other_way_round() {
+        let name: Name = "x.test".parse().unwrap();
+        let mut named = verdict(VerdictAction::Allow, "10.0.0.1", "80");
+        for alias in [false, true] {
+            let mut cache = cache();
+            named.found = if alias {
+                Match::Alias(LookupMatch::Any)
+            } else {
+                Match::Lookup(LookupMatch::Any)
+            };
+            put(&mut cache, &named, None);
+            assert_eq!(cache.lookup_name(Time::ZERO, &name).is_some(), !alias);
+            assert_eq!(cache.lookup_alias(Time::ZERO, &name).is_some(), alias);
+            assert!(cache.lookup_alias(Duration::from_secs(61), &name).is_none());
+            cache.revoke(EPOCH.next());
+            assert!(cache.lookup_alias(Time::ZERO, &name).is_none());
+        }
     }
 }

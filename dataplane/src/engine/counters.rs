@@ -27,6 +27,8 @@ impl Engine {
             ("verdicts_evicted", self.cache.evictions),
             ("budgets_refused", self.budgets.refused),
             ("bindings_evicted", self.bindings.evicted()),
+            ("dns_alias_refused", self.aliases.refused),
+            ("dns_alias_limit", self.aliases.beyond_limit),
             ("connections_unopened", self.unopened),
             ("descriptors_refused", self.descriptors_refused),
             ("flows_made_way", self.made_way),

@@ -55,6 +55,13 @@ pub enum HeldMiss {
         /// The type that was asked first.
         query_type: u16,
     },
+    /// An alias in answers to lookups ([`crate::engine::aliases`] has the answers).
+    Alias {
+        /// The alias.
+        name: Name,
+        /// The type that was asked for where it was met first.
+        query_type: u16,
+    },
 }
 
 /// The open misses of one VM.
@@ -64,6 +71,7 @@ pub struct Held {
     misses: HashMap<MissId, HeldMiss>,
     by_target: HashMap<Target, MissId>,
     by_name: HashMap<Name, MissId>,
+    by_alias: HashMap<Name, MissId>,
     flows: usize,
     /// How long a flow is held when nothing else is said.
     pub hold: Duration,
@@ -78,6 +86,7 @@ impl Held {
             misses: HashMap::default(),
             by_target: HashMap::default(),
             by_name: HashMap::default(),
+            by_alias: HashMap::default(),
             flows: 0,
             hold,
         }
@@ -136,6 +145,19 @@ impl Held {
             query_type,
         })?;
         self.by_name.insert(name.clone(), miss);
+        Some((miss, true))
+    }
+
+    /// Adds an answer that has an alias. The miss it waits for, and whether that is new; `None` at the limit.
+    pub fn join_alias(&mut self, name: &Name, query_type: u16) -> Option<(MissId, bool)> {
+        if let Some(miss) = self.by_alias.get(name) {
+            return Some((*miss, false));
+        }
+        let miss = self.open(HeldMiss::Alias {
+            name: name.clone(),
+            query_type,
+        })?;
+        self.by_alias.insert(name.clone(), miss);
         Some((miss, true))
     }
 
@@ -198,6 +220,7 @@ impl Held {
                 self.flows -= flows.len();
             }
             HeldMiss::Lookup { name, .. } => drop(self.by_name.remove(name)),
+            HeldMiss::Alias { name, .. } => drop(self.by_alias.remove(name)),
         }
         Some(held)
     }
@@ -205,6 +228,11 @@ impl Held {
     /// The miss that a name waits for.
     pub fn lookup_miss(&self, name: &Name) -> Option<MissId> {
         self.by_name.get(name).copied()
+    }
+
+    /// The miss that an alias waits for.
+    pub fn alias_miss(&self, name: &Name) -> Option<MissId> {
+        self.by_alias.get(name).copied()
     }
 
     /// Open misses whose every flow or name lies inside a match.
@@ -219,7 +247,8 @@ impl Held {
                     peer: target.peer,
                 })
             }
-            (HeldMiss::Lookup { name, .. }, Match::Lookup(found)) => found.matches(name),
+            (HeldMiss::Lookup { name, .. }, Match::Lookup(found))
+            | (HeldMiss::Alias { name, .. }, Match::Alias(found)) => found.matches(name),
             _ => false,
         };
         self.misses

@@ -92,7 +92,7 @@ impl Engine {
     }
 
     /// Does what the gateway's DNS asks for, until it asks for nothing more.
-    fn act_on_dns(&mut self, now: Time) {
+    pub(super) fn act_on_dns(&mut self, now: Time) {
         // Whatever came of it was counted.
         self.want_report(now);
         while let Some(event) = self.dns.poll_event() {
@@ -115,6 +115,7 @@ impl Engine {
                         None => self.dns.handle_upstream(query, None),
                     }
                 }
+                dns::Event::Abandoned { query } => self.abandon_aliases(query),
                 dns::Event::Bind {
                     name,
                     addresses,
@@ -138,11 +139,21 @@ impl Engine {
                     action,
                     count,
                 } => {
-                    self.report_lookup(now, LookupSubject { name, query_type }, action, count);
+                    self.report_lookup(now, LookupSubject::new(name, query_type), action, count);
                 }
             }
         }
-        if let Some(at) = self.dns.poll_timeout() {
+        self.schedule_dns(now);
+    }
+
+    /// Sets the timer for the first query, or answer, that has waited long enough.
+    pub(super) fn schedule_dns(&mut self, now: Time) {
+        let deadlines = self
+            .dns
+            .poll_timeout()
+            .into_iter()
+            .chain(self.aliases.next_deadline());
+        if let Some(at) = deadlines.min() {
             // One entry per deadline is enough: early ones find nothing due.
             if self.dns_set.is_none_or(|set| at < set || set <= now) {
                 self.dns_set = Some(at);
@@ -208,7 +219,7 @@ impl Engine {
             return;
         }
         match self.held.join_lookup(&name, query_type) {
-            Some((miss, true)) => self.ask_lookup(miss, LookupSubject { name, query_type }),
+            Some((miss, true)) => self.ask_lookup(miss, LookupSubject::new(name, query_type)),
             Some((_, false)) => {}
             None => {
                 self.count_drop(DropReason::HeldLimit);
@@ -275,16 +286,27 @@ impl Engine {
     pub(super) fn handle_dns_timeout(&mut self, now: Time) {
         self.dns_set = None;
         self.dns.handle_timeout(now);
+        self.expire_aliases(now);
         self.act_on_dns(now);
     }
 
     /// An upstream answered, or nobody did.
     pub fn handle_resolved(&mut self, now: Time, query: u64, answer: Option<Vec<u8>>) {
         self.clock = now;
-        if self.handle_found(now, query, answer.as_deref()) {
+        let is_held = answer
+            .as_deref()
+            .is_some_and(|answer| self.judge_answer(now, query, answer));
+        if !is_held {
+            self.act_on_resolved(now, query, answer.as_deref());
+        }
+    }
+
+    /// Acts on an answer whose aliases, if it has any, are allowed.
+    pub(super) fn act_on_resolved(&mut self, now: Time, query: u64, answer: Option<&[u8]>) {
+        if self.handle_found(now, query, answer) {
             return;
         }
-        self.dns.handle_upstream(query, answer.as_deref());
+        self.dns.handle_upstream(query, answer);
         self.act_on_dns(now);
     }
 

@@ -17,6 +17,7 @@
 //! Payload is never copied through a channel: for TCP the driver borrows the connection's rings, and a
 //! datagram is lent from the frame it came in.
 
+pub mod aliases;
 pub mod bindings;
 pub mod budget;
 pub mod cache;
@@ -63,6 +64,7 @@ use rand::rngs::StdRng;
 use vnet_proto::model::{FlowId, GuardSet, Protocol, VmId};
 
 use crate::descriptors::{Descriptor, Share};
+use crate::engine::aliases::Aliases;
 use crate::engine::bindings::Bindings;
 use crate::engine::budget::Budgets;
 use crate::engine::cache::Cache;
@@ -287,6 +289,7 @@ pub struct Engine {
     budgets: Budgets,
     dhcp: DhcpCounts,
     dns: Dns,
+    aliases: Aliases,
     /// What was counted when it was last reported.
     counted: BTreeMap<String, u64>,
     /// When the timers of the two above are set to fire.
@@ -332,6 +335,7 @@ impl Engine {
             loss_grace: Duration::ZERO,
             deny_ech: true,
             deny_quic: false,
+            judges_aliases: false,
         };
         Self {
             transmit: Transmit::new(config.gateway_mac),
@@ -352,6 +356,7 @@ impl Engine {
             budgets: Budgets::default(),
             dhcp: DhcpCounts::default(),
             dns: Dns::new(config.lookup_hold, config.seed),
+            aliases: Aliases::default(),
             counted: BTreeMap::new(),
             dns_set: None,
             bindings_set: None,

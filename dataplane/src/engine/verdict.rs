@@ -93,7 +93,7 @@ impl Engine {
                         .first()
                         .and_then(|at| self.flows.get(*at))
                         .is_some_and(|flow| found.matches(&flow.key)),
-                    Match::Lookup(_) => false,
+                    Match::Lookup(_) | Match::Alias(_) => false,
                 };
                 if !covered {
                     // A verdict that does not cover what it answers decides nothing.
@@ -109,6 +109,12 @@ impl Engine {
             }
             Some(HeldMiss::Lookup { name, .. }) => {
                 if !matches!(&verdict.found, Match::Lookup(found) if found.matches(name)) {
+                    return;
+                }
+                None
+            }
+            Some(HeldMiss::Alias { name, .. }) => {
+                if !matches!(&verdict.found, Match::Alias(found) if found.matches(name)) {
                     return;
                 }
                 None
@@ -175,6 +181,7 @@ impl Engine {
                 }
             }
             Some(HeldMiss::Lookup { name, .. }) => self.answer_name(now, &name, decision),
+            Some(HeldMiss::Alias { name, .. }) => self.answer_alias(now, &name, decision),
             None => {}
         }
     }
@@ -192,6 +199,7 @@ impl Engine {
                 }
             }
             Some(HeldMiss::Lookup { name, .. }) => self.answer_name(now, &name, decision),
+            Some(HeldMiss::Alias { name, .. }) => self.answer_alias(now, &name, decision),
             None => {}
         }
     }
@@ -376,10 +384,11 @@ impl Engine {
                 self.ask_flow(now, miss, &wanted, count, hold);
             }
             Some(HeldMiss::Lookup { name, query_type }) => {
-                let subject = LookupSubject {
-                    name: name.clone(),
-                    query_type: *query_type,
-                };
+                let subject = LookupSubject::new(name.clone(), *query_type);
+                self.ask_lookup(miss, subject);
+            }
+            Some(HeldMiss::Alias { name, query_type }) => {
+                let subject = LookupSubject::alias(name.clone(), *query_type);
                 self.ask_lookup(miss, subject);
             }
             None => {}
@@ -433,6 +442,8 @@ impl Engine {
 fn is_exact(found: &Match) -> bool {
     match found {
         Match::Flow(found) => found.is_one_address() && found.ports.first() == found.ports.last(),
-        Match::Lookup(found) => matches!(found, vnet_proto::model::LookupMatch::Exact(_)),
+        Match::Lookup(found) | Match::Alias(found) => {
+            matches!(found, vnet_proto::model::LookupMatch::Exact(_))
+        }
     }
 }

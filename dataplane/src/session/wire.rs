@@ -4,7 +4,7 @@
 use std::net::{IpAddr, SocketAddr};
 use std::time::{Duration, Instant};
 
-use vnet_proto::model::{Budget, Epoch, Malformed, Match, Name, NameError, Protocol, VmId, address_to_bytes};
+use vnet_proto::model::{Budget, Epoch, Malformed, Name, NameError, Protocol, VmId, address_to_bytes};
 use vnet_proto::v1;
 use vnet_proto::v1::session_request::Message;
 
@@ -249,6 +249,7 @@ pub(super) struct Welcome {
     pub(super) hold: Duration,
     pub(super) vms: Vec<v1::VmSettings>,
     pub(super) closed: Vec<SocketAddr>,
+    pub(super) judges_aliases: bool,
 }
 
 impl TryFrom<v1::Welcome> for Welcome {
@@ -276,6 +277,7 @@ impl TryFrom<v1::Welcome> for Welcome {
             hold: positive("welcome.hold", message.hold, HOLD_MAX)?,
             vms: message.vms,
             closed,
+            judges_aliases: message.judges_aliases,
         })
     }
 }
@@ -446,10 +448,7 @@ pub(super) const HOLD_MAX: Duration = Duration::from_secs(60 * 60);
 pub(super) fn cached_to_wire(cached: &CachedVerdict) -> v1::CachedVerdict {
     v1::CachedVerdict {
         action: v1::Action::from(cached.action).into(),
-        r#match: Some(match &cached.found {
-            Match::Flow(flow) => v1::cached_verdict::Match::Flow(flow.into()),
-            Match::Lookup(lookup) => v1::cached_verdict::Match::Lookup(lookup.into()),
-        }),
+        r#match: Some((&cached.found).into()),
         epoch: Some(cached.epoch.into()),
         would_deny: cached.would_deny,
         guards: cached.guards.iter().map(|g| v1::Guard::from(g).into()).collect(),

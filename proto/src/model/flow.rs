@@ -346,13 +346,35 @@ pub struct FlowSubject {
     pub peer_vm: Option<VmId>,
 }
 
-/// A name that a guest wants to look up.
+/// A name that a guest wants to look up, or an alias that the answer has.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct LookupSubject {
     /// The name.
     pub name: Name,
     /// The record type's number (RFC 1035 §3.2.2).
     pub query_type: u16,
+    /// The guest did not ask for it: it is an alias in the answer to a lookup that was allowed.
+    pub alias: bool,
+}
+
+impl LookupSubject {
+    /// A name that a guest asks for.
+    pub fn new(name: Name, query_type: u16) -> Self {
+        Self {
+            name,
+            query_type,
+            alias: false,
+        }
+    }
+
+    /// An alias in the answer to a lookup of this type.
+    pub fn alias(name: Name, query_type: u16) -> Self {
+        Self {
+            name,
+            query_type,
+            alias: true,
+        }
+    }
 }
 
 /// What a miss is about.
@@ -501,6 +523,7 @@ impl TryFrom<v1::LookupSubject> for LookupSubject {
                 field: "lookup.query_type",
                 value: message.query_type.into(),
             })?,
+            alias: message.alias,
         })
     }
 }
@@ -510,6 +533,7 @@ impl From<&LookupSubject> for v1::LookupSubject {
         Self {
             name: lookup.name.to_string(),
             query_type: lookup.query_type.into(),
+            alias: lookup.alias,
         }
     }
 }

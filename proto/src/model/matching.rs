@@ -202,7 +202,7 @@ impl From<&FlowMatch> for v1::FlowMatch {
     }
 }
 
-/// Where a verdict on lookups holds.
+/// Where a verdict on names holds: on lookups, or on aliases, as [`Match`](crate::model::Match) says.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub enum LookupMatch {
     /// This name.
@@ -234,36 +234,33 @@ impl fmt::Display for LookupMatch {
     }
 }
 
-impl TryFrom<v1::LookupMatch> for LookupMatch {
-    type Error = Malformed;
-
-    fn try_from(message: v1::LookupMatch) -> Result<Self, Malformed> {
-        use v1::lookup_match::Kind;
-        let name = || name_from_wire("match.name", &message.name);
-        match Kind::try_from(message.kind) {
-            Ok(Kind::Exact) => name().map(Self::Exact),
-            Ok(Kind::Subdomains) => name().map(Self::Subdomains),
-            Ok(Kind::Any) if message.name.is_empty() => Ok(Self::Any),
-            Ok(Kind::Any) => Err(Malformed::Mismatch { field: "match.name" }),
-            Ok(Kind::Unspecified) | Err(_) => Err(Malformed::Enum {
-                field: "match.kind",
-                value: message.kind,
-            }),
-        }
+/// The names that a message matches. Whether as aliases, the message says beside it.
+pub(crate) fn names_match_from_wire(message: &v1::LookupMatch) -> Result<LookupMatch, Malformed> {
+    use v1::lookup_match::Kind;
+    let name = || name_from_wire("match.name", &message.name);
+    match Kind::try_from(message.kind) {
+        Ok(Kind::Exact) => name().map(LookupMatch::Exact),
+        Ok(Kind::Subdomains) => name().map(LookupMatch::Subdomains),
+        Ok(Kind::Any) if message.name.is_empty() => Ok(LookupMatch::Any),
+        Ok(Kind::Any) => Err(Malformed::Mismatch { field: "match.name" }),
+        Ok(Kind::Unspecified) | Err(_) => Err(Malformed::Enum {
+            field: "match.kind",
+            value: message.kind,
+        }),
     }
 }
 
-impl From<&LookupMatch> for v1::LookupMatch {
-    fn from(found: &LookupMatch) -> Self {
-        use v1::lookup_match::Kind;
-        let (kind, name) = match found {
-            LookupMatch::Exact(name) => (Kind::Exact, name.to_string()),
-            LookupMatch::Subdomains(name) => (Kind::Subdomains, name.to_string()),
-            LookupMatch::Any => (Kind::Any, String::new()),
-        };
-        Self {
-            kind: kind.into(),
-            name,
-        }
+/// A match of names as a message, of aliases or of lookups.
+pub(crate) fn names_match_to_wire(found: &LookupMatch, alias: bool) -> v1::LookupMatch {
+    use v1::lookup_match::Kind;
+    let (kind, name) = match found {
+        LookupMatch::Exact(name) => (Kind::Exact, name.to_string()),
+        LookupMatch::Subdomains(name) => (Kind::Subdomains, name.to_string()),
+        LookupMatch::Any => (Kind::Any, String::new()),
+    };
+    v1::LookupMatch {
+        kind: kind.into(),
+        name,
+        alias,
     }
 }

@@ -5,7 +5,8 @@ use std::time::Duration;
 
 use crate::model::flow::names_from_wire;
 use crate::model::flow::{duration_from_wire, duration_to_wire};
-use crate::model::{Epoch, FlowMatch, LookupMatch, Malformed, MissId, Name, Protocol};
+use crate::model::matching::{names_match_from_wire, names_match_to_wire};
+use crate::model::{Epoch, FlowMatch, LookupMatch, LookupSubject, Malformed, MissId, Name, Protocol};
 use crate::v1;
 
 /// What a verdict does. Asking is never a verdict.
@@ -232,6 +233,52 @@ pub enum Match {
     Flow(FlowMatch),
     /// Lookups.
     Lookup(LookupMatch),
+    /// Aliases in the answers to lookups. What holds for one kind of names never holds for the other.
+    Alias(LookupMatch),
+}
+
+impl Match {
+    /// From a message that matches names.
+    ///
+    /// # Errors
+    ///
+    /// [`Malformed`].
+    pub fn of_names(message: &v1::LookupMatch) -> Result<Self, Malformed> {
+        let found = names_match_from_wire(message)?;
+        Ok(if message.alias {
+            Self::Alias(found)
+        } else {
+            Self::Lookup(found)
+        })
+    }
+
+    /// Whether a lookup, or an alias, lies inside it.
+    pub fn matches_lookup(&self, lookup: &LookupSubject) -> bool {
+        match self {
+            Self::Lookup(found) => !lookup.alias && found.matches(&lookup.name),
+            Self::Alias(found) => lookup.alias && found.matches(&lookup.name),
+            Self::Flow(_) => false,
+        }
+    }
+}
+
+impl From<&Match> for v1::verdict::Match {
+    fn from(found: &Match) -> Self {
+        match found {
+            Match::Flow(flow) => Self::Flow(flow.into()),
+            Match::Lookup(names) => Self::Lookup(names_match_to_wire(names, false)),
+            Match::Alias(names) => Self::Lookup(names_match_to_wire(names, true)),
+        }
+    }
+}
+
+impl From<&Match> for v1::cached_verdict::Match {
+    fn from(found: &Match) -> Self {
+        match found.into() {
+            v1::verdict::Match::Flow(flow) => Self::Flow(flow),
+            v1::verdict::Match::Lookup(names) => Self::Lookup(names),
+        }
+    }
 }
 
 impl fmt::Display for Match {
@@ -239,6 +286,7 @@ impl fmt::Display for Match {
         match self {
             Self::Flow(flow) => flow.fmt(f),
             Self::Lookup(lookup) => lookup.fmt(f),
+            Self::Alias(alias) => write!(f, "alias {alias}"),
         }
     }
 }
@@ -293,7 +341,7 @@ impl TryFrom<v1::Verdict> for Verdict {
             field: "verdict.match",
         })? {
             v1::verdict::Match::Flow(flow) => Match::Flow(flow.try_into()?),
-            v1::verdict::Match::Lookup(lookup) => Match::Lookup(lookup.try_into()?),
+            v1::verdict::Match::Lookup(names) => Match::of_names(&names)?,
         };
         Ok(Self {
             miss: MissId(message.miss_id),
@@ -331,10 +379,7 @@ impl From<&Verdict> for v1::Verdict {
         Self {
             miss_id: verdict.miss.0,
             action: v1::Action::from(verdict.action).into(),
-            r#match: Some(match &verdict.found {
-                Match::Flow(flow) => v1::verdict::Match::Flow(flow.into()),
-                Match::Lookup(lookup) => v1::verdict::Match::Lookup(lookup.into()),
-            }),
+            r#match: Some((&verdict.found).into()),
             epoch: Some(verdict.epoch.into()),
             expires_in: verdict.expires_in.and_then(duration_to_wire),
             once: verdict.once,

@@ -184,3 +184,71 @@ fn a_yes_to_a_lookup_demands_of_the_connection_that_it_names_what_was_looked_up(
     );
     assert_eq!(verdict.name_demand, v1::NameDemand::ByPort as i32);
 }
+
+#[test]
+fn an_alias_is_no_event_and_no_request_and_what_it_refuses_is_one_of_the_name_that_was_asked_for() {
+    let rig = Rig::secure();
+    rig.apply("version: 1\nmode: ask\ndns: {blockedDomains: [\"*.evil.test\"]}\n");
+    let mut dp = rig.dataplane("web");
+    dp.told();
+    let (mut watch, _) = rig.hub.watch_events(Default::default()).unwrap();
+    let matched = |verdict: &v1::Verdict| match verdict.r#match.clone().unwrap() {
+        v1::verdict::Match::Lookup(names) => (names.kind(), names.name, names.alias),
+        v1::verdict::Match::Flow(flow) => panic!("{flow:?}"),
+    };
+    let passed = dp.verdict(alias("cdn.example"));
+    assert_eq!(passed.action(), v1::Action::Allow);
+    let (kind, name, is_alias) = matched(&passed);
+    assert_eq!(
+        (kind, name.as_str(), is_alias),
+        (v1::lookup_match::Kind::Subdomains, "example", true)
+    );
+    let refused = dp.verdict(alias("a.evil.test"));
+    assert_eq!(refused.action(), v1::Action::Deny);
+    assert!(matched(&refused).2);
+    let mut all = Vec::new();
+    while let Some(Next::Change(event)) = watch.try_next() {
+        all.push(event);
+    }
+    assert_eq!(all, [], "nothing is told of an alias");
+    assert!(rig.hub.denied(None).is_empty());
+
+    dp.say(Message::Decided(v1::Decided {
+        vm: 1,
+        subject: Some(v1::decided::Subject::Lookup(v1::LookupSubject {
+            name: "www.test".to_owned(),
+            query_type: 1,
+            alias: false,
+        })),
+        action: v1::Action::Deny.into(),
+        reason: refused.reason.clone(),
+        count: 1,
+        would_deny: false,
+    }));
+    let denied = events(&mut watch, v1::EventKind::DnsDenied);
+    assert_eq!(denied.len(), 1);
+    let listed = rig.hub.denied(None);
+    assert_eq!(listed.len(), 1);
+    assert_eq!(listed[0].name, "www.test");
+    assert_eq!(listed[0].reason.as_ref().unwrap().subject, "dns.blockedDomains");
+}
+
+#[test]
+fn an_alias_uses_no_grant_that_lets_it_pass() {
+    let rig = Rig::open();
+    rig.apply("version: 1\n");
+    let mut dp = rig.dataplane("web");
+    let made = grant(GrantAction::Allow, "domain dns.google", None, Lifetime::Once);
+    rig.hub.create_grant(made).unwrap();
+    dp.told();
+    for _ in 0..2 {
+        let passed = dp.verdict(alias("dns.google"));
+        assert_eq!((passed.action(), passed.once), (v1::Action::Allow, true));
+        assert_eq!(passed.grant_id, "");
+    }
+    let grants = rig.hub.grants("web").unwrap();
+    assert_eq!(grants[0].hits, 0);
+    rig.hub.revoke_grant(&grants[0].id, "tester").unwrap();
+    let refused = dp.verdict(alias("dns.google"));
+    assert_eq!(refused.action(), v1::Action::Deny, "nothing names it any more");
+}

@@ -51,7 +51,7 @@ fn kept(verdict: &v1::Verdict) -> v1::CachedVerdict {
 }
 
 const RULES: &str = "version: 1\nrules:\n  - {action: allow, cidr: 192.0.2.0/24, ports: [443], protocol: tcp}\n  \
-    - {action: drop, cidr: 198.51.100.0/24}\n  - {action: allow, domains: [\"*.example.com\"]}\n";
+    - {action: drop, cidr: 198.51.100.0/24}\n  - {action: allow, domains: [\"*.example.com\"]}\n  - {action: deny, domains: [\"*.evil.test\"]}\n";
 
 #[tokio::test]
 async fn what_was_given_is_what_is_decided() {
@@ -71,6 +71,9 @@ async fn what_was_given_is_what_is_decided() {
     for name in ["a.example.com", "example.com", "other.test"] {
         cached.push(kept(&dp.verdict(lookup(name, 1))));
     }
+    for name in ["other.test", "a.evil.test"] {
+        cached.push(kept(&dp.verdict(alias(name))));
+    }
     let named = dp.verdict(flow("203.0.113.7:8443", &["a.example.com"]));
     cached.push(v1::CachedVerdict {
         names: vec!["a.example.com".to_owned()],
@@ -80,7 +83,7 @@ async fn what_was_given_is_what_is_decided() {
     assert_eq!(answer.mismatches, [], "{answer:?}");
     assert_eq!(
         (answer.verdicts, answer.left_out, answer.vms, answer.seed),
-        (9, 3, 1, 7)
+        (11, 3, 1, 7)
     );
     assert!(answer.points > 60, "{answer:?}");
 }

@@ -1,5 +1,6 @@
 //! What policy means, tested through its public functions.
 
+mod aliases;
 mod defaults;
 mod documentation;
 mod guests;
@@ -155,10 +156,7 @@ fn flow(text: &str) -> FlowSubject {
 }
 
 fn lookup(name: &str) -> LookupSubject {
-    LookupSubject {
-        name: name.parse().unwrap(),
-        query_type: 1,
-    }
+    LookupSubject::new(name.parse().unwrap(), 1)
 }
 
 fn decide(effective: &Effective, grants: &VmGrants, text: &str) -> FlowDecision {

@@ -788,8 +788,8 @@ fn a_name_inside_a_match_is_decided_like_the_name_that_the_match_is_of() {
             .parse()
             .unwrap()
     };
-    let mut pairs = 0;
-    while pairs < PAIRS {
+    let (mut pairs, mut aliases_refused, mut aliases_inside) = (0, 0, 0);
+    while pairs < 2 * PAIRS {
         let document = document(&mut draw);
         let effective = effective(Some(&document), None);
         let grants = some_grants(&mut draw);
@@ -801,27 +801,60 @@ fn a_name_inside_a_match_is_decided_like_the_name_that_the_match_is_of() {
             peer: None,
         };
         for _ in 0..20 {
-            let first = LookupSubject {
-                name: name(&mut draw),
-                query_type: 1,
-            };
-            let decision = decide_lookup(&context, &first);
-            assert!(decision.found.matches(&first.name));
-            for _ in 0..10 {
-                let second = LookupSubject {
-                    name: name(&mut draw),
-                    query_type: 28,
+            for alias in [false, true] {
+                let subject = |name, query_type| LookupSubject {
+                    name,
+                    query_type,
+                    alias,
                 };
-                pairs += 1;
-                if decision.found.matches(&second.name) {
-                    let again = decide_lookup(&context, &second);
-                    assert_eq!(
-                        again.outcome, decision.outcome,
-                        "{first:?} {second:?} {}\n{document}",
-                        decision.found
-                    );
+                let first = subject(name(&mut draw), 1);
+                let decision = decide_lookup(&context, &first);
+                assert!(decision.found.matches(&first.name));
+                if alias {
+                    let expected = as_alias(&context, &first.name);
+                    assert_eq!(decision.outcome, expected, "{first:?}\n{document}");
+                    aliases_refused += u32::from(expected != Outcome::Allow);
+                }
+                for _ in 0..10 {
+                    let second = subject(name(&mut draw), 28);
+                    pairs += 1;
+                    if decision.found.matches(&second.name) {
+                        let again = decide_lookup(&context, &second);
+                        assert_eq!(
+                            again.outcome, decision.outcome,
+                            "{first:?} {second:?} {}\n{document}",
+                            decision.found
+                        );
+                        aliases_inside += u32::from(alias && first.name != second.name);
+                    }
                 }
             }
         }
+    }
+    assert!(
+        aliases_refused > 500,
+        "only {aliases_refused} aliases were refused"
+    );
+    assert!(
+        aliases_inside > 10_000,
+        "only {aliases_inside} aliases lay inside another's match"
+    );
+}
+
+/// What becomes of an alias, by what becomes of its lookup.
+fn as_alias(context: &Context<'_>, name: &Name) -> Outcome {
+    let mut region = vnet_proto::model::LookupMatch::Any;
+    let answer = crate::policy::eval::lookup_answer(context, name, &mut region);
+    let of_resolver = context
+        .policy
+        .resolvers
+        .as_ref()
+        .is_some_and(|r| r.names().contains(name));
+    match (answer.outcome, answer.reason.step.as_str()) {
+        (Outcome::Allow, _) | (Outcome::Ask, "rule") => Outcome::Allow,
+        (_, "guard") => Outcome::Deny,
+        (_, "default") if of_resolver => Outcome::Deny,
+        (_, "default") => Outcome::Allow,
+        (outcome, _) => outcome,
     }
 }

@@ -457,7 +457,10 @@ async fn gateway(resolver: Resolver) -> (SocketAddr, Arc<Mutex<Bindings>>) {
                             .unwrap()
                             .learn(Duration::ZERO, &name, &addresses, expires_in);
                     }
-                    Event::Unasked { .. } | Event::Exhausted { .. } | Event::Decided { .. } => {}
+                    Event::Unasked { .. }
+                    | Event::Exhausted { .. }
+                    | Event::Abandoned { .. }
+                    | Event::Decided { .. } => {}
                 }
             }
         }

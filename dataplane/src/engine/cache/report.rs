@@ -4,7 +4,7 @@ use std::net::IpAddr;
 use std::sync::Arc;
 
 use ipnet::IpNet;
-use vnet_proto::model::{FlowMatch, LookupMatch, Match, Name};
+use vnet_proto::model::{FlowMatch, Match, Name};
 
 use super::{Cache, Decision, Shape};
 use crate::engine::Time;
@@ -14,7 +14,7 @@ use crate::message::CachedVerdict;
 const REPORTED_MAX: usize = 32_768;
 
 impl Cache {
-    /// What is cached and holds now, flows before lookups, at most `REPORTED_MAX` of it; and how much that
+    /// What is cached and holds now, flows before lookups before aliases, at most `REPORTED_MAX` of it; and how much that
     /// is in all. `names_of` says which names are bound to an address.
     pub fn report(&self, now: Time, names_of: impl Fn(IpAddr) -> Vec<Name>) -> (Vec<CachedVerdict>, usize) {
         let flows = self.shapes.iter().flat_map(|shape| {
@@ -30,21 +30,11 @@ impl Cache {
                 })
             })
         });
-        let exact = self
-            .names
-            .iter()
-            .map(|(name, d)| (LookupMatch::Exact(name.clone()), d));
-        let below = self
-            .below
-            .iter()
-            .map(|(name, d)| (LookupMatch::Subdomains(name.clone()), d));
-        let any = self.any_name.iter().map(|d| (LookupMatch::Any, d));
-        let lookups = exact
-            .chain(below)
-            .chain(any)
-            .map(|(found, d)| (Match::Lookup(found), d));
+        let lookups = self.lookups.all().map(|(found, d)| (Match::Lookup(found), d));
+        let aliases = self.aliases.all().map(|(found, d)| (Match::Alias(found), d));
         let holding = flows
             .chain(lookups)
+            .chain(aliases)
             .filter(|(_, decision)| self.holds(now, decision));
         let (mut told, mut in_all) = (Vec::new(), 0);
         for (found, decision) in holding {
@@ -68,7 +58,7 @@ impl Shape {
 fn cached(found: Match, decision: &Arc<Decision>, names_of: impl Fn(IpAddr) -> Vec<Name>) -> CachedVerdict {
     let names = match &found {
         Match::Flow(flow) if flow.names_consulted => names_of(flow.prefix.addr()),
-        Match::Flow(_) | Match::Lookup(_) => Vec::new(),
+        Match::Flow(_) | Match::Lookup(_) | Match::Alias(_) => Vec::new(),
     };
     CachedVerdict {
         action: decision.action,
@@ -88,7 +78,8 @@ mod tests {
     use std::time::Duration;
 
     use vnet_proto::model::{
-        Epoch, MissId, NameDemand, PortRange, Protocol, Reason, Verdict, VerdictAction, parse_prefix,
+        Epoch, LookupMatch, MissId, NameDemand, PortRange, Protocol, Reason, Verdict, VerdictAction,
+        parse_prefix,
     };
 
     use super::*;
@@ -146,6 +137,8 @@ mod tests {
             Match::Lookup(LookupMatch::Exact(name())),
             Match::Lookup(LookupMatch::Subdomains(name())),
             Match::Lookup(LookupMatch::Any),
+            Match::Alias(LookupMatch::Exact(name())),
+            Match::Alias(LookupMatch::Any),
         ];
         for found in &installed {
             put(&mut cache, VerdictAction::Allow, found.clone());

@@ -67,10 +67,7 @@ impl Engine {
         );
         self.report(Report::Decided {
             vm: self.config.vm,
-            subject: vnet_proto::model::Subject::Lookup(LookupSubject {
-                name: name.clone(),
-                query_type,
-            }),
+            subject: vnet_proto::model::Subject::Lookup(LookupSubject::new(name.clone(), query_type)),
             action: VerdictAction::Deny,
             reason,
             count: 1,
@@ -211,6 +208,29 @@ impl Engine {
             let most = self.settings.dns.ttl_max;
             let until = now + ttl.clamp(BINDING_TIME_MIN.min(most), most);
             self.settle(now, place, addresses, until);
+        }
+        true
+    }
+
+    /// What a lookup of ours asks for; the outer `None` for the guest's.
+    pub(in crate::engine) fn own_lookup(&self, query: u64) -> Option<Option<(Name, u16)>> {
+        (query & OWN_LOOKUP != 0).then(|| self.synthetics.under_way(query & !OWN_LOOKUP))
+    }
+
+    /// The answer to a lookup of ours is not to be used: the flows that waited for it are refused. False if it is
+    /// the guest's.
+    pub(in crate::engine) fn settle_refused(&mut self, now: Time, query: u64, action: VerdictAction) -> bool {
+        if query & OWN_LOOKUP == 0 {
+            return false;
+        }
+        if let Some((Lookup { place, .. }, _)) = self.synthetics.end(query & !OWN_LOOKUP) {
+            for at in self.synthetics.settle(place, Vec::new(), now) {
+                self.count_drop(DropReason::Denied);
+                match action {
+                    VerdictAction::Drop => self.end_flow(at, FlowEnd::Cut),
+                    VerdictAction::Allow | VerdictAction::Deny => self.refuse_held(now, at, FlowEnd::Cut),
+                }
+            }
         }
         true
     }

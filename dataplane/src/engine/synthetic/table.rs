@@ -288,6 +288,13 @@ impl Synthetics {
         Some((number, name))
     }
 
+    /// What a lookup under way asks for, if anybody still wants to know.
+    pub(super) fn under_way(&self, number: u64) -> Option<(Name, u16)> {
+        let lookup = self.lookups.get(&number)?;
+        let name = self.entries.get(lookup.place.index())?.name.clone();
+        Some((name, lookup.query_type))
+    }
+
     /// A lookup came to an end; what it was, if anybody still wants to know.
     pub(super) fn end(&mut self, number: u64) -> Option<(Lookup, Name)> {
         let lookup = self.lookups.remove(&number)?;

@@ -383,6 +383,7 @@ impl Rig {
 pub(super) fn verdict(miss: &Miss, action: VerdictAction) -> Verdict {
     let found = match &miss.subject {
         Subject::Flow(flow) => Match::Flow(FlowMatch::exact(&flow.key)),
+        Subject::Lookup(lookup) if lookup.alias => Match::Alias(LookupMatch::Exact(lookup.name.clone())),
         Subject::Lookup(lookup) => Match::Lookup(LookupMatch::Exact(lookup.name.clone())),
     };
     Verdict {
@@ -419,6 +420,7 @@ pub(super) fn settings() -> Settings {
         synthetic_answers: false,
         deny_ech: true,
         deny_quic: false,
+        judges_aliases: false,
         lookup_hold: Duration::from_secs(4),
         hold: HOLD,
         dns: DnsSettings::default(),

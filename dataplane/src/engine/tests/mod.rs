@@ -1,6 +1,7 @@
 //! The engine under virtual time: a scripted guest on one side, scripted sockets and session on the
 //! other.
 
+mod aliases;
 mod budget;
 mod cost;
 mod counters;

@@ -134,6 +134,7 @@ impl Conversation {
             loss_grace,
             deny_ech: !message.ech_outer,
             deny_quic: message.quic_denied,
+            judges_aliases: self.judges_aliases,
         };
         if !self.router.send(vm, Input::Order(Order::Settings(settings))) {
             self.metrics
@@ -148,8 +149,8 @@ impl Conversation {
 fn covers(found: &Match, subject: &Subject) -> bool {
     match (found, subject) {
         (Match::Flow(found), Subject::Flow(flow)) => found.matches(&flow.key),
-        (Match::Lookup(found), Subject::Lookup(lookup)) => found.matches(&lookup.name),
-        _ => false,
+        (found, Subject::Lookup(lookup)) => found.matches_lookup(lookup),
+        (Match::Lookup(_) | Match::Alias(_), Subject::Flow(_)) => false,
     }
 }
 

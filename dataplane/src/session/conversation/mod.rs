@@ -74,6 +74,8 @@ pub(super) struct Conversation {
     /// The epoch in force, as last heard; kept over a reconnect.
     epoch: Option<Epoch>,
     hold: Duration,
+    /// The controlplane judges aliases, as the last Welcome said.
+    judges_aliases: bool,
     outbox: VecDeque<Message>,
     /// How long the outbox was after the last Hello; what is replayed has no limit but the mirror's.
     replay: usize,
@@ -102,6 +104,7 @@ impl Conversation {
             link: Link::Offline,
             epoch: None,
             hold: Duration::ZERO,
+            judges_aliases: false,
             outbox: VecDeque::new(),
             replay: 0,
             refusals: VecDeque::new(),
@@ -305,6 +308,7 @@ impl Conversation {
             hold,
             vms,
             closed,
+            judges_aliases,
         } = welcome;
         let restarted = self
             .epoch
@@ -312,6 +316,7 @@ impl Conversation {
         tracing::info!(%epoch, restarted, "the controlplane welcomed this dataplane");
         self.epoch = Some(epoch);
         self.hold = hold;
+        self.judges_aliases = judges_aliases;
         self.mirror.uses_told();
         self.link = Link::Open {
             heartbeat,
@@ -335,6 +340,10 @@ impl Conversation {
                     .of(RefusedMessage::Malformed)
                     .increment();
             }
+        }
+        if !judges_aliases {
+            // One that does not know what an alias is would take it for a lookup, and ask somebody.
+            self.outbox.retain(|message| !is_about_alias(message));
         }
         for message in &mut self.outbox {
             if let Message::Miss(miss) = message {
@@ -378,6 +387,7 @@ impl Conversation {
     fn send(&mut self, message: Option<Message>) {
         let Some(message) = message else { return };
         match self.link {
+            Link::Open { .. } if !self.judges_aliases && is_about_alias(&message) => {}
             Link::Greeting { .. } | Link::Open { .. } => self.outbox.push_back(message),
             Link::Offline => self.keep_refusal(message),
         }
@@ -426,6 +436,13 @@ impl Conversation {
             Ok(())
         }
     }
+}
+
+fn is_about_alias(message: &Message) -> bool {
+    let Message::Miss(miss) = message else {
+        return false;
+    };
+    matches!(&miss.subject, Some(v1::miss::Subject::Lookup(lookup)) if lookup.alias)
 }
 
 fn request(message: Message) -> v1::SessionRequest {

@@ -230,6 +230,7 @@ fn welcome(epoch: Epoch, heartbeat: Duration) -> v1::SessionResponse {
         hold: seconds(30),
         vms: Vec::new(),
         closed_addresses: vec!["127.0.0.1:7443".into()],
+        judges_aliases: true,
     }))
 }
 

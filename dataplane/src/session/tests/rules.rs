@@ -801,6 +801,56 @@ async fn a_reconnect_tells_of_live_flows_and_bindings_and_asks_again_what_is_hel
 }
 
 #[tokio::test]
+async fn misses_about_aliases_are_repeated_to_those_that_judge_aliases_and_to_nobody_else() {
+    use vnet_proto::model::{LookupSubject, Subject};
+    let about = |sequence| {
+        let Report::Miss(mut about) = miss(1, sequence) else {
+            unreachable!()
+        };
+        about.subject = Subject::Lookup(LookupSubject::alias("cdn.test".parse().unwrap(), 1));
+        Report::Miss(about)
+    };
+    let misses = |said: Vec<Message>| -> Vec<u64> {
+        let ids = said.iter().map(|message| match message {
+            Message::Miss(miss) => miss.miss_id,
+            other => panic!("{other:?}"),
+        });
+        ids.collect()
+    };
+    let id = |n| miss_id(VmId(1), n).0;
+    let mut given = given(&[1]).welcomed();
+    given.report(about(1));
+    given.report(miss(1, 2));
+    given.said();
+    given.conversation.lost();
+    given.hello();
+    given.welcome(epoch(1)).unwrap();
+    assert_eq!(misses(given.said()), [id(1), id(2)]);
+
+    // One that is older than aliases would take them for lookups.
+    given.conversation.lost();
+    given.hello();
+    let Some(Response::Welcome(mut old)) = welcome(epoch(1), HEARTBEAT).message else {
+        unreachable!()
+    };
+    old.judges_aliases = false;
+    old.vms = vec![v1::VmSettings {
+        vm: 1,
+        ..Default::default()
+    }];
+    given.router.take();
+    given.hears(Response::Welcome(old)).unwrap();
+    let told = given.router.take();
+    assert!(
+        told.iter()
+            .any(|(_, order)| matches!(order, Order::Settings(settings) if !settings.judges_aliases)),
+        "{told:?}"
+    );
+    given.report(about(3));
+    assert_eq!(misses(given.said()), [id(2)]);
+}
+
+#[tokio::test]
 async fn another_incarnation_voids_everything_older() {
     let mut given = given(&[1]).welcomed();
     given.conversation.lost();

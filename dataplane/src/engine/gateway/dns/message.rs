@@ -20,7 +20,7 @@ pub const UDP_BYTES_MAX: usize = 1_232;
 /// The largest UDP answer to a client that does not say what it takes (RFC 1035 §4.2.1).
 pub const UDP_BYTES_PLAIN: usize = 512;
 /// Aliases followed from the name that was asked for to its addresses.
-const ALIASES_MAX: usize = 16;
+pub const ALIASES_MAX: usize = 16;
 /// Bytes of text in an extended error, so that an error fits every answer.
 const ERROR_TEXT_BYTES_MAX: usize = 160;
 const HEADER_BYTES: usize = 12;
@@ -437,6 +437,34 @@ impl<'a> Upstream<'a> {
         addresses.sort_unstable();
         addresses.dedup();
         (addresses, Duration::from_secs(ttl.into()))
+    }
+
+    /// The names that the answer section leads `name` through by aliases, `name` aside; `None` when there are more than
+    /// [`ALIASES_MAX`]. All that any order of reading could lead through: a name should have one alias, and an answer
+    /// may give it several. Whatever the code is: an alias of what does not exist is one as well.
+    pub fn aliases_of(&self, name: &Name) -> Option<Vec<Name>> {
+        let given: Vec<(Name, Name)> = self
+            .answers
+            .iter()
+            .filter(|r| r.class == u16::from(DNSClass::IN) && r.kind == CNAME)
+            .filter_map(|r| Some((name_at(self.bytes, r.name)?, name_at(self.bytes, r.data)?)))
+            .collect();
+        let mut aliases: Vec<Name> = Vec::new();
+        let mut next = Some(name.clone());
+        let mut read = 0;
+        while let Some(owner) = next {
+            for (_, target) in given.iter().filter(|(of, _)| *of == owner) {
+                if target != name && !aliases.contains(target) {
+                    if aliases.len() >= ALIASES_MAX {
+                        return None;
+                    }
+                    aliases.push(target.clone());
+                }
+            }
+            next = aliases.get(read).cloned();
+            read += 1;
+        }
+        Some(aliases)
     }
 
     /// Holds the times to live in the answer section within bounds, in what [`Question::relay`] made of it.

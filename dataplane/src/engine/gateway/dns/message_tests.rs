@@ -310,6 +310,46 @@ fn addresses_are_those_at_the_end_of_the_aliases() {
 }
 
 #[test]
+fn every_name_that_an_answer_leads_through_is_an_alias() {
+    let question = read_query(&query("www.test.", RecordType::A, None)).unwrap();
+    let alias = |name: &str, to: &str| Record::from_rdata(wire(name), 60, RData::CNAME(CNAME(wire(to))));
+    let name = question.name.clone().unwrap();
+    let find = |records: Vec<Record>, code| {
+        let raw = upstream(&question, |m| {
+            m.metadata.response_code = code;
+            m.add_answers(records);
+        });
+        let aliases = Upstream::read(&raw).unwrap().aliases_of(&name)?;
+        Some(aliases.iter().map(ToString::to_string).collect::<Vec<_>>())
+    };
+    let found = |names: &[&str]| Some(names.iter().map(ToString::to_string).collect());
+    // In any order, whatever the case, and nothing that it does not lead to.
+    let chain = vec![
+        alias("CDN.test.", "edge.test."),
+        alias("other.test.", "bystander.test."),
+        alias("www.test.", "Cdn.test."),
+    ];
+    for code in [ResponseCode::NoError, ResponseCode::NXDomain] {
+        assert_eq!(find(chain.clone(), code), found(&["cdn.test", "edge.test"]));
+    }
+    // A name may not have two aliases; whoever reads the second is led through it.
+    let two = vec![alias("www.test.", "a.test."), alias("www.test.", "b.test.")];
+    assert_eq!(find(two, ResponseCode::NoError), found(&["a.test", "b.test"]));
+    let looped = vec![alias("www.test.", "x.test."), alias("x.test.", "www.test.")];
+    assert_eq!(find(looped, ResponseCode::NoError), found(&["x.test"]));
+    assert_eq!(find(Vec::new(), ResponseCode::NoError), found(&[]));
+    let long = |length: usize| {
+        let names: Vec<String> = std::iter::once("www.test.".to_owned())
+            .chain((1..=length).map(|n| format!("n{n}.test.")))
+            .collect();
+        let pairs = names.windows(2).map(|pair| alias(&pair[0], &pair[1]));
+        find(pairs.collect(), ResponseCode::NoError).map(|aliases| aliases.len())
+    };
+    assert_eq!(long(ALIASES_MAX), Some(ALIASES_MAX));
+    assert_eq!(long(ALIASES_MAX + 1), None);
+}
+
+#[test]
 fn no_bytes_make_it_panic() {
     let question = read_query(&query("www.test.", RecordType::A, Some((1232, true)))).unwrap();
     let good = upstream(&question, |m| {
@@ -343,6 +383,7 @@ fn no_bytes_make_it_panic() {
             bytes.truncate(random(bytes.len() * 2));
             if let Some(answer) = Upstream::read(&bytes) {
                 answer.addresses_of(question.name.as_ref().unwrap());
+                answer.aliases_of(question.name.as_ref().unwrap());
                 if let Some(relayed) = question.relay(&answer, Some(512)) {
                     assert!(relayed.bytes.len() <= 512);
                 }

@@ -9,6 +9,7 @@
 //! 4. allowed: the question goes upstream, and what comes back is relayed; the addresses in it are bound to
 //!    the name ([`Event::Bind`]) before the guest learns them
 //!    ([`limits`] bounds how many and how many different names go upstream)
+//!    ([`crate::engine::aliases`] judges the names that an answer leads through first)
 //! 5. denied: REFUSED (or what the policy says) with an extended error that says why; dropped: silence; not decided in time: SERVFAIL
 //!    with an extended error that says that it awaits approval
 //!
@@ -39,7 +40,8 @@ use crate::message::{DnsDenial, DnsSettings};
 
 /// Queries of one guest that wait for a verdict; the newest is refused.
 pub const HELD_MAX: usize = 1_024;
-/// Queries of one guest that wait for an upstream; the newest is refused.
+/// Queries of one guest that wait for an upstream, or for verdicts on the aliases in its answer; the newest is
+/// refused.
 pub const UPSTREAM_MAX: usize = 512;
 /// DNS connections of one guest.
 pub const CONNECTIONS_MAX: usize = 64;
@@ -96,6 +98,11 @@ pub enum Event {
         query: u64,
         /// The message; its id is zero.
         bytes: Vec<u8>,
+    },
+    /// A query that waited for verdicts on aliases ([`Dns::await_aliases`]) is gone.
+    Abandoned {
+        /// Which.
+        query: u64,
     },
     /// A lookup taught addresses. Always before the [`Event::Reply`] that tells them to the guest.
     Bind {
@@ -348,29 +355,70 @@ impl Dns {
         for key in keys {
             match action {
                 VerdictAction::Allow => self.ask_upstream(now, key),
-                VerdictAction::Deny => {
-                    // A person's no is the client's own filter, anything else the operator's.
-                    let by_person = reason.step == "grant";
-                    let code = if by_person {
-                        ExtendedError::FILTERED
-                    } else {
-                        ExtendedError::BLOCKED
-                    };
-                    let text = match self.treatment.deny_text.as_str() {
-                        "" => &*reason.text,
-                        text => text,
-                    };
-                    let why = ExtendedError::new(code, text);
-                    let code = match self.treatment.deny_with {
-                        DnsDenial::Refused => ResponseCode::Refused,
-                        DnsDenial::NxDomain => ResponseCode::NXDomain,
-                        DnsDenial::ServFail => ResponseCode::ServFail,
-                    };
-                    self.finish_with(key, code, &why);
-                }
+                VerdictAction::Deny => self.deny(key, reason),
                 VerdictAction::Drop => drop(self.queries.remove(key)),
             }
         }
+    }
+
+    fn deny(&mut self, key: u64, reason: &Reason) {
+        // A person's no is the client's own filter, anything else the operator's.
+        let by_person = reason.step == "grant";
+        let code = if by_person {
+            ExtendedError::FILTERED
+        } else {
+            ExtendedError::BLOCKED
+        };
+        let text = match self.treatment.deny_text.as_str() {
+            "" => &*reason.text,
+            text => text,
+        };
+        let why = ExtendedError::new(code, text);
+        let code = match self.treatment.deny_with {
+            DnsDenial::Refused => ResponseCode::Refused,
+            DnsDenial::NxDomain => ResponseCode::NXDomain,
+            DnsDenial::ServFail => ResponseCode::ServFail,
+        };
+        self.finish_with(key, code, &why);
+    }
+
+    /// What a query that went upstream asks for, if it still waits.
+    pub fn asked_upstream(&self, query: u64) -> Option<(Name, u16)> {
+        let query = self.queries.get(self.queries.key_of_upstream(query)?)?;
+        Some((query.name.clone(), query.question.query_type))
+    }
+
+    /// A query was answered, and waits on for verdicts on the aliases in the answer: until then at most.
+    pub fn await_aliases(&mut self, query: u64, deadline: Time) {
+        self.queries.await_aliases(query, deadline);
+    }
+
+    /// A query that went upstream is refused, as one whose name is.
+    pub fn handle_refused(&mut self, query: u64, action: VerdictAction, reason: &Reason) {
+        let Some(key) = self.queries.key_of_upstream(query) else {
+            return;
+        };
+        match action {
+            VerdictAction::Drop => drop(self.queries.remove(key)),
+            VerdictAction::Allow | VerdictAction::Deny => self.deny(key, reason),
+        }
+    }
+
+    /// The aliases in the answer to a query were not decided in time.
+    pub fn handle_undecided_aliases(&mut self, query: u64) {
+        let Some(key) = self.queries.key_of_upstream(query) else {
+            return;
+        };
+        let Some(asked) = self.queries.get(key) else {
+            return;
+        };
+        self.counts.hold_ended += 1;
+        let text = format!(
+            "the aliases in the answer to {} were not decided in time; ask again",
+            asked.name
+        );
+        let why = ExtendedError::new(ExtendedError::OTHER, text);
+        self.finish_with(key, ResponseCode::ServFail, &why);
     }
 
     /// A name is allowed, and gets synthetic addresses. What would tell real ones beside them (HTTPS and SVCB
@@ -499,6 +547,8 @@ impl Dns {
                     &ExtendedError::new(ExtendedError::OTHER, text),
                 );
                 self.note_unasked(name, Unasked::HoldEnded);
+            } else if query.state == State::Aliases {
+                self.handle_undecided_aliases(key);
             } else {
                 self.counts.upstream_failed += 1;
                 let why = ExtendedError::new(
@@ -595,8 +645,10 @@ impl Dns {
         let Some(query) = self.queries.remove(key) else {
             return;
         };
-        if query.state == State::Held {
-            self.note_unasked(query.name, why);
+        match query.state {
+            State::Held => self.note_unasked(query.name, why),
+            State::Aliases => self.events.push_back(Event::Abandoned { query: key }),
+            State::Upstream => {}
         }
     }
 

@@ -31,6 +31,8 @@ pub(super) enum State {
     Held,
     /// The answer of an upstream.
     Upstream,
+    /// Verdicts on the aliases in that answer.
+    Aliases,
 }
 
 /// What makes a message a repetition: who asked, how, with which id, for what.
@@ -88,7 +90,7 @@ impl Queries {
         }
         match query.state {
             State::Held => self.unhold(key, &query.name),
-            State::Upstream => self.upstream -= 1,
+            State::Upstream | State::Aliases => self.upstream -= 1,
         }
         Some(query)
     }
@@ -119,11 +121,22 @@ impl Queries {
         key
     }
 
+    /// A query that an upstream answered waits on, until `deadline`. It counts as one that is upstream.
+    pub(super) fn await_aliases(&mut self, key: u64, deadline: Time) {
+        if self.key_of_upstream(key).is_none() {
+            return;
+        }
+        self.set_deadline(key, deadline);
+        if let Some(query) = self.by_key.get_mut(&key) {
+            query.state = State::Aliases;
+        }
+    }
+
     /// The query that went upstream under this number, if it still waits.
     pub(super) fn key_of_upstream(&self, query: u64) -> Option<u64> {
         self.by_key
             .get(&query)
-            .filter(|q| q.state == State::Upstream)
+            .filter(|q| q.state != State::Held)
             .map(|_| query)
     }
 
@@ -167,7 +180,7 @@ impl Queries {
         self.held.last().copied()
     }
 
-    /// Queries that wait for an upstream.
+    /// Queries that wait for an upstream, or for verdicts on the aliases in its answer.
     pub(super) fn upstream(&self) -> usize {
         self.upstream
     }
