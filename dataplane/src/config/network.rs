@@ -111,7 +111,7 @@ fn ipv6_prefix(args: &Args, mtu_bytes: u16, problems: &mut Vec<Problem>) -> Opti
                 found: text.to_owned(),
                 meant: net.trunc(),
             },
-            Ok(net) if is_refused(net.network()) || judged(net.network().into()).is_ipv4() => {
+            Ok(net) if is_refused(net.network().into()) || judged(net.network().into()).is_ipv4() => {
                 Problem::Ipv6PrefixKind(net)
             }
             Ok(net) => return Some(net),

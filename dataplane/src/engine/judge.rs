@@ -93,11 +93,7 @@ impl Engine {
                 None => Err(DropReason::UnknownStation),
             };
         }
-        let refused = match address {
-            IpAddr::V4(v4) => v4.octets()[0] == 0 || v4.is_loopback() || v4.octets()[0] >= 224,
-            IpAddr::V6(v6) => is_refused(v6),
-        };
-        if refused {
+        if is_refused(address) {
             return Err(DropReason::Destination);
         }
         if self.is_vacant(address) {

@@ -38,12 +38,17 @@ pub fn carried_ipv4(address: Ipv6Addr) -> Option<Ipv4Addr> {
     }
 }
 
-/// Whether an IPv6 address is none that a guest may send to, whatever a policy says: unspecified, loopback,
+/// Whether an address is none that a guest may send to, whatever a policy says. Of IPv4: "this host on this network",
+/// loopback, multicast and reserved addresses (RFC 1122 §3.2.1.3, RFC 1112 §4). Of IPv6: unspecified, loopback,
 /// multicast and link-local addresses lead nowhere beyond the link; the rest carry IPv4 addresses past the
 /// rules for those (IPv4-mapped, IPv4-compatible, IPv4-translated, 6to4, Teredo of RFC 4380, local NAT64 of RFC 8215), or
 /// are of a kind that is no more (site-local, RFC 3879).
-pub fn is_refused(address: Ipv6Addr) -> bool {
-    match address.segments() {
+pub fn is_refused(address: IpAddr) -> bool {
+    let v6 = match address {
+        IpAddr::V4(v4) => return matches!(v4.octets(), [0 | 127 | 224.., ..]),
+        IpAddr::V6(v6) => v6,
+    };
+    match v6.segments() {
         [0, 0, 0, 0, 0, 0 | 0xffff, ..] | [0, 0, 0, 0, 0xffff, 0, ..] => true,
         [0x64, 0xff9b, 1, ..] | [0x2001, 0, ..] | [0x2002, ..] => true,
         // fe80::/10 and fec0::/10 together, multicast.
@@ -148,21 +153,28 @@ mod tests {
             let address = ip6(text);
             assert_eq!(carried_ipv4(address), Some(Ipv4Addr::new(10, 1, 2, 3)), "{text}");
             let as_ipv4 = judged(address.into()) == ip("10.1.2.3");
-            assert!(as_ipv4 || is_refused(address), "{text}");
+            assert!(as_ipv4 || is_refused(address.into()), "{text}");
         }
         for text in "64:ff9b:1::a01:203 64:ff9b:1:a01:2:300:: 2001:0:a01:203::1 fec0::a01:203".split(' ') {
-            assert!(is_refused(ip6(text)), "{text}");
+            assert!(is_refused(ip(text)), "{text}");
         }
-        assert!(!is_refused(ip6("64:ff9b::a01:203")), "NAT64 is judged instead");
+        assert!(!is_refused(ip("64:ff9b::a01:203")), "NAT64 is judged instead");
     }
 
     #[test]
     fn what_leads_nowhere_is_refused_and_the_rest_is_judged_as_it_is() {
-        for text in ":: ::1 fe80::1 febf::1 ff02::1 ff0e::1".split(' ') {
-            assert!(is_refused(ip6(text)), "{text}");
+        let nowhere = ":: ::1 fe80::1 febf::1 ff02::1 ff0e::1 \
+            0.0.0.0 0.255.255.255 127.0.0.1 127.255.255.255 224.0.0.1 239.1.1.1 240.0.0.1 255.255.255.255";
+        for text in nowhere.split(' ').filter(|text| !text.is_empty()) {
+            assert!(is_refused(ip(text)), "{text}");
+        }
+        for text in
+            "1.0.0.0 10.0.0.1 126.255.255.255 128.0.0.0 169.254.169.254 198.18.0.1 223.255.255.255".split(' ')
+        {
+            assert!(!is_refused(ip(text)), "{text}");
         }
         for text in "2001:db8::1 2600::1 fd00::1 fd00:ec2::254 64:ff9c::1 2003::1 1::1".split(' ') {
-            assert!(!is_refused(ip6(text)), "{text}");
+            assert!(!is_refused(ip(text)), "{text}");
             assert_eq!(judged(ip(text)), ip(text));
             assert_eq!(carried_ipv4(ip6(text)), None);
         }

@@ -1,6 +1,6 @@
 //! Prefixes of rules that nothing is ever let to.
 
-use std::net::Ipv6Addr;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use ipnet::IpNet;
 use vnet_proto::model::special::is_refused;
@@ -32,20 +32,20 @@ fn is_one_unspecified(prefix: IpNet) -> bool {
     prefix.prefix_len() == prefix.max_prefix_len() && prefix.addr().is_unspecified()
 }
 
-/// Whether a dataplane lets nothing to any address of a prefix. Of IPv6 it refuses whole prefixes, so that one
-/// address on each side of every way to split this one will do. Loopback is where the host's alias leads.
+/// Whether a dataplane lets nothing to any address of a prefix. It refuses whole prefixes, so that one address on each
+/// side of every way to split this one will do. Loopback is where the host's alias leads.
 fn leads_nowhere(prefix: IpNet) -> bool {
-    match prefix {
-        IpNet::V4(prefix) => match prefix.network().octets() {
-            [0, ..] => prefix.prefix_len() >= 8,
-            [first, ..] => prefix.prefix_len() >= 3 && first >= 224,
-        },
-        IpNet::V6(prefix) => {
-            let ends = [prefix.network().to_bits(), prefix.broadcast().to_bits()];
-            let bits = 0..128 - u32::from(prefix.prefix_len());
-            let beside = bits.flat_map(|bit| ends.map(|end| end ^ (1 << bit)));
-            let mut all = ends.into_iter().chain(beside).map(Ipv6Addr::from_bits);
-            !prefix.contains(&Ipv6Addr::LOCALHOST) && all.all(is_refused)
-        }
+    let ends = [prefix.network(), prefix.broadcast()];
+    let bits = 0..u32::from(prefix.max_prefix_len() - prefix.prefix_len());
+    let beside = bits.flat_map(|bit| ends.map(|end| flipped(end, bit)));
+    let mut all = ends.into_iter().chain(beside);
+    all.all(|address| is_refused(address) && !address.is_loopback())
+}
+
+/// With one bit the other way, counted from the lowest.
+fn flipped(address: IpAddr, bit: u32) -> IpAddr {
+    match address {
+        IpAddr::V4(v4) => Ipv4Addr::from_bits(v4.to_bits() ^ 1 << bit).into(),
+        IpAddr::V6(v6) => Ipv6Addr::from_bits(v6.to_bits() ^ 1 << bit).into(),
     }
 }
