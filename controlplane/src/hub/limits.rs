@@ -41,6 +41,10 @@ const LIMITS: &[(&str, &str)] = &[
         "the limit of open lookups is reached; more are refused",
     ),
     (
+        "dns_alias_limit",
+        "the limit of aliases in answers, or of answers that wait for them, is reached; more are refused",
+    ),
+    (
         "dns_connection_limit",
         "the limit of connections to the gateway's DNS is reached; more are refused",
     ),
@@ -82,6 +86,21 @@ mod tests {
 
     fn counts(pairs: &[(&str, u64)]) -> BTreeMap<String, u64> {
         pairs.iter().map(|(name, n)| ((*name).to_owned(), *n)).collect()
+    }
+
+    #[test]
+    fn the_counts_are_those_that_the_dataplane_has() {
+        let page = include_str!("../../../docs/life-of-a-packet.md");
+        for (name, _) in LIMITS {
+            assert!(page.contains(&format!("`{name}`")), "{name}");
+        }
+        let words = page.split(|c: char| !c.is_ascii_lowercase() && c != '_');
+        for word in words.filter(|word| word.starts_with("dns_") && word.ends_with("_limit")) {
+            assert!(
+                LIMITS.iter().any(|(name, _)| *name == word),
+                "nobody is told of {word}"
+            );
+        }
     }
 
     #[test]
