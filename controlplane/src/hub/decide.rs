@@ -38,10 +38,9 @@ pub(super) fn decide_for(
     let context = context(vm, guarded, peer);
     match subject {
         Subject::Flow(flow) => with_match(decide_flow(&context, flow), Match::Flow),
-        Subject::Lookup(lookup) => {
-            let found = if lookup.alias { Match::Alias } else { Match::Lookup };
-            with_match(decide_lookup(&context, lookup), found)
-        }
+        Subject::Lookup(lookup) => with_match(decide_lookup(&context, lookup), |found| {
+            Match::of_lookup(lookup, found)
+        }),
     }
 }
 
@@ -469,13 +468,6 @@ impl State {
 fn exactly(subject: &Subject) -> Match {
     match subject {
         Subject::Flow(flow) => Match::Flow(FlowMatch::exact(&flow.key)),
-        Subject::Lookup(lookup) => {
-            let found = LookupMatch::Exact(lookup.name.clone());
-            if lookup.alias {
-                Match::Alias(found)
-            } else {
-                Match::Lookup(found)
-            }
-        }
+        Subject::Lookup(lookup) => Match::of_lookup(lookup, LookupMatch::Exact(lookup.name.clone())),
     }
 }

@@ -244,12 +244,21 @@ impl Match {
     ///
     /// [`Malformed`].
     pub fn of_names(message: &v1::LookupMatch) -> Result<Self, Malformed> {
-        let found = names_match_from_wire(message)?;
-        Ok(if message.alias {
+        Ok(Self::about(message.alias, names_match_from_wire(message)?))
+    }
+
+    /// A match of names, about aliases or about lookups.
+    fn about(aliases: bool, found: LookupMatch) -> Self {
+        if aliases {
             Self::Alias(found)
         } else {
             Self::Lookup(found)
-        })
+        }
+    }
+
+    /// A match of names, about what a lookup, or an alias, is one of.
+    pub fn of_lookup(lookup: &LookupSubject, found: LookupMatch) -> Self {
+        Self::about(lookup.alias, found)
     }
 
     /// Whether a lookup, or an alias, lies inside it.
