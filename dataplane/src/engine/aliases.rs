@@ -99,40 +99,40 @@ impl Aliases {
 }
 
 impl Engine {
-    /// Judges the aliases in an answer. True: it waits, or was refused; false: it goes on.
-    pub(super) fn judge_answer(&mut self, now: Time, query: u64, answer: &[u8]) -> bool {
+    /// Judges the aliases in an answer, and gives it back if there is nothing to wait for or to refuse.
+    pub(super) fn judge_answer(&mut self, now: Time, query: u64, answer: Vec<u8>) -> Option<Vec<u8>> {
         if !self.settings.judges_aliases {
-            return false;
+            return Some(answer);
         }
         if self.aliases.waiting.contains_key(&query) {
             // A second answer to one query is none.
-            return true;
+            return None;
         }
         let Some((name, query_type)) = self.asked_upstream(query) else {
-            return false;
+            return Some(answer);
         };
         // One that cannot be read teaches nothing and is not passed on.
-        let Some(found) = Upstream::read(answer).map(|upstream| upstream.aliases_of(&name)) else {
-            return false;
+        let Some(found) = Upstream::read(&answer).map(|upstream| upstream.aliases_of(&name)) else {
+            return Some(answer);
         };
         let Some(aliases) = found else {
             self.aliases.beyond_limit += 1;
             let text = format!("the answer leads through more than {ALIASES_MAX} aliases");
             let reason = Reason::new("limit", "aliases", text);
             self.refuse_answer(now, query, VerdictAction::Deny, reason);
-            return true;
+            return None;
         };
         if aliases.is_empty() {
-            return false;
+            return Some(answer);
         }
         let waiting = Waiting {
-            answer: answer.to_vec(),
+            answer,
             query_type,
             aliases: aliases.into_iter().map(|name| (name, None)).collect(),
             deadline: now + self.settings.lookup_hold,
         };
         self.weigh(now, query, waiting);
-        true
+        None
     }
 
     /// Goes on with an answer, refuses it, or lets it wait, as its aliases are decided now.

@@ -293,11 +293,11 @@ impl Engine {
     /// An upstream answered, or nobody did.
     pub fn handle_resolved(&mut self, now: Time, query: u64, answer: Option<Vec<u8>>) {
         self.clock = now;
-        let is_held = answer
-            .as_deref()
-            .is_some_and(|answer| self.judge_answer(now, query, answer));
-        if !is_held {
-            self.act_on_resolved(now, query, answer.as_deref());
+        let Some(answer) = answer else {
+            return self.act_on_resolved(now, query, None);
+        };
+        if let Some(answer) = self.judge_answer(now, query, answer) {
+            self.act_on_resolved(now, query, Some(&answer));
         }
     }
 
