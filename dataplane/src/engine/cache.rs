@@ -423,7 +423,7 @@ mod tests {
 
     use super::*;
 
-    const EPOCH: Epoch = Epoch {
+    pub(super) const EPOCH: Epoch = Epoch {
         incarnation: 1,
         counter: 1,
     };
@@ -436,16 +436,12 @@ mod tests {
         }
     }
 
-    fn verdict(action: VerdictAction, prefix: &str, ports: &str) -> Verdict {
+    /// A verdict on a match, of which nothing else is said.
+    pub(super) fn verdict_on(action: VerdictAction, found: Match) -> Verdict {
         Verdict {
             miss: MissId(1),
             action,
-            found: Match::Flow(FlowMatch {
-                protocol: Protocol::Tcp,
-                prefix: parse_prefix(prefix).unwrap(),
-                ports: ports.parse().unwrap(),
-                names_consulted: false,
-            }),
+            found,
             epoch: EPOCH,
             expires_in: None,
             once: false,
@@ -457,6 +453,16 @@ mod tests {
             name_demand: NameDemand::Off,
             names: Vec::new(),
         }
+    }
+
+    fn verdict(action: VerdictAction, prefix: &str, ports: &str) -> Verdict {
+        let found = FlowMatch {
+            protocol: Protocol::Tcp,
+            prefix: parse_prefix(prefix).unwrap(),
+            ports: ports.parse().unwrap(),
+            names_consulted: false,
+        };
+        verdict_on(action, Match::Flow(found))
     }
 
     fn put(cache: &mut Cache, verdict: &Verdict, flow: Option<&FlowKey>) {

@@ -606,6 +606,74 @@ fn compare(seed: u64, at_least: u64) -> (u64, HashMap<Outcome, u64>) {
     (wide, outcomes)
 }
 
+/// The same document with something else in it than what it decides for this VM.
+fn edited(draw: &mut Draw, document: &Drawn) -> Drawn {
+    let mut edited = document.clone();
+    let at = draw.below(edited.rules.len());
+    let with = |rule: &str, key: &str| format!("{}, {key}}}\n", rule.strip_suffix("}\n").unwrap_or(rule));
+    match draw.below(5) {
+        0 => edited.rules[at] = with(&edited.rules[at], "comment: another"),
+        1 => edited.rules[at] = with(&edited.rules[at], "name: edited"),
+        2 => edited
+            .head
+            .push(format!("approvalTimeout: {}\n", draw.below(600))),
+        3 => {
+            let action = draw.one(&["allow", "deny", "drop", "ask"]);
+            let rule = format!("  - {{action: {action}, vm: {{name: other}}}}\n");
+            edited.rules.insert(at, rule);
+        }
+        _ => edited.head.reverse(),
+    }
+    edited
+}
+
+#[test]
+fn t04_an_edit_of_something_else_decides_nothing_otherwise() {
+    let mut draw = Draw(0x5eed_1234_abcd_0040);
+    let (vm, guarded) = (vm(), guarded());
+    let mut outcomes: HashMap<Outcome, u64> = HashMap::new();
+    for _ in 0..300 {
+        let document = drawn(&mut draw);
+        let edit = edited(&mut draw, &document);
+        let (before, after) = (
+            effective(Some(&document.text()), None),
+            effective(Some(&edit.text()), None),
+        );
+        let grants = some_grants(&mut draw);
+        let world = World::draw(&mut draw);
+        let context = |policy| Context {
+            vm: &vm,
+            policy,
+            grants: &grants,
+            guarded: &guarded,
+            peer: None,
+        };
+        for _ in 0..50 {
+            let address = draw.one(&ADDRESSES).parse().unwrap();
+            let flow = world.flow(protocol(&mut draw, address), address, *draw.one(&PORTS));
+            let (was, is) = (
+                verdict(&decide_flow(&context(&before), &flow)),
+                verdict(&decide_flow(&context(&after), &flow)),
+            );
+            assert_eq!(was, is, "{flow:?}\n{}\n{}", document.text(), edit.text());
+            *outcomes.entry(was.outcome).or_default() += 1;
+            let lookup = lookup(draw.one::<&str>(&NAMES));
+            let (was, is) = (
+                decide_lookup(&context(&before), &lookup),
+                decide_lookup(&context(&after), &lookup),
+            );
+            assert_eq!(
+                (was.outcome, was.expires_at),
+                (is.outcome, is.expires_at),
+                "{lookup:?}"
+            );
+        }
+    }
+    for outcome in [Outcome::Allow, Outcome::Deny, Outcome::Drop, Outcome::Ask] {
+        assert!(outcomes[&outcome] > 200, "{outcomes:?}");
+    }
+}
+
 #[test]
 fn a_flow_inside_a_match_is_decided_like_the_flow_that_the_match_is_of() {
     let (wide, outcomes) = compare(0x5eed_1234_abcd_0001, PAIRS.into());

@@ -66,32 +66,16 @@ impl NameTable {
 
 #[cfg(test)]
 mod tests {
-    use vnet_proto::model::{Epoch, Match, MissId, NameDemand, Reason, Verdict, VerdictAction};
+    use vnet_proto::model::{Match, VerdictAction};
 
     use super::*;
     use crate::engine::Time;
     use crate::engine::cache::Standing;
+    use crate::engine::cache::tests::verdict_on;
 
     #[test]
     fn a_full_table_forgets_all_names_and_counts_them() {
-        let verdict = Verdict {
-            miss: MissId(1),
-            action: VerdictAction::Deny,
-            found: Match::Alias(LookupMatch::Any),
-            epoch: Epoch {
-                incarnation: 1,
-                counter: 1,
-            },
-            expires_in: None,
-            once: false,
-            budget: None,
-            grant: String::new(),
-            reason: Reason::default(),
-            would_deny: false,
-            name_demand: NameDemand::Off,
-            names: Vec::new(),
-            synthetic_only: false,
-        };
+        let verdict = verdict_on(VerdictAction::Deny, Match::Alias(LookupMatch::Any));
         let decision = Arc::new(Decision::new(Time::ZERO, &verdict, Standing::default(), None));
         let name = |i: usize| format!("n{i}.test").parse::<Name>().unwrap();
         let mut table = NameTable::default();

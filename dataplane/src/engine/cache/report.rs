@@ -77,35 +77,14 @@ mod tests {
     use std::net::Ipv4Addr;
     use std::time::Duration;
 
-    use vnet_proto::model::{
-        Epoch, LookupMatch, MissId, NameDemand, PortRange, Protocol, Reason, Verdict, VerdictAction,
-        parse_prefix,
-    };
+    use vnet_proto::model::{LookupMatch, PortRange, Protocol, VerdictAction, parse_prefix};
 
     use super::*;
     use crate::engine::cache::Standing;
-
-    const EPOCH: Epoch = Epoch {
-        incarnation: 1,
-        counter: 1,
-    };
+    use crate::engine::cache::tests::{EPOCH, verdict_on};
 
     fn put(cache: &mut Cache, action: VerdictAction, found: Match) {
-        let verdict = Verdict {
-            miss: MissId(1),
-            action,
-            found,
-            epoch: EPOCH,
-            expires_in: None,
-            once: false,
-            budget: None,
-            grant: String::new(),
-            reason: Reason::default(),
-            would_deny: false,
-            name_demand: NameDemand::Off,
-            names: Vec::new(),
-            synthetic_only: false,
-        };
+        let verdict = verdict_on(action, found);
         let decision = Arc::new(Decision::new(Time::ZERO, &verdict, Standing::default(), None));
         cache.install(&verdict, &decision, None);
     }

@@ -360,14 +360,7 @@ fn a_verdict_of_an_epoch_that_is_over_decides_nothing_however_it_came() {
     asked(&mut rig, 2, "www.test", &["a.test", "b.test"]);
     let misses = alias_misses(&mut rig);
     rig.answer(&misses[0].0, VerdictAction::Allow);
-    rig.order(Order::Revoke {
-        command: None,
-        epoch: EPOCH.next(),
-    });
-    rig.order(Order::Lease {
-        epoch: EPOCH.next(),
-        lease: Duration::from_secs(60),
-    });
+    rig.next_epoch();
     rig.reports();
     // Too old itself: it is asked again, under its id.
     rig.answer(&misses[1].0, VerdictAction::Allow);

@@ -162,6 +162,42 @@ fn the_datagram_that_uses_a_budget_up_is_the_last() {
 }
 
 #[test]
+fn what_echo_carries_counts_against_a_grants_bytes_and_nothing_follows_the_last() {
+    let mut rig = Rig::new();
+    rig.ip(&echo(SERVER, 77, &[7; 60]));
+    let miss = rig.misses().remove(0);
+    rig.order(Order::Verdict(Box::new(Verdict {
+        budget: Some(Allowance {
+            left: bytes(100, 0),
+            used: Budget::default(),
+        }),
+        grant: "g1".to_owned(),
+        ..verdict(&miss, VerdictAction::Allow)
+    })));
+    // As the driver does it, that sends them.
+    let sent = |rig: &mut Rig| {
+        let (sent, others) = std::mem::take(&mut rig.events)
+            .into_iter()
+            .partition::<Vec<_>, _>(|e| matches!(e, Event::Send { .. }));
+        rig.events = others;
+        for event in &sent {
+            if let Event::Send { flow, packets } = event {
+                rig.pass(*flow, packets.iter().map(|p| p.len()).sum(), 0);
+            }
+        }
+        sent.len()
+    };
+    assert_eq!(sent(&mut rig), 1);
+    rig.ip(&echo(SERVER, 77, &[7; 60]));
+    assert_eq!(sent(&mut rig), 1, "the message that uses it up is the last");
+    rig.wait(Duration::ZERO);
+    assert_eq!(rig.engine.flow_count(), 0);
+    rig.ip(&echo(SERVER, 77, &[7; 60]));
+    assert_eq!(sent(&mut rig), 0);
+    assert_eq!(rig.misses().len(), 1, "it is asked about anew");
+}
+
+#[test]
 fn a_verdict_with_limited_connections_is_for_one_flow_and_its_use_is_told_first() {
     let mut rig = Rig::new();
     rig.syn(WEB);
@@ -192,14 +228,7 @@ fn what_was_used_already_is_not_given_again_by_a_verdict_that_does_not_know() {
     let web = rig.open_under(WEB, bytes(1000, 0));
     rig.pass(web, 900, 0);
     // The controlplane had heard of 100 when it said that 900 were left; 100 are.
-    rig.order(Order::Revoke {
-        command: None,
-        epoch: EPOCH.next(),
-    });
-    rig.order(Order::Lease {
-        epoch: EPOCH.next(),
-        lease: Duration::from_secs(60),
-    });
+    rig.next_epoch();
     rig.reports();
     rig.syn(SSH);
     let miss = rig.misses().remove(0);

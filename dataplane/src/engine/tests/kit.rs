@@ -175,6 +175,16 @@ impl Rig {
         self.collect();
     }
 
+    /// What was decided before is void from now on; a new epoch is in force, and leased for a minute.
+    pub(super) fn next_epoch(&mut self) {
+        let epoch = EPOCH.next();
+        self.order(Order::Revoke { command: None, epoch });
+        self.order(Order::Lease {
+            epoch,
+            lease: Duration::from_secs(60),
+        });
+    }
+
     /// The guest sends a frame to the gateway.
     pub(super) fn frame(&mut self, ether_type: u16, packet: &[u8]) {
         self.frame_from(GUEST_MAC, ether_type, packet);

@@ -367,14 +367,7 @@ fn a_guest_that_gives_up_while_it_is_read_leaves_nothing_behind() {
 fn a_verdict_that_went_while_the_name_was_read_is_asked_for_again_and_nothing_is_dialled_on_it() {
     let mut speaker = Speaker::reading(TLS, NameDemand::Require);
     speaker.rig.reports();
-    speaker.rig.order(Order::Revoke {
-        command: None,
-        epoch: EPOCH.next(),
-    });
-    speaker.rig.order(Order::Lease {
-        epoch: EPOCH.next(),
-        lease: Duration::from_secs(60),
-    });
+    speaker.rig.next_epoch();
     let hello = hello("allowed.test");
     speaker.say(&hello);
     assert_eq!(speaker.dials(), 0);
@@ -395,14 +388,7 @@ fn a_new_verdict_holds_what_was_said_to_its_own_names_and_a_refusal_cuts() {
     ] {
         let mut speaker = Speaker::reading(TLS, NameDemand::Require);
         speaker.rig.reports();
-        speaker.rig.order(Order::Revoke {
-            command: None,
-            epoch: EPOCH.next(),
-        });
-        speaker.rig.order(Order::Lease {
-            epoch: EPOCH.next(),
-            lease: Duration::from_secs(60),
-        });
+        speaker.rig.next_epoch();
         speaker.say(&hello("allowed.test"));
         let miss = speaker.rig.misses().remove(0);
         let mut fresh = named(&miss, NameDemand::Require);
@@ -433,14 +419,7 @@ fn the_session_is_told_which_names_a_flow_may_speak_and_no_later_verdict_adds_on
     let mut speaker = Speaker::reading(TLS, NameDemand::Require);
     let opened = opened(&speaker.rig.reports());
     assert_eq!(opened[0].names, ["allowed.test".parse().unwrap()]);
-    speaker.rig.order(Order::Revoke {
-        command: None,
-        epoch: EPOCH.next(),
-    });
-    speaker.rig.order(Order::Lease {
-        epoch: EPOCH.next(),
-        lease: Duration::from_secs(60),
-    });
+    speaker.rig.next_epoch();
     speaker.say(&hello("allowed.test"));
     let miss = speaker.rig.misses().remove(0);
     let mut fresh = named(&miss, NameDemand::Require);
