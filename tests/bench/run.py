@@ -2,7 +2,8 @@
 """Measures a dataplane, and passt beside it, on a guest of namespaces: a table, and a JSON line a figure.
 
   cargo build --release --workspace --bins && tests/bench/run.py [--bin DIR] [--secs 5] [--repeats 3]
-      [--targets vnet,passt] [--figures bulk,guests,conn,miss,pending,idle] [--held 10000] [--json FILE]
+      [--targets vnet,passt] [--figures bulk,guests,conn,miss,pending,idle] [--mtus 1500,65520] [--held 10000]
+      [--json FILE] [--check]
 
 Needs Linux with user namespaces and /dev/net/tun, iproute2 and iperf3; passt is measured if it is there.
 Needs no root: it starts itself again under `unshare`. Nothing leaves the namespaces it makes.
@@ -13,7 +14,8 @@ Needs no root: it starts itself again under `unshare`. Nothing leaves the namesp
 
 Figures (the names of a field say its unit):
   bulk   iperf3, MTU 1500 and 65520, up and down: Gbit/s, CPU seconds of the target per 10^9 bytes; with
-         frames written many at a time and one at a time, as QEMU does
+         frames written many at a time and one at a time, as QEMU does. All targets stand side by side and take
+         turns, run by run; the ratio of each turn to passt's is a figure of its own
   guests iperf3 from one guest to another: switched plainly, where nothing is given, and filtered, where a rule
          opens the one to the other
   conn   connections per second at 64 in flight (connect, a byte each way, close), the verdict cached
@@ -23,14 +25,24 @@ Figures (the names of a field say its unit):
          open: for that guest, and for another at the same time
   idle   resident memory at rest, and for each of --held idle connections
 Rates depend on the machine and on what else runs on it: compare within one sitting.
+
+--check fails where vnet does worse than it is held to: CPU for each byte beside passt (the ratios of the prototype
+that the architecture was drawn from, and a tenth), the part of connections that misses leave, the 99th percentile
+while 1,000 questions are open, and the memory of an idle connection. Only what was measured is checked.
 """
-import argparse, json, os, pathlib, re, resource, shutil, signal, statistics, subprocess, sys, tempfile, time
+import argparse, contextlib, json, os, pathlib, re, resource, shutil, signal, statistics, subprocess, sys, tempfile, time
 
 HERE = pathlib.Path(__file__).resolve()
 SERVER, MANY, PORT, PORTS = "10.99.0.1", "10.98.0.0", 7000, 8
 # Nothing is there, and nobody is to find out: what goes there is asked about.
 ASKED, QUESTIONS = "10.97.0.0", 1_000
 TICKS = os.sysconf("SC_CLK_TCK")
+# CPU for each byte beside passt's, of the prototype, by direction, MTU and frames a write (large ones many at a time
+# break passt's upload).
+PROTOTYPE = {("up", 1500, 64): 1.07, ("down", 1500, 64): 0.88, ("up", 65520, 1): 1.72, ("down", 65520, 64): 1.28}
+# Connections per second of the prototype, with a verdict cached and with a miss for each.
+CACHED, MISSED = 5_500, 3_000
+IDLE_BYTES_MAX = 16 << 10
 POLICY = """version: 1
 defaultAction: deny
 rules:
@@ -60,8 +72,10 @@ def arguments():
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--targets", default="vnet,passt")
     parser.add_argument("--figures", default="bulk,guests,conn,miss,pending,idle")
+    parser.add_argument("--mtus", default="1500,65520", help="of bulk")
     parser.add_argument("--held", type=int, default=10_000)
     parser.add_argument("--json", help="also append the JSON lines to this file")
+    parser.add_argument("--check", action="store_true", help="fail where vnet does worse than it is held to")
     return parser.parse_args()
 
 
@@ -94,20 +108,21 @@ def rss_kb(pid):
 
 
 class Lab:
-    """Servers, a target and its socket."""
+    """Servers, a target and its socket. Of several labs at once the first alone has servers."""
 
-    def __init__(self, options, target, mtu=1500, by_name=False, ask=False, guests=None):
+    def __init__(self, options, target, mtu=1500, by_name=False, ask=False, guests=None, servers=True):
         self.options, self.target, self.mtu = options, target, mtu
         self.bin = pathlib.Path(options.bin)
         self.dir = pathlib.Path(tempfile.mkdtemp(prefix="vnet-bench-"))
         self.socket = self.dir / "vm.sock"
         self.processes, self.controlplane, self.by_name, self.guests = [], None, by_name, 0
-        self.ask, self.between = ask, guests
+        self.ask, self.between, self.servers = ask, guests, servers
 
     def __enter__(self):
         try:
-            self.start(self.bin / "vnet-load", "serve", "--bind", "0.0.0.0", "--port", PORT, "--ports", PORTS)
-            self.start("iperf3", "-s", "-B", SERVER)
+            if self.servers:
+                self.start(self.bin / "vnet-load", "serve", "--bind", "0.0.0.0", "--port", PORT, "--ports", PORTS)
+                self.start("iperf3", "-s", "-B", SERVER)
             if self.target == "vnet":
                 policy = self.dir / "policy.yaml"
                 extra = (BY_NAME if self.by_name else "") + (BETWEEN_GUESTS if self.between == "filtered" else "")
@@ -211,31 +226,41 @@ def spread(values):
     return {"median": middle(values), "min": round(min(values), 4), "max": round(max(values), 4), "n": len(values)}
 
 
-def bulk(options, target, emit):
-    for mtu in (1500, 65520):
-        for batch in (64, 1):
-            with Lab(options, target, mtu) as lab:
-                for direction, flags in (("up", []), ("down", ["-R"])):
-                    if batch == 1 and direction == "down":
-                        continue
-                    runs = []
-                    for _ in range(options.repeats):
-                        argv = lab.guest("iperf3", "-c", SERVER, "-t", f"{options.secs:g}", "-J", *flags, batch=batch)
-                        result = lab.measured(lambda argv=argv: lab.json(argv))
-                        for _ in range(10):
-                            # A run that stalled leaves iperf3's server busy for a while.
-                            if "busy" not in result.get("error", ""):
-                                break
-                            time.sleep(2)
-                            result = lab.measured(lambda argv=argv: lab.json(argv))
-                        if "error" in result:
-                            raise SystemExit(f"iperf3: {result['error']}")
-                        received = result["end"]["sum_received"]
-                        runs.append((received["bits_per_second"] * 1e-9, result["cpu_s"] / (received["bytes"] / 1e9),
-                                     result["end"]["sum_sent"].get("retransmits")))
-                    emit(target=target, figure=f"tcp_bulk_{direction}", mtu=mtu, batch=batch, secs=options.secs,
-                         gbit=spread([r[0] for r in runs]), peer_cpu_s_per_gb=spread([r[1] for r in runs]),
-                         retransmits=middle([r[2] for r in runs]), rss_after_kb=rss_kb(lab.process.pid))
+def iperf(lab, options, *flags, batch):
+    """One run of iperf3 in a guest: Gbit/s, CPU seconds of the target per 10^9 bytes, segments sent again."""
+    argv = lab.guest("iperf3", "-c", SERVER, "-t", f"{options.secs:g}", "-J", *flags, batch=batch)
+    for attempt in range(11):
+        result = lab.measured(lambda: lab.json(argv))
+        # A run that stalled leaves iperf3's server busy for a while.
+        if "busy" not in result.get("error", ""):
+            break
+        time.sleep(2)
+    if "error" in result:
+        raise SystemExit(f"iperf3: {result['error']}")
+    received = result["end"]["sum_received"]
+    return received["bits_per_second"] * 1e-9, result["cpu_s"] / (received["bytes"] / 1e9), result["end"]["sum_sent"].get("retransmits")
+
+
+def bulk(options, targets, emit):
+    for mtu in map(int, options.mtus.split(",")):
+        with contextlib.ExitStack() as stack:
+            labs = [stack.enter_context(Lab(options, target, mtu, servers=first)) for first, target in
+                    zip([True] + [False] * len(targets), targets)]
+            for direction, flags, batch in (("up", [], 64), ("down", ["-R"], 64), ("up", [], 1)):
+                runs = {target: [] for target in targets}
+                for turn in range(options.repeats):
+                    # Neither goes first always.
+                    for lab in labs if turn % 2 == 0 else reversed(labs):
+                        runs[lab.target].append(iperf(lab, options, *flags, batch=batch))
+                for lab in labs:
+                    done = runs[lab.target]
+                    emit(target=lab.target, figure=f"tcp_bulk_{direction}", mtu=mtu, batch=batch, secs=options.secs,
+                         gbit=spread([r[0] for r in done]), peer_cpu_s_per_gb=spread([r[1] for r in done]),
+                         retransmits=middle([r[2] for r in done]), rss_after_kb=rss_kb(lab.process.pid))
+                if {"vnet", "passt"} <= runs.keys():
+                    ratios = [ours[1] / theirs[1] for ours, theirs in zip(runs["vnet"], runs["passt"])]
+                    emit(target="vnet:passt", figure=f"tcp_bulk_{direction}_ratio", direction=direction, mtu=mtu, batch=batch,
+                         cpu=spread(ratios))
 
 
 def between_guests(options, target, emit):
@@ -329,6 +354,36 @@ def idle(options, target, emit):
              rss_per_conn_bytes=round((held - at_rest) * 1024 / max(opened["opened"], 1)))
 
 
+def beyond(rows):
+    """What vnet's figures say that it may not: a line each."""
+    worse = []
+
+    def hold(what, value, most):
+        if value > most:
+            worse.append(f"{what}: {value:.2f}, at most {most:.2f}")
+
+    of = {row["figure"]: row for row in rows if row["target"] == "vnet"}
+    for row in rows:
+        if row["figure"].endswith("_ratio") and (held := PROTOTYPE.get((row["direction"], row["mtu"], row["batch"]))):
+            hold(f"CPU per byte {row['direction']} at MTU {row['mtu']}, of passt's", row["cpu"]["median"], 1.1 * held)
+    for name in "tcp_connrate", "tcp_connrate_miss":
+        if name in of:
+            hold(f"connections that failed ({name})", of[name]["fails"], 0)
+    if "tcp_connrate" in of and "tcp_connrate_miss" in of:
+        hold("connections with a verdict cached, for each with a miss", of["tcp_connrate"]["rate"]["median"] /
+             of["tcp_connrate_miss"]["rate"]["median"], CACHED / MISSED)
+    if "tcp_connrate_miss" in of:
+        hold("connections for each miss", of["tcp_connrate_miss"]["connections"] / max(of["tcp_connrate_miss"]["misses"], 1), 1)
+    asked = {row["asking"]: row["p99_us"]["median"] for row in rows if row["figure"] == "connect_while_pending"}
+    for who in asked.keys() - {"nobody"}:
+        hold(f"99th percentile of connecting while {QUESTIONS} questions of {who} are open, of idle", asked[who] / asked["nobody"], 2)
+    if "idle_conns" in of:
+        idle = of["idle_conns"]
+        hold("idle connections that did not open or live", idle["want"] - (idle["alive"] or 0), 0)
+        hold("bytes for each idle connection", idle["rss_per_conn_bytes"], IDLE_BYTES_MAX)
+    return worse
+
+
 def main():
     options = arguments()
     for program, package in (("unshare", "util-linux"), ("ip", "iproute2"), ("iperf3", "iperf3")):
@@ -359,20 +414,27 @@ def main():
             with open(options.json, "a") as file:
                 file.write(line + "\n")
 
-    figures = {"bulk": bulk, "guests": between_guests, "conn": connections, "miss": lambda *a: connections(*a, miss=True), "pending": pending,
+    figures = {"guests": between_guests, "conn": connections, "miss": lambda *a: connections(*a, miss=True), "pending": pending,
                "idle": idle}
-    for target in options.targets.split(","):
-        if target == "passt" and not shutil.which("passt"):
-            print("passt is not installed; left out", file=sys.stderr)
+    targets = options.targets.split(",")
+    if "passt" in targets and not shutil.which("passt"):
+        print("passt is not installed; left out", file=sys.stderr)
+        targets.remove("passt")
+    for name in options.figures.split(","):
+        if name == "bulk":
+            bulk(options, targets, emit)
             continue
-        for name in options.figures.split(","):
+        for target in targets:
             figures[name](options, target, emit)
 
     print()
-    print(f"{'target':8} {'figure':20} {'':18} value")
+    print(f"{'target':10} {'figure':20} {'':18} value")
     for row in rows:
         which, value = "", ""
-        if row["figure"].startswith("tcp_bulk"):
+        if row["figure"].endswith("_ratio"):
+            which = f"mtu {row['mtu']}, batch {row['batch']}"
+            value = f"{row['cpu']['median']:.2f} of the CPU per byte ({row['cpu']['min']:.2f} to {row['cpu']['max']:.2f})"
+        elif row["figure"].startswith("tcp_bulk"):
             which = f"mtu {row['mtu']}, batch {row['batch']}"
             value = f"{row['gbit']['median']:.2f} Gbit/s, {row['peer_cpu_s_per_gb']['median']:.2f} CPU s/GB"
         elif row["figure"] == "tcp_between_guests":
@@ -386,7 +448,10 @@ def main():
         elif row["figure"] == "idle_conns":
             which = f"{row['opened']} held"
             value = f"{row['rss_idle_kb'] / 1024:.1f} MiB at rest, {row['rss_per_conn_bytes']} bytes each, {row['idle_cpu_pct']} % CPU"
-        print(f"{row['target']:8} {row['figure']:20} {which:18} {value}")
+        print(f"{row['target']:10} {row['figure']:20} {which:18} {value}")
+
+    if options.check and (worse := beyond(rows)):
+        raise SystemExit("\nworse than it is held to:\n  " + "\n  ".join(worse))
 
 
 if __name__ == "__main__":
