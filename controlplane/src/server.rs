@@ -230,15 +230,15 @@ fn open_hub(config: &Config, metrics: &Arc<Metrics>) -> Result<Hub, RunError> {
     let mut state = store::open(&config.store)?;
     let mut history = config.history.as_ref().map(store::open).transpose()?;
     let snapshot = state.load()?;
-    let last_sequence = match &mut history {
-        Some(history) => history.last_sequence()?,
-        None => state.last_sequence()?,
+    let opened = match &mut history {
+        Some(history) => history.open_history()?,
+        None => state.open_history()?,
     };
     let writer = Writer::start(state, history, Arc::clone(metrics))?;
     let clock = Clock::system();
     Ok(Hub::new(
         snapshot,
-        last_sequence,
+        opened,
         writer,
         clock,
         Arc::clone(metrics),

@@ -66,13 +66,13 @@ impl Rig {
 
     pub(crate) fn start(location: &Location, secure_mode: bool) -> Self {
         let mut store = store::open(location).unwrap();
-        let (snapshot, last) = (store.load().unwrap(), store.last_sequence().unwrap());
+        let (snapshot, history) = (store.load().unwrap(), store.open_history().unwrap());
         let metrics = Arc::new(Metrics::default());
         let writer = Writer::start(store, None, Arc::clone(&metrics)).unwrap();
         let clock = Clock::manual(SystemTime::now());
         let hub = Hub::new(
             snapshot,
-            last,
+            history,
             writer,
             clock.clone(),
             Arc::clone(&metrics),

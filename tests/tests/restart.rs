@@ -107,6 +107,38 @@ fn an_answer_for_ever_survives_kill_9() {
     });
 }
 
+#[test]
+fn t63_kill_9_leaves_a_mark_in_the_history_and_an_end_in_order_none() {
+    staged(
+        t63_kill_9_leaves_a_mark_in_the_history_and_an_end_in_order_none,
+        |world| {
+            let cut_off = || {
+                let events = world.list(&["events", "list", "--limit", "1000"]);
+                let cut = events.into_iter().filter(|e| e["kind"] == "HISTORY_CUT_OFF");
+                cut.count()
+            };
+            let first = Controlplane::start(world, Signal::SIGTERM);
+            let second = first.restart(world);
+            assert_eq!(cut_off(), 0, "ended in order");
+            drop(second);
+            let killed = Controlplane::start(world, Signal::SIGKILL);
+            let before = world.list(&["events", "list"]);
+            let _again = killed.restart(world);
+            assert_eq!(cut_off(), 1);
+            // A watch that is resumed from before the kill is told of it rather than of a number of missing events.
+            let numbers = before
+                .iter()
+                .filter_map(|e| e["sequence"].as_str()?.parse::<u64>().ok());
+            let after = numbers.max().unwrap_or(0).to_string();
+            let mut watch = world.program("vnetctl");
+            watch.args(["events", "watch", "--after", &after, "-o", "json"]);
+            let watch = Running::start(watch);
+            eventually("the mark is told", || watch.stdout().contains("HISTORY_CUT_OFF"));
+            assert!(!watch.stdout().contains("GAP"), "{}", watch.stdout());
+        },
+    );
+}
+
 const SHUT: &str = "version: 1\nrules:\n  - {name: shut, action: deny}\n";
 const WEB: &str = "version: 1\nrules:\n  - {name: web, action: allow, cidr: 203.0.113.10/32, ports: [80]}\n";
 

@@ -127,7 +127,8 @@ fn past(
             let mut events = Vec::with_capacity(chunk.len());
             let mut expected = after + 1;
             for event in chunk {
-                if event.sequence > expected {
+                // Nobody knows how many were lost where a history was cut off; that event says so itself.
+                if event.sequence > expected && event.kind() != v1::EventKind::HistoryCutOff {
                     events.push(gap(event.sequence - expected));
                 }
                 expected = event.sequence + 1;

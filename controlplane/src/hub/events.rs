@@ -12,6 +12,7 @@ use crate::convert;
 use crate::fleet::Fleet;
 use crate::metrics::Metrics;
 use crate::refusal::Refusal;
+use crate::store::History;
 use crate::watch::{Watch, Watchers};
 
 /// What a reader of events asked for.
@@ -37,6 +38,10 @@ impl EventFilter {
     }
 }
 
+/// How far the numbers go on after a history that was cut off: beyond any that was given to a watcher and not yet
+/// recorded, so that no number ever means two events. What waits to be recorded is fewer.
+const CUT_OFF_STEP: u64 = 1_000_000;
+
 /// The numbering, the watchers, and what is still to be recorded.
 #[derive(Debug)]
 pub(super) struct EventLog {
@@ -46,9 +51,10 @@ pub(super) struct EventLog {
 }
 
 impl EventLog {
-    pub(super) fn new(sequence: u64, watchers: Watchers<EventFilter, v1::Event>) -> Self {
+    pub(super) fn new(history: History, watchers: Watchers<EventFilter, v1::Event>) -> Self {
+        let given_out = if history.cut_off { CUT_OFF_STEP } else { 0 };
         Self {
-            sequence,
+            sequence: history.last_sequence + given_out,
             watchers,
             unrecorded: Vec::new(),
         }
@@ -92,6 +98,13 @@ impl Hub {
         let lets = |state: &super::State, e: &v1::Event| e.kind == gap || filter.lets(e, &state.fleet);
         self.read(|state, _| events.into_iter().filter(|e| lets(state, e)).collect())
     }
+}
+
+/// The event that says where a history was cut off.
+pub(super) fn cut_off() -> v1::Event {
+    let text = "the controlplane before this one ended without closing its history (it was killed, or the \
+                machine stopped): what happened in its last moments may be missing";
+    about(v1::EventKind::HistoryCutOff, "", text)
 }
 
 /// An event about a VM.

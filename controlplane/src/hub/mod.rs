@@ -58,7 +58,7 @@ use crate::grant::{GrantId, Grants, VmInstance};
 use crate::metrics::Metrics;
 use crate::policy::ListCache;
 use crate::refusal::Refusal;
-use crate::store::{Durable, Snapshot, StoredVm, Write, Writer};
+use crate::store::{Durable, History, Snapshot, StoredVm, Write, Writer};
 use crate::watch::{Watch, Watchers};
 
 pub use answers::{NewGrant, Reply};
@@ -146,7 +146,7 @@ impl Hub {
     /// [`Refusal`] if there is no randomness to be had.
     pub fn new(
         snapshot: Snapshot,
-        last_sequence: u64,
+        history: History,
         writer: Writer,
         clock: Clock,
         metrics: Arc<Metrics>,
@@ -174,7 +174,7 @@ impl Hub {
             spent: VecDeque::new(),
             request_ids: VecDeque::new(),
             events: EventLog::new(
-                last_sequence,
+                history,
                 Watchers::new(WATCH_QUEUE_MAX, EVENT_WATCHES_MAX, Arc::clone(&metrics)),
             ),
             repeats: Repeats::default(),
@@ -184,6 +184,12 @@ impl Hub {
             writes: Vec::new(),
             metrics: Arc::clone(&metrics),
         };
+        if history.cut_off {
+            tracing::warn!("the history was cut off: the controlplane before this one was killed");
+            state
+                .events
+                .publish(now, &state.fleet, &metrics, events::cut_off());
+        }
         let lists = ListCache::default();
         state.restore(
             now,

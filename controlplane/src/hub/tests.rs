@@ -18,7 +18,7 @@ use vnet_proto::v1::session_response::Message as Told;
 use super::*;
 use crate::approval::Answer;
 use crate::grant::{GrantAction, Lifetime};
-use crate::store::Location;
+use crate::store::{EventQuery, Location};
 use crate::testing::{FakeDataplane, Rig, TempDir, alias, cuts, flow, hello, lookup, verdicts, vm_up};
 use crate::watch::Next;
 
@@ -708,6 +708,45 @@ async fn grants_policies_and_sequence_survive_a_restart() {
     assert_eq!(rig.hub.grants("web").unwrap().len(), 1);
     rig.pass(LOST_GRACE);
     assert_eq!(rig.hub.grants("").unwrap().len(), 1);
+}
+
+#[tokio::test]
+async fn t63_a_history_that_was_cut_off_says_so_and_no_number_means_two_events() {
+    let dir = TempDir::new();
+    let file = dir.path().join("s.db");
+    let location = Location::Sqlite(file.clone());
+    let all = || EventQuery {
+        oldest_first: true,
+        limit: 1_000,
+        ..Default::default()
+    };
+    let last = {
+        let rig = Rig::start(&location, true);
+        let _dp = rig.dataplane("web");
+        rig.hub.watch_events(EventFilter::default()).unwrap().1
+    };
+    // Closed in order: nothing is said, and the numbers go on.
+    let rig = Rig::start(&location, true);
+    assert_eq!(rig.hub.watch_events(EventFilter::default()).unwrap().1, last);
+    drop(rig);
+
+    // Killed: its mark is still there.
+    rusqlite::Connection::open(&file)
+        .unwrap()
+        .execute("INSERT INTO history_opened (one) VALUES (1)", [])
+        .unwrap();
+    let rig = Rig::start(&location, true);
+    let (_watch, given) = rig.hub.watch_events(EventFilter::default()).unwrap();
+    assert!(given > last + 1_000, "{last}, then {given}");
+    rig.hub.tick();
+    let kept = rig.hub.writer().events(all()).await.unwrap();
+    let cut = kept.iter().filter(|e| e.kind() == v1::EventKind::HistoryCutOff);
+    let cut: Vec<u64> = cut.map(|event| event.sequence).collect();
+    assert_eq!(cut, [given]);
+    drop(rig);
+    // It is told once.
+    let rig = Rig::start(&location, true);
+    assert_eq!(rig.hub.watch_events(EventFilter::default()).unwrap().1, given);
 }
 
 #[test]

@@ -7,8 +7,8 @@ use vnet_proto::v1;
 
 use super::retention::Census;
 use super::{
-    Class, EventQuery, LISTED_REVISIONS_MAX, Snapshot, Store, StoreError, StoredGrant, StoredVm, Write,
-    confirmed, fallback_of,
+    Class, EventQuery, History, LISTED_REVISIONS_MAX, Snapshot, Store, StoreError, StoredGrant, StoredVm,
+    Write, confirmed, fallback_of,
 };
 use crate::lists::described;
 
@@ -196,7 +196,14 @@ impl Store for MemoryStore {
         })
     }
 
-    fn last_sequence(&mut self) -> Result<u64, StoreError> {
-        Ok(self.events.last_key_value().map_or(0, |(sequence, _)| *sequence))
+    fn open_history(&mut self) -> Result<History, StoreError> {
+        Ok(History {
+            last_sequence: self.events.last_key_value().map_or(0, |(sequence, _)| *sequence),
+            cut_off: false,
+        })
+    }
+
+    fn close_history(&mut self) -> Result<(), StoreError> {
+        Ok(())
     }
 }

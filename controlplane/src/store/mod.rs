@@ -207,6 +207,15 @@ pub enum Write {
     PutVm(String, Option<StoredVm>),
 }
 
+/// How a history was left by whoever added events last.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct History {
+    /// The highest sequence number among its events.
+    pub last_sequence: u64,
+    /// It was not closed: its writer was killed, or the machine stopped, and what was not yet added is missing.
+    pub cut_off: bool,
+}
+
 /// Which events to read back.
 #[derive(Debug, Clone, Default)]
 pub struct EventQuery {
@@ -267,11 +276,17 @@ pub trait Store: Send + 'static {
     /// [`StoreError`].
     fn events(&mut self, query: &EventQuery) -> Result<Vec<v1::Event>, StoreError>;
 
-    /// The highest sequence number ever given out.
+    /// Notes, durably, that events will be added from now on; and says how the history was left.
     ///
     /// # Errors
     /// [`StoreError`].
-    fn last_sequence(&mut self) -> Result<u64, StoreError>;
+    fn open_history(&mut self) -> Result<History, StoreError>;
+
+    /// Notes that all events were added.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    fn close_history(&mut self) -> Result<(), StoreError>;
 }
 
 /// The revision that comes back if this one, the last of its policy, is not confirmed. `None`: it awaits nothing,

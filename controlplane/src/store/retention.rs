@@ -46,9 +46,11 @@ impl Class {
             Kind::PendingClosed if matches!(event.action(), v1::Action::Allow | v1::Action::Deny) => {
                 Self::Acts
             }
-            Kind::VmAttached | Kind::VmDetached | Kind::DataplaneConnected | Kind::DataplaneLost => {
-                Self::Presence
-            }
+            Kind::VmAttached
+            | Kind::VmDetached
+            | Kind::DataplaneConnected
+            | Kind::DataplaneLost
+            | Kind::HistoryCutOff => Self::Presence,
             Kind::FlowOpened
             | Kind::FlowClosed
             | Kind::FlowDenied

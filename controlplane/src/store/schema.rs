@@ -31,6 +31,10 @@ pub(super) const MIGRATIONS: &[Step] = &[
         sql: LIST_USES,
         then: Some(note_list_uses),
     },
+    Step {
+        sql: OPENED,
+        then: None,
+    },
 ];
 
 /// The version that this program writes.
@@ -86,6 +90,12 @@ const LIST_USES: &str = "
         PRIMARY KEY (name, revision, sha256)
     ) STRICT, WITHOUT ROWID;
     CREATE INDEX list_uses_by_list ON list_uses (sha256);
+";
+
+const OPENED: &str = "
+    CREATE TABLE history_opened (            -- a row while a controlplane has the history open
+        one INTEGER PRIMARY KEY CHECK (one = 1)
+    ) STRICT;
 ";
 
 /// Gives revisions of before their entries.

@@ -18,8 +18,8 @@ use vnet_proto::v1;
 use super::retention::Census;
 use super::schema::{MIGRATIONS, VERSION};
 use super::{
-    Class, EventQuery, LISTED_REVISIONS_MAX, Snapshot, Store, StoreError, StoredGrant, StoredVm, Write,
-    confirmed, fallback_of,
+    Class, EventQuery, History, LISTED_REVISIONS_MAX, Snapshot, Store, StoreError, StoredGrant, StoredVm,
+    Write, confirmed, fallback_of,
 };
 use crate::lists::described;
 use crate::paths;
@@ -374,11 +374,21 @@ impl Store for SqliteStore {
         Ok(found)
     }
 
-    fn last_sequence(&mut self) -> Result<u64, StoreError> {
-        let last: Option<i64> = self
-            .connection
-            .query_row("SELECT max(sequence) FROM events", [], |row| row.get(0))?;
-        Ok(last.map_or(0, |last| u64::try_from(last).unwrap_or(0)))
+    fn open_history(&mut self) -> Result<History, StoreError> {
+        let transaction = self.connection.transaction()?;
+        let last: Option<i64> =
+            transaction.query_row("SELECT max(sequence) FROM events", [], |row| row.get(0))?;
+        let opened = transaction.execute("INSERT OR IGNORE INTO history_opened (one) VALUES (1)", [])?;
+        transaction.commit()?;
+        Ok(History {
+            last_sequence: last.map_or(0, |last| u64::try_from(last).unwrap_or(0)),
+            cut_off: opened == 0,
+        })
+    }
+
+    fn close_history(&mut self) -> Result<(), StoreError> {
+        self.connection.execute("DELETE FROM history_opened", [])?;
+        Ok(())
     }
 }
 

@@ -154,7 +154,7 @@ fn check(store: &mut dyn Store) {
     );
     let kinds = vec![v1::EventKind::FlowOpened.into()];
     assert_eq!(found(store, EventQuery { kinds, ..all }), [8, 6, 4, 2]);
-    assert_eq!(store.last_sequence().unwrap(), 9);
+    assert_eq!(store.open_history().unwrap().last_sequence, 9);
 }
 
 #[test]
@@ -234,7 +234,7 @@ async fn writer_answers_when_durable_and_reads_what_was_left() {
     let mut store = SqliteStore::open(&file).unwrap();
     assert_eq!(store.load().unwrap().grants, [grant("g1")]);
     assert_eq!(
-        store.last_sequence().unwrap(),
+        store.open_history().unwrap().last_sequence,
         2,
         "what was left when it ended is recorded"
     );
@@ -462,7 +462,7 @@ fn one_vm_pushes_out_neither_anothers_traffic_nor_what_people_did() {
         assert_eq!(flooded.len() as u64, HISTORY_TRAFFIC_PER_VM_MAX);
         assert_eq!(flooded[0], 5 + 1_000, "the oldest go first");
         assert_eq!(kept(store, |e| e.sequence <= 4), [1, 2, 3, 4]);
-        assert_eq!(store.last_sequence().unwrap(), 4 + many);
+        assert_eq!(store.open_history().unwrap().last_sequence, 4 + many);
     }
 }
 
@@ -575,8 +575,11 @@ impl Store for Stuck {
     fn events(&mut self, query: &EventQuery) -> Result<Vec<v1::Event>, StoreError> {
         self.store.events(query)
     }
-    fn last_sequence(&mut self) -> Result<u64, StoreError> {
-        self.store.last_sequence()
+    fn open_history(&mut self) -> Result<History, StoreError> {
+        self.store.open_history()
+    }
+    fn close_history(&mut self) -> Result<(), StoreError> {
+        self.store.close_history()
     }
 }
 

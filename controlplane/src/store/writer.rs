@@ -75,7 +75,8 @@ impl Stores {
 }
 
 impl Writer {
-    /// Starts the thread. Without a `history` of its own, events go into `state`.
+    /// Starts the thread. Without a `history` of its own, events go into `state`. The history is open, and is closed
+    /// when the thread ends.
     ///
     /// # Errors
     /// [`StoreError::Open`] if no thread can be had.
@@ -237,6 +238,9 @@ fn run(mut stores: Stores, queue: &Receiver<Job>, traffic: &AtomicUsize, metrics
             Err(RecvTimeoutError::Timeout) => true,
             Err(RecvTimeoutError::Disconnected) => {
                 record(&mut stores, &mut batch, metrics);
+                if let Err(e) = stores.history().close_history() {
+                    tracing::error!(error = %e, cause = cause(&e), "the history could not be closed");
+                }
                 return;
             }
         };
