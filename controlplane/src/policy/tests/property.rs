@@ -12,9 +12,13 @@
 use std::collections::HashMap;
 use std::net::{IpAddr, SocketAddr};
 
-use vnet_proto::model::{Name, NameDemand, PortRange};
+use vnet_proto::model::{Name, NameDemand, PortRange, Subject};
+use vnet_proto::v1;
+use vnet_proto::v1::session_request::Message;
+use vnet_proto::v1::session_response::Message as Told;
 
 use super::*;
+use crate::testing::{FakeDataplane, Rig, cuts, verdicts};
 
 const PAIRS: u32 = 100_000;
 
@@ -672,6 +676,84 @@ fn t04_an_edit_of_something_else_decides_nothing_otherwise() {
     for outcome in [Outcome::Allow, Outcome::Deny, Outcome::Drop, Outcome::Ask] {
         assert!(outcomes[&outcome] > 200, "{outcomes:?}");
     }
+}
+
+/// What a running server tells a dataplane of a flow: the action and what it rests on, or that a person is asked.
+fn told_of(dataplane: &mut FakeDataplane, flow: &FlowSubject) -> (String, Option<v1::Verdict>) {
+    let miss = dataplane.miss(Subject::Flow(flow.clone()));
+    let told = dataplane.told();
+    let Some(verdict) = verdicts(&told).into_iter().find(|v| v.miss_id == miss.0) else {
+        let held = |t: &Told| matches!(t, Told::Held(held) if held.miss_id == miss.0);
+        assert!(told.iter().any(held), "neither decided nor held: {told:?}");
+        // Given up, so that no request waits for room.
+        dataplane.say(Message::MissEnded(v1::MissEnded {
+            miss_id: miss.0,
+            end: v1::MissEnd::GuestGaveUp.into(),
+        }));
+        return ("asked".to_owned(), None);
+    };
+    let said = format!(
+        "{:?}, demands {:?}, names {:?}",
+        verdict.action(),
+        verdict.name_demand,
+        verdict.names
+    );
+    (said, Some(verdict))
+}
+
+#[test]
+fn t04_an_edit_of_something_else_under_a_running_server_decides_nothing_otherwise_and_cuts_nothing() {
+    let mut draw = Draw(0x5eed_1234_abcd_0041);
+    let rig = Rig::open();
+    let mut dataplane = rig.dataplane(&vm().name);
+    let (mut opened, mut asked) = (0, 0);
+    for _ in 0..150 {
+        let document = drawn(&mut draw);
+        let edit = loop {
+            let edit = edited(&mut draw, &document);
+            // Whether anybody is waited for is no small matter.
+            if !edit.text().contains("approvalTimeout: 0\n") {
+                break edit;
+            }
+        };
+        let world = World::draw(&mut draw);
+        let flows = std::iter::repeat_with(|| {
+            let address = draw.one(&ADDRESSES).parse().unwrap();
+            world.flow(protocol(&mut draw, address), address, *draw.one(&PORTS))
+        });
+        // Another guest's mode decides as well, and here is no other.
+        let flows = flows.filter(|flow| !flow.guards.contains(Guard::Guest));
+        let flows: Vec<FlowSubject> = flows.take(12).collect();
+        rig.apply(&document.text());
+        // Live flows of the document before are cut here, as it may be.
+        dataplane.told();
+        let mut before = Vec::new();
+        let mut live = Vec::new();
+        for flow in &flows {
+            let (said, verdict) = told_of(&mut dataplane, flow);
+            if let Some(verdict) = verdict.filter(|v| v.action() == v1::Action::Allow) {
+                live.push(dataplane.open_by(&Subject::Flow(flow.clone()), &verdict));
+            }
+            asked += u64::from(said == "asked");
+            before.push(said);
+        }
+        opened += live.len();
+        rig.apply(&edit.text());
+        // Those of documents before are told again until they have ended.
+        let mut cut = cuts(&dataplane.told());
+        cut.retain(|flow| live.contains(flow));
+        assert!(
+            cut.is_empty(),
+            "{cut:?} of {live:?}\n{}\n{}",
+            document.text(),
+            edit.text()
+        );
+        for (flow, was) in flows.iter().zip(before) {
+            let (is, _) = told_of(&mut dataplane, flow);
+            assert_eq!(was, is, "{flow:?}\n{}\n{}", document.text(), edit.text());
+        }
+    }
+    assert!(opened > 300 && asked > 100, "{opened} opened, {asked} asked");
 }
 
 #[test]
