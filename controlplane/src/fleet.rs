@@ -213,14 +213,7 @@ pub struct Vm {
 impl Fleet {
     /// A name that no VM has: the wanted one, else with -2, -3 and so on.
     pub fn free_name(&self, wanted: &str) -> String {
-        if !self.vms.contains_key(wanted) {
-            return wanted.to_owned();
-        }
-        // Ends: there are fewer VMs than numbers.
-        (2u64..)
-            .map(|n| format!("{wanted}-{n}"))
-            .find(|name| !self.vms.contains_key(name))
-            .unwrap_or_else(|| wanted.to_owned())
+        numbered(wanted, |name| self.vms.contains_key(name))
     }
 
     /// Dataplanes by the part of attachments ([`VmInstance`]) that is theirs; see [`place`].
@@ -276,6 +269,18 @@ impl Fleet {
             ))),
         }
     }
+}
+
+/// The wanted name, or if it is taken the first of NAME-2, NAME-3 and so on that is not. An empty name stays empty.
+pub fn numbered(wanted: &str, taken: impl Fn(&str) -> bool) -> String {
+    if wanted.is_empty() || !taken(wanted) {
+        return wanted.to_owned();
+    }
+    // Ends: fewer names are taken than there are numbers.
+    (2u64..)
+        .map(|n| format!("{wanted}-{n}"))
+        .find(|name| !taken(name))
+        .unwrap_or_else(|| wanted.to_owned())
 }
 
 impl Vm {

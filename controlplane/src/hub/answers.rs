@@ -339,8 +339,8 @@ impl State {
     }
 
     fn grant_made(&mut self, now: Now, grant: &Grant, actor: &str) {
-        // One for once is void in a minute; it is not worth a restart's while.
-        if grant.lifetime != Lifetime::Once {
+        // A yes for once is not kept: after a kill it is asked for again, rather than used twice. A no is.
+        if grant.lifetime != Lifetime::Once || grant.action == GrantAction::Deny {
             self.writes
                 .push(Write::PutGrant(Box::new(convert::to_store(grant, None))));
         }

@@ -147,17 +147,21 @@ impl State {
                 self.last_dataplane
             }
         };
-        let taken = |name: &str| {
-            self.fleet
-                .dataplanes
-                .iter()
-                .any(|(n, d)| *n != number && d.name == name)
-        };
-        let mut name = hello.dataplane.clone();
-        let mut suffix = 2;
-        while taken(&name) {
-            name = format!("{}-{suffix}", hello.dataplane);
-            suffix += 1;
+        let others = || self.fleet.dataplanes.iter().filter(|(n, _)| **n != number);
+        let name = fleet::numbered(&hello.dataplane, |name| others().any(|(_, d)| d.name == name));
+        let network = fleet::numbered(&hello.network, |name| others().any(|(_, d)| d.network == name));
+        for (what, own, given) in [
+            ("dataplane", &hello.dataplane, &name),
+            ("network", &hello.network, &network),
+        ] {
+            if own != given {
+                tracing::warn!(
+                    what,
+                    own,
+                    given,
+                    "a name is in use by another dataplane; start each with a name of its own"
+                );
+            }
         }
 
         self.last_session += 1;
@@ -171,7 +175,7 @@ impl State {
         let mut dataplane = Dataplane {
             name,
             boot_id: hello.boot_id,
-            network: hello.network,
+            network,
             link: Some(Link {
                 session: key.session,
                 outbox,
@@ -261,7 +265,7 @@ impl State {
         );
         self.count_malformed(|state| state.handle_uses(now, number, hello.uses));
         for flow in hello.live_flows {
-            self.count_malformed(|state| state.handle_flow_opened(now, number, flow));
+            self.count_malformed(|state| state.handle_flow_opened(now, number, flow, true));
         }
         for binding in hello.bindings {
             self.count_malformed(|state| state.handle_binding(now, number, binding));
@@ -286,7 +290,7 @@ impl State {
             Message::MissEnded(ended) => self.handle_miss_ended(now, number, ended),
             Message::FlowOpened(flow) => {
                 let id = vnet_proto::model::FlowId(flow.flow_id);
-                if !self.count_malformed(|state| state.handle_flow_opened(now, number, flow)) {
+                if !self.count_malformed(|state| state.handle_flow_opened(now, number, flow, false)) {
                     // What cannot be read cannot be judged.
                     self.cut(None, number, vec![id], "its report is malformed");
                 }
@@ -372,6 +376,13 @@ impl State {
             )));
         }
         let name = known.clone().unwrap_or_else(|| self.fleet.free_name(&up.name));
+        if known.is_none() && name != up.name {
+            tracing::warn!(
+                vm = name,
+                wanted = up.name,
+                "the VM's name is in use by another VM: what is said of that one does not hold for this one"
+            );
+        }
         // All but quarantine was set for one attachment.
         let set = self.set.get(&name).cloned().unwrap_or_default();
         let set = if set.instance == instance.0 {

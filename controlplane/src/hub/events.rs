@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use vnet_proto::model::{Subject, VmSelector};
+use vnet_proto::model::{Guard, Subject, Target, VmSelector};
 use vnet_proto::v1;
 
 use super::Hub;
@@ -135,6 +135,23 @@ pub(super) fn on_subject(mut event: v1::Event, subject: &Subject, peer: &str) ->
         }
     }
     event
+}
+
+/// What a flow or lookup is for, as it begins a sentence about it.
+pub(super) fn on_whom(subject: &Subject) -> String {
+    match subject {
+        Subject::Flow(flow) if flow.guards.contains(Guard::Synthetic) => {
+            format!("{} to {}", flow.key.protocol, Target::of_subject(flow))
+        }
+        Subject::Flow(flow) => flow.key.to_string(),
+        Subject::Lookup(lookup) => {
+            format!(
+                "lookup of {} ({})",
+                lookup.name,
+                convert::record_type(lookup.query_type)
+            )
+        }
+    }
 }
 
 /// Whose an address is, for a sentence: nothing where it is no guest's.

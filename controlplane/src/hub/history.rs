@@ -66,7 +66,8 @@ impl Hub {
         self.each_event(&kinds, span, |event| {
             let vm = self.recorded_vm(&mut asked, &event.vm);
             let selected = filter.is_none_or(|f| f.matches(&vm.view.name, &vm.view.labels));
-            if selected && !event.vm.is_empty() {
+            // One that was announced anew is no other flow.
+            if selected && !event.vm.is_empty() && !event.announced {
                 take(recorded(vm, &event));
             }
         })

@@ -148,7 +148,8 @@ impl Offers {
 
     /// Counts flows that are in the history.
     pub fn count_past(&mut self, events: &[v1::Event]) {
-        for event in events {
+        // One that was announced anew is no other flow.
+        for event in events.iter().filter(|event| !event.announced) {
             let Some((protocol, address, port)) = egress(event) else {
                 continue;
             };

@@ -661,6 +661,107 @@ fn live_flows_of_a_reconnect_are_judged_under_what_is_in_force() {
 }
 
 #[tokio::test]
+async fn a_flow_that_is_announced_anew_is_told_as_such_and_is_no_other_in_the_history() {
+    let rig = Rig::open();
+    let (mut watch, _) = rig.hub.watch_events(EventFilter::default()).unwrap();
+    let vnet_proto::model::Subject::Flow(subject) = flow("192.0.2.7:22", &[]) else {
+        unreachable!()
+    };
+    let live = v1::FlowOpened {
+        flow_id: 1,
+        vm: 1,
+        subject: Some((&subject).into()),
+        ..Default::default()
+    };
+    let mut dp = rig.dataplane_with(v1::Hello {
+        live_flows: vec![live],
+        ..hello(1, vec![vm_up(1, "web")])
+    });
+    dp.open(&flow("192.0.2.8:22", &[]), None, "");
+    let opened: Vec<(bool, String)> = std::iter::from_fn(|| watch.try_next())
+        .filter_map(|next| match next {
+            Next::Change(event) if event.kind() == v1::EventKind::FlowOpened => {
+                Some((event.announced, event.text))
+            }
+            _ => None,
+        })
+        .collect();
+    assert_eq!(
+        opened,
+        [
+            (true, "web still has open tcp 192.0.2.7:22".to_owned()),
+            (false, "web opened tcp 192.0.2.8:22".to_owned())
+        ]
+    );
+    let mut recalled = 0;
+    let span = Span::default();
+    rig.hub.recall(None, span, |_| recalled += 1).await.unwrap();
+    assert_eq!(recalled, 1);
+}
+
+#[test]
+fn what_a_cached_verdict_refused_is_told_of_its_own_target() {
+    let rig = Rig::open();
+    let mut dp = rig.dataplane("web");
+    let (mut watch, _) = rig.hub.watch_events(EventFilter::default()).unwrap();
+    rig.apply("mode: enforce\ndefaultAction: deny\ndns: {defaultAction: deny}\n");
+    let refused = dp.verdict(flow("192.0.2.8:22", &[]));
+    let name = dp.verdict(lookup("one.test", 1));
+    for (verdict, subject) in [
+        (&refused, flow("192.0.2.9:23", &[])),
+        (&name, lookup("two.test", 28)),
+    ] {
+        let subject = match &subject {
+            Subject::Flow(flow) => v1::decided::Subject::Flow(flow.into()),
+            Subject::Lookup(lookup) => v1::decided::Subject::Lookup(lookup.into()),
+        };
+        dp.say(Message::Decided(v1::Decided {
+            vm: 1,
+            subject: Some(subject),
+            action: verdict.action,
+            reason: verdict.reason.clone(),
+            count: 1,
+            ..Default::default()
+        }));
+    }
+    let texts: Vec<String> = std::iter::from_fn(|| watch.try_next())
+        .filter_map(|next| match next {
+            Next::Change(event) if !event.names.is_empty() || event.tuple.is_some() => {
+                Some(event.text.clone())
+            }
+            _ => None,
+        })
+        .collect();
+    let why = "nothing allows it, and the default action of policy default denies";
+    assert_eq!(
+        texts,
+        [
+            format!("tcp 192.0.2.8:22: {why}"),
+            format!("lookup of one.test (A): {why}"),
+            format!("tcp 192.0.2.9:23: {why}"),
+            format!("lookup of two.test (AAAA): {why}"),
+        ]
+    );
+}
+
+#[test]
+fn dataplanes_of_one_name_and_network_are_told_apart() {
+    let rig = Rig::open();
+    let _first = rig.dataplane("a");
+    let second = v1::Hello {
+        dataplane: "dp1".to_owned(),
+        network: "net1".to_owned(),
+        ..hello(2, vec![vm_up(1, "b")])
+    };
+    let _second = rig.dataplane_with(second);
+    let networks = ["net1", "net1-2"].map(|name| {
+        rig.hub
+            .read(|state, _| state.fleet.dataplane_of_network(name).is_ok())
+    });
+    assert_eq!(networks, [true, true]);
+}
+
+#[tokio::test]
 async fn grants_policies_and_sequence_survive_a_restart() {
     let dir = TempDir::new();
     let location = Location::Sqlite(dir.path().join("s.db"));
@@ -669,10 +770,14 @@ async fn grants_policies_and_sequence_survive_a_restart() {
         let mut dp = rig.dataplane("web");
         let applied = rig.apply("defaultAction: deny\nmode: ask\n");
         applied.durable.wait().await.unwrap();
-        for lifetime in [Lifetime::Forever, Lifetime::UntilVmStops, Lifetime::Once] {
-            let made = rig
-                .hub
-                .create_grant(grant(GrantAction::Allow, "tcp 192.0.2.7:443", None, lifetime));
+        let (allow, deny) = (GrantAction::Allow, GrantAction::Deny);
+        for (action, to, lifetime) in [
+            (allow, "tcp 192.0.2.7:443", Lifetime::Forever),
+            (allow, "tcp 192.0.2.7:443", Lifetime::UntilVmStops),
+            (allow, "tcp 192.0.2.7:443", Lifetime::Once),
+            (deny, "tcp 192.0.2.8:443", Lifetime::Once),
+        ] {
+            let made = rig.hub.create_grant(grant(action, to, None, lifetime));
             made.unwrap().3.wait().await.unwrap();
         }
         rig.hub
@@ -690,15 +795,16 @@ async fn grants_policies_and_sequence_survive_a_restart() {
     assert_eq!(rig.hub.policy("").unwrap().revision, 1);
     assert_eq!(
         rig.hub.grants("").unwrap().len(),
-        2,
-        "one for once is not worth keeping"
+        3,
+        "a yes for once is asked for again, a no is kept"
     );
     // The same attachment comes back: what was set for it holds.
     let dp = rig.dataplane("web");
     assert_eq!(rig.hub.vm("web").unwrap().mode, v1::Mode::Block as i32);
-    assert_eq!(rig.hub.grants("web").unwrap().len(), 2);
+    assert_eq!(rig.hub.grants("web").unwrap().len(), 3);
     rig.pass(LOST_GRACE);
-    assert_eq!(rig.hub.grants("web").unwrap().len(), 2);
+    let left = rig.hub.grants("web").unwrap().len();
+    assert_eq!(left, 2, "the no for once is void in a minute, as ever");
     drop(dp);
     drop(rig);
     // It does not: what was bound to it ends.

@@ -9,7 +9,7 @@ use vnet_proto::model::{
 };
 use vnet_proto::v1;
 
-use super::events::{about, of_peer, on_subject};
+use super::events::{about, of_peer, on_subject, on_whom};
 use super::repeats::Key;
 use super::{Hub, State, Ticket, ids};
 use crate::approval::MissRef;
@@ -127,12 +127,13 @@ impl State {
             .filter(selected)
     }
 
-    /// A flow opened. One that an older epoch's verdict let through is judged anew, and cut if need be.
+    /// A flow opened, or was announced as live with its dataplane's session. One that an older epoch's verdict let through is judged anew, and cut if need be.
     pub(super) fn handle_flow_opened(
         &mut self,
         now: Now,
         number: DataplaneNo,
         message: v1::FlowOpened,
+        announced: bool,
     ) -> Result<(), Malformed> {
         let id = FlowId(message.flow_id);
         let subject: FlowSubject = message
@@ -195,13 +196,15 @@ impl State {
             miss: MissId(message.miss_id),
         });
         let subject = Subject::Flow(flow.subject.clone());
-        let text = format!("{name} opened {}{}", flow.subject.key, of_peer(&flow.peer));
+        let done = if announced { "still has open" } else { "opened" };
+        let text = format!("{name} {done} {}{}", flow.subject.key, of_peer(&flow.peer));
         let event = v1::Event {
             subject: flow.id.clone(),
             action: v1::Action::Allow.into(),
             reason: Some((&flow.reason).into()),
             would_deny: flow.would_deny,
             ingress: flow.ingress,
+            announced,
             ..on_subject(
                 about(v1::EventKind::FlowOpened, &name, text),
                 &subject,
@@ -395,6 +398,12 @@ impl State {
         };
         let reason = message.reason.map(Reason::from).unwrap_or_default();
         let count = message.count.max(1);
+        if reason.step == "limit" {
+            // Kept apart by the limit, not by the target: a flood that reaches one must not hide that it did.
+            let text = format!("{}: {}", on_whom(&subject), reason.text);
+            let event = on_subject(about(v1::EventKind::LimitReached, &name, text), &subject, "");
+            self.repeated_event(now, Key::limit(&reason.text), count, event);
+        }
         self.decided(
             now,
             &name,

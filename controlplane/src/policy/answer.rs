@@ -1,4 +1,7 @@
 //! Answers in words: what each step of a decision says, why, and what would change it.
+//!
+//! A reason travels with a verdict to every flow that its match covers, and is told of each of them: it never says
+//! the port, address or name of the one that it was made for ("it").
 
 use std::sync::Arc;
 use std::time::SystemTime;
@@ -14,21 +17,18 @@ pub(super) fn guarded(context: &Context<'_>, flow: &FlowSubject, guard: Guard) -
     let target = Target::of_flow(&flow.key);
     let address = flow.key.peer.ip();
     let what = match guard {
-        Guard::Metadata => format!("{address} is a link-local or metadata address"),
+        Guard::Metadata => "it is a link-local or metadata address".to_owned(),
         Guard::Host if judged(flow.dialled) != address => {
-            format!(
-                "{address} stands for {}, an address of the host itself",
-                flow.dialled
-            )
+            format!("it stands for {}, an address of the host itself", flow.dialled)
         }
-        Guard::Host => format!("{address} is an address of the host itself"),
-        Guard::PrivateFromDns => format!("{address} is a private address that was learned from DNS"),
+        Guard::Host => "it is an address of the host itself".to_owned(),
+        Guard::PrivateFromDns => "it is a private address that was learned from DNS".to_owned(),
         Guard::Guest => match context.peer {
-            Some(peer) => format!("{address} is the address of VM {}", peer.name),
-            None => format!("{address} is an address for guests"),
+            Some(peer) => format!("it is the address of VM {}", peer.name),
+            None => "it is an address for guests".to_owned(),
         },
-        Guard::Daemon => format!("a vnet daemon listens at {target}"),
-        Guard::Synthetic => format!("{address} is a synthetic address"),
+        Guard::Daemon => "a vnet daemon listens there".to_owned(),
+        Guard::Synthetic => "it is a synthetic address".to_owned(),
     };
     let text = format!("{what}, which only a rule or grant that names it opens");
     let remedy = format!("vnetctl allow {target} --vm {}", context.vm.name);
@@ -54,12 +54,7 @@ pub(super) fn guarded_dns(context: &Context<'_>, text: String, target: &Target) 
 /// The subject of reasons of that guard.
 const DNS_GUARD: &str = "dns";
 
-pub(super) fn default_answer(
-    context: &Context<'_>,
-    default: DefaultAction,
-    what: &str,
-    target: &Target,
-) -> Answer {
+pub(super) fn default_answer(context: &Context<'_>, default: DefaultAction, target: &Target) -> Answer {
     let policy = context.policy;
     let name = match policy.policy_name() {
         "" => String::new(),
@@ -78,23 +73,23 @@ pub(super) fn default_answer(
         }
         (DefaultAction::Allow, Some(_)) => answer(
             Outcome::Allow,
-            format!("the default action{name} allows {what}"),
+            format!("the default action{name} allows it"),
             String::new(),
         ),
         (DefaultAction::Deny, Some(Mode::Ask)) => answer(
             Outcome::Ask,
-            format!("nothing allows {what}, and mode ask asks"),
+            "nothing allows it, and mode ask asks".to_owned(),
             remedy(),
         ),
         (DefaultAction::Deny, Some(Mode::Observe)) => {
-            let text = format!("mode observe allows {what}, which the default action{name} would deny");
+            let text = format!("mode observe allows it, which the default action{name} would deny");
             Answer {
                 would_deny: true,
                 ..answer(Outcome::Allow, text, remedy())
             }
         }
         (DefaultAction::Deny, _) => {
-            let text = format!("nothing allows {what}, and the default action{name} denies");
+            let text = format!("nothing allows it, and the default action{name} denies");
             answer(Outcome::Deny, text, remedy())
         }
     }

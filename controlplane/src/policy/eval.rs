@@ -285,12 +285,8 @@ pub(crate) fn would_let_through(context: &Context<'_>, ready: &ReadyGrant, subje
 pub(super) fn flow_answer(context: &Context<'_>, flow: &FlowSubject, region: &mut Region) -> Answer {
     let policy = context.policy;
     let target = Target::of_subject(flow);
-    let what = match flow.guards.contains(Guard::Synthetic) {
-        true => format!("{} to {target}", flow.key.protocol),
-        false => flow.key.to_string(),
-    };
     if flow.guards.contains(Guard::Daemon) {
-        let text = format!("a vnet daemon listens at {what}, which is closed to every guest");
+        let text = "a vnet daemon listens there, which is closed to every guest".to_owned();
         return Answer::new(
             Outcome::Deny,
             "guard",
@@ -364,7 +360,7 @@ pub(super) fn flow_answer(context: &Context<'_>, flow: &FlowSubject, region: &mu
     if let Some(resolvers) = &policy.resolvers
         && let Some(way) = resolvers.way(flow, region)
     {
-        let text = format!("{what} is {way}, which guards.dns closes but for a rule or grant that names it");
+        let text = format!("it is {way}, which guards.dns closes but for a rule or grant that names it");
         return guarded_dns(context, text, &Target::of_flow(&flow.key));
     }
 
@@ -388,7 +384,7 @@ pub(super) fn flow_answer(context: &Context<'_>, flow: &FlowSubject, region: &mu
         }
     }
 
-    let answer = default_answer(context, policy.default_action(), &what, &target);
+    let answer = default_answer(context, policy.default_action(), &target);
     // Beside this flow there may be addresses that a guard would have stopped one step before.
     if answer.outcome == Outcome::Allow {
         consult_private(context, flow, region);
@@ -501,7 +497,7 @@ pub(super) fn lookup_answer(context: &Context<'_>, name: &Name, region: &mut Loo
         return guarded_name(context, name);
     }
     if allowed {
-        let text = format!("dns.allowedDomains has {name}");
+        let text = "dns.allowedDomains has the name".to_owned();
         return Answer::new(
             Outcome::Allow,
             "dns",
@@ -511,12 +507,7 @@ pub(super) fn lookup_answer(context: &Context<'_>, name: &Name, region: &mut Loo
         );
     }
 
-    default_answer(
-        context,
-        policy.lookup_default(),
-        &format!("the lookup of {name}"),
-        &target,
-    )
+    default_answer(context, policy.lookup_default(), &target)
 }
 
 /// The guard of DNS on the name of another server.

@@ -215,7 +215,7 @@ impl Engine {
     /// Gets a verdict on a name: from the cache at once, or by a miss.
     fn ask_name(&mut self, now: Time, name: Name, query_type: u16) {
         if let Some(decision) = self.cache.lookup_name(now, &name).cloned() {
-            self.act_on_name(now, &name, &decision);
+            self.act_on_name(now, &name, &decision, 0);
             return;
         }
         match self.held.join_lookup(&name, query_type) {
@@ -230,21 +230,22 @@ impl Engine {
 
     /// A verdict on a name that was asked about.
     pub(super) fn answer_name(&mut self, now: Time, name: &Name, decision: &Arc<Decision>) {
-        self.act_on_name(now, name, decision);
+        // The controlplane counts a miss when it decides it.
+        self.act_on_name(now, name, decision, 1);
         self.act_on_dns(now);
     }
 
-    /// Its queries go upstream, get synthetic addresses, or are refused.
-    fn act_on_name(&mut self, now: Time, name: &Name, decision: &Decision) {
+    /// Its queries go upstream, get synthetic addresses, or are refused. Of them `counted` are counted already.
+    fn act_on_name(&mut self, now: Time, name: &Name, decision: &Decision, counted: u64) {
         let synthesis = match decision.action {
             VerdictAction::Allow => self.synthesize(now, name, decision.synthetic_only),
             VerdictAction::Deny | VerdictAction::Drop => None,
         };
         match synthesis {
-            Some(synthesis) => self.dns.handle_synthesis(now, name, synthesis),
+            Some(synthesis) => self.dns.handle_synthesis(now, name, synthesis, counted),
             None => self
                 .dns
-                .handle_name_verdict(now, name, decision.action, &decision.reason),
+                .handle_name_verdict(now, name, decision.action, &decision.reason, counted),
         }
     }
 

@@ -439,7 +439,7 @@ async fn gateway(resolver: Resolver) -> (SocketAddr, Arc<Mutex<Bindings>>) {
                             VerdictAction::Allow
                         };
                         let reason = Reason::new("rule", "rules[0]", "rules[0] denies denied.test");
-                        dns.handle_name_verdict(Duration::ZERO, &name, action, &reason);
+                        dns.handle_name_verdict(Duration::ZERO, &name, action, &reason, 0);
                     }
                     Event::Upstream { query, bytes } => {
                         let (resolver, answers) = (resolver.clone(), answers.clone());

@@ -430,6 +430,45 @@ fn a_million_names_meet_the_end_of_the_range_and_it_is_said() {
 }
 
 #[test]
+fn a_lookup_that_was_asked_about_is_not_counted_a_second_time() {
+    let counted = |rig: &mut Rig| -> Vec<u64> {
+        let reports = rig.reports().into_iter();
+        let counts = reports.filter_map(|report| match report {
+            Report::Decided { count, .. } => Some(count),
+            _ => None,
+        });
+        counts.collect()
+    };
+    for (synthetic_answers, action) in [
+        (true, VerdictAction::Allow),
+        (false, VerdictAction::Allow),
+        (false, VerdictAction::Deny),
+    ] {
+        let mut rig = Rig::new();
+        answer_synthetically(&mut rig, synthetic_answers);
+        ask(&mut rig, "one.test.", RecordType::A);
+        let miss = rig.misses().remove(0);
+        rig.reports();
+        rig.order(Order::Verdict(Box::new(lookup_verdict(&miss, action, false))));
+        assert!(
+            counted(&mut rig).is_empty(),
+            "the controlplane counts what it decides"
+        );
+        ask(&mut rig, "one.test.", RecordType::AAAA);
+        assert_eq!(counted(&mut rig), [1], "{action:?}");
+        // Two that wait for one verdict: the second is nobody else's to count.
+        let mut rig = Rig::new();
+        answer_synthetically(&mut rig, synthetic_answers);
+        ask(&mut rig, "two.test.", RecordType::A);
+        let miss = rig.misses().remove(0);
+        ask(&mut rig, "two.test.", RecordType::AAAA);
+        rig.reports();
+        rig.order(Order::Verdict(Box::new(lookup_verdict(&miss, action, false))));
+        assert_eq!(counted(&mut rig), [1], "{action:?}");
+    }
+}
+
+#[test]
 fn an_unreachable_address_passes_the_turn_to_the_next() {
     let mut rig = synthetic_rig();
     let address = look_up(&mut rig, "two.test.");

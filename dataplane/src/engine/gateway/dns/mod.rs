@@ -335,8 +335,16 @@ impl Dns {
         }
     }
 
-    /// A verdict on a name: all its held queries go on, or are refused.
-    pub fn handle_name_verdict(&mut self, now: Time, name: &Name, action: VerdictAction, reason: &Reason) {
+    /// A verdict on a name: all its held queries go on, or are refused. `counted` of them were counted by whoever made
+    /// the verdict.
+    pub fn handle_name_verdict(
+        &mut self,
+        now: Time,
+        name: &Name,
+        action: VerdictAction,
+        reason: &Reason,
+        counted: u64,
+    ) {
         let keys = self.queries.take_held(name);
         let Some(query_type) = keys
             .first()
@@ -346,12 +354,14 @@ impl Dns {
             return;
         };
         let count = u64::try_from(keys.len()).unwrap_or(u64::MAX);
-        self.events.push_back(Event::Decided {
-            name: name.clone(),
-            query_type,
-            action,
-            count,
-        });
+        if let count @ 1.. = count.saturating_sub(counted) {
+            self.events.push_back(Event::Decided {
+                name: name.clone(),
+                query_type,
+                action,
+                count,
+            });
+        }
         for key in keys {
             match action {
                 VerdictAction::Allow => self.ask_upstream(now, key),
@@ -423,9 +433,10 @@ impl Dns {
 
     /// A name is allowed, and gets synthetic addresses. What would tell real ones beside them (HTTPS and SVCB
     /// records, RFC 9460) is answered with no data.
-    pub fn handle_synthesis(&mut self, now: Time, name: &Name, synthesis: Synthesis) {
+    /// `counted`: as [`Self::handle_name_verdict`] has it.
+    pub fn handle_synthesis(&mut self, now: Time, name: &Name, synthesis: Synthesis, counted: u64) {
         let keys = self.queries.take_held(name);
-        let mut decided = (0, 0);
+        let mut decided = (0, 0u64);
         for key in keys {
             let Some(query_type) = self.queries.get(key).map(|q| q.question.query_type) else {
                 continue;
@@ -464,7 +475,8 @@ impl Dns {
                 self.ask_upstream(now, key);
             }
         }
-        if let (query_type, count @ 1..) = decided {
+        let (query_type, count) = decided;
+        if let count @ 1.. = count.saturating_sub(counted) {
             self.events.push_back(Event::Decided {
                 name: name.clone(),
                 query_type,

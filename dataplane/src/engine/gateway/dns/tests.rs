@@ -44,7 +44,7 @@ impl Guest {
     fn verdict(&mut self, name: &str, action: VerdictAction) {
         let reason = Reason::new("rule", "rules[3]", "no lookups of tests");
         self.dns
-            .handle_name_verdict(self.now, &name.parse().unwrap(), action, &reason);
+            .handle_name_verdict(self.now, &name.parse().unwrap(), action, &reason, 0);
     }
 
     /// Asks, allows, and returns the number that the question goes upstream under.
@@ -222,7 +222,7 @@ fn denied_is_refused_with_the_reason_and_dropped_is_silence() {
     let person = Reason::new("grant", "g-1", "denied by anna");
     guest
         .dns
-        .handle_name_verdict(NOW, &name("a.test"), VerdictAction::Deny, &person);
+        .handle_name_verdict(NOW, &name("a.test"), VerdictAction::Deny, &person, 0);
     assert_eq!(
         extended_error(&replies(&guest.events())[0]),
         (17, "denied by anna".to_owned())
@@ -512,7 +512,7 @@ fn no_bytes_make_it_panic() {
                     let action = [VerdictAction::Allow, VerdictAction::Deny, VerdictAction::Drop][random(3)];
                     guest
                         .dns
-                        .handle_name_verdict(guest.now, &name, action, &Reason::default());
+                        .handle_name_verdict(guest.now, &name, action, &Reason::default(), 0);
                 }
                 Event::Upstream { query, .. } => guest.dns.handle_upstream(query, Some(&bytes)),
                 _ => {}
