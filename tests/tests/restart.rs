@@ -114,13 +114,15 @@ fn t63_kill_9_leaves_a_mark_in_the_history_and_an_end_in_order_none() {
         |world| {
             let cut_off = || {
                 let events = world.list(&["events", "list", "--limit", "1000"]);
-                let cut = events.into_iter().filter(|e| e["kind"] == "HISTORY_CUT_OFF");
+                let cut = events
+                    .into_iter()
+                    .filter(|e| e["kind"] == "EVENT_KIND_HISTORY_CUT_OFF");
                 cut.count()
             };
             let first = Controlplane::start(world, Signal::SIGTERM);
             let second = first.restart(world);
             assert_eq!(cut_off(), 0, "ended in order");
-            drop(second);
+            second.end();
             let killed = Controlplane::start(world, Signal::SIGKILL);
             let before = world.list(&["events", "list"]);
             let _again = killed.restart(world);
