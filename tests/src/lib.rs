@@ -28,6 +28,8 @@
 //!   [`World::vnetctl`] runs any other command to its end ([`Ended`]); [`World::pending`] and
 //!   [`World::json`] read lists; [`World::command`] is the general form, [`Person`] one at a terminal;
 //! - [`http`], [`echo`], [`udp_echo`] and [`Dns`] serve on either side, and count;
+//! - [`Controlplane`] is one that a test starts and kills by hand, and [`Wire`] a session's way to it, which kills it
+//!   at a message;
 //! - [`eventually`] waits for a condition, [`descendants`] tells which processes are left.
 //!
 //! The programs under test are built by the harness with the profile and into the target directory of the
@@ -42,17 +44,21 @@
 )]
 
 pub mod binaries;
+pub mod controlplane;
 pub mod dns;
 pub mod packages;
 pub mod person;
 pub mod process;
 pub mod servers;
 pub mod stage;
+pub mod wire;
 pub mod world;
 
+pub use controlplane::Controlplane;
 pub use dns::{Answer, Dns};
 pub use person::Person;
 pub use process::{Ended, PATIENCE, Running, descendants, eventually};
 pub use servers::{Server, echo, http, tcp, udp_echo};
 pub use stage::{as_ordinary_user, staged, staged_with};
+pub use wire::{Cut, Wire};
 pub use world::{World, id};

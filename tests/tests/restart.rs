@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
-use vnet_tests::{Running, World, binaries, eventually, http, staged, tcp};
+use vnet_tests::{Controlplane, Running, World, binaries, eventually, http, staged, tcp};
 
 #[test]
 fn a_transfer_outlives_a_restart_of_the_controlplane() {
@@ -56,7 +56,7 @@ fn nothing_opens_while_the_controlplane_is_away() {
         // By hand: a `run` starts a controlplane where there is none.
         let socket = world.runtime_dir().join("vm.sock").display().to_string();
         let mut dataplane = world.program("vnet-dataplane");
-        dataplane.args(["--controlplane", &controlplane.session_url, "--vm", "web"]);
+        dataplane.args(["--controlplane", controlplane.session_url(), "--vm", "web"]);
         dataplane.args(["--listen-qemu", &format!("unix://{socket}")]);
         let _dataplane = Running::start(dataplane);
         let mut guest = world.program(binaries::binary("vnet-load"));
@@ -268,7 +268,7 @@ fn several_dataplanes_share_one_controlplane() {
                 let mut command = world.program("vnet-dataplane");
                 command.args([
                     "--controlplane",
-                    &controlplane.session_url,
+                    controlplane.session_url(),
                     "--vm",
                     name,
                     "--name",
@@ -304,65 +304,6 @@ fn several_dataplanes_share_one_controlplane() {
         let codes: Vec<i32> = guests.into_iter().map(|guest| guest.wait().code).collect();
         assert_eq!(codes, [0, 7], "each has an answer of its own");
     });
-}
-
-/// A controlplane at the user's own sockets, started by hand, so that none is started by itself.
-struct Controlplane {
-    process: Running,
-    ends_by: Signal,
-    session_url: String,
-}
-
-impl Controlplane {
-    fn start(world: &World, ends_by: Signal) -> Controlplane {
-        Self::start_with(world, ends_by, "")
-    }
-
-    /// One that says at its end what it counted.
-    fn start_logging(world: &World, ends_by: Signal) -> Controlplane {
-        Self::start_with(world, ends_by, "vnet_controlplane=debug")
-    }
-
-    fn start_with(world: &World, ends_by: Signal, log: &str) -> Controlplane {
-        let directory = world.runtime_dir().join("vnet");
-        let _ =
-            std::os::unix::fs::DirBuilderExt::mode(&mut std::fs::DirBuilder::new(), 0o700).create(&directory);
-        let at = |name: &str| format!("unix://{}", directory.join(name).display());
-        let store = world.state_dir().join("state.db");
-        let mut command = world.program("vnet-controlplane");
-        command.args([
-            "--listen",
-            &at("control.sock"),
-            "--session-listen",
-            &at("session.sock"),
-        ]);
-        command.args(["--secure-mode", "--store", &format!("sqlite:{}", store.display())]);
-        if !log.is_empty() {
-            command.env("RUST_LOG", log);
-        }
-        let process = Running::start(command);
-        let socket = world.control_socket();
-        eventually("the controlplane listens", || {
-            std::os::unix::net::UnixStream::connect(&socket).is_ok()
-        });
-        Controlplane {
-            process,
-            ends_by,
-            session_url: at("session.sock"),
-        }
-    }
-
-    /// Ends it, and starts another in its place.
-    fn restart(self, world: &World) -> Controlplane {
-        let ends_by = self.ends_by;
-        self.end();
-        Controlplane::start(world, ends_by)
-    }
-
-    fn end(self) -> vnet_tests::Ended {
-        self.process.signal(self.ends_by);
-        self.process.wait()
-    }
 }
 
 /// Two million bytes in two seconds.
