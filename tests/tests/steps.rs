@@ -61,8 +61,8 @@ fn killed_after_each_message() {
 }
 
 #[test]
-fn killed_again_at_each_message_that_makes_a_kill_good() {
-    staged(killed_again_at_each_message_that_makes_a_kill_good, |world| {
+fn killed_again_before_each_message_that_makes_a_kill_good() {
+    staged(killed_again_before_each_message_that_makes_a_kill_good, |world| {
         let held = Cut::Kind("Held".to_owned(), Passes::Yes);
         let met = walk(world, fetches, Some(held), Passes::No);
         met.has(&["Held", "Revoke", "Ack"]);
