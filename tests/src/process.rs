@@ -248,6 +248,8 @@ pub fn descendants() -> Vec<(i32, String)> {
             let line = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
             (pid, String::from_utf8_lossy(&line).replace('\0', " "))
         })
+        // One without a command line has ended since it was looked at.
+        .filter(|(_, line)| !line.is_empty())
         .collect()
 }
 

@@ -162,7 +162,7 @@ async fn guest_address(client: &Client, name: Option<String>) -> Result<(String,
     };
     let address = vm.addresses.iter().find_map(|a| a.parse().ok()).ok_or_else(|| {
         Failure::Failed(format!(
-            "{} has no address yet; write the guest's address as 8080:192.168.127.2:80",
+            "{} has no address yet; try again when it has asked for one, or write the guest's address as 8080:192.168.127.2:80",
             crate::output::text::safe(&vm.name)
         ))
     })?;
