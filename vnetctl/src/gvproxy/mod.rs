@@ -1,8 +1,12 @@
-//! What makes this a drop-in for gvproxy: so far its command line, which [`Flags::parse`] reads in Go's syntax.
+//! What makes this a drop-in for gvproxy: so far its command line, which [`Flags::parse`] reads in Go's syntax, and
+//! the file of its `-config`, which [`FileConfig::parse`] reads.
 
 pub mod flags;
+pub mod origin;
+pub mod yaml;
 
 pub use flags::{FlagError, Flags};
+pub use yaml::FileConfig;
 
 /// The word that was probably meant, if one is near: a few letters off, whatever the case and the dashes.
 fn nearest(found: &str, known: &[&'static str]) -> Option<&'static str> {
