@@ -34,6 +34,9 @@ pub const DEVICE_MAC_DEFAULT: Mac = Mac([0x5a, 0x94, 0xef, 0xe4, 0x0c, 0xee]);
 /// The UUID that HyperKit's first guest says, without `-config`.
 pub const VPNKIT_UUID_DEFAULT: &str = "c3d68012-0208-11ea-9fd7-f2189899ab08";
 
+/// Problems, and warnings, that are told one by one.
+const TOLD_MAX: usize = 100;
+
 /// A checked configuration.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Config {
@@ -277,11 +280,20 @@ impl Config {
             stack,
         };
         if check.problems.is_empty() {
-            Ok((config, check.warnings))
+            Ok((config, cut(check.warnings, Warning::More)))
         } else {
-            Err(Problems(check.problems))
+            Err(Problems(cut(check.problems, Problem::More)))
         }
     }
+}
+
+/// As many as a person reads, and how many more there are.
+fn cut<T>(mut told: Vec<T>, more: fn(usize) -> T) -> Vec<T> {
+    if told.len() > TOLD_MAX {
+        let rest = told.split_off(TOLD_MAX);
+        told.push(more(rest.len()));
+    }
+    told
 }
 
 /// A flag's value, else the file's.

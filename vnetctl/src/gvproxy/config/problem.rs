@@ -18,8 +18,6 @@ use crate::gvproxy::origin::{Finding, Origin};
     reason = "each message says what the variant and its fields are"
 )]
 pub enum Problem {
-    #[error("{0}")]
-    File(Finding),
     #[error("{from} {found:?}")]
     Endpoint {
         from: Origin,
@@ -150,6 +148,8 @@ pub enum Problem {
     Policies(Origin),
     #[error("-network-policy - reads standard input, where {0} has the guest's frames; give a file")]
     PolicyFromFrames(Origin),
+    #[error("{0} more problems are not shown")]
+    More(usize),
 }
 
 /// Something that is to be said, though it works.
@@ -200,6 +200,8 @@ pub enum Warning {
         "no guest can attach: neither -listen nor one of -listen-qemu, -listen-vfkit and their kin is given"
     )]
     NoLink,
+    #[error("{0} more warnings are not shown")]
+    More(usize),
 }
 
 /// Everything that is wrong.

@@ -1,6 +1,6 @@
 //! The network's part of the configuration: subnet and addresses, zones, forwards, leases.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::path::PathBuf;
 use std::str::FromStr;
@@ -290,7 +290,8 @@ impl Check<'_> {
     }
 
     fn zones(&mut self, keys: Vec<ZoneKeys>) -> Vec<Zone> {
-        let mut zones: Vec<(Zone, Origin)> = Vec::new();
+        let mut zones: Vec<Zone> = Vec::new();
+        let mut known: HashMap<Option<Name>, Origin> = HashMap::new();
         for key in keys {
             let name = match key.name.filter(|name| name.value != ".") {
                 Some(given) => match self.name(&given, Name::from_str) {
@@ -299,7 +300,7 @@ impl Check<'_> {
                 },
                 None => None,
             };
-            if let Some((_, other)) = zones.iter().find(|(zone, _)| zone.name == name) {
+            if let Some(other) = known.get(&name) {
                 self.warnings.push(Warning::ZoneTwice {
                     from: key.from,
                     other: other.clone(),
@@ -309,14 +310,14 @@ impl Check<'_> {
             let records = key.records.into_iter().filter_map(|key| self.record(key));
             let records = records.collect();
             let default_ip = key.default_ip.and_then(|given| self.ip(&given));
-            let zone = Zone {
+            known.insert(name.clone(), key.from);
+            zones.push(Zone {
                 name,
                 records,
                 default_ip,
-            };
-            zones.push((zone, key.from));
+            });
         }
-        zones.into_iter().map(|(zone, _)| zone).collect()
+        zones
     }
 
     fn record(&mut self, key: RecordKeys) -> Option<Record> {
@@ -372,6 +373,7 @@ impl Check<'_> {
         addresses: &Addresses,
     ) -> BTreeMap<Ipv4Addr, Mac> {
         let mut leases = BTreeMap::new();
+        let mut owners: HashMap<Mac, Ipv4Addr> = HashMap::new();
         for (address, given) in keys {
             let address = self.ipv4(&Given {
                 value: address,
@@ -388,11 +390,11 @@ impl Check<'_> {
                     self.problems.push(Problem::LeaseTaken { from, found, owner });
                 }
             }
-            if let Some((other, _)) = leases.iter().find(|(_, other)| **other == mac) {
+            if let Some(other) = owners.insert(mac, found) {
                 self.problems.push(Problem::MacTwice {
                     from,
                     mac: mac.to_string(),
-                    other: *other,
+                    other,
                 });
             }
             leases.insert(found, mac);

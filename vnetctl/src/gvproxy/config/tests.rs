@@ -211,3 +211,50 @@ fn said<const N: usize>(entries: [(&str, Value); N]) -> Value {
             .collect::<Map<_, _>>(),
     )
 }
+
+#[test]
+fn what_is_told_is_bounded_and_a_large_file_is_read_at_once() {
+    let arguments = ["-config", FILE].map(str::to_owned);
+    let lines = |line: &dyn Fn(usize) -> String| (0..3_000).map(line).collect::<String>();
+    let zones = format!(
+        "stack:\n  dns:\n{}",
+        lines(&|n| format!("    - name: z{n}.example\n"))
+    );
+    let same = format!(
+        "stack:\n  dns:\n{}",
+        lines(&|_| "    - name: z.example\n".to_owned())
+    );
+    let wrong = format!("stack:\n  nat:\n{}", lines(&|n| format!("    a{n}: 127.0.0.1\n")));
+
+    let (config, _) = Files(vec![]).resolve(&arguments, &zones, &[]).unwrap();
+    let (_, warnings) = Files(vec![]).resolve(&arguments, &same, &[]).unwrap();
+    let problems = Files(vec![]).resolve(&arguments, &wrong, &[]).unwrap_err();
+
+    assert_eq!(config.stack.dns.len(), 3_000);
+    // One of them is that no guest can attach.
+    assert_eq!(warnings.len(), TOLD_MAX + 1);
+    assert_eq!(warnings[TOLD_MAX], "2900 more warnings are not shown");
+    assert_eq!(problems.len(), TOLD_MAX + 1);
+    assert_eq!(problems[TOLD_MAX], "2900 more problems are not shown");
+}
+
+#[test]
+fn forwards_are_taken_up_to_their_limit() {
+    use crate::launch::FORWARDS_MAX;
+
+    let arguments = ["-config", FILE, "-listen-stdio=accept"].map(str::to_owned);
+    let forwards = |n: usize| -> String {
+        let lines = (0..n).map(|n| format!("    \":{}\": 192.168.127.2:80\n", 1024 + n));
+        format!("stack:\n  forwards:\n{}", lines.collect::<String>())
+    };
+
+    let (config, _) = Files(vec![])
+        .resolve(&arguments, &forwards(FORWARDS_MAX), &[])
+        .unwrap();
+    let problems = Files(vec![])
+        .resolve(&arguments, &forwards(FORWARDS_MAX + 1), &[])
+        .unwrap_err();
+
+    assert_eq!(config.stack.forwards.len(), FORWARDS_MAX);
+    assert_eq!(problems, ["stack.forwards has 1025 entries (at most 1024)"]);
+}

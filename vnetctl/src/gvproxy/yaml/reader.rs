@@ -1,6 +1,6 @@
 //! Reading typed values out of a [`Node`] tree, as gvproxy's parser takes them, and collecting all that is to be said.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashSet};
 use std::sync::Arc;
 
 use super::tree::{Node, Scalar, Value};
@@ -136,7 +136,8 @@ impl Reader {
         path: &str,
         example: &str,
     ) -> Vec<(String, Given<String>)> {
-        let mut map: Vec<(String, Given<String>)> = Vec::new();
+        let mut map = Vec::new();
+        let mut names = HashSet::new();
         let entries = match &node.value {
             Value::Map(entries) => entries,
             Value::Null => return map,
@@ -166,10 +167,10 @@ impl Reader {
             // What is wrong with an entry may be its key, which comes first.
             let place = self.place(key);
             given.from = Origin::Key { path, place };
-            if map.iter().any(|(other, _)| other == name) {
-                self.problem(key, format!("{} is given twice", shown_path(&given.from)));
-            } else {
+            if names.insert(name) {
                 map.push((name.clone(), given));
+            } else {
+                self.problem(key, format!("{} is given twice", shown_path(&given.from)));
             }
         }
         map
