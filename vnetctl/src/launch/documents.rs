@@ -44,12 +44,19 @@ pub fn read_document(path: &Path) -> Result<Document, Failure> {
     };
     let text =
         text.map_err(|error| Failure::Failed(format!("cannot read policy {}: {error}", safe(&source))))?;
+    document(source, text, path.parent().unwrap_or(Path::new("")))
+}
+
+/// A document whose text is there already, with the lists that it names, read from their files relative to `beside`.
+///
+/// # Errors
+/// When a list cannot be read, or the document is empty.
+pub fn document(source: String, text: String, beside: &Path) -> Result<Document, Failure> {
     // A file that was cut short, or a variable that was not set, must not be the same as no policy.
     if text.trim().is_empty() {
         let text = format!("{source}: the document is empty (expected at least defaultAction: deny)");
         return Err(Failure::Failed(safe(&text).into_owned()));
     }
-    let beside = path.parent().unwrap_or(Path::new(""));
     let lists = lists::read(&text, beside).map_err(|error| {
         let cause = std::error::Error::source(&error).map(|cause| format!(": {cause}"));
         let text = format!("{source}: {error}{}", cause.unwrap_or_default());

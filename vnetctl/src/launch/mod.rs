@@ -19,13 +19,18 @@ use vnet_controlplane::paths;
 
 pub use vnet_controlplane::paths::SESSION_SOCKET;
 pub use vnet_dataplane::args::Args as DataplaneArgs;
-pub use vnet_dataplane::config::{Config as DataplaneConfig, ListenAt, Transport};
-pub use vnet_dataplane::forward::ForwardSpec;
+pub use vnet_dataplane::config::{
+    Config as DataplaneConfig, GATEWAY_MAC_DEFAULT, ListenAt, MTU_BYTES_DEFAULT, MTU_BYTES_MAX,
+    MTU_BYTES_MIN, SEARCH_DOMAINS_MAX, SUBNET_DEFAULT, SUBNET_PREFIX_MAX, SUBNET_PREFIX_MIN, Transport,
+    ZONES_DEFAULT,
+};
+pub use vnet_dataplane::forward::{FORWARDS_MAX, ForwardSpec};
+pub use vnet_dataplane::mac::Mac;
 
 pub use self::controlplane::{controlplane, own_log, own_server, session_url};
 pub use self::dataplane::{Dataplane, DataplaneError, Settings};
 pub use self::documents::{
-    Document, check_document, check_own, policy_schema, read_document, test_document, warning_lines,
+    Document, check_document, check_own, document, policy_schema, read_document, test_document, warning_lines,
 };
 
 use crate::failure::{EXIT_USAGE, Failure};
