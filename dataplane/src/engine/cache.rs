@@ -35,7 +35,7 @@ const SHAPES_MAX: usize = 7;
 const RANGES_MAX: usize = 64;
 
 /// What was decided, as every flow that rests on it needs it.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub struct Decision {
     /// What is done.
     pub action: VerdictAction,
@@ -64,6 +64,34 @@ pub struct Decision {
     /// What a flow must say of its name; `None`: nothing. It is here and not in the miss's answer alone, so
     /// that a hit demands what the miss did.
     pub naming: Option<Naming>,
+}
+
+impl Decision {
+    /// The same for a flow that may speak none but these names. `None`: a name is demanded, and none is left.
+    pub fn speaking_only(self: &Arc<Self>, names: &[Name]) -> Option<Arc<Self>> {
+        let Some(naming) = &self.naming else {
+            return Some(Arc::clone(self));
+        };
+        let list = &naming.names;
+        if list.names.iter().all(|name| names.contains(name)) {
+            return Some(Arc::clone(self));
+        }
+        let left = list.names.iter().filter(|name| names.contains(name));
+        let list = NameList {
+            names: left.cloned().collect(),
+            ..NameList::clone(list)
+        };
+        let naming = Naming {
+            demand: naming.demand,
+            names: Arc::new(list),
+        };
+        (!naming.names.names.is_empty()).then(|| {
+            Arc::new(Self {
+                naming: Some(naming),
+                ..Self::clone(self)
+            })
+        })
+    }
 }
 
 /// What a flow must say of the name that its verdict rests on.

@@ -210,13 +210,14 @@ impl Engine {
             self.cut(now, at, FlowEnd::Cut);
             return;
         }
-        let before = flow.decision.replace(Arc::clone(decision));
-        let known = before.as_ref().and_then(|before| before.naming.as_ref());
+        // The session told at its opening what the flow may speak, by which it is judged for as long as it lives: a
+        // name that has come to be bound, or allowed, since then is not added to those.
+        let known = flow.decision.as_ref().and_then(|before| before.naming.as_ref());
         let known = known.map_or(&[][..], |naming| &naming.names.names);
-        let adds_names = decision
-            .naming
-            .as_ref()
-            .is_some_and(|naming| naming.names.names.iter().any(|name| !known.contains(name)));
+        let limited = decision.speaking_only(known);
+        let none_left = limited.is_none();
+        let decision = limited.unwrap_or_else(|| Arc::clone(decision));
+        let before = flow.decision.replace(Arc::clone(&decision));
         let counted = before.as_ref().and_then(|before| before.meter.clone());
         let is_counted = match (&counted, &decision.meter) {
             (Some(counted), Some(meter)) => Arc::ptr_eq(counted, meter),
@@ -241,9 +242,9 @@ impl Engine {
         reading.connection.check = check;
         reading.bound = bound;
         reading.step = Step::Listening;
+        // Where the name that it spoke is none of those, this says so.
         let spoken = self.hear(now, at);
-        if adds_names && spoken.is_some() {
-            // The session told at its opening what it may speak, by which it is judged for as long as it lives.
+        if none_left && spoken.is_some() {
             // The guest may try anew.
             self.cut(now, at, FlowEnd::Cut);
             return;

@@ -425,8 +425,30 @@ fn the_session_is_told_which_names_a_flow_may_speak_and_no_later_verdict_adds_on
     let mut fresh = named(&miss, NameDemand::Require);
     fresh.epoch = EPOCH.next();
     fresh.names.push("other.test".parse().unwrap());
-    speaker.rig.order(Order::Verdict(Box::new(fresh)));
-    assert_eq!((speaker.dials(), speaker.rig.engine.flow_count()), (0, 0));
+    speaker.rig.order(Order::Verdict(Box::new(fresh.clone())));
+    // Another name that is allowed at the address by now is none of this flow's, and does it no harm.
+    assert_eq!((speaker.dials(), speaker.rig.engine.flow_count()), (1, 1));
+
+    for (names, first) in [
+        (&["allowed.test", "other.test"][..], ""),
+        (&["other.test"][..], "allowed.test"),
+    ] {
+        let mut speaker = Speaker::reading(TLS, NameDemand::Require);
+        speaker.rig.next_epoch();
+        speaker.say(&hello(if first.is_empty() { "other.test" } else { first }));
+        // By the first list alone the name is refused at once; where nothing of it is left, by the verdict.
+        if let Some(miss) = speaker.rig.misses().pop() {
+            let mut fresh = named(&miss, NameDemand::Require);
+            fresh.epoch = EPOCH.next();
+            fresh.names = names.iter().map(|name| name.parse().unwrap()).collect();
+            speaker.rig.order(Order::Verdict(Box::new(fresh)));
+        }
+        assert_eq!(
+            (speaker.dials(), speaker.rig.engine.flow_count()),
+            (0, 0),
+            "{names:?}"
+        );
+    }
 }
 
 #[test]
