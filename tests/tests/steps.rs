@@ -29,6 +29,7 @@ const NAMED: u32 = 8080;
 const ALLOWED: u32 = 80;
 const DENIED: u32 = 81;
 const ASKED: u32 = 82;
+const ASKED_FOR: &str = "203.0.113.10:82";
 const ASKED_ADDRESS: &str = "203.0.113.10";
 /// More steps than any conversation here has.
 const STEPS_MAX: usize = 60;
