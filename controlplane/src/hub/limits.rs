@@ -45,6 +45,10 @@ const LIMITS: &[(&str, &str)] = &[
         "the limit of aliases in answers, or of answers that wait for them, is reached; more are refused",
     ),
     (
+        "synthetic_exhausted",
+        "every synthetic address is in use; lookups are refused",
+    ),
+    (
         "dns_connection_limit",
         "the limit of connections to the gateway's DNS is reached; more are refused",
     ),
@@ -95,7 +99,8 @@ mod tests {
             assert!(page.contains(&format!("`{name}`")), "{name}");
         }
         let words = page.split(|c: char| !c.is_ascii_lowercase() && c != '_');
-        for word in words.filter(|word| word.starts_with("dns_") && word.ends_with("_limit")) {
+        let is_limit = |word: &&str| word.starts_with("dns_") && word.ends_with("_limit");
+        for word in words.filter(|word| is_limit(word) || *word == "synthetic_exhausted") {
             assert!(
                 LIMITS.iter().any(|(name, _)| *name == word),
                 "nobody is told of {word}"

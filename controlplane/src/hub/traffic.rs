@@ -9,7 +9,7 @@ use vnet_proto::model::{
 };
 use vnet_proto::v1;
 
-use super::events::{about, of_peer, on_subject, on_whom};
+use super::events::{about, of_peer, on_subject};
 use super::repeats::Key;
 use super::{Hub, State, Ticket, ids};
 use crate::approval::MissRef;
@@ -127,7 +127,8 @@ impl State {
             .filter(selected)
     }
 
-    /// A flow opened, or was announced as live with its dataplane's session. One that an older epoch's verdict let through is judged anew, and cut if need be.
+    /// A flow opened, or was announced as live with its dataplane's session. One that an older epoch's verdict let
+    /// through is judged anew, and cut if need be.
     pub(super) fn handle_flow_opened(
         &mut self,
         now: Now,
@@ -398,12 +399,6 @@ impl State {
         };
         let reason = message.reason.map(Reason::from).unwrap_or_default();
         let count = message.count.max(1);
-        if reason.step == "limit" {
-            // Kept apart by the limit, not by the target: a flood that reaches one must not hide that it did.
-            let text = format!("{}: {}", on_whom(&subject), reason.text);
-            let event = on_subject(about(v1::EventKind::LimitReached, &name, text), &subject, "");
-            self.repeated_event(now, Key::limit(&reason.text), count, event);
-        }
         self.decided(
             now,
             &name,

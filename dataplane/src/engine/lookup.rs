@@ -132,7 +132,6 @@ impl Engine {
                         expires_in,
                     });
                 }
-                dns::Event::Exhausted { name, query_type } => self.report_exhausted(&name, query_type),
                 dns::Event::Decided {
                     name,
                     query_type,

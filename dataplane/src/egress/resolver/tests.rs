@@ -457,10 +457,7 @@ async fn gateway(resolver: Resolver) -> (SocketAddr, Arc<Mutex<Bindings>>) {
                             .unwrap()
                             .learn(Duration::ZERO, &name, &addresses, expires_in);
                     }
-                    Event::Unasked { .. }
-                    | Event::Exhausted { .. }
-                    | Event::Abandoned { .. }
-                    | Event::Decided { .. } => {}
+                    Event::Unasked { .. } | Event::Abandoned { .. } | Event::Decided { .. } => {}
                 }
             }
         }

@@ -7,7 +7,7 @@ use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::time::Duration;
 
-use vnet_proto::model::{Guard, LookupSubject, MissId, Name, Reason, VerdictAction};
+use vnet_proto::model::{Guard, MissId, Name, VerdictAction};
 
 use crate::engine::cache::Decision;
 use crate::engine::flow::{State, Waiting};
@@ -19,7 +19,7 @@ use crate::engine::judge::Wanted;
 use crate::engine::reply::Unreachable;
 use crate::engine::synthetic::table::{Judged, Lookup, Place};
 use crate::engine::{Engine, Event, Time};
-use crate::message::{FlowEnd, MissEnd, Report};
+use crate::message::{FlowEnd, MissEnd};
 
 /// How long a flow waits for its name to be looked up, both families together.
 pub(super) const RESOLVE_PATIENCE: Duration = Duration::from_secs(20);
@@ -56,23 +56,6 @@ impl Engine {
             v6: self.config.ipv6.is_some().then(|| place.v6()),
             only: synthetic_only,
         })
-    }
-
-    /// Says that a lookup found the range exhausted.
-    pub(in crate::engine) fn report_exhausted(&mut self, name: &Name, query_type: u16) {
-        let reason = Reason::new(
-            "limit",
-            "synthetic-addresses",
-            "every synthetic address is in use; they come free a minute and a half after their last lookup",
-        );
-        self.report(Report::Decided {
-            vm: self.config.vm,
-            subject: vnet_proto::model::Subject::Lookup(LookupSubject::new(name.clone(), query_type)),
-            action: VerdictAction::Deny,
-            reason,
-            count: 1,
-            would_deny: false,
-        });
     }
 
     /// Whether a flow goes to a synthetic address whose name is not resolved yet.

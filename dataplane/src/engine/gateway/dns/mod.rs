@@ -113,13 +113,6 @@ pub enum Event {
         /// For how long.
         expires_in: Duration,
     },
-    /// A query was refused since every synthetic address is in use.
-    Exhausted {
-        /// The name.
-        name: Name,
-        /// The type that was asked for.
-        query_type: u16,
-    },
     /// Queries were decided by a verdict.
     Decided {
         /// The name.
@@ -448,10 +441,6 @@ impl Dns {
                         "every synthetic address is in use; ask again in a minute or two",
                     );
                     self.finish_with(key, ResponseCode::ServFail, &why);
-                    self.events.push_back(Event::Exhausted {
-                        name: name.clone(),
-                        query_type,
-                    });
                     continue;
                 }
                 Synthesis::Addresses { v4, v6, only } => match query_type {
