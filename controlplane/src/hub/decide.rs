@@ -6,7 +6,7 @@ use vnet_proto::model::{
 use vnet_proto::v1;
 
 use super::budgets::Issued;
-use super::events::{about, of_peer, on_subject, on_whom};
+use super::events::{about, on_subject, outcome_of};
 use super::repeats::Key;
 use super::{State, ids};
 use crate::approval::{Ask, AskOutcome, MissRef, OPEN_PER_VM_MAX, PendingId, Released};
@@ -243,7 +243,7 @@ impl State {
                 self.metrics.pending_refused.add(1);
                 if count == 1 {
                     let peer = self.peer_name(name, &subject);
-                    let text = format!("{}{}: {}", on_whom(&subject), of_peer(&peer), reason.text);
+                    let text = outcome_of(&subject, &peer, &reason);
                     let event = about(v1::EventKind::LimitReached, name, text);
                     let event = on_subject(event, &subject, &peer);
                     self.repeated_event(now, Key::limit(&reason.text), 1, event);
@@ -309,7 +309,7 @@ impl State {
             tracing::debug!(target: "flow", vm = name, reason = %reason, cached, "denied");
         }
         let peer = self.peer_name(name, subject);
-        let text = format!("{}{}: {}", on_whom(subject), of_peer(&peer), reason.text);
+        let text = outcome_of(subject, &peer, reason);
         let event = on_subject(about(kind, name, text), subject, &peer);
         let event = v1::Event {
             action: convert::action(outcome).into(),

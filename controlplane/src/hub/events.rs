@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use vnet_proto::model::{Guard, Subject, Target, VmSelector};
+use vnet_proto::model::{Guard, Reason, Subject, Target, VmSelector};
 use vnet_proto::v1;
 
 use super::Hub;
@@ -38,9 +38,10 @@ impl EventFilter {
     }
 }
 
-/// How far the numbers go on after a history that was cut off: beyond any that was given to a watcher and not yet
-/// recorded, so that no number ever means two events. What waits to be recorded is fewer.
-const CUT_OFF_STEP: u64 = 1_000_000;
+/// How far the numbers go on after a history that was cut off: beyond any that was given to a watcher and never
+/// recorded, so that no number means two events. What waits to be recorded is far fewer; what found no room for that,
+/// since the disk stood still, has numbers too.
+const CUT_OFF_STEP: u64 = 1_000_000_000;
 
 /// The numbering, the watchers, and what is still to be recorded.
 #[derive(Debug)]
@@ -137,9 +138,9 @@ pub(super) fn on_subject(mut event: v1::Event, subject: &Subject, peer: &str) ->
     event
 }
 
-/// What a flow or lookup is for, as it begins a sentence about it.
-pub(super) fn on_whom(subject: &Subject) -> String {
-    match subject {
+/// What became of a flow or lookup and why, by its own target: the reason may be one that was made for another.
+pub(super) fn outcome_of(subject: &Subject, peer: &str, reason: &Reason) -> String {
+    let target = match subject {
         Subject::Flow(flow) if flow.guards.contains(Guard::Synthetic) => {
             format!("{} to {}", flow.key.protocol, Target::of_subject(flow))
         }
@@ -151,7 +152,8 @@ pub(super) fn on_whom(subject: &Subject) -> String {
                 convert::record_type(lookup.query_type)
             )
         }
-    }
+    };
+    format!("{target}{}: {}", of_peer(peer), reason.text)
 }
 
 /// Whose an address is, for a sentence: nothing where it is no guest's.

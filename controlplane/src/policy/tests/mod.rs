@@ -20,7 +20,9 @@ use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
-use vnet_proto::model::{Budget, FlowKey, FlowSubject, Guard, LookupSubject, Mode, Protocol, VmSelector};
+use vnet_proto::model::{
+    Budget, FlowKey, FlowSubject, Guard, LookupSubject, Mode, Protocol, Target, VmSelector,
+};
 
 use super::*;
 use crate::grant::{Grant, GrantAction, GrantId, Lifetime, VmGrants, VmInstance, VmView};

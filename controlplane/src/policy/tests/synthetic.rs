@@ -79,6 +79,8 @@ fn the_question_is_about_the_name_and_port() {
     let decision = judge(&policy, &grants([]), &stand_in(("tcp", 443), "api.test", None));
     assert_eq!(decision.outcome, Ask);
     assert_eq!(decision.remedy, "vnetctl allow domain 'api.test' --vm web-1");
+    let asked_about = Target::of_subject(&stand_in(("tcp", 443), "api.test", None));
+    assert_eq!(asked_about.to_string(), "domain api.test:443");
     assert!(
         !decision.reason.text.contains("198.18"),
         "{}",
