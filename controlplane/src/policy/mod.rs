@@ -30,7 +30,7 @@ mod schema;
 mod selftest;
 mod settings;
 mod synthetic;
-mod yaml;
+pub mod yaml;
 
 #[cfg(test)]
 mod tests;
@@ -53,6 +53,7 @@ pub use names::{NameSet, NameTable};
 pub use naming::{EchGuard, NameGuards, QuicGuard};
 pub use patterns::{NamePatterns, PATTERN_BYTES_MAX, PATTERNS_MAX};
 pub use prefixes::{PortSet, PrefixSet, PrefixTable};
+pub use reader::nearest;
 pub use region::{FlowTest, ProtocolSet};
 pub use rule::{Rule, RuleAction};
 pub use schema::schema;

@@ -284,41 +284,21 @@ fn synonym(word: &str) -> Option<&'static str> {
     })
 }
 
-/// The word that was probably meant, if one is near.
-pub(crate) fn nearest<'a>(found: &str, known: &[&'a str]) -> Option<&'a str> {
+/// The word that was probably meant, if one is near: a few letters off, whatever the case and the dashes.
+pub fn nearest<'a>(found: &str, known: &[&'a str]) -> Option<&'a str> {
     // A long word is near to nothing, and comparing it is not worth its square.
     if found.len() > 64 {
         return None;
     }
-    let plain = |text: &str| -> Vec<char> {
-        text.chars()
-            .filter(|c| !matches!(c, '_' | '-'))
-            .flat_map(char::to_lowercase)
-            .collect()
+    let plain = |text: &str| -> String {
+        let letters = text.chars().filter(|c| !matches!(c, '_' | '-'));
+        letters.flat_map(char::to_lowercase).collect()
     };
     let found = plain(found);
-    let distances = known.iter().map(|word| {
-        let word_chars = plain(word);
-        let near = 1 + word_chars.len() / 4;
-        (distance(&found, &word_chars), near, *word)
+    let near = known.iter().filter_map(|word| {
+        let letters = plain(word);
+        let distance = strsim::levenshtein(&found, &letters);
+        (distance <= 1 + letters.chars().count() / 4).then_some((distance, *word))
     });
-    distances
-        .filter(|(d, near, _)| d <= near)
-        .min_by_key(|(d, _, _)| *d)
-        .map(|(_, _, word)| word)
-}
-
-/// Edits between two words (Levenshtein).
-fn distance(a: &[char], b: &[char]) -> usize {
-    let mut row: Vec<usize> = (0..=b.len()).collect();
-    for (i, x) in a.iter().enumerate() {
-        let mut diagonal = row[0];
-        row[0] = i + 1;
-        for (j, y) in b.iter().enumerate() {
-            let replaced = diagonal + usize::from(x != y);
-            diagonal = row[j + 1];
-            row[j + 1] = replaced.min(diagonal + 1).min(row[j] + 1);
-        }
-    }
-    row[b.len()]
+    near.min_by_key(|(distance, _)| *distance).map(|(_, word)| word)
 }

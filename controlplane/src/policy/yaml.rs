@@ -1,4 +1,4 @@
-//! YAML as a tree in which every key and value knows its place.
+//! YAML as a tree in which every key and value knows its place, for policies and for other files with keys.
 //!
 //! `serde-saphyr` parses; this keeps duplicate keys and positions, so that the loader can report every
 //! problem and not just the first. Aliases count against small budgets: nothing here grows past a
@@ -23,29 +23,51 @@ const ALIASES_MAX: usize = 1_000;
 
 /// A value and its place.
 #[derive(Debug, Clone)]
-pub(crate) struct Node {
-    pub(crate) value: Value,
-    pub(crate) place: Place,
-    /// Where it is written, by byte and length.
+pub struct Node {
+    /// The value.
+    pub value: Value,
+    /// Where it stands; an alias, where the alias does.
+    pub place: Place,
+    /// Where it is written, by byte and length; of an alias, what the alias means.
     written: Option<(usize, usize)>,
+}
+
+impl Node {
+    /// The byte of the document at which it is written.
+    pub fn offset(&self) -> Option<usize> {
+        self.written.map(|(offset, _)| offset)
+    }
+
+    /// How it is written in the document that it was read from.
+    pub fn as_written<'d>(&self, document: &'d str) -> Option<&'d str> {
+        let (offset, length) = self.written?;
+        document.get(offset..offset.checked_add(length)?).map(str::trim)
+    }
 }
 
 /// Line and column, from 1.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub(crate) struct Place {
-    pub(crate) line: u32,
-    pub(crate) column: u32,
+pub struct Place {
+    /// The line.
+    pub line: u32,
+    /// The column.
+    pub column: u32,
 }
 
 /// A value.
 #[derive(Debug, Clone)]
-pub(crate) enum Value {
+pub enum Value {
+    /// Nothing, `~` or `null`.
     Null,
+    /// `true` or `false`.
     Bool(bool),
+    /// A whole number.
     Int(i128),
     /// Any other number, as it is written.
     Number(String),
+    /// A text, quoted or not.
     Text(String),
+    /// A list.
     List(Vec<Node>),
     /// In order, duplicates kept.
     Map(Vec<(Node, Node)>),
@@ -68,14 +90,48 @@ impl fmt::Display for Value {
     }
 }
 
-/// Reads a document.
+/// What is wrong with a document as YAML, and where.
+#[derive(Debug)]
+pub struct NotYaml {
+    /// Where.
+    pub place: Place,
+    /// What, in a line.
+    pub text: String,
+}
+
+/// Reads a policy's document.
 ///
 /// # Errors
 /// What is wrong with it as YAML: the parser stops at the first such problem.
 pub(crate) fn load(source: &str, document: &str) -> Result<Node, PolicyError> {
+    read(document, MergeKeys::Refused).map_err(|wrong| PolicyError {
+        source_name: source.to_owned(),
+        line: wrong.place.line,
+        column: wrong.place.column,
+        text: wrong.text,
+    })
+}
+
+/// What becomes of merge keys (`<<`).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum MergeKeys {
+    /// They are an error.
+    Refused,
+    /// What they name is merged in.
+    Taken,
+}
+
+/// Reads a document.
+///
+/// # Errors
+/// What is wrong with it as YAML: the parser stops at the first such problem.
+pub fn read(document: &str, merge_keys: MergeKeys) -> Result<Node, NotYaml> {
     let options = serde_saphyr::options! {
         duplicate_keys: DuplicateKeyPolicy::PassThrough,
-        merge_keys: MergeKeyPolicy::Error,
+        merge_keys: match merge_keys {
+            MergeKeys::Refused => MergeKeyPolicy::Error,
+            MergeKeys::Taken => MergeKeyPolicy::Merge,
+        },
         strict_booleans: true,
         reject_unsupported_tags: true,
         with_snippet: false,
@@ -98,10 +154,8 @@ pub(crate) fn load(source: &str, document: &str) -> Result<Node, PolicyError> {
             let text = error.without_snippet().to_string();
             // The place stands before the text already.
             let text = plain(text.split(" at line ").next().unwrap_or(&text));
-            PolicyError {
-                source_name: source.to_owned(),
-                line: place.line,
-                column: place.column,
+            NotYaml {
+                place,
                 text: format!("not valid YAML: {text}"),
             }
         })
@@ -109,11 +163,14 @@ pub(crate) fn load(source: &str, document: &str) -> Result<Node, PolicyError> {
 
 /// The parser's words for its limits and options, in ours.
 fn plain(text: &str) -> &str {
-    if text.contains("Documents {") {
-        "there is more than one document (expected one; remove what follows the second ---)"
+    if text.contains("Documents {") || text.contains("multiple YAML documents") {
+        "there is more than one document (expected one; remove the line --- here and what follows it)"
     } else if text.contains("merge keys") {
         "merge keys (<<) are not taken; write the keys out"
-    } else if text.contains("budget breached") || text.contains("alias replay limit") {
+    } else if ["budget breached", "alias replay limit", "recursion limit"]
+        .iter()
+        .any(|limit| text.contains(limit))
+    {
         "it nests too deep, or has too many values or aliases"
     } else {
         text
@@ -133,10 +190,7 @@ fn node(spanned: Spanned<Value>) -> Node {
 /// Numbers that are written in another way than in decimal digits become what is written. Nests no deeper than
 /// the parser lets a document.
 fn as_written(mut node: Node, document: &str) -> Node {
-    let text = node
-        .written
-        .and_then(|(offset, length)| document.get(offset..offset.checked_add(length)?))
-        .map(str::trim);
+    let text = node.as_written(document);
     node.value = match (node.value, text) {
         (Value::Int(number), Some(text)) if text != number.to_string() => Value::Number(cut(text)),
         (Value::Number(_), Some(text)) => Value::Number(cut(text)),

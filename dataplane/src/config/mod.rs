@@ -23,7 +23,7 @@ use crate::mac::Mac;
 use crate::message::{Forward, OwnPolicy, Zone};
 use url::{ListenUrl, Schemes, socket_path};
 
-pub use problem::{Problem, Problems};
+pub use problem::{Problem, Problems, write_lines};
 pub use settings::{OwnListSettings, OwnPolicySettings, SettingsError, VmSettings};
 pub use url::{ListenAt, UrlError};
 

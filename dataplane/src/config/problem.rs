@@ -14,20 +14,31 @@ pub struct Problems(pub Vec<Problem>);
 
 impl std::fmt::Display for Problems {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        for (index, problem) in self.0.iter().enumerate() {
-            if index > 0 {
-                f.write_str("\n")?;
-            }
-            // A problem's cause belongs to its line.
-            write!(f, "{problem}")?;
-            let mut cause = std::error::Error::source(problem);
-            while let Some(error) = cause {
-                write!(f, ": {error}")?;
-                cause = error.source();
-            }
-        }
-        Ok(())
+        write_lines(&self.0, f)
     }
+}
+
+/// Writes problems, a line each, with their causes.
+///
+/// # Errors
+/// The formatter's.
+pub fn write_lines<E: std::error::Error>(
+    problems: &[E],
+    f: &mut std::fmt::Formatter<'_>,
+) -> std::fmt::Result {
+    for (index, problem) in problems.iter().enumerate() {
+        if index > 0 {
+            f.write_str("\n")?;
+        }
+        // A problem's cause belongs to its line.
+        write!(f, "{problem}")?;
+        let mut cause = problem.source();
+        while let Some(error) = cause {
+            write!(f, ": {error}")?;
+            cause = error.source();
+        }
+    }
+    Ok(())
 }
 
 impl std::error::Error for Problems {}

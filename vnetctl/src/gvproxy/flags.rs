@@ -9,7 +9,7 @@ use std::fmt::Write as _;
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::PathBuf;
 
-use super::nearest;
+use crate::launch::nearest;
 
 /// What was typed. A value that was given empty is one that was not given, as the peer has it.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]

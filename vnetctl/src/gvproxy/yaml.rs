@@ -161,7 +161,7 @@ impl FileConfig {
                 reader.end(config)
             }
             Err(problem) => {
-                reader.problem_at(problem.line, problem.column, problem.text);
+                reader.problem_at(problem.place.line, problem.place.column, problem.text);
                 reader.end(Self::default())
             }
         }

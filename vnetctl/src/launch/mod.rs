@@ -3,7 +3,7 @@
 //!
 //! - [`controlplane`] starts the user's own, once, however many first commands ask for it together;
 //! - [`Dataplane`] is a child of `run` and `up` that ends with them, whatever ends them;
-//! - the policy loader and the forms of flags that the daemons own are lent from here.
+//! - the policy loader, its YAML and the forms of flags that the daemons own are lent from here.
 
 mod controlplane;
 mod dataplane;
@@ -18,11 +18,12 @@ use std::process::ExitCode;
 use vnet_controlplane::paths;
 
 pub use vnet_controlplane::paths::SESSION_SOCKET;
+pub use vnet_controlplane::policy::{nearest, yaml};
 pub use vnet_dataplane::args::Args as DataplaneArgs;
 pub use vnet_dataplane::config::{
     Config as DataplaneConfig, GATEWAY_MAC_DEFAULT, ListenAt, MTU_BYTES_DEFAULT, MTU_BYTES_MAX,
     MTU_BYTES_MIN, SEARCH_DOMAINS_MAX, SUBNET_DEFAULT, SUBNET_PREFIX_MAX, SUBNET_PREFIX_MIN, Transport,
-    ZONES_DEFAULT,
+    ZONES_DEFAULT, write_lines,
 };
 pub use vnet_dataplane::forward::{FORWARDS_MAX, ForwardSpec};
 pub use vnet_dataplane::mac::Mac;

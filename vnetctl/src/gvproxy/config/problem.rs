@@ -10,6 +10,7 @@ use vnet_proto::model::NameError;
 use super::LogLevel;
 use super::endpoint::{Endpoint, EndpointError};
 use crate::gvproxy::origin::{Finding, Origin};
+use crate::launch::write_lines;
 
 /// One thing that is wrong.
 #[derive(Debug, thiserror::Error)]
@@ -210,19 +211,7 @@ pub struct Problems(pub Vec<Problem>);
 
 impl std::fmt::Display for Problems {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        for (index, problem) in self.0.iter().enumerate() {
-            if index > 0 {
-                f.write_str("\n")?;
-            }
-            // A problem's cause belongs to its line.
-            write!(f, "{problem}")?;
-            let mut cause = std::error::Error::source(problem);
-            while let Some(error) = cause {
-                write!(f, ": {error}")?;
-                cause = error.source();
-            }
-        }
-        Ok(())
+        write_lines(&self.0, f)
     }
 }
 

@@ -5,8 +5,8 @@ use std::sync::Arc;
 
 use super::tree::{Node, Scalar, Value};
 use crate::gvproxy::flags::go_number;
-use crate::gvproxy::nearest;
 use crate::gvproxy::origin::{Finding, Given, Origin, Place};
+use crate::launch::nearest;
 
 /// Problems, and warnings, that are told one by one.
 pub(super) const FINDINGS_MAX: usize = 100;
