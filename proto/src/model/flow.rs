@@ -452,7 +452,8 @@ impl TryFrom<v1::FlowSubject> for FlowSubject {
             address_from_bytes("flow.dialled", &message.dialled)?
         };
         // They differ where a flow was read before: its destination is the one that it is judged as.
-        if guest.is_ipv4() != peer.is_ipv4() && judged(dialled) != peer {
+        let read_before = dialled.is_ipv4() == guest.is_ipv4() && judged(dialled) == peer;
+        if guest.is_ipv4() != peer.is_ipv4() && !read_before {
             return Err(Malformed::MixedFamilies {
                 field: "flow.guest_address",
             });

@@ -195,6 +195,172 @@ fn malformed_messages_are_refused_with_their_reason() {
     ));
 }
 
+/// A miss of a flow and one of a lookup, and a verdict, as messages that are taken.
+fn taken() -> (v1::Miss, v1::Miss, v1::Verdict) {
+    let subject = |peer: &str| FlowSubject {
+        key: key(Protocol::Tcp, peer),
+        dialled: "192.0.2.7".parse().unwrap(),
+        names: vec!["a.test".parse().unwrap()],
+        guards: GuardSet::EMPTY,
+        peer_vm: None,
+    };
+    let miss = |subject| Miss {
+        id: MissId(1),
+        vm: VmId(1),
+        subject,
+        hold: std::time::Duration::from_secs(30),
+        held: 1,
+    };
+    let flow = subject("192.0.2.7:443");
+    let verdict = v1::Verdict {
+        miss_id: 1,
+        action: v1::Action::Allow.into(),
+        r#match: Some(v1::verdict::Match::Flow((&FlowMatch::exact(&flow.key)).into())),
+        epoch: Some(Epoch::first(1).into()),
+        ..Default::default()
+    };
+    (
+        miss(Subject::Flow(flow)).to_message(None),
+        miss(Subject::Lookup(LookupSubject::new("a.test".parse().unwrap(), 1))).to_message(None),
+        verdict,
+    )
+}
+
+#[test]
+fn each_field_of_a_miss_that_is_wrong_is_named() {
+    let (good, lookup, _) = taken();
+    assert!(Miss::try_from(good.clone()).is_ok() && Miss::try_from(lookup.clone()).is_ok());
+    let flow = |change: &dyn Fn(&mut v1::FlowSubject)| {
+        let mut message = good.clone();
+        match &mut message.subject {
+            Some(v1::miss::Subject::Flow(flow)) => change(flow),
+            other => panic!("{other:?}"),
+        }
+        Miss::try_from(message).unwrap_err().to_string()
+    };
+    let name = |change: &dyn Fn(&mut v1::LookupSubject)| {
+        let mut message = lookup.clone();
+        match &mut message.subject {
+            Some(v1::miss::Subject::Lookup(lookup)) => change(lookup),
+            other => panic!("{other:?}"),
+        }
+        Miss::try_from(message).unwrap_err().to_string()
+    };
+    let miss = |change: &dyn Fn(&mut v1::Miss)| {
+        let mut message = good.clone();
+        change(&mut message);
+        Miss::try_from(message).unwrap_err().to_string()
+    };
+    let wrong = [
+        (miss(&|m| m.subject = None), "miss.subject is not set"),
+        (miss(&|m| m.hold = None), "miss.hold is not set"),
+        (
+            miss(&|m| {
+                m.hold = Some(prost_types::Duration {
+                    seconds: -1,
+                    nanos: 0,
+                })
+            }),
+            "miss.hold is 1,",
+        ),
+        (flow(&|f| f.protocol = 0), "protocol has value 0,"),
+        (
+            flow(&|f| f.guest_address = vec![1; 3]),
+            "flow.guest_address is 3 bytes",
+        ),
+        (
+            flow(&|f| f.guest_address = vec![0xfd; 16]),
+            "flow.guest_address is of another",
+        ),
+        (flow(&|f| f.address = Vec::new()), "flow.address is 0 bytes"),
+        (flow(&|f| f.dialled = vec![1; 5]), "flow.dialled is 5 bytes"),
+        (
+            flow(&|f| f.guest_port = 65_536),
+            "flow.guest_port has ports 65536",
+        ),
+        (flow(&|f| f.port = 65_536), "flow.port has ports 65536"),
+        (flow(&|f| f.port = 0), "flow.port has ports 0"),
+        (
+            flow(&|f| f.protocol = v1::Protocol::Icmp.into()),
+            "flow.port has ports 443",
+        ),
+        (flow(&|f| f.guards = vec![99]), "has value 99,"),
+        (
+            flow(&|f| f.names = vec!["A.test.".to_owned()]),
+            "flow.names is not a canonical",
+        ),
+        (
+            name(&|l| l.name = "-".repeat(64)),
+            "lookup.name is not a canonical",
+        ),
+        (name(&|l| l.query_type = 65_536), "lookup.query_type is 65536,"),
+    ];
+    for (said, expected) in wrong {
+        assert!(said.contains(expected), "{said}, expected {expected}");
+    }
+}
+
+#[test]
+fn each_field_of_a_verdict_that_is_wrong_is_named() {
+    let (_, _, good) = taken();
+    assert!(Verdict::try_from(good.clone()).is_ok());
+    let verdict = |change: &dyn Fn(&mut v1::Verdict)| {
+        let mut message = good.clone();
+        change(&mut message);
+        Verdict::try_from(message).unwrap_err().to_string()
+    };
+    let names = |kind: v1::lookup_match::Kind, name: &str| {
+        Some(v1::verdict::Match::Lookup(v1::LookupMatch {
+            kind: kind.into(),
+            name: name.to_owned(),
+            ..Default::default()
+        }))
+    };
+    use v1::lookup_match::Kind;
+    let wrong = [
+        (verdict(&|v| v.action = 0), "verdict.action has value 0,"),
+        (
+            verdict(&|v| v.action = v1::Action::Ask.into()),
+            "verdict.action has value",
+        ),
+        (verdict(&|v| v.r#match = None), "verdict.match is not set"),
+        (verdict(&|v| v.epoch = None), "verdict.epoch is not set"),
+        (
+            verdict(&|v| v.epoch = Some(v1::Epoch::default())),
+            "epoch.incarnation is not set",
+        ),
+        (
+            verdict(&|v| {
+                v.expires_in = Some(prost_types::Duration {
+                    seconds: -2,
+                    nanos: 0,
+                })
+            }),
+            "verdict.expires_in is 2,",
+        ),
+        (
+            verdict(&|v| v.name_demand = 99),
+            "verdict.name_demand has value 99,",
+        ),
+        (
+            verdict(&|v| v.names = vec!["x..y".to_owned()]),
+            "verdict.names is not a canonical",
+        ),
+        (
+            verdict(&|v| v.r#match = names(Kind::Unspecified, "")),
+            "match.kind has value 0,",
+        ),
+        (verdict(&|v| v.r#match = names(Kind::Any, "a.test")), "match.name"),
+        (
+            verdict(&|v| v.r#match = names(Kind::Exact, "A")),
+            "match.name is not a canonical",
+        ),
+    ];
+    for (said, expected) in wrong {
+        assert!(said.contains(expected), "{said}, expected {expected}");
+    }
+}
+
 #[test]
 fn a_nat64_destination_is_judged_as_the_ipv4_address_and_keeps_what_is_dialled() {
     let real: std::net::IpAddr = "64:ff9b::a00:1".parse().unwrap();
