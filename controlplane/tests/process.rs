@@ -307,3 +307,22 @@ fn wrong_usage_is_exit_code_two() {
     assert!(text.contains("etcd is not built yet"), "{text}");
     assert_eq!(place.start(&["--no-such-flag"]).wait().0, 2);
 }
+
+#[test]
+fn a_store_in_memory_leaves_no_file() {
+    let place = Place::new("memory");
+    let state = place.0.join("state");
+    let mut command = Command::new(env!("CARGO_BIN_EXE_vnet-controlplane"));
+    command
+        .args(["--listen", &format!("unix://{}", place.socket().display())])
+        .args(["--store", "memory:"])
+        .env("XDG_STATE_HOME", &state)
+        .env("HOME", &state)
+        .stdin(Stdio::null())
+        .stderr(Stdio::piped());
+    let mut running = Running(command.spawn().unwrap(), String::new());
+    wait_for("the socket", || answers(&place.socket()));
+    kill(Pid::from_raw(running.0.id().cast_signed()), Signal::SIGTERM).unwrap();
+    running.0.wait().unwrap();
+    assert!(!state.exists(), "nothing was written");
+}

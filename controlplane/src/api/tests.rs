@@ -3,6 +3,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use hyper_util::rt::TokioIo;
+use prost::Message as _;
 use tokio::net::UnixStream;
 use tokio::sync::watch;
 use tokio_stream::StreamExt as _;
@@ -180,6 +181,75 @@ async fn each_listener_serves_its_own_and_nothing_else() {
         sessions.session(stream).await.unwrap_err().code(),
         Code::Unimplemented
     );
+}
+
+/// The design's table, but for sessions, which have a listener of their own.
+const RPCS: [&str; 31] = [
+    "PolicyService/GetPolicy",
+    "PolicyService/ApplyPolicy",
+    "PolicyService/Explain",
+    "PolicyService/Suggest",
+    "PolicyService/ListRevisions",
+    "PolicyService/Rollback",
+    "PendingService/ListPending",
+    "PendingService/GetPending",
+    "PendingService/WatchPending",
+    "PendingService/Approve",
+    "PendingService/Deny",
+    "GrantService/ListGrants",
+    "GrantService/CreateGrant",
+    "GrantService/RevokeGrant",
+    "VmService/ListVms",
+    "VmService/GetVm",
+    "VmService/UpdateVm",
+    "VmService/WatchVms",
+    "FlowService/ListFlows",
+    "FlowService/WatchFlows",
+    "FlowService/CloseFlow",
+    "ForwardService/ListForwards",
+    "ForwardService/CreateForward",
+    "ForwardService/DeleteForward",
+    "DnsService/ListZones",
+    "DnsService/SetZone",
+    "DnsService/DeleteZone",
+    "DnsService/ListBindings",
+    "DnsService/ListDenied",
+    "EventService/WatchEvents",
+    "EventService/ListEvents",
+];
+
+#[tokio::test]
+async fn every_rpc_of_the_contract_is_served_or_says_in_a_detail_that_it_is_not() {
+    let contract = prost_types::FileDescriptorSet::decode(vnet_proto::DESCRIPTORS).unwrap();
+    let services = contract.file.iter().flat_map(|file| &file.service);
+    let rpcs: Vec<String> = services
+        .filter(|service| service.name() != "DataplaneService")
+        .flat_map(|service| {
+            let name =
+                |method: &prost_types::MethodDescriptorProto| format!("{}/{}", service.name(), method.name());
+            service.method.iter().map(name).collect::<Vec<_>>()
+        })
+        .collect();
+    for rpc in RPCS {
+        assert!(
+            rpcs.iter().any(|served| served == rpc),
+            "the contract lacks {rpc}"
+        );
+    }
+    let served = Served::start(false).await;
+    for rpc in rpcs {
+        let mut client = tonic::client::Grpc::new(served.channel("api").await);
+        client.ready().await.unwrap();
+        let path = format!("/vnet.v1.{rpc}").parse().unwrap();
+        // What is asked is nothing; it may well be refused, but for what it lacks.
+        let codec = tonic_prost::ProstCodec::<(), ()>::default();
+        let answer = client.server_streaming(Request::new(()), path, codec).await;
+        let Err(refused) = answer else { continue };
+        if refused.code() == Code::Unimplemented {
+            let details = refused.get_error_details();
+            assert!(details.error_info().is_some(), "{rpc}: {refused:?}");
+        }
+    }
 }
 
 #[tokio::test]

@@ -1,5 +1,5 @@
-//! What a connection costs in instructions, to be counted by callgrind: `tests/bench/connect.py` runs it once for each
-//! scene and compares them.
+//! What a connection costs in instructions, and what a packet does, to be counted by callgrind:
+//! `tests/bench/connect.py` runs it once for each scene and compares them.
 
 use std::net::Ipv4Addr;
 
@@ -17,6 +17,8 @@ const PEER: (Ipv4Addr, u16) = (SERVER, 22);
 /// Verdicts beside the one that is hit.
 const OTHERS: u32 = 10_000;
 const CONNECTIONS: u32 = 1_000;
+/// Flows that are open where a packet has company: as many as the test's guest may have.
+const FLOWS: u16 = 64;
 
 /// Gives the engine a verdict of a policy in force that allows a match.
 fn allow(rig: &mut Rig, prefix: &str, ports: PortRange) {
@@ -103,6 +105,53 @@ fn connections() {
     }
     assert_eq!(rig.engine.flow_count(), 0);
     assert!(rig.misses().is_empty());
+}
+
+/// A flow's place and the next sequence numbers of both sides, with as many others open beside.
+fn open_beside(rig: &mut Rig, others: u16) -> u32 {
+    let mut sequence = 0;
+    for port in 0..=others {
+        let peer = (SERVER, PEER.1 + 1000 + port);
+        rig.syn(peer);
+        let (at, _) = rig.only_dial();
+        rig.engine.handle_dialled(rig.now, at);
+        rig.service();
+        sequence = rig.only_segment().1;
+        rig.tcp(peer, 0x10, 1001, sequence + 1, &[]);
+        rig.service();
+        rig.sent();
+        rig.events.clear();
+    }
+    sequence
+}
+
+/// A segment of a flow that is open: in, taken, acknowledged.
+#[inline(never)]
+fn one_packet(rig: &mut Rig, peer: (Ipv4Addr, u16), at: usize, number: u32, sequence: u32) {
+    rig.tcp(peer, 0x18, 1001 + number * 1000, sequence + 1, &[7; 1000]);
+    let taken = rig
+        .engine
+        .connection(at)
+        .unwrap()
+        .lend_received(|bytes| Ok::<_, std::convert::Infallible>(bytes.len()));
+    assert_eq!(taken, Ok(1000));
+    rig.engine.count_bytes(rig.now, at, 1000, 0);
+    rig.engine.finish_service(rig.now, at);
+    rig.frames();
+}
+
+#[test]
+#[ignore = "a measurement: tests/bench/connect.py"]
+fn packets() {
+    let name = std::env::var("VNET_SCENE").unwrap_or_else(|_| "others".to_owned());
+    let others = if name == "alone" { 0 } else { FLOWS - 1 };
+    let mut rig = Rig::new();
+    allow(&mut rig, "200.0.0.0/6", PortRange::ALL);
+    let sequence = open_beside(&mut rig, others);
+    let (peer, at) = ((SERVER, PEER.1 + 1000 + others), usize::from(others));
+    for number in 0..CONNECTIONS {
+        one_packet(&mut rig, peer, at, number, sequence);
+    }
 }
 
 #[test]

@@ -7,6 +7,7 @@ use vnet_proto::model::VerdictAction;
 use super::kit::*;
 use crate::engine::frame::DropReason;
 use crate::engine::held::DATAGRAMS_MAX;
+use crate::engine::reply::Unreachable;
 use crate::engine::{Event, UDP_FLOWS_MAX, UDP_UNANSWERED_IDLE};
 use crate::message::{FlowEnd, Report};
 
@@ -123,6 +124,46 @@ fn echo_to_the_gateway_is_answered_and_beyond_it_asks() {
     rig.engine.handle_echo_reply(rig.now, flow, &mut reply);
     let sent = rig.sent();
     assert_eq!(sent[0][24..26], 77u16.to_be_bytes(), "the guest's own identifier");
+}
+
+#[test]
+fn a_denied_echo_is_answered_as_prohibited() {
+    let mut rig = Rig::new();
+    rig.ip(&echo(SERVER, 77, b"ping"));
+    let miss = rig.misses().remove(0);
+    rig.answer(&miss, VerdictAction::Deny);
+    assert_eq!(rig.only_icmp(), (3, 13));
+}
+
+#[test]
+fn what_the_host_cannot_send_is_counted_and_said_as_the_host_says_it() {
+    for (why, said) in [
+        (Unreachable::Port, (3, 3)),
+        (Unreachable::Host, (3, 1)),
+        (Unreachable::Network, (3, 0)),
+    ] {
+        let mut rig = Rig::new();
+        rig.ip(&udp(NTP, b"x"));
+        let miss = rig.misses().remove(0);
+        rig.answer(&miss, VerdictAction::Allow);
+        let Some(Event::Send { flow, .. }) = rig.events.pop() else {
+            panic!()
+        };
+        rig.engine.handle_send_error(flow, Some(why));
+        assert_eq!(rig.only_icmp(), said);
+        assert_eq!(rig.engine.dropped(DropReason::HostRefused), 1);
+    }
+    // No ping socket is to be had: counted, and nothing is made up.
+    let mut rig = Rig::new();
+    rig.ip(&echo(SERVER, 77, b"ping"));
+    let miss = rig.misses().remove(0);
+    rig.answer(&miss, VerdictAction::Allow);
+    let Some(Event::Send { flow, .. }) = rig.events.pop() else {
+        panic!()
+    };
+    rig.engine.handle_send_error(flow, None);
+    assert_eq!(rig.engine.dropped(DropReason::HostRefused), 1);
+    assert!(rig.sent().is_empty());
 }
 
 #[test]

@@ -57,6 +57,17 @@ fn the_first_mac_is_the_links_and_others_are_dropped() {
 }
 
 #[test]
+fn a_pinned_link_takes_its_own_mac_and_no_other_that_comes_first() {
+    let own = Mac([2, 0, 0, 0, 0, 9]);
+    let mut rig = Rig::pinned(own);
+    rig.frame(0x0806, &arp(1, GUEST_MAC, GUEST, GATEWAY));
+    assert!(rig.frames().is_empty());
+    assert_eq!(rig.engine.dropped(DropReason::SpoofedMac), 1);
+    rig.frame_from(own, 0x0806, &arp(1, own, GUEST, GATEWAY));
+    assert_eq!(rig.frames().len(), 1, "ARP is answered");
+}
+
+#[test]
 fn a_static_address_works_and_others_addresses_do_not() {
     let mut rig = Rig::new();
     let neighbour = Ipv4Addr::new(192, 168, 127, 3);

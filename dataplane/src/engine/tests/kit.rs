@@ -124,14 +124,24 @@ impl Rig {
 
     /// The same in a process that may have so many descriptors.
     pub(super) fn with_descriptors(descriptors: &Descriptors) -> Self {
-        Self::with_all(1500, None, descriptors)
+        Self::with_all(1500, None, descriptors, None)
     }
 
     fn with(mtu_bytes: usize, ipv6: Option<Ipv6Config>) -> Self {
-        Self::with_all(mtu_bytes, ipv6, &Descriptors::new(1 << 20))
+        Self::with_all(mtu_bytes, ipv6, &Descriptors::new(1 << 20), None)
     }
 
-    fn with_all(mtu_bytes: usize, ipv6: Option<Ipv6Config>, descriptors: &Descriptors) -> Self {
+    /// A guest whose link may have this MAC address alone.
+    pub(super) fn pinned(mac: Mac) -> Self {
+        Self::with_all(1500, None, &Descriptors::new(1 << 20), Some(mac))
+    }
+
+    fn with_all(
+        mtu_bytes: usize,
+        ipv6: Option<Ipv6Config>,
+        descriptors: &Descriptors,
+        pinned_mac: Option<Mac>,
+    ) -> Self {
         let config = EngineConfig {
             vm: VmId(1),
             gateway: GATEWAY,
@@ -140,7 +150,7 @@ impl Rig {
             host_alias: Some(ALIAS),
             ipv6,
             mtu_bytes,
-            pinned_mac: None,
+            pinned_mac,
             flows_max: 64,
             descriptors: descriptors.attach(VmId(1)).unwrap(),
             hold: HOLD,

@@ -579,7 +579,7 @@ async fn a_watch_prints_one_object_a_line() {
         state: v1::PendingState::Approved.into(),
         ..request()
     };
-    for format in [Format::Json, Format::Table] {
+    for format in [Format::Json, Format::Yaml, Format::Table] {
         server.answer(
             "PendingService/WatchPending",
             &change(v1::PendingChange::Added, Some(request())),
@@ -601,6 +601,11 @@ async fn a_watch_prints_one_object_a_line() {
             assert_eq!(lines[0]["change"], "PENDING_CHANGE_ADDED");
             assert_eq!(lines[0]["request"]["id"], "01ab");
             assert_eq!(lines[2]["request"]["state"], "PENDING_STATE_APPROVED");
+        } else if format == Format::Yaml {
+            let documents: Vec<serde_json::Value> = serde_saphyr::from_multiple(&text).unwrap();
+            assert_eq!(documents.len(), 3, "{text}");
+            assert_eq!(documents[0]["request"]["id"], "01ab");
+            assert_eq!(documents[2]["request"]["state"], "PENDING_STATE_APPROVED");
         } else {
             assert_eq!(
                 text,
