@@ -138,3 +138,58 @@ mod tests {
         assert_eq!(steady(&mut started, boot(3620), at(9000)), at(9000));
     }
 }
+
+#[cfg(all(test, target_os = "linux"))]
+mod suspended {
+    use super::*;
+
+    const PART: &str = "VNET_TEST_CLOCK";
+
+    /// The part of a process whose machine has slept: says what the clock reads.
+    #[test]
+    #[ignore = "the other side of the test below"]
+    fn the_other_side() {
+        if std::env::var_os(PART).is_some() {
+            println!("reads {}", boot_time().as_secs());
+        }
+    }
+
+    /// A time namespace sets the clock that counts suspend ahead of the one that does not, as a suspend does.
+    #[test]
+    fn time_suspended_counts() {
+        const SLEPT: u64 = 100_000;
+        let slept = std::process::Command::new("unshare")
+            .args([
+                "--user",
+                "--map-root-user",
+                "--time",
+                "--boottime",
+                &SLEPT.to_string(),
+                "--fork",
+            ])
+            .arg(std::env::current_exe().unwrap())
+            .args([
+                "--exact",
+                "clock::suspended::the_other_side",
+                "--ignored",
+                "--nocapture",
+            ])
+            .env(PART, "1")
+            .output();
+        let Some(output) = slept.ok().filter(|output| output.status.success()) else {
+            assert!(
+                std::env::var_os("CI").is_none(),
+                "no time namespace can be had (util-linux, user namespaces)"
+            );
+            eprintln!("skipped: no time namespace can be had (util-linux, user namespaces)");
+            return;
+        };
+        let said = String::from_utf8_lossy(&output.stdout).into_owned();
+        let reads: u64 = said
+            .lines()
+            .find_map(|line| line.split("reads ").nth(1)?.trim().parse().ok())
+            .unwrap_or_else(|| panic!("{said}"));
+        let here = boot_time().as_secs();
+        assert!(reads >= here + SLEPT / 2, "{here} here, {reads} there");
+    }
+}

@@ -1029,6 +1029,11 @@ async fn limits_that_a_vm_met_are_in_the_history_once_a_minute_with_their_count(
             vm: 1,
             attached: true,
             dropped_frames: [("flow_limit".to_owned(), refused), ("denied".to_owned(), 7)].into(),
+            counters: [
+                ("synthetic_exhausted".to_owned(), refused),
+                ("dns_relayed".to_owned(), 7),
+            ]
+            .into(),
             ..Default::default()
         }));
     }
@@ -1041,10 +1046,18 @@ async fn limits_that_a_vm_met_are_in_the_history_once_a_minute_with_their_count(
     let reached: Vec<_> = events
         .iter()
         .filter(|e| e.kind() == v1::EventKind::LimitReached)
-        .map(|e| (e.vm.as_str(), e.count))
+        .map(|e| (e.vm.as_str(), e.text.contains("synthetic"), e.count))
         .collect();
-    // Newest first: the 39 that followed in one, the first at once.
-    assert_eq!(reached, [("web", 39), ("web", 0)]);
+    // Newest first: the 39 that followed in one, the first at once. Of either count.
+    for synthetic in [false, true] {
+        let of: Vec<u64> = reached
+            .iter()
+            .filter(|(vm, is, _)| *vm == "web" && *is == synthetic)
+            .map(|(_, _, count)| *count)
+            .collect();
+        assert_eq!(of, [39, 0], "{reached:?}");
+    }
+    assert_eq!(reached.len(), 4);
 }
 
 #[test]

@@ -668,6 +668,43 @@ mod tests {
     }
 
     #[test]
+    #[ignore = "a measurement: cargo test --release -p vnet-dataplane --lib -- --ignored --nocapture a_look_up"]
+    fn a_look_up_takes_the_same_whatever_else_is_there() {
+        const LOOKUPS: u32 = 2_000_000;
+        // Addresses in order, and ones that differ in their highest bits first, as of who picks them to collide.
+        let measured = |entries: u32, adversarial: bool| {
+            let address = |n: u32| match adversarial {
+                true => Ipv4Addr::from(n.reverse_bits()),
+                false => Ipv4Addr::from(0x0a00_0000 + n),
+            };
+            let mut cache = cache();
+            for n in 0..entries {
+                put(
+                    &mut cache,
+                    &verdict(VerdictAction::Deny, &address(n).to_string(), "80"),
+                    None,
+                );
+            }
+            let keys: Vec<FlowKey> = (0..1_000)
+                .map(|n| key(&format!("{}:80", address(n * entries / 1_000))))
+                .collect();
+            let began = std::time::Instant::now();
+            for n in 0..LOOKUPS {
+                let flow = &keys[n as usize % keys.len()];
+                assert!(cache.lookup(Time::ZERO, flow, Standing::default()).is_some());
+            }
+            began.elapsed() / LOOKUPS
+        };
+        let one = measured(1, false);
+        for adversarial in [false, true] {
+            let many = measured(100_000, adversarial);
+            println!("{one:?} beside nothing, {many:?} beside 100,000 (adversarial: {adversarial})");
+            // Memory that is not in the processor's caches costs a few times what is.
+            assert!(many < one * 8, "{one:?}, then {many:?}");
+        }
+    }
+
+    #[test]
     fn the_oldest_entries_go_at_the_limit() {
         let mut cache = cache();
         for i in 0..FLOW_ENTRIES_MAX as u32 + 10 {

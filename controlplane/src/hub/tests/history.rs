@@ -17,6 +17,27 @@ async fn recalled(rig: &Rig, vm: Option<&str>) -> (Vec<Recorded>, Vec<(LeftOut, 
     (recorded, left_out)
 }
 
+#[tokio::test]
+async fn only_what_lies_in_the_span_comes_back() {
+    let rig = Rig::open();
+    rig.apply("version: 1\ndefaultAction: deny\n");
+    let mut dp = rig.dataplane("web");
+    dp.verdict(flow("192.0.2.7:22", &[]));
+    rig.pass(Duration::from_secs(3600));
+    let middle = rig.hub.now().wall;
+    rig.pass(Duration::from_secs(3600));
+    dp.verdict(flow("192.0.2.7:23", &[]));
+    for (start, end, expected) in [
+        (Some(middle), None, "tcp 192.0.2.7:23"),
+        (None, Some(middle), "tcp 192.0.2.7:22"),
+    ] {
+        let mut targets = Vec::new();
+        let take = |recalled: Recalled| targets.extend(recalled.ok().map(|one| one.target().to_string()));
+        rig.hub.recall(None, Span { start, end }, take).await.unwrap();
+        assert_eq!(targets, [expected]);
+    }
+}
+
 const RULES: &str = "version: 1\nrules:\n  - {name: web, action: allow, ports: [443]}\n  - {name: host, action: allow, \
     cidr: 192.168.127.254/32, ports: [80]}\n  - {name: lab, action: ask, cidr: 10.0.0.0/8}\n  \
     - {name: names, action: allow, domains: [a.test]}\n";

@@ -90,7 +90,17 @@ fn what_is_asked_is_bounded_as_the_policy_says() {
     let mut dp = rig.dataplane("web");
     dp.held(flow("192.0.2.7:1", &[]));
     dp.held(flow("192.0.2.7:2", &[]));
+    let (mut watch, _) = rig.hub.watch_events(EventFilter::default()).unwrap();
     let refused = dp.verdict(flow("192.0.2.7:3", &[]));
+    let told = std::iter::from_fn(|| watch.try_next()).find_map(|next| match next {
+        Next::Change(event) if event.kind() == v1::EventKind::LimitReached => Some(event.text),
+        _ => None,
+    });
+    let told = told.unwrap_or_default();
+    assert!(
+        told.starts_with("tcp 192.0.2.7:3: ") && told.contains("approvals.maxRequestsPerMinute"),
+        "{told}"
+    );
     let reason = refused.reason.clone().unwrap();
     assert_eq!(
         (refused.action, refused.once, reason.step.as_str()),

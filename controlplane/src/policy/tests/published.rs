@@ -139,6 +139,8 @@ fn the_published_schema_refuses_what_the_loader_refuses() {
         ("appliesTo: {nmae: a}\n", "/appliesTo"),
         ("rules: [{cidr: 10.0.0.0/8}]\n", "/rules/0"),
         ("rules: [{action: allow, port: 443}]\n", "/rules/0"),
+        // What a program calls itself is shown and never matched.
+        ("rules: [{action: allow, program: curl}]\n", "/rules/0"),
         ("rules: [{action: permit}]\n", "/rules/0/action"),
         ("rules: [{action: allow, ports: [70000]}]\n", "/rules/0/ports"),
         ("rules: [{action: allow, protocol: sctp}]\n", "/rules/0/protocol"),

@@ -233,6 +233,36 @@ fn lists_are_bounded_in_bytes() {
 }
 
 #[test]
+#[ignore = "a measurement: cargo test --release -p vnet-controlplane --lib -- --ignored --nocapture a_million_names"]
+fn a_million_names_load_in_seconds_and_cost_a_lookup_what_a_thousand_do() {
+    const LOOKUPS: u32 = 200_000;
+    let document = "version: 1\nsets:\n  s: {file: l}\nrules:\n  - {action: deny, domains: \"@s\"}\n";
+    let measured = |names: usize| {
+        let list: String = (0..names).map(|n| format!("||host{n}.example^\n")).collect();
+        let began = std::time::Instant::now();
+        let policy = with_lists(document, &[("l", &list)]).unwrap();
+        let loading = began.elapsed();
+        let (under, grants) = (under(&policy), grants([]));
+        let asked: Vec<String> = (0..1_000)
+            .map(|n| format!("a.host{}.example", n * names / 1_000))
+            .collect();
+        let began = std::time::Instant::now();
+        for n in 0..LOOKUPS {
+            let found = ask_name(&under, &grants, &asked[n as usize % asked.len()]);
+            assert_eq!(found.outcome, Outcome::Deny);
+        }
+        (loading, began.elapsed() / LOOKUPS)
+    };
+    let (_, few) = measured(1_000);
+    let (loading, many) = measured(1_000_000);
+    println!(
+        "a million names load in {loading:?}; a lookup takes {few:?} beside a thousand, {many:?} beside a million"
+    );
+    assert!(loading < Duration::from_secs(10), "{loading:?}");
+    assert!(many < few * 2, "{few:?}, then {many:?}");
+}
+
+#[test]
 fn a_hundred_thousand_names_are_shared_by_rules_and_vms() {
     let list: String = (0..100_000)
         .map(|n| format!("host{n}.site{}.example\n", n % 50_000))

@@ -10,6 +10,7 @@ use vnet_proto::model::{Guard, Match, Miss, NameDemand, Subject, Verdict, Verdic
 use super::kit::*;
 use crate::engine::Event;
 use crate::engine::inspect::tls::tests::{hello_with, in_records, server_name_extension};
+use crate::engine::synthetic::table::Synthetics;
 use crate::message::{Order, Report, Settings};
 
 const REAL: &str = "203.0.113.80";
@@ -362,6 +363,46 @@ fn an_address_of_the_range_that_stands_for_no_name_leads_nowhere() {
     rig.syn((Ipv4Addr::new(198, 18, 9, 9), 443));
     assert_eq!(rig.misses().len(), 0);
     assert_eq!(rig.only_icmp().0, 3);
+}
+
+#[test]
+fn an_address_that_is_given_on_takes_no_verdict_with_it() {
+    let mut rig = synthetic_rig();
+    rig.engine.synthetics = Synthetics::with_capacity(1);
+    let address = look_up(&mut rig, "one.test.");
+    let no = |rig: &mut Rig| {
+        rig.syn((address, 443));
+        let miss = flow_miss(rig);
+        let mut verdict = verdict(&miss, VerdictAction::Deny);
+        if let Match::Flow(found) = &mut verdict.found {
+            found.names_consulted = true;
+        }
+        rig.order(Order::Verdict(Box::new(verdict)));
+        rig.sent();
+        subject(&miss)
+            .names
+            .iter()
+            .map(ToString::to_string)
+            .collect::<Vec<_>>()
+    };
+    assert_eq!(no(&mut rig), ["one.test"]);
+    rig.syn((address, 443));
+    assert!(rig.misses().is_empty(), "it is remembered");
+    rig.sent();
+    rig.wait(Duration::from_secs(200));
+    assert_eq!(look_up(&mut rig, "two.test."), address);
+    assert_eq!(no(&mut rig), ["two.test"]);
+}
+
+#[test]
+fn an_address_is_one_guests_own() {
+    let (mut one, mut two) = (synthetic_rig(), synthetic_rig());
+    let address = look_up(&mut one, "one.test.");
+    two.syn((address, 443));
+    assert_eq!(two.only_icmp().0, 3, "it stands for nothing there");
+    assert_eq!(look_up(&mut two, "two.test."), address);
+    two.syn((address, 443));
+    assert_eq!(subject(&flow_miss(&mut two)).names, ["two.test".parse().unwrap()]);
 }
 
 #[test]

@@ -1098,6 +1098,21 @@ async fn settings_say_how_strictly_names_are_read_and_strict_is_what_unset_means
             name: "web".into(),
             ech_outer,
             quic_denied,
+            loss_grace: ech_outer.then_some(prost_types::Duration {
+                seconds: 540,
+                nanos: 0,
+            }),
+            dns: ech_outer.then(|| v1::DnsSettings {
+                ttl_min: Some(prost_types::Duration {
+                    seconds: 20,
+                    nanos: 0,
+                }),
+                ttl_max: Some(prost_types::Duration {
+                    seconds: 90,
+                    nanos: 0,
+                }),
+                ..Default::default()
+            }),
             ..Default::default()
         };
         given.router.take();
@@ -1107,5 +1122,13 @@ async fn settings_say_how_strictly_names_are_read_and_strict_is_what_unset_means
             panic!("{orders:?}")
         };
         assert_eq!((settings.deny_ech, settings.deny_quic), (!ech_outer, quic_denied));
+        let seconds = |least: u64, most: u64| (Duration::from_secs(least), Duration::from_secs(most));
+        let (grace, ttls) = if ech_outer {
+            (540, seconds(20, 90))
+        } else {
+            (0, seconds(0, 3600))
+        };
+        assert_eq!(settings.loss_grace, Duration::from_secs(grace));
+        assert_eq!((settings.dns.ttl_min, settings.dns.ttl_max), ttls);
     }
 }
