@@ -686,6 +686,40 @@ fn without_a_tun_device_a_veth_pair_does() {
 }
 
 #[test]
+fn namespaces_that_are_refused_are_named_with_the_remedy_and_nothing_is_left() {
+    staged(
+        namespaces_that_are_refused_are_named_with_the_remedy_and_nothing_is_left,
+        |world| {
+            let vnetctl = vnet_tests::binaries::binary("vnetctl");
+            // Root that has its capabilities needs no user namespace.
+            let powerless = "setpriv --bounding-set=-all --inh-caps=-all";
+            for (limit, as_whom, failed) in [
+                // A user namespace can be made, and lets nothing be made in it: only the effect tells.
+                ("max_net_namespaces", "", "make a network namespace"),
+                ("max_mnt_namespaces", "", "make a mount namespace"),
+                ("max_pid_namespaces", "", "make a PID namespace"),
+                ("max_user_namespaces", powerless, "make a user namespace"),
+            ] {
+                let path = format!("/proc/sys/user/{limit}");
+                let before = fs::read_to_string(&path).unwrap();
+                fs::write(&path, "0").expect("a stage has limits of its own");
+                let mut command = world.program("sh");
+                command.args(["-c", &format!("exec {as_whom} \"$0\" run -- touch started")]);
+                command.arg(&vnetctl);
+                let ended = Running::start(command).wait();
+                fs::write(&path, before).unwrap();
+                assert_eq!(ended.code, 125, "{limit}: {ended:?}");
+                for part in [failed, &format!("sudo sysctl -w user.{limit}=15000")] {
+                    assert!(ended.stderr.contains(part), "{limit}: no {part:?} in {ended:?}");
+                }
+                assert!(!world.work().join("started").exists(), "{limit}");
+                world.is_clean();
+            }
+        },
+    );
+}
+
+#[test]
 fn ordinary_user_needs_nobodys_permission() {
     if !as_ordinary_user(&ordinary_user_needs_nobodys_permission) {
         return;
