@@ -249,6 +249,31 @@ fn completions_know_the_commands() {
 }
 
 #[test]
+fn a_named_controlplane_that_is_not_there_is_an_error_that_says_how_to_start_it() {
+    staged(
+        a_named_controlplane_that_is_not_there_is_an_error_that_says_how_to_start_it,
+        |world| {
+            let server = "unix:///nonexistent/s";
+            for command in [&["vm", "list"][..], &["events", "watch"], &["approve", "abcd"]] {
+                let ended = world.try_vnetctl(&[&["--server", server], command].concat());
+                assert_eq!(
+                    (ended.code, ended.stdout.as_str()),
+                    (1, ""),
+                    "{command:?}: {ended:?}"
+                );
+                for said in [
+                    &format!("no controlplane answers at {server}"),
+                    &format!("start one with: vnet-controlplane --listen {server}"),
+                ] {
+                    assert!(ended.stderr.contains(said.as_str()), "{command:?}: {ended:?}");
+                }
+            }
+            assert_eq!(vnet_tests::descendants(), [], "no other is started in its place");
+        },
+    );
+}
+
+#[test]
 fn established_flows_and_cached_verdicts_ask_nobody() {
     staged(established_flows_and_cached_verdicts_ask_nobody, |world| {
         let server = http(world.internet(), "203.0.113.10:80");

@@ -13,17 +13,20 @@ use vnet_tests::{Controlplane, Running, World, binaries, eventually, http, misse
 #[test]
 fn a_transfer_outlives_a_restart_of_the_controlplane() {
     staged(a_transfer_outlives_a_restart_of_the_controlplane, |world| {
-        let controlplane = Controlplane::start(world, Signal::SIGTERM);
         let server = slow_server(world);
-        let run = world.run(
-            &["--allow", "tcp 203.0.113.10:8000"],
-            &["sh", "-c", "curl -sS http://203.0.113.10:8000/ | wc -c"],
-        );
-        eventually("the transfer has begun", || server.connections() == 1);
-        let _again = controlplane.restart(world);
-        let ended = run.wait();
-        assert_eq!((ended.code, ended.stdout.trim()), (0, "2000000"), "{ended:?}");
-        assert_eq!(server.connections(), 1, "the same connection");
+        for (before, ends_by) in [Signal::SIGTERM, Signal::SIGKILL].into_iter().enumerate() {
+            let controlplane = Controlplane::start(world, ends_by);
+            let run = world.run(
+                &["--allow", "tcp 203.0.113.10:8000"],
+                &["sh", "-c", "curl -sS http://203.0.113.10:8000/ | wc -c"],
+            );
+            eventually("the transfer has begun", || server.connections() == before + 1);
+            let again = controlplane.restart(world);
+            let ended = run.wait();
+            assert_eq!((ended.code, ended.stdout.trim()), (0, "2000000"), "{ended:?}");
+            assert_eq!(server.connections(), before + 1, "the same connection");
+            again.end();
+        }
     });
 }
 
