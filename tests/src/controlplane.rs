@@ -86,3 +86,20 @@ impl Controlplane {
         self.process.wait()
     }
 }
+
+/// How many misses a controlplane counted, as it says at its end where it logs ([`Controlplane::start_logging`]).
+///
+/// # Panics
+/// When it does not say.
+pub fn misses(ended: &Ended) -> u64 {
+    let line = ended
+        .stderr
+        .lines()
+        .find(|line| line.contains("vnet_controlplane_misses_total"));
+    let line = line.unwrap_or_else(|| panic!("it does not say: {}", ended.stderr));
+    let (_, value) = line
+        .rsplit_once("value=")
+        .unwrap_or_else(|| panic!("no number: {line:?}"));
+    let digits: String = value.chars().take_while(char::is_ascii_digit).collect();
+    digits.parse().unwrap_or_else(|_| panic!("no number: {line:?}"))
+}

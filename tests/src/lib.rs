@@ -54,7 +54,7 @@ pub mod stage;
 pub mod wire;
 pub mod world;
 
-pub use controlplane::Controlplane;
+pub use controlplane::{Controlplane, misses};
 pub use dns::{Answer, Dns};
 pub use person::Person;
 pub use process::{Ended, PATIENCE, Running, descendants, eventually};

@@ -2,7 +2,7 @@
 
 use std::ffi::OsStr;
 use std::fs;
-use std::os::unix::fs::{DirBuilderExt as _, FileTypeExt as _, PermissionsExt as _};
+use std::os::unix::fs::{DirBuilderExt as _, PermissionsExt as _};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
@@ -42,7 +42,7 @@ impl World {
         // Short: sockets' paths have a limit.
         let directory = PathBuf::from(format!("/tmp/vnet-t{}", std::process::id()));
         let _ = fs::remove_dir_all(&directory);
-        for part in ["", "run", "state", "home", "work"] {
+        for part in ["", "run", "state", "home", "work", "tmp"] {
             let mut builder = fs::DirBuilder::new();
             builder
                 .mode(0o700)
@@ -116,6 +116,7 @@ impl World {
             .env("HOME", self.directory.join("home"))
             .env("XDG_RUNTIME_DIR", self.runtime_dir())
             .env("XDG_STATE_HOME", self.state_dir())
+            .env("TMPDIR", self.directory.join("tmp"))
             .current_dir(self.work());
         command
     }
@@ -238,6 +239,7 @@ impl World {
         for entry in walk(&self.runtime_dir())
             .into_iter()
             .chain(walk(&self.directory.join("home")))
+            .chain(walk(&self.directory.join("tmp")))
         {
             let name = entry
                 .file_name()
@@ -248,8 +250,16 @@ impl World {
             assert!(known, "left behind: {}", entry.display());
         }
         for entry in walk(&self.state_dir()) {
-            let kind = fs::symlink_metadata(&entry).map(|m| m.file_type().is_socket());
-            assert!(!kind.unwrap_or(false), "left behind: {}", entry.display());
+            let name = entry
+                .strip_prefix(self.state_dir())
+                .unwrap_or(&entry)
+                .to_string_lossy();
+            let kind = fs::symlink_metadata(&entry).map(|m| m.file_type().is_file());
+            assert!(
+                kind.unwrap_or(true) && STATE.contains(&&*name),
+                "left behind: {}",
+                entry.display()
+            );
         }
         let mounts = fs::read_to_string("/proc/self/mounts").unwrap_or_default();
         let own = self.directory.to_string_lossy();
@@ -307,6 +317,15 @@ pub fn id(item: &Value) -> String {
         .unwrap_or_else(|| panic!("{item} has no id"))
         .to_owned()
 }
+
+/// What a controlplane keeps.
+const STATE: [&str; 5] = [
+    "vnet/state.db",
+    "vnet/state.db-wal",
+    "vnet/state.db-shm",
+    "vnet/state.db.lock",
+    "vnet/controlplane.log",
+];
 
 /// Every file below a directory, directories aside.
 fn walk(directory: &Path) -> Vec<PathBuf> {

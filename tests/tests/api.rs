@@ -15,7 +15,7 @@ use tonic_health::pb::health_check_response::ServingStatus;
 use tonic_health::pb::health_client::HealthClient;
 use tonic_types::StatusExt as _;
 use vnet_proto::v1;
-use vnet_tests::{Running, World, eventually, http, staged};
+use vnet_tests::{Running, World, eventually, http, misses, staged};
 
 /// The services of the design that the API's listeners serve.
 const SERVICES: [&str; 8] = [
@@ -249,6 +249,31 @@ fn completions_know_the_commands() {
 }
 
 #[test]
+fn a_named_controlplane_that_is_not_there_is_an_error_that_says_how_to_start_it() {
+    staged(
+        a_named_controlplane_that_is_not_there_is_an_error_that_says_how_to_start_it,
+        |world| {
+            let server = "unix:///nonexistent/s";
+            for command in [&["vm", "list"][..], &["events", "watch"], &["approve", "abcd"]] {
+                let ended = world.try_vnetctl(&[&["--server", server], command].concat());
+                assert_eq!(
+                    (ended.code, ended.stdout.as_str()),
+                    (1, ""),
+                    "{command:?}: {ended:?}"
+                );
+                for said in [
+                    &format!("no controlplane answers at {server}"),
+                    &format!("start one with: vnet-controlplane --listen {server}"),
+                ] {
+                    assert!(ended.stderr.contains(said.as_str()), "{command:?}: {ended:?}");
+                }
+            }
+            assert_eq!(vnet_tests::descendants(), [], "no other is started in its place");
+        },
+    );
+}
+
+#[test]
 fn established_flows_and_cached_verdicts_ask_nobody() {
     staged(established_flows_and_cached_verdicts_ask_nobody, |world| {
         let server = http(world.internet(), "203.0.113.10:80");
@@ -264,29 +289,10 @@ fn established_flows_and_cached_verdicts_ask_nobody() {
         assert_eq!(ended.code, 0, "{ended:?}");
         assert_eq!((server.connections(), server.requests()), (31, 80));
         controlplane.signal(Signal::SIGTERM);
-        let log = controlplane.wait().stderr;
-        // A line of its own for each counter, when it ends.
-        let plain: String = strip_colours(&log);
-        let counted = plain
-            .lines()
-            .find(|line| line.contains("vnet_controlplane_misses_total"))
-            .unwrap_or_else(|| panic!("misses are not counted: {plain}"));
-        assert!(
-            counted.contains("value=1"),
-            "one miss, for the first connection: {counted}"
+        assert_eq!(
+            misses(&controlplane.wait()),
+            1,
+            "one miss, for the first connection"
         );
     });
-}
-
-fn strip_colours(text: &str) -> String {
-    let mut plain = String::new();
-    let mut rest = text.chars();
-    while let Some(c) = rest.next() {
-        if c == '\u{1b}' {
-            rest.by_ref().find(|c| c.is_ascii_alphabetic());
-        } else {
-            plain.push(c);
-        }
-    }
-    plain
 }

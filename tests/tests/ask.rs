@@ -463,6 +463,55 @@ fn undecided_request_stalls_nothing_that_is_allowed() {
 }
 
 #[test]
+fn a_thousand_questions_of_one_guest_stall_nothing_that_is_allowed_to_it_or_to_another() {
+    staged(
+        a_thousand_questions_of_one_guest_stall_nothing_that_is_allowed_to_it_or_to_another,
+        |world| {
+            let server = http(world.internet(), "203.0.113.10:80");
+            let socket = |name: &str| world.runtime_dir().join(format!("{name}.sock"));
+            let [busy, idle] =
+                ["busy", "idle"].map(|name| format!("unix://{}?name={name}", socket(name).display()));
+            let flags = ["--secure-mode", "--allow", "tcp 203.0.113.10:80"];
+            let words = ["up", "--listen-qemu", &busy, "--listen-qemu", &idle];
+            let mut up = Running::start(world.command(&[&words[..], &flags].concat()));
+            up.complains("serving VM idle");
+            let guest = |name: &str, address: &str, script: &str| {
+                let mut guest = world.load();
+                guest.args(["guest", "--address", address, "--socket"]);
+                guest.arg(socket(name)).args(["--", "sh", "-c", script]);
+                Running::start(guest)
+            };
+            let fetch = "until [ -e go ]; do sleep 0.05; done; \
+                         for n in 1 2 3; do curl -sS --max-time 20 http://203.0.113.10/$n; done; exec sleep 60";
+            let knock = format!(
+                "exec {} knock --to 198.51.0.1 --addresses 1000 --port 80 --ports 1 --count 1000 -- sh -c '{fetch}'",
+                vnet_tests::binaries::binary("vnet-load").display()
+            );
+            let mut guests = [
+                guest("busy", "192.168.127.2/24", &knock),
+                guest("idle", "192.168.127.3/24", fetch),
+            ];
+            let of_busy = || {
+                let pending = world.pending();
+                assert!(pending.iter().all(|request| request["vm"] == "busy"));
+                pending.len()
+            };
+            eventually("a thousand are asked", || of_busy() == 1000);
+            world.file("go", "");
+            let pages = [1, 2, 3].map(|n| format!("this is 203.0.113.10:80 at /{n}\n"));
+            for guest in &mut guests {
+                guest.prints(&pages.concat());
+            }
+            assert_eq!(
+                (server.requests(), of_busy()),
+                (6, 1000),
+                "all of them still wait"
+            );
+        },
+    );
+}
+
+#[test]
 fn request_of_a_guest_that_gave_up_is_no_longer_held() {
     staged(request_of_a_guest_that_gave_up_is_no_longer_held, |world| {
         let mut run = world.run(
@@ -516,6 +565,25 @@ fn allow_and_deny_of_a_destination_hold_for_ever() {
         assert_eq!(ended.code, REFUSED, "a grant that denies comes first: {ended:?}");
         assert_eq!(server.connections(), 2);
     });
+}
+
+#[test]
+fn grants_and_history_start_a_controlplane_and_show_what_an_earlier_one_stored() {
+    staged(
+        grants_and_history_start_a_controlplane_and_show_what_an_earlier_one_stored,
+        |world| {
+            world.vnetctl(&["allow", "tcp", "203.0.113.10:80", "--all-vms"]);
+            for list in [&["grants", "list"], &["events", "list"]] {
+                world.stop_controlplane();
+                let items = world.list(list);
+                assert!(
+                    items.iter().any(|item| item.to_string().contains("203.0.113.10")),
+                    "{list:?}: {items:?}"
+                );
+                assert_eq!(world.processes("__controlplane").len(), 1, "{list:?}");
+            }
+        },
+    );
 }
 
 #[test]

@@ -92,6 +92,34 @@ fn a_lease_is_taken_given_back_and_refused_where_it_is_not_from() {
     );
 }
 
+#[test]
+fn a_host_name_of_the_guests_is_a_claim_and_not_its_name() {
+    staged(a_host_name_of_the_guests_is_a_claim_and_not_its_name, |world| {
+        let (_up, socket) = world.up(&[]);
+        let script = world.file("script", SCRIPT);
+        world.open_to_all(&script);
+        world.file("conf", "send host-name \"evil\";\n");
+        let ended = guest(
+            world,
+            Path::new(&socket),
+            "touch leases && $client -cf conf -lf leases tap0 && until [ -e end ]; do sleep 0.05; done",
+            |world| {
+                let mut vms = Vec::new();
+                eventually("it is listed with what it claims", || {
+                    vms = world.list(&["vm", "list"]);
+                    vms.iter().any(|vm| vm["claimedHostname"] == "evil")
+                });
+                assert_eq!(vms.len(), 1, "{vms:?}");
+                assert_eq!(vms[0]["name"], "web", "{vms:?}");
+                let by_claim = world.try_vnetctl(&["vm", "show", "evil"]);
+                assert_eq!(by_claim.code, 1, "{by_claim:?}");
+                fs::write(world.work().join("end"), "").unwrap();
+            },
+        );
+        assert_eq!(ended.code, 0, "{ended:?}");
+    });
+}
+
 /// Runs a script in a guest that has no address yet; `meanwhile`, something else.
 fn guest(world: &World, socket: &Path, script: &str, meanwhile: impl FnOnce(&World)) -> Ended {
     let client = "client='dhclient -1 -sf ./script -pf pid'";

@@ -2,7 +2,7 @@
 #![cfg(target_os = "linux")]
 
 use vnet_tests::servers::http;
-use vnet_tests::{Answer, Dns, World, eventually, staged};
+use vnet_tests::{Answer, Dns, Running, World, eventually, staged};
 
 fn dns_at(world: &World, address: &str) -> Dns {
     Dns::serve(
@@ -86,6 +86,43 @@ fn dns_to_another_server_is_answered_by_the_gateway_where_the_policy_redirects_i
                 ),
                 (2, 0)
             );
+        },
+    );
+}
+
+#[test]
+fn a_lookup_of_a_vm_is_held_for_four_seconds_then_fails_and_the_question_stays_open() {
+    staged(
+        a_lookup_of_a_vm_is_held_for_four_seconds_then_fails_and_the_question_stays_open,
+        |world| {
+            let upstream = dns_at(world, "203.0.113.10:53");
+            let (_up, socket) = world.up(&["--secure-mode"]);
+            let mut guest = world.load();
+            guest.args(["guest", "--socket", &socket, "--", "sh", "-c"]);
+            guest.arg(
+                "dig +time=10 +tries=1 @192.168.127.1 web.example.com; echo first; \
+                 until [ -e go ]; do sleep 0.05; done; dig +short @192.168.127.1 web.example.com",
+            );
+            let mut guest = Running::start(guest);
+            let said = guest.prints("first\n");
+            assert!(
+                said.contains("status: SERVFAIL") && said.contains("EDE: "),
+                "{said}"
+            );
+            let (_, milliseconds) = said.split_once("Query time: ").expect("dig says how long");
+            let milliseconds: u64 = milliseconds.split(' ').next().unwrap().parse().unwrap();
+            assert!(
+                (3_500..8_000).contains(&milliseconds),
+                "held for {milliseconds} ms"
+            );
+            assert_eq!(upstream.asked(), Vec::<String>::new());
+            // A late yes serves the next attempt.
+            let pending = world.pending();
+            assert_eq!(pending.len(), 1, "{pending:?}");
+            world.vnetctl(&["approve", &vnet_tests::id(&pending[0])]);
+            world.file("go", "");
+            let ended = guest.wait();
+            assert!(ended.stdout.ends_with("first\n203.0.113.10\n"), "{ended:?}");
         },
     );
 }

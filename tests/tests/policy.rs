@@ -3,7 +3,8 @@
 
 use std::fs;
 
-use vnet_tests::{World, http, staged};
+use nix::sys::signal::Signal;
+use vnet_tests::{Running, World, eventually, http, staged};
 
 const LISTED: &str = "version: 1\nsets:\n  web: {file: lists/web.txt}\nrules:\n  - {name: listed, action: allow, cidrs: \"@web\", ports: [80]}\n";
 
@@ -29,6 +30,46 @@ fn a_run_under_a_policy_with_a_list_reaches_what_the_list_has() {
             );
             assert_eq!(ended.stdout, "this is 203.0.113.10:80 at /\n7\n", "{ended:?}");
             assert_eq!((server.connections(), other.connections()), (1, 0));
+        },
+    );
+}
+
+#[test]
+fn a_hang_up_takes_a_good_file_as_the_next_revision_and_a_bad_one_changes_nothing() {
+    staged(
+        a_hang_up_takes_a_good_file_as_the_next_revision_and_a_bad_one_changes_nothing,
+        |world| {
+            let server = http(world.internet(), "203.0.113.10:80");
+            let file = world.file("policy.yaml", "defaultAction: deny\n");
+            let mut command = world.program("vnet-controlplane");
+            command.args(["--network-policy", file.to_str().unwrap()]);
+            let mut controlplane = Running::start(command);
+            eventually("it serves", || world.control_socket().exists());
+            let in_force = || {
+                let shown = world.json(&["policy", "show"]);
+                let revision: u64 = shown["revision"].as_str().unwrap().parse().unwrap();
+                (revision, shown["document"].as_str().unwrap().to_owned())
+            };
+            let fetch = || {
+                world
+                    .run(&[], &["curl", "-sS", "http://203.0.113.10/"])
+                    .wait()
+                    .code
+            };
+            let first = in_force();
+            assert_eq!(first.1, "defaultAction: deny\n");
+
+            world.file("policy.yaml", "defaultAction: Allow\n");
+            controlplane.signal(Signal::SIGHUP);
+            controlplane.complains("the policy in force stays");
+            assert_eq!(in_force(), first);
+            assert_eq!(fetch(), 7);
+
+            world.file("policy.yaml", "defaultAction: allow\n");
+            controlplane.signal(Signal::SIGHUP);
+            eventually("the next revision is in force", || in_force().0 == first.0 + 1);
+            assert_eq!(in_force().1, "defaultAction: allow\n");
+            assert_eq!((fetch(), server.connections()), (0, 1));
         },
     );
 }

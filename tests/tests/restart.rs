@@ -8,22 +8,25 @@ use std::time::Duration;
 
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
-use vnet_tests::{Controlplane, Running, World, binaries, eventually, http, staged, tcp};
+use vnet_tests::{Controlplane, Running, World, binaries, eventually, http, misses, staged, tcp};
 
 #[test]
 fn a_transfer_outlives_a_restart_of_the_controlplane() {
     staged(a_transfer_outlives_a_restart_of_the_controlplane, |world| {
-        let controlplane = Controlplane::start(world, Signal::SIGTERM);
         let server = slow_server(world);
-        let run = world.run(
-            &["--allow", "tcp 203.0.113.10:8000"],
-            &["sh", "-c", "curl -sS http://203.0.113.10:8000/ | wc -c"],
-        );
-        eventually("the transfer has begun", || server.connections() == 1);
-        let _again = controlplane.restart(world);
-        let ended = run.wait();
-        assert_eq!((ended.code, ended.stdout.trim()), (0, "2000000"), "{ended:?}");
-        assert_eq!(server.connections(), 1, "the same connection");
+        for (before, ends_by) in [Signal::SIGTERM, Signal::SIGKILL].into_iter().enumerate() {
+            let controlplane = Controlplane::start(world, ends_by);
+            let run = world.run(
+                &["--allow", "tcp 203.0.113.10:8000"],
+                &["sh", "-c", "curl -sS http://203.0.113.10:8000/ | wc -c"],
+            );
+            eventually("the transfer has begun", || server.connections() == before + 1);
+            let again = controlplane.restart(world);
+            let ended = run.wait();
+            assert_eq!((ended.code, ended.stdout.trim()), (0, "2000000"), "{ended:?}");
+            assert_eq!(server.connections(), before + 1, "the same connection");
+            again.end();
+        }
     });
 }
 
@@ -54,11 +57,7 @@ fn nothing_opens_while_the_controlplane_is_away() {
         let controlplane = Controlplane::start(world, Signal::SIGKILL);
         let server = http(world.internet(), "203.0.113.10:80");
         // By hand: a `run` starts a controlplane where there is none.
-        let socket = world.runtime_dir().join("vm.sock").display().to_string();
-        let mut dataplane = world.program("vnet-dataplane");
-        dataplane.args(["--controlplane", controlplane.session_url(), "--vm", "web"]);
-        dataplane.args(["--listen-qemu", &format!("unix://{socket}")]);
-        let _dataplane = Running::start(dataplane);
+        let (_dataplane, socket) = by_hand(world, &controlplane, "web");
         let mut guest = world.program(binaries::binary("vnet-load"));
         guest.args(["guest", "--socket", &socket, "--", "sh", "-c"]).arg(
             "echo there; until [ -e go ]; do sleep 0.05; done
@@ -208,26 +207,12 @@ fn a_scan_of_what_one_verdict_opened_asks_nothing_more() {
     });
 }
 
-/// How many misses a controlplane counted, as it says when it ends.
-fn misses(ended: &vnet_tests::Ended) -> u64 {
-    let line = ended
-        .stderr
-        .lines()
-        .find(|line| line.contains("vnet_controlplane_misses_total"));
-    let line = line.unwrap_or_else(|| panic!("it does not say: {}", ended.stderr));
-    let (_, value) = line
-        .rsplit_once("value=")
-        .unwrap_or_else(|| panic!("no number: {line:?}"));
-    let digits: String = value.chars().take_while(char::is_ascii_digit).collect();
-    digits.parse().unwrap_or_else(|_| panic!("no number: {line:?}"))
-}
-
 #[test]
 fn a_killed_dataplane_ends_the_run_and_leaves_nothing() {
     staged(a_killed_dataplane_ends_the_run_and_leaves_nothing, |world| {
         let _server = slow_server(world);
         let mut run = world.run(
-            &["--allow", "tcp 203.0.113.10:8000"],
+            &["--vm", "web", "--allow", "tcp 203.0.113.10:8000"],
             &[
                 "sh",
                 "-c",
@@ -243,13 +228,91 @@ fn a_killed_dataplane_ends_the_run_and_leaves_nothing() {
         let ended = run.wait();
         assert_eq!(ended.code, 125, "{ended:?}");
         world.is_clean();
-        eventually("the VM is gone from the list", || {
-            world
-                .list(&["vm", "list"])
-                .iter()
-                .all(|vm| !vm.to_string().contains("CONNECTED"))
-        });
+        is_listed_as(world, "VM_STATE_LOST");
     });
+}
+
+#[test]
+fn a_vm_whose_dataplane_is_killed_is_lost_and_served_again_under_its_name() {
+    staged(
+        a_vm_whose_dataplane_is_killed_is_lost_and_served_again_under_its_name,
+        |world| {
+            let controlplane = Controlplane::start(world, Signal::SIGTERM);
+            let server = http(world.internet(), "203.0.113.10:80");
+            world.vnetctl(&["allow", "tcp", "203.0.113.10:80", "--vm", "web"]);
+            let (dataplane, socket) = by_hand(world, &controlplane, "web");
+            let guest = fetch_and_stay(world, &socket);
+            is_listed_as(world, "VM_STATE_ATTACHED");
+            dataplane.signal(Signal::SIGKILL);
+            is_listed_as(world, "VM_STATE_LOST");
+            drop((guest, dataplane));
+            // As the one before left it: its socket is still there.
+            let (_again, socket) = by_hand(world, &controlplane, "web");
+            let _guest = fetch_and_stay(world, &socket);
+            is_listed_as(world, "VM_STATE_ATTACHED");
+            assert_eq!(server.requests(), 2, "what was allowed to the VM still is");
+        },
+    );
+}
+
+#[test]
+fn up_whose_dataplane_is_killed_ends_and_its_vm_is_served_again_under_its_name() {
+    staged(
+        up_whose_dataplane_is_killed_ends_and_its_vm_is_served_again_under_its_name,
+        |world| {
+            let _server = http(world.internet(), "203.0.113.10:80");
+            let flags = ["--allow", "tcp 203.0.113.10:80"];
+            let (up, socket) = world.up(&flags);
+            let guest = fetch_and_stay(world, &socket);
+            is_listed_as(world, "VM_STATE_ATTACHED");
+            for pid in world.processes("__dataplane") {
+                kill(Pid::from_raw(pid), Signal::SIGKILL).unwrap();
+            }
+            let ended = up.wait();
+            assert_eq!(ended.code, 1, "{ended:?}");
+            assert!(ended.stderr.contains("dataplane"), "{ended:?}");
+            is_listed_as(world, "VM_STATE_LOST");
+            drop(guest);
+            let (_again, socket) = world.up(&flags);
+            let _guest = fetch_and_stay(world, &socket);
+            is_listed_as(world, "VM_STATE_ATTACHED");
+        },
+    );
+}
+
+/// Waits until one VM is listed, `web`, in this state.
+fn is_listed_as(world: &World, state: &str) {
+    let mut listed = Vec::new();
+    eventually(state, || {
+        listed = world.list(&["vm", "list"]);
+        listed.iter().any(|vm| vm["state"] == state)
+    });
+    assert_eq!(listed.len(), 1, "{listed:?}");
+    assert_eq!(listed[0]["name"], "web", "{listed:?}");
+}
+
+/// A guest behind a socket that fetches a page and stays.
+fn fetch_and_stay(world: &World, socket: &str) -> Running {
+    let mut guest = world.load();
+    guest.args(["guest", "--socket", socket, "--", "sh", "-c"]);
+    guest.arg("curl -sS --max-time 20 http://203.0.113.10/; sleep 60");
+    let mut guest = Running::start(guest);
+    guest.prints("this is 203.0.113.10:80 at /\n");
+    guest
+}
+
+/// A dataplane that is started by hand, of this name, as is its VM; and the socket for guests.
+fn by_hand(world: &World, controlplane: &Controlplane, name: &str) -> (Running, String) {
+    let socket = world
+        .runtime_dir()
+        .join(format!("{name}.sock"))
+        .display()
+        .to_string();
+    let mut command = world.program("vnet-dataplane");
+    command.args(["--controlplane", controlplane.session_url()]);
+    command.args(["--vm", name, "--name", name]);
+    command.args(["--listen-qemu", &format!("unix://{socket}")]);
+    (Running::start(command), socket)
 }
 
 #[test]
@@ -259,24 +322,7 @@ fn several_dataplanes_share_one_controlplane() {
         let _server = http(world.internet(), "203.0.113.10:80");
         let dataplanes: Vec<(Running, String)> = ["red", "blue"]
             .into_iter()
-            .map(|name| {
-                let socket = world
-                    .runtime_dir()
-                    .join(format!("{name}.sock"))
-                    .display()
-                    .to_string();
-                let mut command = world.program("vnet-dataplane");
-                command.args([
-                    "--controlplane",
-                    controlplane.session_url(),
-                    "--vm",
-                    name,
-                    "--name",
-                    name,
-                ]);
-                command.args(["--listen-qemu", &format!("unix://{socket}")]);
-                (Running::start(command), socket)
-            })
+            .map(|name| by_hand(world, &controlplane, name))
             .collect();
         let fetch = |socket: &str| {
             let mut guest = world.program(binaries::binary("vnet-load"));

@@ -74,11 +74,16 @@ fn command_has_a_network_and_a_process_tree_of_its_own_and_no_privilege() {
             let ended = world.script(
             &[],
             "grep -E '^(Cap(Prm|Eff|Bnd|Amb)|NoNewPrivs)' /proc/self/status; \
-             ls /proc | grep -cE '^[0-9]+$'; cat /proc/1/comm; \
+             echo processes $(ls /proc | grep -cE '^[0-9]+$') below $(cat /proc/1/comm); \
              ip -br addr show dev eth0 | grep -o '192.168.127.2/24'; ip route | head -1; ls /proc/self/fd | tr '\\n' ' '; \
              cat /etc/resolv.conf",
         );
             assert_eq!(ended.code, 0, "{ended:?}");
+            // Its init, the shell and those of the pipe; none of the host's.
+            let (_, processes) = ended.stdout.split_once("processes ").unwrap();
+            let (count, init) = processes.split_once(" below ").unwrap();
+            assert!((3..=6).contains(&count.parse().unwrap()), "{ended:?}");
+            assert!(init.starts_with("vnet-guest\n"), "{ended:?}");
             for set in ["CapPrm", "CapEff", "CapBnd", "CapAmb"] {
                 assert!(
                     ended.stdout.contains(&format!("{set}:\t0000000000000000")),
@@ -321,6 +326,55 @@ fn mode_block_closes_everything_and_mode_observe_records_what_would_be_denied() 
 }
 
 #[test]
+fn mode_enforce_refuses_at_once_what_a_file_would_ask_about() {
+    staged(
+        mode_enforce_refuses_at_once_what_a_file_would_ask_about,
+        |world| {
+            let server = http(world.internet(), "203.0.113.10:80");
+            let other = http(world.internet(), "203.0.113.10:8080");
+            let document =
+                "version: 1\nmode: ask\nrules:\n  - {action: allow, cidr: 203.0.113.10/32, ports: [80]}\n";
+            let file = world.file("asks.yaml", document);
+            let flags = ["--mode", "enforce", "--vm", "web", "--network-policy"];
+            let ended = world.script(
+                &[&flags[..], &[file.to_str().unwrap()]].concat(),
+                "curl -sS http://203.0.113.10/; curl -sS http://203.0.113.10:8080/; echo $?",
+            );
+            assert_eq!(ended.stdout, "this is 203.0.113.10:80 at /\n7\n", "{ended:?}");
+            assert_eq!((server.connections(), other.connections()), (1, 0));
+            let asked = world.list(&["events", "list", "--vm", "web", "--kind", "pending-opened"]);
+            assert!(asked.is_empty(), "{asked:?}");
+            let denied = world.list(&["events", "list", "--vm", "web", "--kind", "flow-denied"]);
+            assert_eq!(denied.len(), 1, "{denied:?}");
+        },
+    );
+}
+
+#[test]
+fn dns_flag_names_the_resolver_that_is_asked_instead_of_the_hosts() {
+    staged(
+        dns_flag_names_the_resolver_that_is_asked_instead_of_the_hosts,
+        |world| {
+            use vnet_tests::{Answer, Dns};
+            let serve = |at: &str, address: &'static str| {
+                Dns::serve(world.internet(), at, &[("web.example.com", Answer::A(address))])
+            };
+            let hosts = serve("203.0.113.10:53", "192.0.2.1");
+            for at in ["198.51.100.7:53", "198.51.100.7:5300"] {
+                let named = serve(at, "192.0.2.2");
+                let flag = at.trim_end_matches(":53");
+                let ended = world
+                    .run(&["--dns", flag], &["dig", "+short", "web.example.com"])
+                    .wait();
+                assert_eq!(ended.stdout, "192.0.2.2\n", "{flag}: {ended:?}");
+                assert_eq!(named.asked_for("web.example.com"), 1, "{flag}");
+                assert_eq!(hosts.asked(), Vec::<String>::new(), "{flag}");
+            }
+        },
+    );
+}
+
+#[test]
 fn names_and_labels_come_from_the_flags() {
     staged(names_and_labels_come_from_the_flags, |world| {
         let flags = [
@@ -428,19 +482,26 @@ fn lively(world: &World) -> Running {
     run
 }
 
+/// Nothing, and no file where it ran either.
+fn nothing_is_left(world: &World) {
+    world.is_clean();
+    let mut files = fs::read_dir(world.work()).unwrap();
+    assert!(files.next().is_none(), "{:?}", world.work());
+}
+
 #[test]
 fn nothing_is_left_of_a_run_that_is_killed() {
     staged(nothing_is_left_of_a_run_that_is_killed, |world| {
         let run = lively(world);
         run.signal(Signal::SIGKILL);
         assert_eq!(run.wait().code, 137);
-        world.is_clean();
+        nothing_is_left(world);
         assert!(world.pending().is_empty(), "nobody is asked for it any more");
-        for signal in [Signal::SIGHUP, Signal::SIGINT] {
+        for signal in [Signal::SIGHUP, Signal::SIGINT, Signal::SIGQUIT, Signal::SIGTERM] {
             let run = lively(world);
             run.signal(signal);
-            run.wait();
-            world.is_clean();
+            assert_eq!(run.wait().code, 128 + signal as i32);
+            nothing_is_left(world);
         }
     });
 }
@@ -455,21 +516,45 @@ fn nothing_is_left_of_a_run_whose_dataplane_is_killed() {
         let ended = run.wait();
         assert_eq!(ended.code, 125, "{ended:?}");
         assert!(ended.stderr.contains("dataplane"), "{ended:?}");
-        world.is_clean();
+        nothing_is_left(world);
     });
 }
 
 #[test]
-fn nothing_is_left_of_a_run_whose_helper_is_killed() {
-    staged(nothing_is_left_of_a_run_whose_helper_is_killed, |world| {
-        let run = lively(world);
-        let helpers = world.processes("__guest");
-        assert!(!helpers.is_empty());
-        kill(Pid::from_raw(helpers[0]), Signal::SIGKILL).unwrap();
-        let ended = run.wait();
-        assert_eq!(ended.code, 125, "{ended:?}");
-        world.is_clean();
-    });
+fn nothing_is_left_of_a_run_whose_helper_init_or_watch_of_sockets_is_killed() {
+    staged(
+        nothing_is_left_of_a_run_whose_helper_init_or_watch_of_sockets_is_killed,
+        |world| {
+            let status = |pid: &i32| fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
+            let is_watch = |pid: &i32| status(pid).starts_with("Name:\tvnet-sockets\n");
+            // NSpid: its pid in each PID namespace that it is in.
+            let is_init = |pid: &i32| {
+                let status = status(pid);
+                let mut pids = status.lines().filter(|line| line.starts_with("NSpid:"));
+                pids.any(|line| line.ends_with("\t1"))
+            };
+            let is_helper = |pid: &i32| !is_watch(pid) && !is_init(pid);
+            let kinds: [&dyn Fn(&i32) -> bool; 3] = [&is_helper, &is_init, &is_watch];
+            for (number, is_meant) in kinds.into_iter().enumerate() {
+                let run = lively(world);
+                let meant: Vec<i32> = world
+                    .processes("__guest")
+                    .into_iter()
+                    .filter(|pid| is_meant(pid))
+                    .collect();
+                assert_eq!(meant.len(), 1, "{number}: {:?}", descendants());
+                kill(Pid::from_raw(meant[0]), Signal::SIGKILL).unwrap();
+                // Without the watch the command goes on, and ends as it is told to.
+                if number == 2 {
+                    run.signal(Signal::SIGTERM);
+                }
+                let ended = run.wait();
+                let code = if number == 2 { 143 } else { 125 };
+                assert_eq!(ended.code, code, "{number}: {ended:?}");
+                nothing_is_left(world);
+            }
+        },
+    );
 }
 
 #[test]
@@ -517,32 +602,84 @@ fn two_first_runs_at_once_end_with_one_controlplane() {
     });
 }
 
+/// A run of somebody else's, which fetches a page once it is told to.
+fn bystander(world: &World) -> Running {
+    let script = "echo up; until [ -e go ]; do sleep 0.05; done; exec curl -sS http://203.0.113.10/";
+    let mut run = world.run(&["--vm", "bystander"], &["sh", "-c", script]);
+    run.prints("up");
+    run
+}
+
+/// It is told to, and still has its network.
+fn goes_on(world: &World, bystander: Running) {
+    world.file("go", "");
+    let ended = bystander.wait();
+    assert_eq!(ended.stdout, "up\nthis is 203.0.113.10:80 at /\n", "{ended:?}");
+}
+
 #[test]
-fn interrupt_at_the_terminal_ends_the_run_and_not_the_controlplane() {
+fn interrupt_at_the_terminal_ends_the_run_and_neither_the_controlplane_nor_another_run() {
     staged(
-        interrupt_at_the_terminal_ends_the_run_and_not_the_controlplane,
+        interrupt_at_the_terminal_ends_the_run_and_neither_the_controlplane_nor_another_run,
         |world| {
+            let _server = http(world.internet(), "203.0.113.10:80");
+            // It starts the controlplane that the other uses.
             let mut person =
                 Person::start(&world.command(&["run", "--", "sh", "-c", "echo up; exec sleep 60"]));
             person.sees("up\r\n");
+            let controlplane = world.processes("__controlplane");
+            let other = bystander(world);
             person.types("\x03");
             let (code, screen) = person.leaves();
             assert_eq!(code, Some(130), "{screen}");
-            assert_eq!(world.processes("__controlplane").len(), 1);
+            goes_on(world, other);
+            assert_eq!(world.processes("__controlplane"), controlplane);
             world.is_clean();
         },
     );
 }
 
 #[test]
-fn closed_terminal_ends_the_run_and_not_the_controlplane() {
-    staged(closed_terminal_ends_the_run_and_not_the_controlplane, |world| {
-        let mut person = Person::start(&world.command(&["run", "--", "sh", "-c", "echo up; exec sleep 60"]));
-        person.sees("up\r\n");
-        person.goes_away();
-        world.is_clean();
-        assert_eq!(world.processes("__controlplane").len(), 1);
-    });
+fn closed_terminal_ends_the_run_and_neither_the_controlplane_nor_another_run() {
+    staged(
+        closed_terminal_ends_the_run_and_neither_the_controlplane_nor_another_run,
+        |world| {
+            let _server = http(world.internet(), "203.0.113.10:80");
+            let mut person =
+                Person::start(&world.command(&["run", "--", "sh", "-c", "echo up; exec sleep 60"]));
+            person.sees("up\r\n");
+            let controlplane = world.processes("__controlplane");
+            let other = bystander(world);
+            person.goes_away();
+            goes_on(world, other);
+            assert_eq!(world.processes("__controlplane"), controlplane);
+            world.is_clean();
+        },
+    );
+}
+
+#[test]
+fn interrupt_of_a_command_that_started_the_controlplane_leaves_it_serving() {
+    staged(
+        interrupt_of_a_command_that_started_the_controlplane_leaves_it_serving,
+        |world| {
+            let mut person = Person::start(&world.command(&["events", "watch", "--after", "0"]));
+            eventually("it starts one", || {
+                std::os::unix::net::UnixStream::connect(world.control_socket()).is_ok()
+            });
+            let controlplane = world.processes("__controlplane");
+            assert_eq!(controlplane.len(), 1);
+            // It is there, and watches.
+            world.vnetctl(&["allow", "tcp", "203.0.113.10:80", "--all-vms"]);
+            person.sees("203.0.113.10:80");
+            // To the whole foreground group of its terminal.
+            person.types("\x03");
+            let (code, screen) = person.leaves();
+            assert_ne!(code, Some(0), "{screen}");
+            assert_eq!(world.list(&["grants", "list"]).len(), 1);
+            assert_eq!(world.processes("__controlplane"), controlplane);
+        },
+    );
 }
 
 #[test]
@@ -683,6 +820,40 @@ fn without_a_tun_device_a_veth_pair_does() {
         assert_eq!(server.requests(), 1);
         world.is_clean();
     });
+}
+
+#[test]
+fn namespaces_that_are_refused_are_named_with_the_remedy_and_nothing_is_left() {
+    staged(
+        namespaces_that_are_refused_are_named_with_the_remedy_and_nothing_is_left,
+        |world| {
+            let vnetctl = vnet_tests::binaries::binary("vnetctl");
+            // Root that has its capabilities needs no user namespace.
+            let powerless = "setpriv --bounding-set=-all --inh-caps=-all";
+            for (limit, as_whom, failed) in [
+                // A user namespace can be made, and lets nothing be made in it: only the effect tells.
+                ("max_net_namespaces", "", "make a network namespace"),
+                ("max_mnt_namespaces", "", "make a mount namespace"),
+                ("max_pid_namespaces", "", "make a PID namespace"),
+                ("max_user_namespaces", powerless, "make a user namespace"),
+            ] {
+                let path = format!("/proc/sys/user/{limit}");
+                let before = fs::read_to_string(&path).unwrap();
+                fs::write(&path, "0").expect("a stage has limits of its own");
+                let mut command = world.program("sh");
+                command.args(["-c", &format!("exec {as_whom} \"$0\" run -- touch started")]);
+                command.arg(&vnetctl);
+                let ended = Running::start(command).wait();
+                fs::write(&path, before).unwrap();
+                assert_eq!(ended.code, 125, "{limit}: {ended:?}");
+                for part in [failed, &format!("sudo sysctl -w user.{limit}=15000")] {
+                    assert!(ended.stderr.contains(part), "{limit}: no {part:?} in {ended:?}");
+                }
+                assert!(!world.work().join("started").exists(), "{limit}");
+                world.is_clean();
+            }
+        },
+    );
 }
 
 #[test]

@@ -81,6 +81,30 @@ fn guests_over_tcp_and_over_datagrams_are_served_by_one_up() {
 }
 
 #[test]
+fn a_published_port_leads_to_the_guest_and_closes_with_up() {
+    staged(a_published_port_leads_to_the_guest_and_closes_with_up, |world| {
+        let (up, socket) = world.up(&["--secure-mode", "-p", "127.0.0.1:8088:80"]);
+        let mut guest = world.load();
+        // A guest whose address is its own choice is found there once it has spoken.
+        guest.args(["guest", "--socket", &socket, "--", "sh", "-c"]);
+        guest.arg(
+            "ping -c 1 -W 5 192.168.127.1; exec socat tcp-listen:80,fork,reuseaddr 'system:echo from the guest'",
+        );
+        let _guest = Running::start(guest);
+        let fetch = || {
+            let mut command = world.program("socat");
+            command.args(["-T2", "-", "tcp:127.0.0.1:8088"]);
+            Running::start(command).wait()
+        };
+        eventually("the guest answers", || fetch().stdout == "from the guest\n");
+        up.signal(Signal::SIGTERM);
+        let ended = up.wait();
+        assert_eq!(ended.code, 0, "{ended:?}");
+        assert_ne!(fetch().code, 0, "the port is closed again");
+    });
+}
+
+#[test]
 fn a_socket_that_cannot_be_opened_is_named_with_its_cause_and_nothing_is_said_to_be_served() {
     staged(
         a_socket_that_cannot_be_opened_is_named_with_its_cause_and_nothing_is_said_to_be_served,

@@ -4,6 +4,7 @@
 //! nothing. So what follows it (the maps, the other namespaces, a mount, an interface that comes up) is
 //! the test, and every refusal on the way is explained by [`diagnose`].
 
+use std::collections::BTreeMap;
 use std::fs;
 use std::io::{Read, Write};
 use std::os::fd::AsFd;
@@ -22,11 +23,8 @@ use super::error::{Failure, Step};
 /// An ordinary user is mapped to itself, so that its files look as before; where the caller may map
 /// more ids (root), every id that it has is mapped to itself.
 pub(crate) fn enter<T>(between: impl FnOnce() -> Result<T, Failure>) -> Result<T, Failure> {
-    let others = CloneFlags::CLONE_NEWNET
-        | CloneFlags::CLONE_NEWNS
-        | CloneFlags::CLONE_NEWIPC
-        | CloneFlags::CLONE_NEWUTS
-        | CloneFlags::CLONE_NEWPID;
+    // Inside, every limit on namespaces reads as if there were none.
+    let host = Host::read();
     // Asked before: inside, until they are mapped, both read as the overflow id.
     let (uid, gid) = (geteuid(), getegid());
     let mapper = if uid.is_root() {
@@ -41,18 +39,36 @@ pub(crate) fn enter<T>(between: impl FnOnce() -> Result<T, Failure>) -> Result<T
                 map_self(uid, gid).map_err(|errno| refused("map the user into its user namespace", errno))?;
             }
             let made = between()?;
-            unshare(others).map_err(|errno| refused("make namespaces inside the user namespace", errno))?;
+            for (kind, word, limit) in KINDS {
+                unshare(kind).map_err(|errno| Failure {
+                    step: format!("make a {word} namespace inside the user namespace"),
+                    cause: errno.desc().into(),
+                    remedy: diagnose(errno, &host, limit),
+                })?;
+            }
             Ok(made)
         }
         // Real root needs no user namespace where those are forbidden.
         Err(errno) => {
             drop(mapper);
             let made = between()?;
-            unshare(others).map_err(|_| refused("make a user namespace", errno))?;
+            for (kind, ..) in KINDS {
+                unshare(kind).map_err(|_| refused("make a user namespace", errno))?;
+            }
             Ok(made)
         }
     }
 }
+
+/// The namespaces in the user namespace, what they are called, and as what their limits count them: one at a time,
+/// so that a refusal is that of one kind.
+const KINDS: [(CloneFlags, &str, &str); 5] = [
+    (CloneFlags::CLONE_NEWNET, "network", "net"),
+    (CloneFlags::CLONE_NEWNS, "mount", "mnt"),
+    (CloneFlags::CLONE_NEWIPC, "IPC", "ipc"),
+    (CloneFlags::CLONE_NEWUTS, "UTS", "uts"),
+    (CloneFlags::CLONE_NEWPID, "PID", "pid"),
+];
 
 /// A child that stays in the parent user namespace: only from there can more than one id be mapped.
 struct Mapper {
@@ -128,7 +144,7 @@ pub(crate) fn refused(step: &str, errno: Errno) -> Failure {
     Failure {
         step: step.into(),
         cause: errno.desc().into(),
-        remedy: diagnose(errno, &Host::read()),
+        remedy: diagnose(errno, &Host::read(), USER),
     }
 }
 
@@ -137,8 +153,8 @@ pub(crate) fn refused(step: &str, errno: Errno) -> Failure {
 pub(crate) struct Host {
     /// `kernel.unprivileged_userns_clone` (Debian's patch).
     userns_clone: Option<u64>,
-    /// `user.max_user_namespaces`.
-    max_user_namespaces: Option<u64>,
+    /// What there may be of each kind of namespaces (`user.max_user_namespaces` and its like), by kind.
+    limits: BTreeMap<&'static str, u64>,
     /// `kernel.apparmor_restrict_unprivileged_userns` (Ubuntu 23.10 and later).
     apparmor_restricts: Option<u64>,
     /// A seccomp filter is on this process: a container's, most likely.
@@ -155,7 +171,12 @@ impl Host {
         let status = fs::read_to_string("/proc/self/status").unwrap_or_default();
         Host {
             userns_clone: number("/proc/sys/kernel/unprivileged_userns_clone"),
-            max_user_namespaces: number("/proc/sys/user/max_user_namespaces"),
+            limits: KINDS
+                .iter()
+                .map(|(.., kind)| *kind)
+                .chain([USER])
+                .filter_map(|kind| Some((kind, number(&format!("/proc/sys/user/max_{kind}_namespaces"))?)))
+                .collect(),
             apparmor_restricts: number("/proc/sys/kernel/apparmor_restrict_unprivileged_userns"),
             seccomp: status
                 .lines()
@@ -167,8 +188,8 @@ impl Host {
     }
 }
 
-/// What to do about a refusal, where the system's settings tell.
-fn diagnose(errno: Errno, host: &Host) -> Option<String> {
+/// What to do about a refusal of a namespace of this kind, where the system's settings tell.
+fn diagnose(errno: Errno, host: &Host, kind: &str) -> Option<String> {
     if !host.supported {
         return Some(
             "this kernel has no user namespaces (CONFIG_USER_NS); use one that has, or run as root".into(),
@@ -181,11 +202,15 @@ fn diagnose(errno: Errno, host: &Host) -> Option<String> {
                 .into(),
         );
     }
-    if host.max_user_namespaces == Some(0) || errno == Errno::ENOSPC {
+    let limit = host.limits.get(kind);
+    if limit == Some(&0) || errno == Errno::ENOSPC {
         return Some(format!(
-            "user.max_user_namespaces is {}; raise it with\n  sudo sysctl -w user.max_user_namespaces=15000",
-            host.max_user_namespaces
-                .map_or_else(|| "used up".into(), |n| n.to_string()),
+            "user.max_{kind}_namespaces is {}; raise it with\n  sudo sysctl -w user.max_{kind}_namespaces={LIMIT}",
+            match limit {
+                Some(0) => "0".to_owned(),
+                Some(limit) => format!("used up ({limit})"),
+                None => "used up".to_owned(),
+            },
         ));
     }
     if host.apparmor_restricts == Some(1) {
@@ -225,6 +250,11 @@ fn diagnose(errno: Errno, host: &Host) -> Option<String> {
     }
 }
 
+/// User namespaces, as their limit counts them.
+const USER: &str = "user";
+/// Enough of any kind of namespaces.
+const LIMIT: u32 = 15_000;
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -232,7 +262,7 @@ mod tests {
     fn host() -> Host {
         Host {
             supported: true,
-            max_user_namespaces: Some(1000),
+            limits: [(USER, 1000), ("net", 1000)].into(),
             program: "/opt/vnetctl".into(),
             ..Host::default()
         }
@@ -245,36 +275,44 @@ mod tests {
             ..host()
         };
         assert!(
-            diagnose(Errno::EPERM, &debian)
+            diagnose(Errno::EPERM, &debian, USER)
                 .unwrap()
                 .contains("kernel.unprivileged_userns_clone=1")
         );
-        let none = Host {
-            max_user_namespaces: Some(0),
-            ..host()
-        };
-        assert!(
-            diagnose(Errno::ENOSPC, &none)
-                .unwrap()
-                .contains("user.max_user_namespaces=15000")
-        );
+        for kind in [USER, "net"] {
+            let none = Host {
+                limits: [(kind, 0)].into(),
+                ..host()
+            };
+            assert_eq!(
+                diagnose(Errno::ENOSPC, &none, kind).unwrap(),
+                format!(
+                    "user.max_{kind}_namespaces is 0; raise it with\n  sudo sysctl -w user.max_{kind}_namespaces=15000"
+                )
+            );
+            let told = diagnose(Errno::ENOSPC, &host(), kind).unwrap();
+            assert!(
+                told.starts_with(&format!("user.max_{kind}_namespaces is used up (1000); raise it")),
+                "{told}"
+            );
+        }
         let ubuntu = Host {
             apparmor_restricts: Some(1),
             ..host()
         };
-        let told = diagnose(Errno::EACCES, &ubuntu).unwrap();
+        let told = diagnose(Errno::EACCES, &ubuntu, USER).unwrap();
         assert!(told.contains("profile vnetctl \"/opt/vnetctl\"") && told.contains("apparmor_parser -r"));
         let container = Host {
             seccomp: true,
             ..host()
         };
         assert!(
-            diagnose(Errno::EPERM, &container)
+            diagnose(Errno::EPERM, &container, USER)
                 .unwrap()
                 .contains("seccomp=unconfined")
         );
         assert!(
-            diagnose(Errno::EPERM, &Host::default())
+            diagnose(Errno::EPERM, &Host::default(), USER)
                 .unwrap()
                 .contains("CONFIG_USER_NS")
         );
