@@ -115,6 +115,8 @@ pub(crate) fn vm(vm: &Vm, dataplane: Option<&Dataplane>, pending: u64) -> v1::Vm
         addresses: vm.addresses.clone(),
         mac: vm.mac.clone(),
         claimed_hostname: vm.claimed_hostname.clone(),
+        leased_address: vm.leased_address.clone(),
+        link_error: vm.link_error.clone(),
         attached_at: vm.attached_at.and_then(timestamp),
         live_flows: vm.live_flows,
         pending_requests: pending,

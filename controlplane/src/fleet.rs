@@ -198,6 +198,10 @@ pub struct Vm {
     pub mac: String,
     /// Its DHCP host name, as it claims.
     pub claimed_hostname: String,
+    /// The address that DHCP gave to it; empty for none.
+    pub leased_address: String,
+    /// What failed of its link, once it is gone; empty where that was simply closed.
+    pub link_error: String,
     /// Frames not delivered, by reason.
     pub dropped_frames: BTreeMap<String, u64>,
     /// What else its dataplane counts of it, by name.

@@ -4,7 +4,7 @@
 //! Both are plain values of the checked model: no generated type, no payload of a flow.
 
 use std::collections::BTreeMap;
-use std::net::{IpAddr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 use std::time::{Duration, SystemTime};
@@ -91,7 +91,12 @@ pub enum Report {
     /// Something about a guest changed.
     VmStatus(VmStatus),
     /// A guest's link is gone for good; its misses and flows are gone with it.
-    VmDown(VmId),
+    VmDown {
+        /// Which.
+        vm: VmId,
+        /// What failed, where the hypervisor did not simply close it.
+        link_error: Option<String>,
+    },
     /// The cache does not answer this.
     Miss(Miss),
     /// A miss no longer waits.
@@ -250,6 +255,8 @@ pub struct VmStatus {
     pub mac: String,
     /// Its DHCP host name, as it claims.
     pub claimed_hostname: String,
+    /// The address that DHCP gave to it.
+    pub leased_address: Option<Ipv4Addr>,
     /// Frames not delivered so far, by drop reason.
     pub dropped_frames: BTreeMap<String, u64>,
     /// What else is counted of it, and of its network, by name.

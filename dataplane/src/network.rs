@@ -31,7 +31,7 @@ use crate::forward::Forwards;
 use crate::guards::Guards;
 use crate::inbox::Inbox;
 use crate::leases::{LeaseCounts, Leases};
-use crate::link::Link;
+use crate::link::{Link, LinkError};
 use crate::mac::Mac;
 use crate::message::{Input, Order, OwnPolicy, Report, Router, VmUp, Zone};
 use crate::metrics::{LeaseRefusal, Metrics, ResolverFault};
@@ -241,14 +241,27 @@ impl Network {
                 // A bug that a guest finds is contained in its own thread: it loses its link.
                 let result = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| driver.run()));
                 network.detach(vm);
-                match result {
-                    Ok(Ok(())) => tracing::info!(vm = %name, "guest detached"),
-                    Ok(Err(error)) => {
-                        tracing::info!(vm = %name, reason = %DisplayChain(&error), "guest detached");
+                let link_error = match result {
+                    Ok(Ok(())) => {
+                        tracing::info!(vm = %name, "guest detached");
+                        None
                     }
-                    Err(_) => tracing::error!(vm = %name, "guest's driver failed; its link is closed"),
-                }
-                let _ = network.reports.blocking_send(Report::VmDown(vm));
+                    Ok(Err(LinkError::Closed)) => {
+                        tracing::info!(vm = %name, reason = %LinkError::Closed, "guest detached");
+                        None
+                    }
+                    Ok(Err(error)) => {
+                        let why = DisplayChain(&error).to_string();
+                        tracing::warn!(vm = %name, reason = why, "guest detached");
+                        Some(why)
+                    }
+                    Err(_) => {
+                        let why = "the guest's driver failed; its link is closed";
+                        tracing::error!(vm = %name, "{why}");
+                        Some(why.to_owned())
+                    }
+                };
+                let _ = network.reports.blocking_send(Report::VmDown { vm, link_error });
                 then();
             })?;
         Ok(thread)
@@ -724,7 +737,7 @@ mod tests {
         while receiver
             .recv()
             .await
-            .is_some_and(|r| !matches!(r, Report::VmDown(_)))
+            .is_some_and(|r| !matches!(r, Report::VmDown { .. }))
         {}
         guest.join().unwrap();
         drop(peer);

@@ -87,11 +87,14 @@ mod tests {
     use super::*;
 
     fn told_by(vm: u32) -> Report {
-        Report::VmDown(VmId(vm))
+        Report::VmDown {
+            vm: VmId(vm),
+            link_error: None,
+        }
     }
 
     fn teller(report: Report) -> u32 {
-        let Report::VmDown(vm) = report else {
+        let Report::VmDown { vm, .. } = report else {
             panic!("nothing else was told")
         };
         vm.0

@@ -144,7 +144,7 @@ fn line(text: &mut String, what: &str, description: &str) {
     }
 }
 
-const EXIT_FAILED: u8 = 1;
+pub(crate) const EXIT_FAILED: u8 = 1;
 /// A usage error.
 pub const EXIT_USAGE: u8 = 2;
 /// `policy diff` found something that would be decided otherwise.

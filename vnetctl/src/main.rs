@@ -4,5 +4,11 @@ use std::process::ExitCode;
 
 fn main() -> ExitCode {
     let arguments: Vec<_> = std::env::args_os().collect();
-    vnetctl::launch::role(&arguments).unwrap_or_else(|| vnetctl::cli::main(arguments).into())
+    if let Some(code) = vnetctl::launch::role(&arguments) {
+        return code;
+    }
+    if vnetctl::gvproxy::program::is_called(&arguments) {
+        return vnetctl::gvproxy::program::main(&arguments);
+    }
+    vnetctl::cli::main(arguments).into()
 }

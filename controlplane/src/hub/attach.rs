@@ -26,6 +26,8 @@ use crate::refusal::Refusal;
 const PROTOCOL_VERSION: u32 = 1;
 /// Messages that a session may fall behind.
 pub(crate) const OUTBOX_MAX: usize = 65_536;
+/// What a dataplane says of a link that failed is cut to this.
+const LINK_ERROR_CHARACTERS_MAX: usize = 512;
 /// Names of counts taken of one VM, of each kind.
 const COUNTS_MAX: usize = 256;
 /// How long a flow is held where no policy says.
@@ -231,7 +233,7 @@ impl State {
             },
         );
         for handle in gone {
-            self.vm_down(now, number, handle);
+            self.vm_down(now, number, handle, String::new());
         }
         // Flows that are still there are told again below, and keep nothing of the old session.
         for (_, flow) in old_flows {
@@ -309,7 +311,7 @@ impl State {
             // Read before the lock was taken, see `Hub::handle`.
             Message::VmUp(_) => {}
             Message::VmStatus(status) => self.vm_status(now, number, status),
-            Message::VmDown(down) => self.vm_down(now, number, VmId(down.vm)),
+            Message::VmDown(down) => self.vm_down(now, number, VmId(down.vm), down.link_error),
             Message::HostAddresses(addresses) => {
                 self.count_malformed(|state| state.host_addresses(number, &addresses));
             }
@@ -367,7 +369,7 @@ impl State {
             && let Some(lost) = self.fleet.vms.get(&up.name).filter(|vm| vm.lost)
         {
             let (number, handle) = (lost.dataplane, lost.handle);
-            self.vm_down(now, number, handle);
+            self.vm_down(now, number, handle, String::new());
         }
         if known.is_none() && self.fleet.vms.len() >= VMS_MAX {
             self.metrics.limits_reached.add(1);
@@ -430,6 +432,8 @@ impl State {
             addresses: up.addresses,
             mac: up.mac,
             claimed_hostname: String::new(),
+            leased_address: String::new(),
+            link_error: String::new(),
             dropped_frames: BTreeMap::new(),
             counters: BTreeMap::new(),
             live_flows,
@@ -500,6 +504,7 @@ impl State {
         vm.addresses = status.addresses;
         vm.mac = status.mac;
         vm.claimed_hostname = status.claimed_hostname;
+        vm.leased_address = status.leased_address;
         let dropped = std::mem::replace(&mut vm.dropped_frames, counts(status.dropped_frames));
         let counted = std::mem::replace(&mut vm.counters, counts(status.counters));
         let reached = limits::reached([&dropped, &counted], [&vm.dropped_frames, &vm.counters]);
@@ -524,7 +529,7 @@ impl State {
     }
 
     /// A VM's link is gone for good.
-    fn vm_down(&mut self, now: Now, number: DataplaneNo, handle: VmId) {
+    fn vm_down(&mut self, now: Now, number: DataplaneNo, handle: VmId, link_error: String) {
         let Some(dataplane) = self.fleet.dataplanes.get_mut(&number) else {
             return;
         };
@@ -543,12 +548,18 @@ impl State {
         for event in self.repeats.end_of(&name) {
             self.event(now, event);
         }
+        let link_error: String = link_error.chars().take(LINK_ERROR_CHARACTERS_MAX).collect();
+        let text = if link_error.is_empty() {
+            format!("{name} is gone")
+        } else {
+            format!("{name} is gone: {link_error}")
+        };
+        if let Some(vm) = self.fleet.vms.get_mut(&name) {
+            vm.link_error = link_error;
+        }
         self.publish_vm(v1::VmChange::Removed, &name);
         self.fleet.vms.remove(&name);
-        self.event(
-            now,
-            about(v1::EventKind::VmDetached, &name, format!("{name} is gone")),
-        );
+        self.event(now, about(v1::EventKind::VmDetached, &name, text));
     }
 
     fn session_lost(&mut self, now: Now, number: DataplaneNo) {
@@ -594,7 +605,7 @@ impl State {
             .map(|d| d.vms.keys().copied().collect())
             .unwrap_or_default();
         for handle in handles {
-            self.vm_down(now, number, handle);
+            self.vm_down(now, number, handle, String::new());
         }
         self.fleet.dataplanes.remove(&number);
     }

@@ -429,13 +429,19 @@ async fn modes_take_effect_and_quarantine_sticks_to_the_name() {
             .any(|t| matches!(t, Told::VmSettings(s) if s.forwards_closed))
     );
     assert_eq!(dp.verdict(flow(WEB, &[])).action, DENY);
-    dp.say(Message::VmDown(v1::VmDown { vm: 1 }));
+    dp.say(Message::VmDown(v1::VmDown {
+        vm: 1,
+        ..Default::default()
+    }));
     assert!(rig.hub.vms(None).is_empty());
     dp.say(Message::VmUp(vm_up(2, "web")));
     assert_eq!(rig.hub.vm("web").unwrap().mode, v1::Mode::Quarantine as i32);
     // Any other mode was set for one attachment.
     rig.hub.update_vm(set_mode("web", Mode::Block)).unwrap();
-    dp.say(Message::VmDown(v1::VmDown { vm: 2 }));
+    dp.say(Message::VmDown(v1::VmDown {
+        vm: 2,
+        ..Default::default()
+    }));
     dp.say(Message::VmUp(vm_up(3, "web")));
     assert_eq!(rig.hub.vm("web").unwrap().mode, v1::Mode::Open as i32);
 }
@@ -547,7 +553,12 @@ fn a_lost_dataplanes_vms_go_after_the_grace_and_until_vm_stops_with_them() {
 fn nothing_is_asked_anew_for_a_vm_that_is_gone() {
     let gone: [fn(&Rig, &FakeDataplane); 4] = [
         // Its run was killed: its dataplane ends in order,
-        |_, dp| dp.say(Message::VmDown(v1::VmDown { vm: 1 })),
+        |_, dp| {
+            dp.say(Message::VmDown(v1::VmDown {
+                vm: 1,
+                ..Default::default()
+            }))
+        },
         // or with it.
         |rig, dp| {
             dp.lose();

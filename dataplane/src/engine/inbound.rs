@@ -60,8 +60,14 @@ impl Engine {
         }
         if let Some(address) = outcome.bound {
             self.bind_address(address);
+            if self.leased.replace(address) != Some(address) {
+                self.note_status();
+            }
         }
         if let Some(address) = outcome.released {
+            if self.leased == Some(address) {
+                self.leased = None;
+            }
             self.addresses.retain(|a| *a != address);
             self.end_switched_of(now, address.into());
             self.note_status();

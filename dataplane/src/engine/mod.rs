@@ -304,6 +304,8 @@ pub struct Engine {
     /// Whether the gateway advertises itself.
     advertising: bool,
     claimed_hostname: String,
+    /// The address that DHCP gave.
+    leased: Option<Ipv4Addr>,
     status_changed: bool,
     /// The latest time that anybody told it.
     clock: Time,
@@ -368,6 +370,7 @@ impl Engine {
             addresses_ipv6: Vec::new(),
             advertising: false,
             claimed_hostname: String::new(),
+            leased: None,
             status_changed: false,
             clock: Time::ZERO,
             report_set: false,

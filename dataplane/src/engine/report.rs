@@ -88,6 +88,7 @@ impl Engine {
                 .collect(),
             mac: self.mac.map(|m| m.to_string()).unwrap_or_default(),
             claimed_hostname: self.claimed_hostname.clone(),
+            leased_address: self.leased,
             dropped_frames,
             counters,
             attached: true,

@@ -54,6 +54,7 @@ pub(super) fn vm_status(status: &VmStatus) -> v1::VmStatus {
         addresses: texts(&status.addresses),
         mac: status.mac.clone(),
         claimed_hostname: status.claimed_hostname.clone(),
+        leased_address: status.leased_address.map(|a| a.to_string()).unwrap_or_default(),
         dropped_frames: status.dropped_frames.clone().into_iter().collect(),
         counters: status.counters.clone().into_iter().collect(),
         attached: status.attached,
@@ -122,7 +123,10 @@ pub(super) fn report(report: &Report, epoch: Option<Epoch>) -> Option<Message> {
     Some(match report {
         Report::VmUp(up) => Message::VmUp(vm_up(up, None)),
         Report::VmStatus(status) => Message::VmStatus(vm_status(status)),
-        Report::VmDown(vm) => Message::VmDown(v1::VmDown { vm: vm.0 }),
+        Report::VmDown { vm, link_error } => Message::VmDown(v1::VmDown {
+            vm: vm.0,
+            link_error: link_error.clone().unwrap_or_default(),
+        }),
         Report::Miss(miss) => Message::Miss(miss.to_message(epoch)),
         Report::MissEnded { miss, end } => Message::MissEnded(v1::MissEnded {
             miss_id: miss.0,

@@ -10,7 +10,9 @@ use super::questions::Questions;
 use super::treat::{Problems, TreatArgs};
 use crate::client::Connection;
 use crate::failure::Failure;
-use crate::launch::{Dataplane, DataplaneArgs, DataplaneConfig, ListenAt, Settings, Transport, session_url};
+use crate::launch::{
+    Dataplane, DataplaneArgs, DataplaneConfig, DataplaneLog, ListenAt, Settings, Transport, session_url,
+};
 use crate::output::{self, text::safe};
 
 /// Arguments of `up`.
@@ -56,7 +58,7 @@ pub fn execute(args: UpArgs, connection: Connection) -> Result<(), Failure> {
     let settings = Settings {
         args: flags,
         treatment,
-        speaks: true,
+        log: DataplaneLog::Stderr,
         ..Settings::default()
     };
     let config = settings.check(false, &mut problems.usage);

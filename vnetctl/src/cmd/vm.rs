@@ -183,6 +183,7 @@ fn details(vm: &v1::Vm, now: SystemTime) -> Vec<(&'static str, String)> {
         ("Network", text::or_none(vm.network.as_str())),
         ("Transport", text::or_none(vm.transport.as_str())),
         ("Addresses", text::or_none(vm.addresses.join(", "))),
+        ("Leased (DHCP)", text::or_none(vm.leased_address.as_str())),
         ("MAC (claimed)", text::or_none(vm.mac.as_str())),
         ("Host name (claimed)", text::or_none(vm.claimed_hostname.as_str())),
         (

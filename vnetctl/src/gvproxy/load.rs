@@ -47,20 +47,34 @@ pub fn load(flags: &Flags, search_domains: &[Name]) -> Result<Loaded, Failure> {
     };
     let (config, warnings) =
         Config::resolve(flags, file, &host).map_err(|problems| failed(problems.to_string().lines()))?;
-    let policy = config.policy.as_ref().map(read_policy).transpose()?;
     let findings = findings.into_iter().map(Warning::File).chain(warnings);
-    let mut warnings: Vec<String> = findings
+    let warnings: Vec<String> = findings
         .map(|warning| line(&format!("warning: {warning}")))
         .collect();
-    if let Some(policy) = &policy {
-        let found = launch::check_own(Some(policy), &[])?;
-        warnings.extend(launch::warning_lines(&policy.source, &found));
-    }
-    Ok(Loaded {
+    let mut loaded = Loaded {
         config,
-        policy,
+        policy: None,
         warnings,
-    })
+    };
+    if let Some(source) = loaded.config.policy.clone() {
+        loaded.take_policy(&source)?;
+    }
+    Ok(loaded)
+}
+
+impl Loaded {
+    /// Reads and checks a policy, which becomes the guests'.
+    ///
+    /// # Errors
+    /// Everything that is wrong with it, a line each.
+    pub fn take_policy(&mut self, source: &PolicySource) -> Result<(), Failure> {
+        let policy = read_policy(source)?;
+        let found = launch::check_own(Some(&policy), &[])?;
+        self.warnings
+            .extend(launch::warning_lines(&policy.source, &found));
+        self.policy = Some(policy);
+        Ok(())
+    }
 }
 
 fn read_policy(source: &PolicySource) -> Result<Document, Failure> {

@@ -7,12 +7,15 @@
 //!   is wrong;
 //! - [`load`] does all of it from the files that are named.
 //!
-//! Nothing here opens a socket or writes a file. What the configuration means is told in `docs/gvproxy.md`.
+//! None of these opens a socket or writes a file. [`program`] is the process that runs it, with what [`own`] says that no
+//! command line does. What the configuration means is told in `docs/gvproxy.md`.
 
 pub mod config;
 pub mod flags;
 mod load;
 pub mod origin;
+pub mod own;
+pub mod program;
 pub mod yaml;
 
 pub use config::Config;

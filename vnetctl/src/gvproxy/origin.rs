@@ -15,6 +15,8 @@ pub enum Origin {
         /// Where it stands.
         place: Place,
     },
+    /// A variable of the environment.
+    Variable(&'static str),
     /// Nobody said it.
     Default(&'static str),
 }
@@ -24,6 +26,7 @@ impl fmt::Display for Origin {
         match self {
             Self::Flag(name) => write!(f, "-{name}"),
             Self::Key { path, place } => write!(f, "{place}: {path}"),
+            Self::Variable(name) => f.write_str(name),
             Self::Default(what) => write!(f, "{what} (by default)"),
         }
     }

@@ -10,8 +10,10 @@ mod tests;
 mod tree;
 
 use super::origin::{Finding, Given, Origin};
-use reader::Reader;
-use tree::{Node, Value};
+use tree::Value;
+
+pub(super) use reader::{Fields, Reader};
+pub(super) use tree::{Node, load as load_tree};
 
 /// Bytes that the file may have.
 pub const FILE_BYTES_MAX: usize = 4 << 20;
@@ -155,7 +157,7 @@ impl FileConfig {
             reader.problem_at(1, 1, problem);
             return reader.end(Self::default());
         }
-        match tree::load(text) {
+        match load_tree(text) {
             Ok(root) => {
                 let config = read(&mut reader, &root, text);
                 reader.end(config)

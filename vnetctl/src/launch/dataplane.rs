@@ -33,9 +33,25 @@ pub struct Settings {
     pub resolver_patience: Option<Duration>,
     /// The link of its one guest, where it serves no socket.
     pub link: Option<OwnedFd>,
-    /// Whether it speaks to the terminal itself, as under `up`. Otherwise its words are kept, to be
-    /// shown when it fails: the terminal is the command's.
-    pub speaks: bool,
+    /// What becomes of its log.
+    pub log: DataplaneLog,
+}
+
+/// What becomes of a dataplane's log.
+#[derive(Debug, Default)]
+pub enum DataplaneLog {
+    /// The last of it is kept, to be shown when it fails: the terminal is the command's.
+    #[default]
+    Kept,
+    /// It writes to this process's stderr itself, as under `up`.
+    Stderr,
+    /// Each line is handed over, and the last are kept too.
+    Lines {
+        /// How much it says, as `RUST_LOG` has it.
+        directive: &'static str,
+        /// Takes a line.
+        line: fn(&str),
+    },
 }
 
 /// A running dataplane.
@@ -151,18 +167,21 @@ impl Dataplane {
             .current_dir("/")
             .stdin(Stdio::null())
             .stdout(Stdio::null())
-            .stderr(if settings.speaks {
-                Stdio::inherit()
-            } else {
-                Stdio::piped()
+            .stderr(match settings.log {
+                DataplaneLog::Stderr => Stdio::inherit(),
+                DataplaneLog::Kept | DataplaneLog::Lines { .. } => Stdio::piped(),
             })
             // Escapes of colour would be shown as text where its words are quoted.
             .env("NO_COLOR", "1")
             // Ctrl-C is for this process, which ends the dataplane when it is ready to.
             .process_group(0);
-        if std::env::var_os("RUST_LOG").is_none() {
+        let (directive, line) = match settings.log {
             // What went well is in the history.
-            command.env("RUST_LOG", "warn");
+            DataplaneLog::Kept | DataplaneLog::Stderr => ("warn", None),
+            DataplaneLog::Lines { directive, line } => (directive, Some(line)),
+        };
+        if std::env::var_os("RUST_LOG").is_none() {
+            command.env("RUST_LOG", directive);
         }
         let keep: Vec<&OwnedFd> = settings
             .link
@@ -178,7 +197,7 @@ impl Dataplane {
         });
         let said = Arc::default();
         if let Some(stderr) = child.stderr.take() {
-            tokio::spawn(listen(stderr, Arc::clone(&said)));
+            tokio::spawn(listen(stderr, Arc::clone(&said), line));
         }
         Ok(Self {
             child,
@@ -229,10 +248,23 @@ impl Dataplane {
     }
 }
 
-/// Keeps the last of what it says.
-async fn listen(mut stderr: tokio::process::ChildStderr, said: Arc<Mutex<Vec<u8>>>) {
+/// Keeps the last of what it says, and hands each line over where that is wanted.
+async fn listen(mut stderr: tokio::process::ChildStderr, said: Arc<Mutex<Vec<u8>>>, line: Option<fn(&str)>) {
     let mut chunk = [0; 1024];
+    let mut begun = Vec::new();
     while let Ok(length @ 1..) = stderr.read(&mut chunk).await {
+        if let Some(line) = line {
+            begun.extend_from_slice(&chunk[..length]);
+            while let Some(end) = begun.iter().position(|byte| *byte == b'\n') {
+                line(&String::from_utf8_lossy(&begun[..end]));
+                begun.drain(..=end);
+            }
+            // A line without an end is no reason to grow.
+            if begun.len() > SAID_BYTES_MAX {
+                line(&String::from_utf8_lossy(&begun));
+                begun.clear();
+            }
+        }
         let mut said = said.lock().unwrap_or_else(PoisonError::into_inner);
         said.extend_from_slice(&chunk[..length]);
         let excess = said.len().saturating_sub(SAID_BYTES_MAX);

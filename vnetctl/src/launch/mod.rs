@@ -23,13 +23,13 @@ pub use vnet_dataplane::args::Args as DataplaneArgs;
 pub use vnet_dataplane::config::{
     Config as DataplaneConfig, GATEWAY_MAC_DEFAULT, ListenAt, MTU_BYTES_DEFAULT, MTU_BYTES_MAX,
     MTU_BYTES_MIN, SEARCH_DOMAINS_MAX, SUBNET_DEFAULT, SUBNET_PREFIX_MAX, SUBNET_PREFIX_MIN, Transport,
-    ZONES_DEFAULT, write_lines,
+    ZONES_DEFAULT, is_name, write_lines,
 };
 pub use vnet_dataplane::forward::{FORWARDS_MAX, ForwardSpec};
 pub use vnet_dataplane::mac::Mac;
 
 pub use self::controlplane::{controlplane, own_log, own_server, session_url};
-pub use self::dataplane::{Dataplane, DataplaneError, Settings};
+pub use self::dataplane::{Dataplane, DataplaneError, DataplaneLog, Settings};
 pub use self::documents::{
     Document, check_document, check_own, document, policy_schema, read_document, test_document, warning_lines,
 };
@@ -64,6 +64,12 @@ pub fn role(arguments: &[OsString]) -> Option<ExitCode> {
     Some(main(
         of_the_daemon.map(|(_, argument)| argument.clone()).collect(),
     ))
+}
+
+/// The search domains of this host's resolver.
+pub fn host_search_domains() -> Vec<vnet_proto::model::Name> {
+    use vnet_dataplane::egress::resolver::host::{HostResolver, RESOLV_CONF};
+    HostResolver::read(std::path::Path::new(RESOLV_CONF)).search_domains
 }
 
 /// Vnet's own directories: sockets, and state. Neither is made.

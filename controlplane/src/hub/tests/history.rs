@@ -135,7 +135,10 @@ async fn answers_outlive_their_grants_and_those_taken_back_do_not() {
     rig.hub.revoke_grant(&taken_back.id, "tester").unwrap();
     let other = grant(GrantAction::Allow, "domain a.test", Some("db"), Lifetime::Forever);
     rig.hub.create_grant(other).unwrap();
-    dp.say(Message::VmDown(v1::VmDown { vm: 1 }));
+    dp.say(Message::VmDown(v1::VmDown {
+        vm: 1,
+        ..Default::default()
+    }));
     assert_eq!(
         rig.hub.grants("").unwrap().len(),
         1,

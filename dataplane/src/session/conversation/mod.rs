@@ -211,7 +211,7 @@ impl Conversation {
                 self.brief(vm);
             }
             Report::VmStatus(status) => self.mirror.vm_status(status),
-            Report::VmDown(vm) => {
+            Report::VmDown { vm, .. } => {
                 self.mirror.vm_down(vm);
                 self.send(message);
                 self.settle(|waiting| {

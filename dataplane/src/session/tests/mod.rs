@@ -165,6 +165,13 @@ fn epoch(counter: u64) -> Epoch {
     }
 }
 
+fn down(vm: u32) -> Report {
+    Report::VmDown {
+        vm: VmId(vm),
+        link_error: None,
+    }
+}
+
 fn vm_up(vm: u32) -> Report {
     Report::VmUp(VmUp {
         vm: VmId(vm),

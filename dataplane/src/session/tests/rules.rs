@@ -146,6 +146,7 @@ async fn hello_says_who_is_there() {
         addresses: vec!["192.168.127.2".parse().unwrap()],
         mac: "5a:94:ef:00:00:02".into(),
         claimed_hostname: "guest".into(),
+        leased_address: Some([192, 168, 127, 2].into()),
         dropped_frames: [("runt".to_owned(), 3)].into(),
         counters: [("dns_local".to_owned(), 4)].into(),
         attached: true,
@@ -185,7 +186,7 @@ async fn hello_says_who_is_there() {
     given.welcome(epoch(1)).unwrap();
     let said = given.said();
     assert!(
-        matches!(&said[..], [Message::VmStatus(s)] if s.claimed_hostname == "guest" && s.dropped_frames["runt"] == 3),
+        matches!(&said[..], [Message::VmStatus(s)] if s.claimed_hostname == "guest" && s.leased_address == "192.168.127.2" && s.dropped_frames["runt"] == 3),
         "{said:?}"
     );
 }
@@ -416,7 +417,7 @@ async fn a_revoke_is_acknowledged_when_every_guest_has_done_it() {
     );
 
     // It goes away: done, after all.
-    given.report(Report::VmDown(VmId(3)));
+    given.report(down(3));
     let said = given.said();
     let [Message::VmDown(_), Message::Ack(ack)] = &said[..] else {
         panic!("{said:?}")
@@ -759,7 +760,7 @@ async fn a_reconnect_tells_of_live_flows_and_bindings_and_asks_again_what_is_hel
     given.hears(Response::Held(held)).unwrap();
     given.conversation.lost();
     // While there is no session: a guest goes, a flow opens.
-    given.report(Report::VmDown(VmId(2)));
+    given.report(down(2));
     given.report(flow(1, 3));
 
     let now = given.at(20);

@@ -336,7 +336,7 @@ async fn at_its_end_the_dataplane_says_what_is_left_to_say() {
         })
         .await
         .unwrap();
-    reports.send(Report::VmDown(VmId(1))).await.unwrap();
+    reports.send(super::down(1)).await.unwrap();
 
     assert!(matches!(stream.next().await, Some(Message::MissEnded(_))));
     assert!(matches!(stream.next().await, Some(Message::VmDown(_))));

@@ -9,10 +9,10 @@ use crate::gvproxy::origin::{Finding, Given, Origin, Place};
 use crate::launch::nearest;
 
 /// Problems, and warnings, that are told one by one.
-pub(super) const FINDINGS_MAX: usize = 100;
+pub(in crate::gvproxy) const FINDINGS_MAX: usize = 100;
 
 /// Collects what is to be said while values are read. An empty value is everywhere one that is not given.
-pub(super) struct Reader {
+pub(in crate::gvproxy) struct Reader {
     file: Arc<str>,
     /// Whether an unknown key is an error.
     strict: bool,
@@ -21,7 +21,7 @@ pub(super) struct Reader {
 }
 
 impl Reader {
-    pub(super) fn new(file: &str, strict: bool) -> Self {
+    pub(in crate::gvproxy) fn new(file: &str, strict: bool) -> Self {
         Self {
             file: file.into(),
             strict,
@@ -34,7 +34,7 @@ impl Reader {
     ///
     /// # Errors
     /// Every problem, in order of position.
-    pub(super) fn end<T>(mut self, value: T) -> Result<(T, Vec<Finding>), Vec<Finding>> {
+    pub(in crate::gvproxy) fn end<T>(mut self, value: T) -> Result<(T, Vec<Finding>), Vec<Finding>> {
         let shown = |mut findings: Vec<Finding>| {
             findings.sort_by(|a, b| a.place.cmp(&b.place));
             if findings.len() > FINDINGS_MAX {
@@ -53,7 +53,7 @@ impl Reader {
         Err(self.problems)
     }
 
-    pub(super) fn place(&self, node: &Node) -> Place {
+    pub(in crate::gvproxy) fn place(&self, node: &Node) -> Place {
         Place {
             file: self.file.clone(),
             line: node.line,
@@ -61,12 +61,12 @@ impl Reader {
         }
     }
 
-    pub(super) fn problem(&mut self, node: &Node, text: String) {
+    pub(in crate::gvproxy) fn problem(&mut self, node: &Node, text: String) {
         let place = self.place(node);
         self.problems.push(Finding { place, text });
     }
 
-    pub(super) fn problem_at(&mut self, line: u32, column: u32, text: String) {
+    pub(in crate::gvproxy) fn problem_at(&mut self, line: u32, column: u32, text: String) {
         let file = self.file.clone();
         let place = Place { file, line, column };
         self.problems.push(Finding { place, text });
@@ -74,7 +74,12 @@ impl Reader {
 
     /// The known entries of a mapping, after telling of unknown and repeated keys. `within` is the mapping's path
     /// with a dot after it, or empty at the top.
-    pub(super) fn fields<'a>(&mut self, node: &'a Node, within: &str, known: &[&'static str]) -> Fields<'a> {
+    pub(in crate::gvproxy) fn fields<'a>(
+        &mut self,
+        node: &'a Node,
+        within: &str,
+        known: &[&'static str],
+    ) -> Fields<'a> {
         let mut found: BTreeMap<&str, (&Node, &Node)> = BTreeMap::new();
         for (key, value) in self.entries(node, within) {
             let Value::Scalar(Scalar { text: name, .. }) = &key.value else {
@@ -129,8 +134,31 @@ impl Reader {
         }
     }
 
+    /// The entries of a mapping by names, each a mapping, in order.
+    pub(in crate::gvproxy) fn named_mappings<'a>(
+        &mut self,
+        node: &'a Node,
+        path: &str,
+    ) -> Vec<(String, &'a Node)> {
+        let mut map: Vec<(String, &Node)> = Vec::new();
+        let mut names = HashSet::new();
+        for (key, value) in self.entries(node, path) {
+            let Value::Scalar(Scalar { text: name, .. }) = &key.value else {
+                let text = format!("a key in {path} is {} (expected a name)", key.value);
+                self.problem(key, text);
+                continue;
+            };
+            if names.insert(name) {
+                map.push((name.clone(), value));
+            } else {
+                self.problem(key, format!("{path}[{name:?}] is given twice"));
+            }
+        }
+        map
+    }
+
     /// A mapping from text to text, in order.
-    pub(super) fn text_map(
+    pub(in crate::gvproxy) fn text_map(
         &mut self,
         node: &Node,
         path: &str,
@@ -177,7 +205,7 @@ impl Reader {
     }
 
     /// The items of a list that are not empty, each with its path.
-    pub(super) fn list<'a>(&mut self, node: &'a Node, path: &str) -> Vec<(String, &'a Node)> {
+    pub(in crate::gvproxy) fn list<'a>(&mut self, node: &'a Node, path: &str) -> Vec<(String, &'a Node)> {
         match &node.value {
             Value::List(items) => {
                 let paths = items.iter().enumerate();
@@ -192,7 +220,7 @@ impl Reader {
     }
 
     /// A list of text.
-    pub(super) fn texts(&mut self, node: &Node, path: &str) -> Vec<Given<String>> {
+    pub(in crate::gvproxy) fn texts(&mut self, node: &Node, path: &str) -> Vec<Given<String>> {
         let mut texts = Vec::new();
         for (path, item) in self.list(node, path) {
             if matches!(item.value, Value::Null) {
@@ -203,7 +231,7 @@ impl Reader {
         texts
     }
 
-    pub(super) fn text(&mut self, node: &Node, path: &str) -> Option<Given<String>> {
+    pub(in crate::gvproxy) fn text(&mut self, node: &Node, path: &str) -> Option<Given<String>> {
         let text = match &node.value {
             Value::Scalar(scalar) if scalar.text.is_empty() => return None,
             Value::Scalar(scalar) => scalar.text.clone(),
@@ -216,7 +244,7 @@ impl Reader {
         Some(self.given(node, path, text))
     }
 
-    pub(super) fn boolean(&mut self, node: &Node, path: &str) -> Option<Given<bool>> {
+    pub(in crate::gvproxy) fn boolean(&mut self, node: &Node, path: &str) -> Option<Given<bool>> {
         let value = match &node.value {
             Value::Null => return None,
             Value::Scalar(Scalar { text, plain }) => match (&**text, plain) {
@@ -241,7 +269,7 @@ impl Reader {
         }
     }
 
-    pub(super) fn number(&mut self, node: &Node, path: &str) -> Option<Given<i64>> {
+    pub(in crate::gvproxy) fn number(&mut self, node: &Node, path: &str) -> Option<Given<i64>> {
         let value = match &node.value {
             Value::Null => return None,
             Value::Scalar(Scalar { text, plain: true }) => whole(text),
@@ -259,7 +287,7 @@ impl Reader {
         }
     }
 
-    pub(super) fn given<T>(&self, node: &Node, path: &str, value: T) -> Given<T> {
+    pub(in crate::gvproxy) fn given<T>(&self, node: &Node, path: &str, value: T) -> Given<T> {
         let from = Origin::Key {
             path: path.to_owned(),
             place: self.place(node),
@@ -269,10 +297,10 @@ impl Reader {
 }
 
 /// The known entries of one mapping.
-pub(super) struct Fields<'a>(BTreeMap<&'a str, &'a Node>);
+pub(in crate::gvproxy) struct Fields<'a>(BTreeMap<&'a str, &'a Node>);
 
 impl<'a> Fields<'a> {
-    pub(super) fn take(&mut self, key: &str) -> Option<&'a Node> {
+    pub(in crate::gvproxy) fn take(&mut self, key: &str) -> Option<&'a Node> {
         self.0.remove(key)
     }
 }
@@ -298,7 +326,7 @@ fn where_in(within: &str) -> &str {
 fn shown_path(from: &Origin) -> &str {
     match from {
         Origin::Key { path, .. } => path,
-        Origin::Flag(name) | Origin::Default(name) => name,
+        Origin::Flag(name) | Origin::Variable(name) | Origin::Default(name) => name,
     }
 }
 

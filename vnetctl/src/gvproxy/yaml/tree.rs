@@ -11,17 +11,17 @@ const SHOWN_CHARS_MAX: usize = 80;
 
 /// A value and its place.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) struct Node {
-    pub(super) value: Value,
-    pub(super) line: u32,
-    pub(super) column: u32,
+pub(in crate::gvproxy) struct Node {
+    pub(in crate::gvproxy) value: Value,
+    pub(in crate::gvproxy) line: u32,
+    pub(in crate::gvproxy) column: u32,
     /// The byte at which it is written; where an alias stands in its place, that of what the alias means.
-    pub(super) offset: Option<usize>,
+    pub(in crate::gvproxy) offset: Option<usize>,
 }
 
 /// A value.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) enum Value {
+pub(in crate::gvproxy) enum Value {
     Null,
     Scalar(Scalar),
     List(Vec<Node>),
@@ -31,10 +31,10 @@ pub(super) enum Value {
 
 /// A scalar.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) struct Scalar {
-    pub(super) text: String,
+pub(in crate::gvproxy) struct Scalar {
+    pub(in crate::gvproxy) text: String,
     /// Whether it stands without quotes.
-    pub(super) plain: bool,
+    pub(in crate::gvproxy) plain: bool,
 }
 
 impl std::fmt::Display for Value {
@@ -55,7 +55,7 @@ impl std::fmt::Display for Value {
 
 impl Node {
     /// Whether two trees say the same, wherever they stand.
-    pub(super) fn says_the_same_as(&self, other: &Self) -> bool {
+    pub(in crate::gvproxy) fn says_the_same_as(&self, other: &Self) -> bool {
         match (&self.value, &other.value) {
             (Value::List(a), Value::List(b)) => {
                 a.len() == b.len() && a.iter().zip(b).all(|(a, b)| a.says_the_same_as(b))
@@ -75,7 +75,7 @@ impl Node {
 ///
 /// # Errors
 /// What is wrong with it as YAML: the parser stops at the first such problem.
-pub(super) fn load(document: &str) -> Result<Node, NotYaml> {
+pub(in crate::gvproxy) fn load(document: &str) -> Result<Node, NotYaml> {
     yaml::read(document, MergeKeys::Taken).map(|root| node(root, document))
 }
 

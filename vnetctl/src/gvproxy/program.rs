@@ -1,0 +1,154 @@
+//! This binary as `gvproxy`: found by the name that it is called by, and run in the order of start-up that gvproxy has.
+//!
+//! 1. the command line, then `-version`; 2. the configuration, whole; 3. the log, and the version in it; 4. the pid file;
+//! 5. the controlplane, if none answers, and the dataplane, which opens forwards and sockets; 6. the services' socket;
+//! 7. forwards over SSH; 8. the notification `ready`, when all of it listens (the peer sends it before). It ends at
+//! SIGTERM, SIGINT or SIGHUP with status 0, at whatever fails with 1, and at a wrong command line with 2.
+
+mod attend;
+mod log;
+pub mod notify;
+pub mod pid;
+pub mod plan;
+mod serve;
+
+use std::ffi::OsString;
+use std::io::{self, Write as _};
+use std::net::{IpAddr, ToSocketAddrs as _};
+use std::path::Path;
+use std::process::ExitCode;
+
+use super::config::PolicySource;
+use super::flags::Flags;
+use super::load::{Loaded, load};
+use super::own::{self, Own};
+use crate::client::{Connection, Server};
+use crate::failure::{EXIT_FAILED, Failure};
+use crate::launch;
+use crate::output::text::safe;
+use plan::Plan;
+
+/// The name by which this binary is gvproxy.
+const NAME: &str = "gvproxy";
+
+/// Whether this binary was called by gvproxy's name, or by one that its builds have, as `gvproxy-linux-amd64`.
+pub fn is_called(arguments: &[OsString]) -> bool {
+    let name = arguments
+        .first()
+        .and_then(|program| Path::new(program).file_name());
+    name.and_then(|name| name.to_str())
+        .and_then(|name| name.strip_prefix(NAME))
+        .is_some_and(|rest| rest.is_empty() || rest.starts_with('-'))
+}
+
+/// The program, from its command line to its exit status.
+pub fn main(arguments: &[OsString]) -> ExitCode {
+    let program = arguments
+        .first()
+        .map_or_else(|| NAME.into(), |word| word.to_string_lossy());
+    let flags = match Flags::parse(arguments.iter().skip(1).cloned()) {
+        Ok(flags) => flags,
+        Err(error) => {
+            let _ = io::stderr().write_all(error.whole(&safe(&program)).as_bytes());
+            return ExitCode::from(error.exit_code());
+        }
+    };
+    if flags.version {
+        let said = writeln!(io::stdout(), "{}", version());
+        return if said.is_ok() {
+            ExitCode::SUCCESS
+        } else {
+            ExitCode::from(EXIT_FAILED)
+        };
+    }
+    match prepare(&flags) {
+        Ok(prepared) => serve::main(prepared),
+        Err(failure) => {
+            // There may be no log file yet, and whoever typed this looks here.
+            log::start(super::config::LogLevel::Info, None);
+            fatal(&failure)
+        }
+    }
+}
+
+/// The version in the peer's form.
+fn version() -> String {
+    format!("{NAME} version v{}-vnet", env!("CARGO_PKG_VERSION"))
+}
+
+/// Everything that is to be run, read and checked.
+#[derive(Debug)]
+struct Prepared {
+    loaded: Loaded,
+    own: Own,
+    vm: String,
+    plan: Plan,
+    connection: Connection,
+}
+
+fn prepare(flags: &Flags) -> Result<Prepared, Failure> {
+    let mut loaded = load(flags, &launch::host_search_domains())?;
+    let default = own::vm_name(&loaded.config);
+    let own = Own::load(|name| std::env::var_os(name), &default)
+        .map_err(|problems| Failure::Failed(lines(&problems)))?;
+    let vm = own.vm.as_ref().map_or(default, |given| given.value.clone());
+    if let Some(given) = &own.network_policy {
+        if loaded.policy.is_none() {
+            let source = PolicySource::File(given.value.clone());
+            loaded
+                .take_policy(&source)
+                .map_err(|failure| Failure::Failed(format!("{}: {failure}", given.from)))?;
+        } else {
+            let text = "the command line or its file has a policy";
+            loaded
+                .warnings
+                .push(format!("warning: {}: not used, as {text}", given.from));
+        }
+    }
+    let plan = plan::plan(&loaded.config, loaded.policy.clone(), &own, &vm, &look_up)
+        .map_err(|problems| Failure::Failed(lines(&problems)))?;
+    let connection = Connection {
+        named: own.server.as_ref().map(|given| -> Server { given.value.clone() }),
+    };
+    Ok(Prepared {
+        loaded,
+        own,
+        vm,
+        plan,
+        connection,
+    })
+}
+
+fn look_up(host: &str) -> io::Result<Vec<IpAddr>> {
+    let found = (host, 0).to_socket_addrs()?;
+    Ok(found.map(|address| address.ip()).collect())
+}
+
+fn lines(problems: &[String]) -> String {
+    let lines: Vec<_> = problems.iter().map(|problem| safe(problem)).collect();
+    lines.join("\n  ")
+}
+
+/// Says why it ends, a line each, in the log.
+fn fatal(failure: &Failure) -> ExitCode {
+    let text = failure.to_string();
+    for line in text.lines() {
+        tracing::error!(target: log::FATAL, "{}", line.trim_start());
+    }
+    ExitCode::from(EXIT_FAILED)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn it_is_gvproxy_by_its_name() {
+        let called = |name: &str| is_called(&[name.into()]);
+        assert!(
+            called("gvproxy") && called("/usr/libexec/podman/gvproxy") && called("./gvproxy-linux-amd64")
+        );
+        assert!(!called("vnetctl") && !called("gvproxyd") && !called("/gvproxy/vnetctl"));
+        assert!(!is_called(&[]));
+    }
+}

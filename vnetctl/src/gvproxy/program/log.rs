@@ -1,0 +1,275 @@
+//! The log, in the form that gvproxy's has, a line each: `time="…" level=info msg="…"`, with further fields behind.
+//!
+//! What the parts of this process say through `tracing` and what the dataplane says go through the same writer, to
+//! stderr or to the file of `-log-file`. A line that cannot be written is lost, and ends nothing.
+
+use std::fmt::{self, Write as _};
+use std::fs::{File, OpenOptions};
+use std::io;
+use std::os::unix::fs::OpenOptionsExt as _;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::SystemTime;
+
+use tracing::field::{Field, Visit};
+use tracing::{Event, Level, Subscriber};
+use tracing_subscriber::fmt::format::Writer;
+use tracing_subscriber::fmt::{FmtContext, FormatEvent, FormatFields, MakeWriter};
+use tracing_subscriber::registry::LookupSpan;
+
+use crate::gvproxy::config::LogLevel;
+use crate::output::text::safe;
+
+/// The target of events that end the process: their level is gvproxy's `fatal`.
+pub(super) const FATAL: &str = "fatal";
+
+/// Opens the file of `-log-file`, emptied, for its owner alone where it is new.
+///
+/// # Errors
+/// The system's.
+pub(super) fn open(path: &Path) -> io::Result<File> {
+    let mut options = OpenOptions::new();
+    options.create(true).append(true).mode(0o600);
+    let file = options.open(path)?;
+    // Appending, so that nobody who empties it meanwhile leaves a hole in it.
+    if file.metadata()?.is_file() {
+        file.set_len(0)?;
+    }
+    Ok(file)
+}
+
+/// Sends what is logged from here on to the file, or to stderr. Once a process.
+pub(super) fn start(level: LogLevel, file: Option<File>) {
+    let sink = file.map_or(Sink::Stderr, |file| Sink::File(Arc::new(file)));
+    // One that is set already (by a test) stays.
+    let _ = tracing_subscriber::fmt()
+        .event_format(Lines)
+        .with_writer(sink)
+        .with_max_level(filter(level))
+        .try_init();
+}
+
+/// How much the dataplane says at this level, as `RUST_LOG` has it.
+pub(super) fn directive(level: LogLevel) -> &'static str {
+    match level {
+        LogLevel::Panic | LogLevel::Fatal | LogLevel::Error => "error",
+        LogLevel::Warning => "warn",
+        // What it tells of each guest is told here already.
+        LogLevel::Info => "warn",
+        LogLevel::Debug => "debug",
+        LogLevel::Trace => "trace",
+    }
+}
+
+/// Says again what the dataplane said in a line of its own log.
+pub(super) fn relay(line: &str) {
+    let (level, text) = relayed(line);
+    match level {
+        Level::ERROR => tracing::error!("{text}"),
+        Level::WARN => tracing::warn!("{text}"),
+        Level::INFO => tracing::info!("{text}"),
+        _ => tracing::debug!("{text}"),
+    }
+}
+
+/// The level and the rest of a line as `tracing_subscriber` writes it (`TIME LEVEL module: text`); any other is a
+/// daemon's last words.
+fn relayed(line: &str) -> (Level, &str) {
+    let mut words = line.splitn(2, char::is_whitespace);
+    let (time, rest) = (words.next().unwrap_or_default(), words.next().unwrap_or_default());
+    let is_time = time.ends_with('Z') && time.contains('T');
+    let rest = rest.trim_start();
+    let level = ["ERROR", "WARN", "INFO", "DEBUG", "TRACE"]
+        .into_iter()
+        .find(|level| rest.starts_with(level));
+    match level {
+        Some(level) if is_time => {
+            let text = rest[level.len()..].trim_start();
+            (level.parse().unwrap_or(Level::INFO), text)
+        }
+        _ => (Level::ERROR, line),
+    }
+}
+
+fn filter(level: LogLevel) -> Level {
+    match level {
+        LogLevel::Panic | LogLevel::Fatal | LogLevel::Error => Level::ERROR,
+        LogLevel::Warning => Level::WARN,
+        LogLevel::Info => Level::INFO,
+        LogLevel::Debug => Level::DEBUG,
+        LogLevel::Trace => Level::TRACE,
+    }
+}
+
+/// Where lines go.
+#[derive(Clone)]
+enum Sink {
+    Stderr,
+    File(Arc<File>),
+}
+
+impl io::Write for Sink {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        // What cannot be written is lost. A complaint of that would be an `eprintln!`, which panics then.
+        let _ = match self {
+            Self::Stderr => io::stderr().write_all(bytes),
+            Self::File(file) => (&**file).write_all(bytes),
+        };
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+impl MakeWriter<'_> for Sink {
+    type Writer = Self;
+
+    fn make_writer(&self) -> Self {
+        self.clone()
+    }
+}
+
+/// The form of a line.
+struct Lines;
+
+impl<S, N> FormatEvent<S, N> for Lines
+where
+    S: Subscriber + for<'a> LookupSpan<'a>,
+    N: for<'a> FormatFields<'a> + 'static,
+{
+    fn format_event(
+        &self,
+        _context: &FmtContext<'_, S, N>,
+        mut writer: Writer<'_>,
+        event: &Event<'_>,
+    ) -> fmt::Result {
+        let mut fields = Fields::default();
+        event.record(&mut fields);
+        writeln!(
+            writer,
+            "{}",
+            line(SystemTime::now(), word(event.metadata()), &fields)
+        )
+    }
+}
+
+#[derive(Default)]
+struct Fields {
+    message: String,
+    others: Vec<(&'static str, String)>,
+}
+
+impl Visit for Fields {
+    fn record_str(&mut self, field: &Field, value: &str) {
+        self.take(field, value.to_owned());
+    }
+
+    fn record_debug(&mut self, field: &Field, value: &dyn fmt::Debug) {
+        self.take(field, format!("{value:?}"));
+    }
+}
+
+impl Fields {
+    fn take(&mut self, field: &Field, value: String) {
+        if field.name() == "message" {
+            self.message = value;
+        } else {
+            self.others.push((field.name(), value));
+        }
+    }
+}
+
+fn word(metadata: &tracing::Metadata<'_>) -> &'static str {
+    match *metadata.level() {
+        Level::ERROR if metadata.target() == FATAL => "fatal",
+        Level::ERROR => "error",
+        Level::WARN => "warning",
+        Level::INFO => "info",
+        Level::DEBUG => "debug",
+        Level::TRACE => "trace",
+    }
+}
+
+fn line(now: SystemTime, level: &str, fields: &Fields) -> String {
+    let time = humantime::format_rfc3339_seconds(now);
+    let mut line = format!("time=\"{time}\" level={level} msg={}", quoted(&fields.message));
+    for (name, value) in &fields.others {
+        let _ = write!(line, " {name}={}", quoted(value));
+    }
+    line
+}
+
+/// The value as the peer's logger has it: bare where it is one word of plain characters, else as a Go string.
+fn quoted(value: &str) -> String {
+    let is_plain = |c: char| c.is_ascii_alphanumeric() || "-._/@^+".contains(c);
+    if !value.is_empty() && value.chars().all(is_plain) {
+        return value.to_owned();
+    }
+    let mut text = String::with_capacity(value.len() + 2);
+    text.push('"');
+    for c in value.chars() {
+        match c {
+            '"' | '\\' => text.extend(['\\', c]),
+            c => text.push_str(&safe(c.encode_utf8(&mut [0; 4]))),
+        }
+    }
+    text.push('"');
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write as _;
+    use std::time::Duration;
+
+    use super::*;
+
+    #[test]
+    fn lines_have_the_peers_form() {
+        let fields = Fields {
+            message: "waiting for clients...".to_owned(),
+            others: vec![("vm", "web".to_owned()), ("why", "a \"b\"\n\u{1b}[2J".to_owned())],
+        };
+        let now = SystemTime::UNIX_EPOCH + Duration::from_secs(1_700_000_000);
+
+        assert_eq!(
+            line(now, "info", &fields),
+            "time=\"2023-11-14T22:13:20Z\" level=info msg=\"waiting for clients...\" vm=web why=\"a \\\"b\\\"\\n\\u{1b}[2J\""
+        );
+    }
+
+    #[test]
+    fn the_dataplanes_lines_keep_their_level_and_its_last_words_are_errors() {
+        for (said, level, text) in [
+            (
+                "2026-07-21T10:00:00.000001Z  WARN vnet_dataplane::link: too many guests limit=256",
+                Level::WARN,
+                "vnet_dataplane::link: too many guests limit=256",
+            ),
+            ("2026-07-21T10:00:00.000001Z DEBUG x: y", Level::DEBUG, "x: y"),
+            (
+                "vnet-dataplane: port 127.0.0.1:80 cannot be forwarded",
+                Level::ERROR,
+                "vnet-dataplane: port 127.0.0.1:80 cannot be forwarded",
+            ),
+            ("", Level::ERROR, ""),
+        ] {
+            assert_eq!(relayed(said), (level, text));
+        }
+    }
+
+    #[test]
+    fn a_log_file_is_emptied_and_what_is_no_file_is_left_alone() {
+        let path = std::env::temp_dir().join(format!("vnetctl-gvlog-{}", std::process::id()));
+        std::fs::write(&path, "old").unwrap();
+
+        let file = open(&path).unwrap();
+        (&file).write_all(b"new\n").unwrap();
+
+        assert_eq!(std::fs::read_to_string(&path).unwrap(), "new\n");
+        std::fs::remove_file(&path).unwrap();
+        open(Path::new("/dev/null")).unwrap();
+    }
+}

@@ -1,0 +1,281 @@
+//! From the configuration to the dataplane's flags and to what its VMs bring along. Pure, but for names of this host
+//! that a socket listens at, which `resolve` looks up.
+
+use std::fmt::Write as _;
+use std::io;
+use std::net::IpAddr;
+
+use crate::cmd::treat::Treatment;
+use crate::gvproxy::config::{Config, Endpoint, HostPort};
+use crate::gvproxy::own::Own;
+use crate::launch::{DataplaneArgs, Document};
+
+/// What is to be started.
+#[derive(Debug, Clone)]
+pub struct Plan {
+    /// The dataplane's flags.
+    pub args: DataplaneArgs,
+    /// How its VMs are treated.
+    pub treatment: Treatment,
+    /// What a person should know, a line each.
+    pub warnings: Vec<String>,
+}
+
+/// Looks up a name of this host.
+pub type Resolve<'a> = &'a dyn Fn(&str) -> io::Result<Vec<IpAddr>>;
+
+/// Makes it. `policy` is that of the configuration; where that has none, `own_policy` is read from what [`Own`] names.
+///
+/// # Errors
+/// Everything that is wrong, a line each.
+pub fn plan(
+    config: &Config,
+    policy: Option<Document>,
+    own: &Own,
+    vm: &str,
+    resolve: Resolve<'_>,
+) -> Result<Plan, Vec<String>> {
+    let mut problems = Vec::new();
+    let stack = &config.stack;
+    let interfaces = &config.interfaces;
+    let mut url = |at: &Option<Endpoint>| {
+        let at = at.as_ref()?;
+        match socket_url(at, resolve) {
+            Ok(url) => Some(url),
+            Err(problem) => {
+                problems.push(problem);
+                None
+            }
+        }
+    };
+    let mut args = DataplaneArgs {
+        vm: Some(vm.to_owned()),
+        labels: own
+            .labels
+            .iter()
+            .map(|(key, value)| format!("{key}={value}"))
+            .collect(),
+        listen_qemu: url(&interfaces.qemu).into_iter().collect(),
+        listen_vfkit: url(&interfaces.vfkit).into_iter().collect(),
+        listen_bess: url(&interfaces.bess).into_iter().collect(),
+        listen_vpnkit: url(&interfaces.vpnkit).into_iter().collect(),
+        listen_stdio: interfaces
+            .stdio
+            .then(|| "accept".to_owned())
+            .into_iter()
+            .collect(),
+        listen: config
+            .listen
+            .iter()
+            .filter_map(|at| url(&Some(at.clone())))
+            .collect(),
+        mtu: Some(stack.mtu_bytes.to_string()),
+        subnet: Some(stack.subnet.to_string()),
+        gateway: Some(stack.gateway_ip.to_string()),
+        gateway_mac: Some(stack.gateway_mac.to_string()),
+        host_alias: Some("none".to_owned()),
+        static_leases: stack
+            .dhcp_static_leases
+            .iter()
+            .map(|(ip, mac)| format!("{mac}={ip}"))
+            .collect(),
+        dns_search: stack.dns_search_domains.iter().map(ToString::to_string).collect(),
+        ..DataplaneArgs::default()
+    };
+    for forward in &stack.forwards {
+        match published(&forward.listen, resolve) {
+            Ok(addresses) => args.publish.extend(addresses.into_iter().map(|address| {
+                let (listen, guest) = (bracketed(address), bracketed(forward.guest.ip()));
+                let (port, guest_port) = (forward.listen.port, forward.guest.port());
+                let protocol = if forward.is_udp { "udp" } else { "tcp" };
+                format!("{listen}:{port}:{guest}:{guest_port}/{protocol}")
+            })),
+            Err(problem) => problems.push(problem),
+        }
+    }
+    let mut warnings = Vec::new();
+    let mode = said(config.mode, &own.mode, "mode", &mut warnings);
+    let treatment = Treatment {
+        document: policy,
+        rules: Vec::new(),
+        mode,
+        warnings: Vec::new(),
+    };
+    if problems.is_empty() {
+        Ok(Plan {
+            args,
+            treatment,
+            warnings,
+        })
+    } else {
+        Err(problems)
+    }
+}
+
+/// What the command line says, else what [`Own`] does. That the latter is not heard is told.
+fn said<T: Copy + PartialEq + std::fmt::Display>(
+    typed: Option<T>,
+    own: &Option<crate::gvproxy::origin::Given<T>>,
+    what: &str,
+    warnings: &mut Vec<String>,
+) -> Option<T> {
+    match (typed, own) {
+        (Some(typed), Some(own)) if typed != own.value => {
+            warnings.push(format!(
+                "{}: {what} {} is not used, as the command line or its file says {typed}",
+                own.from, own.value
+            ));
+            Some(typed)
+        }
+        (Some(typed), _) => Some(typed),
+        (None, own) => own.as_ref().map(|given| given.value),
+    }
+}
+
+/// A URL as the dataplane reads it.
+fn socket_url(at: &Endpoint, resolve: Resolve<'_>) -> Result<String, String> {
+    let path = |scheme: &str, path: &std::path::Path| {
+        let text = path.to_string_lossy();
+        format!("{scheme}://{}", text.replace('%', "%25").replace('?', "%3F"))
+    };
+    Ok(match at {
+        Endpoint::Unix(at) => path("unix", at),
+        Endpoint::UnixGram(at) => path("unixgram", at),
+        Endpoint::UnixPacket(at) => path("unixpacket", at),
+        Endpoint::Tcp(at) => {
+            let address = resolve_first(at, resolve)?;
+            format!("tcp://{}:{}", bracketed(address), at.port)
+        }
+        Endpoint::Vsock { .. } => at.to_string(),
+    })
+}
+
+/// The addresses that a forward listens at: every one of the host where none is named, of both families.
+fn published(at: &HostPort, resolve: Resolve<'_>) -> Result<Vec<IpAddr>, String> {
+    if !at.host.is_empty() {
+        return resolve_first(at, resolve).map(|address| vec![address]);
+    }
+    let mut addresses = vec![IpAddr::from([0, 0, 0, 0])];
+    addresses.extend(has_ipv6().then_some(IpAddr::from([0u16; 8])));
+    Ok(addresses)
+}
+
+/// Whether this host has IPv6 at all.
+pub fn has_ipv6() -> bool {
+    std::net::UdpSocket::bind((std::net::Ipv6Addr::LOCALHOST, 0)).is_ok()
+}
+
+/// The address that a host and port mean; of IPv4 where there is one, as Go has it.
+fn resolve_first(at: &HostPort, resolve: Resolve<'_>) -> Result<IpAddr, String> {
+    if at.host.is_empty() {
+        return Ok(IpAddr::from([0, 0, 0, 0]));
+    }
+    let found = resolve(&at.host).map_err(|error| {
+        let mut text = format!("tcp://{at}: {:?} cannot be looked up: {error}", at.host);
+        let _ = write!(text, " (write an address)");
+        text
+    })?;
+    let first = found.iter().find(|address| address.is_ipv4()).or(found.first());
+    first
+        .copied()
+        .ok_or_else(|| format!("tcp://{at}: {:?} has no address (write one)", at.host))
+}
+
+fn bracketed(address: IpAddr) -> String {
+    match address {
+        IpAddr::V4(address) => address.to_string(),
+        IpAddr::V6(address) => format!("[{address}]"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::ffi::OsString;
+
+    use vnet_proto::model::Mode;
+
+    use super::*;
+    use crate::gvproxy::config::Host;
+    use crate::gvproxy::flags::Flags;
+    use crate::gvproxy::origin::{Given, Origin};
+    use crate::gvproxy::yaml::FileConfig;
+
+    fn planned(line: &str, file: &str, own: &Own) -> Result<Plan, Vec<String>> {
+        let host = Host {
+            search_domains: &["lan".parse().unwrap()],
+            exists: &|_| Ok(false),
+        };
+        let flags = Flags::parse(line.split_whitespace().map(OsString::from)).unwrap();
+        let (file, _) = FileConfig::parse("f.yaml", file, true).unwrap();
+        let (config, _) = Config::resolve(&flags, file, &host).unwrap();
+        plan(&config, None, own, "web", &|name| match name {
+            "localhost" => Ok(vec!["::1".parse().unwrap(), "127.0.0.1".parse().unwrap()]),
+            other => other
+                .parse()
+                .map(|address| vec![address])
+                .map_err(|_| io::ErrorKind::NotFound.into()),
+        })
+    }
+
+    #[test]
+    fn what_podman_types_becomes_flags() {
+        let line = "-debug -mtu 1500 -ssh-port 4022 -listen-qemu unix:///run/a%20b%3F.sock -listen unix:///run/api.sock";
+
+        let args = planned(line, "", &Own::default()).unwrap().args;
+
+        assert_eq!(args.listen_qemu, ["unix:///run/a b%3F.sock"]);
+        assert_eq!(args.listen, ["unix:///run/api.sock"]);
+        assert_eq!(args.publish, ["127.0.0.1:4022:192.168.127.2:22/tcp"]);
+        assert_eq!(args.static_leases, ["5a:94:ef:e4:0c:ee=192.168.127.2"]);
+        assert_eq!(args.dns_search, ["lan"]);
+        assert_eq!(args.subnet.as_deref(), Some("192.168.127.0/24"));
+        assert_eq!(args.vm.as_deref(), Some("web"));
+    }
+
+    #[test]
+    fn forwards_of_the_file_listen_where_it_says() {
+        let file = "stack:\n  forwards:\n    \"localhost:80\": 192.168.127.2:8080\n    \"udp:[::1]:53\": 192.168.127.3:53\n    \":81\": 192.168.127.2:81\n";
+
+        let args = planned("-config f.yaml", file, &Own::default()).unwrap().args;
+
+        let mut expected = vec![
+            "127.0.0.1:80:192.168.127.2:8080/tcp",
+            "[::1]:53:192.168.127.3:53/udp",
+            "0.0.0.0:81:192.168.127.2:81/tcp",
+        ];
+        expected.extend(has_ipv6().then_some("[::]:81:192.168.127.2:81/tcp"));
+        assert_eq!(args.publish, expected);
+        let problem = planned(
+            "-config f.yaml",
+            "stack: {forwards: {\"nowhere:80\": 192.168.127.2:80}}",
+            &Own::default(),
+        );
+        assert_eq!(
+            problem.unwrap_err(),
+            ["tcp://nowhere:80: \"nowhere\" cannot be looked up: entity not found (write an address)"]
+        );
+    }
+
+    #[test]
+    fn the_command_line_has_the_say_over_ones_own_file() {
+        let own = Own {
+            mode: Some(Given {
+                value: Mode::Observe,
+                from: Origin::Variable("VNET_MODE"),
+            }),
+            labels: [("team".to_owned(), "a".to_owned())].into(),
+            ..Own::default()
+        };
+
+        let alone = planned("", "", &own).unwrap();
+        let both = planned("-secure-mode", "", &own).unwrap();
+
+        assert_eq!(alone.treatment.mode, Some(Mode::Observe));
+        assert_eq!(alone.args.labels, ["team=a"]);
+        assert_eq!(both.treatment.mode, Some(Mode::Ask));
+        assert_eq!(
+            both.warnings,
+            ["VNET_MODE: mode observe is not used, as the command line or its file says ask"]
+        );
+    }
+}

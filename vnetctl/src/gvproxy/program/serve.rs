@@ -1,0 +1,153 @@
+//! From a checked configuration to a running network, until a signal or the end of what it stands on.
+
+use std::process::ExitCode;
+use std::time::Duration;
+
+use tokio::signal::unix::{Signal, SignalKind, signal};
+
+use super::attend::Watch;
+use super::notify::{Kind, Notification, Notifier};
+use super::pid::PidFile;
+use super::{Prepared, fatal, log, version};
+use crate::cmd::attend::{command_line, dataplane_name};
+use crate::failure::Failure;
+use crate::launch::{Dataplane, DataplaneLog, Settings, session_url};
+
+/// Runs it.
+pub(super) fn main(prepared: Prepared) -> ExitCode {
+    let config = &prepared.loaded.config;
+    let file = match config.log_file.as_deref().map(log::open).transpose() {
+        Ok(file) => file,
+        Err(error) => {
+            log::start(config.log_level, None);
+            let path = config.log_file.as_ref().map(|path| path.display().to_string());
+            let path = path.unwrap_or_default();
+            return fatal(&Failure::Failed(format!(
+                "cannot open the log file {path}: {error}"
+            )));
+        }
+    };
+    log::start(config.log_level, file);
+    for warning in prepared.loaded.warnings.iter().chain(&prepared.plan.warnings) {
+        tracing::warn!("{}", warning.strip_prefix("warning: ").unwrap_or(warning));
+    }
+    tracing::info!("{}", version());
+    let ended = crate::cli::runtime().and_then(|runtime| runtime.block_on(serve(prepared)));
+    match ended {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(failure) => fatal(&failure),
+    }
+}
+
+async fn serve(prepared: Prepared) -> Result<(), Failure> {
+    let mut signals = Signals::open()?;
+    let pid_file = match prepared.loaded.config.pid_file.clone() {
+        Some(path) => {
+            let shown = path.display().to_string();
+            let written = PidFile::write(path);
+            Some(written.map_err(|e| Failure::Failed(format!("cannot write the pid file {shown}: {e}")))?)
+        }
+        None => None,
+    };
+    // Whatever is under way, a signal ends it, and what it opened goes with it.
+    let ended = tokio::select! {
+        () = signals.next() => {
+            tracing::info!("gvproxy exiting: signal caught");
+            Ok(())
+        }
+        ended = run(prepared) => ended,
+    };
+    drop(pid_file);
+    ended
+}
+
+async fn run(prepared: Prepared) -> Result<(), Failure> {
+    let Prepared {
+        loaded,
+        own: _,
+        vm,
+        plan,
+        connection,
+    } = prepared;
+    let config = loaded.config;
+    // The dataplane needs its sessions' listener from the start on.
+    connection.open().await?;
+    let name = dataplane_name("gvproxy")?;
+    let mut args = plan.args;
+    args.name = Some(name.clone());
+    args.controlplane = Some(session_url(&connection.server()?));
+    let settings = Settings {
+        args,
+        treatment: plan.treatment,
+        log: DataplaneLog::Lines {
+            directive: log::directive(config.log_level),
+            line: log::relay,
+        },
+        ..Settings::default()
+    };
+    let mut problems = Vec::new();
+    if settings.check(false, &mut problems).is_none() {
+        return Err(Failure::Failed(problems.join("\n  ")));
+    }
+    let mut dataplane = Dataplane::start(settings).map_err(|e| Failure::Failed(e.to_string()))?;
+    started(&mut dataplane).await?;
+    tracing::info!("waiting for clients...");
+    for at in &config.listen {
+        tracing::info!("listening {at}");
+    }
+
+    let notifier = Notifier::start(config.notification.clone());
+    let command = command_line(&connection);
+    let mut watch = Watch::start(connection, name, command.clone(), notifier.clone());
+    notifier.tell(Notification::new(Kind::Ready));
+    tracing::info!(vm, "what is held is listed by: {command} pending list");
+    tokio::select! {
+        error = dataplane.ended() => Err(Failure::Failed(error.to_string())),
+        never = watch.follow() => match never {},
+    }
+}
+
+/// Waits until the dataplane listens everywhere.
+async fn started(dataplane: &mut Dataplane) -> Result<(), Failure> {
+    let ready = tokio::time::timeout(READY_PATIENCE, dataplane.ready()).await;
+    if ready == Ok(true) {
+        return Ok(());
+    }
+    let ended = tokio::time::timeout(END_PATIENCE, dataplane.ended()).await;
+    Err(Failure::Failed(match ended {
+        Ok(error) => error.to_string(),
+        Err(_) => format!(
+            "the dataplane does not listen after {} s",
+            READY_PATIENCE.as_secs()
+        ),
+    }))
+}
+
+/// The signals that end it.
+struct Signals([Signal; 3]);
+
+impl Signals {
+    fn open() -> Result<Self, Failure> {
+        let open =
+            |kind| signal(kind).map_err(|error| Failure::Failed(format!("cannot wait for signals: {error}")));
+        Ok(Self([
+            open(SignalKind::interrupt())?,
+            open(SignalKind::terminate())?,
+            open(SignalKind::hangup())?,
+        ]))
+    }
+
+    async fn next(&mut self) {
+        let Self([interrupt, terminate, hangup]) = self;
+        tokio::select! {
+            _ = interrupt.recv() => {}
+            _ = terminate.recv() => {}
+            _ = hangup.recv() => {}
+        }
+    }
+}
+
+/// How long binding its sockets may take.
+const READY_PATIENCE: Duration = Duration::from_secs(10);
+/// How long a dataplane that did not get there may take to end, which says why.
+const END_PATIENCE: Duration = Duration::from_secs(1);
