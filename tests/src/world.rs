@@ -128,6 +128,20 @@ impl World {
         command
     }
 
+    /// `gvproxy` with these words: a link of that name to `vnetctl`.
+    ///
+    /// # Panics
+    /// When there can be no link.
+    pub fn gvproxy(&self, words: &[&str]) -> Command {
+        let link = self.directory.join("gvproxy");
+        if !link.exists() {
+            std::os::unix::fs::symlink(binaries::binary("vnetctl"), &link).expect("a test may make a link");
+        }
+        let mut command = self.program(link);
+        command.args(words);
+        command
+    }
+
     /// Runs `vnetctl` with these words to its end, whatever it is.
     pub fn try_vnetctl(&self, words: &[&str]) -> Ended {
         Running::start(self.command(words)).wait()

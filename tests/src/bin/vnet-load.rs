@@ -80,6 +80,9 @@ mod linux {
         /// Give it none: its command asks for one
         #[arg(long, conflicts_with = "address")]
         no_address: bool,
+        /// Its hardware address [default: one that follows from its address]
+        #[arg(long)]
+        mac: Option<String>,
         /// Its router
         #[arg(long, default_value = "192.168.127.1")]
         gateway: String,
@@ -209,13 +212,8 @@ mod linux {
         // address that is seen on it is the guest's.
         let number = args.address.split(['.', '/']).nth(3);
         let number = number.and_then(|n| n.parse::<u8>().ok()).unwrap_or_default();
-        ip(&[
-            "link",
-            "set",
-            TAP,
-            "address",
-            &format!("52:54:00:00:00:{number:02x}"),
-        ])?;
+        let mac = args.mac.unwrap_or_else(|| format!("52:54:00:00:00:{number:02x}"));
+        ip(&["link", "set", TAP, "address", &mac])?;
         ip(&[
             "link",
             "set",

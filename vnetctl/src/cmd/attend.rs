@@ -22,6 +22,10 @@ pub enum Seen {
     Began,
     /// A VM of this dataplane, as it is now.
     Vm(Box<v1::Vm>),
+    /// A VM of this dataplane that is gone, as it was.
+    Gone(Box<v1::Vm>),
+    /// Every VM that there is was told since the watches began.
+    Synced,
     /// A change of a pending request of one of its VMs.
     Pending(Box<v1::WatchPendingResponse>),
     /// The controlplane does not answer; it is being tried again.
@@ -117,11 +121,13 @@ async fn follow(client: &Client, dataplane: &str, sender: &mpsc::Sender<Seen>, l
                     let is_ours = vm.dataplane == dataplane;
                     if change == i32::from(v1::VmChange::Removed) {
                         ours.remove(&vm.name);
+                        is_ours.then(|| Seen::Gone(Box::new(vm)))
                     } else {
                         ours.insert(vm.name.clone(), is_ours);
+                        is_ours.then(|| Seen::Vm(Box::new(vm)))
                     }
-                    is_ours.then(|| Seen::Vm(Box::new(vm)))
                 }
+                Ok(Some(change)) if change.change() == v1::VmChange::Synced => Some(Seen::Synced),
                 Ok(Some(_)) => None,
                 Ok(None) => return End::Lost("the controlplane ended the watch".to_owned()),
                 Err(status) => return gone(status),

@@ -116,7 +116,7 @@ async fn serve(
         let acts = match seen {
             Seen::Began => questions.begin_again(),
             Seen::Pending(change) => questions.change(&change),
-            Seen::Vm(_) => Vec::new(),
+            Seen::Vm(_) | Seen::Gone(_) | Seen::Synced => Vec::new(),
             Seen::Lost(why) => {
                 output::say(format!(
                     "vnet: no controlplane, so nothing new is let out; trying again ({})",

@@ -268,7 +268,7 @@ impl<'a> Run<'a> {
         let acts = match seen {
             Seen::Began => self.questions.begin_again(),
             Seen::Pending(change) => self.questions.change(&change),
-            Seen::Vm(_) => Vec::new(),
+            Seen::Vm(_) | Seen::Gone(_) | Seen::Synced => Vec::new(),
             Seen::Lost(why) => {
                 let line = format!(
                     "vnet: no controlplane, so nothing new is let out; trying again ({})",

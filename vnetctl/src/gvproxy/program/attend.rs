@@ -32,6 +32,8 @@ struct Told {
 struct Vm {
     mac: String,
     leased: String,
+    /// Not told since the watch began anew.
+    is_stale: bool,
 }
 
 impl Watch {
@@ -56,12 +58,23 @@ impl Watch {
     pub(super) async fn follow(&mut self) -> Infallible {
         loop {
             let acts = match self.attendant.next().await {
-                Seen::Began => self.questions.begin_again(),
+                Seen::Began => {
+                    self.told.begin_again();
+                    self.questions.begin_again()
+                }
                 Seen::Vm(vm) => {
-                    for notification in self.told.vm(&vm) {
-                        tracing::info!(vm = vm.name, mac = vm.mac, "{}", sentence(&notification));
-                        self.notifier.tell(notification);
-                    }
+                    let news = self.told.vm(&vm);
+                    self.tell(news);
+                    Vec::new()
+                }
+                Seen::Gone(vm) => {
+                    let news = self.told.gone(&vm.name, &vm.link_error);
+                    self.tell(news);
+                    Vec::new()
+                }
+                Seen::Synced => {
+                    let news = self.told.synced();
+                    self.tell(news);
                     Vec::new()
                 }
                 Seen::Pending(change) => {
@@ -90,7 +103,55 @@ impl Watch {
     }
 }
 
+impl Watch {
+    fn tell(&self, notifications: Vec<Notification>) {
+        for notification in notifications {
+            let Notification { vm, mac_address, .. } = &notification;
+            match notification.kind {
+                Kind::HypervisorError => {
+                    tracing::error!(vm, mac = mac_address, "{}", sentence(&notification))
+                }
+                _ => tracing::info!(vm, mac = mac_address, "{}", sentence(&notification)),
+            }
+            self.notifier.tell(notification);
+        }
+    }
+}
+
 impl Told {
+    /// The watch begins anew: a VM that is not told again until it is synced went meanwhile.
+    fn begin_again(&mut self) {
+        for vm in self.vms.values_mut() {
+            vm.is_stale = true;
+        }
+    }
+
+    fn synced(&mut self) -> Vec<Notification> {
+        let stale = self.vms.iter().filter(|(_, vm)| vm.is_stale);
+        let names: Vec<String> = stale.map(|(name, _)| name.clone()).collect();
+        names.iter().flat_map(|name| self.gone(name, "")).collect()
+    }
+
+    fn gone(&mut self, name: &str, link_error: &str) -> Vec<Notification> {
+        let Some(Vm { mac, .. }) = self.vms.remove(name) else {
+            return Vec::new();
+        };
+        let of = |kind| Notification {
+            mac_address: mac.clone(),
+            vm: name.to_owned(),
+            ..Notification::new(kind)
+        };
+        let mut news = Vec::new();
+        if !link_error.is_empty() {
+            news.push(Notification {
+                error: link_error.to_owned(),
+                ..of(Kind::HypervisorError)
+            });
+        }
+        news.push(of(Kind::ConnectionClosed));
+        news
+    }
+
     /// What is new of a VM.
     fn vm(&mut self, vm: &v1::Vm) -> Vec<Notification> {
         let of = |kind| Notification {
@@ -98,29 +159,22 @@ impl Told {
             vm: vm.name.clone(),
             ..Notification::new(kind)
         };
-        if vm.state() != v1::VmState::Attached {
-            let known = self.vms.remove(&vm.name).unwrap_or_default();
-            if known.mac.is_empty() {
+        match vm.state() {
+            v1::VmState::Attached => {}
+            v1::VmState::Detached => return self.gone(&vm.name, &vm.link_error),
+            // What became of it is told when its dataplane is back.
+            v1::VmState::Lost | v1::VmState::Unspecified => {
+                if let Some(known) = self.vms.get_mut(&vm.name) {
+                    known.is_stale = false;
+                }
                 return Vec::new();
             }
-            let gone = |kind| Notification {
-                mac_address: known.mac.clone(),
-                ..of(kind)
-            };
-            let mut news = Vec::new();
-            if !vm.link_error.is_empty() {
-                news.push(Notification {
-                    error: vm.link_error.clone(),
-                    ..gone(Kind::HypervisorError)
-                });
-            }
-            news.push(gone(Kind::ConnectionClosed));
-            return news;
         }
         if vm.mac.is_empty() || (!self.vms.contains_key(&vm.name) && self.vms.len() >= VMS_MAX) {
             return Vec::new();
         }
         let known = self.vms.entry(vm.name.clone()).or_default();
+        known.is_stale = false;
         let mut news = Vec::new();
         if known.mac.is_empty() {
             known.mac.clone_from(&vm.mac);
@@ -190,5 +244,72 @@ fn sentence(of: &Notification) -> String {
         Kind::DhcpAssigned => format!("a VM was given {} by DHCP", of.ip_address),
         Kind::HypervisorError => of.error.clone(),
         Kind::Ready | Kind::NetworkPolicyPending => String::new(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn told() -> Told {
+        Told {
+            command: "vnetctl".to_owned(),
+            vms: HashMap::new(),
+        }
+    }
+
+    fn vm(name: &str, state: v1::VmState, leased: &str) -> v1::Vm {
+        v1::Vm {
+            name: name.to_owned(),
+            state: state.into(),
+            mac: "02:00:00:00:00:01".to_owned(),
+            leased_address: leased.to_owned(),
+            ..Default::default()
+        }
+    }
+
+    fn kinds(news: &[Notification]) -> Vec<Kind> {
+        news.iter().map(|n| n.kind).collect()
+    }
+
+    #[test]
+    fn each_thing_is_told_once_and_a_silent_guest_is_not_there_yet() {
+        let mut told = told();
+        let silent = v1::Vm {
+            mac: String::new(),
+            ..vm("a", v1::VmState::Attached, "")
+        };
+        assert_eq!(told.vm(&silent), []);
+        assert_eq!(told.gone("a", ""), [], "nobody was told that it was there");
+        assert_eq!(
+            kinds(&told.vm(&vm("a", v1::VmState::Attached, ""))),
+            [Kind::ConnectionEstablished]
+        );
+        let leased = vm("a", v1::VmState::Attached, "192.168.127.2");
+        assert_eq!(kinds(&told.vm(&leased)), [Kind::DhcpAssigned]);
+        assert_eq!(told.vm(&leased), []);
+        assert_eq!(told.vm(&vm("a", v1::VmState::Lost, "")), []);
+        let ended = told.gone("a", "a frame of 4294967295 bytes was announced");
+        assert_eq!(kinds(&ended), [Kind::HypervisorError, Kind::ConnectionClosed]);
+        assert!(
+            ended
+                .iter()
+                .all(|n| n.mac_address == "02:00:00:00:00:01" && n.vm == "a")
+        );
+    }
+
+    #[test]
+    fn what_went_while_there_was_no_controlplane_is_told_when_it_is_back() {
+        let mut told = told();
+        for name in ["a", "b", "c"] {
+            told.vm(&vm(name, v1::VmState::Attached, ""));
+        }
+        told.begin_again();
+        assert_eq!(told.vm(&vm("b", v1::VmState::Attached, "")), []);
+        assert_eq!(told.vm(&vm("c", v1::VmState::Lost, "")), []);
+        let gone = told.synced();
+        assert_eq!(kinds(&gone), [Kind::ConnectionClosed]);
+        assert_eq!(gone[0].vm, "a");
+        assert_eq!(told.synced(), []);
     }
 }

@@ -3,7 +3,7 @@
 
 use std::fmt::Write as _;
 use std::io;
-use std::net::IpAddr;
+use std::net::{IpAddr, Ipv4Addr};
 
 use crate::cmd::treat::Treatment;
 use crate::gvproxy::config::{Config, Endpoint, HostPort};
@@ -48,6 +48,12 @@ pub fn plan(
             }
         }
     };
+    // What leads to the host's loopback is its alias, by which zones and messages know it.
+    let alias = stack
+        .nat
+        .iter()
+        .find(|(at, to)| **at == stack.host_ip && **to == Ipv4Addr::LOCALHOST)
+        .map(|(at, _)| *at);
     let mut args = DataplaneArgs {
         vm: Some(vm.to_owned()),
         labels: own
@@ -73,7 +79,7 @@ pub fn plan(
         subnet: Some(stack.subnet.to_string()),
         gateway: Some(stack.gateway_ip.to_string()),
         gateway_mac: Some(stack.gateway_mac.to_string()),
-        host_alias: Some("none".to_owned()),
+        host_alias: Some(alias.map_or("none".to_owned(), |alias| alias.to_string())),
         static_leases: stack
             .dhcp_static_leases
             .iter()

@@ -49,19 +49,23 @@ async fn serve(prepared: Prepared) -> Result<(), Failure> {
         }
         None => None,
     };
+    let mut dataplane = None;
     // Whatever is under way, a signal ends it, and what it opened goes with it.
     let ended = tokio::select! {
         () = signals.next() => {
             tracing::info!("gvproxy exiting: signal caught");
             Ok(())
         }
-        ended = run(prepared) => ended,
+        ended = run(prepared, &mut dataplane) => ended,
     };
+    if let Some(dataplane) = dataplane {
+        dataplane.stop().await;
+    }
     drop(pid_file);
     ended
 }
 
-async fn run(prepared: Prepared) -> Result<(), Failure> {
+async fn run(prepared: Prepared, started_as: &mut Option<Dataplane>) -> Result<(), Failure> {
     let Prepared {
         loaded,
         own: _,
@@ -89,8 +93,9 @@ async fn run(prepared: Prepared) -> Result<(), Failure> {
     if settings.check(false, &mut problems).is_none() {
         return Err(Failure::Failed(problems.join("\n  ")));
     }
-    let mut dataplane = Dataplane::start(settings).map_err(|e| Failure::Failed(e.to_string()))?;
-    started(&mut dataplane).await?;
+    let dataplane = Dataplane::start(settings).map_err(|e| Failure::Failed(e.to_string()))?;
+    let dataplane = started_as.insert(dataplane);
+    started(dataplane).await?;
     tracing::info!("waiting for clients...");
     for at in &config.listen {
         tracing::info!("listening {at}");

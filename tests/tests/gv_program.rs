@@ -1,0 +1,401 @@
+//! `gvproxy` as its callers start it: the order of what it does, its files, its log and notifications, and how it ends.
+
+use std::fs;
+use std::io::Read as _;
+use std::os::unix::fs::PermissionsExt as _;
+use std::os::unix::net::UnixListener;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use nix::sys::signal::Signal;
+use serde_json::Value;
+use vnet_tests::{Running, World, eventually, http, staged};
+
+/// What the first guest's address is kept for.
+const MAC: &str = "5a:94:ef:e4:0c:ee";
+/// What a clean end may take, with some room for a busy machine.
+const END: Duration = Duration::from_secs(1);
+
+fn text(path: &Path) -> String {
+    path.display().to_string()
+}
+
+/// A guest behind QEMU's framing that runs a command.
+fn guest(world: &World, socket: &Path, command: &[&str]) -> Running {
+    let mut guest = world.load();
+    guest
+        .args(["guest", "--mac", MAC, "--socket"])
+        .arg(socket)
+        .arg("--")
+        .args(command);
+    Running::start(guest)
+}
+
+/// What a listener was told, an object a connection.
+fn listen(path: &Path) -> Arc<Mutex<Vec<Value>>> {
+    let listener = UnixListener::bind(path).unwrap();
+    let told = Arc::new(Mutex::new(Vec::new()));
+    let into = Arc::clone(&told);
+    std::thread::spawn(move || {
+        for socket in listener.incoming() {
+            let mut line = String::new();
+            if socket.is_ok_and(|mut socket| socket.read_to_string(&mut line).is_ok()) {
+                into.lock()
+                    .unwrap()
+                    .push(serde_json::from_str(&line).unwrap_or(Value::Null));
+            }
+        }
+    });
+    told
+}
+
+/// Ends it, and how long that took.
+fn end(running: Running, signal: Signal) -> (vnet_tests::Ended, Duration) {
+    running.signal(signal);
+    let began = Instant::now();
+    let ended = running.wait();
+    (ended, began.elapsed())
+}
+
+#[test]
+fn what_podman_types_serves_its_guest_and_ends_without_a_trace() {
+    staged(
+        what_podman_types_serves_its_guest_and_ends_without_a_trace,
+        |world| {
+            let server = http(world.internet(), "203.0.113.10:80");
+            let [socket, pid, log] =
+                ["qemu.sock", "gv.pid", "gv.log"].map(|name| world.runtime_dir().join(name));
+            fs::write(&log, "of the last time\n").unwrap();
+            let qemu = format!("unix://{}", socket.display());
+            let gvproxy = Running::start(world.gvproxy(&[
+                "-debug",
+                "-mtu",
+                "1500",
+                "-ssh-port",
+                "40222",
+                "-listen-qemu",
+                &qemu,
+                "-pid-file",
+                &text(&pid),
+                "-log-file",
+                &text(&log),
+            ]));
+            eventually("its socket is there", || socket.exists());
+            assert_eq!(fs::read_to_string(&pid).unwrap(), gvproxy.pid().to_string());
+            assert_eq!(fs::metadata(&socket).unwrap().permissions().mode() & 0o777, 0o600);
+
+            let fetched = guest(world, &socket, &["curl", "-sS", "http://203.0.113.10/"]).wait();
+            assert_eq!(fetched.stdout, "this is 203.0.113.10:80 at /\n", "{fetched:?}");
+            assert_eq!(server.connections(), 1);
+            // The host's own loopback, as under gvproxy.
+            let own = http(world.host(), "127.0.0.1:8099");
+            let fetched = guest(world, &socket, &["curl", "-sS", "http://192.168.127.254:8099/"]).wait();
+            assert_eq!(fetched.code, 0, "{fetched:?}");
+            assert_eq!(own.connections(), 1);
+
+            // An idle guest is there when it ends.
+            let _idle = guest(
+                world,
+                &socket,
+                &["sh", "-c", "ping -c 1 -W 5 192.168.127.1; exec sleep 60"],
+            );
+            eventually("the guest is there", || !world.list(&["vm", "list"]).is_empty());
+            let (ended, took) = end(gvproxy, Signal::SIGTERM);
+            assert_eq!(
+                (ended.code, &*ended.stdout, &*ended.stderr),
+                (0, "", ""),
+                "{ended:?}"
+            );
+            assert!(took < END, "{took:?}");
+            assert!(!socket.exists() && !pid.exists(), "its files are gone");
+            let log = fs::read_to_string(&log).unwrap();
+            let order = [
+                "level=info msg=\"gvproxy version v",
+                "level=info msg=\"waiting for clients...\"",
+                "level=info msg=\"gvproxy exiting: signal caught\"",
+            ]
+            .map(|what| log.find(what).unwrap_or_else(|| panic!("no {what}: {log}")));
+            assert!(order.is_sorted(), "{log}");
+            assert!(log.lines().all(|line| line.starts_with("time=\"")), "{log}");
+        },
+    );
+}
+
+#[test]
+fn a_busy_guest_keeps_it_no_longer_than_an_idle_one() {
+    staged(a_busy_guest_keeps_it_no_longer_than_an_idle_one, |world| {
+        let _sink = vnet_tests::tcp(world.internet(), "203.0.113.10:9", |mut stream, _| {
+            let _ = std::io::copy(&mut stream, &mut std::io::sink());
+        });
+        let socket = world.runtime_dir().join("qemu.sock");
+        let gvproxy = Running::start(world.gvproxy(&[
+            "-ssh-port",
+            "-1",
+            "-listen-qemu",
+            &format!("unix://{}", socket.display()),
+        ]));
+        eventually("its socket is there", || socket.exists());
+        let _guest = guest(
+            world,
+            &socket,
+            &["sh", "-c", "cat /dev/zero | socat - tcp:203.0.113.10:9"],
+        );
+        eventually("it is busy", || {
+            world
+                .list(&["flows", "list"])
+                .iter()
+                .any(|flow| flow["bytesUp"].as_str().is_some_and(|bytes| bytes.len() > 6))
+        });
+        let (ended, took) = end(gvproxy, Signal::SIGINT);
+        assert_eq!(ended.code, 0, "{ended:?}");
+        assert!(took < END, "{took:?}");
+        assert!(!socket.exists());
+    });
+}
+
+#[test]
+fn what_cannot_be_is_said_and_the_status_tells() {
+    staged(what_cannot_be_is_said_and_the_status_tells, |world| {
+        let run = |words: &[&str]| Running::start(world.gvproxy(words)).wait();
+        let version = run(&["-version"]);
+        assert_eq!(version.code, 0);
+        assert!(version.stdout.starts_with("gvproxy version v"), "{version:?}");
+
+        let unknown = run(&["-lsten", "x"]);
+        assert_eq!(unknown.code, 2, "{unknown:?}");
+        assert!(
+            unknown
+                .stderr
+                .starts_with("flag provided but not defined: -lsten (did you mean -listen?)\nUsage of "),
+            "{unknown:?}"
+        );
+        let help = run(&["--help"]);
+        assert_eq!(help.code, 0, "{help:?}");
+
+        let config = world.file("c.yaml", "stack: {mtu: large}\n");
+        let wrong = run(&["-config", &text(&config)]);
+        assert_eq!(wrong.code, 1, "{wrong:?}");
+        assert!(
+            wrong.stderr.contains("level=fatal msg=\"") && wrong.stderr.contains(":1:14: stack.mtu"),
+            "{wrong:?}"
+        );
+
+        // A forward whose port is taken, as of a second one with the default port for SSH.
+        let _taken = http(world.host(), "127.0.0.1:2222");
+        let socket = world.runtime_dir().join("q.sock");
+        let pid = world.runtime_dir().join("p.pid");
+        let busy = run(&[
+            "-listen-qemu",
+            &format!("unix://{}", socket.display()),
+            "-pid-file",
+            &text(&pid),
+        ]);
+        assert_eq!(busy.code, 1, "{busy:?}");
+        assert!(busy.stderr.contains("127.0.0.1:2222"), "{busy:?}");
+        assert!(!socket.exists() && !pid.exists(), "nothing is left");
+
+        let nowhere = run(&["-ssh-port", "-1", "-log-file", "/nonexistent/gv.log"]);
+        assert_eq!(nowhere.code, 1, "{nowhere:?}");
+        assert!(
+            nowhere
+                .stderr
+                .contains("cannot open the log file /nonexistent/gv.log: No such file"),
+            "{nowhere:?}"
+        );
+        let nowhere = run(&[
+            "-ssh-port",
+            "-1",
+            "-listen-qemu",
+            &format!("unix://{}", socket.display()),
+            "-pid-file",
+            "/nonexistent/p",
+        ]);
+        assert_eq!(nowhere.code, 1, "{nowhere:?}");
+        assert!(
+            nowhere
+                .stderr
+                .contains("cannot write the pid file /nonexistent/p"),
+            "{nowhere:?}"
+        );
+    });
+}
+
+#[test]
+fn what_podman_cannot_type_comes_from_ones_own_file_or_from_variables() {
+    staged(
+        what_podman_cannot_type_comes_from_ones_own_file_or_from_variables,
+        |world| {
+            let server = http(world.internet(), "203.0.113.10:80");
+            let [socket, notices] =
+                ["podman-machine-default-gvproxy.sock", "n.sock"].map(|name| world.runtime_dir().join(name));
+            let told = listen(&notices);
+            let config = world.work().join("config/vnet");
+            fs::create_dir_all(&config).unwrap();
+            let file = "vms: {podman-machine-default: {mode: ask, labels: {team: web}}}\n";
+            fs::write(config.join("gvproxy.yaml"), file).unwrap();
+            let start = |variables: &[(&str, &str)]| {
+                let mut command = world.gvproxy(&[
+                    "-ssh-port",
+                    "-1",
+                    "-listen-qemu",
+                    &format!("unix://{}", socket.display()),
+                    "-notification",
+                    &format!("unix://{}", notices.display()),
+                ]);
+                command.env("XDG_CONFIG_HOME", world.work().join("config"));
+                command.envs(variables.iter().copied());
+                Running::start(command)
+            };
+
+            let mut gvproxy = start(&[]);
+            gvproxy.complains("waiting for clients");
+            let fetching = guest(
+                world,
+                &socket,
+                &["curl", "-sS", "-m", "25", "http://203.0.113.10/"],
+            );
+            let said = gvproxy.complains("vnetctl approve ");
+            assert!(said.contains("podman-machine-default"), "{said}");
+            let pending = world.first_pending();
+            assert_eq!(pending["labels"]["team"], "web", "{pending}");
+            let notice = || -> Option<Value> {
+                let told = told.lock().unwrap();
+                told.iter()
+                    .find(|n| n["notification_type"] == "network_policy_pending")
+                    .cloned()
+            };
+            eventually("it is told", || notice().is_some());
+            let notice = notice().unwrap();
+            let details = &notice["details"];
+            assert_eq!(
+                (&details["protocol"], &details["ip"], &details["port"]),
+                (&"tcp".into(), &"203.0.113.10".into(), &80.into()),
+                "{notice}"
+            );
+            let answer = details["answer"]
+                .as_str()
+                .unwrap()
+                .strip_prefix("vnetctl ")
+                .unwrap();
+            world.vnetctl(&answer.split(' ').collect::<Vec<_>>());
+            let fetched = fetching.wait();
+            assert_eq!((fetched.code, server.connections()), (0, 1), "{fetched:?}");
+            end(gvproxy, Signal::SIGTERM);
+
+            // A variable wins over the file.
+            let mut gvproxy = start(&[("VNET_MODE", "block"), ("VNET_VM", "other")]);
+            gvproxy.complains("waiting for clients");
+            let fetched = guest(
+                world,
+                &socket,
+                &["curl", "-sS", "-m", "5", "http://203.0.113.10/"],
+            )
+            .wait();
+            assert_eq!((fetched.code, server.connections()), (7, 1), "{fetched:?}");
+            end(gvproxy, Signal::SIGTERM);
+            let wrong = start(&[("VNET_MODE", "loud")]).wait();
+            assert_eq!(wrong.code, 1, "{wrong:?}");
+            assert!(
+                wrong.stderr.contains("VNET_MODE: \\\"loud\\\" is not a mode"),
+                "{wrong:?}"
+            );
+        },
+    );
+}
+
+#[test]
+fn a_guests_coming_lease_and_going_are_told_in_order() {
+    staged(a_guests_coming_lease_and_going_are_told_in_order, |world| {
+        let [socket, notices] = ["q.sock", "n.sock"].map(|name| world.runtime_dir().join(name));
+        let told = listen(&notices);
+        let mut gvproxy = Running::start(world.gvproxy(&[
+            "-ssh-port",
+            "-1",
+            "-listen-qemu",
+            &format!("unix://{}", socket.display()),
+            "-notification",
+            &format!("unix://{}", notices.display()),
+        ]));
+        gvproxy.complains("waiting for clients");
+        let script = world.file("script", "#!/bin/sh\nexit 0\n");
+        world.open_to_all(&script);
+        let mut client = world.load();
+        client
+            .args(["guest", "--mac", MAC, "--no-address", "--socket"])
+            .arg(&socket);
+        client.args(["--", "sh", "-c"]);
+        client.arg("touch leases && dhclient -1 -sf ./script -lf leases -pf pid tap0; until [ -s pid ]; do sleep 0.05; done; kill $(cat pid)");
+        let ended = Running::start(client).wait();
+        assert_eq!(ended.code, 0, "{ended:?}");
+
+        let types = || -> Vec<String> {
+            let told = told.lock().unwrap();
+            let types = told
+                .iter()
+                .map(|n| n["notification_type"].as_str().unwrap_or_default());
+            types.map(str::to_owned).collect()
+        };
+        eventually("the end is told", || {
+            types().iter().any(|t| t == "connection_closed")
+        });
+        assert_eq!(
+            types(),
+            [
+                "ready",
+                "connection_established",
+                "dhcp_assigned",
+                "connection_closed"
+            ]
+        );
+        let told = told.lock().unwrap();
+        assert_eq!(told[2]["ip_address"], "192.168.127.2", "{told:?}");
+        assert!(
+            told[1..]
+                .iter()
+                .all(|n| n["mac_address"] == told[1]["mac_address"]),
+            "{told:?}"
+        );
+
+        // A length that no hypervisor sends.
+        drop(told);
+        use std::io::Write as _;
+        let mut evil = std::os::unix::net::UnixStream::connect(&socket).unwrap();
+        evil.write_all(&[0xff; 8]).unwrap();
+        gvproxy.complains("a frame of 4294967295 bytes was announced");
+        let (ended, _) = end(gvproxy, Signal::SIGHUP);
+        assert_eq!(ended.code, 0, "{ended:?}");
+    });
+}
+
+#[test]
+fn two_of_one_user_stand_side_by_side() {
+    staged(two_of_one_user_stand_side_by_side, |world| {
+        let server = http(world.internet(), "203.0.113.10:80");
+        let sockets: [PathBuf; 2] = ["a.sock", "b.sock"].map(|name| world.runtime_dir().join(name));
+        let running = sockets.clone().map(|socket| {
+            let mut command = world.gvproxy(&[
+                "-ssh-port",
+                "-1",
+                "-listen-qemu",
+                &format!("unix://{}", socket.display()),
+            ]);
+            if socket.ends_with("b.sock") {
+                command.arg("-secure-mode");
+            }
+            Running::start(command)
+        });
+        for socket in &sockets {
+            eventually("its socket is there", || socket.exists());
+        }
+        let fetch = |socket: &Path| guest(world, socket, &["curl", "-sS", "http://203.0.113.10/"]);
+        let asking = fetch(&sockets[1]);
+        assert_eq!(world.first_pending()["vm"], "b", "the other asks");
+        assert_eq!(fetch(&sockets[0]).wait().code, 0);
+        assert_eq!(server.connections(), 1);
+        drop(asking);
+        for one in running {
+            assert_eq!(end(one, Signal::SIGTERM).0.code, 0);
+        }
+    });
+}
