@@ -479,8 +479,9 @@ impl Engine {
         self.settings.switch_open
     }
 
-    /// Ends everything: the link is gone for good.
+    /// Ends everything: the link is gone for good. What was counted since the last report is told.
     pub fn handle_link_down(&mut self) {
+        self.handle_report_timeout();
         for at in self.flows.places() {
             self.end_flow(at, FlowEnd::VmDown);
         }

@@ -211,24 +211,32 @@ fn refusals_of_the_cache_are_counted_and_reported_once_a_second() {
     let miss = rig.misses().remove(0);
     rig.answer(&miss, VerdictAction::Deny);
     rig.reports();
-    for _ in 0..10 {
-        rig.syn(WEB);
-    }
-    assert!(rig.reports().is_empty());
-    rig.wait(Duration::from_secs(1));
-    let counts: Vec<u64> = rig
-        .reports()
-        .into_iter()
-        .filter_map(|r| match r {
+    let counts = |rig: &mut Rig| -> Vec<u64> {
+        let reports = rig.reports().into_iter();
+        let count = |r| match r {
             Report::Decided {
                 count,
                 subject: Subject::Flow(_),
                 ..
             } => Some(count),
             _ => None,
-        })
-        .collect();
-    assert_eq!(counts, [10]);
+        };
+        reports.filter_map(count).collect()
+    };
+    for _ in 0..10 {
+        rig.syn(WEB);
+    }
+    assert!(rig.reports().is_empty());
+    rig.wait(Duration::from_secs(1));
+    assert_eq!(counts(&mut rig), [10]);
+
+    // What was refused in a guest's last second is told too.
+    for _ in 0..3 {
+        rig.syn(WEB);
+    }
+    rig.engine.handle_link_down();
+    rig.wait(Duration::ZERO);
+    assert_eq!(counts(&mut rig), [3]);
 }
 
 #[test]
