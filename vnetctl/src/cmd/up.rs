@@ -1,5 +1,6 @@
 //! `up`: a dataplane for VMs, in the foreground, and the user's controlplane if none answers.
 
+use std::path::Path;
 use std::time::Duration;
 
 use clap::Args;
@@ -11,7 +12,8 @@ use super::treat::{Problems, TreatArgs};
 use crate::client::Connection;
 use crate::failure::Failure;
 use crate::launch::{
-    Dataplane, DataplaneArgs, DataplaneConfig, DataplaneLog, ListenAt, Settings, Transport, session_url,
+    Dataplane, DataplaneArgs, DataplaneConfig, DataplaneError, DataplaneLog, ListenAt, ListenConfig,
+    Settings, session_url,
 };
 use crate::output::{self, text::safe};
 
@@ -51,6 +53,15 @@ pub fn execute(args: UpArgs, connection: Connection) -> Result<(), Failure> {
         problems
             .usage
             .push("--controlplane is vnet-dataplane's; name a controlplane with --server".to_owned());
+    }
+    if !flags.listen_stdio.is_empty() && treat.network_policy.as_deref() == Some(Path::new("-")) {
+        problems.usage.push(
+            "--network-policy - and --listen-stdio both read standard input; read the policy from a file"
+                .to_owned(),
+        );
+        // It would be read, and waited for.
+        problems.none()?;
+        return Ok(());
     }
     let treatment = treat.check(&mut problems);
     flags.controlplane = Some(session_url(&connection.server()?));
@@ -110,7 +121,13 @@ async fn serve(
             _ = interrupt.recv() => break Ok(()),
             _ = terminate.recv() => break Ok(()),
             _ = hangup.recv() => break Ok(()),
-            error = dataplane.ended() => break Err(Failure::Failed(error.to_string())),
+            error = dataplane.ended() => break match error {
+                DataplaneError::Ended { status, .. } if status.success() && ends_with_its_guests(config) => {
+                    output::say("vnet: the last guest is gone");
+                    Ok(())
+                }
+                error => Err(Failure::Failed(error.to_string())),
+            },
             seen = attendant.next() => seen,
         };
         let acts = match seen {
@@ -131,26 +148,36 @@ async fn serve(
     result
 }
 
+/// Whether the dataplane may end by itself: its guests came with it, and others cannot.
+fn ends_with_its_guests(config: &DataplaneConfig) -> bool {
+    let has_come = |listener: &ListenConfig| matches!(listener.at, ListenAt::Fd(_));
+    config.stdio.is_some() || config.listeners.iter().all(has_come)
+}
+
 fn greeting(config: &DataplaneConfig, command: &str) -> Vec<String> {
     let mut lines: Vec<String> = config
         .listeners
         .iter()
         .map(|listener| {
-            let (transport, scheme) = match listener.transport {
-                Transport::Qemu => ("qemu", "unix"),
-                Transport::Vfkit => ("vfkit", "unixgram"),
-            };
             let url = match &listener.at {
-                ListenAt::Unix(path) => format!("{scheme}://{}", path.display()),
+                ListenAt::Unix(path) => format!("{}://{}", listener.transport.scheme(), path.display()),
                 ListenAt::Tcp(address) => format!("tcp://{address}"),
+                at @ (ListenAt::Vsock { .. } | ListenAt::Fd(_)) => at.to_string(),
             };
             safe(&format!(
-                "vnet: serving VM {} for {transport} at {url}",
-                listener.vm.name
+                "vnet: serving VM {} for {} at {url}",
+                listener.vm.name,
+                listener.transport.word()
             ))
             .into_owned()
         })
         .collect();
+    if let Some(vm) = &config.stdio {
+        lines.push(format!(
+            "vnet: serving VM {} on standard input and output",
+            vm.name
+        ));
+    }
     for forward in &config.forwards {
         lines.push(format!(
             "vnet: forwarding {} {} -> {}",
