@@ -412,10 +412,11 @@ impl Engine {
         Some(at)
     }
 
-    /// Notes the forward that an ingress flow came through.
+    /// Notes the forward that an ingress flow came through; `None` if it was none that listens at an address, so
+    /// that no such forward's end is its own.
     pub fn note_listener(&mut self, at: usize, listen: Option<SocketAddr>) {
-        if let (Some(flow), Some(listen)) = (self.flows.get_mut(at), listen) {
-            flow.dialled = listen;
+        if let Some(flow) = self.flows.get_mut(at) {
+            flow.dialled = listen.unwrap_or(NOWHERE);
         }
     }
 
@@ -536,6 +537,9 @@ impl Engine {
         sent_all
     }
 }
+
+/// Port 0, at which nothing listens.
+const NOWHERE: SocketAddr = SocketAddr::new(std::net::IpAddr::V4(std::net::Ipv4Addr::UNSPECIFIED), 0);
 
 /// Whether a SYN is the one that is kept.
 fn same_syn(packets: &[Box<[u8]>], header: &TcpHeader) -> bool {
