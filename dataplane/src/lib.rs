@@ -9,6 +9,7 @@ mod driver;
 pub mod egress;
 pub mod engine;
 pub mod forward;
+pub mod front;
 pub mod guards;
 mod inbox;
 pub mod inherit;

@@ -23,6 +23,8 @@ use crate::mac::Mac;
 use crate::message::{Forward, OwnPolicy, Zone};
 use url::{ListenUrl, Schemes, socket_path};
 
+pub(crate) use settings::base64_text;
+
 pub use problem::{Problem, Problems, write_lines};
 pub use settings::{OwnListSettings, OwnPolicySettings, SettingsError, VmSettings};
 pub use url::{ListenAt, UrlError};
