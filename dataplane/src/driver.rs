@@ -114,6 +114,8 @@ impl Driver {
         let waker = Waker::new(poll.registry(), WAKE)?;
         let mut link = parts.link;
         link.register(poll.registry(), LINK)?;
+        let mut engine = parts.engine;
+        engine.transmit.set_framing(link.framing());
         let driver = Self {
             vm: parts.vm,
             poll,
@@ -121,7 +123,7 @@ impl Driver {
             link_readable: true,
             link_writable: true,
             link_heard: Time::ZERO,
-            engine: parts.engine,
+            engine,
             sockets: Sockets::default(),
             forwards: Vec::new(),
             clients: HashMap::default(),

@@ -15,7 +15,7 @@ use std::thread;
 use std::time::Duration;
 
 use crate::link::datagram::DatagramLink;
-use crate::link::stream::StreamLink;
+use crate::link::stream::{StreamKind, StreamLink};
 use crate::link::{FRAME_BYTES_MAX, Link};
 use crate::network::{GuestSpec, Network};
 
@@ -84,7 +84,7 @@ pub fn stream_unix(network: &Arc<Network>, path: &Path, spec: GuestSpec) -> io::
     let file = SocketFile(path.to_owned());
     accept_loop(network, spec, move || {
         let (stream, _) = listener.accept()?;
-        Ok(Link::Stream(StreamLink::unix(stream)?))
+        Ok(Link::Stream(StreamLink::new(stream, StreamKind::Qemu, &[])?))
     })?;
     Ok(file)
 }
@@ -99,7 +99,7 @@ pub fn stream_tcp(network: &Arc<Network>, address: SocketAddr, spec: GuestSpec) 
     let address = listener.local_addr()?;
     accept_loop(network, spec, move || {
         let (stream, _) = listener.accept()?;
-        Ok(Link::Stream(StreamLink::tcp(stream)?))
+        Ok(Link::Stream(StreamLink::new(stream, StreamKind::Qemu, &[])?))
     })?;
     Ok(address)
 }

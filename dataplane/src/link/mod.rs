@@ -2,7 +2,8 @@
 //!
 //! | link | socket | framing |
 //! |---|---|---|
-//! | [`stream`] (`qemu`) | Unix or TCP stream | 4-byte big-endian length, then the frame |
+//! | [`stream`] (`qemu`) | Unix, TCP or vsock stream | 4-byte big-endian length, then the frame |
+//! | [`stream`] (`connect`, `vpnkit`, `stdio`) | the same; two pipes | 2-byte little-endian length, then the frame |
 //! | [`datagram`] (`vfkit`) | Unix datagram | one frame a datagram |
 //! | [`packet`] (`tap`) | TAP or packet socket | one frame a read or write |
 
@@ -15,7 +16,7 @@ use std::io;
 
 use mio::{Interest, Registry, Token};
 
-use crate::engine::transmit::Transmit;
+use crate::engine::transmit::{Framing, Transmit};
 
 /// Largest frame taken from a guest, bytes. Larger than any MTU: offloading hypervisors hand over
 /// super-frames.
@@ -130,10 +131,19 @@ impl Link {
         }
     }
 
+    /// How frames are to be queued for it.
+    pub fn framing(&self) -> Framing {
+        match self {
+            Self::Stream(link) => link.framing(),
+            // The length is skipped.
+            Self::Datagram(_) | Self::Packet(_) => Framing::Be32,
+        }
+    }
+
     /// What hypervisors call it.
     pub fn transport(&self) -> &'static str {
         match self {
-            Self::Stream(_) => "qemu",
+            Self::Stream(link) => link.transport(),
             Self::Datagram(_) => "vfkit",
             Self::Packet(_) => "tap",
         }
