@@ -77,6 +77,13 @@ pub struct Args {
     #[arg(short = 'p', long = "publish", value_name = "HOST:GUEST")]
     pub publish: Vec<String>,
 
+    /// Offer guests what the front serves on the gateway's port 80 (needs --front-fd).
+    #[arg(long, hide = true)]
+    pub guest_api: bool,
+    /// Hand requests on --listen, and guests' to the gateway, to the process at the other end of this inherited
+    /// socket, and open the tunnels that it asks for.
+    #[arg(long, value_name = "N", hide = true)]
+    pub front_fd: Option<RawFd>,
     /// Read what the VMs bring along (policy, mode, labels) from this inherited descriptor.
     #[arg(long, value_name = "N", hide = true)]
     pub vm_settings_fd: Option<RawFd>,

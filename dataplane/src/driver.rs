@@ -5,7 +5,8 @@
 //! the flows that have something to do, act on the engine's events, write everything out at once.
 
 use std::io;
-use std::net::{SocketAddr, UdpSocket as StdUdpSocket};
+use std::net::{IpAddr, SocketAddr, UdpSocket as StdUdpSocket};
+use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::sync::mpsc::Receiver;
 use std::time::Duration;
@@ -23,6 +24,7 @@ use crate::engine::frame::DropReason;
 use crate::engine::reply::Unreachable;
 use crate::engine::tcp::DialError;
 use crate::engine::{Engine, Event, Outcome, Time};
+use crate::front::FrontMessage;
 use crate::inbox::Inbox;
 use crate::link::{Filled, Link, LinkError};
 use crate::message::{Ingress, Input, Origin, Report, Router as _};
@@ -540,6 +542,13 @@ impl Driver {
                         self.engine.handle_refused(now, flow, dial_error(&error));
                     }
                 }
+                Event::OpenGuestApi { flow, guest } => match self.open_guest_api(flow, guest) {
+                    Ok(()) => self.engine.handle_dialled(now, flow),
+                    Err(error) => {
+                        tracing::debug!(%error, "a guest's connection to the gateway leads nowhere");
+                        self.engine.handle_refused(now, flow, DialError::Refused);
+                    }
+                },
                 Event::Send { flow, packets } | Event::Pass { flow, packets } => {
                     let io = &mut FrameIo {
                         poll: &self.poll,
@@ -579,6 +588,20 @@ impl Driver {
                 }
             }
         }
+    }
+
+    /// Hands a guest's connection to the gateway to the front: one end of a pair, of which the other is the flow's
+    /// host socket.
+    fn open_guest_api(&mut self, at: usize, guest: IpAddr) -> io::Result<()> {
+        let front = self.network.front().ok_or(io::ErrorKind::NotConnected)?;
+        let (here, there) = UnixStream::pair()?;
+        self.sockets
+            .accept(self.poll.registry(), at, here.into(), Vec::new(), false)?;
+        let message = FrontMessage::Guest {
+            vm: self.vm.0,
+            address: guest,
+        };
+        front.send(&message, there).map_err(io::Error::other)
     }
 
     fn tell(&mut self) {

@@ -20,6 +20,7 @@ pub mod message;
 pub mod metrics;
 pub mod network;
 mod outlet;
+pub mod requests;
 pub mod run;
 pub mod session;
 

@@ -197,10 +197,8 @@ labels! {
         TooSlow = "too_slow",
         /// Others came while it had not said enough; of too many it had waited longest.
         Crowded = "crowded",
-        /// As many guests as may be are there.
-        Guests = "guests",
-        /// No guest could be attached for it.
-        Attach = "attach",
+        /// A page in a browser asked for a link or a tunnel.
+        Browser = "browser",
         /// Its tunnel has no address and port.
         Tunnel = "tunnel",
         /// It asked for what nobody here serves.
