@@ -70,6 +70,12 @@ impl Heads {
         })
     }
 
+    /// Heads that are being read.
+    #[cfg(test)]
+    pub(super) fn reading(&self) -> usize {
+        self.lock().order.len()
+    }
+
     fn lock(&self) -> MutexGuard<'_, Reading> {
         self.reading.lock().unwrap_or_else(PoisonError::into_inner)
     }

@@ -332,6 +332,10 @@ async fn two_hundred_who_say_nothing_or_half_delay_nobody() {
     given.guest();
     // One had to make way for it; the one that had waited longest.
     assert!(rest(&mut idle[0]).starts_with("HTTP/1.1 503 Service Unavailable\r\n"));
+    while given.requests.0.heads.reading() >= HEADS_MAX {
+        tokio::task::yield_now().await;
+    }
+    idle.push(given.client(b""));
     for n in 1..=72 {
         idle.push(given.client(b""));
         assert!(
