@@ -19,6 +19,7 @@ use crate::engine::flow::FLOWS_MAX;
 use crate::engine::gateway::dhcp::DhcpConfig;
 use crate::engine::gateway::dns::zones::Zones;
 use crate::forward::{ForwardError, Forwards};
+use crate::front::{self, FrontSender, Tunnels};
 use crate::guards::{Guards, HostAddresses, Watcher, follow};
 use crate::inherit;
 use crate::leases::{LEASE_TIME, LeaseConfig, Leases};
@@ -59,6 +60,15 @@ pub enum RunError {
         /// Which.
         at: String,
         /// The system's word.
+        #[source]
+        source: io::Error,
+    },
+    /// The channel to the front is none.
+    #[error("--front-fd {fd} cannot be the channel to the front")]
+    Front {
+        /// Which.
+        fd: i32,
+        /// Why.
         #[source]
         source: io::Error,
     },
@@ -189,10 +199,19 @@ pub async fn run(config: Config) -> Result<(), RunError> {
         Arc::clone(&metrics),
         reports.clone(),
     );
+    let tunnels = Tunnels::new(
+        Arc::clone(&network) as Arc<dyn Router>,
+        Arc::clone(&metrics),
+        &descriptors,
+    );
+    let front = match config.front_fd {
+        None => None,
+        Some(fd) => Some(open_front(&config, fd, &network, tunnels.clone(), &metrics)?),
+    };
     let forwards = Forwards::new(
         Arc::clone(&network) as Arc<dyn Router>,
         Arc::clone(&metrics),
-        descriptors,
+        descriptors.clone(),
         tokio::runtime::Handle::current(),
     );
     network.set_forwards(forwards.clone());
@@ -277,6 +296,23 @@ pub async fn run(config: Config) -> Result<(), RunError> {
         SessionEnd::Finished => Ok(()),
         end => Err(RunError::Session(end)),
     }
+}
+
+/// Hears and tells the front from now on.
+fn open_front(
+    config: &Config,
+    fd: i32,
+    network: &Network,
+    tunnels: Tunnels,
+    metrics: &Arc<Metrics>,
+) -> Result<FrontSender, RunError> {
+    let (sender, receiver) = front::open(take("--front-fd", fd)?, Arc::clone(metrics))
+        .map_err(|source| RunError::Front { fd, source })?;
+    tokio::spawn(tunnels.serve(receiver));
+    if config.guest_api {
+        network.offer_guest_api(sender.clone());
+    }
+    Ok(sender)
 }
 
 async fn lifeline_end(lifeline: Option<std::os::fd::OwnedFd>) {

@@ -76,6 +76,10 @@ pub struct Config {
     pub link: Option<(RawFd, VmConfig)>,
     /// Forwards to open at the start.
     pub forwards: Vec<Forward>,
+    /// One end of the channel to the front ([`crate::front`]).
+    pub front_fd: Option<RawFd>,
+    /// Guests are offered what the front serves on the gateway's port 80.
+    pub guest_api: bool,
     /// The dataplane ends when the other end of this descriptor is closed.
     pub exit_with_fd: Option<RawFd>,
     /// Written to, and closed, when everything listens.
@@ -198,6 +202,9 @@ impl Config {
             problems.push(Problem::NoLink);
         }
         let forwards = network::forwards(args, &network, &mut problems);
+        if args.guest_api && args.front_fd.is_none() {
+            problems.push(Problem::GuestApiWithoutFront);
+        }
         descriptors(args, controlplane.as_ref(), &mut problems);
 
         match (controlplane, problems.is_empty()) {
@@ -208,6 +215,8 @@ impl Config {
                 listeners,
                 link: args.link_fd.map(|fd| (fd, vm)),
                 forwards,
+                front_fd: args.front_fd,
+                guest_api: args.guest_api,
                 exit_with_fd: args.exit_with_fd,
                 ready_fd: args.ready_fd,
             }),
@@ -409,6 +418,7 @@ fn descriptors(args: &Args, controlplane: Option<&ControlplaneUrl>, problems: &m
     for (flag, fd) in [
         ("--controlplane", stream),
         ("--link-fd", args.link_fd),
+        ("--front-fd", args.front_fd),
         ("--vm-settings-fd", args.vm_settings_fd),
         ("--exit-with-fd", args.exit_with_fd),
         ("--ready-fd", args.ready_fd),

@@ -168,6 +168,8 @@ pub enum Problem {
     PublishTwice(String),
     #[error("--publish is given {found} times (at most {most})")]
     PublishMany { found: usize, most: usize },
+    #[error("--guest-api needs --front-fd: it is the front that serves it")]
+    GuestApiWithoutFront,
     #[error("{flag} {found} is not a descriptor that can be inherited (expected 3 or above)")]
     Descriptor { flag: &'static str, found: i32 },
     #[error("{flag} {found} is the descriptor of {other} already")]

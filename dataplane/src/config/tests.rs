@@ -524,6 +524,18 @@ fn bad_flags_are_refused_in_these_words() {
             &["--link-fd", "5", "--exit-with-fd", "5"],
             "--exit-with-fd 5 is the descriptor of --link-fd already",
         ),
+        (
+            &["--front-fd", "2"],
+            "--front-fd 2 is not a descriptor that can be inherited (expected 3 or above)",
+        ),
+        (
+            &["--front-fd", "5", "--ready-fd", "5"],
+            "--ready-fd 5 is the descriptor of --front-fd already",
+        ),
+        (
+            &["--guest-api"],
+            "--guest-api needs --front-fd: it is the front that serves it",
+        ),
     ];
     for (flags, message) in table {
         assert_eq!(check(flags).err(), Some(vec![(*message).to_owned()]), "{flags:?}");
