@@ -47,8 +47,6 @@ const PASSED_A_TURN: usize = 512;
 const DATAGRAM_BYTES_MAX: usize = 65_536;
 /// Room that must be left towards the guest for the link to be read: answers must fit.
 const ROOM_TO_READ: usize = 192 << 10;
-/// How often a quiet link is asked whether it is still there.
-const ALIVE_INTERVAL: Duration = Duration::from_secs(1);
 
 /// A guest's loop.
 pub(crate) struct Driver {
@@ -57,7 +55,7 @@ pub(crate) struct Driver {
     link: Link,
     link_readable: bool,
     link_writable: bool,
-    link_heard: Time,
+    link_asked: Time,
     engine: Engine,
     sockets: Sockets,
     forwards: Vec<Option<ForwardSocket>>,
@@ -111,11 +109,11 @@ impl Driver {
     ///
     /// # Errors
     /// The system's poller.
-    pub(crate) fn new(parts: DriverParts) -> io::Result<(Self, Waker)> {
+    pub(crate) fn new(parts: DriverParts) -> io::Result<(Self, Arc<Waker>)> {
         let poll = Poll::new()?;
-        let waker = Waker::new(poll.registry(), WAKE)?;
+        let waker = Arc::new(Waker::new(poll.registry(), WAKE)?);
         let mut link = parts.link;
-        link.register(poll.registry(), LINK)?;
+        link.register(poll.registry(), LINK, &waker)?;
         let mut engine = parts.engine;
         engine.transmit.set_framing(link.framing());
         let driver = Self {
@@ -124,7 +122,7 @@ impl Driver {
             link,
             link_readable: true,
             link_writable: true,
-            link_heard: Time::ZERO,
+            link_asked: Time::ZERO,
             engine,
             sockets: Sockets::default(),
             forwards: Vec::new(),
@@ -199,8 +197,8 @@ impl Driver {
         if let Some(retry) = self.link.retry_after_ms() {
             sooner(Duration::from_millis(retry));
         }
-        if matches!(self.link, Link::Datagram(_)) {
-            sooner(ALIVE_INTERVAL);
+        if let Some(interval) = self.link.alive_interval() {
+            sooner(interval);
         }
         // Round up: a wake-up before the deadline would find nothing due.
         until.map(|u| Duration::from_millis(u64::try_from(u.as_micros().div_ceil(1000)).unwrap_or(u64::MAX)))
@@ -216,7 +214,7 @@ impl Driver {
                 self.link_readable |= event.is_readable() || event.is_read_closed() || event.is_error();
                 self.link_writable |= event.is_writable();
             }
-            WAKE => {}
+            WAKE => self.link_readable |= self.link.has_news(),
             Token(token) if token >= FORWARDS => {
                 if let Some(Some(forward)) = self.forwards.get_mut(token - FORWARDS) {
                     forward.unread = true;
@@ -369,11 +367,11 @@ impl Driver {
                 self.link_readable = false;
                 return Ok(());
             }
-            let strangers = self.link.take_strangers();
-            if strangers > 0 {
-                self.engine.count_drops(DropReason::UnknownPeer, strangers);
+            for (reason, count) in self.link.take_drops() {
+                if count > 0 {
+                    self.engine.count_drops(reason, count);
+                }
             }
-            self.link_heard = now;
             while let Some(frame) = self.link.next_frame()? {
                 let io = &mut FrameIo {
                     poll: &self.poll,
@@ -618,8 +616,10 @@ impl Driver {
     }
 
     fn check_alive(&mut self, now: Time) -> Result<(), LinkError> {
-        if now >= self.link_heard + ALIVE_INTERVAL {
-            self.link_heard = now;
+        if let Some(interval) = self.link.alive_interval()
+            && now >= self.link_asked + interval
+        {
+            self.link_asked = now;
             if !self.link.is_alive() {
                 return Err(LinkError::Closed);
             }

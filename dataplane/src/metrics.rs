@@ -238,6 +238,20 @@ labels! {
     }
 }
 
+labels! {
+    /// Why somebody who came to a guest socket was not let in.
+    LinkRefusal {
+        /// As many guests or handshakes as one socket may have.
+        Limit = "limit",
+        /// A handshake that was none, or not whole in time.
+        Handshake = "handshake",
+        /// Datagrams from a socket without an address to answer to.
+        Unnamed = "unnamed",
+        /// The system had no descriptor, thread or memory for it.
+        System = "system",
+    }
+}
+
 macro_rules! metrics {
     ($($kind:ident $field:ident: $type:ty = $name:literal, $help:literal;)*) => {
         /// Every metric. Shared by reference; each is updated alone and without order.
@@ -298,6 +312,7 @@ metrics! {
     counter resolver_questions: Counter = "vnet_dataplane_resolver_questions_total", "Questions asked of upstream resolvers.";
     counter resolver_over_tcp: Counter = "vnet_dataplane_resolver_over_tcp_total", "Questions asked again over TCP.";
     by_cause resolver_faults: Family<ResolverFault> = "vnet_dataplane_resolver_faults_total", "Questions to upstream resolvers that went wrong.";
+    by_cause link_refusals: Family<LinkRefusal> = "vnet_dataplane_link_refusals_total", "Those who came to a guest socket and were not let in.";
     by_cause forward_refusals: Family<ForwardRefusal> = "vnet_dataplane_forward_refusals_total", "Connections that forwards closed at once.";
 }
 

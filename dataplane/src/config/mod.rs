@@ -74,6 +74,10 @@ pub struct Config {
     pub listeners: Vec<ListenConfig>,
     /// An inherited link, and its VM.
     pub link: Option<(RawFd, VmConfig)>,
+    /// The VM on standard input and output.
+    pub stdio: Option<VmConfig>,
+    /// MAC addresses that HyperKit's VMs are told to have, by their UUIDs in lower case.
+    pub vpnkit_macs: HashMap<String, Mac>,
     /// Forwards to open at the start.
     pub forwards: Vec<Forward>,
     /// One end of the channel to the front ([`crate::front`]).
@@ -131,6 +135,50 @@ pub enum Transport {
     Qemu,
     /// Datagrams; each one frame.
     Vfkit,
+    /// Records; each one frame.
+    Bess,
+    /// A stream; each frame behind its length, all behind a handshake.
+    Vpnkit,
+}
+
+impl Transport {
+    /// The flag of its sockets.
+    pub fn flag(self) -> &'static str {
+        match self {
+            Self::Qemu => "--listen-qemu",
+            Self::Vfkit => "--listen-vfkit",
+            Self::Bess => "--listen-bess",
+            Self::Vpnkit => "--listen-vpnkit",
+        }
+    }
+
+    /// What hypervisors call it.
+    pub fn word(self) -> &'static str {
+        match self {
+            Self::Qemu => "qemu",
+            Self::Vfkit => "vfkit",
+            Self::Bess => "bess",
+            Self::Vpnkit => "vpnkit",
+        }
+    }
+
+    /// The scheme of its sockets' paths.
+    pub fn scheme(self) -> &'static str {
+        match self {
+            Self::Qemu | Self::Vpnkit => "unix",
+            Self::Vfkit => "unixgram",
+            Self::Bess => "unixpacket",
+        }
+    }
+
+    fn schemes(self) -> Schemes {
+        match self {
+            Self::Qemu => Schemes::StreamOrFd,
+            Self::Vfkit => Schemes::Datagram,
+            Self::Bess => Schemes::Records,
+            Self::Vpnkit => Schemes::Stream,
+        }
+    }
 }
 
 /// A socket for guests.
@@ -182,16 +230,11 @@ impl Config {
         let vm = vm_config(args, settings, &mut problems);
         let network = network::check(args, name, &mut problems);
         let listeners = listeners(args, &vm, &network, &mut problems);
-        for (flag, given) in [
-            ("--listen", &args.listen),
-            ("--listen-bess", &args.listen_bess),
-            ("--listen-vpnkit", &args.listen_vpnkit),
-            ("--listen-stdio", &args.listen_stdio),
-        ] {
-            if !given.is_empty() {
-                problems.push(Problem::NotBuilt { flag });
-            }
+        if !args.listen.is_empty() {
+            problems.push(Problem::NotBuilt { flag: "--listen" });
         }
+        let has_stdio = stdio(args, &mut problems);
+        let vpnkit_macs = vpnkit_macs(args, &mut problems);
         let asked_for_a_link = args.listen_qemu.len()
             + args.listen_vfkit.len()
             + args.listen.len()
@@ -205,7 +248,7 @@ impl Config {
         if args.guest_api && args.front_fd.is_none() {
             problems.push(Problem::GuestApiWithoutFront);
         }
-        descriptors(args, controlplane.as_ref(), &mut problems);
+        descriptors(args, controlplane.as_ref(), &listeners, &mut problems);
 
         match (controlplane, problems.is_empty()) {
             (Some(controlplane), true) => Ok(Self {
@@ -213,7 +256,9 @@ impl Config {
                 name: name.to_owned(),
                 network,
                 listeners,
-                link: args.link_fd.map(|fd| (fd, vm)),
+                link: args.link_fd.map(|fd| (fd, vm.clone())),
+                stdio: has_stdio.then_some(vm),
+                vpnkit_macs,
                 forwards,
                 front_fd: args.front_fd,
                 guest_api: args.guest_api,
@@ -223,6 +268,16 @@ impl Config {
             _ => Err(Problems(problems)),
         }
     }
+}
+
+/// The descriptors of guests that the flags name, in no order, as far as they can be read.
+pub fn inherited(args: &Args) -> impl Iterator<Item = RawFd> {
+    let urls = [&args.listen_qemu, &args.listen_vfkit, &args.listen_bess];
+    let read = |url: &String| {
+        let number = url.strip_prefix("fd://")?;
+        number.split('?').next()?.parse().ok()
+    };
+    urls.into_iter().flatten().filter_map(read)
 }
 
 /// The name of a dataplane that was given none: host name and process id.
@@ -348,17 +403,19 @@ fn listeners(
     network: &NetworkConfig,
     problems: &mut Vec<Problem>,
 ) -> Vec<ListenConfig> {
-    let qemu = args
-        .listen_qemu
+    let given = [
+        (Transport::Qemu, &args.listen_qemu),
+        (Transport::Vfkit, &args.listen_vfkit),
+        (Transport::Bess, &args.listen_bess),
+        (Transport::Vpnkit, &args.listen_vpnkit),
+    ];
+    let given = given
         .iter()
-        .map(|url| ("--listen-qemu", url, Transport::Qemu, Schemes::Stream));
-    let vfkit = args
-        .listen_vfkit
-        .iter()
-        .map(|url| ("--listen-vfkit", url, Transport::Vfkit, Schemes::Datagram));
+        .flat_map(|(transport, urls)| urls.iter().map(|url| (*transport, url)));
     let mut listeners: Vec<ListenConfig> = Vec::new();
-    for (flag, found, transport, schemes) in qemu.chain(vfkit) {
-        let url = match ListenUrl::parse(found, schemes) {
+    for (transport, found) in given {
+        let flag = transport.flag();
+        let url = match ListenUrl::parse(found, transport.schemes()) {
             Ok(url) => url,
             Err(source) => {
                 problems.push(Problem::Url {
@@ -369,10 +426,13 @@ fn listeners(
                 continue;
             }
         };
-        if listeners
-            .iter()
-            .any(|l| l.at == url.at && !matches!(url.at, ListenAt::Tcp(a) if a.port() == 0))
-        {
+        let may_repeat = match url.at {
+            ListenAt::Tcp(address) => address.port() == 0,
+            // Looked at among all descriptors.
+            ListenAt::Fd(_) => true,
+            ListenAt::Unix(_) | ListenAt::Vsock { .. } => false,
+        };
+        if !may_repeat && listeners.iter().any(|l| l.at == url.at) {
             problems.push(Problem::ListenTwice {
                 flag,
                 found: found.clone(),
@@ -409,20 +469,72 @@ fn listeners(
     listeners
 }
 
-fn descriptors(args: &Args, controlplane: Option<&ControlplaneUrl>, problems: &mut Vec<Problem>) {
+/// Whether a guest is on standard input and output.
+fn stdio(args: &Args, problems: &mut Vec<Problem>) -> bool {
+    if args.listen_stdio.iter().any(String::is_empty) {
+        problems.push(Problem::EmptyStdio);
+    }
+    if args.listen_stdio.len() > 1 {
+        problems.push(Problem::StdioTwice(args.listen_stdio.len()));
+    }
+    !args.listen_stdio.is_empty()
+}
+
+fn vpnkit_macs(args: &Args, problems: &mut Vec<Problem>) -> HashMap<String, Mac> {
+    let mut macs = HashMap::new();
+    for found in &args.vpnkit_macs {
+        let Some((uuid, mac)) = found.split_once('=').filter(|(uuid, _)| is_uuid(uuid)) else {
+            problems.push(Problem::VpnkitMac(found.clone()));
+            continue;
+        };
+        let Some(mac) = parse_mac(mac) else {
+            problems.push(Problem::Mac {
+                flag: "--vpnkit-mac",
+                found: mac.to_owned(),
+            });
+            continue;
+        };
+        if macs.insert(uuid.to_ascii_lowercase(), mac).is_some() {
+            problems.push(Problem::VpnkitMacTwice(uuid.to_owned()));
+        }
+    }
+    macs
+}
+
+/// Whether a text is a UUID as it is written (RFC 9562 §4).
+fn is_uuid(text: &str) -> bool {
+    let groups = [8, 4, 4, 4, 12];
+    let is_hex = |part: &str| part.bytes().all(|b| b.is_ascii_hexdigit());
+    text.split('-').map(str::len).eq(groups) && text.split('-').all(is_hex)
+}
+
+fn descriptors(
+    args: &Args,
+    controlplane: Option<&ControlplaneUrl>,
+    listeners: &[ListenConfig],
+    problems: &mut Vec<Problem>,
+) {
     let stream = match controlplane {
         Some(ControlplaneUrl::Fd(fd)) => Some(*fd),
         _ => None,
     };
     let mut taken: HashMap<RawFd, &'static str> = HashMap::new();
-    for (flag, fd) in [
+    let connected = listeners.iter().map(|listener| {
+        let fd = match listener.at {
+            ListenAt::Fd(fd) => Some(fd),
+            ListenAt::Unix(_) | ListenAt::Tcp(_) | ListenAt::Vsock { .. } => None,
+        };
+        (listener.transport.flag(), fd)
+    });
+    let flags = [
         ("--controlplane", stream),
         ("--link-fd", args.link_fd),
         ("--front-fd", args.front_fd),
         ("--vm-settings-fd", args.vm_settings_fd),
         ("--exit-with-fd", args.exit_with_fd),
         ("--ready-fd", args.ready_fd),
-    ] {
+    ];
+    for (flag, fd) in flags.into_iter().chain(connected) {
         let Some(found) = fd else { continue };
         if found < FIRST_INHERITED {
             problems.push(Problem::Descriptor { flag, found });

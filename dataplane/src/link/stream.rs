@@ -11,7 +11,7 @@ use mio::{Interest, Registry, Token};
 
 use crate::engine::transmit::{Framing, PREFIX_BYTES, Transmit};
 use crate::inherit::set_nonblocking;
-use crate::link::{FRAME_BYTES_MAX, Filled, LinkError, would_block};
+use crate::link::{FRAME_BYTES_MAX, Filled, LinkError, is_gone, would_block};
 
 /// What one read takes at most, bytes: hundreds of frames a system call.
 const READ_BYTES: usize = 1 << 20;
@@ -214,7 +214,7 @@ impl StreamLink {
                 Ok(Filled::Some)
             }
             Err(error) if would_block(&error) => Ok(Filled::Nothing),
-            Err(error) if error.kind() == io::ErrorKind::ConnectionReset => Err(LinkError::Closed),
+            Err(error) if is_gone(&error) => Err(LinkError::Closed),
             Err(error) => Err(LinkError::Io(error)),
         }
     }
@@ -243,14 +243,7 @@ impl StreamLink {
                 Ok(length) => queue.consume(length),
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 Err(error) if would_block(&error) => return Ok(false),
-                Err(error)
-                    if matches!(
-                        error.kind(),
-                        io::ErrorKind::BrokenPipe | io::ErrorKind::ConnectionReset
-                    ) =>
-                {
-                    return Err(LinkError::Closed);
-                }
+                Err(error) if is_gone(&error) => return Err(LinkError::Closed),
                 Err(error) => return Err(LinkError::Io(error)),
             }
         }

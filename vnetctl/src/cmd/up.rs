@@ -1,5 +1,6 @@
 //! `up`: a dataplane for VMs, in the foreground, and the user's controlplane if none answers.
 
+use std::path::Path;
 use std::time::Duration;
 
 use clap::Args;
@@ -10,7 +11,7 @@ use super::questions::Questions;
 use super::treat::{Problems, TreatArgs};
 use crate::client::Connection;
 use crate::failure::Failure;
-use crate::launch::{Dataplane, DataplaneArgs, DataplaneConfig, ListenAt, Settings, Transport, session_url};
+use crate::launch::{Dataplane, DataplaneArgs, DataplaneConfig, ListenAt, Settings, session_url};
 use crate::output::{self, text::safe};
 
 /// Arguments of `up`.
@@ -49,6 +50,15 @@ pub fn execute(args: UpArgs, connection: Connection) -> Result<(), Failure> {
         problems
             .usage
             .push("--controlplane is vnet-dataplane's; name a controlplane with --server".to_owned());
+    }
+    if !flags.listen_stdio.is_empty() && treat.network_policy.as_deref() == Some(Path::new("-")) {
+        problems.usage.push(
+            "--network-policy - and --listen-stdio both read standard input; read the policy from a file"
+                .to_owned(),
+        );
+        // It would be read, and waited for.
+        problems.none()?;
+        return Ok(());
     }
     let treatment = treat.check(&mut problems);
     flags.controlplane = Some(session_url(&connection.server()?));
@@ -134,21 +144,25 @@ fn greeting(config: &DataplaneConfig, command: &str) -> Vec<String> {
         .listeners
         .iter()
         .map(|listener| {
-            let (transport, scheme) = match listener.transport {
-                Transport::Qemu => ("qemu", "unix"),
-                Transport::Vfkit => ("vfkit", "unixgram"),
-            };
             let url = match &listener.at {
-                ListenAt::Unix(path) => format!("{scheme}://{}", path.display()),
+                ListenAt::Unix(path) => format!("{}://{}", listener.transport.scheme(), path.display()),
                 ListenAt::Tcp(address) => format!("tcp://{address}"),
+                at @ (ListenAt::Vsock { .. } | ListenAt::Fd(_)) => at.to_string(),
             };
             safe(&format!(
-                "vnet: serving VM {} for {transport} at {url}",
-                listener.vm.name
+                "vnet: serving VM {} for {} at {url}",
+                listener.vm.name,
+                listener.transport.word()
             ))
             .into_owned()
         })
         .collect();
+    if let Some(vm) = &config.stdio {
+        lines.push(format!(
+            "vnet: serving VM {} on standard input and output",
+            vm.name
+        ));
+    }
     for forward in &config.forwards {
         lines.push(format!(
             "vnet: forwarding {} {} -> {}",

@@ -16,8 +16,11 @@ use tokio::io::AsyncReadExt as _;
 use tokio::net::unix::pipe;
 use tokio::process::{Child, Command};
 use vnet_dataplane::args::{Args, Cli};
-use vnet_dataplane::config::{Config, OwnListSettings, OwnPolicySettings, VmSettings, default_name};
+use vnet_dataplane::config::{
+    Config, ListenAt, ListenConfig, OwnListSettings, OwnPolicySettings, VmSettings, default_name, inherited,
+};
 use vnet_dataplane::front::{self, FrontReceiver, FrontSender};
+use vnet_dataplane::inherit;
 
 use super::descriptors::inherit_only;
 use crate::cmd::treat::Treatment;
@@ -79,7 +82,11 @@ impl Settings {
             args.link_fd = Some(i32::MAX);
         }
         match Config::new(&args, self.vm_settings(), &default_name()) {
-            Ok(config) => Some(config),
+            Ok(config) => {
+                // Looked at before anything is opened that could be taken for one.
+                problems.extend(not_inherited(&config));
+                Some(config)
+            }
             Err(found) => {
                 problems.extend(found.to_string().lines().map(|line| safe(line).into_owned()));
                 None
@@ -115,6 +122,18 @@ impl Settings {
             ..VmSettings::default()
         }
     }
+}
+
+/// What is wrong with the descriptors that the flags name.
+fn not_inherited(config: &Config) -> impl Iterator<Item = String> {
+    let missing = |listener: &ListenConfig| match listener.at {
+        ListenAt::Fd(fd) if !inherit::is_inherited(fd) => Some(format!(
+            "{} fd://{fd}: no such descriptor was inherited (open it for this program, as {fd}<>SOCKET does in a shell)",
+            listener.transport.flag()
+        )),
+        _ => None,
+    };
+    config.listeners.iter().filter_map(missing)
 }
 
 fn own_list(list: vnet_proto::v1::PolicyList) -> OwnListSettings {
@@ -156,14 +175,22 @@ impl Dataplane {
             front_fd: front_end.as_ref().map(|fd| fd.as_raw_fd()),
             ..settings.args
         };
+        // The guests' own sockets go to the dataplane and stay with nobody else, so that each side sees when
+        // the other is gone.
+        let sockets: Vec<OwnedFd> = inherited(&args)
+            .map(inherit::take)
+            .collect::<Result<_, _>>()
+            .map_err(start)?;
+        let stdio = |inherits: bool| if inherits { Stdio::inherit() } else { Stdio::null() };
+        let has_stdio = !args.listen_stdio.is_empty();
         let mut command = std::process::Command::new(program);
         command
             .arg0("vnet-dataplane")
             .arg(super::DATAPLANE_ROLE)
             .args(flags(&args))
             .current_dir("/")
-            .stdin(Stdio::null())
-            .stdout(Stdio::null())
+            .stdin(stdio(has_stdio))
+            .stdout(stdio(has_stdio))
             .stderr(if settings.speaks {
                 Stdio::inherit()
             } else {
@@ -182,6 +209,7 @@ impl Dataplane {
             .iter()
             .chain([&lifeline_end, &settings_end, &ready_end])
             .chain(&front_end)
+            .chain(&sockets)
             .collect();
         inherit_only(&mut command, &keep);
         let mut child = Command::from(command).kill_on_drop(true).spawn().map_err(start)?;
@@ -274,6 +302,7 @@ fn flags(args: &Args) -> Vec<OsString> {
         listen,
         listen_bess,
         listen_vpnkit,
+        vpnkit_macs,
         listen_stdio,
         link_fd,
         mtu,
@@ -317,6 +346,7 @@ fn flags(args: &Args) -> Vec<OsString> {
         ("listen", listen),
         ("listen-bess", listen_bess),
         ("listen-vpnkit", listen_vpnkit),
+        ("vpnkit-mac", vpnkit_macs),
         ("listen-stdio", listen_stdio),
         ("static-lease", static_leases),
         ("dns", dns),
@@ -369,6 +399,7 @@ mod tests {
             "--listen=a",
             "--listen-bess=b",
             "--listen-vpnkit=c",
+            "--vpnkit-mac=u=m",
             "--listen-stdio=d",
             "--link-fd=7",
             "--mtu=65520",
