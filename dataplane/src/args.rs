@@ -27,8 +27,9 @@ pub struct Args {
     /// or fd://N; with ?name= &mac= &ip= .
     #[arg(long, value_name = "URL")]
     pub listen_vfkit: Vec<String>,
-    /// Not built yet.
-    #[arg(long, value_name = "URL", hide = true)]
+    /// Serve gvforwarder and others that ask for /connect, and /tunnel: unix:///PATH, tcp://127.0.0.1:PORT or
+    /// vsock://CID:PORT (vsock://:PORT), with ?name= &mac= &ip= .
+    #[arg(long, value_name = "URL")]
     pub listen: Vec<String>,
     /// Serve BESS and User Mode Linux (Linux only): unixpacket:///PATH, or fd://N; with ?name= &mac= &ip= .
     #[arg(long, value_name = "URL")]

@@ -35,6 +35,7 @@ use crate::link::{serve, shared};
 use crate::message::{Forward, Report, Router};
 use crate::metrics::Metrics;
 use crate::network::{GuestSpec, Network, NetworkConfig};
+use crate::requests::Requests;
 use crate::session::{self, Commands, Controlplane, Identity, SessionConfig, SessionEnd};
 
 /// Reports that wait for the session.
@@ -274,7 +275,13 @@ pub async fn run(config: Config) -> Result<(), RunError> {
     );
 
     open_forwards(&config.forwards, &forwards)?;
-    let files = open_listeners(&config, &network, &guards)?;
+    let asked = Asked {
+        tunnels,
+        front,
+        descriptors: &descriptors,
+        metrics: &metrics,
+    };
+    let files = open_listeners(&config, &network, &guards, &asked)?;
     let links_gone = open_links(&config, &network, stdio)?;
 
     let mut terminate = signal(SignalKind::terminate()).map_err(RunError::System)?;
@@ -429,6 +436,7 @@ fn open_listeners(
     config: &Config,
     network: &Arc<Network>,
     guards: &Guards,
+    asked: &Asked<'_>,
 ) -> Result<Vec<SocketFile>, RunError> {
     let mut files = Vec::new();
     for listener in &config.listeners {
@@ -436,7 +444,7 @@ fn open_listeners(
             continue;
         }
         files.extend(
-            open_listener(config, listener, network, guards).map_err(|source| RunError::Listen {
+            open_listener(config, listener, network, guards, asked).map_err(|source| RunError::Listen {
                 at: listener.at.to_string(),
                 source,
             })?,
@@ -451,6 +459,7 @@ fn open_listener(
     listener: &ListenConfig,
     network: &Arc<Network>,
     guards: &Guards,
+    asked: &Asked<'_>,
 ) -> io::Result<Option<SocketFile>> {
     let spec = guest_spec(&listener.vm);
     let path = || match &listener.at {
@@ -465,23 +474,51 @@ fn open_listener(
             serve::records(network, listener, spec)?;
             Ok(Some(file))
         }
-        transport @ (Transport::Qemu | Transport::Vpnkit) => {
+        transport @ (Transport::Qemu | Transport::Vpnkit | Transport::Connect) => {
             let (stream, file) = StreamListener::open(&listener.at)?;
             if let Some(address) = stream.tcp_address() {
                 // Where it really listens, port 0 replaced: closed to guests.
                 guards.add_listener(address);
             }
-            if transport == Transport::Qemu {
-                serve::streams(network, stream, spec)?;
-            } else {
-                let answers = Answers {
-                    macs: config.vpnkit_macs.clone(),
-                    mtu_bytes: config.network.mtu_bytes,
-                };
-                serve::vpnkit(network, stream, spec, answers)?;
+            match transport {
+                Transport::Connect => {
+                    let url = listener.url();
+                    asked
+                        .requests(url, serve::Entrance::new(network, spec))
+                        .serve(stream)?;
+                }
+                Transport::Vpnkit => {
+                    let answers = Answers {
+                        macs: config.vpnkit_macs.clone(),
+                        mtu_bytes: config.network.mtu_bytes,
+                    };
+                    serve::vpnkit(network, stream, spec, answers)?;
+                }
+                _ => serve::streams(network, stream, spec)?,
             }
             Ok(file)
         }
+    }
+}
+
+/// What requests on `--listen` are served with.
+struct Asked<'a> {
+    tunnels: Tunnels,
+    front: Option<FrontSender>,
+    descriptors: &'a Descriptors,
+    metrics: &'a Arc<Metrics>,
+}
+
+impl Asked<'_> {
+    fn requests(&self, listen: String, entrance: Arc<serve::Entrance>) -> Requests {
+        Requests::new(
+            listen,
+            Box::new(entrance),
+            self.tunnels.clone(),
+            self.front.clone(),
+            self.descriptors,
+            Arc::clone(self.metrics),
+        )
     }
 }
 
@@ -555,7 +592,9 @@ fn open_socket(transport: Transport, fd: i32) -> Result<Link, RunError> {
         });
     }
     let (kind, expected) = match transport {
-        Transport::Qemu | Transport::Vpnkit => (socket2::Type::STREAM, "a connected stream socket"),
+        Transport::Qemu | Transport::Vpnkit | Transport::Connect => {
+            (socket2::Type::STREAM, "a connected stream socket")
+        }
         Transport::Vfkit => (socket2::Type::DGRAM, "a connected datagram socket"),
         Transport::Bess => (
             socket2::Type::SEQPACKET,
@@ -573,7 +612,7 @@ fn open_socket(transport: Transport, fd: i32) -> Result<Link, RunError> {
     match transport {
         Transport::Vfkit => packets(PacketKind::Datagrams)(descriptor),
         Transport::Bess => packets(PacketKind::Records)(descriptor),
-        Transport::Qemu | Transport::Vpnkit => {
+        Transport::Qemu | Transport::Vpnkit | Transport::Connect => {
             let socket = StreamSocket::from(socket2::Socket::from(descriptor));
             StreamLink::new(socket, StreamKind::Qemu, &[]).map(Link::Stream)
         }

@@ -139,6 +139,8 @@ pub enum Transport {
     Bess,
     /// A stream; each frame behind its length, all behind a handshake.
     Vpnkit,
+    /// A stream of a request, which may be for a guest's link: each frame behind its length, all behind the request.
+    Connect,
 }
 
 impl Transport {
@@ -149,6 +151,7 @@ impl Transport {
             Self::Vfkit => "--listen-vfkit",
             Self::Bess => "--listen-bess",
             Self::Vpnkit => "--listen-vpnkit",
+            Self::Connect => "--listen",
         }
     }
 
@@ -159,13 +162,14 @@ impl Transport {
             Self::Vfkit => "vfkit",
             Self::Bess => "bess",
             Self::Vpnkit => "vpnkit",
+            Self::Connect => "connect",
         }
     }
 
     /// The scheme of its sockets' paths.
     pub fn scheme(self) -> &'static str {
         match self {
-            Self::Qemu | Self::Vpnkit => "unix",
+            Self::Qemu | Self::Vpnkit | Self::Connect => "unix",
             Self::Vfkit => "unixgram",
             Self::Bess => "unixpacket",
         }
@@ -176,7 +180,7 @@ impl Transport {
             Self::Qemu => Schemes::StreamOrFd,
             Self::Vfkit => Schemes::Datagram,
             Self::Bess => Schemes::Records,
-            Self::Vpnkit => Schemes::Stream,
+            Self::Vpnkit | Self::Connect => Schemes::Stream,
         }
     }
 }
@@ -190,6 +194,17 @@ pub struct ListenConfig {
     pub at: ListenAt,
     /// The VM that connects.
     pub vm: VmConfig,
+}
+
+impl ListenConfig {
+    /// Where, as a URL without parameters.
+    pub fn url(&self) -> String {
+        match &self.at {
+            ListenAt::Unix(path) => format!("{}://{}", self.transport.scheme(), path.display()),
+            ListenAt::Tcp(address) => format!("tcp://{address}"),
+            at @ (ListenAt::Vsock { .. } | ListenAt::Fd(_)) => at.to_string(),
+        }
+    }
 }
 
 /// A VM, as the host's side knows it.
@@ -230,9 +245,6 @@ impl Config {
         let vm = vm_config(args, settings, &mut problems);
         let network = network::check(args, name, &mut problems);
         let listeners = listeners(args, &vm, &network, &mut problems);
-        if !args.listen.is_empty() {
-            problems.push(Problem::NotBuilt { flag: "--listen" });
-        }
         let has_stdio = stdio(args, &mut problems);
         let vpnkit_macs = vpnkit_macs(args, &mut problems);
         let asked_for_a_link = args.listen_qemu.len()
@@ -408,6 +420,7 @@ fn listeners(
         (Transport::Vfkit, &args.listen_vfkit),
         (Transport::Bess, &args.listen_bess),
         (Transport::Vpnkit, &args.listen_vpnkit),
+        (Transport::Connect, &args.listen),
     ];
     let given = given
         .iter()

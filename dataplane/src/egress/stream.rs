@@ -50,11 +50,17 @@ impl HostStream {
         if socket.is_listener().unwrap_or(false) {
             return Err(NotAStream::Listens);
         }
-        let domain = socket.local_addr().map_err(NotAStream::Socket)?.domain();
-        Ok(match domain {
-            Domain::IPV4 | Domain::IPV6 => Self::Tcp(descriptor.into()),
+        socket.local_addr().map_err(NotAStream::Socket)?;
+        Ok(Self::accepted(descriptor))
+    }
+
+    /// Of a stream that was accepted, whatever its kind.
+    pub fn accepted(descriptor: OwnedFd) -> Self {
+        let address = SockRef::from(&descriptor).local_addr();
+        match address.map(|address| address.domain()) {
+            Ok(Domain::IPV4 | Domain::IPV6) => Self::Tcp(descriptor.into()),
             _ => Self::Unix(descriptor.into()),
-        })
+        }
     }
 
     /// Makes the close that follows a reset, where the kind of socket has one. If it cannot be, the other side

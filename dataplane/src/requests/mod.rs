@@ -18,6 +18,7 @@ mod heads;
 mod tests;
 
 use std::io;
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::thread;
 use std::time::Duration;
@@ -27,7 +28,10 @@ use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use crate::descriptors::Descriptors;
 use crate::egress::stream::{AsyncStream, HostStream};
 use crate::front::{FrontMessage, FrontSender, Tunnels};
-use crate::metrics::{Metrics, RequestRefusal};
+use crate::link::listen::StreamListener;
+use crate::link::stream::{StreamKind, StreamLink, StreamSocket};
+use crate::link::{Link, serve};
+use crate::metrics::{LinkRefusal, Metrics, RequestRefusal};
 
 use answer::Answer;
 use head::Request;
@@ -54,6 +58,17 @@ const REST: Duration = Duration::from_millis(100);
 pub trait Entrance: Send + Sync {
     /// Lets one in, or counts why not and closes the stream. `early` was read from it already.
     fn attach(&self, stream: HostStream, early: &[u8]);
+}
+
+impl Entrance for Arc<serve::Entrance> {
+    fn attach(&self, stream: HostStream, early: &[u8]) {
+        let Some(admission) = self.admit() else { return };
+        let socket = StreamSocket::from(socket2::Socket::from(OwnedFd::from(stream)));
+        match StreamLink::new(socket, StreamKind::Connect, early) {
+            Ok(link) => admission.attach(Link::Stream(link)),
+            Err(error) => self.refuse(LinkRefusal::System, &error),
+        }
+    }
 }
 
 /// What a `--listen` socket serves with. Clones share the limits.
@@ -94,15 +109,15 @@ impl Requests {
         }))
     }
 
-    /// Serves whoever `accept` waits for, in a thread of its own that ends with the process.
+    /// Serves whoever connects, in a thread of its own that ends with the process.
     ///
     /// # Errors
     /// When the system has no thread left.
-    pub fn serve(self, accept: impl Fn() -> io::Result<HostStream> + Send + 'static) -> io::Result<()> {
+    pub fn serve(self, listener: StreamListener) -> io::Result<()> {
         thread::Builder::new().name("accept".to_owned()).spawn(move || {
             loop {
-                match accept() {
-                    Ok(stream) => self.begin(stream),
+                match listener.accept() {
+                    Ok(socket) => self.begin(HostStream::accepted(socket.into())),
                     Err(error) => {
                         self.0.refused(RequestRefusal::Accept);
                         tracing::debug!(%error, "a connection cannot be accepted");

@@ -11,7 +11,7 @@ use super::questions::Questions;
 use super::treat::{Problems, TreatArgs};
 use crate::client::Connection;
 use crate::failure::Failure;
-use crate::launch::{Dataplane, DataplaneArgs, DataplaneConfig, ListenAt, Settings, session_url};
+use crate::launch::{Dataplane, DataplaneArgs, DataplaneConfig, Settings, session_url};
 use crate::output::{self, text::safe};
 
 /// Arguments of `up`.
@@ -144,15 +144,11 @@ fn greeting(config: &DataplaneConfig, command: &str) -> Vec<String> {
         .listeners
         .iter()
         .map(|listener| {
-            let url = match &listener.at {
-                ListenAt::Unix(path) => format!("{}://{}", listener.transport.scheme(), path.display()),
-                ListenAt::Tcp(address) => format!("tcp://{address}"),
-                at @ (ListenAt::Vsock { .. } | ListenAt::Fd(_)) => at.to_string(),
-            };
             safe(&format!(
-                "vnet: serving VM {} for {} at {url}",
+                "vnet: serving VM {} for {} at {}",
                 listener.vm.name,
-                listener.transport.word()
+                listener.transport.word(),
+                listener.url()
             ))
             .into_owned()
         })
