@@ -279,6 +279,11 @@ pub async fn run(config: Config) -> Result<(), RunError> {
         tunnels,
         front,
         descriptors: &descriptors,
+        sockets: config
+            .listeners
+            .iter()
+            .filter(|listener| listener.transport == Transport::Connect)
+            .count(),
         metrics: &metrics,
     };
     let files = open_listeners(&config, &network, &guards, &asked)?;
@@ -506,6 +511,8 @@ struct Asked<'a> {
     tunnels: Tunnels,
     front: Option<FrontSender>,
     descriptors: &'a Descriptors,
+    /// How many sockets there are.
+    sockets: usize,
     metrics: &'a Arc<Metrics>,
 }
 
@@ -517,6 +524,7 @@ impl Asked<'_> {
             self.tunnels.clone(),
             self.front.clone(),
             self.descriptors,
+            self.sockets,
             Arc::clone(self.metrics),
         )
     }

@@ -1,13 +1,18 @@
 //! The socket of `--listen` as clients of gvproxy use it: `/connect` as gvforwarder asks for it, `/tunnel`, and what
 //! is none of them.
 
-use std::io::{Read as _, Write as _};
+use std::io::{BufRead as _, BufReader, Read as _, Write as _};
 use std::net::Shutdown;
+use std::os::fd::AsRawFd as _;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use vnet_tests::{Running, World, eventually, http, staged};
+use nix::fcntl::{FcntlArg, FdFlag, fcntl};
+use nix::sys::signal::Signal;
+use vnet_tests::{Controlplane, Running, World, eventually, http, staged};
+use vnetctl::launch::{FrontMessage, FrontReceiver, HostStream, front};
 
 const CONNECT: &[u8] = b"POST /connect HTTP/1.1\r\nHost: \r\nUser-Agent: Go-http-client/1.1\r\n\r\n";
 const GATEWAY_MAC: [u8; 6] = [0x5a, 0x94, 0xef, 0xe4, 0x0c, 0xdd];
@@ -223,4 +228,92 @@ fn what_is_not_served_is_told_as_go_does() {
         assert!(long.starts_with("HTTP/1.1 431 "), "{long}");
         assert!(names(world).is_empty());
     });
+}
+
+/// A front that answers each connection that it is handed with what it is and what was asked for.
+fn answer_as_front(runtime: &tokio::runtime::Runtime, mut receiver: FrontReceiver) {
+    runtime.spawn(async move {
+        while let Ok((message, HostStream::Unix(stream))) = receiver.receive().await {
+            std::thread::spawn(move || {
+                stream.set_nonblocking(false).unwrap();
+                let (what, read) = match message {
+                    FrontMessage::Services { listen, read } => (listen, read),
+                    FrontMessage::Guest { vm, address } => (format!("guest {vm} {address}"), Vec::new()),
+                    FrontMessage::Tunnel { .. } => return,
+                };
+                let mut asked = String::new();
+                BufReader::new(read.chain(&stream)).read_line(&mut asked).unwrap();
+                let answer = format!("HTTP/1.0 200 OK\r\n\r\n{what} is asked for {}", asked.trim());
+                (&stream).write_all(answer.as_bytes()).unwrap();
+            });
+        }
+    });
+}
+
+#[test]
+fn fronts_are_handed_requests_and_guests_connections_and_open_tunnels() {
+    staged(
+        fronts_are_handed_requests_and_guests_connections_and_open_tunnels,
+        |world| {
+            let controlplane = Controlplane::start(world, Signal::SIGTERM);
+            let runtime = tokio::runtime::Builder::new_multi_thread()
+                .worker_threads(1)
+                .enable_all()
+                .build()
+                .unwrap();
+            let _entered = runtime.enter();
+            let (own, theirs) = front::pair().unwrap();
+            let (sender, receiver) = front::open(own, Arc::default()).unwrap();
+            answer_as_front(&runtime, receiver);
+            let socket = world.runtime_dir().join("network.sock");
+            let url = format!("unix://{}", socket.display());
+            // The next program inherits it.
+            fcntl(&theirs, FcntlArg::F_SETFD(FdFlag::empty())).unwrap();
+            let mut command = world.program("vnet-dataplane");
+            command.args([
+                "--controlplane",
+                controlplane.session_url(),
+                "--vm",
+                "web",
+                "--guest-api",
+            ]);
+            command.args(["--listen", &url, "--front-fd", &theirs.as_raw_fd().to_string()]);
+            let _dataplane = Running::start(command);
+            drop(theirs);
+            eventually("it listens", || UnixStream::connect(&socket).is_ok());
+
+            let asked = answer(&socket, b"POST /services/dns/add HTTP/1.1\r\nHost: a\r\n\r\n{}");
+            let expected =
+                format!("HTTP/1.0 200 OK\r\n\r\n{url} is asked for POST /services/dns/add HTTP/1.1");
+            assert_eq!(asked, expected);
+
+            let script = "curl -sS http://192.168.127.1/services/forwarder/all > answer && touch answered && \
+                          exec socat -t 30 TCP-LISTEN:7000,reuseaddr,fork SYSTEM:'wc -c'";
+            let _guest = guest(world, &socket, &["sh", "-c", script]);
+            eventually("the guest is answered", || world.work().join("answered").exists());
+            let answered = std::fs::read_to_string(world.work().join("answer")).unwrap();
+            assert_eq!(
+                answered,
+                "guest 1 192.168.127.2 is asked for GET /services/forwarder/all HTTP/1.1"
+            );
+
+            let through = |port: u16, said: &[u8]| {
+                let (mut here, there) = UnixStream::pair().unwrap();
+                let target = ([192, 168, 127, 2], port).into();
+                sender.send(&FrontMessage::Tunnel { target }, there).unwrap();
+                let _ = here.write_all(said);
+                let _ = here.shutdown(Shutdown::Write);
+                let mut answer = String::new();
+                let _ = here.read_to_string(&mut answer);
+                answer
+            };
+            eventually("a tunnel reaches the guest", || through(7000, b"hello") == "5\n");
+            assert_eq!(through(7001, b""), "", "a port that is closed is an end");
+            let flows = world.list(&["flows", "list"]);
+            let to_the_gateway = |flow: &serde_json::Value| flow.to_string().contains("192.168.127.1:80");
+            assert!(!flows.iter().any(to_the_gateway), "{flows:?}");
+            drop(sender);
+            controlplane.end();
+        },
+    );
 }

@@ -43,8 +43,9 @@ pub const HEAD_BYTES_MAX: usize = 32 << 10;
 pub const HEAD_PATIENCE: Duration = Duration::from_secs(10);
 /// Heads that are read at once, where there are descriptors for as many.
 pub const HEADS_MAX: usize = 128;
-/// They may have this part of the descriptors that are kept back.
-const HEADS_PART: usize = 4;
+/// Those of all sockets may have this part of the descriptors that are kept back, and those that are being
+/// answered as many.
+const HEADS_PART: usize = 8;
 /// Bytes of one read.
 const READ_BYTES: usize = 4 << 10;
 /// How long an answer may take to leave, and what is still sent to be passed over.
@@ -87,16 +88,18 @@ struct Shared {
 }
 
 impl Requests {
-    /// For the socket that `listen` names, as it is to be called to the front.
+    /// For the socket that `listen` names, as it is to be called to the front; one of so many sockets that share
+    /// what there is of descriptors.
     pub fn new(
         listen: String,
         entrance: Box<dyn Entrance>,
         tunnels: Tunnels,
         front: Option<FrontSender>,
         descriptors: &Descriptors,
+        sockets: usize,
         metrics: Arc<Metrics>,
     ) -> Self {
-        let most = HEADS_MAX.min(descriptors.reserve() / HEADS_PART);
+        let most = HEADS_MAX.min(descriptors.reserve() / HEADS_PART / sockets.max(1));
         Self(Arc::new(Shared {
             listen,
             entrance,

@@ -69,6 +69,7 @@ fn given_with(front: Option<FrontSender>, head_patience: Duration) -> Given {
         Tunnels::new(router, Arc::clone(&metrics), &descriptors),
         front,
         &descriptors,
+        1,
         Arc::clone(&metrics),
     );
     Arc::get_mut(&mut requests.0).unwrap().head_patience = head_patience;

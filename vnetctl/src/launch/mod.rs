@@ -27,7 +27,7 @@ pub use vnet_dataplane::config::{
 };
 pub use vnet_dataplane::egress::stream::{AsyncStream, HostStream};
 pub use vnet_dataplane::forward::{FORWARDS_MAX, ForwardSpec};
-pub use vnet_dataplane::front::{FrontMessage, FrontReceiver, FrontSender, NotSent};
+pub use vnet_dataplane::front::{self, FrontMessage, FrontReceiver, FrontSender, NotSent};
 pub use vnet_dataplane::mac::Mac;
 
 pub use self::controlplane::{controlplane, own_log, own_server, session_url};
