@@ -27,8 +27,9 @@ pub struct Args {
     /// or fd://N; with ?name= &mac= &ip= .
     #[arg(long, value_name = "URL")]
     pub listen_vfkit: Vec<String>,
-    /// Not built yet.
-    #[arg(long, value_name = "URL", hide = true)]
+    /// Serve gvforwarder and others that ask for /connect, and /tunnel: unix:///PATH, tcp://127.0.0.1:PORT or
+    /// vsock://CID:PORT (vsock://:PORT), with ?name= &mac= &ip= .
+    #[arg(long, value_name = "URL")]
     pub listen: Vec<String>,
     /// Serve BESS and User Mode Linux (Linux only): unixpacket:///PATH, or fd://N; with ?name= &mac= &ip= .
     #[arg(long, value_name = "URL")]
@@ -82,6 +83,13 @@ pub struct Args {
     #[arg(short = 'p', long = "publish", value_name = "HOST:GUEST")]
     pub publish: Vec<String>,
 
+    /// Offer guests what the front serves on the gateway's port 80 (needs --front-fd).
+    #[arg(long, hide = true)]
+    pub guest_api: bool,
+    /// Hand requests on --listen, and guests' to the gateway, to the process at the other end of this inherited
+    /// socket, and open the tunnels that it asks for.
+    #[arg(long, value_name = "N", hide = true)]
+    pub front_fd: Option<RawFd>,
     /// Read what the VMs bring along (policy, mode, labels) from this inherited descriptor.
     #[arg(long, value_name = "N", hide = true)]
     pub vm_settings_fd: Option<RawFd>,

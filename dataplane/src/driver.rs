@@ -5,7 +5,8 @@
 //! the flows that have something to do, act on the engine's events, write everything out at once.
 
 use std::io;
-use std::net::{SocketAddr, UdpSocket as StdUdpSocket};
+use std::net::{IpAddr, SocketAddr, UdpSocket as StdUdpSocket};
+use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::sync::mpsc::Receiver;
 use std::time::Duration;
@@ -18,13 +19,15 @@ use vnet_proto::model::{Protocol, VmId};
 
 use crate::descriptors::Descriptor;
 use crate::egress::sockets::{HostSocket, Sockets};
+use crate::egress::stream::HostStream;
 use crate::engine::frame::DropReason;
 use crate::engine::reply::Unreachable;
 use crate::engine::tcp::DialError;
 use crate::engine::{Engine, Event, Outcome, Time};
+use crate::front::FrontMessage;
 use crate::inbox::Inbox;
 use crate::link::{Filled, Link, LinkError};
-use crate::message::{Input, Report, Router as _};
+use crate::message::{Ingress, Input, Origin, Report, Router as _};
 use crate::network::Network;
 use crate::outlet::Outlet;
 
@@ -219,7 +222,7 @@ impl Driver {
                 }
             }
             Token(at) => match self.sockets.get_mut(at) {
-                Some(HostSocket::Tcp(tcp)) => {
+                Some(HostSocket::Stream(tcp)) => {
                     tcp.handle_ready(event);
                     if !tcp.dialling {
                         self.dirty.push(at);
@@ -243,11 +246,7 @@ impl Driver {
             match input {
                 Input::Order(order) => self.engine.handle_order(now, order),
                 Input::Resolved { query, answer } => self.engine.handle_resolved(now, query, answer),
-                Input::Ingress {
-                    stream,
-                    target,
-                    waiting: _,
-                } => self.take_ingress(now, stream, target),
+                Input::Ingress(ingress) => self.take_ingress(now, ingress),
                 Input::IngressUdp {
                     listen,
                     socket,
@@ -267,14 +266,34 @@ impl Driver {
         false
     }
 
-    fn take_ingress(&mut self, now: Time, stream: std::net::TcpStream, target: SocketAddr) {
-        let listen = stream.local_addr().ok();
+    fn take_ingress(&mut self, now: Time, ingress: Ingress) {
+        let Ingress {
+            stream,
+            early,
+            target,
+            origin,
+            // It has been taken on, or is refused: it waits no longer.
+            waiting: _,
+        } = ingress;
+        let is_tunnel = origin == Origin::Tunnel;
+        let listen = match &stream {
+            _ if is_tunnel => None,
+            HostStream::Tcp(stream) => stream.local_addr().ok(),
+            HostStream::Unix(_) => None,
+        };
         let Some(at) = self.engine.open_ingress(now, target) else {
-            // RST rather than FIN: nobody was there.
-            let _ = socket2::SockRef::from(&stream).set_linger(Some(Duration::ZERO));
+            if !is_tunnel {
+                // RST rather than FIN: nobody was there.
+                stream.set_reset();
+            }
             return;
         };
-        if self.sockets.accept(self.poll.registry(), at, stream).is_err() {
+        let registry = self.poll.registry();
+        if self
+            .sockets
+            .accept(registry, at, stream, early, is_tunnel)
+            .is_err()
+        {
             self.engine.handle_host_reset(now, at);
             return;
         }
@@ -488,7 +507,7 @@ impl Driver {
         let mut again = Vec::new();
         for at in std::mem::take(&mut self.dirty) {
             let room = self.engine.room(at);
-            if let Some(HostSocket::Tcp(tcp)) = self.sockets.get_mut(at)
+            if let Some(HostSocket::Stream(tcp)) = self.sockets.get_mut(at)
                 && let Some(connection) = self.engine.connection(at)
             {
                 let moved = tcp.transfer(connection, room);
@@ -521,6 +540,13 @@ impl Driver {
                         self.engine.handle_refused(now, flow, dial_error(&error));
                     }
                 }
+                Event::OpenGuestApi { flow, guest } => match self.open_guest_api(flow, guest) {
+                    Ok(()) => self.engine.handle_dialled(now, flow),
+                    Err(error) => {
+                        tracing::debug!(%error, "a guest's connection to the gateway leads nowhere");
+                        self.engine.handle_refused(now, flow, DialError::Refused);
+                    }
+                },
                 Event::Send { flow, packets } | Event::Pass { flow, packets } => {
                     let io = &mut FrameIo {
                         poll: &self.poll,
@@ -560,6 +586,20 @@ impl Driver {
                 }
             }
         }
+    }
+
+    /// Hands a guest's connection to the gateway to the front: one end of a pair, of which the other is the flow's
+    /// host socket.
+    fn open_guest_api(&mut self, at: usize, guest: IpAddr) -> io::Result<()> {
+        let front = self.network.front().ok_or(io::ErrorKind::NotConnected)?;
+        let (here, there) = UnixStream::pair()?;
+        self.sockets
+            .accept(self.poll.registry(), at, here.into(), Vec::new(), false)?;
+        let message = FrontMessage::Guest {
+            vm: self.vm.0,
+            address: guest,
+        };
+        front.send(&message, there).map_err(io::Error::other)
     }
 
     fn tell(&mut self) {
@@ -632,7 +672,7 @@ impl FrameIo<'_> {
                 Some(Some(forward)) => forward.socket.send_to(payload, *address),
                 _ => return,
             },
-            Some(HostSocket::Tcp(_)) | None => return,
+            Some(HostSocket::Stream(_)) | None => return,
         };
         match sent {
             Ok(_) => engine.count_bytes(now, at, payload.len(), 0),

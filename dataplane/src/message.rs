@@ -14,6 +14,8 @@ use vnet_proto::model::{
     Reason, Subject, Verdict, VerdictAction, VmId,
 };
 
+use crate::egress::stream::HostStream;
+
 /// Bits of a [`MissId`] or [`FlowId`] that count within one guest; those above are its [`VmId`].
 pub const SEQUENCE_BITS: u32 = 40;
 
@@ -525,6 +527,30 @@ impl Drop for Waiting {
 /// A place in the session's queue of reports; `None` when the session is gone.
 pub type Turn = Option<tokio::sync::mpsc::OwnedPermit<Report>>;
 
+/// A connection from the host's side that leads into a guest.
+#[derive(Debug)]
+pub struct Ingress {
+    /// The connection.
+    pub stream: HostStream,
+    /// What was read from it already; the guest gets it first.
+    pub early: Vec<u8>,
+    /// Where in the guest it leads.
+    pub target: SocketAddr,
+    /// What it came through.
+    pub origin: Origin,
+    /// Counts as waiting until it is dropped; drop it when the connection is taken on or refused.
+    pub waiting: Waiting,
+}
+
+/// What a connection from the host's side came through.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Origin {
+    /// A forward: where the guest does not take it, its client sees a reset, as of a port that is closed.
+    Forward,
+    /// A tunnel, whose client was told already that there is one: it sees an ordinary end.
+    Tunnel,
+}
+
 /// Everything that reaches a guest's driver from the rest of its dataplane.
 #[derive(Debug)]
 pub enum Input {
@@ -537,15 +563,8 @@ pub enum Input {
         /// The whole message as the upstream sent it, with the id that was asked with.
         answer: Option<Vec<u8>>,
     },
-    /// A forward accepted a TCP connection for this guest.
-    Ingress {
-        /// The accepted connection, non-blocking.
-        stream: std::net::TcpStream,
-        /// Where in the guest it leads.
-        target: SocketAddr,
-        /// Counts as waiting until it is dropped; drop it when the connection is taken on or refused.
-        waiting: Waiting,
-    },
+    /// A connection from the host's side that leads into this guest.
+    Ingress(Ingress),
     /// A UDP forward leads to this guest: its socket, non-blocking, to be read from now on.
     IngressUdp {
         /// Where it listens; its identity.

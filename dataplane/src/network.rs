@@ -28,6 +28,7 @@ use crate::engine::gateway::dns::zones::Zones;
 use crate::engine::switch::{Neighbour, Passed};
 use crate::engine::{Engine, EngineConfig, Surroundings, Time};
 use crate::forward::Forwards;
+use crate::front::FrontSender;
 use crate::guards::Guards;
 use crate::inbox::Inbox;
 use crate::leases::{LeaseCounts, Leases};
@@ -95,6 +96,7 @@ pub struct Network {
     guests: RwLock<Guests>,
     reports: Sender<Report>,
     forwards: std::sync::OnceLock<Forwards>,
+    front: std::sync::OnceLock<FrontSender>,
 }
 
 #[derive(Default)]
@@ -135,6 +137,7 @@ impl Network {
             guests: RwLock::default(),
             reports,
             forwards: std::sync::OnceLock::new(),
+            front: std::sync::OnceLock::new(),
         })
     }
 
@@ -142,6 +145,17 @@ impl Network {
     pub fn set_forwards(&self, forwards: Forwards) {
         // A second call would be a mistake at start; the first stays.
         let _ = self.forwards.set(forwards);
+    }
+
+    /// Offers guests that attach from now on the gateway's port 80, which this front serves. Once.
+    pub fn offer_guest_api(&self, front: FrontSender) {
+        // As above.
+        let _ = self.front.set(front);
+    }
+
+    /// Who serves the gateway's port 80, if anybody does.
+    pub(crate) fn front(&self) -> Option<&FrontSender> {
+        self.front.get()
     }
 
     /// Where what is of no one guest is counted.
@@ -195,11 +209,14 @@ impl Network {
             lookup_hold: spec.resolver_patience,
             seed,
         };
-        let engine = Engine::new(
+        let mut engine = Engine::new(
             config,
             Arc::clone(self) as Arc<dyn Surroundings>,
             spec.name.clone(),
         );
+        if self.front().is_some() {
+            engine.offer_guest_api();
+        }
         let transport = link.transport();
         let inbox = Arc::new(Inbox::default());
         let (inputs, receiver) = std::sync::mpsc::channel();

@@ -22,6 +22,7 @@ use crate::engine::flow::FLOWS_MAX;
 use crate::engine::gateway::dhcp::DhcpConfig;
 use crate::engine::gateway::dns::zones::Zones;
 use crate::forward::{ForwardError, Forwards};
+use crate::front::{self, FrontSender, Tunnels};
 use crate::guards::{Guards, HostAddresses, Watcher, follow};
 use crate::inherit;
 use crate::leases::{LEASE_TIME, LeaseConfig, Leases};
@@ -34,6 +35,7 @@ use crate::link::{serve, shared};
 use crate::message::{Forward, Report, Router};
 use crate::metrics::Metrics;
 use crate::network::{GuestSpec, Network, NetworkConfig};
+use crate::requests::Requests;
 use crate::session::{self, Commands, Controlplane, Identity, SessionConfig, SessionEnd};
 
 /// Reports that wait for the session.
@@ -81,6 +83,15 @@ pub enum RunError {
         /// Which.
         at: String,
         /// The system's word.
+        #[source]
+        source: io::Error,
+    },
+    /// The channel to the front is none.
+    #[error("--front-fd {fd} cannot be the channel to the front")]
+    Front {
+        /// Which.
+        fd: i32,
+        /// Why.
         #[source]
         source: io::Error,
     },
@@ -214,10 +225,19 @@ pub async fn run(config: Config) -> Result<(), RunError> {
         Arc::clone(&metrics),
         reports.clone(),
     );
+    let tunnels = Tunnels::new(
+        Arc::clone(&network) as Arc<dyn Router>,
+        Arc::clone(&metrics),
+        &descriptors,
+    );
+    let front = match config.front_fd {
+        None => None,
+        Some(fd) => Some(open_front(&config, fd, &network, tunnels.clone(), &metrics)?),
+    };
     let forwards = Forwards::new(
         Arc::clone(&network) as Arc<dyn Router>,
         Arc::clone(&metrics),
-        descriptors,
+        descriptors.clone(),
         tokio::runtime::Handle::current(),
     );
     network.set_forwards(forwards.clone());
@@ -255,7 +275,18 @@ pub async fn run(config: Config) -> Result<(), RunError> {
     );
 
     open_forwards(&config.forwards, &forwards)?;
-    let files = open_listeners(&config, &network, &guards)?;
+    let asked = Asked {
+        tunnels,
+        front,
+        descriptors: &descriptors,
+        sockets: config
+            .listeners
+            .iter()
+            .filter(|listener| listener.transport == Transport::Connect)
+            .count(),
+        metrics: &metrics,
+    };
+    let files = open_listeners(&config, &network, &guards, &asked)?;
     let links_gone = open_links(&config, &network, stdio)?;
 
     let mut terminate = signal(SignalKind::terminate()).map_err(RunError::System)?;
@@ -302,6 +333,23 @@ pub async fn run(config: Config) -> Result<(), RunError> {
         SessionEnd::Finished => Ok(()),
         end => Err(RunError::Session(end)),
     }
+}
+
+/// Hears and tells the front from now on.
+fn open_front(
+    config: &Config,
+    fd: i32,
+    network: &Network,
+    tunnels: Tunnels,
+    metrics: &Arc<Metrics>,
+) -> Result<FrontSender, RunError> {
+    let (sender, receiver) = front::open(take("--front-fd", fd)?, Arc::clone(metrics))
+        .map_err(|source| RunError::Front { fd, source })?;
+    tokio::spawn(tunnels.serve(receiver));
+    if config.guest_api {
+        network.offer_guest_api(sender.clone());
+    }
+    Ok(sender)
 }
 
 async fn lifeline_end(lifeline: Option<OwnedFd>) {
@@ -393,6 +441,7 @@ fn open_listeners(
     config: &Config,
     network: &Arc<Network>,
     guards: &Guards,
+    asked: &Asked<'_>,
 ) -> Result<Vec<SocketFile>, RunError> {
     let mut files = Vec::new();
     for listener in &config.listeners {
@@ -400,7 +449,7 @@ fn open_listeners(
             continue;
         }
         files.extend(
-            open_listener(config, listener, network, guards).map_err(|source| RunError::Listen {
+            open_listener(config, listener, network, guards, asked).map_err(|source| RunError::Listen {
                 at: listener.at.to_string(),
                 source,
             })?,
@@ -415,6 +464,7 @@ fn open_listener(
     listener: &ListenConfig,
     network: &Arc<Network>,
     guards: &Guards,
+    asked: &Asked<'_>,
 ) -> io::Result<Option<SocketFile>> {
     let spec = guest_spec(&listener.vm);
     let path = || match &listener.at {
@@ -429,23 +479,54 @@ fn open_listener(
             serve::records(network, listener, spec)?;
             Ok(Some(file))
         }
-        transport @ (Transport::Qemu | Transport::Vpnkit) => {
+        transport @ (Transport::Qemu | Transport::Vpnkit | Transport::Connect) => {
             let (stream, file) = StreamListener::open(&listener.at)?;
             if let Some(address) = stream.tcp_address() {
                 // Where it really listens, port 0 replaced: closed to guests.
                 guards.add_listener(address);
             }
-            if transport == Transport::Qemu {
-                serve::streams(network, stream, spec)?;
-            } else {
-                let answers = Answers {
-                    macs: config.vpnkit_macs.clone(),
-                    mtu_bytes: config.network.mtu_bytes,
-                };
-                serve::vpnkit(network, stream, spec, answers)?;
+            match transport {
+                Transport::Connect => {
+                    let url = listener.url();
+                    asked
+                        .requests(url, serve::Entrance::new(network, spec))
+                        .serve(stream)?;
+                }
+                Transport::Vpnkit => {
+                    let answers = Answers {
+                        macs: config.vpnkit_macs.clone(),
+                        mtu_bytes: config.network.mtu_bytes,
+                    };
+                    serve::vpnkit(network, stream, spec, answers)?;
+                }
+                _ => serve::streams(network, stream, spec)?,
             }
             Ok(file)
         }
+    }
+}
+
+/// What requests on `--listen` are served with.
+struct Asked<'a> {
+    tunnels: Tunnels,
+    front: Option<FrontSender>,
+    descriptors: &'a Descriptors,
+    /// How many sockets there are.
+    sockets: usize,
+    metrics: &'a Arc<Metrics>,
+}
+
+impl Asked<'_> {
+    fn requests(&self, listen: String, entrance: Arc<serve::Entrance>) -> Requests {
+        Requests::new(
+            listen,
+            Box::new(entrance),
+            self.tunnels.clone(),
+            self.front.clone(),
+            self.descriptors,
+            self.sockets,
+            Arc::clone(self.metrics),
+        )
     }
 }
 
@@ -519,7 +600,9 @@ fn open_socket(transport: Transport, fd: i32) -> Result<Link, RunError> {
         });
     }
     let (kind, expected) = match transport {
-        Transport::Qemu | Transport::Vpnkit => (socket2::Type::STREAM, "a connected stream socket"),
+        Transport::Qemu | Transport::Vpnkit | Transport::Connect => {
+            (socket2::Type::STREAM, "a connected stream socket")
+        }
         Transport::Vfkit => (socket2::Type::DGRAM, "a connected datagram socket"),
         Transport::Bess => (
             socket2::Type::SEQPACKET,
@@ -537,7 +620,7 @@ fn open_socket(transport: Transport, fd: i32) -> Result<Link, RunError> {
     match transport {
         Transport::Vfkit => packets(PacketKind::Datagrams)(descriptor),
         Transport::Bess => packets(PacketKind::Records)(descriptor),
-        Transport::Qemu | Transport::Vpnkit => {
+        Transport::Qemu | Transport::Vpnkit | Transport::Connect => {
             let socket = StreamSocket::from(socket2::Socket::from(descriptor));
             StreamLink::new(socket, StreamKind::Qemu, &[]).map(Link::Stream)
         }

@@ -23,6 +23,8 @@ use crate::mac::Mac;
 use crate::message::{Forward, OwnPolicy, Zone};
 use url::{ListenUrl, Schemes, socket_path};
 
+pub(crate) use settings::base64_text;
+
 pub use problem::{Problem, Problems, write_lines};
 pub use settings::{OwnListSettings, OwnPolicySettings, SettingsError, VmSettings};
 pub use url::{ListenAt, UrlError};
@@ -78,6 +80,10 @@ pub struct Config {
     pub vpnkit_macs: HashMap<String, Mac>,
     /// Forwards to open at the start.
     pub forwards: Vec<Forward>,
+    /// One end of the channel to the front ([`crate::front`]).
+    pub front_fd: Option<RawFd>,
+    /// Guests are offered what the front serves on the gateway's port 80.
+    pub guest_api: bool,
     /// The dataplane ends when the other end of this descriptor is closed.
     pub exit_with_fd: Option<RawFd>,
     /// Written to, and closed, when everything listens.
@@ -133,6 +139,8 @@ pub enum Transport {
     Bess,
     /// A stream; each frame behind its length, all behind a handshake.
     Vpnkit,
+    /// A stream of a request, which may be for a guest's link: each frame behind its length, all behind the request.
+    Connect,
 }
 
 impl Transport {
@@ -143,6 +151,7 @@ impl Transport {
             Self::Vfkit => "--listen-vfkit",
             Self::Bess => "--listen-bess",
             Self::Vpnkit => "--listen-vpnkit",
+            Self::Connect => "--listen",
         }
     }
 
@@ -153,13 +162,14 @@ impl Transport {
             Self::Vfkit => "vfkit",
             Self::Bess => "bess",
             Self::Vpnkit => "vpnkit",
+            Self::Connect => "connect",
         }
     }
 
     /// The scheme of its sockets' paths.
     pub fn scheme(self) -> &'static str {
         match self {
-            Self::Qemu | Self::Vpnkit => "unix",
+            Self::Qemu | Self::Vpnkit | Self::Connect => "unix",
             Self::Vfkit => "unixgram",
             Self::Bess => "unixpacket",
         }
@@ -170,7 +180,7 @@ impl Transport {
             Self::Qemu => Schemes::StreamOrFd,
             Self::Vfkit => Schemes::Datagram,
             Self::Bess => Schemes::Records,
-            Self::Vpnkit => Schemes::Stream,
+            Self::Vpnkit | Self::Connect => Schemes::Stream,
         }
     }
 }
@@ -184,6 +194,17 @@ pub struct ListenConfig {
     pub at: ListenAt,
     /// The VM that connects.
     pub vm: VmConfig,
+}
+
+impl ListenConfig {
+    /// Where, as a URL without parameters.
+    pub fn url(&self) -> String {
+        match &self.at {
+            ListenAt::Unix(path) => format!("{}://{}", self.transport.scheme(), path.display()),
+            ListenAt::Tcp(address) => format!("tcp://{address}"),
+            at @ (ListenAt::Vsock { .. } | ListenAt::Fd(_)) => at.to_string(),
+        }
+    }
 }
 
 /// A VM, as the host's side knows it.
@@ -224,9 +245,6 @@ impl Config {
         let vm = vm_config(args, settings, &mut problems);
         let network = network::check(args, name, &mut problems);
         let listeners = listeners(args, &vm, &network, &mut problems);
-        if !args.listen.is_empty() {
-            problems.push(Problem::NotBuilt { flag: "--listen" });
-        }
         let has_stdio = stdio(args, &mut problems);
         let vpnkit_macs = vpnkit_macs(args, &mut problems);
         let asked_for_a_link = args.listen_qemu.len()
@@ -239,6 +257,9 @@ impl Config {
             problems.push(Problem::NoLink);
         }
         let forwards = network::forwards(args, &network, &mut problems);
+        if args.guest_api && args.front_fd.is_none() {
+            problems.push(Problem::GuestApiWithoutFront);
+        }
         descriptors(args, controlplane.as_ref(), &listeners, &mut problems);
 
         match (controlplane, problems.is_empty()) {
@@ -251,6 +272,8 @@ impl Config {
                 stdio: has_stdio.then_some(vm),
                 vpnkit_macs,
                 forwards,
+                front_fd: args.front_fd,
+                guest_api: args.guest_api,
                 exit_with_fd: args.exit_with_fd,
                 ready_fd: args.ready_fd,
             }),
@@ -397,6 +420,7 @@ fn listeners(
         (Transport::Vfkit, &args.listen_vfkit),
         (Transport::Bess, &args.listen_bess),
         (Transport::Vpnkit, &args.listen_vpnkit),
+        (Transport::Connect, &args.listen),
     ];
     let given = given
         .iter()
@@ -518,6 +542,7 @@ fn descriptors(
     let flags = [
         ("--controlplane", stream),
         ("--link-fd", args.link_fd),
+        ("--front-fd", args.front_fd),
         ("--vm-settings-fd", args.vm_settings_fd),
         ("--exit-with-fd", args.exit_with_fd),
         ("--ready-fd", args.ready_fd),

@@ -70,10 +70,6 @@ pub enum Problem {
     Label { found: String, why: &'static str },
     #[error("--label {0} is given twice with different values")]
     LabelTwice(String),
-    #[error(
-        "{flag} is not built yet; use --listen-qemu, --listen-vfkit, --listen-bess, --listen-vpnkit or --listen-stdio"
-    )]
-    NotBuilt { flag: &'static str },
     #[error("{flag} {found}")]
     Url {
         flag: &'static str,
@@ -86,8 +82,8 @@ pub enum Problem {
     #[error("{flag} {found}: another --listen flag listens there too")]
     ListenTwice { flag: &'static str, found: String },
     #[error(
-        "no guest can attach: give one of --listen-qemu, --listen-vfkit, --listen-bess, --listen-vpnkit and \
-         --listen-stdio"
+        "no guest can attach: give one of --listen, --listen-qemu, --listen-vfkit, --listen-bess, --listen-vpnkit \
+         and --listen-stdio"
     )]
     NoLink,
     #[error("--listen-stdio is empty (expected any text, as accept)")]
@@ -181,6 +177,8 @@ pub enum Problem {
     PublishTwice(String),
     #[error("--publish is given {found} times (at most {most})")]
     PublishMany { found: usize, most: usize },
+    #[error("--guest-api needs --front-fd: it is the front that serves it")]
+    GuestApiWithoutFront,
     #[error("{flag} {found} is not a descriptor that can be inherited (expected 3 or above)")]
     Descriptor { flag: &'static str, found: i32 },
     #[error("{flag} {found} is the descriptor of {other} already")]

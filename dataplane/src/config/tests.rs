@@ -275,6 +275,8 @@ fn every_transport_has_its_sockets() {
         "fd://8",
         "--listen-vpnkit",
         "tcp://127.0.0.1:0",
+        "--listen",
+        "unix:///run/n.sock?name=dev&ip=192.168.127.9",
         "--listen-stdio",
         "accept",
         "--vpnkit-mac",
@@ -293,7 +295,8 @@ fn every_transport_has_its_sockets() {
             "vfkit /run/v.sock mac",
             "vfkit fd://7 vm",
             "bess fd://8 vm",
-            "vpnkit 127.0.0.1:0 vm"
+            "vpnkit 127.0.0.1:0 vm",
+            "connect /run/n.sock dev"
         ]
     );
     assert_eq!(
@@ -374,8 +377,16 @@ fn bad_flags_are_refused_in_these_words() {
             "--label x is given twice with different values",
         ),
         (
-            &["--listen", "unix:///a"],
-            "--listen is not built yet; use --listen-qemu, --listen-vfkit, --listen-bess, --listen-vpnkit or --listen-stdio",
+            &["--listen", "fd://7"],
+            "--listen fd://7: expected unix:///PATH, tcp://127.0.0.1:PORT or vsock://CID:PORT",
+        ),
+        (
+            &["--listen", "tcp://0.0.0.0:8080"],
+            "--listen tcp://0.0.0.0:8080: 0.0.0.0:8080 is not a loopback address; guests over TCP are served on loopback only",
+        ),
+        (
+            &["--listen", "unix:///run/q.sock"],
+            "--listen unix:///run/q.sock: another --listen flag listens there too",
         ),
         (
             &["--listen-bess", "unix:///a"],
@@ -650,6 +661,18 @@ fn bad_flags_are_refused_in_these_words() {
             &["--link-fd", "5", "--exit-with-fd", "5"],
             "--exit-with-fd 5 is the descriptor of --link-fd already",
         ),
+        (
+            &["--front-fd", "2"],
+            "--front-fd 2 is not a descriptor that can be inherited (expected 3 or above)",
+        ),
+        (
+            &["--front-fd", "5", "--ready-fd", "5"],
+            "--ready-fd 5 is the descriptor of --front-fd already",
+        ),
+        (
+            &["--guest-api"],
+            "--guest-api needs --front-fd: it is the front that serves it",
+        ),
     ];
     for (flags, message) in table {
         assert_eq!(check(flags).err(), Some(vec![(*message).to_owned()]), "{flags:?}");
@@ -685,8 +708,8 @@ fn a_controlplane_must_be_given_and_be_one_that_is_built() {
         Some(vec![
             "--controlplane is not given (expected unix:///PATH of the controlplane's session socket)"
                 .to_owned(),
-            "no guest can attach: give one of --listen-qemu, --listen-vfkit, --listen-bess, --listen-vpnkit and \
-             --listen-stdio"
+            "no guest can attach: give one of --listen, --listen-qemu, --listen-vfkit, --listen-bess, --listen-vpnkit \
+             and --listen-stdio"
                 .to_owned(),
         ])
     );

@@ -35,6 +35,8 @@ pub struct Flow {
     pub neighbour: Option<VmId>,
     /// Opened from the host's side.
     pub ingress: bool,
+    /// It leads to the gateway's own API, of which the session is told nothing.
+    pub is_guest_api: bool,
     /// Where it is in its life.
     pub state: State,
     /// What let it through has a budget.
@@ -118,6 +120,7 @@ impl Flow {
             dialled: wanted.dialled,
             neighbour: wanted.neighbour,
             ingress: false,
+            is_guest_api: false,
             state,
             metered: false,
             decision: None,

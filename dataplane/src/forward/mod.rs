@@ -24,7 +24,7 @@ use tokio::task::AbortHandle;
 use vnet_proto::model::{CommandId, Protocol, VmId};
 
 use crate::descriptors::{Descriptors, Kept, NoDescriptor};
-use crate::message::{Forward, Input, Router, Waiting};
+use crate::message::{Forward, Ingress, Input, Origin, Router, Waiting};
 use crate::metrics::{ForwardRefusal, Metrics};
 
 pub use spec::{ForwardSpec, ForwardSpecError};
@@ -360,16 +360,14 @@ impl Accepting {
         let Some(waiting) = Waiting::enter(&self.waiting, self.waiting_max) else {
             return self.refuse(&stream, ForwardRefusal::Backlog);
         };
-        // Without it, small writes wait for the other side's acknowledgement; the connection works anyway.
-        let _ = stream.set_nodelay(true);
-        if self.router.send(
-            vm,
-            Input::Ingress {
-                stream,
-                target: self.target,
-                waiting,
-            },
-        ) {
+        let ingress = Ingress {
+            stream: stream.into(),
+            early: Vec::new(),
+            target: self.target,
+            origin: Origin::Forward,
+            waiting,
+        };
+        if self.router.send(vm, Input::Ingress(ingress)) {
             self.metrics.forward_connections.increment();
         } else {
             self.metrics

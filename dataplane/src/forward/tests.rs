@@ -6,6 +6,7 @@ use std::sync::mpsc;
 
 use super::*;
 use crate::descriptors::{PER_FORWARD, RESERVE_MIN};
+use crate::egress::stream::HostStream;
 use crate::message::Order;
 
 /// One guest may live at each address; everything sent is recorded.
@@ -118,9 +119,11 @@ fn a_tcp_connection_reaches_the_guest_at_the_target() {
     client.write_all(b"hello").unwrap();
 
     let (vm, input) = given.sent.recv_timeout(PATIENCE).unwrap();
-    let Input::Ingress {
-        mut stream, target, ..
-    } = input
+    let Input::Ingress(Ingress {
+        stream: HostStream::Tcp(mut stream),
+        target,
+        ..
+    }) = input
     else {
         panic!("{input:?}")
     };

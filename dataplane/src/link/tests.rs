@@ -103,7 +103,7 @@ impl Rig {
     }
 
     fn next_down(&mut self) {
-        self.report(|report| matches!(report, Report::VmDown(_)).then_some(()));
+        self.report(|report| matches!(report, Report::VmDown { .. }).then_some(()));
     }
 
     /// Waits until so many frames of one guest were dropped for this.

@@ -113,6 +113,8 @@ mod linux {
         Qemu,
         /// A stream with 2-byte little-endian lengths
         Short,
+        /// The same behind a request for `/connect`, as gvforwarder makes it
+        Connect,
         /// The same behind a handshake
         Vpnkit,
         /// Datagrams
@@ -249,7 +251,7 @@ mod linux {
         let reader = socket.descriptor.try_clone()?;
         let lengths = match args.framing {
             Framing::Qemu => Some(Lengths::Be32),
-            Framing::Short => Some(Lengths::Le16),
+            Framing::Short | Framing::Connect => Some(Lengths::Le16),
             Framing::Vpnkit => {
                 vpnkit(File::from(socket.descriptor.try_clone()?))?;
                 Some(Lengths::Le16)
@@ -259,8 +261,12 @@ mod linux {
         let writer = socket.descriptor.try_clone()?;
         match lengths {
             Some(lengths) => {
+                let first = match args.framing {
+                    Framing::Connect => CONNECT,
+                    _ => &[],
+                };
                 background("out", move || {
-                    stream_out(&from_tap, writer.into(), out_of, batch, lengths)
+                    stream_out(&from_tap, writer.into(), out_of, batch, lengths, first)
                 });
                 background("in", move || stream_in(reader.into(), &tap, into, lengths));
             }
@@ -289,7 +295,7 @@ mod linux {
     impl Connection {
         fn to(path: PathBuf, framing: Framing) -> Result<Connection> {
             let (descriptor, own) = match framing {
-                Framing::Qemu | Framing::Short | Framing::Vpnkit => (
+                Framing::Qemu | Framing::Short | Framing::Connect | Framing::Vpnkit => (
                     connect_when_there(|| UnixStream::connect(&path), &path)?.into(),
                     None,
                 ),
@@ -456,18 +462,25 @@ mod linux {
         }
     }
 
+    /// What gvforwarder says, which then waits for no answer.
+    const CONNECT: &[u8] = b"POST /connect HTTP/1.1\r\nHost: \r\nUser-Agent: Go-http-client/1.1\r\n\r\n";
+
+    /// `first` leaves with the first frames, in one write.
     fn stream_out(
         tap: &File,
         mut socket: UnixStream,
         mut weather: Weather,
         batch: usize,
         lengths: Lengths,
+        first: &[u8],
     ) -> io::Result<()> {
         let mut buffer = Vec::with_capacity(STREAM_BYTES + FRAME_BYTES_MAX);
+        let mut head = Some(first);
         let mut frame = vec![0; FRAME_BYTES_MAX];
         loop {
             wait_readable(tap)?;
             buffer.clear();
+            buffer.extend_from_slice(head.take().unwrap_or_default());
             let mut frames = 0;
             while frames < batch && buffer.len() < STREAM_BYTES {
                 let length = match (&*tap).read(&mut frame) {

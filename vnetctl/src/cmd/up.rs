@@ -159,15 +159,11 @@ fn greeting(config: &DataplaneConfig, command: &str) -> Vec<String> {
         .listeners
         .iter()
         .map(|listener| {
-            let url = match &listener.at {
-                ListenAt::Unix(path) => format!("{}://{}", listener.transport.scheme(), path.display()),
-                ListenAt::Tcp(address) => format!("tcp://{address}"),
-                at @ (ListenAt::Vsock { .. } | ListenAt::Fd(_)) => at.to_string(),
-            };
             safe(&format!(
-                "vnet: serving VM {} for {} at {url}",
+                "vnet: serving VM {} for {} at {}",
                 listener.vm.name,
-                listener.transport.word()
+                listener.transport.word(),
+                listener.url()
             ))
             .into_owned()
         })

@@ -19,6 +19,7 @@ use vnet_dataplane::args::{Args, Cli};
 use vnet_dataplane::config::{
     Config, ListenAt, ListenConfig, OwnListSettings, OwnPolicySettings, VmSettings, default_name, inherited,
 };
+use vnet_dataplane::front::{self, FrontReceiver, FrontSender};
 use vnet_dataplane::inherit;
 
 use super::descriptors::inherit_only;
@@ -36,6 +37,9 @@ pub struct Settings {
     pub resolver_patience: Option<Duration>,
     /// The link of its one guest, where it serves no socket.
     pub link: Option<OwnedFd>,
+    /// Whether this process is its front: it hands over requests on its `--listen` sockets that are not its own,
+    /// and opens tunnels ([`Dataplane::take_front`]).
+    pub front: bool,
     /// What becomes of its log.
     pub log: DataplaneLog,
 }
@@ -65,6 +69,7 @@ pub struct Dataplane {
     lifeline: Option<io::PipeWriter>,
     ready: pipe::Receiver,
     said: Arc<Mutex<Vec<u8>>>,
+    front: Option<(FrontSender, FrontReceiver)>,
 }
 
 /// Why a dataplane did not start or did not stay.
@@ -170,12 +175,20 @@ impl Dataplane {
         let (ready, ready_end) = io::pipe().map_err(start)?;
         let ready = pipe::Receiver::from_owned_fd(ready.into()).map_err(start)?;
         let ready_end = OwnedFd::from(ready_end);
+        let (front, front_end) = if settings.front {
+            let (own, theirs) = front::pair().map_err(start)?;
+            let opened = front::open(own, Arc::default()).map_err(start)?;
+            (Some(opened), Some(theirs))
+        } else {
+            (None, None)
+        };
         let (lifeline_end, settings_end) = (OwnedFd::from(lifeline_end), OwnedFd::from(settings_end));
         let args = Args {
             link_fd: settings.link.as_ref().map(|fd| fd.as_raw_fd()),
             vm_settings_fd: Some(settings_end.as_raw_fd()),
             exit_with_fd: Some(lifeline_end.as_raw_fd()),
             ready_fd: Some(ready_end.as_raw_fd()),
+            front_fd: front_end.as_ref().map(|fd| fd.as_raw_fd()),
             ..settings.args
         };
         // The guests' own sockets go to the dataplane and stay with nobody else, so that each side sees when
@@ -214,6 +227,7 @@ impl Dataplane {
             .link
             .iter()
             .chain([&lifeline_end, &settings_end, &ready_end])
+            .chain(&front_end)
             .chain(&sockets)
             .collect();
         inherit_only(&mut command, &keep);
@@ -232,7 +246,14 @@ impl Dataplane {
             lifeline: Some(lifeline),
             ready,
             said,
+            front,
         })
+    }
+
+    /// The channel to it, once, where it was started with a front ([`Settings::front`]): what hands tunnels over,
+    /// and what brings requests.
+    pub fn take_front(&mut self) -> Option<(FrontSender, FrontReceiver)> {
+        self.front.take()
     }
 
     /// Waits until everything that it was told to open listens; `false` if it ended before. Cancel safe.
@@ -327,6 +348,8 @@ fn flags(args: &Args) -> Vec<OsString> {
         dns_search,
         zones,
         publish,
+        guest_api,
+        front_fd,
         vm_settings_fd,
         exit_with_fd,
         ready_fd,
@@ -343,6 +366,7 @@ fn flags(args: &Args) -> Vec<OsString> {
         ("gateway-mac", gateway_mac.clone()),
         ("host-alias", host_alias.clone()),
         ("ipv6-prefix", ipv6_prefix.clone()),
+        ("front-fd", number(front_fd)),
         ("vm-settings-fd", number(vm_settings_fd)),
         ("exit-with-fd", number(exit_with_fd)),
         ("ready-fd", number(ready_fd)),
@@ -368,9 +392,12 @@ fn flags(args: &Args) -> Vec<OsString> {
     let repeated = repeated
         .into_iter()
         .flat_map(|(flag, values)| values.iter().cloned().map(move |v| (flag, v)));
+    let switches = [("guest-api", *guest_api)];
+    let switches = switches.into_iter().filter(|(_, on)| *on);
     // One word each, so that a value that begins with a dash stays a value.
     once.chain(repeated)
         .map(|(flag, value)| OsString::from(format!("--{flag}={value}")))
+        .chain(switches.map(|(flag, _)| OsString::from(format!("--{flag}"))))
         .collect()
 }
 
@@ -418,6 +445,8 @@ mod tests {
             "--dns-search=lan",
             "--zone=z:a=10.0.0.2",
             "--publish=8080:80",
+            "--front-fd=10",
+            "--guest-api",
             "--vm-settings-fd=8",
             "--exit-with-fd=9",
         ];
