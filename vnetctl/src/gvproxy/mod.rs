@@ -7,12 +7,14 @@
 //!   is wrong;
 //! - [`load`] does all of it from the files that are named.
 //!
-//! Nothing here opens a socket or writes a file. What the configuration means is told in `docs/gvproxy.md`.
+//! None of these opens a socket or writes a file. [`ssh`] serves sockets that lead into a guest over SSH.
+//! What the configuration means is told in `docs/gvproxy.md`.
 
 pub mod config;
 pub mod flags;
 mod load;
 pub mod origin;
+pub mod ssh;
 pub mod yaml;
 
 pub use config::Config;
