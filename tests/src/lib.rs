@@ -50,6 +50,7 @@ pub mod packages;
 pub mod person;
 pub mod process;
 pub mod servers;
+pub mod sshd;
 pub mod stage;
 pub mod wire;
 pub mod world;

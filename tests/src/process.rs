@@ -216,6 +216,11 @@ pub fn eventually(what: &str, mut holds: impl FnMut() -> bool) {
 /// Every process below this one that still runs, with its command line. As this process reaps the
 /// orphans of a stage, nothing that a test started can be elsewhere.
 pub fn descendants() -> Vec<(i32, String)> {
+    descendants_of(Pid::this().as_raw())
+}
+
+/// Every process below another that still runs, with its command line.
+pub fn descendants_of(own: i32) -> Vec<(i32, String)> {
     let mut parents = Vec::new();
     for entry in fs::read_dir("/proc").into_iter().flatten().flatten() {
         let Ok(pid) = entry.file_name().to_string_lossy().parse::<i32>() else {
@@ -228,7 +233,6 @@ pub fn descendants() -> Vec<(i32, String)> {
             parents.push((pid, parent, state == "Z"));
         }
     }
-    let own = Pid::this().as_raw();
     let mut found = vec![own];
     let mut next = 0;
     while let Some(&parent) = found.get(next) {
