@@ -7,12 +7,13 @@
 //!   is wrong;
 //! - [`load`] does all of it from the files that are named.
 //!
-//! Nothing here opens a socket or writes a file. What the configuration means is told in `docs/gvproxy.md`.
+//! [`services`] is its HTTP API, over connections that others accept. Nothing else here opens a socket or writes a file. What the configuration means is told in `docs/gvproxy.md`.
 
 pub mod config;
 pub mod flags;
 mod load;
 pub mod origin;
+pub mod services;
 pub mod yaml;
 
 pub use config::Config;
