@@ -102,7 +102,7 @@ impl Answer {
     }
 
     /// The first line is what is wrong, the others are what helps.
-    fn lines(status: StatusCode, text: &str) -> Self {
+    pub(super) fn lines(status: StatusCode, text: &str) -> Self {
         let mut lines = text.lines();
         let answer = Self::error(status, lines.next().unwrap_or_default());
         let rest: Vec<&str> = lines.map(str::trim).collect();

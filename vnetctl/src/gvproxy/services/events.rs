@@ -355,3 +355,52 @@ fn domain(event: &v1::Event) -> Option<Domain> {
         last_seen: at,
     })
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test(start_paused = true)]
+    async fn something_is_sent_every_fifteen_seconds_for_days() {
+        let (out, events) = mpsc::channel(1);
+        let mut body = body(events);
+        let began = tokio::time::Instant::now();
+        for _ in 0..2 * 24 * 60 * 4 {
+            let frame = body.frame().await.unwrap().unwrap();
+            assert_eq!(frame.into_data().unwrap(), ": keep-alive\n\n");
+        }
+        assert_eq!(began.elapsed().as_secs(), 2 * 24 * 60 * 60);
+        out.send("x".to_owned()).await.unwrap();
+        assert_eq!(body.frame().await.unwrap().unwrap().into_data().unwrap(), "x");
+        drop(out);
+        assert!(body.frame().await.is_none());
+    }
+
+    #[test]
+    fn a_request_that_ended_unanswered_was_not_let_through_unless_a_policy_decided_it() {
+        let event = |query_type: &str| v1::Event {
+            kind: v1::EventKind::PendingClosed.into(),
+            query_type: query_type.to_owned(),
+            names: vec!["example.com".to_owned()],
+            tuple: Some(v1::FlowTuple {
+                protocol: v1::Protocol::Tcp.into(),
+                address: "198.18.0.1".to_owned(),
+                port: 443,
+                ..Default::default()
+            }),
+            guards: vec![v1::Guard::Synthetic.into()],
+            ..Default::default()
+        };
+        assert_eq!(closed_unanswered(&event(""), v1::PendingState::Decided), None);
+        let Some(Told::Connection("network_denied", connection)) =
+            closed_unanswered(&event(""), v1::PendingState::Expired)
+        else {
+            panic!()
+        };
+        assert_eq!(connection.ip, "example.com", "a synthetic address says nothing");
+        assert!(matches!(
+            closed_unanswered(&event("A"), v1::PendingState::Cancelled),
+            Some(Told::Domain("dns_denied", _))
+        ));
+    }
+}

@@ -45,8 +45,8 @@ enum State {
     Taken,
     /// These forwards of the dataplane: protocol and listen address.
     Forwards(Vec<(v1::Protocol, String)>),
-    /// A listener of this process, which ends when it is dropped.
-    Own { _listener: Box<dyn Send + Sync> },
+    /// A socket that leads over SSH.
+    Ssh,
 }
 
 /// Why a place cannot be taken.
@@ -70,8 +70,8 @@ pub(super) struct Taken {
 pub(super) enum Closing {
     /// Forwards of the dataplane.
     Forwards(Vec<(v1::Protocol, String)>),
-    /// It was a listener of this process, and is closed.
-    Closed,
+    /// A socket that leads over SSH.
+    Ssh,
 }
 
 /// What is exposed, as it is listed.
@@ -165,35 +165,30 @@ impl Exposed {
         all
     }
 
-    /// What a place stands for, to be closed; nothing where it is not open, or another's than this guest's. A listener
-    /// of this process is closed at once; forwards stay in the table until they are [closed](Exposed::closed).
+    /// What a place stands for, to be closed; nothing where it is not open, or another's than this guest's. It stays in
+    /// the table until it is [closed](Exposed::closed).
     pub(super) fn closing(&self, kind: Kind, local: &str, guest: Option<IpAddr>) -> Option<Closing> {
-        let mut table = self.table();
-        let key = (local.to_owned(), kind);
-        let entry = table.entries.get(&key)?;
+        let table = self.table();
+        let entry = table.entries.get(&(local.to_owned(), kind))?;
         if guest.is_some() && entry.guest != guest {
             return None;
         }
         match &entry.state {
             State::Taken => None,
             State::Forwards(own) => Some(Closing::Forwards(own.clone())),
-            State::Own { .. } => {
-                let entry = table.entries.remove(&key);
-                drop(table);
-                // Its listener may do something as it ends.
-                drop(entry);
-                Some(Closing::Closed)
-            }
+            State::Ssh => Some(Closing::Ssh),
         }
     }
 
-    /// The forwards of a place are closed.
+    /// What a place stood for is closed.
     pub(super) fn closed(&self, kind: Kind, local: &str) {
         let mut table = self.table();
         let key = (local.to_owned(), kind);
-        let is_forwards =
-            matches!(table.entries.get(&key), Some(entry) if matches!(entry.state, State::Forwards(_)));
-        if is_forwards {
+        if table
+            .entries
+            .get(&key)
+            .is_some_and(|entry| !matches!(entry.state, State::Taken))
+        {
             table.entries.remove(&key);
         }
     }
@@ -223,10 +218,10 @@ impl Taken {
         }
     }
 
-    /// It is open: a listener of this process.
-    pub(super) fn listening(mut self, listener: Box<dyn Send + Sync>) {
+    /// It is open: a socket that leads over SSH.
+    pub(super) fn over_ssh(mut self) {
         if let Some(key) = self.key.take() {
-            self.exposed.open(&key, State::Own { _listener: listener });
+            self.exposed.open(&key, State::Ssh);
         }
     }
 }

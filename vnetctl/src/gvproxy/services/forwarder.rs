@@ -19,7 +19,6 @@ use super::exposed::{Closing, GUEST_FORWARDS_MAX, Row, TakeError, Taken};
 use super::guest::{Decision, Guest, GuestForward};
 use super::json::{Json, Object};
 use super::remote::{self, UnixRemote};
-use super::tunnel::SshTunnel;
 use super::{Origin, Services};
 use crate::client::unary;
 use crate::failure::describe;
@@ -165,7 +164,11 @@ impl Services {
         let guest = origin.guest().map(|guest| guest.address);
         let mut found = true;
         let forwards = match self.exposed.closing(kind, &local, guest) {
-            Some(Closing::Closed) => return Ok(Answer::done()),
+            Some(Closing::Ssh) => {
+                self.ssh.unexpose(&local);
+                self.exposed.closed(kind, &local);
+                return Ok(Answer::done());
+            }
             Some(Closing::Forwards(forwards)) => forwards,
             None if guest.is_some() => return Err(not_found()),
             None => {
@@ -272,7 +275,7 @@ impl Services {
     async fn expose_unix(&self, kind: Kind, request: &Request) -> Result<(), Answer> {
         let Request { local, remote, .. } = request;
         let taken = self.take(kind, local, remote, None)?;
-        let leads = remote::of_unix(local, remote)?;
+        let leads = remote::of_unix(remote)?;
         if kind == Kind::Npipe {
             return Err(Answer::failed("named pipes are not supported by this platform"));
         }
@@ -291,7 +294,13 @@ impl Services {
             ));
         }
         match leads {
-            UnixRemote::Ssh(tunnel) => self.expose_ssh(taken, tunnel).await,
+            UnixRemote::Ssh => match self.ssh.expose(local, remote).await {
+                Ok(()) => {
+                    taken.over_ssh();
+                    Ok(())
+                }
+                Err(told) => Err(Answer::lines(StatusCode::INTERNAL_SERVER_ERROR, &told)),
+            },
             UnixRemote::Tcp(target) => {
                 let listen = format!("unix://{}", utf8_percent_encode(local, PATH));
                 match self.create(kind, listen, target).await {
@@ -302,20 +311,6 @@ impl Services {
                     Err(error) => Err(self.refused(kind, local, local, error).await),
                 }
             }
-        }
-    }
-
-    async fn expose_ssh(&self, taken: Taken, tunnel: SshTunnel) -> Result<(), Answer> {
-        let at = tunnel.socket.display().to_string();
-        match self.ssh.expose(tunnel).await {
-            Ok(listener) => {
-                taken.listening(listener);
-                Ok(())
-            }
-            Err(error) if error.kind() == std::io::ErrorKind::AddrInUse => {
-                Err(in_use("unix", &at).with_remedy(error.to_string()))
-            }
-            Err(error) => Err(Answer::failed(error.to_string())),
         }
     }
 
@@ -379,6 +374,8 @@ impl Services {
                 }
             }
             Code::PermissionDenied => bind("permission denied"),
+            // Of a socket whose directory is not there.
+            Code::FailedPrecondition if kind == Kind::Unix => bind("no such file or directory"),
             Code::InvalidArgument if told.contains("is not an address of this host") => {
                 bind("cannot assign requested address")
             }

@@ -41,7 +41,7 @@ pub use self::guest::{
     ALL_GUESTS_CONNECTIONS_MAX, Closed, Decide, Decision, GUEST_CONNECTIONS_MAX, Guest, GuestApi,
     GuestForward, Token, TokenError,
 };
-pub use self::tunnel::{NoTunnels, SshTunnel, SshTunnels, Tunnels};
+pub use self::tunnel::{NoTunnels, SshTunnels, Tunnels};
 
 use self::answer::Answer;
 use self::control::Control;

@@ -1,25 +1,17 @@
 //! Where what is exposed leads: an address in the network, or, of a Unix socket, a URL.
 
 use std::net::{Ipv4Addr, SocketAddr, SocketAddrV4};
-use std::path::PathBuf;
-
-use hyper::StatusCode;
-use url::Url;
 
 use super::address::{port_number, quoted, split};
 use super::answer::Answer;
-use super::tunnel::SshTunnel;
-
-/// The port of SSH where a URL has none.
-const SSH_PORT: u16 = 22;
 
 /// Where a Unix socket leads.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) enum UnixRemote {
     /// To an address in the network.
     Tcp(SocketAddr),
-    /// To a Unix socket of the guest, over SSH.
-    Ssh(SshTunnel),
+    /// To a Unix socket of the guest, over SSH; who serves that reads the URL.
+    Ssh,
 }
 
 /// The text of where TCP or UDP leads, with the caller's own address where it has no host.
@@ -64,7 +56,7 @@ pub(super) fn address(remote: &str) -> Result<SocketAddr, Answer> {
 ///
 /// # Errors
 /// gvproxy's words, as an answer.
-pub(super) fn of_unix(local: &str, remote: &str) -> Result<UnixRemote, Answer> {
+pub(super) fn of_unix(remote: &str) -> Result<UnixRemote, Answer> {
     let unreadable = |why: &str| {
         Answer::failed(format!(
             "failed to parse remote uri :{remote} : parse {}: {why}",
@@ -74,64 +66,58 @@ pub(super) fn of_unix(local: &str, remote: &str) -> Result<UnixRemote, Answer> {
             "write tcp://192.168.127.2:80, or ssh-tunnel://user@192.168.127.2/path/of/socket?key=FILE",
         )
     };
-    let scheme = scheme_of(remote).map_err(unreadable)?;
-    if !matches!(scheme, "tcp" | "ssh-tunnel") {
-        let text = format!("remote protocol for unix forwarder is not implemented: {scheme}");
-        return Err(Answer::failed(text).with_remedy("tcp and ssh-tunnel are"));
+    match scheme_of(remote)
+        .map_err(unreadable)?
+        .to_ascii_lowercase()
+        .as_str()
+    {
+        "ssh-tunnel" => Ok(UnixRemote::Ssh),
+        "tcp" => address(&authority(remote)).map(UnixRemote::Tcp),
+        other => {
+            let text = format!("remote protocol for unix forwarder is not implemented: {other}");
+            Err(Answer::failed(text).with_remedy("tcp and ssh-tunnel are"))
+        }
     }
-    let url = Url::parse(remote).map_err(|why| unreadable(&why.to_string()))?;
-    if scheme == "tcp" {
-        let port = url.port().map(|port| port.to_string()).unwrap_or_default();
-        let host = url.host_str().unwrap_or_default();
-        return address(&format!("{host}:{port}")).map(UnixRemote::Tcp);
-    }
-    let query = |name: &str| {
-        let mut pairs = url.query_pairs();
-        let pair = pairs.find(|(key, _)| key == name);
-        pair.map(|(_, value)| value.into_owned()).unwrap_or_default()
-    };
-    let key = query("key");
-    if key.is_empty() {
-        return Err(Answer::failed("key not provided for unix-ssh connection")
-            .with_remedy("add the private key's file to the remote: ?key=/path/of/key"));
-    }
-    if matches!(url.path(), "" | "/") {
-        return Err(Answer::failed("remote uri must contain a path to a socket file"));
-    }
-    let decoded = |text: &str| -> Result<String, Answer> {
-        let text = percent_encoding::percent_decode_str(text).decode_utf8();
-        text.map(std::borrow::Cow::into_owned)
-            .map_err(|_| Answer::error(StatusCode::BAD_REQUEST, "the remote is not UTF-8"))
-    };
-    let host = url.host_str().unwrap_or_default();
-    let port = url.port().unwrap_or(SSH_PORT);
-    let target = address(&format!("{host}:{port}"))?;
-    let passphrase = Some(query("passphrase")).filter(|text| !text.is_empty());
-    Ok(UnixRemote::Ssh(SshTunnel {
-        socket: PathBuf::from(local),
-        user: decoded(url.username())?,
-        target,
-        guest_socket: decoded(url.path())?,
-        key: PathBuf::from(key),
-        passphrase,
-    }))
 }
 
-/// A remote as it may be shown: who lists what is exposed need not learn a passphrase.
+/// The host and port of a URL, with a colon between them whether there is a port or not.
+fn authority(url: &str) -> String {
+    let rest = url.split_once("://").map_or("", |(_, rest)| rest);
+    let end = rest.find(['/', '?', '#']).unwrap_or(rest.len());
+    let place = &rest[..end];
+    let place = place.rsplit_once('@').map_or(place, |(_, place)| place);
+    if place.contains(':') {
+        place.to_owned()
+    } else {
+        format!("{place}:")
+    }
+}
+
+/// A remote as it may be shown: who lists what is exposed need not learn a password or a passphrase.
 pub(super) fn shown(remote: &str) -> String {
-    const NAME: &str = "passphrase=";
-    let Some(query) = remote.find('?') else {
-        return remote.to_owned();
+    const HIDDEN: &str = "xxxxx";
+    let (before, query) = match remote.split_once('?') {
+        Some((before, query)) => (before, Some(query)),
+        None => (remote, None),
     };
-    let (before, query) = remote.split_at(query + 1);
-    let parts: Vec<String> = query
-        .split('&')
-        .map(|part| match part.strip_prefix(NAME) {
-            Some(_) => format!("{NAME}***"),
-            None => part.to_owned(),
-        })
-        .collect();
-    format!("{before}{}", parts.join("&"))
+    let mut shown = before.to_owned();
+    if let Some((scheme, rest)) = before.split_once("://") {
+        let (place, path) = rest.split_at(rest.find('/').unwrap_or(rest.len()));
+        if let Some((user, host)) = place.rsplit_once('@')
+            && let Some((name, _)) = user.split_once(':')
+        {
+            shown = format!("{scheme}://{name}:{HIDDEN}@{host}{path}");
+        }
+    }
+    if let Some(query) = query {
+        let parts = query.split('&').map(|part| match part.split_once('=') {
+            Some((name @ ("passphrase" | "password"), _)) => format!("{name}={HIDDEN}"),
+            _ => part.to_owned(),
+        });
+        shown.push('?');
+        shown.push_str(&parts.collect::<Vec<_>>().join("&"));
+    }
+    shown
 }
 
 /// The scheme of a URL as Go's `url.Parse` finds it; empty where it has none.
@@ -202,27 +188,11 @@ mod tests {
 
     #[test]
     fn remotes_of_unix_sockets_are_urls() {
-        let of = |remote: &str| of_unix("/run/a.sock", remote);
-        assert_eq!(
-            of("tcp://192.168.127.2:80").unwrap(),
-            UnixRemote::Tcp("192.168.127.2:80".parse().unwrap())
-        );
-        let ssh = of("ssh-tunnel://core@192.168.127.2:2222/run/pod%20man.sock?key=/k&passphrase=a%20b");
-        assert_eq!(
-            ssh.unwrap(),
-            UnixRemote::Ssh(SshTunnel {
-                socket: "/run/a.sock".into(),
-                user: "core".to_owned(),
-                target: "192.168.127.2:2222".parse().unwrap(),
-                guest_socket: "/run/pod man.sock".to_owned(),
-                key: "/k".into(),
-                passphrase: Some("a b".to_owned()),
-            })
-        );
-        let UnixRemote::Ssh(short) = of("ssh-tunnel://a@192.168.127.2/s?key=k").unwrap() else {
-            panic!()
-        };
-        assert_eq!((short.target.port(), short.passphrase), (22, None));
+        let tcp = UnixRemote::Tcp("192.168.127.2:80".parse().unwrap());
+        for remote in ["tcp://192.168.127.2:80", "TCP://a@192.168.127.2:80/path?x#y"] {
+            assert_eq!(of_unix(remote).unwrap(), tcp, "{remote}");
+        }
+        assert_eq!(of_unix("ssh-tunnel://a@b/s?key=k").unwrap(), UnixRemote::Ssh);
         let wrong = [
             (
                 "udp://192.168.127.2:53",
@@ -247,25 +217,24 @@ mod tests {
             ),
             ("tcp://web:80", r#""web" is not an IPv4 address"#),
             (
-                "ssh-tunnel://a@192.168.127.2/s",
-                "key not provided for unix-ssh connection",
+                "tcp:192.168.127.2:80",
+                r#"strconv.ParseUint: parsing "": invalid syntax"#,
             ),
-            (
-                "ssh-tunnel://a@192.168.127.2?key=k",
-                "remote uri must contain a path to a socket file",
-            ),
+            ("tcp://[::1]:80", "invalid remote addr"),
         ];
         for (remote, expected) in wrong {
-            assert_eq!(refusal(of(remote)), expected, "{remote}");
+            assert_eq!(refusal(of_unix(remote)), expected, "{remote}");
         }
     }
 
     #[test]
-    fn a_passphrase_is_not_shown() {
+    fn secrets_are_not_shown() {
         assert_eq!(
-            shown("ssh-tunnel://a@b/s?key=k&passphrase=secret&x=1"),
-            "ssh-tunnel://a@b/s?key=k&passphrase=***&x=1"
+            shown("ssh-tunnel://a:secret@b/s?key=k&passphrase=secret&x=1"),
+            "ssh-tunnel://a:xxxxx@b/s?key=k&passphrase=xxxxx&x=1"
         );
-        assert_eq!(shown("tcp://b:1"), "tcp://b:1");
+        for plain in ["tcp://b:1", "192.168.127.2:80", "ssh-tunnel://a@b/s?key=k"] {
+            assert_eq!(shown(plain), plain);
+        }
     }
 }

@@ -6,7 +6,6 @@
 
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
-use std::path::PathBuf;
 
 use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt as _};
 use tokio::net::UnixStream;
@@ -24,33 +23,18 @@ pub trait Tunnels: Send + Sync {
     async fn open(&self, target: SocketAddr) -> io::Result<UnixStream>;
 }
 
-/// A Unix socket of the host that leads to one of a guest, over SSH.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct SshTunnel {
-    /// The host's socket; absolute.
-    pub socket: PathBuf,
-    /// The guest's user; empty for none.
-    pub user: String,
-    /// The guest's SSH server, in the network.
-    pub target: SocketAddr,
-    /// The guest's socket.
-    pub guest_socket: String,
-    /// The file with the private key.
-    pub key: PathBuf,
-    /// What opens the key.
-    pub passphrase: Option<String>,
-}
-
-/// Makes Unix sockets that lead to guests' over SSH.
+/// Unix sockets of the host that lead to sockets of guests, over SSH.
 #[tonic::async_trait]
 pub trait SshTunnels: Send + Sync {
-    /// Listens at the tunnel's socket, mode 0600, and leads each connection to the guest's; SSH may be opened with the
-    /// first of them. What is given back is the listener: it ends, and its socket is removed, when that is dropped.
+    /// Listens at `local`, an absolute path, and leads each client to the guest's socket that `remote` names, an
+    /// `ssh-tunnel://` URL. What is in the way there is left as it is, unless it is a socket that nobody listens at.
     ///
     /// # Errors
-    /// [`io::ErrorKind::AddrInUse`] where something else than a socket that nobody listens at has the path: nothing
-    /// else is ever removed. Otherwise what keeps it from listening, or the key from being read.
-    async fn expose(&self, tunnel: SshTunnel) -> io::Result<Box<dyn Send + Sync>>;
+    /// What is wrong, in gvproxy's words where it has any, on the first line; what helps, on those that follow.
+    async fn expose(&self, local: &str, remote: &str) -> Result<(), String>;
+
+    /// Ends it. One that is not there is ended already.
+    fn unexpose(&self, local: &str);
 }
 
 /// What leads nowhere, where there is no network to lead into or no SSH.
@@ -69,12 +53,11 @@ impl Tunnels for NoTunnels {
 
 #[tonic::async_trait]
 impl SshTunnels for NoTunnels {
-    async fn expose(&self, _: SshTunnel) -> io::Result<Box<dyn Send + Sync>> {
-        Err(io::Error::new(
-            io::ErrorKind::Unsupported,
-            "no forwards over SSH are served here",
-        ))
+    async fn expose(&self, _: &str, _: &str) -> Result<(), String> {
+        Err("no forwards over SSH are served here".to_owned())
     }
+
+    fn unexpose(&self, _: &str) {}
 }
 
 /// Where a tunnel is to lead.
