@@ -20,7 +20,7 @@ pub mod up;
 pub mod vm;
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;
 
 use crate::client::Connection;
 use crate::failure::Failure;

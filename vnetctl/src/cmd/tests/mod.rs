@@ -3,7 +3,7 @@
 mod answers;
 mod history;
 mod lists;
-mod scripted;
+pub(crate) mod scripted;
 
 use std::ffi::OsString;
 

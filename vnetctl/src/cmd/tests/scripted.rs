@@ -30,14 +30,14 @@ struct Script {
 }
 
 /// The server. It ends when this is dropped.
-pub(super) struct Scripted {
+pub(crate) struct Scripted {
     script: Script,
     path: PathBuf,
     task: tokio::task::JoinHandle<()>,
 }
 
 impl Scripted {
-    pub(super) fn start() -> Self {
+    pub(crate) fn start() -> Self {
         static NUMBER: AtomicU32 = AtomicU32::new(0);
         let name = format!(
             "vnetctl-{}-{}.sock",
@@ -66,23 +66,23 @@ impl Scripted {
         Self { script, path, task }
     }
 
-    pub(super) fn connection(&self) -> Connection {
+    pub(crate) fn connection(&self) -> Connection {
         Connection {
             named: Some(Server::Unix(self.path.clone())),
         }
     }
 
     /// One more answer of a method, as `PendingService/ListPending`. All of a watch are sent at once.
-    pub(super) fn answer(&self, method: &str, message: &impl Message) {
+    pub(crate) fn answer(&self, method: &str, message: &impl Message) {
         self.push(method, Ok(message.encode_to_vec()));
     }
 
-    pub(super) fn refuse(&self, method: &str, status: Status) {
+    pub(crate) fn refuse(&self, method: &str, status: Status) {
         self.push(method, Err(status));
     }
 
     /// The requests that a method was asked.
-    pub(super) fn asked<M: Message + Default>(&self, method: &str) -> Vec<M> {
+    pub(crate) fn asked<M: Message + Default>(&self, method: &str) -> Vec<M> {
         let asked = self.script.asked.lock().unwrap();
         let of_method = asked
             .iter()

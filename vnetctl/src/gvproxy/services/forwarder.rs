@@ -1,0 +1,441 @@
+//! `/services/forwarder/{all,expose,unexpose}`: forwards, in gvproxy's words. TCP, UDP and Unix sockets are forwards of
+//! the dataplane (`ForwardService`); a Unix socket that leads to a guest's over SSH is a listener of this process.
+
+use std::net::{IpAddr, SocketAddr};
+use std::os::unix::fs::FileTypeExt as _;
+use std::path::Path;
+use std::sync::Arc;
+
+use hyper::StatusCode;
+use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, percent_decode_str, utf8_percent_encode};
+use serde::Serialize;
+use tonic::Code;
+use vnet_proto::v1;
+
+use super::address::{self, Listen};
+use super::answer::{Answer, is_away};
+use super::control::CallError;
+use super::exposed::{Closing, GUEST_FORWARDS_MAX, Row, TakeError, Taken};
+use super::guest::{Decision, Guest, GuestForward};
+use super::json::{Json, Object};
+use super::remote::{self, UnixRemote};
+use super::{Origin, Services};
+use crate::client::unary;
+use crate::failure::describe;
+
+/// What of a path is not written as it is in a URL.
+const PATH: &AsciiSet = &NON_ALPHANUMERIC
+    .remove(b'/')
+    .remove(b'-')
+    .remove(b'_')
+    .remove(b'.')
+    .remove(b'~');
+
+/// What can be exposed, in the order of its words.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub(super) enum Kind {
+    /// A named pipe of Windows.
+    Npipe,
+    /// TCP.
+    Tcp,
+    /// UDP.
+    Udp,
+    /// A Unix stream socket.
+    Unix,
+}
+
+impl Kind {
+    /// Its word in requests and lists.
+    pub(super) fn word(self) -> &'static str {
+        match self {
+            Self::Npipe => "npipe",
+            Self::Tcp => "tcp",
+            Self::Udp => "udp",
+            Self::Unix => "unix",
+        }
+    }
+
+    fn of(word: &str) -> Option<Self> {
+        [Self::Npipe, Self::Tcp, Self::Udp, Self::Unix]
+            .into_iter()
+            .find(|kind| kind.word() == word)
+    }
+
+    fn protocol(self) -> v1::Protocol {
+        match self {
+            Self::Udp => v1::Protocol::Udp,
+            _ => v1::Protocol::Tcp,
+        }
+    }
+}
+
+/// What a client asks to be exposed.
+#[derive(Debug)]
+struct Request {
+    local: String,
+    remote: String,
+    protocol: String,
+}
+
+impl Request {
+    fn read(body: &[u8], name: &str) -> Result<Self, String> {
+        let value = Json::read(body)?;
+        let object = Object::of(&value, name)?;
+        let mut protocol = object.text("protocol")?;
+        if protocol.is_empty() {
+            Kind::Tcp.word().clone_into(&mut protocol);
+        }
+        Ok(Self {
+            local: object.text("local")?,
+            remote: object.text("remote")?,
+            protocol,
+        })
+    }
+}
+
+#[derive(Serialize)]
+struct Listed<'a> {
+    local: &'a str,
+    remote: String,
+    protocol: &'static str,
+}
+
+impl Services {
+    /// Lists what is exposed; to a guest, what it has exposed itself.
+    pub(super) async fn forwarder_all(&self, origin: &Origin) -> Result<Answer, Answer> {
+        let guest = origin.guest().map(|guest| guest.address);
+        let mark = self.exposed.mark();
+        let forwards = self.control.list_forwards().await?;
+        self.exposed.forget(mark, &forwards);
+        let mut rows = self.exposed.rows(guest);
+        if guest.is_none() {
+            let own = self.exposed.listens();
+            let others = forwards
+                .iter()
+                .filter(|forward| !own.contains(&(forward.protocol(), forward.listen.clone())));
+            rows.extend(others.map(row));
+        }
+        rows.sort();
+        let listed: Vec<Listed<'_>> = rows
+            .iter()
+            .map(|row| Listed {
+                local: &row.local,
+                remote: remote::shown(&row.remote),
+                protocol: row.protocol.word(),
+            })
+            .collect();
+        Ok(Answer::json(&listed))
+    }
+
+    /// Exposes something.
+    pub(super) async fn expose(self: Arc<Self>, origin: Origin, body: Vec<u8>) -> Result<Answer, Answer> {
+        let request = Request::read(&body, "ExposeRequest").map_err(Answer::bad_request)?;
+        let kind = Kind::of(&request.protocol);
+        let guest = origin.guest();
+        if guest.is_some() && matches!(kind, Some(Kind::Unix | Kind::Npipe)) {
+            return Err(
+                Answer::forbidden("a guest can expose tcp and udp, and nothing else")
+                    .with_remedy("expose it on the host, at the socket of -services"),
+            );
+        }
+        match kind {
+            Some(kind @ (Kind::Unix | Kind::Npipe)) => self.expose_unix(kind, &request).await?,
+            Some(kind) => {
+                let caller = guest.map(|guest| guest.address);
+                let remote = remote::with_caller(&request.remote, caller)?;
+                self.expose_port(kind, &request.local, &remote, guest).await?;
+            }
+            None => {
+                remote::with_caller(&request.remote, guest.map(|guest| guest.address))?;
+                return Err(Answer::failed(format!("unknown protocol {}", request.protocol))
+                    .with_remedy("tcp, udp and unix are known"));
+            }
+        }
+        Ok(Answer::done())
+    }
+
+    /// Ends what is exposed.
+    pub(super) async fn unexpose(self: Arc<Self>, origin: Origin, body: Vec<u8>) -> Result<Answer, Answer> {
+        let Request { local, protocol, .. } =
+            Request::read(&body, "UnexposeRequest").map_err(Answer::bad_request)?;
+        let not_found =
+            || Answer::failed("proxy not found").with_remedy("GET /services/forwarder/all lists them");
+        let kind = Kind::of(&protocol).ok_or_else(not_found)?;
+        let guest = origin.guest().map(|guest| guest.address);
+        let mut found = true;
+        let forwards = match self.exposed.closing(kind, &local, guest) {
+            Some(Closing::Ssh) => {
+                self.ssh.unexpose(&local);
+                self.exposed.closed(kind, &local);
+                return Ok(Answer::done());
+            }
+            Some(Closing::Forwards(forwards)) => forwards,
+            None if guest.is_some() => return Err(not_found()),
+            None => {
+                found = false;
+                self.forwards_at(kind, &local).await?
+            }
+        };
+        for (protocol, listen) in forwards {
+            let request = v1::DeleteForwardRequest {
+                network: self.control.network().to_owned(),
+                protocol: protocol.into(),
+                listen,
+            };
+            let deleted = self
+                .control
+                .call(|client| async move { client.forwards().delete_forward(unary(request)).await })
+                .await;
+            match deleted {
+                Ok(_) => found = true,
+                // Someone else closed it.
+                Err(CallError::Refused(status)) if status.code() == Code::NotFound => {}
+                Err(error) => return Err(error.into()),
+            }
+        }
+        self.exposed.closed(kind, &local);
+        if found {
+            Ok(Answer::done())
+        } else {
+            Err(not_found())
+        }
+    }
+
+    /// Tells of forwards that were opened otherwise in which words they were asked for, as the configuration has
+    /// them. They are listed and ended by these.
+    pub fn adopt(&self, is_udp: bool, local: &str, remote: &str, listens: &[SocketAddr]) {
+        let kind = if is_udp { Kind::Udp } else { Kind::Tcp };
+        if let Ok(taken) = self.exposed.take(kind, local, remote, None) {
+            let forwards = listens.iter().map(|at| (kind.protocol(), at.to_string()));
+            taken.opened(forwards.collect());
+        }
+    }
+
+    async fn expose_port(
+        &self,
+        kind: Kind,
+        local: &str,
+        remote: &str,
+        guest: Option<&Guest>,
+    ) -> Result<(), Answer> {
+        let owner = guest.map(|guest| guest.address);
+        let taken = self.take(kind, local, remote, owner)?;
+        let target = remote::address(remote)?;
+        let listen = address::listen(kind, local, guest.is_none())
+            .await
+            .map_err(Answer::failed)?;
+        if let Some(guest) = guest {
+            self.may_guest(guest, kind, &listen, target).await?;
+        }
+        let at = listen.at.to_string();
+        let opened = match self.create(kind, at, target).await {
+            Ok(opened) => opened,
+            Err(error) => return Err(self.refused(kind, local, &listen.shown, error).await),
+        };
+        let mut forwards = vec![(kind.protocol(), opened)];
+        if let Some(mut also) = listen.also {
+            // The port that the first was given, where any would do.
+            if let Ok(first) = forwards[0].1.parse::<SocketAddr>() {
+                also.set_port(first.port());
+            }
+            // A host without IPv6, or where the first has that family already.
+            if let Ok(opened) = self.create(kind, also.to_string(), target).await {
+                forwards.push((kind.protocol(), opened));
+            }
+        }
+        taken.opened(forwards);
+        Ok(())
+    }
+
+    async fn may_guest(
+        &self,
+        guest: &Guest,
+        kind: Kind,
+        listen: &Listen,
+        target: SocketAddr,
+    ) -> Result<(), Answer> {
+        if target.ip() != guest.address {
+            let text = format!(
+                "a guest can expose its own address alone, which is {}",
+                guest.address
+            );
+            return Err(Answer::forbidden(text).with_remedy("leave the remote's host out, as :8080"));
+        }
+        let forward = GuestForward {
+            is_udp: kind == Kind::Udp,
+            listen: listen.at,
+            target,
+        };
+        match self.decide(guest, &forward).await? {
+            Decision::Allow => Ok(()),
+            Decision::Refuse(why) => Err(Answer::forbidden(why)),
+        }
+    }
+
+    async fn expose_unix(&self, kind: Kind, request: &Request) -> Result<(), Answer> {
+        let Request { local, remote, .. } = request;
+        let taken = self.take(kind, local, remote, None)?;
+        let leads = remote::of_unix(remote)?;
+        if kind == Kind::Npipe {
+            return Err(Answer::failed("named pipes are not supported by this platform"));
+        }
+        let path = Path::new(local);
+        if !path.is_absolute() {
+            let text = format!("listen unix {local}: the path is not absolute");
+            return Err(
+                Answer::bad_request(text).with_remedy("write it from the root on, as /run/user/1000/a.sock")
+            );
+        }
+        // What is no socket is nobody's to remove. A socket that nobody listens at is replaced by who binds it.
+        let is_other = std::fs::symlink_metadata(path).is_ok_and(|found| !found.file_type().is_socket());
+        if is_other {
+            return Err(in_use("unix", local).with_remedy(
+                "what is there is no socket, and is left as it is; remove it or choose another path",
+            ));
+        }
+        match leads {
+            UnixRemote::Ssh => match self.ssh.expose(local, remote).await {
+                Ok(()) => {
+                    taken.over_ssh();
+                    Ok(())
+                }
+                Err(told) => Err(Answer::lines(StatusCode::INTERNAL_SERVER_ERROR, &told)),
+            },
+            UnixRemote::Tcp(target) => {
+                let listen = format!("unix://{}", utf8_percent_encode(local, PATH));
+                match self.create(kind, listen, target).await {
+                    Ok(opened) => {
+                        taken.opened(vec![(kind.protocol(), opened)]);
+                        Ok(())
+                    }
+                    Err(error) => Err(self.refused(kind, local, local, error).await),
+                }
+            }
+        }
+    }
+
+    fn take(&self, kind: Kind, local: &str, remote: &str, guest: Option<IpAddr>) -> Result<Taken, Answer> {
+        self.exposed
+            .take(kind, local, remote, guest)
+            .map_err(|error| match error {
+                TakeError::Running => running(kind, local),
+                TakeError::GuestLimit => {
+                    let text =
+                        format!("this guest has exposed {GUEST_FORWARDS_MAX} ports, which is the most");
+                    Answer::error(StatusCode::TOO_MANY_REQUESTS, text).with_remedy("unexpose one first")
+                }
+                TakeError::Full => {
+                    Answer::failed("too many are exposed already").with_remedy("unexpose one first")
+                }
+            })
+    }
+
+    /// Opens a forward; gives where it listens.
+    async fn create(&self, kind: Kind, listen: String, target: SocketAddr) -> Result<String, CallError> {
+        let asked = listen.clone();
+        let request = v1::CreateForwardRequest {
+            forward: Some(v1::Forward {
+                network: self.control.network().to_owned(),
+                protocol: kind.protocol().into(),
+                listen,
+                target: target.to_string(),
+            }),
+        };
+        let answer = self
+            .control
+            .call(|client| async move { client.forwards().create_forward(unary(request)).await })
+            .await?;
+        let opened = answer.forward.map(|forward| forward.listen);
+        Ok(opened.filter(|listen| !listen.is_empty()).unwrap_or(asked))
+    }
+
+    /// What gvproxy says where a forward is refused.
+    async fn refused(&self, kind: Kind, local: &str, shown: &str, error: CallError) -> Answer {
+        let CallError::Refused(status) = error else {
+            return error.into();
+        };
+        if is_away(&status) {
+            return (*status).into();
+        }
+        let told = describe(&status);
+        let network = kind.word();
+        let bind = |why: &str| Answer::failed(format!("listen {network} {shown}: bind: {why}"));
+        let answer = match status.code() {
+            Code::AlreadyExists => {
+                let forwards = self.control.list_forwards().await.unwrap_or_default();
+                let is_forward = forwards
+                    .iter()
+                    .map(row)
+                    .any(|row| row.protocol == kind && row.local == local);
+                if is_forward {
+                    running(kind, local)
+                } else {
+                    in_use(network, shown)
+                }
+            }
+            Code::PermissionDenied => bind("permission denied"),
+            // Of a socket whose directory is not there.
+            Code::FailedPrecondition if kind == Kind::Unix => bind("no such file or directory"),
+            Code::InvalidArgument if told.contains("is not an address of this host") => {
+                bind("cannot assign requested address")
+            }
+            _ => Answer::failed(told.lines().next().unwrap_or_default()),
+        };
+        answer.with_remedy(told.lines().map(str::trim).collect::<Vec<_>>().join("; "))
+    }
+
+    /// The forwards that a place stands for, of those that were not exposed here.
+    async fn forwards_at(&self, kind: Kind, local: &str) -> Result<Vec<(v1::Protocol, String)>, Answer> {
+        let places: Vec<String> = match kind {
+            Kind::Npipe => Vec::new(),
+            Kind::Unix => vec![local.to_owned()],
+            Kind::Tcp | Kind::Udp => match address::listen(kind, local, true).await {
+                Ok(listen) => std::iter::once(listen.at)
+                    .chain(listen.also)
+                    .map(|at| at.to_string())
+                    .collect(),
+                Err(_) => Vec::new(),
+            },
+        };
+        let own = self.exposed.listens();
+        let forwards = self.control.list_forwards().await?;
+        Ok(forwards
+            .into_iter()
+            .filter(|forward| {
+                let row = row(forward);
+                row.protocol == kind && places.contains(&row.local)
+            })
+            .map(|forward| (forward.protocol(), forward.listen))
+            // One that was asked for in other words is ended by those.
+            .filter(|forward| !own.contains(forward))
+            .collect())
+    }
+}
+
+/// A forward of the dataplane's as it is listed.
+fn row(forward: &v1::Forward) -> Row {
+    match forward.listen.strip_prefix("unix://") {
+        Some(path) => Row {
+            local: percent_decode_str(path).decode_utf8_lossy().into_owned(),
+            protocol: Kind::Unix,
+            remote: format!("tcp://{}", forward.target),
+        },
+        None => Row {
+            local: forward.listen.clone(),
+            protocol: match forward.protocol() {
+                v1::Protocol::Udp => Kind::Udp,
+                _ => Kind::Tcp,
+            },
+            remote: forward.target.clone(),
+        },
+    }
+}
+
+fn running(kind: Kind, local: &str) -> Answer {
+    Answer::failed(format!("proxy already running for {} on {local}", kind.word()))
+        .with_remedy("unexpose it first, or expose another port")
+}
+
+fn in_use(network: &str, shown: &str) -> Answer {
+    Answer::failed(format!("listen {network} {shown}: bind: address already in use"))
+}

@@ -1,0 +1,397 @@
+//! `/stats`: the counters of gvproxy's stack by their names, so that who reads one finds it. vnet has another stack and
+//! counts otherwise; what has an equivalent has its value (`docs/gvproxy.md` says which), the others are 0.
+
+use std::collections::BTreeMap;
+
+use serde::Serialize;
+use vnet_proto::v1;
+
+use super::Services;
+use super::answer::Answer;
+use super::control::Members;
+
+/// A counter, or a group of them; groups are sorted, as Go's are.
+#[derive(Serialize)]
+#[serde(untagged)]
+enum Node {
+    Counter(u64),
+    Group(BTreeMap<&'static str, Node>),
+}
+
+/// What has a value, by the path of its group and its name.
+type Values = BTreeMap<(&'static str, &'static str), u64>;
+
+impl Services {
+    /// All counters.
+    pub(super) async fn stats(&self) -> Result<Answer, Answer> {
+        let vms = self.control.list_vms().await?;
+        let flows = self.control.list_flows(&Members::of(&vms)).await?;
+        Ok(Answer::json(&tree(&values(&vms, &flows))))
+    }
+}
+
+fn values(vms: &[v1::Vm], flows: &[v1::Flow]) -> Values {
+    let counted = |name: &str| -> u64 {
+        vms.iter()
+            .map(|vm| vm.counters.get(name).copied().unwrap_or_default())
+            .fold(0, u64::saturating_add)
+    };
+    let dropped = |names: &[&str]| -> u64 {
+        vms.iter()
+            .flat_map(|vm| &vm.dropped_frames)
+            .filter(|(reason, _)| names.is_empty() || names.contains(&reason.as_str()))
+            .fold(0, |sum, (_, count)| sum.saturating_add(*count))
+    };
+    let tcp = flows.iter().filter(|flow| {
+        let tuple = flow.tuple.as_ref();
+        tuple.is_some_and(|tuple| tuple.protocol() == v1::Protocol::Tcp)
+    });
+    // Sent is towards guests, received is from them, as in the peer.
+    Values::from([
+        (("", "BytesSent"), counted("bytes_to_guest")),
+        (("", "BytesReceived"), counted("bytes_from_guest")),
+        (("", "DroppedPackets"), dropped(&[])),
+        (("NICs.Tx", "Bytes"), counted("bytes_to_guest")),
+        (("NICs.Tx", "Packets"), counted("frames_to_guest")),
+        (("NICs.Rx", "Bytes"), counted("bytes_from_guest")),
+        (("NICs.Rx", "Packets"), counted("frames_from_guest")),
+        (("IP", "MalformedPacketsReceived"), dropped(&["malformed"])),
+        (("TCP", "CurrentEstablished"), tcp.count() as u64),
+        (("TCP", "ForwardMaxInFlightDrop"), dropped(&["held_limit"])),
+    ])
+}
+
+fn tree(values: &Values) -> Node {
+    let mut root = BTreeMap::new();
+    for (path, counters) in GROUPS {
+        let counters = counters.iter().map(|counter| {
+            let value = values.get(&(*path, *counter)).copied().unwrap_or_default();
+            (*counter, Node::Counter(value))
+        });
+        place(&mut root, path).extend(counters);
+    }
+    Node::Group(root)
+}
+
+/// The group at a path, which is made.
+fn place<'a>(
+    group: &'a mut BTreeMap<&'static str, Node>,
+    path: &'static str,
+) -> &'a mut BTreeMap<&'static str, Node> {
+    let (step, rest) = path.split_once('.').unwrap_or((path, ""));
+    if step.is_empty() {
+        return group;
+    }
+    let inner = group.entry(step).or_insert_with(|| Node::Group(BTreeMap::new()));
+    match inner {
+        Node::Group(inner) => place(inner, rest),
+        Node::Counter(_) => unreachable!("no counter of the table has a group's name"),
+    }
+}
+
+/// The counters of gVisor's `tcpip.Stats` and the two that gvproxy adds, by the path of their group.
+const GROUPS: &[(&str, &[&str])] = &[
+    ("", &["BytesReceived", "BytesSent", "DroppedPackets"]),
+    (
+        "NICs",
+        &["MalformedL4RcvdPackets", "TxPacketsDroppedNoBufferSpace"],
+    ),
+    ("NICs.Tx", &["Bytes", "Packets"]),
+    ("NICs.Rx", &["Bytes", "Packets"]),
+    ("NICs.DisabledRx", &["Bytes", "Packets"]),
+    (
+        "NICs.Neighbor",
+        &[
+            "DroppedConfirmationForNoninitiatedNeighbor",
+            "DroppedInvalidLinkAddressConfirmations",
+            "UnreachableEntryLookups",
+        ],
+    ),
+    ("ICMP", &[]),
+    ("ICMP.V4", &[]),
+    ("ICMP.V4.PacketsSent", &["Dropped", "RateLimited"]),
+    (
+        "ICMP.V4.PacketsSent.ICMPv4PacketStats",
+        &[
+            "DstUnreachable",
+            "EchoReply",
+            "EchoRequest",
+            "InfoReply",
+            "InfoRequest",
+            "ParamProblem",
+            "Redirect",
+            "SrcQuench",
+            "TimeExceeded",
+            "Timestamp",
+            "TimestampReply",
+        ],
+    ),
+    ("ICMP.V4.PacketsReceived", &["Invalid"]),
+    (
+        "ICMP.V4.PacketsReceived.ICMPv4PacketStats",
+        &[
+            "DstUnreachable",
+            "EchoReply",
+            "EchoRequest",
+            "InfoReply",
+            "InfoRequest",
+            "ParamProblem",
+            "Redirect",
+            "SrcQuench",
+            "TimeExceeded",
+            "Timestamp",
+            "TimestampReply",
+        ],
+    ),
+    ("ICMP.V6", &[]),
+    ("ICMP.V6.PacketsSent", &["Dropped", "RateLimited"]),
+    (
+        "ICMP.V6.PacketsSent.ICMPv6PacketStats",
+        &[
+            "DstUnreachable",
+            "EchoReply",
+            "EchoRequest",
+            "MulticastListenerDone",
+            "MulticastListenerQuery",
+            "MulticastListenerReport",
+            "MulticastListenerReportV2",
+            "NeighborAdvert",
+            "NeighborSolicit",
+            "PacketTooBig",
+            "ParamProblem",
+            "RedirectMsg",
+            "RouterAdvert",
+            "RouterSolicit",
+            "TimeExceeded",
+        ],
+    ),
+    (
+        "ICMP.V6.PacketsReceived",
+        &["Invalid", "RouterOnlyPacketsDroppedByHost", "Unrecognized"],
+    ),
+    (
+        "ICMP.V6.PacketsReceived.ICMPv6PacketStats",
+        &[
+            "DstUnreachable",
+            "EchoReply",
+            "EchoRequest",
+            "MulticastListenerDone",
+            "MulticastListenerQuery",
+            "MulticastListenerReport",
+            "MulticastListenerReportV2",
+            "NeighborAdvert",
+            "NeighborSolicit",
+            "PacketTooBig",
+            "ParamProblem",
+            "RedirectMsg",
+            "RouterAdvert",
+            "RouterSolicit",
+            "TimeExceeded",
+        ],
+    ),
+    ("IGMP", &[]),
+    ("IGMP.PacketsSent", &["Dropped"]),
+    (
+        "IGMP.PacketsSent.IGMPPacketStats",
+        &[
+            "LeaveGroup",
+            "MembershipQuery",
+            "V1MembershipReport",
+            "V2MembershipReport",
+            "V3MembershipReport",
+        ],
+    ),
+    (
+        "IGMP.PacketsReceived",
+        &["ChecksumErrors", "Invalid", "Unrecognized"],
+    ),
+    (
+        "IGMP.PacketsReceived.IGMPPacketStats",
+        &[
+            "LeaveGroup",
+            "MembershipQuery",
+            "V1MembershipReport",
+            "V2MembershipReport",
+            "V3MembershipReport",
+        ],
+    ),
+    (
+        "IP",
+        &[
+            "DisabledPacketsReceived",
+            "IPTablesForwardDropped",
+            "IPTablesInputDropped",
+            "IPTablesOutputDropped",
+            "IPTablesPostroutingDropped",
+            "IPTablesPreroutingDropped",
+            "InvalidDestinationAddressesReceived",
+            "InvalidSourceAddressesReceived",
+            "MalformedFragmentsReceived",
+            "MalformedPacketsReceived",
+            "OptionRecordRouteReceived",
+            "OptionRouterAlertReceived",
+            "OptionTimestampReceived",
+            "OptionUnknownReceived",
+            "OutgoingPacketErrors",
+            "PacketsDelivered",
+            "PacketsReceived",
+            "PacketsSent",
+            "ValidPacketsReceived",
+        ],
+    ),
+    (
+        "IP.Forwarding",
+        &[
+            "Errors",
+            "ExhaustedTTL",
+            "ExtensionHeaderProblem",
+            "HostUnreachable",
+            "InitializingSource",
+            "LinkLocalDestination",
+            "LinkLocalSource",
+            "NoMulticastPendingQueueBufferSpace",
+            "OutgoingDeviceClosedForSend",
+            "OutgoingDeviceNoBufferSpace",
+            "PacketTooBig",
+            "UnexpectedMulticastInputInterface",
+            "UnknownOutputEndpoint",
+            "Unrouteable",
+        ],
+    ),
+    (
+        "ARP",
+        &[
+            "DisabledPacketsReceived",
+            "MalformedPacketsReceived",
+            "OutgoingRepliesDropped",
+            "OutgoingRepliesSent",
+            "OutgoingRequestBadLocalAddressErrors",
+            "OutgoingRequestInterfaceHasNoLocalAddressErrors",
+            "OutgoingRequestsDropped",
+            "OutgoingRequestsSent",
+            "PacketsReceived",
+            "RepliesReceived",
+            "RequestsReceived",
+            "RequestsReceivedUnknownTargetAddress",
+        ],
+    ),
+    (
+        "TCP",
+        &[
+            "ActiveConnectionOpenings",
+            "ChecksumErrors",
+            "CurrentConnected",
+            "CurrentEstablished",
+            "EstablishedClosed",
+            "EstablishedResets",
+            "EstablishedTimedout",
+            "FailedConnectionAttempts",
+            "FailedPortReservations",
+            "FastRecovery",
+            "FastRetransmit",
+            "ForwardMaxInFlightDrop",
+            "InvalidSegmentsReceived",
+            "ListenOverflowAckDrop",
+            "ListenOverflowInvalidSynCookieRcvd",
+            "ListenOverflowSynCookieRcvd",
+            "ListenOverflowSynCookieSent",
+            "ListenOverflowSynDrop",
+            "PassiveConnectionOpenings",
+            "ResetsReceived",
+            "ResetsSent",
+            "Retransmits",
+            "SACKRecovery",
+            "SegmentSendErrors",
+            "SegmentsAckedWithDSACK",
+            "SegmentsSent",
+            "SlowStartRetransmits",
+            "SpuriousRTORecovery",
+            "SpuriousRecovery",
+            "TLPRecovery",
+            "Timeouts",
+            "ValidSegmentsReceived",
+        ],
+    ),
+    (
+        "UDP",
+        &[
+            "ChecksumErrors",
+            "MalformedPacketsReceived",
+            "PacketSendErrors",
+            "PacketsReceived",
+            "PacketsSent",
+            "ReceiveBufferErrors",
+            "UnknownPortErrors",
+        ],
+    ),
+];
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn counters_stand_where_gvproxys_do_and_sums_are_of_all_vms() {
+        let vm = |bytes, malformed| v1::Vm {
+            counters: [("bytes_from_guest".to_owned(), bytes)].into(),
+            dropped_frames: [("malformed".to_owned(), malformed), ("held_limit".to_owned(), 1)].into(),
+            ..Default::default()
+        };
+        let flow = |protocol: v1::Protocol| v1::Flow {
+            tuple: Some(v1::FlowTuple {
+                protocol: protocol.into(),
+                ..Default::default()
+            }),
+            ..Default::default()
+        };
+        let flows = [
+            flow(v1::Protocol::Tcp),
+            flow(v1::Protocol::Udp),
+            flow(v1::Protocol::Tcp),
+        ];
+        let tree = tree(&values(&[vm(10, 2), vm(u64::MAX, 3)], &flows));
+        let json = serde_json::to_value(&tree).unwrap();
+
+        assert_eq!(json["BytesReceived"], u64::MAX);
+        assert_eq!(json["BytesSent"], 0);
+        assert_eq!(json["DroppedPackets"], 7);
+        assert_eq!(json["NICs"]["Rx"]["Bytes"], u64::MAX);
+        assert_eq!(json["TCP"]["CurrentEstablished"], 2);
+        assert_eq!(json["TCP"]["ForwardMaxInFlightDrop"], 2);
+        assert_eq!(json["IP"]["MalformedPacketsReceived"], 5);
+        assert_eq!(json["IP"]["Forwarding"]["Errors"], 0);
+        assert_eq!(
+            json["ICMP"]["V4"]["PacketsSent"]["ICMPv4PacketStats"]["EchoReply"],
+            0
+        );
+        assert_eq!(
+            json["ICMP"]["V6"]["PacketsReceived"]["RouterOnlyPacketsDroppedByHost"],
+            0
+        );
+        let groups = [
+            "ARP",
+            "BytesReceived",
+            "BytesSent",
+            "DroppedPackets",
+            "ICMP",
+            "IGMP",
+            "IP",
+            "NICs",
+            "TCP",
+            "UDP",
+        ];
+        let keys: Vec<&str> = json.as_object().unwrap().keys().map(String::as_str).collect();
+        assert_eq!(keys, groups);
+    }
+
+    #[test]
+    fn every_value_has_its_place() {
+        for (path, name) in values(&[], &[]).keys() {
+            let group = GROUPS.iter().find(|(group, _)| group == path);
+            assert!(
+                group.is_some_and(|(_, names)| names.contains(name)),
+                "{path} {name}"
+            );
+        }
+    }
+}

@@ -1,0 +1,389 @@
+//! What a guest may ask for, and what is served on a socket that a VM can reach.
+
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use vnet_proto::v1;
+
+use super::world::{World, always, as_set, config, nowhere};
+use super::*;
+
+const ALL: &str = "/services/forwarder/all";
+const EXPOSE: &str = "/services/forwarder/expose";
+const UNEXPOSE: &str = "/services/forwarder/unexpose";
+
+const GUEST: Origin = guest(2);
+
+const fn guest(last: u8) -> Origin {
+    Origin::Guest(Guest {
+        vm: vnet_proto::model::VmId(1),
+        address: std::net::IpAddr::V4(Ipv4Addr::new(192, 168, 127, last)),
+    })
+}
+
+/// Every path, and whether it is posted.
+const PATHS: [(&str, bool); 32] = [
+    (ALL, false),
+    (EXPOSE, true),
+    (UNEXPOSE, true),
+    ("/services/dns/all", false),
+    ("/services/dns/add", true),
+    ("/services/dns/remove", true),
+    ("/services/dns/remove/record", true),
+    ("/services/dhcp/leases", false),
+    ("/leases", false),
+    ("/cam", false),
+    ("/stats", false),
+    ("/tunnel?ip=192.168.127.2&port=22", true),
+    ("/network/pending", false),
+    ("/network/approved", false),
+    ("/network/connections", false),
+    ("/network/allow", true),
+    ("/network/deny", true),
+    ("/network/events", false),
+    ("/dns/pending", false),
+    ("/dns/denied", false),
+    ("/dns/allowed", false),
+    ("/dns/allow", true),
+    ("/services/network/pending", false),
+    ("/services/network/approved", false),
+    ("/services/network/connections", false),
+    ("/services/network/allow", true),
+    ("/services/network/deny", true),
+    ("/services/network/events", false),
+    ("/services/dns/pending", false),
+    ("/services/dns/denied", false),
+    ("/services/dns/allowed", false),
+    ("/services/dns/allow", true),
+];
+
+fn is_approval(path: &str) -> bool {
+    let path = path.strip_prefix("/services").unwrap_or(path);
+    path.starts_with("/network/")
+        || matches!(
+            path,
+            "/dns/pending" | "/dns/denied" | "/dns/allowed" | "/dns/allow"
+        )
+}
+
+fn api() -> Option<GuestApi> {
+    Some(GuestApi {
+        token: None,
+        decide: Arc::new(Closed),
+    })
+}
+
+fn open(connection: Connection) -> Arc<Services> {
+    Services::new(ServicesConfig {
+        guests: api(),
+        ..config(connection, "one")
+    })
+}
+
+#[tokio::test]
+async fn a_guest_that_posts_each_path_reaches_its_own_three_and_nothing_else() {
+    let services = open(nowhere());
+    for (path, _) in PATHS {
+        for method in ["POST", "GET", "PUT", "DELETE"] {
+            let (status, body) = ask(&services, GUEST, method, path, "{}").await;
+            if path.starts_with("/services/forwarder/") {
+                assert_ne!(status, 404, "{method} {path}");
+                assert_ne!(status, 403, "{method} {path}");
+            } else {
+                assert_eq!(
+                    (status, body.as_str()),
+                    (404, "404 page not found\n"),
+                    "{method} {path}"
+                );
+            }
+        }
+    }
+    for path in [
+        "/",
+        "/connect",
+        "/services",
+        "/services/forwarder",
+        "//services/forwarder/all",
+        "/debug/pprof/",
+    ] {
+        assert_eq!(get(&services, GUEST, path).await.0, 404, "{path}");
+    }
+}
+
+#[tokio::test]
+async fn a_socket_that_a_vm_can_reach_has_no_approvals_and_under_a_policy_neither_forwards_nor_zones() {
+    let is_in_force = Arc::new(AtomicBool::new(false));
+    let services = Services::new(ServicesConfig {
+        policy_in_force: as_set(&is_in_force),
+        ..config(nowhere(), "one")
+    });
+    let no_approval = "not on a socket that a VM can reach: use the one of -services\n";
+    let no_policy =
+        "a policy or mode is in force, so not on a socket that a VM can reach: use the one of -services\n";
+    for in_force in [false, true] {
+        is_in_force.store(in_force, Ordering::SeqCst);
+        for (path, is_post) in PATHS {
+            if path.starts_with("/tunnel") {
+                continue;
+            }
+            let method = if is_post { "POST" } else { "GET" };
+            let answer = ask(&services, Origin::Listen, method, path, "{}").await;
+            let is_forward_or_zone =
+                path.starts_with("/services/forwarder/") || path.starts_with("/services/dns/");
+            if is_approval(path) {
+                assert_eq!(answer, (403, no_approval.to_owned()), "{path}");
+            } else if in_force && is_forward_or_zone {
+                assert_eq!(answer, (403, no_policy.to_owned()), "{path}");
+            } else {
+                assert!(!matches!(answer.0, 403 | 404), "{path}: {answer:?}");
+            }
+            let (status, _) = ask(&services, Origin::Services, method, path, "{}").await;
+            assert!(!matches!(status, 403 | 404), "{path} on the services socket");
+        }
+    }
+}
+
+#[tokio::test]
+async fn where_it_cannot_be_known_whether_a_policy_is_in_force_nothing_is_served() {
+    let services = Services::new(ServicesConfig {
+        policy_in_force: policy_in_force(nowhere(), "one".to_owned(), false),
+        guests: api(),
+        ..config(nowhere(), "one")
+    });
+    for origin in [Origin::Listen, GUEST] {
+        let (status, body) = post(&services, origin, EXPOSE, "{}").await;
+        assert_eq!(status, 503, "{body}");
+        assert_eq!(body, "no controlplane answers at unix:///nonexistent/vnet.sock\n");
+    }
+}
+
+#[tokio::test]
+async fn a_guest_exposes_its_own_address_and_sees_and_ends_its_own_forwards_alone() {
+    let world = World::start().await;
+    let _dataplane = world.dataplane("one", v1::Mode::Unspecified).await;
+    let services = Services::new(ServicesConfig {
+        guests: api(),
+        ..world.config("one")
+    });
+    let host = r#"{"local":"127.0.0.1:1","remote":"192.168.127.2:1"}"#;
+    assert_eq!(post(&services, Origin::Services, EXPOSE, host).await, done());
+    for body in [
+        r#"{"local":":8080","remote":":80"}"#,
+        r#"{"local":"0.0.0.0:53","remote":"192.168.127.2:53","protocol":"udp"}"#,
+    ] {
+        assert_eq!(post(&services, GUEST, EXPOSE, body).await, done(), "{body}");
+    }
+    let own = "[{\"local\":\"0.0.0.0:53\",\"remote\":\"192.168.127.2:53\",\"protocol\":\"udp\"},\
+               {\"local\":\":8080\",\"remote\":\"192.168.127.2:80\",\"protocol\":\"tcp\"}]\n";
+    assert_eq!(get(&services, GUEST, ALL).await, (200, own.to_owned()));
+    assert_eq!(get(&services, guest(3), ALL).await, (200, "[]\n".to_owned()));
+
+    for (origin, local) in [(GUEST, "127.0.0.1:1"), (guest(3), ":8080")] {
+        let body = format!(r#"{{"local":"{local}"}}"#);
+        assert_eq!(
+            post(&services, origin, UNEXPOSE, &body).await,
+            refused(500, "proxy not found")
+        );
+    }
+    let body = r#"{"local":":8080","remote":":80"}"#;
+    assert_eq!(
+        post(&services, guest(3), EXPOSE, body).await,
+        refused(500, "proxy already running for tcp on :8080")
+    );
+    assert_eq!(
+        post(&services, GUEST, UNEXPOSE, r#"{"local":":8080"}"#).await,
+        done()
+    );
+    let left = get(&services, Origin::Services, ALL).await.1;
+    assert!(
+        left.contains("127.0.0.1:1\"") && !left.contains(":8080"),
+        "{left}"
+    );
+}
+
+#[tokio::test]
+async fn what_a_guest_may_not_expose_is_refused_and_touches_no_file() {
+    let file = std::env::temp_dir().join(format!("vnet-gv-guest-{}", std::process::id()));
+    std::fs::write(&file, "precious").unwrap();
+    let services = open(nowhere());
+    let only_ports = "a guest can expose tcp and udp, and nothing else";
+    let only_own = "a guest can expose its own address alone, which is 192.168.127.2";
+    let path = file.display().to_string();
+    let cases = [
+        (path.as_str(), "tcp://192.168.127.2:80", "unix", 403, only_ports),
+        (
+            path.as_str(),
+            "ssh-tunnel://a@192.168.127.2/s?key=/k",
+            "unix",
+            403,
+            only_ports,
+        ),
+        ("x", "tcp://192.168.127.2:80", "npipe", 403, only_ports),
+        (":80", "192.168.127.3:80", "tcp", 403, only_own),
+        (":80", "127.0.0.1:80", "udp", 403, only_own),
+        (":80", "192.168.127.1:80", "tcp", 403, only_own),
+        (":80", ":80", "sctp", 500, "unknown protocol sctp"),
+        (
+            "example.com:80",
+            ":80",
+            "tcp",
+            500,
+            "listen tcp: lookup example.com: no such host",
+        ),
+        (":80", "web:80", "tcp", 400, "\"web\" is not an IPv4 address"),
+    ];
+    for (local, remote, protocol, status, text) in cases {
+        let body = serde_json::json!({"local": local, "remote": remote, "protocol": protocol}).to_string();
+        assert_eq!(
+            post(&services, GUEST, EXPOSE, &body).await,
+            refused(status, text),
+            "{body}"
+        );
+    }
+    assert_eq!(std::fs::read_to_string(&file).unwrap(), "precious");
+    std::fs::remove_file(&file).unwrap();
+}
+
+#[tokio::test]
+async fn guests_are_not_served_unless_they_are_to_be_and_not_under_a_policy() {
+    let off = Services::new(config(nowhere(), "one"));
+    let under_policy = Services::new(ServicesConfig {
+        guests: api(),
+        policy_in_force: always(true),
+        ..config(nowhere(), "one")
+    });
+    for (services, text) in [
+        (off, "guests expose nothing here"),
+        (
+            under_policy,
+            "a policy or mode is in force for this VM, and so it exposes nothing itself",
+        ),
+    ] {
+        for path in [ALL, EXPOSE, UNEXPOSE] {
+            assert_eq!(
+                post(&services, GUEST, path, "{}").await,
+                refused(403, text),
+                "{path}"
+            );
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_mode_of_the_networks_vm_is_a_policy_in_force_and_another_networks_is_none() {
+    let world = World::start().await;
+    let _strict = world.dataplane("strict", v1::Mode::Ask).await;
+    let _free = world.dataplane("free", v1::Mode::Unspecified).await;
+    for (network, status) in [("strict", 403), ("free", 200)] {
+        let services = Services::new(ServicesConfig {
+            guests: api(),
+            ..world.config(network)
+        });
+        assert_eq!(get(&services, Origin::Listen, ALL).await.0, status, "{network}");
+        assert_eq!(get(&services, GUEST, ALL).await.0, status, "{network}");
+        assert_eq!(get(&services, Origin::Services, ALL).await.0, 200, "{network}");
+    }
+    let given = policy_in_force(world.connection(), "not there yet".to_owned(), true);
+    assert!(given().await.unwrap());
+}
+
+#[tokio::test]
+async fn a_guest_without_the_token_is_told_what_is_needed() {
+    let path = std::env::temp_dir().join(format!("vnet-gv-token-{}", std::process::id()));
+    std::fs::write(&path, "0123456789abcdef0123456789abcdef\n").unwrap();
+    let services = Services::new(ServicesConfig {
+        guests: Some(GuestApi {
+            token: Some(Token::read(&path).unwrap()),
+            decide: Arc::new(Closed),
+        }),
+        ..config(nowhere(), "one")
+    });
+    std::fs::remove_file(&path).unwrap();
+    let with = |value: &str| format!("GET {EXPOSE} HTTP/1.1\r\nHost: gateway\r\n{value}\r\n");
+
+    let without = raw(&services, GUEST, &with("")).await;
+    let wrong = raw(
+        &services,
+        GUEST,
+        &with("Authorization: Bearer 0123456789abcdef0123456789abcdee\r\n"),
+    )
+    .await;
+    let right = raw(
+        &services,
+        GUEST,
+        &with("Authorization: Bearer 0123456789abcdef0123456789abcdef\r\n"),
+    )
+    .await;
+
+    for answer in [without, wrong] {
+        assert!(answer.starts_with("HTTP/1.1 401 Unauthorized\r\n"), "{answer}");
+        assert!(answer.contains("Www-Authenticate: Bearer\r\n"), "{answer}");
+        assert!(
+            answer.ends_with("a token is needed: Authorization: Bearer TOKEN\n"),
+            "{answer}"
+        );
+    }
+    assert!(right.ends_with("post only\n"), "{right}");
+}
+
+/// Allows what leads to port 80, and keeps what it was asked.
+#[derive(Default)]
+struct Eighty(std::sync::Mutex<Vec<GuestForward>>);
+
+#[tonic::async_trait]
+impl Decide for Eighty {
+    fn is_open(&self) -> bool {
+        true
+    }
+
+    async fn decide(&self, _: &Guest, forward: &GuestForward) -> Decision {
+        self.0.lock().unwrap().push(forward.clone());
+        if forward.target.port() == 80 {
+            Decision::Allow
+        } else {
+            Decision::Refuse("only port 80".to_owned())
+        }
+    }
+}
+
+#[tokio::test]
+async fn under_a_policy_what_a_guest_wants_to_expose_is_decided_by_who_is_to_decide() {
+    let world = World::start().await;
+    let _dataplane = world.dataplane("one", v1::Mode::Ask).await;
+    let decide = Arc::new(Eighty::default());
+    let services = Services::new(ServicesConfig {
+        guests: Some(GuestApi {
+            token: None,
+            decide: Arc::clone(&decide) as Arc<dyn Decide>,
+        }),
+        ..world.config("one")
+    });
+
+    let yes = post(
+        &services,
+        GUEST,
+        EXPOSE,
+        r#"{"local":"127.0.0.1:8080","remote":":80"}"#,
+    )
+    .await;
+    let no = post(
+        &services,
+        GUEST,
+        EXPOSE,
+        r#"{"local":"127.0.0.1:8081","remote":":81"}"#,
+    )
+    .await;
+
+    assert_eq!((yes, no), (done(), refused(403, "only port 80")));
+    let asked = decide.0.lock().unwrap().clone();
+    assert_eq!(asked.len(), 2);
+    assert_eq!(
+        asked[0],
+        GuestForward {
+            is_udp: false,
+            listen: "127.0.0.1:8080".parse().unwrap(),
+            target: "192.168.127.2:80".parse().unwrap(),
+        }
+    );
+    let all = get(&services, GUEST, ALL).await.1;
+    assert!(all.contains("8080") && !all.contains("8081"), "{all}");
+}
