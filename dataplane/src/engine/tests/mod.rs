@@ -13,6 +13,7 @@ mod kit;
 mod learned;
 mod limits;
 mod naming;
+mod nat;
 mod neighbours;
 mod opening;
 mod resolvers;
