@@ -27,6 +27,8 @@ pub const FLOWS_PER_DATAPLANE_MAX: usize = 262_144;
 pub const BINDINGS_PER_VM_MAX: usize = 4_096;
 /// Denied names remembered of one VM; beyond it the one that is longest ago goes.
 pub const DENIED_PER_VM_MAX: usize = 1_024;
+/// Destinations of one dataplane's guests that are dialled at other addresses.
+pub const NAT_MAX: usize = 256;
 /// Commands that a dataplane has not acknowledged.
 pub const OUTSTANDING_MAX: usize = 16_384;
 /// How long a lost dataplane's VMs are kept.
@@ -65,8 +67,8 @@ pub struct Dataplane {
     pub epoch: Epoch,
     /// The guests' subnets, one of a family at most.
     pub subnets: Vec<IpNet>,
-    /// The address that is dialled as loopback.
-    pub host_alias: Option<IpAddr>,
+    /// Destinations of its guests that are dialled at other addresses.
+    pub nat: HashMap<IpAddr, IpAddr>,
     /// What it guards.
     pub guarded: GuardedRanges,
     /// Its VMs' names, by handle.
@@ -182,6 +184,8 @@ pub struct Vm {
     pub own_policy: Option<Arc<OwnPolicy>>,
     /// The mode that it brought.
     pub own_mode: Option<Mode>,
+    /// It brought `--ec2-metadata-access`.
+    pub ec2_metadata_access: bool,
     /// What it is under.
     pub effective: Arc<Effective>,
     /// The grants that reach it.

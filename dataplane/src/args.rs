@@ -62,6 +62,17 @@ pub struct Args {
     /// Address that leads to the host's 127.0.0.1, or none [default: the last of the subnet].
     #[arg(long, value_name = "ADDRESS")]
     pub host_alias: Option<String>,
+    /// Dial this destination of guests at another address instead, as 192.168.127.253=10.0.0.7; may be repeated. That
+    /// of the host alias takes the place of 127.0.0.1.
+    #[arg(long, value_name = "ADDRESS=ADDRESS")]
+    pub nat: Vec<String>,
+    /// Answer ARP for this address as for the gateway's, in the subnet or not; may be repeated.
+    #[arg(long = "virtual-ip", value_name = "ADDRESS")]
+    pub virtual_ips: Vec<String>,
+    /// Address of the first guest: what DHCP gives before all others, and where forwards that name no guest lead
+    /// [default: the first of the subnet that is free].
+    #[arg(long, value_name = "ADDRESS")]
+    pub first_guest: Option<String>,
     /// IPv6 prefix of the guests, a /64, or off [default: fd00::/64; off where the MTU is below 1280].
     #[arg(long, value_name = "CIDR|off")]
     pub ipv6_prefix: Option<String>,
@@ -79,6 +90,9 @@ pub struct Args {
     /// May be repeated.
     #[arg(long = "zone", value_name = "ZONE:NAME=ADDRESS,...")]
     pub zones: Vec<String>,
+    /// Serve no zones but those of --zone: neither containers.internal nor docker.internal.
+    #[arg(long)]
+    pub no_default_zones: bool,
     /// Forward a port of the host into a guest, as docker does: 8080:80, 127.0.0.1:5353:53/udp.
     #[arg(short = 'p', long = "publish", value_name = "HOST:GUEST")]
     pub publish: Vec<String>,

@@ -40,9 +40,11 @@ pub const REMEMBERED_MAX: usize = 1_024;
 pub struct LeaseConfig {
     /// The guests' subnet.
     pub subnet: Ipv4Net,
-    /// Addresses that are nobody's: the gateway, the host alias. The subnet's first and last address
+    /// Addresses that are nobody's: the gateway, and those that it stands for. The subnet's first and last address
     /// are left out without being named.
     pub reserved: Vec<Ipv4Addr>,
+    /// What a client is given before all others, if that is free and it has asked for no other.
+    pub first: Option<Ipv4Addr>,
     /// Addresses kept for one MAC address. Those outside the pool are ignored.
     pub fixed: BTreeMap<Mac, Ipv4Addr>,
     /// How long a lease holds.
@@ -155,7 +157,7 @@ impl Leases {
     }
 
     /// Chooses an address for a client and keeps it for [`OFFER_TIME`]: the one kept for it, else the one
-    /// it asks for, else the one it has or had last, else the lowest that is free. `None` when there is none.
+    /// it asks for, else the one it has or had last, else the first ([`LeaseConfig::first`]), else the lowest that is free. `None` when there is none.
     pub fn offer(&mut self, vm: VmId, mac: Mac, asked: Option<Ipv4Addr>, now: Time) -> Option<Ipv4Addr> {
         let chosen = self.choose(vm, mac, asked, now);
         let Some(address) = chosen else {
@@ -335,6 +337,7 @@ impl Leases {
             .filter(available)
             .or_else(current)
             .or_else(|| self.remembered.get(&(vm, mac)).copied().filter(available))
+            .or_else(|| self.config.first.filter(available))
             .or_else(|| self.config.subnet.hosts().take(HOLDINGS_MAX * 2).find(available))
     }
 
@@ -429,6 +432,7 @@ mod tests {
         Leases::new(LeaseConfig {
             subnet: Ipv4Net::new(ip(0), prefix).unwrap(),
             reserved: vec![ip(1), ip(254)],
+            first: None,
             fixed: fixed.iter().copied().collect(),
             lease_time: LEASE_TIME,
         })
@@ -447,6 +451,38 @@ mod tests {
             Some(ip(3)),
             "a lapsed lease stays its VM's"
         );
+    }
+
+    #[test]
+    fn the_first_address_may_be_another_and_is_given_to_who_asks_for_none() {
+        let first_is = |address| {
+            let mut leases = pool(24, &[(MAC_B, ip(10))]);
+            leases.config.first = Some(address);
+            leases
+        };
+        let mut leases = first_is(ip(9));
+        assert_eq!(leases.offer(B, MAC_B, None, at(0)), Some(ip(10)), "kept for it");
+        assert_eq!(
+            leases.offer(A, MAC_A, Some(ip(7)), at(0)),
+            Some(ip(7)),
+            "asked for"
+        );
+        assert_eq!(
+            leases.offer(VmId(3), Mac([2, 0, 0, 0, 0, 3]), None, at(0)),
+            Some(ip(9))
+        );
+        assert_eq!(
+            leases.offer(VmId(4), Mac([2, 0, 0, 0, 0, 4]), None, at(0)),
+            Some(ip(2))
+        );
+        // Kept for another, or nobody's at all, it is not given.
+        for taken in [ip(10), ip(254), Ipv4Addr::new(10, 0, 0, 9)] {
+            assert_eq!(
+                first_is(taken).offer(A, MAC_A, None, at(0)),
+                Some(ip(2)),
+                "{taken}"
+            );
+        }
     }
 
     #[test]

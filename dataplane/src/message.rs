@@ -214,6 +214,8 @@ pub struct VmUp {
     pub own_policy: Option<OwnPolicy>,
     /// The mode it brought along.
     pub mode: Option<Mode>,
+    /// Whether 169.254.0.0/16 is open to it.
+    pub ec2_metadata_access: bool,
     /// How long its resolver waits.
     pub resolver_patience: Duration,
     /// When it attached.

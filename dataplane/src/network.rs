@@ -25,6 +25,7 @@ use crate::engine::discovery::Ipv6Config;
 use crate::engine::frame::DropReason;
 use crate::engine::gateway::dhcp::{self, DhcpConfig, DhcpOutcome};
 use crate::engine::gateway::dns::zones::Zones;
+use crate::engine::nat::Nat;
 use crate::engine::switch::{Neighbour, Passed};
 use crate::engine::{Engine, EngineConfig, Surroundings, Time};
 use crate::forward::Forwards;
@@ -47,8 +48,8 @@ pub struct NetworkConfig {
     pub gateway_mac: Mac,
     /// The guests' subnet.
     pub subnet: Ipv4Net,
-    /// The address that stands for the host's loopback.
-    pub host_alias: Option<Ipv4Addr>,
+    /// Addresses that the gateway stands for beside its own.
+    pub nat: Arc<Nat>,
     /// IPv6, unless it carries none.
     pub ipv6: Option<Ipv6Config>,
     /// Largest IP packet towards a guest, bytes.
@@ -76,6 +77,8 @@ pub struct GuestSpec {
     pub own_policy: Option<OwnPolicy>,
     /// The mode it brings along.
     pub mode: Option<vnet_proto::model::Mode>,
+    /// Whether 169.254.0.0/16 is open to it.
+    pub ec2_metadata_access: bool,
     /// How long its resolver waits.
     pub resolver_patience: Duration,
     /// The only MAC address it may have.
@@ -199,7 +202,7 @@ impl Network {
             gateway: self.config.gateway,
             gateway_mac: self.config.gateway_mac,
             subnet: self.config.subnet,
-            host_alias: self.config.host_alias,
+            nat: Arc::clone(&self.config.nat),
             ipv6: self.config.ipv6.clone(),
             mtu_bytes: self.config.mtu_bytes,
             pinned_mac: spec.pinned_mac,
@@ -250,6 +253,7 @@ impl Network {
             transport,
             own_policy: spec.own_policy,
             mode: spec.mode,
+            ec2_metadata_access: spec.ec2_metadata_access,
             resolver_patience: spec.resolver_patience,
             attached_at: SystemTime::now(),
         };
@@ -654,7 +658,7 @@ pub(crate) mod tests {
             gateway: GATEWAY,
             gateway_mac: Mac([0x5a, 0x94, 0xef, 0xe4, 0x0c, 0xdd]),
             subnet,
-            host_alias: None,
+            nat: Arc::default(),
             ipv6: None,
             mtu_bytes: 1500,
             dhcp: DhcpConfig {
@@ -673,6 +677,7 @@ pub(crate) mod tests {
         let leases = Leases::new(LeaseConfig {
             subnet,
             reserved: vec![GATEWAY],
+            first: None,
             fixed: Default::default(),
             lease_time,
         });

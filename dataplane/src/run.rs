@@ -21,6 +21,7 @@ use crate::engine::discovery::Ipv6Config;
 use crate::engine::flow::FLOWS_MAX;
 use crate::engine::gateway::dhcp::DhcpConfig;
 use crate::engine::gateway::dns::zones::Zones;
+use crate::engine::nat::Nat;
 use crate::forward::{ForwardError, Forwards};
 use crate::front::{self, FrontSender, Tunnels};
 use crate::guards::{Guards, HostAddresses, Watcher, follow};
@@ -254,7 +255,11 @@ pub async fn run(config: Config) -> Result<(), RunError> {
                 subnet: config.network.subnet,
                 subnet_ipv6: config.network.ipv6,
                 gateway: config.network.gateway,
-                host_alias: config.network.host_alias,
+                host_alias: config
+                    .network
+                    .host_alias
+                    .filter(|a| config.network.is_loopback(*a)),
+                nat: config.network.other_nat(),
             },
             guards: Arc::clone(&guards),
             metrics: Arc::clone(&metrics),
@@ -379,7 +384,8 @@ fn make_network(
     }
     let leases = Leases::new(LeaseConfig {
         subnet: net.subnet,
-        reserved: std::iter::once(net.gateway).chain(net.host_alias).collect(),
+        reserved: std::iter::once(net.gateway).chain(net.answered()).collect(),
+        first: Some(net.first_guest),
         fixed: net.static_leases.iter().copied().collect(),
         lease_time: LEASE_TIME,
     });
@@ -400,7 +406,10 @@ fn make_network(
         gateway: net.gateway,
         gateway_mac: net.gateway_mac,
         subnet: net.subnet,
-        host_alias: net.host_alias,
+        nat: Arc::new(Nat::new(
+            net.nat.iter().map(|(from, to)| (*from, *to)),
+            net.answered(),
+        )),
         ipv6,
         mtu_bytes: net.mtu_bytes.into(),
         dhcp: DhcpConfig {
@@ -634,6 +643,7 @@ fn guest_spec(vm: &VmConfig) -> GuestSpec {
         labels: vm.labels.clone(),
         own_policy: vm.own_policy.clone(),
         mode: vm.mode,
+        ec2_metadata_access: vm.ec2_metadata_access,
         resolver_patience: vm.resolver_patience,
         pinned_mac: vm.mac,
         pinned_address: vm.address,

@@ -1,7 +1,7 @@
 //! Dataplanes and VMs come and go.
 
 use std::collections::{BTreeMap, HashMap};
-use std::net::IpAddr;
+use std::net::{IpAddr, Ipv4Addr};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -16,7 +16,7 @@ use super::limits;
 use super::{HEARTBEAT, Hub, LEASE, State};
 use crate::clock::Now;
 use crate::convert;
-use crate::fleet::{self, DATAPLANES_MAX, Dataplane, DataplaneNo, LOOKUP_HOLD, Link, VMS_MAX, Vm};
+use crate::fleet::{self, DATAPLANES_MAX, Dataplane, DataplaneNo, LOOKUP_HOLD, Link, NAT_MAX, VMS_MAX, Vm};
 use crate::grant::{VmGrants, VmView};
 use crate::lists;
 use crate::policy::{EchGuard, Effective, GuardedRanges, ListCache, Modes, OwnPolicy, QuicGuard};
@@ -126,7 +126,7 @@ impl State {
         .into_iter()
         .flatten()
         .collect();
-        let host_alias = optional("host_alias", &hello.host_alias, |t| t.parse::<IpAddr>().ok())?;
+        let nat = nat_of(&hello)?;
         let host = hello.host_addresses.clone().unwrap_or_default();
         let host_addresses = host_addresses(&host).map_err(malformed)?;
 
@@ -185,9 +185,9 @@ impl State {
             }),
             lost_at: None,
             epoch: self.epoch,
-            guarded: GuardedRanges::new(subnets.iter().copied(), host_alias, host_addresses),
+            guarded: guarded(&subnets, &nat, host_addresses),
             subnets,
-            host_alias,
+            nat,
             vms: HashMap::new(),
             flows: HashMap::new(),
             forwards: hello.forwards,
@@ -337,8 +337,7 @@ impl State {
     fn host_addresses(&mut self, number: DataplaneNo, message: &v1::HostAddresses) -> Result<(), Malformed> {
         let addresses = host_addresses(message)?;
         if let Some(dataplane) = self.fleet.dataplanes.get_mut(&number) {
-            dataplane.guarded =
-                GuardedRanges::new(dataplane.subnets.iter().copied(), dataplane.host_alias, addresses);
+            dataplane.guarded = guarded(&dataplane.subnets, &dataplane.nat, addresses);
         }
         // A verdict made a moment ago may have been widened over what is now guarded.
         self.revoke(None, |vm| vm.dataplane == number);
@@ -424,6 +423,7 @@ impl State {
             set,
             own_policy: up.own_policy,
             own_mode: up.mode,
+            ec2_metadata_access: up.ec2_metadata_access,
             effective,
             grants: VmGrants::default(),
             transport: up.transport,
@@ -629,6 +629,7 @@ struct VmFacts {
     transport: String,
     own_policy: Option<Arc<OwnPolicy>>,
     mode: Option<Mode>,
+    ec2_metadata_access: bool,
     lookup_hold: Duration,
     attached_at: Option<std::time::SystemTime>,
     attached: bool,
@@ -661,6 +662,7 @@ impl VmFacts {
             transport: up.transport,
             own_policy,
             mode,
+            ec2_metadata_access: up.ec2_metadata_access,
             lookup_hold: patience.unwrap_or(LOOKUP_HOLD),
             attached_at: convert::time(up.attached_at),
             attached: up.attached,
@@ -710,6 +712,39 @@ fn optional<T>(field: &str, text: &str, parse: impl FnOnce(&str) -> Option<T>) -
     parse(text)
         .map(Some)
         .ok_or_else(|| Status::invalid_argument(format!("hello.{field} is {text:?}, which does not parse")))
+}
+
+/// What a Hello says is dialled at other addresses: the host alias at loopback, and the rest.
+fn nat_of(hello: &v1::Hello) -> Result<HashMap<IpAddr, IpAddr>, Status> {
+    if hello.nat.len() > NAT_MAX {
+        let count = hello.nat.len();
+        return Err(Status::invalid_argument(format!(
+            "hello.nat has {count} entries (at most {NAT_MAX})"
+        )));
+    }
+    let address = |field, text: &String| {
+        optional(field, text, |t| t.parse::<IpAddr>().ok())?
+            .ok_or_else(|| Status::invalid_argument(format!("hello.{field} is empty (expected an address)")))
+    };
+    let mut nat = HashMap::new();
+    for entry in &hello.nat {
+        let from = address("nat.address", &entry.address)?;
+        let dialled = address("nat.dialled", &entry.dialled)?;
+        nat.insert(from, dialled);
+    }
+    if let Some(alias) = optional("host_alias", &hello.host_alias, |t| t.parse::<IpAddr>().ok())? {
+        nat.insert(alias, Ipv4Addr::LOCALHOST.into());
+    }
+    Ok(nat)
+}
+
+/// What a dataplane guards. What is dialled at an address of the host is guarded as one.
+fn guarded(
+    subnets: &[ipnet::IpNet],
+    nat: &HashMap<IpAddr, IpAddr>,
+    host_addresses: Vec<IpAddr>,
+) -> GuardedRanges {
+    GuardedRanges::new(subnets.iter().copied(), None, host_addresses).with_moved(nat.keys().copied())
 }
 
 fn host_addresses(message: &v1::HostAddresses) -> Result<Vec<IpAddr>, Malformed> {

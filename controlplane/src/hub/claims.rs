@@ -36,7 +36,9 @@ impl State {
             set: set.or(unsettled.is_some().then_some(Mode::Block)),
             own: vm.own_mode.or(secure.then_some(Mode::Ask)),
         };
-        Effective::compose(now, &vm.view, claimed, own, modes).with_unsettled(unsettled)
+        Effective::compose(now, &vm.view, claimed, own, modes)
+            .with_ec2_metadata_access(vm.ec2_metadata_access)
+            .with_unsettled(unsettled)
     }
 
     /// The named policy that a VM falls to, if it falls to any.

@@ -103,14 +103,14 @@ impl State {
                     .find(|other| other.dataplane == vm.dataplane && other.addresses.contains(&text))
                     .filter(|other| other.view.name != vm.view.name);
                 let names = vm.names_of(address);
-                let dialled = match dataplane.host_alias {
-                    Some(alias) if alias == address => IpAddr::from(Ipv4Addr::LOCALHOST),
-                    _ => address,
+                let dialled = dataplane.nat.get(&address).copied();
+                let guards = match dialled {
+                    Some(dialled) => dataplane
+                        .guarded
+                        .guards_of_moved(address, dialled, !names.is_empty()),
+                    None => dataplane.guarded.guards_of(address, !names.is_empty()),
                 };
-                let mut guards = dataplane.guarded.guards_of(address, !names.is_empty());
-                if dialled != address {
-                    guards = guards.with(Guard::Host);
-                }
+                let dialled = dialled.unwrap_or(address);
                 let flow = FlowSubject {
                     key: FlowKey {
                         protocol,

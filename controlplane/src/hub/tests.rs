@@ -3,6 +3,7 @@ mod claims;
 mod confirm;
 mod guests;
 mod history;
+mod host;
 mod names;
 mod reach;
 mod settings;

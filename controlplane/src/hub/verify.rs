@@ -157,22 +157,25 @@ impl State {
             }
             answer.verdicts += 1;
             for point in points {
-                if let Subject::Flow(flow) = point {
-                    let bound = !flow.names.is_empty();
-                    let guards = dataplane.guarded.guards_of(flow.key.peer.ip(), bound);
+                let mut point = point.clone();
+                if let (Subject::Flow(flow), Match::Flow(found)) = (&mut point, &cached.found) {
+                    let (address, bound) = (flow.key.peer.ip(), !flow.names.is_empty());
+                    let guarded = &dataplane.guarded;
+                    let (guards, stands_alone) = match dataplane.nat.get(&address) {
+                        Some(dialled) => {
+                            flow.dialled = *dialled;
+                            (guarded.guards_of_moved(address, *dialled, bound), true)
+                        }
+                        None => (guarded.guards_of(address, bound), false),
+                    };
                     // A flow that stands otherwise is a miss, whatever the match says.
-                    if flow.guards.is_empty() && !guards.is_empty() {
+                    if flow.guards.is_empty() && !guards.is_empty() || stands_alone && !found.is_one_address()
+                    {
                         continue;
                     }
                 }
                 answer.points += 1;
                 let peer = cached.peer.and_then(|handle| self.fleet.vm_of(number, handle));
-                let mut point = point.clone();
-                if let (Subject::Flow(flow), Some(alias)) = (&mut point, dataplane.host_alias)
-                    && flow.key.peer.ip() == alias
-                {
-                    flow.dialled = IpAddr::from(Ipv4Addr::LOCALHOST);
-                }
                 let decision = decide_for(vm, &dataplane.guarded, peer, &point);
                 if (decision.outcome, decision.would_deny) == (cached.outcome, cached.would_deny) {
                     continue;

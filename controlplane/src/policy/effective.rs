@@ -1,8 +1,10 @@
 //! What one VM is under: a document or none, rules of its own, and a mode, put together.
 
-use std::sync::Arc;
+use std::net::Ipv4Addr;
+use std::sync::{Arc, LazyLock};
 use std::time::{Duration, SystemTime};
 
+use ipnet::{IpNet, Ipv4Net};
 use vnet_proto::model::{Guard, Mode, Target};
 
 use crate::clock::Now;
@@ -11,8 +13,8 @@ use crate::policy::index::Applies;
 use crate::policy::resolvers::Resolvers;
 use crate::policy::settings::{NAMES_PER_DOMAIN, QUERIES_PER_MINUTE, QUERIES_PER_SECOND};
 use crate::policy::{
-    Attachments, DefaultAction, DnsAnswer, DnsGuard, GuardAction, ListCache, NameGuards, NameSet, Policy,
-    PolicyError, PolicyErrors, ProtocolSet, Rule, RuleAction, RuleList, Settings, file,
+    Attachments, DefaultAction, DnsAnswer, DnsGuard, FlowTest, GuardAction, ListCache, NameGuards, NameSet,
+    Policy, PolicyError, PolicyErrors, PrefixSet, ProtocolSet, Rule, RuleAction, RuleList, Settings, file,
 };
 
 /// How long a packet is held when no policy says.
@@ -20,6 +22,9 @@ pub const APPROVAL_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// The name that a policy which a VM brought goes by.
 pub const OWN_POLICY: &str = "own";
+
+/// The flag that opens link-local addresses to a VM, as reasons name it.
+pub(crate) const EC2_METADATA_ACCESS: &str = "--ec2-metadata-access";
 
 /// A named policy's revision in force.
 #[derive(Debug, Clone, Copy)]
@@ -129,6 +134,30 @@ impl OwnPolicy {
         self.document.as_ref()
     }
 }
+
+/// The rule that `--ec2-metadata-access` is.
+static EC2_METADATA_RULE: LazyLock<Arc<RuleList>> = LazyLock::new(|| {
+    let rule = Rule {
+        label: EC2_METADATA_ACCESS.to_owned(),
+        action: RuleAction::Allow,
+        test: FlowTest {
+            protocols: ProtocolSet::ALL,
+            prefixes: PrefixSet::from_iter([IpNet::V4(LINK_LOCAL)]),
+            ..FlowTest::default()
+        },
+        lookup_only: false,
+        demand: None,
+        until: None,
+        vms: None,
+        comment: String::new(),
+        line: 0,
+        column: 0,
+    };
+    Arc::new(RuleList::new(vec![Arc::new(rule)]))
+});
+
+/// What that rule opens (RFC 3927).
+const LINK_LOCAL: Ipv4Net = Ipv4Net::new_assert(Ipv4Addr::new(169, 254, 0, 0), 16);
 
 /// Reads `allow TARGET` or `deny TARGET`.
 fn inline_rule(text: &str) -> Result<Rule, PolicyError> {
@@ -282,6 +311,16 @@ impl Effective {
             unsettled: unsettled.map(Arc::new),
             ..self
         }
+    }
+
+    /// With 169.254.0.0/16 open where the VM has that (`--ec2-metadata-access`): by one rule more, behind all others.
+    pub fn with_ec2_metadata_access(mut self, opens: bool) -> Self {
+        if opens {
+            let list = Arc::clone(&EC2_METADATA_RULE);
+            let applies = Applies::of(list.as_slice(), |_| true);
+            self.rules.push((list, applies));
+        }
+        self
     }
 
     /// Why it cannot be told which policy the VM is under; `None`: it can, or a mode was set meanwhile.

@@ -9,6 +9,7 @@
 
 use std::time::SystemTime;
 
+use ipnet::IpNet;
 use vnet_proto::model::special::judged;
 use vnet_proto::model::{
     Budget, FlowMatch, FlowSubject, Guard, GuardSet, LookupMatch, LookupSubject, Mode, Name, NameDemand,
@@ -584,6 +585,15 @@ fn opens_but_for_dns(
     region: &mut Region,
 ) -> bool {
     let (peer, dialled) = (flow.key.peer.ip(), judged(flow.dialled));
+    if guards.is_empty() && dialled != peer {
+        // Dialled at another address: where that leads is what is judged, unless this very one is named. The
+        // region is the flow alone.
+        let prefixes = &test.prefixes;
+        let names = prefixes.is_empty()
+            || prefixes.contains(dialled)
+            || prefixes.holding(peer).any(|prefix| prefix == IpNet::from(peer));
+        return region.test(test, flow, Sides::Either) && names;
+    }
     if guards.is_empty() {
         if !region.test(test, flow, Sides::Visible) {
             return false;

@@ -2,7 +2,8 @@
 //!
 //! The dataplane judges each flow's guards on the address really dialled and reports them; what is
 //! here only keeps regions from reaching into guarded ranges, and says whether a prefix names one. Both
-//! planes read the same tables, [`vnet_proto::model::special`].
+//! planes read the same tables, [`vnet_proto::model::special`]. Addresses that are dialled at others are no
+//! guarded ones, but regions keep clear of them likewise: what holds beside them does not hold there.
 
 use std::net::IpAddr;
 
@@ -14,6 +15,8 @@ use vnet_proto::model::{Guard, GuardSet};
 #[derive(Debug, Clone, Default)]
 pub struct GuardedRanges {
     ranges: Vec<(Guard, IpNet)>,
+    /// Addresses that are dialled at others: each stands for itself alone.
+    moved: Vec<IpNet>,
 }
 
 impl GuardedRanges {
@@ -31,12 +34,23 @@ impl GuardedRanges {
         ranges.extend(subnets.into_iter().map(|net| (Guard::Guest, net.trunc())));
         ranges.sort_unstable_by_key(|(guard, net)| (*net, *guard));
         ranges.dedup();
-        Self { ranges }
+        Self {
+            ranges,
+            moved: Vec::new(),
+        }
     }
 
-    /// Whether one of them holds an address.
+    /// With addresses that are dialled at others: no region reaches over them, whatever guards them.
+    pub fn with_moved(self, addresses: impl IntoIterator<Item = IpAddr>) -> Self {
+        Self {
+            moved: addresses.into_iter().map(IpNet::from).collect(),
+            ..self
+        }
+    }
+
+    /// Whether one of them holds an address, or it is dialled at another.
     pub fn holds(&self, address: IpAddr) -> bool {
-        self.ranges.iter().any(|(_, net)| net.contains(&address))
+        self.iter().any(|net| net.contains(&address))
     }
 
     /// The guards that an address is under, as a dataplane would report them; `from_dns`: a name is
@@ -55,6 +69,17 @@ impl GuardedRanges {
         }
     }
 
+    /// The same of an address that is dialled at another, and is no guest's: by the one that is dialled, and
+    /// from DNS by either.
+    pub fn guards_of_moved(&self, address: IpAddr, dialled: IpAddr, from_dns: bool) -> GuardSet {
+        let guards = self.guards_of(dialled, from_dns).without(Guard::Guest);
+        if from_dns && is_inside_private(IpNet::from(address)) {
+            guards.with(Guard::PrivateFromDns)
+        } else {
+            guards
+        }
+    }
+
     /// Single addresses that are the host's.
     pub(crate) fn host_addresses(&self) -> impl Iterator<Item = IpAddr> + '_ {
         let own = self.ranges.iter().filter(|(guard, _)| *guard == Guard::Host);
@@ -62,9 +87,10 @@ impl GuardedRanges {
             .map(|(_, net)| net.addr())
     }
 
-    /// All of them.
+    /// All of them, and the addresses that are dialled at others.
     pub(crate) fn iter(&self) -> impl Iterator<Item = IpNet> + '_ {
-        self.ranges.iter().map(|(_, net)| *net)
+        let ranges = self.ranges.iter().map(|(_, net)| *net);
+        ranges.chain(self.moved.iter().copied())
     }
 
     /// All of them, with what guards each.

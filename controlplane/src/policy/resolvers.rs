@@ -13,6 +13,7 @@ use std::net::IpAddr;
 use std::sync::{Arc, LazyLock};
 
 use ipnet::IpNet;
+use vnet_proto::model::special::judged;
 use vnet_proto::model::{FlowSubject, Name, NamePattern, PortRange, Protocol};
 
 use crate::policy::region::{Region, Sides};
@@ -398,11 +399,12 @@ impl Resolvers {
         region: &mut Region,
     ) -> bool {
         let peer = flow.key.peer;
-        if test
-            .prefixes
-            .holding(peer.ip())
-            .any(|prefix| is_one(prefix, peer.ip()))
-        {
+        let names = |address| {
+            test.prefixes
+                .holding(address)
+                .any(|prefix| is_one(prefix, address))
+        };
+        if names(peer.ip()) || names(judged(flow.dialled)) {
             return true;
         }
         if way != Way::Known {

@@ -112,9 +112,13 @@ pub struct NetworkConfig {
     pub gateway: Ipv4Addr,
     /// The gateway's MAC address.
     pub gateway_mac: Mac,
-    /// Leads to the host's 127.0.0.1.
+    /// Stands for the host: what the default zones call `host`. Leads to its 127.0.0.1, unless `nat` says otherwise.
     pub host_alias: Option<Ipv4Addr>,
-    /// What the first guest is given; forwards that name no guest lead there.
+    /// Destinations of guests, and where they are dialled instead; the host alias is among them.
+    pub nat: BTreeMap<Ipv4Addr, IpAddr>,
+    /// What the gateway answers ARP for beside its own address and those of `nat` in the subnet.
+    pub virtual_ips: Vec<Ipv4Addr>,
+    /// What a guest is given that asks for no address, while it is free; forwards that name no guest lead there.
     pub first_guest: Ipv4Addr,
     /// MTU of guests' links.
     pub mtu_bytes: u16,
@@ -126,6 +130,26 @@ pub struct NetworkConfig {
     pub zones: Vec<Zone>,
     /// Addresses that DHCP keeps for a MAC address.
     pub static_leases: Vec<(Mac, Ipv4Addr)>,
+}
+
+impl NetworkConfig {
+    /// What the gateway answers ARP for beside its own address. No guest may have one of these.
+    pub fn answered(&self) -> impl Iterator<Item = Ipv4Addr> + '_ {
+        let inside = self.nat.keys().filter(|address| self.subnet.contains(*address));
+        inside.chain(&self.virtual_ips).copied()
+    }
+
+    /// Whether a destination is dialled at the host's 127.0.0.1.
+    pub fn is_loopback(&self, address: Ipv4Addr) -> bool {
+        self.nat.get(&address) == Some(&IpAddr::V4(Ipv4Addr::LOCALHOST))
+    }
+
+    /// What is dialled at other addresses beside the host alias that leads to 127.0.0.1.
+    pub fn other_nat(&self) -> Vec<(Ipv4Addr, IpAddr)> {
+        let nat = self.nat.iter().map(|(from, to)| (*from, *to));
+        nat.filter(|(from, _)| !(Some(*from) == self.host_alias && self.is_loopback(*from)))
+            .collect()
+    }
 }
 
 /// How frames are framed on a socket.
@@ -218,6 +242,8 @@ pub struct VmConfig {
     pub own_policy: Option<OwnPolicy>,
     /// A mode that it brings along.
     pub mode: Option<Mode>,
+    /// Whether 169.254.0.0/16 is open to it.
+    pub ec2_metadata_access: bool,
     /// How long its resolver waits.
     pub resolver_patience: Duration,
     /// The only MAC address that it may have.
@@ -403,6 +429,7 @@ fn vm_config(args: &Args, settings: VmSettings, problems: &mut Vec<Problem>) -> 
         labels,
         own_policy: settings.own_policy.map(Into::into),
         mode,
+        ec2_metadata_access: settings.ec2_metadata_access,
         resolver_patience: patience.unwrap_or(RESOLVER_PATIENCE_DEFAULT),
         mac: None,
         address: None,

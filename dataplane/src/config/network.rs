@@ -1,5 +1,6 @@
 //! The network's part of the configuration: addresses, leases, resolvers, zones, forwards.
 
+use std::collections::BTreeMap;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
@@ -13,6 +14,8 @@ use crate::config::{
     SUBNET_PREFIX_MIN, ZONES_DEFAULT, canonical, parse_mac,
 };
 use crate::engine::ip::IPV6_MTU_BYTES_MIN;
+use crate::engine::nat::NAT_MAX;
+use crate::engine::synthetic::table::RANGE_V4;
 use crate::forward::{FORWARDS_MAX, ForwardSpec};
 use crate::mac::Mac;
 use crate::message::{Forward, Zone};
@@ -57,17 +60,23 @@ pub(super) fn check(args: &Args, name: &str, problems: &mut Vec<Problem>) -> Net
                 MTU_BYTES_DEFAULT
             })
     });
+    let ipv6 = ipv6_prefix(args, mtu_bytes, problems);
+    let nat = nat(args, subnet, ipv6, gateway, host_alias, problems);
+    let virtual_ips = virtual_ips(args, subnet, problems);
+    let taken = |host: &Ipv4Addr| nat.contains_key(host) || virtual_ips.contains(host);
     let first_guest = subnet
         .hosts()
-        .find(|host| *host != gateway && Some(*host) != host_alias)
+        .find(|host| *host != gateway && !taken(host))
         .unwrap_or(gateway);
     let mut network = NetworkConfig {
         name: name.to_owned(),
         subnet,
-        ipv6: ipv6_prefix(args, mtu_bytes, problems),
+        ipv6,
         gateway,
         gateway_mac,
         host_alias,
+        nat,
+        virtual_ips,
         first_guest,
         mtu_bytes,
         resolvers: resolvers(args, gateway, problems),
@@ -75,8 +84,117 @@ pub(super) fn check(args: &Args, name: &str, problems: &mut Vec<Problem>) -> Net
         zones: zones(args, gateway, host_alias, problems),
         static_leases: Vec::new(),
     };
+    if let Some(first) = address("--first-guest", args.first_guest.as_deref(), "", problems) {
+        check_guest_address("--first-guest", first, &network, problems);
+        network.first_guest = first;
+    }
     network.static_leases = leases(args, &network, problems);
     network
+}
+
+/// Reads `--nat`. The host alias leads to 127.0.0.1, unless it is said otherwise.
+fn nat(
+    args: &Args,
+    subnet: Ipv4Net,
+    ipv6: Option<Ipv6Net>,
+    gateway: Ipv4Addr,
+    host_alias: Option<Ipv4Addr>,
+    problems: &mut Vec<Problem>,
+) -> BTreeMap<Ipv4Addr, IpAddr> {
+    const FLAG: &str = "--nat";
+    check_number(FLAG, args.nat.len(), problems);
+    let mut nat = BTreeMap::new();
+    for text in args.nat.iter().take(NAT_MAX) {
+        let Some((from_text, to_text)) = text.split_once('=') else {
+            problems.push(Problem::Nat(text.clone()));
+            continue;
+        };
+        let from = from_text
+            .parse::<Ipv4Addr>()
+            .ok()
+            .filter(|from| !is_refused((*from).into()));
+        let to = to_text.parse::<IpAddr>().ok().map(canonical);
+        let to = to.filter(|to| to.is_loopback() || !is_refused(*to));
+        let (Some(from), Some(to)) = (from, to) else {
+            let found = text.clone();
+            problems.push(match from {
+                None => Problem::NatFrom {
+                    found,
+                    address: from_text.to_owned(),
+                },
+                Some(_) => Problem::NatTo {
+                    found,
+                    address: to_text.to_owned(),
+                },
+            });
+            continue;
+        };
+        if subnet.contains(&from) {
+            check_usable(FLAG, from, subnet, problems);
+        }
+        if from == gateway {
+            problems.push(Problem::AddressTaken {
+                flag: FLAG,
+                found: from,
+                owner: "the gateway".to_owned(),
+            });
+        }
+        if RANGE_V4.contains(&from) {
+            problems.push(Problem::NatFromSynthetic {
+                found: text.clone(),
+                address: from,
+                range: RANGE_V4,
+            });
+        }
+        let for_guests = match to {
+            IpAddr::V4(v4) => subnet.contains(&v4),
+            IpAddr::V6(v6) => ipv6.is_some_and(|prefix| prefix.contains(&v6)),
+        };
+        if for_guests {
+            problems.push(Problem::NatToGuest {
+                found: text.clone(),
+                address: to,
+            });
+        }
+        if nat.insert(from, to).is_some() {
+            problems.push(Problem::NatTwice(from));
+        }
+    }
+    if let Some(alias) = host_alias {
+        nat.entry(alias).or_insert(Ipv4Addr::LOCALHOST.into());
+    }
+    nat
+}
+
+/// Reads `--virtual-ip`. The gateway's own address may be among them, and is answered for already.
+fn virtual_ips(args: &Args, subnet: Ipv4Net, problems: &mut Vec<Problem>) -> Vec<Ipv4Addr> {
+    const FLAG: &str = "--virtual-ip";
+    check_number(FLAG, args.virtual_ips.len(), problems);
+    let mut addresses = Vec::new();
+    for text in args.virtual_ips.iter().take(NAT_MAX) {
+        let Some(found) = address(FLAG, Some(text), "", problems) else {
+            continue;
+        };
+        if subnet.contains(&found) {
+            check_usable(FLAG, found, subnet, problems);
+        } else if is_refused(found.into()) {
+            problems.push(Problem::VirtualIp(found));
+        }
+        if !addresses.contains(&found) {
+            addresses.push(found);
+        }
+    }
+    addresses
+}
+
+fn check_number(flag: &'static str, found: usize, problems: &mut Vec<Problem>) {
+    if found > NAT_MAX {
+        problems.push(Problem::AddressesMany {
+            flag,
+            found,
+            most: NAT_MAX,
+        });
+    }
 }
 
 fn subnet(args: &Args, problems: &mut Vec<Problem>) -> Ipv4Net {
@@ -182,6 +300,10 @@ pub(super) fn check_guest_address(
         "the gateway"
     } else if Some(found) == network.host_alias {
         "the host alias"
+    } else if network.nat.contains_key(&found) {
+        "a --nat"
+    } else if network.virtual_ips.contains(&found) {
+        "a --virtual-ip"
     } else {
         return;
     };
@@ -290,6 +412,9 @@ fn zones(
             Ok(zone) => zones.push(zone),
             Err(problem) => problems.push(problem),
         }
+    }
+    if args.no_default_zones {
+        return zones;
     }
     // A zone of a flag replaces the default one of that name.
     for name in ZONES_DEFAULT

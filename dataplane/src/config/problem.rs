@@ -132,6 +132,34 @@ pub enum Problem {
         found: Ipv4Addr,
         owner: String,
     },
+    #[error("--nat {0:?} is not a translation (expected ADDRESS=ADDRESS, as 192.168.127.253=127.0.0.1)")]
+    Nat(String),
+    #[error(
+        "--nat {found}: {address} is no address that guests can send to (expected a unicast IPv4 address)"
+    )]
+    NatFrom { found: String, address: String },
+    #[error(
+        "--nat {found}: {address} is no address that can be dialled (expected a unicast address of the host or beyond)"
+    )]
+    NatTo { found: String, address: String },
+    #[error("--nat {found}: {address} is an address for guests, and nat leads out of their network")]
+    NatToGuest { found: String, address: IpAddr },
+    #[error("--nat {found}: {address} may be an answer to a lookup ({range} is for synthetic addresses)")]
+    NatFromSynthetic {
+        found: String,
+        address: Ipv4Addr,
+        range: Ipv4Net,
+    },
+    #[error("--nat is given twice for {0}")]
+    NatTwice(Ipv4Addr),
+    #[error("{flag} is given {found} times (at most {most})")]
+    AddressesMany {
+        flag: &'static str,
+        found: usize,
+        most: usize,
+    },
+    #[error("--virtual-ip {0} is no address that guests can send to (expected a unicast IPv4 address)")]
+    VirtualIp(Ipv4Addr),
     #[error("{flag} {found} is not a unicast MAC address (expected one as 5a:94:ef:00:00:02)")]
     Mac { flag: &'static str, found: String },
     #[error("--static-lease {0:?} is not a lease (expected MAC=ADDRESS)")]

@@ -18,6 +18,8 @@ pub struct VmSettings {
     pub own_policy: Option<OwnPolicySettings>,
     /// A mode of their own, as `ask`.
     pub mode: Option<String>,
+    /// Whether 169.254.0.0/16 is open to them.
+    pub ec2_metadata_access: bool,
     /// How long their resolver waits, in milliseconds.
     pub resolver_patience_ms: Option<u64>,
     /// Labels beside those of `--label`.

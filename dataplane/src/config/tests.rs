@@ -170,7 +170,7 @@ fn sockets_name_and_pin_their_vms() {
 fn run_hands_everything_over_by_descriptors() {
     let settings = VmSettings::read(
         br#"{"own_policy": {"document": "defaultAction: deny\n", "source": "p.yaml", "rules": ["allow tcp 10.0.0.1:80"]},
-             "mode": "ask", "resolver_patience_ms": 30000, "labels": {"run": "1"}}"#
+             "mode": "ask", "ec2_metadata_access": true, "resolver_patience_ms": 30000, "labels": {"run": "1"}}"#
             .as_slice(),
     )
     .unwrap();
@@ -193,8 +193,8 @@ fn run_hands_everything_over_by_descriptors() {
     assert_eq!((config.exit_with_fd, config.ready_fd), (Some(5), Some(6)));
     let (fd, vm) = config.link.unwrap();
     assert_eq!(
-        (fd, vm.mode, vm.resolver_patience),
-        (4, Some(Mode::Ask), Duration::from_secs(30))
+        (fd, vm.mode, vm.ec2_metadata_access, vm.resolver_patience),
+        (4, Some(Mode::Ask), true, Duration::from_secs(30))
     );
     assert_eq!(vm.labels["run"], "1");
     assert_eq!(vm.own_policy.unwrap().rules, ["allow tcp 10.0.0.1:80"]);
@@ -780,6 +780,186 @@ fn settings_with_an_unknown_key_or_too_long_are_refused() {
                 .to_owned(),
         ])
     );
+}
+
+/// What is dialled elsewhere, as text.
+fn nat(config: &Config) -> Vec<String> {
+    let nat = config.network.nat.iter();
+    nat.map(|(from, to)| format!("{from}={to}")).collect()
+}
+
+#[test]
+fn the_host_alias_is_one_of_what_is_dialled_elsewhere() {
+    let alias = "192.168.127.254=127.0.0.1";
+    assert_eq!(nat(&check(&[]).unwrap()), [alias]);
+    let more = check(&["--nat", "192.168.127.9=10.0.0.7", "--nat", "203.0.113.5=::1"]).unwrap();
+    assert_eq!(nat(&more), ["192.168.127.9=10.0.0.7", alias, "203.0.113.5=::1"]);
+    assert_eq!(
+        more.network.answered().map(|a| a.to_string()).collect::<Vec<_>>(),
+        ["192.168.127.9", "192.168.127.254"],
+        "ARP is answered for what lies in the subnet"
+    );
+    assert_eq!(more.network.other_nat().len(), 2);
+
+    let other = check(&["--nat", "192.168.127.254=::ffff:10.0.0.7"]).unwrap();
+    assert_eq!(
+        nat(&other),
+        ["192.168.127.254=10.0.0.7"],
+        "in the place of 127.0.0.1"
+    );
+    assert_eq!(other.network.host_alias, Some(ipv4("192.168.127.254")));
+    assert_eq!(other.network.other_nat().len(), 1);
+
+    let none = check(&["--host-alias", "none"]).unwrap();
+    assert_eq!((nat(&none).len(), none.network.answered().count()), (0, 0));
+}
+
+#[test]
+fn virtual_addresses_lie_anywhere_and_are_no_guests() {
+    let config = check(&[
+        "--virtual-ip=192.168.127.2",
+        "--virtual-ip=10.9.9.9",
+        "--virtual-ip=10.9.9.9",
+        "--virtual-ip=192.168.127.1",
+        "--nat=192.168.127.3=127.0.0.1",
+    ])
+    .unwrap();
+    assert_eq!(
+        config.network.virtual_ips,
+        ["192.168.127.2", "10.9.9.9", "192.168.127.1"].map(ipv4)
+    );
+    assert_eq!(
+        config.network.first_guest,
+        ipv4("192.168.127.4"),
+        "the first that is free"
+    );
+}
+
+#[test]
+fn the_first_guest_may_be_another_and_forwards_lead_there() {
+    let config = check(&["--first-guest", "192.168.127.10", "-p", "8080:80"]).unwrap();
+    assert_eq!(config.network.first_guest, ipv4("192.168.127.10"));
+    assert_eq!(config.forwards[0].target, "192.168.127.10:80".parse().unwrap());
+    let leased = check(&[
+        "--first-guest=192.168.127.10",
+        "--static-lease=5a:94:ef:e4:0c:ee=192.168.127.10",
+    ]);
+    assert!(leased.is_ok(), "{leased:?}");
+}
+
+#[test]
+fn without_default_zones_there_are_those_of_flags_alone() {
+    assert!(check(&["--no-default-zones"]).unwrap().network.zones.is_empty());
+    let own = check(&["--no-default-zones", "--zone", "docker.internal:host=10.0.0.1"]).unwrap();
+    let zones: Vec<String> = own.network.zones.iter().map(describe).collect();
+    assert_eq!(zones, ["docker.internal: host=10.0.0.1"]);
+}
+
+#[test]
+fn what_is_wrong_with_addresses_that_the_gateway_stands_for_is_told() {
+    let cases: &[(&[&str], &str)] = &[
+        (
+            &["--nat=10.0.0.1"],
+            "--nat \"10.0.0.1\" is not a translation (expected ADDRESS=ADDRESS, as 192.168.127.253=127.0.0.1)",
+        ),
+        (
+            &["--nat=fd00::9=127.0.0.1"],
+            "--nat fd00::9=127.0.0.1: fd00::9 is no address that guests can send to (expected a unicast IPv4 address)",
+        ),
+        (
+            &["--nat=127.0.0.1=10.0.0.1"],
+            "--nat 127.0.0.1=10.0.0.1: 127.0.0.1 is no address that guests can send to (expected a unicast IPv4 address)",
+        ),
+        (
+            &["--nat=10.0.0.1=0.0.0.0"],
+            "--nat 10.0.0.1=0.0.0.0: 0.0.0.0 is no address that can be dialled (expected a unicast address of the \
+             host or beyond)",
+        ),
+        (
+            &["--nat=10.0.0.1=fe80::1"],
+            "--nat 10.0.0.1=fe80::1: fe80::1 is no address that can be dialled (expected a unicast address of the \
+             host or beyond)",
+        ),
+        (
+            &["--nat=10.0.0.1=host"],
+            "--nat 10.0.0.1=host: host is no address that can be dialled (expected a unicast address of the host or \
+             beyond)",
+        ),
+        (
+            &["--nat=10.0.0.1=192.168.127.2"],
+            "--nat 10.0.0.1=192.168.127.2: 192.168.127.2 is an address for guests, and nat leads out of their network",
+        ),
+        (
+            &["--nat=10.0.0.1=fd00::2"],
+            "--nat 10.0.0.1=fd00::2: fd00::2 is an address for guests, and nat leads out of their network",
+        ),
+        (
+            &["--nat=192.168.127.1=127.0.0.1"],
+            "--nat 192.168.127.1 is the address of the gateway already",
+        ),
+        (
+            &["--nat=192.168.127.255=127.0.0.1"],
+            "--nat 192.168.127.255 is not a guest address of subnet 192.168.127.0/24",
+        ),
+        (
+            &["--nat=198.18.0.7=127.0.0.1"],
+            "--nat 198.18.0.7=127.0.0.1: 198.18.0.7 may be an answer to a lookup (198.18.0.0/16 is for synthetic \
+             addresses)",
+        ),
+        (
+            &["--nat=10.0.0.1=127.0.0.1", "--nat=10.0.0.1=127.0.0.2"],
+            "--nat is given twice for 10.0.0.1",
+        ),
+        (&["--virtual-ip=x"], "--virtual-ip x is not an IPv4 address"),
+        (
+            &["--virtual-ip=224.0.0.1"],
+            "--virtual-ip 224.0.0.1 is no address that guests can send to (expected a unicast IPv4 address)",
+        ),
+        (
+            &["--virtual-ip=192.168.127.0"],
+            "--virtual-ip 192.168.127.0 is not a guest address of subnet 192.168.127.0/24",
+        ),
+        (
+            &[
+                "--virtual-ip=192.168.127.9",
+                "--static-lease=5a:94:ef:00:00:02=192.168.127.9",
+            ],
+            "--static-lease 192.168.127.9 is the address of a --virtual-ip already",
+        ),
+        (
+            &["--nat=192.168.127.9=127.0.0.1", "--first-guest=192.168.127.9"],
+            "--first-guest 192.168.127.9 is the address of a --nat already",
+        ),
+        (
+            &["--first-guest=192.168.127.254"],
+            "--first-guest 192.168.127.254 is the address of the host alias already",
+        ),
+        (
+            &["--first-guest=10.0.0.1"],
+            "--first-guest 10.0.0.1 is not a guest address of subnet 192.168.127.0/24",
+        ),
+    ];
+    for (flags, said) in cases {
+        assert_eq!(check(flags).err(), Some(vec![(*said).to_owned()]), "{flags:?}");
+    }
+}
+
+#[test]
+fn addresses_that_the_gateway_stands_for_are_bounded() {
+    let many = |flag: &str, count: usize, end: &str| -> Vec<String> {
+        (0..count).map(|n| format!("{flag}=10.1.0.{n}{end}")).collect()
+    };
+    for (flag, end) in [("--nat", "=127.0.0.1"), ("--virtual-ip", "")] {
+        let most = many(flag, 64, end);
+        let most: Vec<&str> = most.iter().map(String::as_str).collect();
+        assert!(check(&most).is_ok());
+        let more = many(flag, 65, end);
+        let more: Vec<&str> = more.iter().map(String::as_str).collect();
+        assert_eq!(
+            check(&more).err(),
+            Some(vec![format!("{flag} is given 65 times (at most 64)")])
+        );
+    }
 }
 
 #[test]

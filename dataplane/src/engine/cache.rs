@@ -111,6 +111,8 @@ pub struct Standing {
     /// The other guest that it belongs to, under [`Guard::Guest`](vnet_proto::model::Guard::Guest). Whoever
     /// has the address next is judged anew.
     pub neighbour: Option<VmId>,
+    /// What it is dialled at, where that is another address.
+    pub moved: Option<IpAddr>,
 }
 
 impl Decision {
@@ -617,7 +619,7 @@ mod tests {
     }
 
     #[test]
-    fn no_match_reaches_across_a_guard_or_to_another_guest() {
+    fn no_match_reaches_across_a_guard_or_to_another_guest_or_to_what_is_dialled_elsewhere() {
         let mut cache = cache();
         put(
             &mut cache,
@@ -626,13 +628,17 @@ mod tests {
         );
         let host = Standing {
             guards: GuardSet::EMPTY.with(vnet_proto::model::Guard::Host),
-            neighbour: None,
+            ..Standing::default()
         };
         let guest = Standing {
             neighbour: Some(VmId(2)),
             ..Standing::default()
         };
-        for other in [host, guest] {
+        let moved = Standing {
+            moved: Some("192.0.2.1".parse().unwrap()),
+            ..Standing::default()
+        };
+        for other in [host, guest, moved] {
             assert!(cache.lookup(Time::ZERO, &key("10.1.2.3:80"), other).is_none());
         }
         assert!(

@@ -1,10 +1,10 @@
 //! What is decided about a new flow, and on what evidence: where it would go, and what the cache says.
 
-use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 
 use vnet_proto::model::special::{is_private_or_special, is_refused};
-use vnet_proto::model::{FlowKey, FlowSubject, Guard, Reason, VerdictAction, VmId};
+use vnet_proto::model::{FlowKey, FlowSubject, Guard, Protocol, Reason, VerdictAction, VmId};
 
 use crate::engine::cache::{Decision, Standing};
 use crate::engine::frame::DropReason;
@@ -63,6 +63,11 @@ impl Engine {
         if neighbour.is_none() && self.synthetics.find(key.peer.ip()).is_none() {
             self.check_way(ip, dialled.ip())?;
         }
+        if key.protocol == Protocol::Icmp && dialled.is_ipv6() {
+            // An echo request of the one family is none of the other.
+            self.refuse_unreachable(ip, Unreachable::Host);
+            return Err(DropReason::HostRefused);
+        }
         Ok(Wanted {
             key,
             dialled,
@@ -72,17 +77,15 @@ impl Engine {
 
     /// What a guest-visible destination is dialled as.
     pub(super) fn dialled(&self, peer: SocketAddr) -> SocketAddr {
-        match (peer.ip(), self.config.host_alias) {
-            (IpAddr::V4(v4), Some(alias)) if v4 == alias => {
-                SocketAddr::new(Ipv4Addr::LOCALHOST.into(), peer.port())
-            }
-            _ => peer,
+        match self.config.nat.dialled(peer.ip()) {
+            Some(address) => SocketAddr::new(address, peer.port()),
+            None => peer,
         }
     }
 
     /// Whether a flow may go there at all, and which other guest it is that has the address.
     pub(super) fn check_destination(&self, address: IpAddr) -> Result<Option<VmId>, DropReason> {
-        if Some(address) == self.config.host_alias.map(IpAddr::V4) {
+        if self.config.nat.dialled(address).is_some() {
             return Ok(None);
         }
         if self.is_on_link(address) {
@@ -114,6 +117,7 @@ impl Engine {
                 None => guards,
             },
             neighbour: wanted.neighbour,
+            moved: self.config.nat.dialled(wanted.key.peer.ip()),
         }
     }
 
@@ -163,10 +167,10 @@ impl Engine {
             false => Some(wanted.key.peer.ip()),
         };
         let bound = self.names_of(now, wanted.key.peer.ip());
-        if let Some(address) = address
-            && !bound.is_empty()
-            && is_private_or_special(address)
-        {
+        // A name that leads to what is dialled elsewhere leads there.
+        let moved = self.config.nat.dialled(wanted.key.peer.ip());
+        let mut leads_to = address.into_iter().chain(moved);
+        if !bound.is_empty() && leads_to.any(is_private_or_special) {
             guards = guards.with(Guard::PrivateFromDns);
         }
         FlowSubject {

@@ -38,6 +38,7 @@ mod judge;
 mod life;
 mod lookup;
 mod naming;
+pub mod nat;
 pub mod reply;
 mod report;
 pub mod ring;
@@ -80,6 +81,7 @@ use crate::engine::guest_api::GuestApi;
 use crate::engine::held::Held;
 use crate::engine::idle::Idle;
 use crate::engine::inspect::InspectRefusal;
+use crate::engine::nat::Nat;
 use crate::engine::ring::RingPool;
 use crate::engine::switch::Neighbour;
 use crate::engine::switch::flow::Targeted;
@@ -114,8 +116,8 @@ pub struct EngineConfig {
     pub gateway_mac: Mac,
     /// The guests' subnet.
     pub subnet: Ipv4Net,
-    /// The address that stands for the host's loopback, if any.
-    pub host_alias: Option<Ipv4Addr>,
+    /// Addresses that the gateway stands for beside its own; the host alias is one.
+    pub nat: Arc<Nat>,
     /// IPv6, unless the network carries none.
     pub ipv6: Option<Ipv6Config>,
     /// Largest IP packet towards the guest, bytes.

@@ -127,7 +127,7 @@ impl Engine {
                     && v4 != subnet.network()
                     && v4 != subnet.broadcast()
                     && v4 != self.config.gateway
-                    && Some(v4) != self.config.host_alias
+                    && !self.config.nat.is_answered(v4)
             }
             (IpAddr::V6(v6), Some(ipv6)) => {
                 // The first address of a prefix is any router's (RFC 4291 §2.6.1).

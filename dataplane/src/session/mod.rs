@@ -21,7 +21,7 @@ mod wire;
 
 use std::error::Error;
 use std::future::Future;
-use std::net::Ipv4Addr;
+use std::net::{IpAddr, Ipv4Addr};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -59,6 +59,8 @@ pub struct Identity {
     pub gateway: Ipv4Addr,
     /// The address that is dialled as the host's loopback.
     pub host_alias: Option<Ipv4Addr>,
+    /// Other destinations that are dialled at other addresses.
+    pub nat: Vec<(Ipv4Addr, IpAddr)>,
 }
 
 /// What a session needs.

@@ -27,6 +27,7 @@ pub(super) fn vm_up(up: &VmUp, status: Option<&VmStatus>) -> v1::VmUp {
         attached: status.is_none_or(|s| s.attached),
         addresses: status.map(|s| texts(&s.addresses)).unwrap_or_default(),
         mac: status.map(|s| s.mac.clone()).unwrap_or_default(),
+        ec2_metadata_access: up.ec2_metadata_access,
     }
 }
 

@@ -28,6 +28,9 @@ pub struct TreatArgs {
     /// enforce, ask, observe, block or quarantine
     #[arg(long, value_name = "MODE")]
     pub mode: Option<Mode>,
+    /// Let it reach 169.254.0.0/16, where clouds have their metadata: a last rule, behind all others
+    #[arg(long)]
+    pub ec2_metadata_access: bool,
 }
 
 /// What a guest brings along, checked.
@@ -39,6 +42,8 @@ pub struct Treatment {
     pub rules: Vec<String>,
     /// A mode.
     pub mode: Option<Mode>,
+    /// 169.254.0.0/16 is open to it.
+    pub ec2_metadata_access: bool,
     /// What a person should know of the document, a line each.
     pub warnings: Vec<String>,
 }
@@ -88,6 +93,7 @@ impl TreatArgs {
             document,
             rules,
             mode,
+            ec2_metadata_access: self.ec2_metadata_access,
             warnings,
         }
     }
@@ -228,6 +234,7 @@ mod tests {
         assert_eq!(check(&["--secure-mode"]).0.mode, Some(Mode::Ask));
         assert!(parse(&["--secure-mode", "--mode", "block"]).is_err());
         assert_eq!(check(&["--mode", "observe"]).0.mode, Some(Mode::Observe));
+        assert!(check(&["--ec2-metadata-access"]).0.ec2_metadata_access);
         assert_eq!(check(&[]).0, Treatment::default());
     }
 

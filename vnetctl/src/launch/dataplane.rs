@@ -115,6 +115,7 @@ impl Settings {
             document,
             rules,
             mode,
+            ec2_metadata_access,
             ..
         } = &self.treatment;
         let own_policy = (document.is_some() || !rules.is_empty()).then(|| {
@@ -132,6 +133,7 @@ impl Settings {
         VmSettings {
             own_policy,
             mode: mode.map(|mode| mode.to_string()),
+            ec2_metadata_access: *ec2_metadata_access,
             resolver_patience_ms: self
                 .resolver_patience
                 .map(|p| u64::try_from(p.as_millis()).unwrap_or(u64::MAX)),
@@ -342,11 +344,15 @@ fn flags(args: &Args) -> Vec<OsString> {
         gateway,
         gateway_mac,
         host_alias,
+        nat,
+        virtual_ips,
+        first_guest,
         ipv6_prefix,
         static_leases,
         dns,
         dns_search,
         zones,
+        no_default_zones,
         publish,
         guest_api,
         front_fd,
@@ -365,6 +371,7 @@ fn flags(args: &Args) -> Vec<OsString> {
         ("gateway", gateway.clone()),
         ("gateway-mac", gateway_mac.clone()),
         ("host-alias", host_alias.clone()),
+        ("first-guest", first_guest.clone()),
         ("ipv6-prefix", ipv6_prefix.clone()),
         ("front-fd", number(front_fd)),
         ("vm-settings-fd", number(vm_settings_fd)),
@@ -380,6 +387,8 @@ fn flags(args: &Args) -> Vec<OsString> {
         ("listen-vpnkit", listen_vpnkit),
         ("vpnkit-mac", vpnkit_macs),
         ("listen-stdio", listen_stdio),
+        ("nat", nat),
+        ("virtual-ip", virtual_ips),
         ("static-lease", static_leases),
         ("dns", dns),
         ("dns-search", dns_search),
@@ -392,7 +401,7 @@ fn flags(args: &Args) -> Vec<OsString> {
     let repeated = repeated
         .into_iter()
         .flat_map(|(flag, values)| values.iter().cloned().map(move |v| (flag, v)));
-    let switches = [("guest-api", *guest_api)];
+    let switches = [("guest-api", *guest_api), ("no-default-zones", *no_default_zones)];
     let switches = switches.into_iter().filter(|(_, on)| *on);
     // One word each, so that a value that begins with a dash stays a value.
     once.chain(repeated)
@@ -439,11 +448,16 @@ mod tests {
             "--gateway=10.0.0.1",
             "--gateway-mac=5a:94:ef:e4:0c:dd",
             "--host-alias=none",
+            "--nat=10.0.0.7=127.0.0.1",
+            "--nat=10.0.0.8=::1",
+            "--virtual-ip=10.0.0.6",
+            "--first-guest=10.0.0.9",
             "--ipv6-prefix=fd12:3456:789a:1::/64",
             "--static-lease=5a:94:ef:00:00:02=10.0.0.9",
             "--dns=192.0.2.53",
             "--dns-search=lan",
             "--zone=z:a=10.0.0.2",
+            "--no-default-zones",
             "--publish=8080:80",
             "--front-fd=10",
             "--guest-api",
@@ -464,6 +478,7 @@ mod tests {
         let treatment = Treatment {
             rules: vec!["allow tcp 192.0.2.7:80".to_owned()],
             mode: Some(vnet_proto::model::Mode::Ask),
+            ec2_metadata_access: true,
             ..Treatment::default()
         };
         let settings = Settings {
@@ -476,6 +491,7 @@ mod tests {
         let read = VmSettings::read(text.as_slice()).unwrap();
 
         assert_eq!(read.mode.as_deref(), Some("ask"));
+        assert!(read.ec2_metadata_access);
         assert_eq!(read.resolver_patience_ms, Some(30_000));
         assert_eq!(read.own_policy.clone().unwrap().rules, ["allow tcp 192.0.2.7:80"]);
         let no_document = read.own_policy.as_ref().map(|own| own.document.clone());

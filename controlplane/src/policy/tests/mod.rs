@@ -4,6 +4,7 @@ mod aliases;
 mod defaults;
 mod documentation;
 mod guests;
+mod host;
 mod language;
 mod loading;
 mod order;

@@ -104,6 +104,13 @@ const PATTERNS: [&str; 7] = [
     "*.google",
 ];
 
+/// Destinations that are dialled at others: a private address, and a resolver's.
+const NAT: [(&str, &str); 2] = [("1.2.9.9", "10.0.0.5"), ("2.2.3.4", "1.1.1.1")];
+
+fn guarded_and_moved() -> GuardedRanges {
+    guarded().with_moved(NAT.map(|(address, _)| address.parse().unwrap()))
+}
+
 /// Which names are bound to which address, and so which guards hold where.
 struct World {
     bindings: HashMap<IpAddr, Vec<Name>>,
@@ -126,7 +133,15 @@ impl World {
     fn flow(&self, protocol: Protocol, address: IpAddr, port: u16) -> FlowSubject {
         let alias: IpAddr = "192.168.127.254".parse().unwrap();
         let host = ["203.0.113.9", "10.0.0.9", "fd12::9"].map(|a| a.parse::<IpAddr>().unwrap());
-        let inside = |net: &str| net.parse::<ipnet::IpNet>().unwrap().contains(&address);
+        let nat = NAT.map(|(from, to)| (from.parse::<IpAddr>().unwrap(), to.parse::<IpAddr>().unwrap()));
+        let moved = nat
+            .into_iter()
+            .find(|(from, _)| *from == address)
+            .map(|(_, to)| to);
+        let inside = |net: &str| {
+            let net = net.parse::<ipnet::IpNet>().unwrap();
+            net.contains(&address) || moved.is_some_and(|to| net.contains(&to))
+        };
         let names = self.bindings.get(&address).cloned().unwrap_or_default();
         let mut guards = Vec::new();
         if inside("169.254.0.0/16") || inside("fe80::/10") {
@@ -166,7 +181,7 @@ impl World {
             dialled: if address == alias {
                 "127.0.0.1".parse().unwrap()
             } else {
-                address
+                moved.unwrap_or(address)
             },
             names,
             guards: guards.into_iter().collect(),
@@ -390,6 +405,8 @@ fn random_inside(draw: &mut Draw, prefix: ipnet::IpNet) -> IpAddr {
 struct Case {
     /// `None`: no policy at all.
     document: Option<Drawn>,
+    /// With `--ec2-metadata-access`.
+    ec2: bool,
     grants: Vec<String>,
     bindings: Vec<(IpAddr, Name)>,
     peer: Option<Option<Mode>>,
@@ -413,6 +430,7 @@ fn wrong(case: &Case) -> Option<String> {
     });
     let vm = vm();
     let policy = Effective::compose(at(now()), &vm, claimed, None, Modes::default());
+    let policy = policy.with_ec2_metadata_access(case.ec2);
     let mut bindings: HashMap<IpAddr, Vec<Name>> = HashMap::new();
     for (address, name) in &case.bindings {
         bindings.entry(*address).or_default().push(name.clone());
@@ -422,7 +440,7 @@ fn wrong(case: &Case) -> Option<String> {
         vm: &vm,
         policy: &policy,
         grants: &grants,
-        guarded: &guarded(),
+        guarded: &guarded_and_moved(),
         peer: case.peer.map(|mode| PeerView { name: "web-2", mode }),
     };
     disagreement(&context, &World { bindings }, case.first, case.second)
@@ -526,13 +544,15 @@ fn shrunk(mut case: Case, fails: impl Fn(&Case) -> bool) -> Case {
 /// Compares so many pairs; says how many matches were wider than an address, and what came out how often.
 fn compare(seed: u64, at_least: u64) -> (u64, HashMap<Outcome, u64>) {
     let mut draw = Draw(seed);
-    let (vm, guarded) = (vm(), guarded());
+    let (vm, guarded) = (vm(), guarded_and_moved());
     let (mut pairs, mut wide) = (0, 0);
     let mut outcomes: HashMap<Outcome, u64> = HashMap::new();
     while pairs < at_least {
         let document = drawn(&mut draw);
         let document = (!draw.chance(10)).then_some(document);
+        let ec2 = draw.chance(30);
         let effective = effective(document.as_ref().map(Drawn::text).as_deref(), None);
+        let effective = effective.with_ec2_metadata_access(ec2);
         let texts = drawn_grants(&mut draw);
         let grants = grants(texts.iter().map(String::as_str));
         let world = World::draw(&mut draw);
@@ -585,6 +605,7 @@ fn compare(seed: u64, at_least: u64) -> (u64, HashMap<Outcome, u64>) {
                     let bindings = world.bindings.iter();
                     let case = Case {
                         document: document.clone(),
+                        ec2,
                         grants: texts.clone(),
                         bindings: bindings
                             .flat_map(|(address, names)| names.iter().map(|name| (*address, name.clone())))
@@ -634,7 +655,7 @@ fn edited(draw: &mut Draw, document: &Drawn) -> Drawn {
 #[test]
 fn t04_an_edit_of_something_else_decides_nothing_otherwise() {
     let mut draw = Draw(0x5eed_1234_abcd_0040);
-    let (vm, guarded) = (vm(), guarded());
+    let (vm, guarded) = (vm(), guarded_and_moved());
     let mut outcomes: HashMap<Outcome, u64> = HashMap::new();
     for _ in 0..300 {
         let document = drawn(&mut draw);
@@ -797,6 +818,7 @@ fn what_fails_is_made_small_before_it_is_told() {
         dns: vec!["dns: {blockedDomains: [\"*.many.test\"]}\n".to_owned()],
     };
     let case = Case {
+        ec2: false,
         document: Some(document),
         grants: vec!["allow tcp 10.0.0.0/8:22".to_owned()],
         bindings: vec![("10.0.0.1".parse().unwrap(), "a.test".parse().unwrap())],
@@ -833,7 +855,11 @@ fn first_by_walking<'a>(context: &Context<'a>, flow: &FlowSubject) -> Option<&'a
         let test = &rule.test;
         let refuses = rule.action.refuses();
         let holds = |address: IpAddr| test.prefixes.iter().any(|prefix| prefix.contains(&address));
-        let either = refuses || !guards.is_empty();
+        let moved = flow.dialled != peer;
+        let either = refuses || !guards.is_empty() || moved;
+        // Of what is dialled elsewhere the address that is dialled is judged, or the very one that the guest sees.
+        let led =
+            |prefix: &ipnet::IpNet| *prefix == ipnet::IpNet::from(peer) || prefix.contains(&flow.dialled);
         let named = |prefix: ipnet::IpNet| {
             (prefix.contains(&peer) || prefix.contains(&flow.dialled))
                 && context
@@ -850,6 +876,11 @@ fn first_by_walking<'a>(context: &Context<'a>, flow: &FlowSubject) -> Option<&'a
             })
             && (refuses || opens_dns(context, test, flow))
             && (refuses || guards.is_empty() || test.prefixes.iter().any(named))
+            && (!moved
+                || refuses
+                || !guards.is_empty()
+                || test.prefixes.is_empty()
+                || test.prefixes.iter().any(|prefix| led(&prefix)))
     });
     found.map(|rule| rule.label.as_str())
 }
@@ -871,7 +902,8 @@ fn opens_dns(context: &Context<'_>, test: &FlowTest, flow: &FlowSubject) -> bool
                 .into_iter()
                 .flatten(),
         )
-        .any(|net| net.parse::<ipnet::IpNet>().unwrap().contains(&peer));
+        .map(|net| net.parse::<ipnet::IpNet>().unwrap())
+        .any(|net| net.contains(&peer) || net.contains(&flow.dialled));
     let by_port = [53, 137, 853, 5353, 5355].contains(&port);
     if !known && !by_port {
         return true;
@@ -879,7 +911,7 @@ fn opens_dns(context: &Context<'_>, test: &FlowTest, flow: &FlowSubject) -> bool
     let one = test
         .prefixes
         .iter()
-        .any(|prefix| prefix == ipnet::IpNet::from(peer));
+        .any(|prefix| prefix == ipnet::IpNet::from(peer) || prefix == ipnet::IpNet::from(flow.dialled));
     let port_named = test
         .ports
         .ranges()
@@ -896,7 +928,7 @@ fn opens_dns(context: &Context<'_>, test: &FlowTest, flow: &FlowSubject) -> bool
 #[test]
 fn the_index_finds_the_rule_that_walking_finds() {
     let mut draw = Draw(0x5eed_1234_abcd_0003);
-    let (vm, guarded) = (vm(), guarded());
+    let (vm, guarded) = (vm(), guarded_and_moved());
     let mut by_rule = 0;
     for _ in 0..2_000 {
         let document = document(&mut draw);
@@ -929,7 +961,7 @@ fn the_index_finds_the_rule_that_walking_finds() {
 #[test]
 fn a_name_inside_a_match_is_decided_like_the_name_that_the_match_is_of() {
     let mut draw = Draw(0x5eed_1234_abcd_0002);
-    let (vm, guarded) = (vm(), guarded());
+    let (vm, guarded) = (vm(), guarded_and_moved());
     let labels = ["a", "b", "c", "x", "y", "test", "com", "dns"];
     let name = |draw: &mut Draw| -> Name {
         let count = 1 + draw.below(4);

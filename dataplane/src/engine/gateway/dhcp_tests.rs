@@ -22,6 +22,7 @@ impl Server {
             leases: Leases::new(LeaseConfig {
                 subnet,
                 reserved: vec![gateway, ip(254)],
+                first: None,
                 fixed: BTreeMap::new(),
                 lease_time: LEASE_TIME,
             }),
@@ -330,6 +331,7 @@ fn an_exhausted_pool_offers_nothing() {
     server.leases = Leases::new(LeaseConfig {
         subnet: "192.168.127.0/30".parse().unwrap(),
         reserved: vec![ip(1), ip(2)],
+        first: None,
         fixed: BTreeMap::new(),
         lease_time: LEASE_TIME,
     });
@@ -338,6 +340,101 @@ fn an_exhausted_pool_offers_nothing() {
         ignored(DhcpIgnored::NoAddress)
     );
     assert_eq!(server.leases.counts().exhausted, 1);
+}
+
+#[test]
+fn neither_the_hosts_address_nor_the_broadcast_address_is_ever_leased() {
+    let mut server = Server::new();
+    let mut given = std::collections::BTreeSet::new();
+    for guest in 0..300u32 {
+        let mac = Mac([2, 0, 0, 1, (guest >> 8) as u8, guest as u8]);
+        let mut discover = Message::new(DISCOVER);
+        discover.mac = mac;
+        let mut hears = |message: &Message| {
+            let now = server.now;
+            handle(
+                &mut server.leases,
+                &server.config,
+                VmId(100 + guest),
+                mac,
+                &message.bytes(),
+                now,
+            )
+        };
+        let Some(offer) = hears(&discover).reply else {
+            continue;
+        };
+        let offered = yours(&offer.payload);
+        let mut request = Message::new(REQUEST)
+            .option(OPT_SERVER, ip(1))
+            .option(OPT_REQUESTED_ADDRESS, offered);
+        request.mac = mac;
+        assert_eq!(hears(&request).bound, Some(offered));
+        assert!(given.insert(offered), "{offered} is given twice");
+    }
+    // All but the network's, the gateway's, the host's and the broadcast address.
+    assert_eq!(given.len(), 252);
+    for nobodys in [ip(0), ip(1), ip(254), ip(255)] {
+        assert!(!given.contains(&nobodys), "{nobodys}");
+    }
+    assert_eq!(server.leases.counts().exhausted, 48);
+}
+
+#[test]
+fn a_client_is_known_by_its_mac_address_and_finds_its_lease_again() {
+    let mut server = Server::new();
+    let first = server.bind();
+    server.now = Duration::from_secs(7_200);
+    assert_eq!(server.bind(), first, "after its time, too");
+    let mut other = Message::new(DISCOVER).data(OPT_CLIENT_ID, b"\xffme");
+    other.mac = OTHER_MAC;
+    let bytes = other.bytes();
+    let outcome = handle(
+        &mut server.leases,
+        &server.config,
+        OTHER_VM,
+        OTHER_MAC,
+        &bytes,
+        server.now,
+    );
+    assert_ne!(yours(&outcome.reply.unwrap().payload), first);
+    // Gone and back again, it has the same.
+    server.leases.release_vm(VM);
+    assert_eq!(server.bind(), first);
+}
+
+#[test]
+fn whoever_asks_for_anothers_address_is_refused_and_the_other_keeps_it() {
+    let mut server = Server::new();
+    let own = server.bind();
+    let mut steal = Message::new(REQUEST).option(OPT_REQUESTED_ADDRESS, own);
+    steal.mac = OTHER_MAC;
+    let outcome = handle(
+        &mut server.leases,
+        &server.config,
+        OTHER_VM,
+        OTHER_MAC,
+        &steal.bytes(),
+        server.now,
+    );
+    assert_eq!(outcome.bound, None);
+    let payload = outcome.reply.unwrap().payload;
+    assert_eq!(payload[CHADDR..CHADDR + 6], OTHER_MAC.0);
+    assert_eq!(
+        parse_options(&payload[HEADER_BYTES + 4..])[&OPT_MESSAGE_TYPE],
+        [NAK]
+    );
+    assert_eq!(server.leases.holder(own), Some((VM, MAC)));
+}
+
+#[test]
+fn the_links_mtu_is_told_whatever_it_is() {
+    for mtu in [576_u16, 1400, 65_520] {
+        let mut server = Server::new();
+        server.config.mtu_bytes = mtu;
+        let reply = server.send(&Message::new(DISCOVER)).reply.unwrap();
+        assert_eq!(options(&reply.payload)[&OPT_MTU], mtu.to_be_bytes());
+    }
 }
 
 /// A small generator of numbers (xorshift64), so that a failure can be run again.

@@ -128,7 +128,8 @@ impl Engine {
         }
     }
 
-    /// Answers an ARP request for the gateway, the host alias, or a guest that this one may not ask itself.
+    /// Answers an ARP request for the gateway, an address that it stands for, or a guest that this one may not ask
+    /// itself.
     /// `None`: it is not the gateway's to answer.
     ///
     /// Of another guest its own MAC address is told. So no guest's ARP reaches another, and nobody can be
@@ -138,7 +139,7 @@ impl Engine {
         if !arp.is_request {
             return None;
         }
-        let mac = if arp.target == self.config.gateway || Some(arp.target) == self.config.host_alias {
+        let mac = if arp.target == self.config.gateway || self.config.nat.is_answered(arp.target) {
             self.config.gateway_mac
         } else {
             self.closed_neighbour(arp.target.into())?.mac

@@ -7,7 +7,7 @@ use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::time::Duration;
 
-use vnet_proto::model::{Guard, MissId, Name, VerdictAction};
+use vnet_proto::model::{Guard, MissId, Name, Protocol, VerdictAction};
 
 use crate::engine::cache::Decision;
 use crate::engine::flow::{State, Waiting};
@@ -246,6 +246,10 @@ impl Engine {
             return self.refuse_unfound(at, Unreachable::Host);
         }
         let dialled = self.dialled(SocketAddr::new(address, key.peer.port()));
+        if key.protocol == Protocol::Icmp && dialled.is_ipv6() {
+            // An echo request of the one family is none of the other.
+            return self.refuse_unfound(at, Unreachable::Host);
+        }
         let Some(flow) = self.flows.get_mut(at) else {
             return;
         };
@@ -304,7 +308,7 @@ impl Engine {
             return;
         };
         let miss = flow.opened_by;
-        if flow.key.protocol == vnet_proto::model::Protocol::Tcp {
+        if flow.key.protocol == Protocol::Tcp {
             self.dial_held(now, at, &decision, miss);
         } else {
             self.open_held(now, at, &decision, miss);

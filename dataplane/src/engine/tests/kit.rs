@@ -14,6 +14,7 @@ use crate::descriptors::Descriptors;
 use crate::engine::discovery::Ipv6Config;
 use crate::engine::gateway::dhcp::{DhcpIgnored, DhcpOutcome};
 use crate::engine::gateway::dns::zones::Zones;
+use crate::engine::nat::Nat;
 use crate::engine::switch::Neighbour;
 use crate::engine::{Engine, EngineConfig, Event, Outcome, Surroundings, Time};
 use crate::mac::Mac;
@@ -147,7 +148,7 @@ impl Rig {
             gateway: GATEWAY,
             gateway_mac: GATEWAY_MAC,
             subnet: "192.168.127.0/24".parse().unwrap(),
-            host_alias: Some(ALIAS),
+            nat: Arc::new(Nat::new([(ALIAS, Ipv4Addr::LOCALHOST.into())], [ALIAS])),
             ipv6,
             mtu_bytes,
             pinned_mac,

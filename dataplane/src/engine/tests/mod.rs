@@ -14,6 +14,7 @@ mod kit;
 mod learned;
 mod limits;
 mod naming;
+mod nat;
 mod neighbours;
 mod opening;
 mod resolvers;

@@ -12,6 +12,7 @@ use super::kit::{ALIAS, EPOCH, GATEWAY, GATEWAY_MAC, HOLD, ipv4, verdict};
 use crate::engine::discovery::Ipv6Config;
 use crate::engine::gateway::dhcp::DhcpOutcome;
 use crate::engine::gateway::dns::zones::Zones;
+use crate::engine::nat::Nat;
 use crate::engine::switch::{Neighbour, Passed};
 use crate::engine::{Engine, EngineConfig, Event, Outcome, Surroundings, Time};
 use crate::mac::Mac;
@@ -152,7 +153,7 @@ impl Town {
                 gateway: GATEWAY,
                 gateway_mac: GATEWAY_MAC,
                 subnet: "192.168.127.0/24".parse().unwrap(),
-                host_alias: Some(ALIAS),
+                nat: Arc::new(Nat::new([(ALIAS, Ipv4Addr::LOCALHOST.into())], [ALIAS])),
                 ipv6: ipv6.clone(),
                 mtu_bytes: 1500,
                 pinned_mac: None,

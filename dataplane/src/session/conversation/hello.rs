@@ -34,6 +34,7 @@ impl Conversation {
                 .host_alias
                 .map(|a| a.to_string())
                 .unwrap_or_default(),
+            nat: self.nat(),
             host_addresses: Some(wire::host_addresses(&self.guards.host_addresses())),
             vms: self.mirror.vms().collect(),
             live_flows: Vec::new(),
@@ -89,6 +90,15 @@ impl Conversation {
         self.outbox.append(&mut self.refusals);
         self.replay = self.outbox.len();
         request(Message::Hello(hello))
+    }
+
+    fn nat(&self) -> Vec<v1::Nat> {
+        let nat = self.identity.nat.iter();
+        nat.map(|(address, dialled)| v1::Nat {
+            address: address.to_string(),
+            dialled: dialled.to_string(),
+        })
+        .collect()
     }
 
     fn forwards(&self) -> Vec<v1::Forward> {

@@ -139,6 +139,7 @@ fn identity() -> Identity {
         subnet_ipv6: Some("fd00::/64".parse().unwrap()),
         gateway: "192.168.127.1".parse().unwrap(),
         host_alias: Some("192.168.127.254".parse().unwrap()),
+        nat: vec![("198.51.100.1".parse().unwrap(), "::1".parse().unwrap())],
     }
 }
 
@@ -180,6 +181,7 @@ fn vm_up(vm: u32) -> Report {
         transport: "qemu",
         own_policy: None,
         mode: None,
+        ec2_metadata_access: false,
         resolver_patience: Duration::from_secs(4),
         attached_at: SystemTime::UNIX_EPOCH,
     })

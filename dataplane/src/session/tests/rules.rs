@@ -170,6 +170,11 @@ async fn hello_says_who_is_there() {
         (hello.gateway.as_str(), hello.host_alias.as_str()),
         ("192.168.127.1", "192.168.127.254")
     );
+    let nat = |nat: &v1::Nat| (nat.address.clone(), nat.dialled.clone());
+    assert_eq!(
+        hello.nat.iter().map(nat).collect::<Vec<_>>(),
+        [("198.51.100.1".to_owned(), "::1".to_owned())]
+    );
     assert_eq!(hello.host_addresses.unwrap().addresses, [[198, 51, 100, 7]]);
     let [vm] = &hello.vms[..] else {
         panic!("{:?}", hello.vms)
@@ -182,6 +187,7 @@ async fn hello_says_who_is_there() {
         (vm.addresses.as_slice(), vm.labels["team"].as_str()),
         (&["192.168.127.2".to_owned()][..], "a")
     );
+    assert!(!vm.ec2_metadata_access);
     // The claims that a Hello has no room for follow.
     given.welcome(epoch(1)).unwrap();
     let said = given.said();
