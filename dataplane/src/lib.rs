@@ -21,5 +21,6 @@ pub mod network;
 mod outlet;
 pub mod run;
 pub mod session;
+pub mod zone;
 
 pub use run::main;

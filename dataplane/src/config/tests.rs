@@ -4,6 +4,7 @@ use clap::Parser as _;
 
 use super::*;
 use crate::args::Cli;
+use crate::zone::{Owner, ZoneRecord};
 
 const LINK: [&str; 2] = ["--listen-qemu", "unix:///run/q.sock"];
 const CONTROLPLANE: [&str; 2] = ["--controlplane", "unix:///run/session.sock"];
@@ -63,10 +64,10 @@ fn without_flags_everything_is_as_under_gvproxy() {
     assert_eq!(
         (
             network.resolvers.len(),
-            network.search.len(),
+            &network.search,
             network.static_leases.len()
         ),
-        (0, 0, 0)
+        (0, &SearchDomains::These(Vec::new()), 0)
     );
     let zones: Vec<String> = network.zones.iter().map(describe).collect();
     assert_eq!(
@@ -88,8 +89,14 @@ fn without_flags_everything_is_as_under_gvproxy() {
 
 fn describe(zone: &Zone) -> String {
     let mut text = zone.name.as_ref().map_or(".".to_owned(), ToString::to_string) + ":";
-    for (name, address) in &zone.records {
-        let name = name.as_ref().map_or("@".to_owned(), ToString::to_string);
+    for ZoneRecord { owner, address } in &zone.records {
+        let name = match owner {
+            Owner::Apex => "@".to_owned(),
+            Owner::Name(name) => name.to_string(),
+            Owner::Pattern(name, pattern) => {
+                format!("{}/{pattern}/", name.as_ref().map_or("", |name| name.as_str()))
+            }
+        };
         let address = address.map_or("upstream".to_owned(), |a| a.to_string());
         text.push_str(&format!(" {name}={address}"));
     }
@@ -248,7 +255,10 @@ fn zones_resolvers_leases_and_forwards_are_read() {
     );
     let resolvers: Vec<String> = config.network.resolvers.iter().map(ToString::to_string).collect();
     assert_eq!(resolvers, ["9.9.9.9:53", "[2620:fe::fe]:5353", "[2620:fe::9]:53"]);
-    assert_eq!(config.network.search[0].as_str(), "example.com");
+    assert_eq!(
+        config.network.search,
+        SearchDomains::These(vec!["example.com".parse().unwrap()])
+    );
     assert_eq!(config.network.static_leases[0].1, ipv4("192.168.127.9"));
     let forwards: Vec<String> = config
         .forwards
