@@ -16,7 +16,7 @@ use crate::engine::ip::IPV6_MTU_BYTES_MIN;
 use crate::forward::{FORWARDS_MAX, ForwardSpec};
 use crate::mac::Mac;
 use crate::message::Forward;
-use crate::zone::{Owner, OwnerProblem, Zone, ZoneProblem, ZoneRecord, default_zones};
+use crate::zone::{Owner, OwnerProblem, ZONES_DEFAULT, Zone, ZoneProblem, ZoneRecord, default_zones};
 
 /// Checks everything about the network. What is wrong is replaced by a default, so that the rest can be
 /// checked too.
@@ -301,7 +301,8 @@ fn zones(
             Err(problem) => problems.push(problem),
         }
     }
-    check_zones(&zones, problems);
+    // The default ones are among those that there may be.
+    check_zones(&zones, ZONES_MAX - ZONES_DEFAULT.len(), problems);
     // A zone of a flag replaces the default one of that name. The root would answer for those after it.
     let more: Vec<Zone> = default_zones(gateway, host_alias)
         .into_iter()
@@ -324,23 +325,20 @@ fn brought_zones(brought: &[ZoneSettings], problems: &mut Vec<Problem>) -> Vec<Z
             Err(problem) => problems.push(Problem::BroughtZone(problem)),
         }
     }
-    check_zones(&zones, problems);
+    check_zones(&zones, ZONES_MAX, problems);
     zones
 }
 
-fn check_zones(zones: &[Zone], problems: &mut Vec<Problem>) {
+fn check_zones(zones: &[Zone], most: usize, problems: &mut Vec<Problem>) {
     for (place, zone) in zones.iter().enumerate() {
         if zones[..place].iter().any(|other| other.name == zone.name) {
             problems.push(Problem::ZoneTwice(zone.text().to_owned()));
         }
     }
     let patterns = zones.iter().map(Zone::patterns).sum();
-    // The default ones are among those that there may be.
-    if zones.len() > ZONES_MAX - 2 {
-        problems.push(Problem::ZoneMany {
-            found: zones.len(),
-            most: ZONES_MAX - 2,
-        });
+    if zones.len() > most {
+        let found = zones.len();
+        problems.push(Problem::ZoneMany { found, most });
     } else if patterns > ZONE_PATTERNS_MAX {
         problems.push(Problem::ZonePatterns {
             found: patterns,

@@ -275,6 +275,133 @@ fn zones_resolvers_leases_and_forwards_are_read() {
 }
 
 #[test]
+fn zones_have_patterns_between_slashes_and_the_root_comes_behind_the_default_ones() {
+    let config = check(&[
+        "--zone",
+        "crc.test:/^app-[0-9]{1,3}=?$/=10.0.0.1,x/a,b/=upstream,y=10.0.0.2,/c/d/=fd00::1,*=10.0.0.9",
+        "--zone",
+        ".:github.com=upstream",
+        "--zone",
+        "late.test:a=10.0.0.1",
+    ])
+    .unwrap();
+    let zones: Vec<String> = config.network.zones.iter().map(describe).collect();
+    assert_eq!(
+        zones,
+        [
+            "crc.test: /^app-[0-9]{1,3}=?$/=10.0.0.1 x/a,b/=upstream y=10.0.0.2 /c/d/=fd00::1 *=10.0.0.9",
+            "containers.internal: gateway=192.168.127.1 host=192.168.127.254",
+            "docker.internal: gateway=192.168.127.1 host=192.168.127.254",
+            ".: github.com=upstream",
+            "late.test: a=10.0.0.1",
+        ]
+    );
+    for (zone, why) in [
+        (
+            "a.test:/x=10.0.0.1",
+            "--zone \"a.test:/x=10.0.0.1\" is not a zone",
+        ),
+        (
+            "a.test:/x/10.0.0.1",
+            "--zone \"a.test:/x/10.0.0.1\" is not a zone",
+        ),
+        ("a.test:=10.0.0.1", "--zone \"a.test:=10.0.0.1\" is not a zone"),
+        ("a.test:", "--zone \"a.test:\" is not a zone"),
+        (
+            "a.test://=10.0.0.1",
+            "--zone \"a.test://=10.0.0.1\" is not a zone",
+        ),
+        (
+            "a.test:/(/=10.0.0.1",
+            "--zone \"a.test:/(/=10.0.0.1\": pattern \"(\" cannot be used: unclosed group",
+        ),
+        (
+            "a.test:@/x/=10.0.0.1",
+            "--zone \"a.test:@/x/=10.0.0.1\": \"@\" is not a name",
+        ),
+    ] {
+        let problems = check(&["--zone", zone]).unwrap_err();
+        assert!(
+            problems.len() == 1 && problems[0].starts_with(why),
+            "{problems:?}"
+        );
+    }
+}
+
+#[test]
+fn zones_that_vms_bring_are_the_only_ones() {
+    let read = |zones: &str| {
+        let settings = VmSettings::read(format!("{{\"zones\": {zones}}}").as_bytes()).unwrap();
+        check_with(
+            &[
+                "--controlplane",
+                "fd://3",
+                "--link-fd",
+                "4",
+                "--zone",
+                "flag.test:a=10.0.0.1",
+            ],
+            settings,
+        )
+    };
+    let config = read(
+        r#"[{"name": ".", "records": [{"name": "a.b", "address": ""}, {"regexp": "^x", "address": "10.0.0.1"}]},
+            {"name": "b.test", "default_address": "10.0.0.9"}]"#,
+    )
+    .unwrap();
+    let zones: Vec<String> = config.network.zones.iter().map(describe).collect();
+    assert_eq!(zones, [".: a.b=upstream /^x/=10.0.0.1", "b.test: *=10.0.0.9"]);
+    assert_eq!(read("[]").unwrap().network.zones, []);
+    assert_eq!(
+        read(r#"[{"name": "a.test", "records": [{"regexp": "("}]}, {"name": "b..c"}]"#).unwrap_err(),
+        [
+            "VM settings: zone a.test: records[0].regexp cannot be used: unclosed group",
+            "VM settings: zone name \"b..c\" is none: the name begins with a dot, or has two in a row (expected one as \
+             a.example.com)",
+        ]
+    );
+}
+
+#[test]
+fn zones_and_their_patterns_are_bounded_and_search_domains_are_the_hosts_alone_or_none_of_its() {
+    let many = |count: usize, zone: &dyn Fn(usize) -> String| -> Vec<String> {
+        (0..count).flat_map(|n| ["--zone".to_owned(), zone(n)]).collect()
+    };
+    let check_all = |flags: Vec<String>| check(&flags.iter().map(String::as_str).collect::<Vec<_>>());
+    assert_eq!(
+        check_all(many(254, &|n| format!("z{n}.test:a=10.0.0.1")))
+            .unwrap()
+            .network
+            .zones
+            .len(),
+        256
+    );
+    assert_eq!(
+        check_all(many(255, &|n| format!("z{n}.test:a=10.0.0.1"))).unwrap_err(),
+        ["255 zones are given (at most 254)"]
+    );
+    let pattern = |n: usize| format!("z{n}.test:{}", "/x/=10.0.0.1,".repeat(129) + "/y/=10.0.0.1");
+    assert_eq!(
+        check_all(many(2, &pattern)).unwrap_err(),
+        ["the zones have 260 patterns (at most 256)"]
+    );
+
+    assert_eq!(
+        check(&["--dns-search", "host"]).unwrap().network.search,
+        SearchDomains::Host
+    );
+    assert_eq!(
+        check(&["--dns-search", "host."]).unwrap().network.search,
+        SearchDomains::These(vec!["host".parse().unwrap()])
+    );
+    let mixed = check(&["--dns-search", "host", "--dns-search", "a.test"]).unwrap_err();
+    assert!(
+        mixed[0].starts_with("--dns-search host is the host's own"),
+        "{mixed:?}"
+    );
+}
+
+#[test]
 fn bad_flags_are_refused_in_these_words() {
     let long = format!("unix:///{}", "a".repeat(200));
     let too_long = format!(
@@ -500,7 +627,7 @@ fn bad_flags_are_refused_in_these_words() {
         ),
         (
             &["--zone", "a.test"],
-            "--zone \"a.test\" is not a zone (expected ZONE:NAME=ADDRESS,... with * for every other name)",
+            "--zone \"a.test\" is not a zone (expected ZONE:NAME=ADDRESS,... with * for every other name, or /PATTERN/)",
         ),
         (
             &["--zone", "a.test:x=y"],

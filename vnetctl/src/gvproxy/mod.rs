@@ -10,12 +10,14 @@
 //! Nothing here opens a socket or writes a file. What the configuration means is told in `docs/gvproxy.md`.
 
 pub mod config;
+mod dns;
 pub mod flags;
 mod load;
 pub mod origin;
 pub mod yaml;
 
 pub use config::Config;
+pub use dns::host_search_domains;
 pub use flags::{FlagError, Flags};
 pub use load::{Loaded, load};
 pub use yaml::FileConfig;
