@@ -369,7 +369,10 @@ fn zone(text: &str) -> Result<Zone, Problem> {
             .filter(|at| rest.find(['=', ',']).is_none_or(|other| *at < other));
         let (name, pattern, after) = match slash {
             Some(at) => {
-                let (pattern, after) = rest[at + 1..].split_once("/=").ok_or_else(malformed)?;
+                let (pattern, after) = rest[at + 1..]
+                    .split_once("/=")
+                    .filter(|(pattern, _)| !pattern.is_empty())
+                    .ok_or_else(malformed)?;
                 (&rest[..at], pattern, after)
             }
             None => {
