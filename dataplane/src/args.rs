@@ -83,11 +83,12 @@ pub struct Args {
     /// Resolver that lookups are forwarded to; may be repeated [default: the host's].
     #[arg(long, value_name = "ADDRESS[:PORT]")]
     pub dns: Vec<String>,
-    /// Search domain for guests; may be repeated.
-    #[arg(long, value_name = "DOMAIN")]
+    /// Search domain for guests; may be repeated. `host` stands for those of the host's resolver, as they change.
+    #[arg(long, value_name = "DOMAIN|host")]
     pub dns_search: Vec<String>,
-    /// Local zone, as example.internal:db=192.168.127.9,*=192.168.127.2; NAME=upstream is looked up after all.
-    /// May be repeated.
+    /// Local zone, as example.internal:db=192.168.127.9,/^app-/=192.168.127.3,*=192.168.127.2; /PATTERN/ is for the
+    /// names that an expression matches, and NAME=upstream is looked up after all. May be repeated: the first that a name
+    /// is in answers.
     #[arg(long = "zone", value_name = "ZONE:NAME=ADDRESS,...")]
     pub zones: Vec<String>,
     /// Serve no zones but those of --zone: neither containers.internal nor docker.internal.

@@ -23,5 +23,6 @@ mod outlet;
 pub mod requests;
 pub mod run;
 pub mod session;
+pub mod zone;
 
 pub use run::main;

@@ -72,18 +72,6 @@ pub struct Forward {
     pub target: SocketAddr,
 }
 
-/// A local DNS zone, as flags and commands give it.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Zone {
-    /// Its name; `None` for the root, which answers for every name that no other zone has.
-    pub name: Option<Name>,
-    /// Records. Their names are below the zone, as `host`; `None` for the zone itself. A record without an
-    /// address is not local after all: it is looked up upstream, under a verdict like any other name.
-    pub records: Vec<(Option<Name>, Option<IpAddr>)>,
-    /// The address for names that no record has. `None`: they do not exist.
-    pub default_address: Option<IpAddr>,
-}
-
 /// From a guest's driver to the session. The session mirrors what a reconnect must say again: VMs,
 /// held misses, live flows.
 #[derive(Debug)]

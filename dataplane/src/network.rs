@@ -20,11 +20,12 @@ use crate::clock;
 use crate::descriptors::Descriptors;
 use crate::driver::{Ask, Driver, DriverParts};
 use crate::egress::resolver::Resolver;
+use crate::egress::resolver::host::ResolvConf;
 use crate::egress::way;
 use crate::engine::discovery::Ipv6Config;
 use crate::engine::frame::DropReason;
 use crate::engine::gateway::dhcp::{self, DhcpConfig, DhcpOutcome};
-use crate::engine::gateway::dns::zones::Zones;
+use crate::engine::gateway::dns::zones::{ZoneError, Zones};
 use crate::engine::nat::Nat;
 use crate::engine::switch::{Neighbour, Passed};
 use crate::engine::{Engine, EngineConfig, Surroundings, Time};
@@ -35,9 +36,10 @@ use crate::inbox::Inbox;
 use crate::leases::{LeaseCounts, Leases};
 use crate::link::{Link, LinkError};
 use crate::mac::Mac;
-use crate::message::{Input, Order, OwnPolicy, Report, Router, VmUp, Zone};
+use crate::message::{Input, Order, OwnPolicy, Report, Router, VmUp};
 use crate::metrics::{LeaseRefusal, LinkRefusal, Metrics, ResolverFault};
 use crate::session;
+use crate::zone::{Zone, ZoneRecord};
 
 /// What a network is made with.
 #[derive(Debug, Clone)]
@@ -56,6 +58,8 @@ pub struct NetworkConfig {
     pub mtu_bytes: usize,
     /// What the DHCP server hands out.
     pub dhcp: DhcpConfig,
+    /// The host's resolver settings, whose search domains are handed out rather than the configured ones.
+    pub follow_search: Option<Arc<Mutex<ResolvConf>>>,
     /// How long a flow is held before a controlplane has said otherwise.
     pub hold: Duration,
     /// Flows of one guest at once.
@@ -493,9 +497,19 @@ impl Surroundings for Network {
     }
 
     fn dhcp(&self, vm: VmId, mac: Mac, message: &[u8], now: Time) -> DhcpOutcome {
+        let followed = self.followed_search();
         let (outcome, counts) = {
             let mut leases = self.lock_leases();
-            let outcome = dhcp::handle(&mut leases, &self.config.dhcp, vm, mac, message, now);
+            let outcome = match followed {
+                Some(search_domains) => {
+                    let config = DhcpConfig {
+                        search_domains,
+                        ..self.config.dhcp.clone()
+                    };
+                    dhcp::handle(&mut leases, &config, vm, mac, message, now)
+                }
+                None => dhcp::handle(&mut leases, &self.config.dhcp, vm, mac, message, now),
+            };
             (outcome, leases.counts())
         };
         self.count_leases(counts);
@@ -521,6 +535,12 @@ impl Surroundings for Network {
 
     fn guards(&self, dialled: SocketAddr, protocol: Protocol) -> GuardSet {
         self.guards.classify(dialled.ip(), dialled.port(), protocol)
+    }
+
+    fn followed_search(&self) -> Option<Vec<vnet_proto::model::Name>> {
+        let file = self.config.follow_search.as_ref()?;
+        let mut file = file.lock().unwrap_or_else(PoisonError::into_inner);
+        Some(file.now().search_domains.clone())
     }
 
     fn zones(&self) -> Arc<Zones> {
@@ -610,11 +630,19 @@ impl session::Zones for Network {
     }
 
     fn set_zone(&self, zone: Zone) -> Result<(), session::Refusal> {
-        self.change_zones(|zones| zones.set(zone))
-            .map_err(|error| session::Refusal {
-                code: tonic::Code::ResourceExhausted,
-                text: error.to_string(),
-            })
+        Ok(self.change_zones(|zones| zones.set(zone))?)
+    }
+
+    fn merge_zone(&self, zone: Zone) -> Result<Zone, session::Refusal> {
+        Ok(self.change_zones(|zones| zones.merge(zone))?)
+    }
+
+    fn remove_records(
+        &self,
+        name: Option<&vnet_proto::model::Name>,
+        records: &[ZoneRecord],
+    ) -> Result<Zone, session::Refusal> {
+        Ok(self.change_zones(|zones| zones.remove_records(name, records))?)
     }
 
     fn delete_zone(&self, name: Option<&vnet_proto::model::Name>) -> Result<(), session::Refusal> {
@@ -622,8 +650,23 @@ impl session::Zones for Network {
             .map(drop)
             .ok_or_else(|| session::Refusal {
                 code: tonic::Code::NotFound,
-                text: format!("there is no zone {}", name.map_or(".", |n| n.as_str())),
+                text: format!("there is no zone {}", vnet_proto::model::zone_text(name)),
             })
+    }
+}
+
+impl From<ZoneError> for session::Refusal {
+    fn from(error: ZoneError) -> Self {
+        let code = match error {
+            ZoneError::TooMany | ZoneError::TooLarge(_) | ZoneError::TooManyPatterns(_) => {
+                tonic::Code::ResourceExhausted
+            }
+            ZoneError::NoZone(_) | ZoneError::NoRecord(_) => tonic::Code::NotFound,
+        };
+        Self {
+            code,
+            text: error.to_string(),
+        }
     }
 }
 
@@ -669,6 +712,7 @@ pub(crate) mod tests {
                 search_domains: Vec::new(),
                 lease_time,
             },
+            follow_search: None,
             hold: Duration::from_secs(30),
             flows_max: 16,
             descriptors: Descriptors::new(1_024),

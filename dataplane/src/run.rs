@@ -5,16 +5,18 @@ use std::net::SocketAddr;
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::process::ExitCode;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::mpsc;
 
 use crate::args::Args;
 use crate::config::{
-    Config, ControlplaneUrl, ListenAt, ListenConfig, Transport, VmConfig, VmSettings, default_name,
+    Config, ControlplaneUrl, ListenAt, ListenConfig, SearchDomains, Transport, VmConfig, VmSettings,
+    default_name,
 };
 use crate::descriptors::Descriptors;
+use crate::egress::resolver::host::{RESOLV_CONF, ResolvConf};
 use crate::egress::resolver::{Resolver, ResolverConfig, Upstreams};
 use crate::egress::way::{ANYWHERE, has_way};
 use crate::engine::discovery::Ipv6Config;
@@ -45,8 +47,6 @@ const REPORTS_MAX: usize = 65_536;
 const HOLD: std::time::Duration = std::time::Duration::from_secs(30);
 /// How long guests and the session may take to end.
 const LEAVE_PATIENCE: std::time::Duration = std::time::Duration::from_secs(2);
-/// The host's resolver configuration.
-const RESOLV_CONF: &str = "/etc/resolv.conf";
 
 /// Why a dataplane could not start or ended.
 #[derive(Debug, thiserror::Error)]
@@ -378,8 +378,8 @@ fn make_network(
     let net = &config.network;
     let mut zones = Zones::new();
     for zone in &net.zones {
-        if let Err(error) = zones.merge(zone.clone()) {
-            tracing::warn!(%error, "zone left out");
+        if let Err(error) = zones.set(zone.clone()) {
+            tracing::warn!(%error, zone = zone.text(), "zone left out");
         }
     }
     let leases = Leases::new(LeaseConfig {
@@ -389,7 +389,14 @@ fn make_network(
         fixed: net.static_leases.iter().copied().collect(),
         lease_time: LEASE_TIME,
     });
-    let ipv6 = net.ipv6.map(|prefix| Ipv6Config::new(prefix, net.search.clone()));
+    let (search, follow_search) = match &net.search {
+        SearchDomains::These(domains) => (domains.clone(), None),
+        SearchDomains::Host => (
+            Vec::new(),
+            Some(Arc::new(Mutex::new(ResolvConf::new(PathBuf::from(RESOLV_CONF))))),
+        ),
+    };
+    let ipv6 = net.ipv6.map(|prefix| Ipv6Config::new(prefix, search.clone()));
     let resolver = Resolver::new(ResolverConfig {
         upstreams: if net.resolvers.is_empty() {
             Upstreams::Host(PathBuf::from(RESOLV_CONF))
@@ -417,9 +424,10 @@ fn make_network(
             subnet: net.subnet,
             dns: vec![net.gateway],
             mtu_bytes: net.mtu_bytes,
-            search_domains: net.search.clone(),
+            search_domains: search,
             lease_time: LEASE_TIME,
         },
+        follow_search,
         hold: HOLD,
         flows_max: FLOWS_MAX,
         descriptors,

@@ -27,7 +27,8 @@
 //! - [`World::run`] starts `vnetctl run FLAGS -- COMMAND` and returns at once ([`Running`]);
 //!   [`World::vnetctl`] runs any other command to its end ([`Ended`]); [`World::pending`] and
 //!   [`World::json`] read lists; [`World::command`] is the general form, [`Person`] one at a terminal;
-//! - [`http`], [`echo`], [`udp_echo`] and [`Dns`] serve on either side, and count;
+//! - [`http`], [`echo`], [`udp_echo`] and [`Dns`] serve on either side, and count; [`Authority`] is a DNS server with
+//!   records of any type;
 //! - [`Controlplane`] is one that a test starts and kills by hand, and [`Wire`] a session's way to it, which kills it
 //!   at a message;
 //! - [`eventually`] waits for a condition, [`descendants`] tells which processes are left.
@@ -43,6 +44,7 @@
     reason = "tests and their tools say what they see"
 )]
 
+pub mod authority;
 pub mod binaries;
 pub mod controlplane;
 pub mod dns;
@@ -55,6 +57,7 @@ pub mod stage;
 pub mod wire;
 pub mod world;
 
+pub use authority::Authority;
 pub use controlplane::{Controlplane, misses};
 pub use dns::{Answer, Dns};
 pub use person::Person;

@@ -184,7 +184,7 @@ async fn each_listener_serves_its_own_and_nothing_else() {
 }
 
 /// The design's table, but for sessions, which have a listener of their own.
-const RPCS: [&str; 31] = [
+const RPCS: [&str; 32] = [
     "PolicyService/GetPolicy",
     "PolicyService/ApplyPolicy",
     "PolicyService/Explain",
@@ -212,6 +212,7 @@ const RPCS: [&str; 31] = [
     "DnsService/ListZones",
     "DnsService/SetZone",
     "DnsService/DeleteZone",
+    "DnsService/DeleteZoneRecord",
     "DnsService/ListBindings",
     "DnsService/ListDenied",
     "EventService/WatchEvents",

@@ -199,7 +199,8 @@ impl State {
                 dataplane.forwards.retain(|f| !is(f, &forward));
                 format!("{} is closed", forward.listen)
             }
-            Command::SetZone(zone) => {
+            Command::SetZone(asked) | Command::MergeZone(asked) | Command::RemoveRecords(asked) => {
+                let zone = ack.zone.clone().unwrap_or(asked);
                 match dataplane.zones.iter_mut().find(|z| z.name == zone.name) {
                     Some(old) => *old = zone,
                     None => dataplane.zones.push(zone),

@@ -8,6 +8,7 @@ mod names;
 mod reach;
 mod settings;
 mod verify;
+mod zones;
 
 use std::time::Duration;
 

@@ -20,14 +20,19 @@ use vnet_proto::model::{Mode, Name, label_problem};
 
 use crate::args::Args;
 use crate::mac::Mac;
-use crate::message::{Forward, OwnPolicy, Zone};
+use crate::message::{Forward, OwnPolicy};
+use crate::zone::Zone;
 use url::{ListenUrl, Schemes, socket_path};
 
 pub(crate) use settings::base64_text;
 
 pub use problem::{Problem, Problems, write_lines};
-pub use settings::{OwnListSettings, OwnPolicySettings, SettingsError, VmSettings};
+pub use settings::{
+    OwnListSettings, OwnPolicySettings, SettingsError, VmSettings, ZoneRecordSettings, ZoneSettings,
+};
 pub use url::{ListenAt, UrlError};
+
+pub use crate::zone::ZONES_DEFAULT;
 
 /// The subnet of guests.
 pub const SUBNET_DEFAULT: Ipv4Net = Ipv4Net::new_assert(Ipv4Addr::new(192, 168, 127, 0), 24);
@@ -50,8 +55,6 @@ pub const VM_NAME_DEFAULT: &str = "vm";
 pub const RESOLVER_PATIENCE_DEFAULT: Duration = Duration::from_secs(4);
 /// The longest resolver patience that is taken.
 pub const RESOLVER_PATIENCE_MAX: Duration = Duration::from_secs(300);
-/// Zones that every network serves, each with `gateway` and `host`.
-pub const ZONES_DEFAULT: [&str; 2] = ["containers.internal", "docker.internal"];
 /// Port of resolvers (RFC 1035 §4.2).
 pub const DNS_PORT: u16 = 53;
 /// Search domains that DHCP hands out at most; resolvers take no more.
@@ -125,8 +128,9 @@ pub struct NetworkConfig {
     /// Resolvers that lookups are forwarded to; empty for the host's.
     pub resolvers: Vec<SocketAddr>,
     /// Search domains for guests.
-    pub search: Vec<Name>,
-    /// Local zones, in order of precedence: those of flags, then the default ones.
+    pub search: SearchDomains,
+    /// Local zones, in order of precedence: those that were brought, or those of flags and then the default ones, which
+    /// only a zone that is the root comes behind.
     pub zones: Vec<Zone>,
     /// Addresses that DHCP keeps for a MAC address.
     pub static_leases: Vec<(Mac, Ipv4Addr)>,
@@ -150,6 +154,15 @@ impl NetworkConfig {
         nat.filter(|(from, _)| !(Some(*from) == self.host_alias && self.is_loopback(*from)))
             .collect()
     }
+}
+
+/// Search domains for guests.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum SearchDomains {
+    /// These.
+    These(Vec<Name>),
+    /// Those of the host's resolver, as they change.
+    Host,
 }
 
 /// How frames are framed on a socket.
@@ -258,8 +271,9 @@ impl Config {
     ///
     /// # Errors
     /// Every problem there is.
-    pub fn new(args: &Args, settings: VmSettings, default_name: &str) -> Result<Self, Problems> {
+    pub fn new(args: &Args, mut settings: VmSettings, default_name: &str) -> Result<Self, Problems> {
         let mut problems = Vec::new();
+        let zones = settings.zones.take();
         let controlplane = controlplane(args, &mut problems);
         let name = args.name.as_deref().unwrap_or(default_name);
         if !is_name(name) {
@@ -269,7 +283,7 @@ impl Config {
             });
         }
         let vm = vm_config(args, settings, &mut problems);
-        let network = network::check(args, name, &mut problems);
+        let network = network::check(args, name, zones.as_deref(), &mut problems);
         let listeners = listeners(args, &vm, &network, &mut problems);
         let has_stdio = stdio(args, &mut problems);
         let vpnkit_macs = vpnkit_macs(args, &mut problems);

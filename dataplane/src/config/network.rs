@@ -5,24 +5,30 @@ use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 use vnet_proto::model::special::{is_refused, judged};
-use vnet_proto::model::{Name, NameError};
+use vnet_proto::model::{Name, NameError, ZONE_PATTERNS_MAX, ZONE_RECORDS_MAX, ZONES_MAX};
 
 use crate::args::Args;
 use crate::config::{
     DNS_PORT, GATEWAY_MAC_DEFAULT, IPV6_PREFIX_DEFAULT, IPV6_PREFIX_LENGTH, MTU_BYTES_DEFAULT, MTU_BYTES_MAX,
     MTU_BYTES_MIN, NetworkConfig, Problem, SEARCH_DOMAINS_MAX, SUBNET_DEFAULT, SUBNET_PREFIX_MAX,
-    SUBNET_PREFIX_MIN, ZONES_DEFAULT, canonical, parse_mac,
+    SUBNET_PREFIX_MIN, SearchDomains, ZoneSettings, canonical, parse_mac,
 };
 use crate::engine::ip::IPV6_MTU_BYTES_MIN;
 use crate::engine::nat::NAT_MAX;
 use crate::engine::synthetic::table::RANGE_V4;
 use crate::forward::{FORWARDS_MAX, ForwardSpec};
 use crate::mac::Mac;
-use crate::message::{Forward, Zone};
+use crate::message::Forward;
+use crate::zone::{Owner, OwnerProblem, ZONES_DEFAULT, Zone, ZoneProblem, ZoneRecord, default_zones};
 
 /// Checks everything about the network. What is wrong is replaced by a default, so that the rest can be
 /// checked too.
-pub(super) fn check(args: &Args, name: &str, problems: &mut Vec<Problem>) -> NetworkConfig {
+pub(super) fn check(
+    args: &Args,
+    name: &str,
+    brought: Option<&[ZoneSettings]>,
+    problems: &mut Vec<Problem>,
+) -> NetworkConfig {
     let subnet = subnet(args, problems);
     let gateway =
         address("--gateway", args.gateway.as_deref(), "", problems).unwrap_or_else(|| nth_usable(subnet, 0));
@@ -81,7 +87,10 @@ pub(super) fn check(args: &Args, name: &str, problems: &mut Vec<Problem>) -> Net
         mtu_bytes,
         resolvers: resolvers(args, gateway, problems),
         search: search(args, problems),
-        zones: zones(args, gateway, host_alias, problems),
+        zones: match brought {
+            Some(zones) => brought_zones(zones, problems),
+            None => zones(args, gateway, host_alias, problems),
+        },
         static_leases: Vec::new(),
     };
     if let Some(first) = address("--first-guest", args.first_guest.as_deref(), "", problems) {
@@ -375,12 +384,18 @@ fn resolvers(args: &Args, gateway: Ipv4Addr, problems: &mut Vec<Problem>) -> Vec
     resolvers
 }
 
-fn search(args: &Args, problems: &mut Vec<Problem>) -> Vec<Name> {
-    if args.dns_search.len() > SEARCH_DOMAINS_MAX {
-        problems.push(Problem::SearchMany {
-            found: args.dns_search.len(),
+/// In place of a search domain: those of the host.
+const HOST: &str = "host";
+
+fn search(args: &Args, problems: &mut Vec<Problem>) -> SearchDomains {
+    match &args.dns_search[..] {
+        [word] if word == HOST => return SearchDomains::Host,
+        words if words.iter().any(|word| word == HOST) => problems.push(Problem::SearchHost),
+        words if words.len() > SEARCH_DOMAINS_MAX => problems.push(Problem::SearchMany {
+            found: words.len(),
             most: SEARCH_DOMAINS_MAX,
-        });
+        }),
+        _ => {}
     }
     let mut domains = Vec::new();
     for text in &args.dns_search {
@@ -392,7 +407,7 @@ fn search(args: &Args, problems: &mut Vec<Problem>) -> Vec<Name> {
             }),
         }
     }
-    domains
+    SearchDomains::These(domains)
 }
 
 fn zones(
@@ -404,72 +419,97 @@ fn zones(
     let mut zones: Vec<Zone> = Vec::new();
     for text in &args.zones {
         match zone(text) {
-            Ok(zone) if zones.iter().any(|z| z.name == zone.name) => {
-                problems.push(Problem::ZoneTwice(
-                    zone.name.map_or(".".to_owned(), |n| n.to_string()),
-                ));
-            }
             Ok(zone) => zones.push(zone),
             Err(problem) => problems.push(problem),
         }
     }
     if args.no_default_zones {
+        check_zones(&zones, ZONES_MAX, problems);
         return zones;
     }
-    // A zone of a flag replaces the default one of that name.
-    for name in ZONES_DEFAULT
+    // The default ones are among those that there may be.
+    check_zones(&zones, ZONES_MAX - ZONES_DEFAULT.len(), problems);
+    // A zone of a flag replaces the default one of that name. The root would answer for those after it.
+    let more: Vec<Zone> = default_zones(gateway, host_alias)
+        .into_iter()
+        .filter(|default| zones.iter().all(|zone| zone.name != default.name))
+        .collect();
+    let place = zones
         .iter()
-        .filter_map(|name| Name::from_canonical(name).ok())
-    {
-        if zones.iter().all(|zone| zone.name.as_ref() != Some(&name)) {
-            let known = [("gateway", Some(gateway)), ("host", host_alias)];
-            let records = known
-                .into_iter()
-                .filter_map(|(label, address)| {
-                    Some((Name::from_canonical(label).ok(), Some(IpAddr::V4(address?))))
-                })
-                .collect();
-            zones.push(Zone {
-                name: Some(name),
-                records,
-                default_address: None,
-            });
+        .position(|zone| zone.name.is_none())
+        .unwrap_or(zones.len());
+    zones.splice(place..place, more);
+    zones
+}
+
+fn brought_zones(brought: &[ZoneSettings], problems: &mut Vec<Problem>) -> Vec<Zone> {
+    let mut zones = Vec::new();
+    for zone in brought {
+        let records = zone.records.iter().map(|r| [&*r.name, &*r.regexp, &*r.address]);
+        match Zone::read(&zone.name, records, &zone.default_address) {
+            Ok(zone) => zones.push(zone),
+            Err(problem) => problems.push(Problem::BroughtZone(problem)),
         }
     }
+    check_zones(&zones, ZONES_MAX, problems);
     zones
+}
+
+fn check_zones(zones: &[Zone], most: usize, problems: &mut Vec<Problem>) {
+    for (place, zone) in zones.iter().enumerate() {
+        if zones[..place].iter().any(|other| other.name == zone.name) {
+            problems.push(Problem::ZoneTwice(zone.text().to_owned()));
+        }
+    }
+    let patterns = zones.iter().map(Zone::patterns).sum();
+    if zones.len() > most {
+        let found = zones.len();
+        problems.push(Problem::ZoneMany { found, most });
+    } else if patterns > ZONE_PATTERNS_MAX {
+        problems.push(Problem::ZonePatterns {
+            found: patterns,
+            most: ZONE_PATTERNS_MAX,
+        });
+    }
 }
 
 /// In place of a record's address.
 const UPSTREAM: &str = "upstream";
 
-/// Reads `ZONE:NAME=ADDRESS,...`: `*` stands for every other name, `@` for the zone itself, a zone `.`
-/// for the root, and the address `upstream` for a name that is looked up like one of no zone.
+/// Reads `ZONE:NAME=ADDRESS,...`: `*` stands for every other name, `@` for the zone itself, `/PATTERN/` or
+/// `NAME/PATTERN/` for the names that a pattern matches, a zone `.` for the root, and the address `upstream` for a name
+/// that is looked up like one of no zone.
 fn zone(text: &str) -> Result<Zone, Problem> {
-    let name_of = |part: &str| -> Result<Name, Problem> {
-        match part.parse() {
-            // A record's name is a label or two, and may be a number.
-            Err(NameError::Address(_)) => Name::from_canonical(part),
-            parsed => parsed,
-        }
-        .map_err(|source| Problem::ZoneName {
-            found: text.to_owned(),
-            part: part.to_owned(),
-            source,
-        })
-    };
-    let (name, records) = text
-        .split_once(':')
-        .ok_or_else(|| Problem::Zone(text.to_owned()))?;
-    let name = if name == "." { None } else { Some(name_of(name)?) };
-    let mut zone = Zone {
-        name,
-        records: Vec::new(),
-        default_address: None,
-    };
-    for record in records.split(',') {
-        let (name, address) = record
-            .split_once('=')
-            .ok_or_else(|| Problem::Zone(text.to_owned()))?;
+    let malformed = || Problem::Zone(text.to_owned());
+    let (name, mut rest) = text.split_once(':').ok_or_else(malformed)?;
+    let none: [[&str; 3]; 0] = [];
+    let mut zone = Zone::read(name, none.into_iter(), "").map_err(|_| Problem::ZoneName {
+        found: text.to_owned(),
+        part: name.to_owned(),
+        source: name.parse::<Name>().err().unwrap_or(NameError::Empty),
+    })?;
+    loop {
+        // A pattern may have commas and equals signs in it; it ends with a slash before an equals sign.
+        let slash = rest
+            .find('/')
+            .filter(|at| rest.find(['=', ',']).is_none_or(|other| *at < other));
+        let (name, pattern, after) = match slash {
+            Some(at) => {
+                let (pattern, after) = rest[at + 1..]
+                    .split_once("/=")
+                    .filter(|(pattern, _)| !pattern.is_empty())
+                    .ok_or_else(malformed)?;
+                (&rest[..at], pattern, after)
+            }
+            None => {
+                let (name, after) = rest.split_once('=').ok_or_else(malformed)?;
+                (name, "", after)
+            }
+        };
+        let (address, next) = match after.split_once(',') {
+            Some((address, next)) => (address, Some(next)),
+            None => (after, None),
+        };
         let address = match address {
             UPSTREAM if name != "*" => None,
             address => Some(address.parse().map_err(|_| Problem::ZoneAddress {
@@ -477,12 +517,40 @@ fn zone(text: &str) -> Result<Zone, Problem> {
                 part: address.to_owned(),
             })?),
         };
-        match name {
-            "*" if zone.default_address.is_some() => return Err(Problem::Zone(text.to_owned())),
-            "*" => zone.default_address = address,
-            "@" => zone.records.push((None, address)),
-            name => zone.records.push((Some(name_of(name)?), address)),
+        let owner = match (name, slash) {
+            ("*", None) if zone.default_address.is_some() => return Err(malformed()),
+            ("*", None) => {
+                zone.default_address = address;
+                None
+            }
+            ("@", None) => Some(Owner::Apex),
+            // Nothing would be the zone itself.
+            ("", None) => return Err(malformed()),
+            (name, _) => Some(Owner::read(name, pattern).map_err(|problem| match problem {
+                OwnerProblem::Name(source) => Problem::ZoneName {
+                    found: text.to_owned(),
+                    part: name.to_owned(),
+                    source,
+                },
+                OwnerProblem::Pattern(source) => Problem::ZonePattern {
+                    found: text.to_owned(),
+                    part: pattern.to_owned(),
+                    source,
+                },
+            })?),
+        };
+        zone.records
+            .extend(owner.map(|owner| ZoneRecord { owner, address }));
+        match next {
+            Some(next) => rest = next,
+            None => break,
         }
+    }
+    if zone.records.len() > ZONE_RECORDS_MAX {
+        return Err(Problem::BroughtZone(ZoneProblem::TooLarge(
+            name.to_owned(),
+            zone.records.len(),
+        )));
     }
     Ok(zone)
 }

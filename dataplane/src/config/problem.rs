@@ -3,10 +3,11 @@
 use std::net::{IpAddr, Ipv4Addr};
 
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
-use vnet_proto::model::NameError;
+use vnet_proto::model::{NameError, PatternError};
 
 use crate::config::url::UrlError;
 use crate::forward::ForwardSpecError;
+use crate::zone::ZoneProblem;
 
 /// Everything that is wrong, in the order of the flags' table.
 #[derive(Debug, PartialEq, Eq)]
@@ -180,7 +181,27 @@ pub enum Problem {
     },
     #[error("--dns-search is given {found} times (at most {most}, which is what resolvers take)")]
     SearchMany { found: usize, most: usize },
-    #[error("--zone {0:?} is not a zone (expected ZONE:NAME=ADDRESS,... with * for every other name)")]
+    #[error(
+        "--dns-search host is the host's own search domains and stands alone; leave the others out, or write host. \
+         for a domain of that name"
+    )]
+    SearchHost,
+    #[error("VM settings: {0}")]
+    BroughtZone(ZoneProblem),
+    #[error("{found} zones are given (at most {most})")]
+    ZoneMany { found: usize, most: usize },
+    #[error("the zones have {found} patterns (at most {most})")]
+    ZonePatterns { found: usize, most: usize },
+    #[error("--zone {found:?}: pattern {part:?} cannot be used")]
+    ZonePattern {
+        found: String,
+        part: String,
+        #[source]
+        source: PatternError,
+    },
+    #[error(
+        "--zone {0:?} is not a zone (expected ZONE:NAME=ADDRESS,... with * for every other name, or /PATTERN/)"
+    )]
     Zone(String),
     #[error("--zone {found:?}: {part:?} is not a name")]
     ZoneName {

@@ -1,6 +1,6 @@
 //! What the VMs of a dataplane bring along, as JSON that `vnetctl run` and `up` write to a descriptor.
 //!
-//! A policy's text and its rules would not fit a command line, and would be seen in it.
+//! A policy's text and its rules, and thousands of local names, would not fit a command line, and would be seen in it.
 
 use std::collections::BTreeMap;
 use std::io::{self, Read};
@@ -24,6 +24,32 @@ pub struct VmSettings {
     pub resolver_patience_ms: Option<u64>,
     /// Labels beside those of `--label`.
     pub labels: BTreeMap<String, String>,
+    /// Their network's local zones, in order, in place of those of `--zone` and the default ones.
+    pub zones: Option<Vec<ZoneSettings>>,
+}
+
+/// A local zone.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct ZoneSettings {
+    /// Its name; `.` is the root.
+    pub name: String,
+    /// Its records, in order.
+    pub records: Vec<ZoneRecordSettings>,
+    /// The address for names that no record is for; empty for none.
+    pub default_address: String,
+}
+
+/// A record of a local zone.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct ZoneRecordSettings {
+    /// Its name without the zone's; empty for the zone itself, and beside a pattern for none.
+    pub name: String,
+    /// Its pattern; empty for none.
+    pub regexp: String,
+    /// Its address; empty where its names are looked up upstream.
+    pub address: String,
 }
 
 /// A policy that VMs bring along.

@@ -4,6 +4,7 @@ use clap::Parser as _;
 
 use super::*;
 use crate::args::Cli;
+use crate::zone::{Owner, ZoneRecord};
 
 const LINK: [&str; 2] = ["--listen-qemu", "unix:///run/q.sock"];
 const CONTROLPLANE: [&str; 2] = ["--controlplane", "unix:///run/session.sock"];
@@ -63,10 +64,10 @@ fn without_flags_everything_is_as_under_gvproxy() {
     assert_eq!(
         (
             network.resolvers.len(),
-            network.search.len(),
+            &network.search,
             network.static_leases.len()
         ),
-        (0, 0, 0)
+        (0, &SearchDomains::These(Vec::new()), 0)
     );
     let zones: Vec<String> = network.zones.iter().map(describe).collect();
     assert_eq!(
@@ -88,8 +89,14 @@ fn without_flags_everything_is_as_under_gvproxy() {
 
 fn describe(zone: &Zone) -> String {
     let mut text = zone.name.as_ref().map_or(".".to_owned(), ToString::to_string) + ":";
-    for (name, address) in &zone.records {
-        let name = name.as_ref().map_or("@".to_owned(), ToString::to_string);
+    for ZoneRecord { owner, address } in &zone.records {
+        let name = match owner {
+            Owner::Apex => "@".to_owned(),
+            Owner::Name(name) => name.to_string(),
+            Owner::Pattern(name, pattern) => {
+                format!("{}/{pattern}/", name.as_ref().map_or("", |name| name.as_str()))
+            }
+        };
         let address = address.map_or("upstream".to_owned(), |a| a.to_string());
         text.push_str(&format!(" {name}={address}"));
     }
@@ -248,7 +255,10 @@ fn zones_resolvers_leases_and_forwards_are_read() {
     );
     let resolvers: Vec<String> = config.network.resolvers.iter().map(ToString::to_string).collect();
     assert_eq!(resolvers, ["9.9.9.9:53", "[2620:fe::fe]:5353", "[2620:fe::9]:53"]);
-    assert_eq!(config.network.search[0].as_str(), "example.com");
+    assert_eq!(
+        config.network.search,
+        SearchDomains::These(vec!["example.com".parse().unwrap()])
+    );
     assert_eq!(config.network.static_leases[0].1, ipv4("192.168.127.9"));
     let forwards: Vec<String> = config
         .forwards
@@ -342,6 +352,133 @@ fn vsock_and_records_are_read_on_linux() {
         );
         assert_eq!(said, [expected]);
     }
+}
+
+#[test]
+fn zones_have_patterns_between_slashes_and_the_root_comes_behind_the_default_ones() {
+    let config = check(&[
+        "--zone",
+        "crc.test:/^app-[0-9]{1,3}=?$/=10.0.0.1,x/a,b/=upstream,y=10.0.0.2,/c/d/=fd00::1,*=10.0.0.9",
+        "--zone",
+        ".:github.com=upstream",
+        "--zone",
+        "late.test:a=10.0.0.1",
+    ])
+    .unwrap();
+    let zones: Vec<String> = config.network.zones.iter().map(describe).collect();
+    assert_eq!(
+        zones,
+        [
+            "crc.test: /^app-[0-9]{1,3}=?$/=10.0.0.1 x/a,b/=upstream y=10.0.0.2 /c/d/=fd00::1 *=10.0.0.9",
+            "containers.internal: gateway=192.168.127.1 host=192.168.127.254",
+            "docker.internal: gateway=192.168.127.1 host=192.168.127.254",
+            ".: github.com=upstream",
+            "late.test: a=10.0.0.1",
+        ]
+    );
+    for (zone, why) in [
+        (
+            "a.test:/x=10.0.0.1",
+            "--zone \"a.test:/x=10.0.0.1\" is not a zone",
+        ),
+        (
+            "a.test:/x/10.0.0.1",
+            "--zone \"a.test:/x/10.0.0.1\" is not a zone",
+        ),
+        ("a.test:=10.0.0.1", "--zone \"a.test:=10.0.0.1\" is not a zone"),
+        ("a.test:", "--zone \"a.test:\" is not a zone"),
+        (
+            "a.test://=10.0.0.1",
+            "--zone \"a.test://=10.0.0.1\" is not a zone",
+        ),
+        (
+            "a.test:/(/=10.0.0.1",
+            "--zone \"a.test:/(/=10.0.0.1\": pattern \"(\" cannot be used: unclosed group",
+        ),
+        (
+            "a.test:@/x/=10.0.0.1",
+            "--zone \"a.test:@/x/=10.0.0.1\": \"@\" is not a name",
+        ),
+    ] {
+        let problems = check(&["--zone", zone]).unwrap_err();
+        assert!(
+            problems.len() == 1 && problems[0].starts_with(why),
+            "{problems:?}"
+        );
+    }
+}
+
+#[test]
+fn zones_that_vms_bring_are_the_only_ones() {
+    let read = |zones: &str| {
+        let settings = VmSettings::read(format!("{{\"zones\": {zones}}}").as_bytes()).unwrap();
+        check_with(
+            &[
+                "--controlplane",
+                "fd://3",
+                "--link-fd",
+                "4",
+                "--zone",
+                "flag.test:a=10.0.0.1",
+            ],
+            settings,
+        )
+    };
+    let config = read(
+        r#"[{"name": ".", "records": [{"name": "a.b", "address": ""}, {"regexp": "^x", "address": "10.0.0.1"}]},
+            {"name": "b.test", "default_address": "10.0.0.9"}]"#,
+    )
+    .unwrap();
+    let zones: Vec<String> = config.network.zones.iter().map(describe).collect();
+    assert_eq!(zones, [".: a.b=upstream /^x/=10.0.0.1", "b.test: *=10.0.0.9"]);
+    assert_eq!(read("[]").unwrap().network.zones, []);
+    assert_eq!(
+        read(r#"[{"name": "a.test", "records": [{"regexp": "("}]}, {"name": "b..c"}]"#).unwrap_err(),
+        [
+            "VM settings: zone a.test: records[0].regexp cannot be used: unclosed group",
+            "VM settings: zone name \"b..c\" is none: the name begins with a dot, or has two in a row (expected one as \
+             a.example.com)",
+        ]
+    );
+}
+
+#[test]
+fn zones_and_their_patterns_are_bounded_and_search_domains_are_the_hosts_alone_or_none_of_its() {
+    let many = |count: usize, zone: &dyn Fn(usize) -> String| -> Vec<String> {
+        (0..count).flat_map(|n| ["--zone".to_owned(), zone(n)]).collect()
+    };
+    let check_all = |flags: Vec<String>| check(&flags.iter().map(String::as_str).collect::<Vec<_>>());
+    assert_eq!(
+        check_all(many(254, &|n| format!("z{n}.test:a=10.0.0.1")))
+            .unwrap()
+            .network
+            .zones
+            .len(),
+        256
+    );
+    assert_eq!(
+        check_all(many(255, &|n| format!("z{n}.test:a=10.0.0.1"))).unwrap_err(),
+        ["255 zones are given (at most 254)"]
+    );
+    let pattern = |n: usize| format!("z{n}.test:{}", "/x/=10.0.0.1,".repeat(129) + "/y/=10.0.0.1");
+    assert_eq!(
+        check_all(many(2, &pattern)).unwrap_err(),
+        ["the zones have 260 patterns (at most 256)"]
+    );
+
+    assert_eq!(
+        check(&["--dns-search", "host"]).unwrap().network.search,
+        SearchDomains::Host
+    );
+    assert_eq!(
+        check(&["--dns-search", "host."]).unwrap().network.search,
+        SearchDomains::These(vec!["host".parse().unwrap()])
+    );
+    let mixed = check(&["--dns-search", "host", "--dns-search", "a.test"]).unwrap_err();
+    assert!(
+        mixed[0].starts_with("--dns-search host is the host's own"),
+        "{mixed:?}"
+    );
 }
 
 #[test]
@@ -627,7 +764,7 @@ fn bad_flags_are_refused_in_these_words() {
         ),
         (
             &["--zone", "a.test"],
-            "--zone \"a.test\" is not a zone (expected ZONE:NAME=ADDRESS,... with * for every other name)",
+            "--zone \"a.test\" is not a zone (expected ZONE:NAME=ADDRESS,... with * for every other name, or /PATTERN/)",
         ),
         (
             &["--zone", "a.test:x=y"],

@@ -177,8 +177,7 @@ impl Resolver {
             shared.counts.busy.fetch_add(1, Relaxed);
             return Err(ResolveError::Busy(shared.in_flight_max));
         };
-        let servers = self.servers();
-        if servers.is_empty() {
+        if self.servers().is_empty() {
             return Err(ResolveError::NoServers);
         }
         shared.counts.questions.fetch_add(1, Relaxed);
@@ -190,7 +189,7 @@ impl Resolver {
         let deadline = Instant::now() + shared.total_time;
         let rounds = ROUND_SHARES.map(|share| shared.total_time * share / 100);
         let mut attempt = Attempt::default();
-        let _ = timeout_at(deadline, attempt.run(&exchange, &servers, rounds)).await;
+        let _ = timeout_at(deadline, attempt.run(&exchange, || self.servers(), rounds)).await;
         match attempt.best {
             Some(mut answer) => {
                 answer[..2].copy_from_slice(&query[..2]);
@@ -198,7 +197,7 @@ impl Resolver {
             }
             None => {
                 shared.counts.unanswered.fetch_add(1, Relaxed);
-                let (servers, within) = (servers.len(), shared.total_time);
+                let (servers, within) = (self.servers().len(), shared.total_time);
                 Err(ResolveError::NoAnswer {
                     servers,
                     within,
@@ -213,7 +212,7 @@ impl Resolver {
         let mut servers = self.shared.servers.lock().unwrap_or_else(PoisonError::into_inner);
         let all = match &mut *servers {
             Servers::Fixed(servers) => &*servers,
-            Servers::Host(file) => file.servers(),
+            Servers::Host(file) => &file.now().servers,
         };
         let usable = all
             .iter()
@@ -235,11 +234,17 @@ struct Attempt {
 }
 
 impl Attempt {
-    /// Asks the servers in order, round by round, until one gives an answer that stands.
-    async fn run(&mut self, exchange: &Exchange<'_>, servers: &[SocketAddr], rounds: [Duration; 3]) {
+    /// Asks the servers in order, round by round, until one gives an answer that stands. Each round asks those that
+    /// there are then: the host may be on another network by now.
+    async fn run(
+        &mut self,
+        exchange: &Exchange<'_>,
+        servers: impl Fn() -> Vec<SocketAddr>,
+        rounds: [Duration; 3],
+    ) {
         for patience in rounds {
-            for server in servers {
-                match exchange.ask(*server, patience).await {
+            for server in servers() {
+                match exchange.ask(server, patience).await {
                     Ok(Outcome::Answer(answer)) => {
                         self.best = Some(answer);
                         return;

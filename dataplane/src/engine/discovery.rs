@@ -33,7 +33,7 @@ pub struct Ipv6Config {
     pub gateway: Ipv6Addr,
     /// The gateway's address on the link.
     pub link_local: Ipv6Addr,
-    /// Search domains to advertise.
+    /// Search domains to advertise, unless the host's are followed.
     pub search: Vec<Name>,
 }
 
@@ -164,11 +164,12 @@ impl Engine {
         let Some(ipv6) = &self.config.ipv6 else {
             return Ok(());
         };
+        let followed = self.surroundings.followed_search();
         let router = ndp::Router {
             mac: self.config.gateway_mac,
             prefix: ipv6.prefix,
             resolver: ipv6.gateway,
-            search: &ipv6.search,
+            search: followed.as_deref().unwrap_or(&ipv6.search),
             mtu_bytes: self.config.mtu_bytes,
             is_default: self.surroundings.has_ipv6(),
         };

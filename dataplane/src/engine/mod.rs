@@ -154,6 +154,10 @@ pub trait Surroundings: Send + Sync {
     fn neighbour(&self, address: IpAddr) -> Option<Neighbour>;
     /// The guards that a destination is under, judged on what would really be dialled.
     fn guards(&self, dialled: SocketAddr, protocol: Protocol) -> GuardSet;
+    /// Search domains of the host, where those are advertised rather than the configured ones.
+    fn followed_search(&self) -> Option<Vec<vnet_proto::model::Name>> {
+        None
+    }
     /// The local zones.
     fn zones(&self) -> Arc<crate::engine::gateway::dns::zones::Zones>;
     /// What is counted of the network as a whole, by name.

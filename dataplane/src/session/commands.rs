@@ -6,7 +6,8 @@ use tonic::Code;
 use vnet_proto::model::Name;
 
 use crate::forward::{ForwardError, Forwards};
-use crate::message::{Forward, Zone};
+use crate::message::Forward;
+use crate::zone::{Zone, ZoneRecord};
 
 /// Why a command was refused; nothing was changed.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -59,6 +60,20 @@ pub trait Zones: Send + Sync {
     /// # Errors
     /// [`Refusal`], as at a limit.
     fn set_zone(&self, zone: Zone) -> Result<(), Refusal>;
+
+    /// Adds records before those of the zone of that name and replaces its default address, or adds the zone. What
+    /// it is then.
+    ///
+    /// # Errors
+    /// [`Refusal`], as at a limit.
+    fn merge_zone(&self, zone: Zone) -> Result<Zone, Refusal>;
+
+    /// Removes records of a zone that are for the same as these, and have their address if they have one. What the
+    /// zone is then.
+    ///
+    /// # Errors
+    /// [`Refusal`] when there are none.
+    fn remove_records(&self, name: Option<&Name>, records: &[ZoneRecord]) -> Result<Zone, Refusal>;
 
     /// Removes a zone; `None` names the root.
     ///

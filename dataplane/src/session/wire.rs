@@ -4,15 +4,16 @@
 use std::net::{IpAddr, SocketAddr};
 use std::time::{Duration, Instant};
 
-use vnet_proto::model::{Budget, Epoch, Malformed, Name, NameError, Protocol, VmId, address_to_bytes};
+use vnet_proto::model::{Budget, Epoch, Malformed, Name, Protocol, VmId, address_to_bytes};
 use vnet_proto::v1;
 use vnet_proto::v1::session_request::Message;
 
 use crate::message::{
     CachedVerdict, DNS_TTL_MAX, DnsDenial, DnsSettings, FlowEnd, FlowOpened, Forward, MissEnd, NameRefusal,
-    OwnList, OwnPolicy, Report, VmStatus, VmUp, Zone,
+    OwnList, OwnPolicy, Report, VmStatus, VmUp,
 };
 use crate::session::commands::Refusal;
+use crate::zone::Zone;
 
 pub(super) fn vm_up(up: &VmUp, status: Option<&VmStatus>) -> v1::VmUp {
     v1::VmUp {
@@ -384,16 +385,20 @@ pub(super) fn forward_from_wire(
 }
 
 pub(super) fn zone_to_wire(zone: &Zone, network: &str) -> v1::Zone {
-    let text = |name: &Option<Name>| name.as_ref().map(ToString::to_string).unwrap_or_default();
     v1::Zone {
         network: network.to_owned(),
-        name: text(&zone.name),
+        name: zone.text().to_owned(),
         records: zone
             .records
             .iter()
-            .map(|(name, address)| v1::ZoneRecord {
-                name: text(name),
-                address: address.map(|a| a.to_string()).unwrap_or_default(),
+            .map(|record| v1::ZoneRecord {
+                name: record.owner.name().map(ToString::to_string).unwrap_or_default(),
+                address: record.address.map(|a| a.to_string()).unwrap_or_default(),
+                regexp: record
+                    .owner
+                    .pattern()
+                    .map(ToString::to_string)
+                    .unwrap_or_default(),
             })
             .collect(),
         default_address: zone.default_address.map(|a| a.to_string()).unwrap_or_default(),
@@ -401,41 +406,12 @@ pub(super) fn zone_to_wire(zone: &Zone, network: &str) -> v1::Zone {
 }
 
 pub(super) fn zone_from_wire(message: &v1::Zone) -> Result<Zone, Refusal> {
-    let address = |text: &str| -> Result<IpAddr, Refusal> {
-        text.parse()
-            .map_err(|_| Refusal::invalid(format!("zone {}: {text:?} is not an address", message.name)))
-    };
-    Ok(Zone {
-        name: zone_name(&message.name)?,
-        records: message
-            .records
-            .iter()
-            .map(|record| {
-                let address = match record.address.as_str() {
-                    "" => None,
-                    text => Some(address(text)?),
-                };
-                Ok((zone_name(&record.name)?, address))
-            })
-            .collect::<Result<_, Refusal>>()?,
-        default_address: match message.default_address.as_str() {
-            "" => None,
-            text => Some(address(text)?),
-        },
-    })
-}
-
-/// A zone's or record's name; empty is `None`. A record's may be a number, as no host name is.
-pub(super) fn zone_name(text: &str) -> Result<Option<Name>, Refusal> {
-    if text.is_empty() || text == "." {
-        return Ok(None);
-    }
-    match text.parse() {
-        Err(NameError::Address(_)) => Name::from_canonical(text),
-        parsed => parsed,
-    }
-    .map(Some)
-    .map_err(|error| Refusal::invalid(error.to_string()))
+    let records = message
+        .records
+        .iter()
+        .map(|r| [&*r.name, &*r.regexp, &*r.address]);
+    Zone::read(&message.name, records, &message.default_address)
+        .map_err(|problem| Refusal::invalid(problem.to_string()))
 }
 
 /// The longest lease that is taken. A cached allow never outlives it without a controlplane.

@@ -15,6 +15,7 @@ mod selector;
 pub mod special;
 mod target;
 mod verdict;
+mod zone;
 
 #[cfg(test)]
 mod tests;
@@ -30,6 +31,10 @@ pub use name::{Name, NameError, NamePattern};
 pub use selector::VmSelector;
 pub use target::{Target, TargetError};
 pub use verdict::{Allowance, Budget, Match, NameDemand, Reason, Verdict, VerdictAction};
+pub use zone::{
+    PatternError, RecordPattern, ZONE_PATTERN_BYTES_MAX, ZONE_PATTERNS_MAX, ZONE_RECORDS_MAX, ZONES_MAX,
+    record_name, zone_name, zone_text,
+};
 
 /// The shortest time for which an answer may hold.
 pub const LIFETIME_MIN: Duration = Duration::from_secs(1);

@@ -87,6 +87,8 @@ pub struct Stack {
     pub dns: Vec<Zone>,
     /// Search domains for guests.
     pub dns_search_domains: Vec<Name>,
+    /// Whether those are the host's, and follow them as they change.
+    pub dns_search_follows_host: bool,
     /// Ports of the host that lead into the network.
     pub forwards: Vec<Forward>,
     /// Destinations of guests that lead to others of the host.

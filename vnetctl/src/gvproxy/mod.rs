@@ -11,6 +11,7 @@
 //! command line does; [`services`] is the HTTP API, over connections that others accept, and [`ssh`] serves sockets that lead into a guest over SSH. What the configuration means is told in `docs/gvproxy.md`.
 
 pub mod config;
+mod dns;
 pub mod flags;
 mod load;
 pub mod origin;
@@ -21,6 +22,7 @@ pub mod ssh;
 pub mod yaml;
 
 pub use config::Config;
+pub use dns::host_search_domains;
 pub use flags::{FlagError, Flags};
 pub use load::{Loaded, load};
 pub use yaml::FileConfig;

@@ -17,7 +17,8 @@ use tokio::net::unix::pipe;
 use tokio::process::{Child, Command};
 use vnet_dataplane::args::{Args, Cli};
 use vnet_dataplane::config::{
-    Config, ListenAt, ListenConfig, OwnListSettings, OwnPolicySettings, VmSettings, default_name, inherited,
+    Config, ListenAt, ListenConfig, OwnListSettings, OwnPolicySettings, VmSettings, ZoneSettings,
+    default_name, inherited,
 };
 use vnet_dataplane::front::{self, FrontReceiver, FrontSender};
 use vnet_dataplane::inherit;
@@ -33,6 +34,8 @@ pub struct Settings {
     pub args: Args,
     /// What its VMs bring along.
     pub treatment: Treatment,
+    /// Its local zones, in order, in place of those of its flags and its default ones.
+    pub zones: Option<Vec<ZoneSettings>>,
     /// How long its guests' resolvers wait; its own default if left out.
     pub resolver_patience: Option<Duration>,
     /// The link of its one guest, where it serves no socket.
@@ -134,6 +137,7 @@ impl Settings {
             own_policy,
             mode: mode.map(|mode| mode.to_string()),
             ec2_metadata_access: *ec2_metadata_access,
+            zones: self.zones.clone(),
             resolver_patience_ms: self
                 .resolver_patience
                 .map(|p| u64::try_from(p.as_millis()).unwrap_or(u64::MAX)),
@@ -484,6 +488,10 @@ mod tests {
         let settings = Settings {
             treatment,
             resolver_patience: Some(Duration::from_secs(30)),
+            zones: Some(vec![ZoneSettings {
+                name: ".".to_owned(),
+                ..ZoneSettings::default()
+            }]),
             ..Settings::default()
         };
 
@@ -493,6 +501,7 @@ mod tests {
         assert_eq!(read.mode.as_deref(), Some("ask"));
         assert!(read.ec2_metadata_access);
         assert_eq!(read.resolver_patience_ms, Some(30_000));
+        assert_eq!(read.zones.as_ref().unwrap()[0].name, ".");
         assert_eq!(read.own_policy.clone().unwrap().rules, ["allow tcp 192.0.2.7:80"]);
         let no_document = read.own_policy.as_ref().map(|own| own.document.clone());
         assert_eq!(no_document, Some(None), "rules alone bring no document");

@@ -248,6 +248,79 @@ async fn without_servers_there_is_an_error_and_the_gateway_is_never_asked() {
     ));
 }
 
+/// A file of the host's that ends with the test.
+struct HostFile(std::path::PathBuf);
+
+impl HostFile {
+    fn new(name: &str) -> Self {
+        let directory = std::env::temp_dir().join(format!("vnet-{name}-{}", std::process::id()));
+        std::fs::create_dir_all(&directory).unwrap();
+        Self(directory)
+    }
+
+    fn path(&self) -> std::path::PathBuf {
+        self.0.join("resolv.conf")
+    }
+
+    fn replace(&self, text: &str) {
+        std::fs::write(self.0.join("next"), text).unwrap();
+        std::fs::rename(self.0.join("next"), self.path()).unwrap();
+    }
+}
+
+impl Drop for HostFile {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_dir_all(&self.0);
+    }
+}
+
+#[tokio::test]
+async fn a_question_that_waits_for_a_dead_server_goes_on_with_those_of_the_hosts_new_network() {
+    // No port can be said in the file: what stands in it is asked on port 53, where nobody is on these.
+    let file = HostFile::new("moved");
+    let missing = limited(Upstreams::Host(file.path()), Vec::new(), Duration::from_secs(6));
+    assert!(matches!(
+        missing.resolve(query("a.test.")).await,
+        Err(ResolveError::NoServers)
+    ));
+    file.replace("nameserver 127.7.7.1\nnameserver 127.7.7.2\n");
+    tokio::time::sleep(Duration::from_millis(1_100)).await;
+    assert_eq!(
+        missing.servers(),
+        ["127.7.7.1:53".parse().unwrap(), "127.7.7.2:53".parse().unwrap()]
+    );
+
+    // A question under way when the servers are others.
+    let silent = serve(|_, _| Vec::new()).await;
+    let good = serve(|_, asked| vec![answer(asked, 5).to_vec().unwrap()]).await;
+    let moving = limited(Upstreams::Fixed(vec![silent]), Vec::new(), Duration::from_secs(2));
+    let asking = tokio::spawn({
+        let moving = moving.clone();
+        async move { moving.resolve(query("a.test.")).await }
+    });
+    tokio::time::sleep(Duration::from_millis(50)).await;
+    moving.set_servers(vec![good]);
+    assert_eq!(addresses(&asking.await.unwrap().unwrap()), ["203.0.113.5"]);
+}
+
+#[tokio::test]
+async fn two_dead_servers_before_a_good_one_are_passed_before_a_guest_gives_up() {
+    let silent = serve(|_, _| Vec::new()).await;
+    let silent_too = serve(|_, _| Vec::new()).await;
+    let good = serve(|_, asked| vec![answer(asked, 6).to_vec().unwrap()]).await;
+    let started = Instant::now();
+    let answered = resolver(&[silent, silent_too, good])
+        .resolve(query("a.test."))
+        .await;
+    assert_eq!(addresses(&answered.unwrap()), ["203.0.113.6"]);
+    // The usual resolvers wait for 5 s.
+    assert!(
+        started.elapsed() < Duration::from_millis(4_500),
+        "{:?}",
+        started.elapsed()
+    );
+}
+
 #[tokio::test]
 async fn questions_under_way_are_bounded() {
     let silent = serve(|_, _| Vec::new()).await;

@@ -5,7 +5,7 @@
 
 use std::collections::{BTreeMap, HashSet};
 
-use vnet_proto::model::{CommandId, Epoch, FlowId, VmId};
+use vnet_proto::model::{CommandId, Epoch, FlowId, VmId, zone_name};
 use vnet_proto::v1;
 use vnet_proto::v1::session_request::Message;
 
@@ -92,13 +92,13 @@ impl Conversation {
                 return self.report_verdicts(message.command_id, VmId(asked.vm));
             }
             Some(Command::Unexpose(forward)) => return self.unexpose(message.command_id, &forward),
+            Some(
+                command @ (Command::SetZone(_)
+                | Command::MergeZone(_)
+                | Command::RemoveRecords(_)
+                | Command::DeleteZone(_)),
+            ) => return self.change_zone(message.command_id, &command),
             Some(Command::Expose(forward)) => self.expose(&forward).map(Some),
-            Some(Command::SetZone(zone)) => wire::zone_from_wire(&zone)
-                .and_then(|zone| self.commands.zones.set_zone(zone))
-                .map(|()| None),
-            Some(Command::DeleteZone(zone)) => wire::zone_name(&zone.name)
-                .and_then(|name| self.commands.zones.delete_zone(name.as_ref()))
-                .map(|()| None),
             None => Err(Refusal {
                 code: tonic::Code::Unimplemented,
                 text: "the command is none that this version knows".to_owned(),
@@ -112,6 +112,34 @@ impl Conversation {
             Err(refusal) => (None, Some(refusal)),
         };
         self.acknowledge(message.command_id, 0, forward, error);
+    }
+
+    fn change_zone(&mut self, command_id: u64, command: &v1::command::Command) {
+        use v1::command::Command;
+        let zones = &self.commands.zones;
+        let changed = match command {
+            Command::SetZone(zone) => {
+                wire::zone_from_wire(zone).and_then(|zone| zones.set_zone(zone.clone()).map(|()| Some(zone)))
+            }
+            Command::MergeZone(zone) => {
+                wire::zone_from_wire(zone).and_then(|zone| zones.merge_zone(zone).map(Some))
+            }
+            Command::RemoveRecords(zone) => wire::zone_from_wire(zone)
+                .and_then(|zone| zones.remove_records(zone.name.as_ref(), &zone.records).map(Some)),
+            Command::DeleteZone(zone) => zone_name(&zone.name)
+                .map_err(|error| Refusal::invalid(error.to_string()))
+                .and_then(|name| zones.delete_zone(name.as_ref()).map(|()| None)),
+            Command::Expose(_) | Command::Unexpose(_) | Command::ReportVerdicts(_) => return,
+        };
+        let (zone, refusal) = match changed {
+            Ok(zone) => (zone, None),
+            Err(refusal) => (None, Some(refusal)),
+        };
+        self.acknowledge(command_id, 0, None, refusal);
+        // Nobody has taken it from there yet.
+        if let Some(Message::Ack(ack)) = self.outbox.back_mut() {
+            ack.zone = zone.map(|zone| wire::zone_to_wire(&zone, ""));
+        }
     }
 
     /// Asks a guest for what its cache holds.

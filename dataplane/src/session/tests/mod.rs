@@ -18,9 +18,10 @@ use vnet_proto::v1::session_response::Message as Response;
 use crate::descriptors::Descriptors;
 use crate::forward::Forwards;
 use crate::guards::{Guards, HostAddresses};
-use crate::message::{FlowOpened, Input, Order, Report, Router, VmUp, Zone, flow_id, miss_id};
+use crate::message::{FlowOpened, Input, Order, Report, Router, VmUp, flow_id, miss_id};
 use crate::metrics::Metrics;
 use crate::session::{Commands, Identity, Refusal, Zones};
+use crate::zone::{Zone, ZoneRecord};
 
 /// Guests that can be added and removed, and every order that they were handed.
 #[derive(Default)]
@@ -114,6 +115,22 @@ impl Zones for ZoneList {
     fn set_zone(&self, zone: Zone) -> Result<(), Refusal> {
         self.0.lock().unwrap().push(zone);
         Ok(())
+    }
+
+    fn merge_zone(&self, mut zone: Zone) -> Result<Zone, Refusal> {
+        let mut zones = self.0.lock().unwrap();
+        for known in zones.extract_if(.., |known| known.name == zone.name) {
+            zone.records.extend(known.records);
+        }
+        zones.push(zone.clone());
+        Ok(zone)
+    }
+
+    fn remove_records(&self, name: Option<&Name>, records: &[ZoneRecord]) -> Result<Zone, Refusal> {
+        let mut zones = self.0.lock().unwrap();
+        let zone = zones.iter_mut().find(|zone| zone.name.as_ref() == name).unwrap();
+        zone.records.retain(|record| !records.contains(record));
+        Ok(zone.clone())
     }
 
     fn delete_zone(&self, name: Option<&Name>) -> Result<(), Refusal> {

@@ -656,13 +656,26 @@ async fn commands_are_done_or_refused_with_a_code() {
         records: vec![v1::ZoneRecord {
             name: "db".into(),
             address: address.into(),
+            regexp: String::new(),
         }],
         ..v1::Zone::default()
     };
-    assert_eq!(ack(Command::SetZone(zone("a.test", "10.0.0.1"))).error, None);
+    let set = ack(Command::SetZone(zone("A.test.", "10.0.0.1")));
+    assert_eq!((set.error, set.zone), (None, Some(zone("a.test", "10.0.0.1"))));
+    let merged = ack(Command::MergeZone(zone("a.test", "10.0.0.2"))).zone.unwrap();
+    let addresses: Vec<&str> = merged.records.iter().map(|record| &*record.address).collect();
+    assert_eq!(addresses, ["10.0.0.2", "10.0.0.1"]);
+    let left = ack(Command::RemoveRecords(zone("a.test", "10.0.0.2"))).zone;
+    assert_eq!(left, Some(zone("a.test", "10.0.0.1")));
+    let mut pattern = zone("a.test", "");
+    pattern.records[0].regexp = "(".to_owned();
+    assert_eq!(
+        ack(Command::MergeZone(pattern)).error.unwrap().text,
+        "zone a.test: records[0].regexp cannot be used: unclosed group"
+    );
     assert_eq!(
         ack(Command::SetZone(zone("a.test", "x"))).error.unwrap().text,
-        "zone a.test: \"x\" is not an address"
+        "zone a.test: records[0].address \"x\" is not an address"
     );
     assert_eq!(ack(Command::DeleteZone(zone("A.test", ""))).error, None);
     assert_eq!(

@@ -600,8 +600,63 @@ async fn a_zone_without_a_record_is_made_only_where_that_was_said() {
     assert_eq!(said, "zone ads.example is empty: no name in it exists\n");
     assert_eq!(
         server.asked::<v1::SetZoneRequest>("DnsService/SetZone"),
-        [v1::SetZoneRequest { zone: Some(zone) }]
+        [v1::SetZoneRequest {
+            zone: Some(zone),
+            prepend_records: false
+        }]
     );
+}
+
+#[tokio::test]
+async fn records_are_added_before_those_that_are_there_and_removed_one_by_one() {
+    let server = Scripted::start();
+    let zone = v1::Zone {
+        name: "lab.internal".to_owned(),
+        records: vec![v1::ZoneRecord::default(); 3],
+        default_address: "10.0.0.9".to_owned(),
+        ..Default::default()
+    };
+    let answer = v1::SetZoneResponse {
+        zone: Some(zone.clone()),
+    };
+    server.answer("DnsService/SetZone", &answer);
+    let words = [
+        "dns",
+        "zones",
+        "add",
+        "lab.internal",
+        "db=10.0.0.1",
+        "--default",
+        "10.0.0.9",
+        "--network",
+        "n",
+    ];
+    let said = run(&server, Format::Table, &words).await.unwrap();
+    assert_eq!(said, "zone lab.internal has 3 records; all else is 10.0.0.9\n");
+    let asked = server.asked::<v1::SetZoneRequest>("DnsService/SetZone");
+    let sent = asked[0].zone.as_ref().unwrap();
+    assert!(asked[0].prepend_records);
+    assert_eq!(
+        (&*sent.network, &*sent.records[0].name, &*sent.default_address),
+        ("n", "db", "10.0.0.9")
+    );
+
+    let answer = v1::DeleteZoneRecordResponse { zone: Some(zone) };
+    server.answer("DnsService/DeleteZoneRecord", &answer);
+    server.answer("DnsService/DeleteZoneRecord", &answer);
+    let words = ["dns", "zones", "remove", "lab.internal", "db", "/x/=10.0.0.1"];
+    run(&server, Format::Table, &words).await.unwrap();
+    let asked = server.asked::<v1::DeleteZoneRecordRequest>("DnsService/DeleteZoneRecord");
+    let records: Vec<&v1::ZoneRecord> = asked
+        .iter()
+        .filter_map(|request| request.record.as_ref())
+        .collect();
+    assert_eq!(records.len(), 2);
+    assert_eq!(
+        (&*records[0].name, &*records[1].regexp, &*records[1].address),
+        ("db", "x", "10.0.0.1")
+    );
+    assert_eq!(server.asked::<v1::DeleteZoneRequest>("DnsService/DeleteZone"), []);
 }
 
 #[tokio::test]

@@ -451,6 +451,7 @@ async fn dns_lists() {
     let record = |name: &str| v1::ZoneRecord {
         name: name.to_owned(),
         address: "192.168.127.254".to_owned(),
+        regexp: String::new(),
     };
     let zones = vec![v1::Zone {
         network: "up-1".to_owned(),

@@ -5,7 +5,7 @@ use std::net::{IpAddr, Ipv4Addr};
 use std::path::PathBuf;
 
 use ipnet::Ipv4Net;
-use vnet_proto::model::NameError;
+use vnet_proto::model::{NameError, PatternError};
 
 use super::LogLevel;
 use super::endpoint::{Endpoint, EndpointError};
@@ -112,7 +112,15 @@ pub enum Problem {
         from: Origin,
         found: String,
         #[source]
-        source: Box<regex::Error>,
+        source: PatternError,
+    },
+    #[error("{from} has {found} records (at most {most})")]
+    RecordMany { from: Origin, found: usize, most: usize },
+    #[error("stack.dns has {found} {what} (at most {most})")]
+    ZoneMany {
+        what: &'static str,
+        found: usize,
+        most: usize,
     },
     #[error(
         "-forward-sock is given {socks} times, -forward-dest {dests}, -forward-user {users}, -forward-identity {identities}; \
@@ -193,6 +201,10 @@ pub enum Warning {
     },
     #[error("{from}: {other} is of the same name and answers first, so that this one is left out")]
     ZoneTwice { from: Origin, other: Origin },
+    #[error(
+        "{from} is never asked: {other} comes before it and answers for all its names; put it before that one"
+    )]
+    ZoneHidden { from: Origin, other: Origin },
     #[error("{from}: only the first {most} of {found} search domains are handed out")]
     SearchMany { from: Origin, found: usize, most: usize },
     #[error("{0} is not used, since -network-policy is given")]

@@ -6,7 +6,9 @@ use std::path::PathBuf;
 use std::str::FromStr;
 
 use ipnet::Ipv4Net;
-use vnet_proto::model::{Name, NameError};
+use vnet_proto::model::{
+    Name, NameError, RecordPattern, ZONE_PATTERNS_MAX, ZONE_RECORDS_MAX, ZONES_MAX, record_name,
+};
 
 use super::{
     Check, DEVICE_MAC_DEFAULT, Forward, HostPort, LogLevel, Problem, Record, SSH_PORT_DEFAULT, Stack,
@@ -79,6 +81,7 @@ impl Check<'_> {
             gateway_mac,
             dns,
             dns_search_domains,
+            dns_search_follows_host: flags.config.is_none(),
             forwards,
             nat: if nat.is_empty() {
                 BTreeMap::from([(host, Ipv4Addr::LOCALHOST)])
@@ -307,6 +310,26 @@ impl Check<'_> {
                 });
                 continue;
             }
+            let holds = |zone: &&Zone| match (&zone.name, &name) {
+                (None, _) => true,
+                (Some(apex), Some(name)) => name.is_below(apex),
+                (Some(_), None) => false,
+            };
+            // More than there may be are told of once, and not looked through.
+            let before = &zones[..zones.len().min(ZONES_MAX)];
+            if let Some(other) = before.iter().find(holds).and_then(|zone| known.get(&zone.name)) {
+                self.warnings.push(Warning::ZoneHidden {
+                    from: key.from.clone(),
+                    other: other.clone(),
+                });
+            }
+            if key.records.len() > ZONE_RECORDS_MAX {
+                self.problems.push(Problem::RecordMany {
+                    from: key.from.clone(),
+                    found: key.records.len(),
+                    most: ZONE_RECORDS_MAX,
+                });
+            }
             let records = key.records.into_iter().filter_map(|key| self.record(key));
             let records = records.collect();
             let default_ip = key.default_ip.and_then(|given| self.ip(&given));
@@ -317,6 +340,16 @@ impl Check<'_> {
                 default_ip,
             });
         }
+        let patterns = zones.iter().flat_map(|zone| &zone.records);
+        let patterns = patterns.filter(|record| record.regexp.is_some()).count();
+        for (what, found, most) in [
+            ("zones", zones.len(), ZONES_MAX),
+            ("records with a regexp", patterns, ZONE_PATTERNS_MAX),
+        ] {
+            if found > most {
+                self.problems.push(Problem::ZoneMany { what, found, most });
+            }
+        }
         zones
     }
 
@@ -326,21 +359,16 @@ impl Check<'_> {
             return None;
         }
         if let Some(given) = &key.regexp
-            && let Err(source) = regex::Regex::new(&given.value)
+            && let Err(source) = RecordPattern::new(&given.value)
         {
             self.problems.push(Problem::Pattern {
                 from: given.from.clone(),
                 found: given.value.clone(),
-                source: Box::new(source),
+                source,
             });
         }
-        // A label or two, which may be a number.
-        let read = |text: &str| match text.parse() {
-            Err(NameError::Address(_)) => Name::from_canonical(text),
-            read => read,
-        };
         Some(Record {
-            name: key.name.and_then(|given| self.name(&given, read)),
+            name: key.name.and_then(|given| self.name(&given, record_name)),
             regexp: key.regexp.map(|given| given.value),
             ip: key.ip.and_then(|given| self.ip(&given)),
         })

@@ -8,7 +8,7 @@ use std::net::{IpAddr, Ipv4Addr};
 use crate::cmd::treat::Treatment;
 use crate::gvproxy::config::{Config, Endpoint, HostPort};
 use crate::gvproxy::own::Own;
-use crate::launch::{DataplaneArgs, Document};
+use crate::launch::{DataplaneArgs, Document, ZoneSettings};
 
 /// What is to be started.
 #[derive(Debug, Clone)]
@@ -17,6 +17,8 @@ pub struct Plan {
     pub args: DataplaneArgs,
     /// How its VMs are treated.
     pub treatment: Treatment,
+    /// Its local zones, and no other.
+    pub zones: Vec<ZoneSettings>,
     /// What a person should know, a line each.
     pub warnings: Vec<String>,
 }
@@ -85,7 +87,33 @@ pub fn plan(
             .iter()
             .map(|(ip, mac)| format!("{mac}={ip}"))
             .collect(),
-        dns_search: stack.dns_search_domains.iter().map(ToString::to_string).collect(),
+        dns_search: if stack.dns_search_follows_host {
+            vec!["host".to_owned()]
+        } else {
+            stack
+                .dns_search_domains
+                .iter()
+                .map(|name| format!("{name}."))
+                .collect()
+        },
+        first_guest: Some(stack.device_ip.to_string()),
+        nat: stack
+            .nat
+            .iter()
+            .filter(|(at, _)| Some(**at) != alias)
+            .map(|(at, to)| format!("{at}={to}"))
+            .collect(),
+        virtual_ips: stack
+            .gateway_virtual_ips
+            .iter()
+            .filter(|at| Some(**at) != alias)
+            .map(ToString::to_string)
+            .collect(),
+        vpnkit_macs: stack
+            .vpnkit_uuid_macs
+            .iter()
+            .map(|(uuid, mac)| format!("{uuid}={mac}"))
+            .collect(),
         ..DataplaneArgs::default()
     };
     for forward in &stack.forwards {
@@ -105,12 +133,15 @@ pub fn plan(
         document: policy,
         rules: Vec::new(),
         mode,
+        ec2_metadata_access: stack.ec2_metadata_access,
         warnings: Vec::new(),
     };
+    let zones = stack.zone_settings();
     if problems.is_empty() {
         Ok(Plan {
             args,
             treatment,
+            zones,
             warnings,
         })
     } else {
@@ -233,7 +264,17 @@ mod tests {
         assert_eq!(args.listen, ["unix:///run/api.sock"]);
         assert_eq!(args.publish, ["127.0.0.1:4022:192.168.127.2:22/tcp"]);
         assert_eq!(args.static_leases, ["5a:94:ef:e4:0c:ee=192.168.127.2"]);
-        assert_eq!(args.dns_search, ["lan"]);
+        assert_eq!(args.dns_search, ["host"]);
+        assert_eq!(args.first_guest.as_deref(), Some("192.168.127.2"));
+        assert_eq!(args.host_alias.as_deref(), Some("192.168.127.254"));
+        assert!(
+            args.nat.is_empty() && args.virtual_ips.is_empty(),
+            "both are the host alias's"
+        );
+        assert_eq!(
+            args.vpnkit_macs,
+            ["c3d68012-0208-11ea-9fd7-f2189899ab08=5a:94:ef:e4:0c:ee"]
+        );
         assert_eq!(args.subnet.as_deref(), Some("192.168.127.0/24"));
         assert_eq!(args.vm.as_deref(), Some("web"));
     }

@@ -33,7 +33,7 @@ use std::net::Ipv4Addr;
 use std::sync::Arc;
 
 use tokio::io::{AsyncRead, AsyncWrite};
-use tokio::sync::{Mutex, Semaphore};
+use tokio::sync::Semaphore;
 
 pub use self::control::{Question, policy_in_force};
 pub use self::exposed::GUEST_FORWARDS_MAX;
@@ -112,8 +112,6 @@ pub struct Services {
     tunnels: Arc<dyn Tunnels>,
     ssh: Arc<dyn SshTunnels>,
     exposed: Exposed,
-    /// Held while a zone is read and written back.
-    zones: Mutex<()>,
     on_services: Limits,
     on_listen: Limits,
     of_guests: Connected,
@@ -148,7 +146,6 @@ impl Services {
             tunnels: config.tunnels,
             ssh: config.ssh,
             exposed: Exposed::default(),
-            zones: Mutex::new(()),
             on_services: Limits::new(SERVICES_CONNECTIONS_MAX),
             on_listen: Limits::new(LISTEN_CONNECTIONS_MAX),
             of_guests: Connected::default(),

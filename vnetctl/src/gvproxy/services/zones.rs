@@ -29,6 +29,8 @@ struct ListedRecord {
     name: String,
     #[serde(rename = "IP")]
     ip: String,
+    #[serde(skip_serializing_if = "String::is_empty")]
+    regexp: String,
 }
 
 impl Services {
@@ -41,14 +43,14 @@ impl Services {
     /// Adds a zone. To one that is there its records are added, before those that it has, and its default replaces
     /// that one's, even by none.
     pub(super) async fn add_zone(&self, body: &[u8]) -> Result<Answer, Answer> {
-        let mut zone = read_zone(body, self.control.network()).map_err(Answer::bad_request)?;
-        let _held = self.zones.lock().await;
-        let there = self.zones().await?;
-        if let Some(there) = there.into_iter().find(|there| is_same(&there.name, &zone.name)) {
-            zone.name = there.name;
-            zone.records.extend(there.records);
-        }
-        self.set_zone(zone).await?;
+        let zone = read_zone(body, self.control.network()).map_err(Answer::bad_request)?;
+        let request = v1::SetZoneRequest {
+            zone: Some(zone),
+            prepend_records: true,
+        };
+        self.control
+            .call(|client| async move { client.dns().set_zone(unary(request)).await })
+            .await?;
         Ok(Answer::done())
     }
 
@@ -58,7 +60,6 @@ impl Services {
         if zone.name == ROOT {
             return Err(Answer::bad_request("name is required"));
         }
-        let _held = self.zones.lock().await;
         let request = v1::DeleteZoneRequest {
             network: zone.network,
             name: zone.name,
@@ -95,20 +96,30 @@ impl Services {
         if record.is_empty() {
             return Err(Answer::bad_request("record name is required"));
         }
-        let _held = self.zones.lock().await;
         let there = self.zones().await?;
-        let mut zone = there
-            .into_iter()
-            .find(|there| is_same(&there.name, &name))
-            .ok_or_else(|| Answer::bad_request("zone not found"))?;
-        let before = zone.records.len();
-        zone.records
-            .retain(|r| !is_same(&r.name, &record) || (!ip.is_empty() && r.address != ip));
-        if zone.records.len() == before {
-            return Err(Answer::bad_request("record not found"));
+        if !there.iter().any(|there| is_same(&there.name, &name)) {
+            return Err(Answer::bad_request("zone not found"));
         }
-        self.set_zone(zone).await?;
-        Ok(Answer::done())
+        let request = v1::DeleteZoneRecordRequest {
+            network: self.control.network().to_owned(),
+            zone: name,
+            record: Some(v1::ZoneRecord {
+                name: record,
+                address: ip,
+                regexp: String::new(),
+            }),
+        };
+        let deleted = self
+            .control
+            .call(|client| async move { client.dns().delete_zone_record(unary(request)).await })
+            .await;
+        match deleted {
+            Ok(_) => Ok(Answer::done()),
+            Err(CallError::Refused(status)) if status.code() == Code::NotFound => {
+                Err(Answer::bad_request("record not found"))
+            }
+            Err(error) => Err(error.into()),
+        }
     }
 
     async fn zones(&self) -> Result<Vec<v1::Zone>, Answer> {
@@ -120,14 +131,6 @@ impl Services {
             .call(|client| async move { client.dns().list_zones(unary(request)).await })
             .await?;
         Ok(list.zones)
-    }
-
-    async fn set_zone(&self, zone: v1::Zone) -> Result<(), Answer> {
-        let request = v1::SetZoneRequest { zone: Some(zone) };
-        self.control
-            .call(|client| async move { client.dns().set_zone(unary(request)).await })
-            .await?;
-        Ok(())
     }
 }
 
@@ -156,6 +159,7 @@ fn read_record(record: &Object<'_>) -> Result<v1::ZoneRecord, String> {
     Ok(v1::ZoneRecord {
         name: record.text("Name")?,
         address: address(record, "IP")?,
+        regexp: record.text("Regexp")?,
     })
 }
 
@@ -184,6 +188,7 @@ fn listed(zone: v1::Zone) -> Listed {
         .map(|record| ListedRecord {
             name: record.name,
             ip: record.address,
+            regexp: record.regexp,
         })
         .collect();
     let name = zone.name.trim_end_matches('.');

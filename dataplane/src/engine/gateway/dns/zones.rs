@@ -1,26 +1,23 @@
 //! Local zones: names that the gateway answers itself, before and without any verdict (RFC 1034 §4.3.2).
 //!
-//! Owns which zone a name is in and what the zone says of it. Zones have an order, and the first that a
-//! name is in answers; the root zone, if there is one, comes after all others. Inside a zone nothing is
+//! Owns which zone a name is in and what the zone says of it. Zones have an order, gvproxy's: the first that a
+//! name is in answers, be there a longer one after it, and after the root's none is asked. So have the records of
+//! a zone: the first that is for a name decides, by its name or its pattern. Inside a zone nothing is
 //! asked upstream: a type that a name does not have is NODATA, a name that is not there NXDOMAIN, so that
 //! no local name leaks. The exceptions are records without an address, which say so: with them a zone, even
 //! the root's, is a list of the names in it that exist at all. Compared without regard to case.
 
-use std::net::{IpAddr, Ipv4Addr};
+use std::net::IpAddr;
 
 use hickory_proto::op::ResponseCode;
 use hickory_proto::rr::rdata::{A, AAAA, NS, PTR, SOA};
 use hickory_proto::rr::{Name as WireName, RData, Record, RecordType};
 use hickory_proto::serialize::binary::{BinDecodable, BinDecoder};
-use vnet_proto::model::Name;
+use vnet_proto::model::{Name, ZONE_PATTERNS_MAX, ZONE_RECORDS_MAX, ZONES_MAX, zone_text};
 
 use super::message::Question;
-use crate::message::Zone;
+use crate::zone::{Owner, Zone, ZoneRecord};
 
-/// Zones of one network at once.
-pub const ZONES_MAX: usize = 256;
-/// Records of one zone.
-pub const RECORDS_MAX: usize = 4_096;
 /// Seconds for which local answers may be kept. A zone changes while guests run; gvproxy says zero too.
 const LOCAL_TTL: u32 = 0;
 
@@ -30,9 +27,18 @@ pub enum ZoneError {
     /// There are [`ZONES_MAX`] zones.
     #[error("there are {ZONES_MAX} zones already; delete one first")]
     TooMany,
-    /// The zone has more than [`RECORDS_MAX`] records.
-    #[error("the zone has {0} records (at most {RECORDS_MAX})")]
+    /// The zone would have more than [`ZONE_RECORDS_MAX`] records.
+    #[error("the zone would have {0} records (at most {ZONE_RECORDS_MAX})")]
     TooLarge(usize),
+    /// All zones together would have more than [`ZONE_PATTERNS_MAX`] patterns.
+    #[error("the zones of the network would have {0} patterns (at most {ZONE_PATTERNS_MAX})")]
+    TooManyPatterns(usize),
+    /// There is no zone of that name.
+    #[error("there is no zone {0}")]
+    NoZone(String),
+    /// The zone has no such record.
+    #[error("zone {0} has no such record")]
+    NoRecord(String),
 }
 
 /// The local zones of a network, in order.
@@ -57,8 +63,13 @@ impl Zones {
     /// # Errors
     /// [`ZoneError`] at a limit; nothing is changed then.
     pub fn set(&mut self, zone: Zone) -> Result<(), ZoneError> {
-        if zone.records.len() > RECORDS_MAX {
+        if zone.records.len() > ZONE_RECORDS_MAX {
             return Err(ZoneError::TooLarge(zone.records.len()));
+        }
+        let others = self.zones.iter().filter(|other| other.name != zone.name);
+        let patterns = zone.patterns() + others.map(Zone::patterns).sum::<usize>();
+        if patterns > ZONE_PATTERNS_MAX {
+            return Err(ZoneError::TooManyPatterns(patterns));
         }
         match self.zones.iter().position(|z| z.name == zone.name) {
             Some(place) => self.zones[place] = zone,
@@ -69,15 +80,46 @@ impl Zones {
     }
 
     /// As gvproxy adds a zone: records come before those of a zone of that name, and the default address is
-    /// the new one, even if it is none.
+    /// the new one, even if it is none. What the zone is then. A record that is there already is not there twice:
+    /// the one behind could never answer, and who says the same again and again would fill the zone.
     ///
     /// # Errors
     /// [`ZoneError`] at a limit; nothing is changed then.
-    pub fn merge(&mut self, mut zone: Zone) -> Result<(), ZoneError> {
+    pub fn merge(&mut self, mut zone: Zone) -> Result<Zone, ZoneError> {
         if let Some(known) = self.zones.iter().find(|z| z.name == zone.name) {
-            zone.records.extend(known.records.iter().cloned());
+            let more: Vec<ZoneRecord> = known
+                .records
+                .iter()
+                .filter(|r| !zone.records.contains(r))
+                .cloned()
+                .collect();
+            zone.records.extend(more);
         }
-        self.set(zone)
+        self.set(zone.clone())?;
+        Ok(zone)
+    }
+
+    /// Removes from the zone of that name the records that are for the same as one of these, and have its address
+    /// if it has one. What the zone is then.
+    ///
+    /// # Errors
+    /// [`ZoneError`] when there are none; nothing is changed then.
+    pub fn remove_records(&mut self, name: Option<&Name>, records: &[ZoneRecord]) -> Result<Zone, ZoneError> {
+        let text = || zone_text(name).to_owned();
+        let zone = self.zones.iter_mut().find(|z| z.name.as_ref() == name);
+        let zone = zone.ok_or_else(|| ZoneError::NoZone(text()))?;
+        let is_meant = |known: &ZoneRecord| {
+            let is = |r: &ZoneRecord| {
+                r.owner == known.owner && (r.address.is_none() || r.address == known.address)
+            };
+            records.iter().any(is)
+        };
+        let before = zone.records.len();
+        zone.records.retain(|record| !is_meant(record));
+        if zone.records.len() == before {
+            return Err(ZoneError::NoRecord(text()));
+        }
+        Ok(zone.clone())
     }
 
     /// Removes a zone; `None` names the root. What it was.
@@ -121,12 +163,7 @@ impl Zones {
     }
 
     fn zone_of(&self, name: Option<&Name>) -> Option<&Zone> {
-        let inside = |zone: &&Zone| match (name, zone.name.as_ref()) {
-            (Some(name), Some(apex)) => name == apex || name.is_below(apex),
-            (_, None) | (None, Some(_)) => false,
-        };
-        let root = || self.zones.iter().find(|z| z.name.is_none());
-        self.zones.iter().find(inside).or_else(root)
+        self.zones.iter().find(|zone| zone.holds(name))
     }
 
     /// A PTR question about an address that a local record has, answered with the record's name.
@@ -141,10 +178,17 @@ impl Zones {
             .filter(|net| net.prefix_len() == net.max_prefix_len())?
             .addr();
         let (zone, name) = self.zones.iter().find_map(|zone| {
-            zone.records
+            let mut named = zone
+                .records
                 .iter()
-                .find(|(_, a)| *a == Some(address))
-                .map(|(name, _)| (zone, name.as_ref()))
+                .filter(|r| r.owner == Owner::Apex || r.owner.name().is_some());
+            // What a name does not stand for, as another record answers for it, is not its address.
+            let stands = |r: &&ZoneRecord| {
+                let below = r.owner.name().map_or("", Name::as_str);
+                matches!(find(zone, below), Found::Addresses(all) if all.contains(&address))
+            };
+            let record = named.find(|r| r.address == Some(address) && stands(r))?;
+            Some((zone, record.owner.name()))
         })?;
         let apex = wire_of(zone.name.as_ref());
         let target = wire_of(name).append_domain(&apex).ok()?;
@@ -163,27 +207,34 @@ enum Found {
     Upstream,
 }
 
-/// `below` is the name without the zone's, empty for the zone itself.
+/// `below` is the name without the zone's, empty for the zone itself. The first record that is for it decides; of
+/// those that are for the very same, the first of the other address family answers beside it.
 fn find(zone: &Zone, below: &str) -> Found {
-    let is_it = |name: &Option<Name>| name.as_ref().map_or("", Name::as_str) == below;
-    let of_name = || zone.records.iter().filter(|(name, _)| is_it(name));
-    let own: Vec<IpAddr> = of_name().filter_map(|(_, address)| *address).collect();
-    if own.is_empty() && of_name().next().is_some() {
-        return Found::Upstream;
-    }
-    let above_another = || {
-        zone.records.iter().flat_map(|(name, _)| name).any(|name| {
-            name.as_str()
-                .strip_suffix(below)
-                .is_some_and(|rest| rest.ends_with('.'))
-        })
+    let Some(first) = zone.records.iter().find(|record| record.owner.is(below)) else {
+        return match zone.default_address {
+            Some(address) => Found::Addresses(vec![address]),
+            None if below.is_empty() || is_above_another(zone, below) => Found::Nothing,
+            None => Found::NoName,
+        };
     };
-    match (own.is_empty(), zone.default_address) {
-        (false, _) => Found::Addresses(own),
-        (true, Some(address)) => Found::Addresses(vec![address]),
-        (true, None) if below.is_empty() || above_another() => Found::Nothing,
-        (true, None) => Found::NoName,
-    }
+    let Some(address) = first.address else {
+        return Found::Upstream;
+    };
+    let same = zone.records.iter().filter(|record| record.owner == first.owner);
+    let beside = same
+        .filter_map(|record| record.address)
+        .find(|a| a.is_ipv4() != address.is_ipv4());
+    Found::Addresses(std::iter::once(address).chain(beside).collect())
+}
+
+/// Whether a name has others below it, and so exists.
+fn is_above_another(zone: &Zone, below: &str) -> bool {
+    let mut names = zone.records.iter().filter_map(|record| record.owner.name());
+    names.any(|name| {
+        name.as_str()
+            .strip_suffix(below)
+            .is_some_and(|rest| rest.ends_with('.'))
+    })
 }
 
 /// The part of a name before `apex`, without the dot between.
@@ -235,279 +286,14 @@ fn wire_of(name: Option<&Name>) -> WireName {
     wire
 }
 
-/// The zones that gvproxy has when it is not told others: `gateway` and `host` in both of its names.
-pub fn default_zones(gateway: Ipv4Addr, host_alias: Option<Ipv4Addr>) -> Zones {
-    let label = |text: &str| text.parse::<Name>().ok();
-    let mut records = vec![(label("gateway"), Some(IpAddr::V4(gateway)))];
-    records.extend(host_alias.map(|host| (label("host"), Some(IpAddr::V4(host)))));
-    let zones = ["containers.internal", "docker.internal"]
-        .into_iter()
-        .filter_map(|name| {
-            Some(Zone {
-                name: Some(name.parse().ok()?),
-                records: records.clone(),
-                default_address: None,
-            })
-        });
+/// The zones that every network has.
+#[cfg(test)]
+pub fn default_zones(gateway: std::net::Ipv4Addr, host_alias: Option<std::net::Ipv4Addr>) -> Zones {
     Zones {
-        zones: zones.collect(),
+        zones: crate::zone::default_zones(gateway, host_alias),
     }
 }
 
 #[cfg(test)]
-mod tests {
-    use hickory_proto::op::{Message, Query};
-
-    use super::*;
-    use crate::engine::gateway::dns::message::read_query;
-
-    fn ask(zones: &Zones, name: &str, kind: RecordType) -> Option<Message> {
-        let mut query = Message::query();
-        query.add_query(Query::query(WireName::from_ascii(name).unwrap(), kind));
-        let question = read_query(&query.to_vec().unwrap()).unwrap();
-        let answer = Message::from_vec(&zones.answer(&question)?).unwrap();
-        assert!(answer.metadata.authoritative);
-        assert_eq!(answer.queries, query.queries);
-        Some(answer)
-    }
-
-    fn default() -> Zones {
-        default_zones(
-            Ipv4Addr::new(192, 168, 127, 1),
-            Some(Ipv4Addr::new(192, 168, 127, 254)),
-        )
-    }
-
-    fn data(message: &Message) -> Vec<String> {
-        message.answers.iter().map(|r| r.data.to_string()).collect()
-    }
-
-    fn zone(name: Option<&str>, records: &[(&str, &str)], default: Option<&str>) -> Zone {
-        Zone {
-            name: name.map(|n| n.parse().unwrap()),
-            records: records
-                .iter()
-                .map(|(n, a)| (n.parse().ok(), a.parse().ok()))
-                .collect(),
-            default_address: default.map(|a| a.parse().unwrap()),
-        }
-    }
-
-    #[test]
-    fn a_record_without_an_address_is_looked_up_upstream_and_the_rest_of_its_zone_is_not() {
-        let mut zones = Zones::new();
-        zones
-            .set(zone(None, &[("api.example.com", ""), ("db", "10.0.0.1")], None))
-            .unwrap();
-        assert!(ask(&zones, "API.example.com.", RecordType::A).is_none());
-        assert!(
-            ask(&zones, "api.example.com.", RecordType::TXT).is_none(),
-            "whatever the type"
-        );
-        for name in ["www.example.com.", "x.api.example.com.", "evil.test."] {
-            let answer = ask(&zones, name, RecordType::A).unwrap();
-            assert_eq!(answer.metadata.response_code, ResponseCode::NXDomain, "{name}");
-        }
-        assert_eq!(data(&ask(&zones, "db.", RecordType::A).unwrap()), ["10.0.0.1"]);
-        // An address beside it makes it local.
-        zones
-            .set(zone(
-                None,
-                &[("api.example.com", ""), ("api.example.com", "10.0.0.2")],
-                None,
-            ))
-            .unwrap();
-        assert_eq!(
-            data(&ask(&zones, "api.example.com.", RecordType::A).unwrap()),
-            ["10.0.0.2"]
-        );
-    }
-
-    #[test]
-    fn names_of_a_zone_are_answered_in_any_case() {
-        let answer = ask(&default(), "HOST.Containers.Internal.", RecordType::A).unwrap();
-        assert_eq!(data(&answer), ["192.168.127.254"]);
-        assert_eq!(
-            answer.answers[0].name.to_ascii(),
-            "HOST.Containers.Internal.",
-            "in the case it was asked in"
-        );
-        let answer = ask(&default(), "gateway.docker.internal.", RecordType::ANY).unwrap();
-        assert_eq!(data(&answer), ["192.168.127.1"]);
-    }
-
-    #[test]
-    fn other_types_are_nodata_and_other_names_nxdomain_with_a_soa() {
-        for (name, kind, code) in [
-            (
-                "host.containers.internal.",
-                RecordType::AAAA,
-                ResponseCode::NoError,
-            ),
-            (
-                "host.containers.internal.",
-                RecordType::HTTPS,
-                ResponseCode::NoError,
-            ),
-            ("containers.internal.", RecordType::A, ResponseCode::NoError),
-            (
-                "nobody.containers.internal.",
-                RecordType::A,
-                ResponseCode::NXDomain,
-            ),
-            (
-                "a.host.containers.internal.",
-                RecordType::A,
-                ResponseCode::NXDomain,
-            ),
-        ] {
-            let answer = ask(&default(), name, kind).unwrap();
-            assert_eq!(
-                (answer.metadata.response_code, answer.answers.len()),
-                (code, 0),
-                "{name} {kind}"
-            );
-            assert_eq!(answer.authorities[0].record_type(), RecordType::SOA);
-            assert_eq!(answer.authorities[0].name.to_ascii(), "containers.internal.");
-        }
-    }
-
-    #[test]
-    fn names_outside_are_not_answered() {
-        for name in ["example.com.", "internal.", "xcontainers.internal.", "."] {
-            assert!(ask(&default(), name, RecordType::A).is_none(), "{name}");
-        }
-    }
-
-    #[test]
-    fn a_default_address_stands_for_every_other_name() {
-        let mut zones = Zones::new();
-        zones
-            .set(zone(
-                Some("apps.test"),
-                &[("six", "2001:db8::6")],
-                Some("192.168.127.254"),
-            ))
-            .unwrap();
-        for name in ["any.apps.test.", "a.b.apps.test.", "apps.test."] {
-            assert_eq!(
-                data(&ask(&zones, name, RecordType::A).unwrap()),
-                ["192.168.127.254"],
-                "{name}"
-            );
-        }
-        let six = ask(&zones, "six.apps.test.", RecordType::A).unwrap();
-        assert_eq!(
-            (six.metadata.response_code, six.answers.len()),
-            (ResponseCode::NoError, 0),
-            "a record is not defaulted"
-        );
-        assert_eq!(
-            data(&ask(&zones, "six.apps.test.", RecordType::AAAA).unwrap()),
-            ["2001:db8::6"]
-        );
-    }
-
-    #[test]
-    fn the_apex_has_its_records_and_names_between_exist() {
-        let mut zones = Zones::new();
-        zones
-            .set(zone(
-                Some("my.test"),
-                &[("", "10.0.0.1"), ("a.b", "10.0.0.2"), ("a.b", "10.0.0.3")],
-                None,
-            ))
-            .unwrap();
-        assert_eq!(
-            data(&ask(&zones, "my.test.", RecordType::A).unwrap()),
-            ["10.0.0.1"]
-        );
-        assert_eq!(ask(&zones, "my.test.", RecordType::SOA).unwrap().answers.len(), 1);
-        assert_eq!(
-            data(&ask(&zones, "my.test.", RecordType::NS).unwrap()),
-            ["my.test."]
-        );
-        assert_eq!(
-            ask(&zones, "b.my.test.", RecordType::A)
-                .unwrap()
-                .metadata
-                .response_code,
-            ResponseCode::NoError
-        );
-        assert_eq!(
-            data(&ask(&zones, "a.b.my.test.", RecordType::A).unwrap()),
-            ["10.0.0.2", "10.0.0.3"]
-        );
-    }
-
-    #[test]
-    fn the_first_zone_answers_and_the_root_comes_last() {
-        let mut zones = Zones::new();
-        zones.set(zone(None, &[], Some("10.9.9.9"))).unwrap();
-        zones.set(zone(Some("test"), &[], Some("10.0.0.1"))).unwrap();
-        zones.set(zone(Some("a.test"), &[], Some("10.0.0.2"))).unwrap();
-        assert_eq!(
-            data(&ask(&zones, "x.a.test.", RecordType::A).unwrap()),
-            ["10.0.0.1"]
-        );
-        assert_eq!(
-            data(&ask(&zones, "example.com.", RecordType::A).unwrap()),
-            ["10.9.9.9"]
-        );
-    }
-
-    #[test]
-    fn reverse_lookups_find_local_records_only() {
-        let answer = ask(&default(), "254.127.168.192.in-addr.arpa.", RecordType::PTR).unwrap();
-        assert_eq!(data(&answer), ["host.containers.internal."]);
-        assert!(ask(&default(), "9.127.168.192.in-addr.arpa.", RecordType::PTR).is_none());
-        assert!(ask(&default(), "127.168.192.in-addr.arpa.", RecordType::PTR).is_none());
-    }
-
-    #[test]
-    fn setting_replaces_merging_prepends_removing_removes() {
-        let mut zones = default();
-        zones
-            .merge(zone(
-                Some("docker.internal"),
-                &[("host", "10.0.0.9")],
-                Some("10.0.0.1"),
-            ))
-            .unwrap();
-        assert_eq!(
-            data(&ask(&zones, "host.docker.internal.", RecordType::A).unwrap()),
-            ["10.0.0.9", "192.168.127.254"]
-        );
-        zones
-            .set(zone(Some("docker.internal"), &[("only", "10.0.0.9")], None))
-            .unwrap();
-        assert_eq!(
-            ask(&zones, "host.docker.internal.", RecordType::A)
-                .unwrap()
-                .metadata
-                .response_code,
-            ResponseCode::NXDomain
-        );
-        assert!(zones.remove(Some(&"docker.internal".parse().unwrap())).is_some());
-        assert!(zones.remove(None).is_none());
-        assert!(ask(&zones, "host.docker.internal.", RecordType::A).is_none());
-    }
-
-    #[test]
-    fn zones_and_records_are_bounded() {
-        let mut zones = Zones::new();
-        for n in 0..ZONES_MAX {
-            zones.set(zone(Some(&format!("z{n}.test")), &[], None)).unwrap();
-        }
-        assert_eq!(
-            zones.set(zone(Some("more.test"), &[], None)),
-            Err(ZoneError::TooMany)
-        );
-        let many = vec![("a", "10.0.0.1"); RECORDS_MAX + 1];
-        assert_eq!(
-            zones.set(zone(Some("z0.test"), &many, None)),
-            Err(ZoneError::TooLarge(RECORDS_MAX + 1))
-        );
-        assert!(zones.list()[0].records.is_empty());
-    }
-}
+#[path = "zones_tests.rs"]
+mod tests;
