@@ -136,12 +136,13 @@ fn tunnels_reach_a_server_in_the_guest_and_pass_on_that_one_side_has_finished() 
         |world| {
             let (_up, socket) = up(world, &[]);
             // It says what it heard once it has heard all of it.
-            let serve = "socat -t 30 TCP-LISTEN:7000,reuseaddr,fork SYSTEM:'wc -c'";
+            let serve =
+                "ping -c 1 192.168.127.1 && exec socat -t 30 TCP-LISTEN:7000,reuseaddr,fork SYSTEM:'wc -c'";
             let _guest = guest(world, &socket, &["sh", "-c", serve]);
             let request = |port: u16| {
                 format!("POST /tunnel?ip=192.168.127.2&port={port} HTTP/1.1\r\nHost: \r\n\r\n").into_bytes()
             };
-            // Until the guest has an address and its server listens there is nobody to be reached, and the tunnel ends.
+            // Until the guest has used its address and its server listens nobody is reached, and the tunnel ends.
             let talk = |port: u16, bytes: usize| {
                 let mut said = request(port);
                 said.resize(said.len() + bytes, b'x');

@@ -84,7 +84,7 @@ mod linux {
         /// Give it none: its command asks for one
         #[arg(long, conflicts_with = "address")]
         no_address: bool,
-        /// Its hardware address [default: one that follows from its address]
+        /// Its hardware address, if not one that follows from its address
         #[arg(long)]
         mac: Option<String>,
         /// Its router
@@ -113,10 +113,10 @@ mod linux {
         Qemu,
         /// A stream with 2-byte little-endian lengths
         Short,
-        /// The same behind a request for `/connect`, as gvforwarder makes it
-        Connect,
         /// The same behind a handshake
         Vpnkit,
+        /// The same behind a request for `/connect`, which leaves with the first frames in one write
+        Connect,
         /// Datagrams
         Unixgram,
         /// Records
@@ -224,8 +224,13 @@ mod linux {
         // address that is seen on it is the guest's.
         let number = args.address.split(['.', '/']).nth(3);
         let number = number.and_then(|n| n.parse::<u8>().ok()).unwrap_or_default();
-        let mac = args.mac.unwrap_or_else(|| format!("52:54:00:00:00:{number:02x}"));
-        ip(&["link", "set", TAP, "address", &mac])?;
+        ip(&[
+            "link",
+            "set",
+            TAP,
+            "address",
+            &args.mac.unwrap_or(format!("52:54:00:00:00:{number:02x}")),
+        ])?;
         ip(&[
             "link",
             "set",
@@ -258,13 +263,13 @@ mod linux {
             }
             Framing::Unixgram | Framing::Unixpacket => None,
         };
+        let first = match args.framing {
+            Framing::Connect => CONNECT,
+            _ => &[],
+        };
         let writer = socket.descriptor.try_clone()?;
         match lengths {
             Some(lengths) => {
-                let first = match args.framing {
-                    Framing::Connect => CONNECT,
-                    _ => &[],
-                };
                 background("out", move || {
                     stream_out(&from_tap, writer.into(), out_of, batch, lengths, first)
                 });
@@ -295,7 +300,7 @@ mod linux {
     impl Connection {
         fn to(path: PathBuf, framing: Framing) -> Result<Connection> {
             let (descriptor, own) = match framing {
-                Framing::Qemu | Framing::Short | Framing::Connect | Framing::Vpnkit => (
+                Framing::Qemu | Framing::Short | Framing::Vpnkit | Framing::Connect => (
                     connect_when_there(|| UnixStream::connect(&path), &path)?.into(),
                     None,
                 ),
