@@ -61,14 +61,16 @@ impl Services {
             after,
             known: HashMap::new(),
         };
-        // Whether a controlplane is there is told by the response's status.
+        // Whether there will be any is told by the response's status.
         if after.is_none() {
             stream.begin().await?;
-        } else {
-            self.control.client().await?;
         }
+        let first = match stream.open().await {
+            Err(CallError::Refused(status)) if status.code() == Code::InvalidArgument => None,
+            opened => Some(opened?),
+        };
         tokio::spawn(async move {
-            stream.run().await;
+            stream.run(first).await;
             drop(permit);
         });
         Ok(Answer::events(body(events)))
@@ -88,6 +90,9 @@ fn body(events: mpsc::Receiver<String>) -> Body {
     StreamBody::new(frames).boxed_unsync()
 }
 
+/// Events as the controlplane sends them.
+type Watch = tonic::Streaming<v1::WatchEventsResponse>;
+
 /// Why there is no next event for now.
 enum Ended {
     /// The reader is gone.
@@ -106,15 +111,19 @@ struct Stream {
 }
 
 impl Stream {
-    async fn run(&mut self) {
-        loop {
-            if let Ended::Reader = self.watch().await {
-                return;
-            }
+    /// Passes events on until the reader is gone. `first` is the watch that is open already; none where it could not
+    /// go on from where the reader is.
+    async fn run(&mut self, first: Option<Watch>) {
+        let mut ended = match first {
+            Some(watch) => self.pass(watch).await,
+            None => self.start_over().await,
+        };
+        while let Ended::Watch = ended {
             tokio::select! {
                 () = self.out.closed() => return,
                 () = tokio::time::sleep(RETRY) => {}
             }
+            ended = self.watch().await;
         }
     }
 
@@ -142,26 +151,28 @@ impl Stream {
         if self.after.is_none() && self.begin().await.is_err() {
             return Ended::Watch;
         }
+        match self.open().await {
+            Ok(watch) => self.pass(watch).await,
+            Err(CallError::Refused(status)) if status.code() == Code::InvalidArgument => {
+                self.start_over().await
+            }
+            Err(_) => Ended::Watch,
+        }
+    }
+
+    async fn open(&self) -> Result<Watch, CallError> {
         let request = v1::WatchEventsRequest {
             kinds: KINDS.map(i32::from).to_vec(),
             after_sequence: self.after,
             ..Default::default()
         };
-        let watch = self
-            .services
+        self.services
             .control
-            .call(|client| async move { client.events().watch_events(request).await });
-        let watched = tokio::select! {
-            () = self.out.closed() => return Ended::Reader,
-            watched = watch => watched,
-        };
-        let mut events = match watched {
-            Ok(events) => events,
-            Err(CallError::Refused(status)) if status.code() == Code::InvalidArgument => {
-                return self.start_over().await;
-            }
-            Err(_) => return Ended::Watch,
-        };
+            .call(|client| async move { client.events().watch_events(request).await })
+            .await
+    }
+
+    async fn pass(&mut self, mut events: Watch) -> Ended {
         loop {
             let next = tokio::select! {
                 () = self.out.closed() => return Ended::Reader,

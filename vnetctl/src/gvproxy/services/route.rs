@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use http_body_util::{BodyExt as _, LengthLimitError, Limited};
-use hyper::body::Incoming;
+use hyper::body::{Body as _, Incoming};
 use hyper::header::{HOST, HeaderMap, HeaderValue, ORIGIN};
 use hyper::{Method, Request, Response, StatusCode, Uri, Version};
 
@@ -266,13 +266,18 @@ async fn change(
 }
 
 async fn read_body(body: Incoming) -> Result<Vec<u8>, Answer> {
+    let too_long = || {
+        let text = format!("the body is longer than {BODY_BYTES_MAX} bytes");
+        Answer::error(StatusCode::PAYLOAD_TOO_LARGE, text)
+    };
+    // What says its length is not waited for.
+    if body.size_hint().lower() > BODY_BYTES_MAX as u64 {
+        return Err(too_long());
+    }
     let whole = Limited::new(body, BODY_BYTES_MAX).collect();
     match tokio::time::timeout(READ_PATIENCE, whole).await {
         Ok(Ok(whole)) => Ok(whole.to_bytes().into()),
-        Ok(Err(error)) if error.is::<LengthLimitError>() => Err(Answer::error(
-            StatusCode::PAYLOAD_TOO_LARGE,
-            format!("the body is longer than {BODY_BYTES_MAX} bytes"),
-        )),
+        Ok(Err(error)) if error.is::<LengthLimitError>() => Err(too_long()),
         Ok(Err(_)) => Err(Answer::bad_request("unexpected EOF")),
         Err(_) => Err(Answer::error(
             StatusCode::REQUEST_TIMEOUT,

@@ -208,25 +208,26 @@ async fn a_body_that_is_too_long_is_refused_and_one_at_the_limit_is_read() {
         post(&services, Origin::Services, path, &most).await,
         refused(400, "EOF")
     );
-    let mut client = connect(&services, Origin::Services);
-    let head = format!(
-        "POST {path} HTTP/1.1\r\nHost: x\r\nContent-Length: {}\r\n\r\n",
-        4u64 << 30
-    );
-    client.write_all(head.as_bytes()).await.unwrap();
-    let mut answer = Vec::new();
-    while !answer.ends_with(b"bytes\n") {
-        assert_ne!(client.read_buf(&mut answer).await.unwrap(), 0);
+    let chunk = format!("{:x}\r\n{}\r\n", 1 << 16, " ".repeat(1 << 16));
+    let chunks = format!("Transfer-Encoding: chunked\r\n\r\n{}", chunk.repeat(17));
+    for rest in [format!("Content-Length: {}\r\n\r\n", 4u64 << 30), chunks] {
+        let mut client = connect(&services, Origin::Services);
+        let request = format!("POST {path} HTTP/1.1\r\nHost: x\r\n{rest}");
+        client.write_all(request.as_bytes()).await.unwrap();
+        let mut answer = Vec::new();
+        while !answer.ends_with(b"bytes\n") {
+            assert_ne!(client.read_buf(&mut answer).await.unwrap(), 0);
+        }
+        let answer = String::from_utf8(answer).unwrap();
+        assert!(
+            answer.starts_with("HTTP/1.1 413 Payload Too Large\r\n"),
+            "{answer}"
+        );
+        assert!(
+            answer.ends_with("the body is longer than 1048576 bytes\n"),
+            "{answer}"
+        );
     }
-    let answer = String::from_utf8(answer).unwrap();
-    assert!(
-        answer.starts_with("HTTP/1.1 413 Payload Too Large\r\n"),
-        "{answer}"
-    );
-    assert!(
-        answer.ends_with("the body is longer than 1048576 bytes\n"),
-        "{answer}"
-    );
 }
 
 #[tokio::test]

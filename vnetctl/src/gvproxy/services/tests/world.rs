@@ -188,7 +188,8 @@ pub(super) struct Dataplane {
 impl Dataplane {
     /// Something else listens there.
     pub(super) fn is_busy(&self, listen: &str) {
-        self.busy.lock().unwrap().insert(listen.to_owned());
+        let mut busy = self.busy.lock().unwrap();
+        busy.extend(["tcp", "udp"].map(|protocol| format!("{protocol} {listen}")));
     }
 
     pub(super) async fn say(&self, message: Message) {
@@ -285,12 +286,12 @@ fn obey(command: v1::Command, busy: &Mutex<HashSet<String>>) -> Message {
             if let Some(address) = any {
                 forward.listen = format!("{address}:40000");
             }
-            let protocol = forward
-                .protocol()
-                .as_str_name()
-                .trim_start_matches("PROTOCOL_")
-                .to_lowercase();
-            if busy.lock().unwrap().insert(forward.listen.clone()) {
+            let protocol = protocol_of(&forward);
+            if busy
+                .lock()
+                .unwrap()
+                .insert(format!("{protocol} {}", forward.listen))
+            {
                 ack.forward = Some(forward);
             } else {
                 let listen = &forward.listen;
@@ -301,10 +302,18 @@ fn obey(command: v1::Command, busy: &Mutex<HashSet<String>>) -> Message {
             }
         }
         Some(Command::Unexpose(forward)) => {
-            busy.lock().unwrap().remove(&forward.listen);
+            let place = format!("{} {}", protocol_of(&forward), forward.listen);
+            busy.lock().unwrap().remove(&place);
             ack.forward = Some(forward);
         }
         _ => {}
     }
     Message::Ack(ack)
+}
+
+fn protocol_of(forward: &v1::Forward) -> &'static str {
+    match forward.protocol() {
+        v1::Protocol::Udp => "udp",
+        _ => "tcp",
+    }
 }
