@@ -6,6 +6,7 @@
 //! SIGTERM, SIGINT or SIGHUP with status 0, at whatever fails with 1, and at a wrong command line with 2.
 
 mod attend;
+mod front;
 mod log;
 pub mod notify;
 pub mod pid;
@@ -22,9 +23,10 @@ use super::config::PolicySource;
 use super::flags::Flags;
 use super::load::{Loaded, load};
 use super::own::{self, Own};
+use super::services::Token;
+use super::ssh::told;
 use crate::client::{Connection, Server};
 use crate::failure::{EXIT_FAILED, Failure};
-use crate::launch;
 use crate::output::text::safe;
 use plan::Plan;
 
@@ -80,14 +82,15 @@ fn version() -> String {
 #[derive(Debug)]
 struct Prepared {
     loaded: Loaded,
-    own: Own,
     vm: String,
     plan: Plan,
+    /// What guests must show for the gateway's API.
+    token: Option<Token>,
     connection: Connection,
 }
 
 fn prepare(flags: &Flags) -> Result<Prepared, Failure> {
-    let mut loaded = load(flags, &launch::host_search_domains())?;
+    let mut loaded = load(flags, &super::dns::host_search_domains())?;
     let default = own::vm_name(&loaded.config);
     let own = Own::load(|name| std::env::var_os(name), &default)
         .map_err(|problems| Failure::Failed(lines(&problems)))?;
@@ -107,14 +110,21 @@ fn prepare(flags: &Flags) -> Result<Prepared, Failure> {
     }
     let plan = plan::plan(&loaded.config, loaded.policy.clone(), &own, &vm, &look_up)
         .map_err(|problems| Failure::Failed(lines(&problems)))?;
+    let token = match &own.guest_api_token_file {
+        Some(given) if plan.args.guest_api => {
+            let token = Token::read(&given.value);
+            Some(token.map_err(|error| Failure::Failed(format!("{}: {}", given.from, told(&error))))?)
+        }
+        _ => None,
+    };
     let connection = Connection {
         named: own.server.as_ref().map(|given| -> Server { given.value.clone() }),
     };
     Ok(Prepared {
         loaded,
-        own,
         vm,
         plan,
+        token,
         connection,
     })
 }

@@ -29,6 +29,7 @@ pub use vnet_dataplane::egress::resolver::host::{HostResolver, RESOLV_CONF};
 pub use vnet_dataplane::egress::stream::{AsyncStream, HostStream};
 pub use vnet_dataplane::forward::{FORWARDS_MAX, ForwardSpec};
 pub use vnet_dataplane::front::{self, FrontMessage, FrontReceiver, FrontSender, NotSent};
+pub use vnet_dataplane::link::listen::{SocketFile, StreamListener};
 pub use vnet_dataplane::mac::Mac;
 
 pub use self::controlplane::{controlplane, own_log, own_server, session_url};
@@ -67,12 +68,6 @@ pub fn role(arguments: &[OsString]) -> Option<ExitCode> {
     Some(main(
         of_the_daemon.map(|(_, argument)| argument.clone()).collect(),
     ))
-}
-
-/// The search domains of this host's resolver.
-pub fn host_search_domains() -> Vec<vnet_proto::model::Name> {
-    use vnet_dataplane::egress::resolver::host::{HostResolver, RESOLV_CONF};
-    HostResolver::read(std::path::Path::new(RESOLV_CONF)).search_domains
 }
 
 /// Vnet's own directories: sockets, and state. Neither is made.

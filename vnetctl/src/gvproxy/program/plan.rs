@@ -8,7 +8,7 @@ use std::net::{IpAddr, Ipv4Addr};
 use crate::cmd::treat::Treatment;
 use crate::gvproxy::config::{Config, Endpoint, HostPort};
 use crate::gvproxy::own::Own;
-use crate::launch::{DataplaneArgs, Document, ZoneSettings};
+use crate::launch::{DataplaneArgs, Document, ListenAt, ZoneSettings};
 
 /// What is to be started.
 #[derive(Debug, Clone)]
@@ -19,6 +19,8 @@ pub struct Plan {
     pub treatment: Treatment,
     /// Its local zones, and no other.
     pub zones: Vec<ZoneSettings>,
+    /// Where the services API listens beside the sockets that carry `/connect`.
+    pub services: Option<ListenAt>,
     /// What a person should know, a line each.
     pub warnings: Vec<String>,
 }
@@ -87,15 +89,7 @@ pub fn plan(
             .iter()
             .map(|(ip, mac)| format!("{mac}={ip}"))
             .collect(),
-        dns_search: if stack.dns_search_follows_host {
-            vec!["host".to_owned()]
-        } else {
-            stack
-                .dns_search_domains
-                .iter()
-                .map(|name| format!("{name}."))
-                .collect()
-        },
+        dns_search: stack.search_flags(),
         first_guest: Some(stack.device_ip.to_string()),
         nat: stack
             .nat
@@ -127,6 +121,8 @@ pub fn plan(
             Err(problem) => problems.push(problem),
         }
     }
+    let services = config.services.as_ref().map(|at| listen_at(at, resolve));
+    let services = services.and_then(|at| at.map_err(|problem| problems.push(problem)).ok());
     let mut warnings = Vec::new();
     let mode = said(config.mode, &own.mode, "mode", &mut warnings);
     let treatment = Treatment {
@@ -137,11 +133,15 @@ pub fn plan(
         warnings: Vec::new(),
     };
     let zones = stack.zone_settings();
+    // As under the peer, unless somebody restricts what guests do.
+    let is_free = treatment.document.is_none() && treatment.mode.is_none();
+    args.guest_api = own.guest_api.as_ref().map_or(is_free, |given| given.value);
     if problems.is_empty() {
         Ok(Plan {
             args,
             treatment,
             zones,
+            services,
             warnings,
         })
     } else {
@@ -184,6 +184,23 @@ fn socket_url(at: &Endpoint, resolve: Resolve<'_>) -> Result<String, String> {
             format!("tcp://{}:{}", bracketed(address), at.port)
         }
         Endpoint::Vsock { .. } => at.to_string(),
+    })
+}
+
+/// Where the front itself listens.
+fn listen_at(at: &Endpoint, resolve: Resolve<'_>) -> Result<ListenAt, String> {
+    Ok(match at {
+        Endpoint::Unix(path) => ListenAt::Unix(path.clone()),
+        Endpoint::Tcp(to) => ListenAt::Tcp((resolve_first(to, resolve)?, to.port).into()),
+        Endpoint::Vsock { cid, port } => ListenAt::Vsock {
+            cid: *cid,
+            port: *port,
+        },
+        Endpoint::UnixPacket(_) | Endpoint::UnixGram(_) => {
+            return Err(format!(
+                "-services {at}: HTTP needs a stream (write unix:///PATH)"
+            ));
+        }
     })
 }
 

@@ -1,17 +1,23 @@
 //! From a checked configuration to a running network, until a signal or the end of what it stands on.
 
+use std::net::SocketAddr;
 use std::process::ExitCode;
+use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::signal::unix::{Signal, SignalKind, signal};
+use tokio::task::JoinSet;
 
 use super::attend::Watch;
+use super::front::{self, ServicesSocket, SshTunnels, Tunnels};
 use super::notify::{Kind, Notification, Notifier};
 use super::pid::PidFile;
 use super::{Prepared, fatal, log, version};
 use crate::cmd::attend::{command_line, dataplane_name};
 use crate::failure::Failure;
-use crate::launch::{Dataplane, DataplaneLog, Settings, session_url};
+use crate::gvproxy::services::{self, Closed, GuestApi, Services, ServicesConfig, policy_in_force};
+use crate::gvproxy::ssh::{self, Timing};
+use crate::launch::{Dataplane, DataplaneError, DataplaneLog, Settings, session_url};
 
 /// Runs it.
 pub(super) fn main(prepared: Prepared) -> ExitCode {
@@ -68,9 +74,9 @@ async fn serve(prepared: Prepared) -> Result<(), Failure> {
 async fn run(prepared: Prepared, started_as: &mut Option<Dataplane>) -> Result<(), Failure> {
     let Prepared {
         loaded,
-        own: _,
         vm,
         plan,
+        token,
         connection,
     } = prepared;
     let config = loaded.config;
@@ -78,11 +84,18 @@ async fn run(prepared: Prepared, started_as: &mut Option<Dataplane>) -> Result<(
     connection.open().await?;
     let name = dataplane_name("gvproxy")?;
     let mut args = plan.args;
+    let is_restricted = plan.treatment.document.is_some() || plan.treatment.mode.is_some();
+    let guests = args.guest_api.then(|| GuestApi {
+        token,
+        decide: Arc::new(Closed),
+    });
     args.name = Some(name.clone());
     args.controlplane = Some(session_url(&connection.server()?));
     let settings = Settings {
         args,
         treatment: plan.treatment,
+        zones: Some(plan.zones),
+        front: true,
         log: DataplaneLog::Lines {
             directive: log::directive(config.log_level),
             line: log::relay,
@@ -101,13 +114,61 @@ async fn run(prepared: Prepared, started_as: &mut Option<Dataplane>) -> Result<(
         tracing::info!("listening {at}");
     }
 
+    let front = dataplane.take_front();
+    let (sender, requests) = front.ok_or_else(|| Failure::Failed("the dataplane has no front".to_owned()))?;
+    let tunnels = Arc::new(Tunnels(sender));
+    let socket =
+        match (&plan.services, &config.services) {
+            (Some(at), Some(shown)) => {
+                tracing::info!("enabling services API. Listening {shown}");
+                let opened = ServicesSocket::open(at);
+                Some(opened.map_err(|error| {
+                    Failure::Failed(format!("-services {shown} cannot be opened: {error}"))
+                })?)
+            }
+            _ => None,
+        };
+    let services = Services::new(ServicesConfig {
+        connection: connection.clone(),
+        network: name.clone(),
+        gateway_ip: config.stack.gateway_ip,
+        gateway_mac: config.stack.gateway_mac,
+        static_leases: config.stack.dhcp_static_leases.clone(),
+        guests,
+        policy_in_force: policy_in_force(connection.clone(), name.clone(), is_restricted),
+        tunnels: Arc::clone(&tunnels) as Arc<dyn services::Tunnels>,
+        ssh: Arc::new(SshTunnels(ssh::SshTunnels::new(
+            Arc::clone(&tunnels) as Arc<dyn ssh::Tunnels>,
+            Timing::default(),
+        ))),
+    });
+    let mut over_ssh = JoinSet::new();
+    let sshd = SocketAddr::new(config.stack.device_ip.into(), ssh::PORT_DEFAULT);
+    for forward in &config.forwards {
+        let tunnels = Arc::clone(&tunnels) as Arc<dyn ssh::Tunnels>;
+        let bound = ssh::Forward::bind(forward, sshd, tunnels, Timing::default());
+        let bound = bound.map_err(|error| Failure::Failed(ssh::told(&error)))?;
+        over_ssh.spawn(bound.run());
+    }
+    let serving = front::serve(services, requests, socket);
+
     let notifier = Notifier::start(config.notification.clone());
     let command = command_line(&connection);
     let mut watch = Watch::start(connection, name, command.clone(), notifier.clone());
     notifier.tell(Notification::new(Kind::Ready));
     tracing::info!(vm, "what is held is listed by: {command} pending list");
     tokio::select! {
-        error = dataplane.ended() => Err(Failure::Failed(error.to_string())),
+        error = dataplane.ended() => match error {
+            // The guest of standard input is gone, and no other can come.
+            DataplaneError::Ended { status, .. } if status.success() => Ok(()),
+            error => Err(Failure::Failed(error.to_string())),
+        },
+        Err(error) = serving => Err(Failure::Failed(format!("the channel to the dataplane failed: {error}"))),
+        Some(ended) = over_ssh.join_next() => Err(Failure::Failed(match ended {
+            Ok(Err(error)) => ssh::told(&error),
+            Ok(Ok(never)) => match never {},
+            Err(error) => error.to_string(),
+        })),
         never = watch.follow() => match never {},
     }
 }

@@ -205,7 +205,7 @@ pub enum ForwardCause {
 }
 
 /// An error and its causes, in one line.
-fn told(error: &dyn Error) -> String {
+pub(super) fn told(error: &dyn Error) -> String {
     let mut line = error.to_string();
     let mut cause = error.source();
     while let Some(error) = cause {

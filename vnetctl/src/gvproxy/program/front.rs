@@ -1,0 +1,154 @@
+//! The front's part of a network: streams into it by the channel to its dataplane, and who serves the requests that come
+//! by that channel and at the socket of `-services`.
+
+use std::io;
+use std::net::SocketAddr;
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::net::UnixStream;
+use tokio::sync::mpsc;
+use vnet_proto::model::VmId;
+
+use crate::gvproxy::services::{self, Guest, Origin, Services};
+use crate::gvproxy::ssh;
+use crate::launch::{
+    AsyncStream, FrontMessage, FrontReceiver, FrontSender, HostStream, ListenAt, SocketFile, StreamListener,
+};
+
+/// Connections of the services' socket that were accepted and wait to be served.
+const ACCEPTED_MAX: usize = 16;
+/// How long accepting rests when the host has no descriptor left.
+const ACCEPT_AGAIN: Duration = Duration::from_millis(100);
+
+/// Opens streams into the network: each is one end of a pair, of which the dataplane gets the other.
+#[derive(Debug, Clone)]
+pub(super) struct Tunnels(pub(super) FrontSender);
+
+impl Tunnels {
+    fn open(&self, target: SocketAddr) -> io::Result<UnixStream> {
+        let (here, there) = std::os::unix::net::UnixStream::pair()?;
+        here.set_nonblocking(true)?;
+        let message = FrontMessage::Tunnel { target };
+        self.0.send(&message, there).map_err(io::Error::other)?;
+        UnixStream::from_std(here)
+    }
+}
+
+#[tonic::async_trait]
+impl services::Tunnels for Tunnels {
+    async fn open(&self, target: SocketAddr) -> io::Result<UnixStream> {
+        Self::open(self, target)
+    }
+}
+
+impl ssh::Tunnels for Tunnels {
+    fn open(&self, target: SocketAddr) -> ssh::Opening<'_> {
+        Box::pin(async move { Self::open(self, target) })
+    }
+}
+
+/// Sockets that are exposed over SSH, as the services API calls them.
+pub(super) struct SshTunnels(pub(super) ssh::SshTunnels);
+
+#[tonic::async_trait]
+impl services::SshTunnels for SshTunnels {
+    async fn expose(&self, local: &str, remote: &str) -> Result<(), String> {
+        let exposed = self.0.expose(local, remote).await;
+        exposed.map_err(|error| ssh::told(&error))
+    }
+
+    fn unexpose(&self, local: &str) {
+        // One that is not there is ended already.
+        let _ = self.0.unexpose(local);
+    }
+}
+
+/// The socket of `-services`, bound.
+pub(super) struct ServicesSocket {
+    accepted: mpsc::Receiver<OwnedFd>,
+    origin: Origin,
+    /// Removed at the end.
+    _file: Option<SocketFile>,
+}
+
+impl ServicesSocket {
+    /// Binds it. `origin` says who can reach it.
+    ///
+    /// # Errors
+    /// The system's.
+    pub(super) fn open(at: &ListenAt) -> io::Result<Self> {
+        let (listener, file) = StreamListener::open(at)?;
+        let origin = match at {
+            // Every VM of this host.
+            ListenAt::Vsock { .. } => Origin::Listen,
+            ListenAt::Unix(_) | ListenAt::Tcp(_) | ListenAt::Fd(_) => Origin::Services,
+        };
+        let (sender, accepted) = mpsc::channel(ACCEPTED_MAX);
+        std::thread::Builder::new()
+            .name("services".to_owned())
+            .spawn(move || accept(&listener, &sender))?;
+        Ok(Self {
+            accepted,
+            origin,
+            _file: file,
+        })
+    }
+}
+
+fn accept(listener: &StreamListener, sender: &mpsc::Sender<OwnedFd>) {
+    loop {
+        match listener.accept() {
+            Ok(stream) => {
+                if sender.blocking_send(stream.into()).is_err() {
+                    return;
+                }
+            }
+            Err(error) => {
+                tracing::warn!(%error, "the services' socket cannot accept");
+                std::thread::sleep(ACCEPT_AGAIN);
+            }
+        }
+    }
+}
+
+/// Serves whatever comes, until the channel to the dataplane can be read no more.
+///
+/// # Errors
+/// Why not.
+pub(super) async fn serve(
+    services: Arc<Services>,
+    mut requests: FrontReceiver,
+    mut socket: Option<ServicesSocket>,
+) -> io::Result<std::convert::Infallible> {
+    loop {
+        let (stream, read, origin) = tokio::select! {
+            received = requests.receive() => match received? {
+                (FrontMessage::Services { read, .. }, stream) => (stream, read, Origin::Listen),
+                (FrontMessage::Guest { vm, address }, stream) => {
+                    (stream, Vec::new(), Origin::Guest(Guest { vm: VmId(vm), address }))
+                }
+                // A dataplane asks for none.
+                (FrontMessage::Tunnel { .. }, _) => continue,
+            },
+            (stream, origin) = next(&mut socket) => (stream, Vec::new(), origin),
+        };
+        match AsyncStream::new(stream) {
+            Ok(stream) => {
+                let services = Arc::clone(&services);
+                tokio::spawn(async move { services.serve_stream(stream, read, origin).await });
+            }
+            Err(error) => tracing::warn!(%error, "a connection to the services cannot be followed"),
+        }
+    }
+}
+
+async fn next(socket: &mut Option<ServicesSocket>) -> (HostStream, Origin) {
+    if let Some(ServicesSocket { accepted, origin, .. }) = socket
+        && let Some(stream) = accepted.recv().await
+    {
+        return (HostStream::accepted(stream), *origin);
+    }
+    std::future::pending().await
+}
