@@ -24,13 +24,13 @@ use crate::engine::tcp::DialError;
 use crate::engine::{Engine, Event, Outcome, Time};
 use crate::inbox::Inbox;
 use crate::link::{Filled, Link, LinkError};
-use crate::message::{Input, Report, Router as _};
+use crate::message::{ForwardId, Ingress, Input, Origin, Report, Router as _};
 use crate::network::Network;
 use crate::outlet::Outlet;
 
 const LINK: Token = Token(usize::MAX - 1);
 const WAKE: Token = Token(usize::MAX - 2);
-/// Tokens of UDP forwards' sockets; flows' places are below.
+/// Tokens of UDP forwards' sockets, their ids added; flows' places are below.
 const FORWARDS: usize = 1 << 40;
 
 const EVENTS_A_TURN: usize = 1024;
@@ -57,9 +57,9 @@ pub(crate) struct Driver {
     link_heard: Time,
     engine: Engine,
     sockets: Sockets,
-    forwards: Vec<Option<ForwardSocket>>,
+    forwards: HashMap<ForwardId, ForwardSocket>,
     /// Places of flows from clients of UDP forwards.
-    clients: HashMap<(usize, SocketAddr), usize>,
+    clients: HashMap<(ForwardId, SocketAddr), usize>,
     inputs: Receiver<Input>,
     inbox: Arc<Inbox>,
     outlet: Outlet,
@@ -75,8 +75,8 @@ pub(crate) struct Driver {
 
 struct ForwardSocket {
     socket: UdpSocket,
-    listen: SocketAddr,
     target: SocketAddr,
+    keep_client: bool,
     unread: bool,
 }
 
@@ -122,7 +122,7 @@ impl Driver {
             link_heard: Time::ZERO,
             engine: parts.engine,
             sockets: Sockets::default(),
-            forwards: Vec::new(),
+            forwards: HashMap::default(),
             clients: HashMap::default(),
             inputs: parts.inputs,
             inbox: parts.inbox,
@@ -213,13 +213,13 @@ impl Driver {
             }
             WAKE => {}
             Token(token) if token >= FORWARDS => {
-                if let Some(Some(forward)) = self.forwards.get_mut(token - FORWARDS) {
+                if let Some(forward) = self.forwards.get_mut(&forward_of(token)) {
                     forward.unread = true;
                     self.unread.push(token);
                 }
             }
             Token(at) => match self.sockets.get_mut(at) {
-                Some(HostSocket::Tcp(tcp)) => {
+                Some(HostSocket::Stream(tcp)) => {
                     tcp.handle_ready(event);
                     if !tcp.dialling {
                         self.dirty.push(at);
@@ -243,18 +243,18 @@ impl Driver {
             match input {
                 Input::Order(order) => self.engine.handle_order(now, order),
                 Input::Resolved { query, answer } => self.engine.handle_resolved(now, query, answer),
-                Input::Ingress {
-                    stream,
-                    target,
-                    waiting: _,
-                } => self.take_ingress(now, stream, target),
+                Input::Ingress(ingress) => self.take_ingress(now, ingress),
                 Input::IngressUdp {
-                    listen,
+                    forward,
                     socket,
                     target,
-                } => self.take_forward(listen, socket, target),
-                Input::IngressClosed { command, udp, listen } => {
-                    let cut = self.close_forward(now, udp, listen);
+                    keep_client,
+                } => self.take_forward(forward, socket, target, keep_client),
+                Input::IngressClosed { command, forwards } => {
+                    for forward in &*forwards {
+                        self.forwards.remove(forward);
+                    }
+                    let cut = self.engine.close_forwards(now, &forwards);
                     self.engine.report_done(command, cut);
                 }
                 Input::PermitClosed { flow, end } => self.engine.handle_permit_closed(now, flow, end),
@@ -267,64 +267,65 @@ impl Driver {
         false
     }
 
-    fn take_ingress(&mut self, now: Time, stream: std::net::TcpStream, target: SocketAddr) {
-        let listen = stream.local_addr().ok();
-        let Some(at) = self.engine.open_ingress(now, target) else {
-            // RST rather than FIN: nobody was there.
-            let _ = socket2::SockRef::from(&stream).set_linger(Some(Duration::ZERO));
+    fn take_ingress(&mut self, now: Time, ingress: Ingress) {
+        let Ingress {
+            stream,
+            early,
+            target,
+            client,
+            origin,
+            // It has been taken on, or is refused: it waits no longer.
+            waiting: _,
+        } = ingress;
+        let is_tunnel = origin == Origin::Tunnel;
+        let Some(at) = self.engine.open_ingress(now, origin.forward(), target, client) else {
+            if !is_tunnel {
+                // RST rather than FIN: nobody was there.
+                stream.set_reset();
+            }
             return;
         };
-        if self.sockets.accept(self.poll.registry(), at, stream).is_err() {
+        let registry = self.poll.registry();
+        if self
+            .sockets
+            .accept(registry, at, stream, early, is_tunnel)
+            .is_err()
+        {
             self.engine.handle_host_reset(now, at);
             return;
         }
-        self.engine.note_listener(at, listen);
         self.dirty.push(at);
     }
 
-    fn take_forward(&mut self, listen: SocketAddr, socket: StdUdpSocket, target: SocketAddr) {
-        let place = self.forwards.iter().position(Option::is_none).unwrap_or_else(|| {
-            self.forwards.push(None);
-            self.forwards.len() - 1
-        });
+    fn take_forward(
+        &mut self,
+        forward: ForwardId,
+        socket: StdUdpSocket,
+        target: SocketAddr,
+        keep_client: bool,
+    ) {
+        // A guest that renews its lease is handed the same socket again.
+        if self.forwards.contains_key(&forward) {
+            return;
+        }
         let mut socket = UdpSocket::from_std(socket);
-        let token = Token(FORWARDS + place);
+        let token = Token(FORWARDS + forward.0 as usize);
         match self
             .poll
             .registry()
             .register(&mut socket, token, Interest::READABLE)
         {
             Ok(()) => {
-                self.forwards[place] = Some(ForwardSocket {
+                let socket = ForwardSocket {
                     socket,
-                    listen,
                     target,
+                    keep_client,
                     unread: false,
-                })
+                };
+                self.forwards.insert(forward, socket);
             }
-            Err(error) => tracing::warn!(%listen, %error, "udp forward cannot be read"),
+            Err(error) => tracing::warn!(%target, %error, "udp forward cannot be read"),
         }
-    }
-
-    /// Cuts the flows of a forward; how many those were.
-    fn close_forward(&mut self, now: Time, udp: bool, listen: SocketAddr) -> usize {
-        if !udp {
-            return self.engine.close_listener(now, listen);
-        }
-        let place = self
-            .forwards
-            .iter()
-            .position(|f| f.as_ref().is_some_and(|f| f.listen == listen));
-        let Some(place) = place else { return 0 };
-        self.forwards[place] = None;
-        let gone: Vec<usize> = self
-            .clients
-            .iter()
-            .filter(|((forward, _), _)| *forward == place)
-            .map(|(_, at)| *at)
-            .collect();
-        let cut = gone.into_iter().filter(|at| self.engine.cut_ingress(now, *at));
-        cut.count()
     }
 
     /// Takes what other guests sent, for its turn: a guest that sends without end must not keep this one
@@ -402,7 +403,7 @@ impl Driver {
         unread.dedup();
         for token in unread {
             let more = if token >= FORWARDS {
-                self.read_forward(now, token - FORWARDS)
+                self.read_forward(now, forward_of(token))
             } else {
                 self.read_socket(now, token)
             };
@@ -436,31 +437,35 @@ impl Driver {
         true
     }
 
-    fn read_forward(&mut self, now: Time, place: usize) -> bool {
+    fn read_forward(&mut self, now: Time, id: ForwardId) -> bool {
         for _ in 0..DATAGRAMS_A_TURN {
             if !self.engine.transmit.has_room(ROOM_TO_READ) {
                 return true;
             }
-            let Some(Some(forward)) = self.forwards.get_mut(place) else {
+            let Some(forward) = self.forwards.get_mut(&id) else {
                 return false;
             };
             match forward.socket.recv_from(&mut self.scratch) {
                 Ok((length, client)) => {
                     let target = forward.target;
-                    let at = match self.clients.get(&(place, client)) {
+                    let shown = forward.keep_client.then_some(client);
+                    let at = match self.clients.get(&(id, client)) {
                         Some(at) => *at,
+                        None if self.network.guest_at(target.ip()) != Some(self.vm) => {
+                            // Its address is another guest's now, or nobody's: who has it reads the socket.
+                            self.forwards.remove(&id);
+                            return false;
+                        }
                         None => {
-                            let Some(at) = self.engine.open_ingress_udp(now, target) else {
+                            let Some(at) = self.engine.open_ingress_udp(now, id, target, shown) else {
                                 continue;
                             };
-                            self.clients.insert((place, client), at);
-                            self.sockets.put(
-                                at,
-                                HostSocket::Client {
-                                    forward: place,
-                                    address: client,
-                                },
-                            );
+                            self.clients.insert((id, client), at);
+                            let client = HostSocket::Client {
+                                forward: id,
+                                address: client,
+                            };
+                            self.sockets.put(at, client);
                             at
                         }
                     };
@@ -488,7 +493,7 @@ impl Driver {
         let mut again = Vec::new();
         for at in std::mem::take(&mut self.dirty) {
             let room = self.engine.room(at);
-            if let Some(HostSocket::Tcp(tcp)) = self.sockets.get_mut(at)
+            if let Some(HostSocket::Stream(tcp)) = self.sockets.get_mut(at)
                 && let Some(connection) = self.engine.connection(at)
             {
                 let moved = tcp.transfer(connection, room);
@@ -590,7 +595,7 @@ impl Driver {
 struct FrameIo<'a> {
     poll: &'a Poll,
     sockets: &'a mut Sockets,
-    forwards: &'a [Option<ForwardSocket>],
+    forwards: &'a HashMap<ForwardId, ForwardSocket>,
     network: &'a Network,
 }
 
@@ -626,11 +631,11 @@ impl FrameIo<'_> {
         }
         let sent = match self.sockets.get_mut(at) {
             Some(HostSocket::Udp(socket) | HostSocket::Echo(socket)) => socket.send(payload),
-            Some(HostSocket::Client { forward, address }) => match self.forwards.get(*forward) {
-                Some(Some(forward)) => forward.socket.send_to(payload, *address),
+            Some(HostSocket::Client { forward, address }) => match self.forwards.get(forward) {
+                Some(forward) => forward.socket.send_to(payload, *address),
                 _ => return,
             },
-            Some(HostSocket::Tcp(_)) | None => return,
+            Some(HostSocket::Stream(_)) | None => return,
         };
         match sent {
             Ok(_) => engine.count_bytes(now, at, payload.len(), 0),
@@ -639,6 +644,11 @@ impl FrameIo<'_> {
             Err(error) => engine.handle_send_error(at, send_error(&error)),
         }
     }
+}
+
+/// The UDP forward that a token is of.
+fn forward_of(token: usize) -> ForwardId {
+    ForwardId((token - FORWARDS) as u64)
 }
 
 fn dial_error(error: &io::Error) -> DialError {

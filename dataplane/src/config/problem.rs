@@ -166,7 +166,7 @@ pub enum Problem {
     },
     #[error("--publish {0}: another --publish listens there too")]
     PublishTwice(String),
-    #[error("--publish is given {found} times (at most {most})")]
+    #[error("--publish asks for {found} forwards (at most {most})")]
     PublishMany { found: usize, most: usize },
     #[error("{flag} {found} is not a descriptor that can be inherited (expected 3 or above)")]
     Descriptor { flag: &'static str, found: i32 },

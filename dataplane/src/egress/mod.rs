@@ -2,4 +2,5 @@
 
 pub mod resolver;
 pub mod sockets;
+pub mod stream;
 pub mod way;

@@ -3,16 +3,17 @@
 //! Readiness is edge-triggered: a socket is read or written until it would block, and what it is ready
 //! for is remembered in between.
 
-use std::io::{self, Read as _, Write as _};
-use std::net::{Ipv4Addr, Ipv6Addr, Shutdown, SocketAddr};
-use std::time::Duration;
+use std::io;
+use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
 
 use mio::net::{TcpStream, UdpSocket};
 use mio::{Interest, Registry, Token};
-use socket2::{Domain, Protocol, SockRef, Socket, Type};
+use socket2::{Domain, Protocol, Socket, Type};
 
+use crate::egress::stream::{HostStream, PolledStream};
 use crate::engine::budget::Room;
-use crate::engine::stack::Connection;
+use crate::engine::stack::{Connection, Phase};
+use crate::message::ForwardId;
 
 /// Bytes moved for one flow before the others have their turn.
 const TURN_BYTES: usize = 1 << 20;
@@ -25,24 +26,28 @@ pub struct Sockets {
 
 /// One flow's host socket.
 pub enum HostSocket {
-    /// TCP, dialling or connected.
-    Tcp(TcpSocket),
+    /// A stream: TCP that was dialled, or of any kind that was accepted.
+    Stream(StreamSocket),
     /// UDP, connected.
     Udp(UdpSocket),
     /// An unprivileged ping socket, connected.
     Echo(UdpSocket),
-    /// A client of a UDP forward: its address, and the forward's place.
+    /// A client of a UDP forward.
     Client {
-        /// The forward's place.
-        forward: usize,
+        /// The forward.
+        forward: ForwardId,
         /// The client.
         address: SocketAddr,
     },
 }
 
-/// A TCP socket and what it is ready for.
-pub struct TcpSocket {
-    stream: TcpStream,
+/// A stream socket and what it is ready for.
+pub struct StreamSocket {
+    stream: PolledStream,
+    /// What was read from it before it came here; it goes to the guest first.
+    early: Vec<u8>,
+    /// Its other side is to see an ordinary end, however the guest's connection ends before it is open.
+    ends_plainly: bool,
     /// Not yet connected.
     pub dialling: bool,
     readable: bool,
@@ -84,11 +89,11 @@ impl Sockets {
         let Some(socket) = self.places.get_mut(at).and_then(Option::take) else {
             return;
         };
-        if let HostSocket::Tcp(tcp) = &socket
+        if let HostSocket::Stream(socket) = &socket
             && reset
+            && !socket.ends_plainly
         {
-            // SO_LINGER of zero: the peer sees RST. Failure costs it a FIN instead.
-            let _ = SockRef::from(&tcp.stream).set_linger(Some(Duration::ZERO));
+            socket.stream.set_reset();
         }
     }
 
@@ -97,23 +102,32 @@ impl Sockets {
     /// # Errors
     /// The host's own refusal; an answer of the network comes later.
     pub fn dial(&mut self, registry: &Registry, at: usize, to: SocketAddr) -> io::Result<()> {
-        let mut stream = TcpStream::connect(to)?;
-        registry.register(&mut stream, Token(at), Interest::READABLE | Interest::WRITABLE)?;
-        self.put(at, HostSocket::Tcp(TcpSocket::new(stream, true)));
+        let mut stream = PolledStream::Tcp(TcpStream::connect(to)?);
+        stream.register(registry, Token(at))?;
+        self.put(at, HostSocket::Stream(StreamSocket::new(stream, true)));
         Ok(())
     }
 
-    /// Takes an accepted connection of a forward.
+    /// Takes a connection that is there already: of a forward, a tunnel, or to the gateway. `early` was read
+    /// from it before. `ends_plainly`: closed rather than reset where the guest does not take it.
     ///
     /// # Errors
     /// The poller's.
-    pub fn accept(&mut self, registry: &Registry, at: usize, stream: std::net::TcpStream) -> io::Result<()> {
-        stream.set_nonblocking(true)?;
-        let mut stream = TcpStream::from_std(stream);
-        registry.register(&mut stream, Token(at), Interest::READABLE | Interest::WRITABLE)?;
-        let mut socket = TcpSocket::new(stream, false);
+    pub fn accept(
+        &mut self,
+        registry: &Registry,
+        at: usize,
+        stream: HostStream,
+        early: Vec<u8>,
+        ends_plainly: bool,
+    ) -> io::Result<()> {
+        let mut stream = PolledStream::new(stream)?;
+        stream.register(registry, Token(at))?;
+        let mut socket = StreamSocket::new(stream, false);
+        socket.early = early;
+        socket.ends_plainly = ends_plainly;
         socket.connected();
-        self.put(at, HostSocket::Tcp(socket));
+        self.put(at, HostSocket::Stream(socket));
         Ok(())
     }
 
@@ -154,10 +168,12 @@ impl Sockets {
     }
 }
 
-impl TcpSocket {
-    fn new(stream: TcpStream, dialling: bool) -> Self {
+impl StreamSocket {
+    fn new(stream: PolledStream, dialling: bool) -> Self {
         Self {
             stream,
+            early: Vec::new(),
+            ends_plainly: false,
             dialling,
             readable: false,
             writable: false,
@@ -175,25 +191,18 @@ impl TcpSocket {
 
     /// What a dial has come to: `None` while it is under way.
     pub fn poll_dial(&mut self) -> Option<io::Result<()>> {
-        match self.stream.take_error() {
-            Ok(Some(error)) | Err(error) => return Some(Err(error)),
-            Ok(None) => {}
+        let result = self.stream.poll_dial()?;
+        if result.is_ok() {
+            self.connected();
         }
-        match self.stream.peer_addr() {
-            Ok(_) => {
-                self.connected();
-                Some(Ok(()))
-            }
-            Err(error) if error.kind() == io::ErrorKind::NotConnected => None,
-            Err(error) => Some(Err(error)),
-        }
+        Some(result)
     }
 
     fn connected(&mut self) {
         self.dialling = false;
         self.writable = true;
         // What the guest sends is on its way already in the pieces that it chose.
-        let _ = self.stream.set_nodelay(true);
+        self.stream.set_nodelay();
     }
 
     /// Moves bytes both ways between the guest's connection and this socket, as far as both go and there
@@ -205,6 +214,9 @@ impl TcpSocket {
             failed: false,
             more: false,
         };
+        if self.ends_plainly && connection.phase() == Phase::Open {
+            self.ends_plainly = false;
+        }
         loop {
             let before = moved.up + moved.down;
             if let Err(error) = self
@@ -232,7 +244,7 @@ impl TcpSocket {
             let mut offered = 0;
             let written = connection.lend_received(|bytes| {
                 offered = bytes.len().min(most);
-                (&self.stream).write(&bytes[..offered])
+                self.stream.write(&bytes[..offered])
             });
             match written {
                 Ok(length) => {
@@ -247,10 +259,7 @@ impl TcpSocket {
         }
         if !self.finished_writing && connection.is_received_whole() {
             self.finished_writing = true;
-            match self.stream.shutdown(Shutdown::Write) {
-                Err(error) if error.kind() != io::ErrorKind::NotConnected => return Err(error),
-                _ => {}
-            }
+            self.stream.finish_writing()?;
         }
         Ok(())
     }
@@ -262,13 +271,27 @@ impl TcpSocket {
         moved: &mut Moved,
     ) -> io::Result<()> {
         let most = most.saturating_sub(moved.down);
-        if !self.readable || most == 0 || !connection.has_room() {
+        if most == 0 || !connection.has_room() {
+            return Ok(());
+        }
+        if !self.early.is_empty() {
+            let early = &self.early;
+            let taken = connection.lend_room(|bytes| {
+                let length = early.len().min(bytes.len()).min(most);
+                bytes[..length].copy_from_slice(&early[..length]);
+                Ok::<_, io::Error>(length)
+            })?;
+            self.early.drain(..taken);
+            moved.down += taken;
+            return Ok(());
+        }
+        if !self.readable {
             return Ok(());
         }
         let mut room = 0;
         let read = connection.lend_room(|bytes| {
             room = bytes.len().min(most);
-            (&self.stream).read(&mut bytes[..room])
+            self.stream.read(&mut bytes[..room])
         });
         match read {
             Ok(0) if room != 0 => {

@@ -33,6 +33,7 @@ impl Engine {
             ("descriptors_refused", self.descriptors_refused),
             ("flows_made_way", self.made_way),
             ("dials_failed", self.dials_failed),
+            ("forward_client_refused", self.ingress_refused),
             ("ring_growth_refused", self.rings.refused()),
         ];
         let dhcp = DhcpIgnored::ALL.map(|why| (why.word(), self.dhcp.0[why as usize]));

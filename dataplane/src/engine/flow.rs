@@ -16,6 +16,7 @@ use crate::engine::naming::{Checked, Reading};
 use crate::engine::stack::Connection;
 use crate::engine::switch::flow::Switched;
 use crate::engine::synthetic::table::Place;
+use crate::message::ForwardId;
 
 /// Flows of one VM at once, when nothing else is configured.
 pub const FLOWS_MAX: usize = 32_768;
@@ -35,6 +36,8 @@ pub struct Flow {
     pub neighbour: Option<VmId>,
     /// Opened from the host's side.
     pub ingress: bool,
+    /// The forward that it came through.
+    pub forward: Option<ForwardId>,
     /// Where it is in its life.
     pub state: State,
     /// What let it through has a budget.
@@ -118,6 +121,7 @@ impl Flow {
             dialled: wanted.dialled,
             neighbour: wanted.neighbour,
             ingress: false,
+            forward: None,
             state,
             metered: false,
             decision: None,

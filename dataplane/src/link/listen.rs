@@ -215,7 +215,7 @@ fn disconnect(socket: &UnixDatagram) -> io::Result<()> {
 
 /// Binds a socket that only its owner may connect to. A socket file that nothing serves any more is
 /// replaced; one that answers is not.
-fn bind_private<S>(path: &Path, bind: impl Fn(&Path) -> io::Result<S>) -> io::Result<S> {
+pub(crate) fn bind_private<S>(path: &Path, bind: impl Fn(&Path) -> io::Result<S>) -> io::Result<S> {
     let socket = match bind(path) {
         Err(error) if error.kind() == io::ErrorKind::AddrInUse && is_stale(path) => {
             std::fs::remove_file(path)?;

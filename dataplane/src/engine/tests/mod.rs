@@ -8,6 +8,7 @@ mod counters;
 mod datagram;
 mod ends;
 mod identity;
+mod ingress;
 mod ipv6;
 mod kit;
 mod learned;
