@@ -136,22 +136,7 @@ impl ForwardError {
                 listen: own(),
                 by: None,
             },
-            (PermissionDenied, ForwardListen::Address(address)) => match privileged_below() {
-                Some(first) if address.port() < first => Self::Privileged {
-                    protocol,
-                    listen: *address,
-                    port: address.port(),
-                    first,
-                },
-                _ => Self::NotPermitted {
-                    protocol,
-                    listen: own(),
-                },
-            },
-            (PermissionDenied, ForwardListen::Unix(_)) => Self::NotPermitted {
-                protocol,
-                listen: own(),
-            },
+            (PermissionDenied, _) => Self::denied(protocol, listen, privileged_below()),
             (AddrNotAvailable, ForwardListen::Address(address)) => Self::NoSuchAddress { listen: *address },
             (NotFound, ForwardListen::Unix(_)) => Self::NoSuchDirectory { listen: own() },
             _ => Self::Listen {
@@ -163,8 +148,54 @@ impl ForwardError {
     }
 }
 
+impl ForwardError {
+    fn denied(protocol: Protocol, listen: &ForwardListen, first: Option<u16>) -> Self {
+        match (listen, first) {
+            (ForwardListen::Address(address), Some(first)) if address.port() < first => Self::Privileged {
+                protocol,
+                listen: *address,
+                port: address.port(),
+                first,
+            },
+            _ => Self::NotPermitted {
+                protocol,
+                listen: listen.clone(),
+            },
+        }
+    }
+}
+
 /// The lowest port that needs no privilege, where the host has such a setting (ip(7)).
 fn privileged_below() -> Option<u16> {
     let text = std::fs::read_to_string("/proc/sys/net/ipv4/ip_unprivileged_port_start").ok()?;
     text.trim().parse().ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_port_that_needs_a_privilege_is_refused_with_what_helps() {
+        let denied = |listen: &str, first| {
+            let listen = listen.parse().unwrap();
+            ForwardError::denied(Protocol::Tcp, &listen, first).to_string()
+        };
+        assert_eq!(
+            denied("127.0.0.1:80", Some(1024)),
+            "tcp 127.0.0.1:80 may not be listened on by this user; ports below 1024 need a privilege: forward a \
+             higher one, or let every user have them with: sysctl net.ipv4.ip_unprivileged_port_start=80"
+        );
+        // By something else than that setting.
+        for (listen, first) in [
+            ("127.0.0.1:80", None),
+            ("127.0.0.1:80", Some(80)),
+            ("unix:///root/web.sock", Some(1024)),
+        ] {
+            assert_eq!(
+                denied(listen, first),
+                format!("tcp {listen} may not be listened on by this user; listen where it may")
+            );
+        }
+    }
 }

@@ -172,7 +172,10 @@ fn unix(text: &str, rest: &str, keep_client: bool) -> Result<ForwardSpec, Forwar
         text: text.to_owned(),
         what,
     };
-    let (place, tail) = rest.rsplit_once(':').ok_or_else(form)?;
+    let (place, tail) = rest
+        .rsplit_once(':')
+        .filter(|(_, tail)| !tail.starts_with('/'))
+        .ok_or_else(form)?;
     let (guest_port, protocol) = split_protocol(text, tail)?;
     if protocol != Protocol::Tcp {
         return Err(refused("udp"));

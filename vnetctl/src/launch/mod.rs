@@ -27,6 +27,7 @@ pub use vnet_dataplane::config::{
 };
 pub use vnet_dataplane::forward::{FORWARDS_MAX, ForwardSpec};
 pub use vnet_dataplane::mac::Mac;
+pub use vnet_dataplane::message::Forward;
 
 pub use self::controlplane::{controlplane, own_log, own_server, session_url};
 pub use self::dataplane::{Dataplane, DataplaneError, Settings};

@@ -169,6 +169,8 @@ fn what_a_guest_answers_to_a_clients_address_is_the_clients_and_is_not_asked_abo
         })
         .unwrap();
     assert_eq!(heard, b"hello");
+    rig.service();
+    rig.sent();
 
     let forward = ForwardId(1);
     let at = rig
