@@ -453,7 +453,10 @@ impl Driver {
                         Some(at) => *at,
                         None if self.network.guest_at(target.ip()) != Some(self.vm) => {
                             // Its address is another guest's now, or nobody's: who has it reads the socket.
-                            self.forwards.remove(&id);
+                            if let Some(mut forward) = self.forwards.remove(&id) {
+                                // Its other copies keep the socket open, and the poller would go on with it.
+                                let _ = self.poll.registry().deregister(&mut forward.socket);
+                            }
                             return false;
                         }
                         None => {

@@ -388,7 +388,7 @@ fn a_unix_socket_leads_to_the_guest_is_the_users_alone_and_goes_with_its_forward
     let (wanted, path) = (directory.forward("web.sock"), directory.path("web.sock"));
     assert_eq!(
         given.forwards.expose(vec![wanted.clone()]).unwrap(),
-        [wanted.clone()]
+        std::slice::from_ref(&wanted)
     );
     let mode = std::fs::symlink_metadata(&path).unwrap().permissions().mode();
     assert_eq!(mode & 0o777, 0o600);
@@ -405,7 +405,7 @@ fn a_unix_socket_leads_to_the_guest_is_the_users_alone_and_goes_with_its_forward
     stream.read_exact(&mut buffer).unwrap();
     assert_eq!(&buffer, b"hello");
 
-    assert_eq!(given.shut(&wanted).unwrap().0, [wanted.clone()]);
+    assert_eq!(given.shut(&wanted).unwrap().0, std::slice::from_ref(&wanted));
     assert!(!path.exists());
     // And at the end of all.
     given.forwards.expose(vec![wanted]).unwrap();
