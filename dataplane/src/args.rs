@@ -19,23 +19,29 @@ pub struct Args {
     #[arg(long = "label", value_name = "KEY=VALUE")]
     pub labels: Vec<String>,
 
-    /// Serve QEMU (`-netdev stream`): unix:///PATH or tcp://127.0.0.1:PORT, with ?name= &mac= &ip= .
+    /// Serve QEMU (`-netdev stream`): unix:///PATH, tcp://127.0.0.1:PORT, vsock://CID:PORT (vsock://:PORT), or
+    /// fd://N for a connected socket that was inherited; with ?name= &mac= &ip= .
     #[arg(long, value_name = "URL")]
     pub listen_qemu: Vec<String>,
-    /// Serve vfkit (or QEMU's `-netdev dgram`): unixgram:///PATH, with ?name= &mac= &ip= .
+    /// Serve vfkit and krunkit (or QEMU's `-netdev dgram`), any number of VMs on one socket: unixgram:///PATH,
+    /// or fd://N; with ?name= &mac= &ip= .
     #[arg(long, value_name = "URL")]
     pub listen_vfkit: Vec<String>,
-    /// Not built yet.
-    #[arg(long, value_name = "URL", hide = true)]
+    /// Serve gvforwarder and others that ask for /connect, and /tunnel: unix:///PATH, tcp://127.0.0.1:PORT or
+    /// vsock://CID:PORT (vsock://:PORT), with ?name= &mac= &ip= .
+    #[arg(long, value_name = "URL")]
     pub listen: Vec<String>,
-    /// Not built yet.
-    #[arg(long, value_name = "URL", hide = true)]
+    /// Serve BESS and User Mode Linux (Linux only): unixpacket:///PATH, or fd://N; with ?name= &mac= &ip= .
+    #[arg(long, value_name = "URL")]
     pub listen_bess: Vec<String>,
-    /// Not built yet.
-    #[arg(long, value_name = "URL", hide = true)]
+    /// Serve HyperKit: unix:///PATH, tcp://127.0.0.1:PORT or vsock://CID:PORT, with ?name= &mac= &ip= .
+    #[arg(long, value_name = "URL")]
     pub listen_vpnkit: Vec<String>,
-    /// Not built yet.
-    #[arg(long, value_name = "MODE", hide = true)]
+    /// MAC address that HyperKit's VM of this UUID is told to have; may be repeated [default: a random one].
+    #[arg(long = "vpnkit-mac", value_name = "UUID=MAC")]
+    pub vpnkit_macs: Vec<String>,
+    /// Serve the guest on standard input and output, and end with it; any text, as accept.
+    #[arg(long, value_name = "TEXT")]
     pub listen_stdio: Vec<String>,
     /// Serve the guest behind this inherited TAP device or packet socket.
     #[arg(long, value_name = "N", hide = true)]
@@ -79,6 +85,13 @@ pub struct Args {
     #[arg(short = 'p', long = "publish", value_name = "HOST:GUEST")]
     pub publish: Vec<String>,
 
+    /// Offer guests what the front serves on the gateway's port 80 (needs --front-fd).
+    #[arg(long, hide = true)]
+    pub guest_api: bool,
+    /// Hand requests on --listen, and guests' to the gateway, to the process at the other end of this inherited
+    /// socket, and open the tunnels that it asks for.
+    #[arg(long, value_name = "N", hide = true)]
+    pub front_fd: Option<RawFd>,
     /// Read what the VMs bring along (policy, mode, labels) from this inherited descriptor.
     #[arg(long, value_name = "N", hide = true)]
     pub vm_settings_fd: Option<RawFd>,

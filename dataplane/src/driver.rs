@@ -5,7 +5,8 @@
 //! the flows that have something to do, act on the engine's events, write everything out at once.
 
 use std::io;
-use std::net::{SocketAddr, UdpSocket as StdUdpSocket};
+use std::net::{IpAddr, SocketAddr, UdpSocket as StdUdpSocket};
+use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::sync::mpsc::Receiver;
 use std::time::Duration;
@@ -22,6 +23,7 @@ use crate::engine::frame::DropReason;
 use crate::engine::reply::Unreachable;
 use crate::engine::tcp::DialError;
 use crate::engine::{Engine, Event, Outcome, Time};
+use crate::front::FrontMessage;
 use crate::inbox::Inbox;
 use crate::link::{Filled, Link, LinkError};
 use crate::message::{ForwardId, Ingress, Input, Origin, Report, Router as _};
@@ -44,8 +46,6 @@ const PASSED_A_TURN: usize = 512;
 const DATAGRAM_BYTES_MAX: usize = 65_536;
 /// Room that must be left towards the guest for the link to be read: answers must fit.
 const ROOM_TO_READ: usize = 192 << 10;
-/// How often a quiet link is asked whether it is still there.
-const ALIVE_INTERVAL: Duration = Duration::from_secs(1);
 
 /// A guest's loop.
 pub(crate) struct Driver {
@@ -54,7 +54,7 @@ pub(crate) struct Driver {
     link: Link,
     link_readable: bool,
     link_writable: bool,
-    link_heard: Time,
+    link_asked: Time,
     engine: Engine,
     sockets: Sockets,
     forwards: HashMap<ForwardId, ForwardSocket>,
@@ -108,19 +108,21 @@ impl Driver {
     ///
     /// # Errors
     /// The system's poller.
-    pub(crate) fn new(parts: DriverParts) -> io::Result<(Self, Waker)> {
+    pub(crate) fn new(parts: DriverParts) -> io::Result<(Self, Arc<Waker>)> {
         let poll = Poll::new()?;
-        let waker = Waker::new(poll.registry(), WAKE)?;
+        let waker = Arc::new(Waker::new(poll.registry(), WAKE)?);
         let mut link = parts.link;
-        link.register(poll.registry(), LINK)?;
+        link.register(poll.registry(), LINK, &waker)?;
+        let mut engine = parts.engine;
+        engine.transmit.set_framing(link.framing());
         let driver = Self {
             vm: parts.vm,
             poll,
             link,
             link_readable: true,
             link_writable: true,
-            link_heard: Time::ZERO,
-            engine: parts.engine,
+            link_asked: Time::ZERO,
+            engine,
             sockets: Sockets::default(),
             forwards: HashMap::default(),
             clients: HashMap::default(),
@@ -194,8 +196,8 @@ impl Driver {
         if let Some(retry) = self.link.retry_after_ms() {
             sooner(Duration::from_millis(retry));
         }
-        if matches!(self.link, Link::Datagram(_)) {
-            sooner(ALIVE_INTERVAL);
+        if let Some(interval) = self.link.alive_interval() {
+            sooner(interval);
         }
         // Round up: a wake-up before the deadline would find nothing due.
         until.map(|u| Duration::from_millis(u64::try_from(u.as_micros().div_ceil(1000)).unwrap_or(u64::MAX)))
@@ -211,7 +213,7 @@ impl Driver {
                 self.link_readable |= event.is_readable() || event.is_read_closed() || event.is_error();
                 self.link_writable |= event.is_writable();
             }
-            WAKE => {}
+            WAKE => self.link_readable |= self.link.has_news(),
             Token(token) if token >= FORWARDS => {
                 if let Some(forward) = self.forwards.get_mut(&forward_of(token)) {
                     forward.unread = true;
@@ -349,11 +351,11 @@ impl Driver {
                 self.link_readable = false;
                 return Ok(());
             }
-            let strangers = self.link.take_strangers();
-            if strangers > 0 {
-                self.engine.count_drops(DropReason::UnknownPeer, strangers);
+            for (reason, count) in self.link.take_drops() {
+                if count > 0 {
+                    self.engine.count_drops(reason, count);
+                }
             }
-            self.link_heard = now;
             while let Some(frame) = self.link.next_frame()? {
                 let io = &mut FrameIo {
                     poll: &self.poll,
@@ -529,6 +531,13 @@ impl Driver {
                         self.engine.handle_refused(now, flow, dial_error(&error));
                     }
                 }
+                Event::OpenGuestApi { flow, guest } => match self.open_guest_api(flow, guest) {
+                    Ok(()) => self.engine.handle_dialled(now, flow),
+                    Err(error) => {
+                        tracing::debug!(%error, "a guest's connection to the gateway leads nowhere");
+                        self.engine.handle_refused(now, flow, DialError::Refused);
+                    }
+                },
                 Event::Send { flow, packets } | Event::Pass { flow, packets } => {
                     let io = &mut FrameIo {
                         poll: &self.poll,
@@ -570,6 +579,20 @@ impl Driver {
         }
     }
 
+    /// Hands a guest's connection to the gateway to the front: one end of a pair, of which the other is the flow's
+    /// host socket.
+    fn open_guest_api(&mut self, at: usize, guest: IpAddr) -> io::Result<()> {
+        let front = self.network.front().ok_or(io::ErrorKind::NotConnected)?;
+        let (here, there) = UnixStream::pair()?;
+        self.sockets
+            .accept(self.poll.registry(), at, here.into(), Vec::new(), false)?;
+        let message = FrontMessage::Guest {
+            vm: self.vm.0,
+            address: guest,
+        };
+        front.send(&message, there).map_err(io::Error::other)
+    }
+
     fn tell(&mut self) {
         let (network, vm) = (&self.network, self.vm);
         self.outlet.flush(|reports| network.await_turn(vm, reports));
@@ -584,8 +607,10 @@ impl Driver {
     }
 
     fn check_alive(&mut self, now: Time) -> Result<(), LinkError> {
-        if now >= self.link_heard + ALIVE_INTERVAL {
-            self.link_heard = now;
+        if let Some(interval) = self.link.alive_interval()
+            && now >= self.link_asked + interval
+        {
+            self.link_asked = now;
             if !self.link.is_alive() {
                 return Err(LinkError::Closed);
             }

@@ -1,7 +1,7 @@
 //! Descriptors that a parent handed down by number, and the lifeline made of one.
 
 use std::io;
-use std::os::fd::{FromRawFd as _, OwnedFd, RawFd};
+use std::os::fd::{AsFd as _, FromRawFd as _, OwnedFd, RawFd};
 
 use nix::fcntl::{FcntlArg, FdFlag, fcntl};
 
@@ -21,6 +21,74 @@ pub fn take(fd: RawFd) -> io::Result<OwnedFd> {
             std::mem::forget(owned);
             Err(error.into())
         }
+    }
+}
+
+/// Takes standard input and output, each a pipe or a socket, and puts nothing in their place: whatever this
+/// process still writes there is lost, and who holds their other ends sees them closed with ours.
+///
+/// # Errors
+/// The host's error, and for a terminal, a file or a device.
+pub fn take_stdio() -> io::Result<(OwnedFd, OwnedFd)> {
+    let (input, output) = (io::stdin(), io::stdout());
+    for (what, fd) in [
+        ("standard input", input.as_fd()),
+        ("standard output", output.as_fd()),
+    ] {
+        let kind = nix::sys::stat::fstat(fd)?.st_mode & libc::S_IFMT;
+        if kind != libc::S_IFIFO && kind != libc::S_IFSOCK {
+            let text = format!("{what} is neither");
+            return Err(io::Error::new(io::ErrorKind::InvalidInput, text));
+        }
+    }
+    let taken = (
+        input.as_fd().try_clone_to_owned()?,
+        output.as_fd().try_clone_to_owned()?,
+    );
+    let nothing = std::fs::File::options()
+        .read(true)
+        .write(true)
+        .open("/dev/null")?;
+    nix::unistd::dup2_stdin(&nothing)?;
+    nix::unistd::dup2_stdout(&nothing)?;
+    Ok(taken)
+}
+
+/// Whether a descriptor is open and was inherited: those that this process opens itself are closed when it
+/// executes another program, and no inherited one can be.
+pub fn is_inherited(fd: RawFd) -> bool {
+    // SAFETY: reads the flags of a number, which is no descriptor or remains what it is.
+    let flags = unsafe { libc::fcntl(fd, libc::F_GETFD) };
+    flags != -1 && flags & libc::FD_CLOEXEC == 0
+}
+
+/// What an inherited socket is not.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum SocketError {
+    /// Not a socket at all.
+    #[error("it is no socket")]
+    NoSocket,
+    /// Of another type.
+    #[error("it is of another type of socket")]
+    Type,
+    /// Of the right type, and leading nowhere.
+    #[error("it is not connected")]
+    NotConnected,
+}
+
+/// Checks that a descriptor is a connected socket of a type, and takes note of nothing.
+///
+/// # Errors
+/// [`SocketError`].
+pub fn check_socket(fd: &OwnedFd, kind: socket2::Type) -> Result<(), SocketError> {
+    let socket = socket2::SockRef::from(fd);
+    match socket.r#type() {
+        Err(_) => Err(SocketError::NoSocket),
+        Ok(found) if found != kind => Err(SocketError::Type),
+        Ok(_) => socket
+            .peer_addr()
+            .map(drop)
+            .map_err(|_| SocketError::NotConnected),
     }
 }
 
@@ -79,6 +147,37 @@ mod tests {
         let taken = take(here.into_raw_fd()).unwrap();
         let flags = FdFlag::from_bits_retain(fcntl(&taken, FcntlArg::F_GETFD).unwrap());
         assert!(flags.contains(FdFlag::FD_CLOEXEC));
+    }
+
+    #[test]
+    fn what_this_process_opened_itself_was_not_inherited() {
+        use std::os::fd::AsRawFd as _;
+        let (here, _there) = UnixStream::pair().unwrap();
+        assert!(!is_inherited(here.as_raw_fd()));
+        fcntl(&here, FcntlArg::F_SETFD(FdFlag::empty())).unwrap();
+        assert!(is_inherited(here.as_raw_fd()));
+        assert!(!is_inherited(1_000_000));
+    }
+
+    #[test]
+    fn a_socket_is_taken_for_what_it_is() {
+        use socket2::{Domain, Socket, Type};
+        let (stream, _there) = UnixStream::pair().unwrap();
+        let stream = OwnedFd::from(stream);
+        assert_eq!(check_socket(&stream, Type::STREAM), Ok(()));
+        assert_eq!(check_socket(&stream, Type::DGRAM), Err(SocketError::Type));
+        let (datagram, _other) = std::os::unix::net::UnixDatagram::pair().unwrap();
+        assert_eq!(check_socket(&datagram.into(), Type::DGRAM), Ok(()));
+        let alone = Socket::new(Domain::UNIX, Type::STREAM, None).unwrap();
+        assert_eq!(
+            check_socket(&alone.into(), Type::STREAM),
+            Err(SocketError::NotConnected)
+        );
+        let file = std::fs::File::open("/dev/null").unwrap();
+        assert_eq!(
+            check_socket(&file.into(), Type::STREAM),
+            Err(SocketError::NoSocket)
+        );
     }
 
     #[tokio::test]

@@ -9,6 +9,7 @@ mod driver;
 pub mod egress;
 pub mod engine;
 pub mod forward;
+pub mod front;
 pub mod guards;
 mod inbox;
 pub mod inherit;
@@ -19,6 +20,7 @@ pub mod message;
 pub mod metrics;
 pub mod network;
 mod outlet;
+pub mod requests;
 pub mod run;
 pub mod session;
 

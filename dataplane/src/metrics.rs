@@ -165,6 +165,52 @@ labels! {
 }
 
 labels! {
+    /// Why a connection was not handed over between front and dataplane.
+    FrontRefusal {
+        /// As many waited already as may, or its message was too long.
+        Full = "full",
+        /// The other side is gone, or the system refused.
+        Send = "send",
+        /// What came was no message, or not one for this side.
+        Malformed = "malformed",
+    }
+}
+
+labels! {
+    /// Why a tunnel was not opened.
+    TunnelRefusal {
+        /// No guest has the address.
+        NoGuest = "no_guest",
+        /// Too many new ones at once.
+        Backlog = "backlog",
+    }
+}
+
+labels! {
+    /// Why a connection to `--listen` was not served.
+    RequestRefusal {
+        /// It spoke no HTTP, or spoke it wrong.
+        Malformed = "malformed",
+        /// Its head was longer than any may be.
+        TooLong = "too_long",
+        /// Its head was not whole in time.
+        TooSlow = "too_slow",
+        /// Others came while it had not said enough; of too many it had waited longest.
+        Crowded = "crowded",
+        /// A page in a browser asked for a link or a tunnel.
+        Browser = "browser",
+        /// Its tunnel has no address and port.
+        Tunnel = "tunnel",
+        /// It asked for what nobody here serves.
+        NotFound = "not_found",
+        /// It could not be handed to the front.
+        Front = "front",
+        /// The host gave no descriptor or no memory for it.
+        Accept = "accept",
+    }
+}
+
+labels! {
     /// Why an address was not given to a guest, or taken from it.
     LeaseRefusal {
         /// No address was free to be offered.
@@ -189,6 +235,20 @@ labels! {
         Unanswered = "unanswered",
         /// A datagram answered another question than the one asked.
         Mismatched = "mismatched",
+    }
+}
+
+labels! {
+    /// Why somebody who came to a guest socket was not let in.
+    LinkRefusal {
+        /// As many guests or handshakes as one socket may have.
+        Limit = "limit",
+        /// A handshake that was none, or not whole in time.
+        Handshake = "handshake",
+        /// Datagrams from a socket without an address to answer to.
+        Unnamed = "unnamed",
+        /// The system had no descriptor, thread or memory for it.
+        System = "system",
     }
 }
 
@@ -243,10 +303,16 @@ metrics! {
     counter guard_changes: Counter = "vnet_dataplane_guard_changes_total", "Changes of guarded addresses, each of which voids cached verdicts.";
     gauge forwards_open: Gauge = "vnet_dataplane_forwards_open", "Forwards that listen.";
     counter forward_connections: Counter = "vnet_dataplane_forward_connections_total", "Connections that forwards handed to guests.";
+    counter tunnels: Counter = "vnet_dataplane_tunnels_total", "Connections that tunnels handed to guests.";
+    by_cause tunnel_refusals: Family<TunnelRefusal> = "vnet_dataplane_tunnel_refusals_total", "Tunnels that were not opened.";
+    by_cause front_refusals: Family<FrontRefusal> = "vnet_dataplane_front_refusals_total", "Connections that were not handed over between front and dataplane.";
+    counter requests: Counter = "vnet_dataplane_requests_total", "Connections to --listen.";
+    by_cause request_refusals: Family<RequestRefusal> = "vnet_dataplane_request_refusals_total", "Connections to --listen that were not served.";
     by_cause lease_refusals: Family<LeaseRefusal> = "vnet_dataplane_lease_refusals_total", "Addresses that were not given to a guest, or taken from it.";
     counter resolver_questions: Counter = "vnet_dataplane_resolver_questions_total", "Questions asked of upstream resolvers.";
     counter resolver_over_tcp: Counter = "vnet_dataplane_resolver_over_tcp_total", "Questions asked again over TCP.";
     by_cause resolver_faults: Family<ResolverFault> = "vnet_dataplane_resolver_faults_total", "Questions to upstream resolvers that went wrong.";
+    by_cause link_refusals: Family<LinkRefusal> = "vnet_dataplane_link_refusals_total", "Those who came to a guest socket and were not let in.";
     by_cause forward_refusals: Family<ForwardRefusal> = "vnet_dataplane_forward_refusals_total", "Connections that forwards closed at once.";
 }
 

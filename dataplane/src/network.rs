@@ -28,13 +28,14 @@ use crate::engine::gateway::dns::zones::Zones;
 use crate::engine::switch::{Neighbour, Passed};
 use crate::engine::{Engine, EngineConfig, Surroundings, Time};
 use crate::forward::Forwards;
+use crate::front::FrontSender;
 use crate::guards::Guards;
 use crate::inbox::Inbox;
 use crate::leases::{LeaseCounts, Leases};
 use crate::link::Link;
 use crate::mac::Mac;
 use crate::message::{Input, Order, OwnPolicy, Report, Router, VmUp, Zone};
-use crate::metrics::{LeaseRefusal, Metrics, ResolverFault};
+use crate::metrics::{LeaseRefusal, LinkRefusal, Metrics, ResolverFault};
 use crate::session;
 
 /// What a network is made with.
@@ -95,6 +96,7 @@ pub struct Network {
     guests: RwLock<Guests>,
     reports: Sender<Report>,
     forwards: std::sync::OnceLock<Forwards>,
+    front: std::sync::OnceLock<FrontSender>,
 }
 
 #[derive(Default)]
@@ -135,6 +137,7 @@ impl Network {
             guests: RwLock::default(),
             reports,
             forwards: std::sync::OnceLock::new(),
+            front: std::sync::OnceLock::new(),
         })
     }
 
@@ -142,6 +145,22 @@ impl Network {
     pub fn set_forwards(&self, forwards: Forwards) {
         // A second call would be a mistake at start; the first stays.
         let _ = self.forwards.set(forwards);
+    }
+
+    /// Offers guests that attach from now on the gateway's port 80, which this front serves. Once.
+    pub fn offer_guest_api(&self, front: FrontSender) {
+        // As above.
+        let _ = self.front.set(front);
+    }
+
+    /// Who serves the gateway's port 80, if anybody does.
+    pub(crate) fn front(&self) -> Option<&FrontSender> {
+        self.front.get()
+    }
+
+    /// Where what is of no one guest is counted.
+    pub(crate) fn metrics(&self) -> &Metrics {
+        &self.config.metrics
     }
 
     /// Time since the process started, counting time suspended.
@@ -190,11 +209,14 @@ impl Network {
             lookup_hold: spec.resolver_patience,
             seed,
         };
-        let engine = Engine::new(
+        let mut engine = Engine::new(
             config,
             Arc::clone(self) as Arc<dyn Surroundings>,
             spec.name.clone(),
         );
+        if self.front().is_some() {
+            engine.offer_guest_api();
+        }
         let transport = link.transport();
         let inbox = Arc::new(Inbox::default());
         let (inputs, receiver) = std::sync::mpsc::channel();
@@ -208,7 +230,6 @@ impl Network {
             network: Arc::clone(self),
             resolver: self.resolve_for(vm),
         })?;
-        let waker = Arc::new(waker);
         if let Some(address) = spec.pinned_address
             && !self.lock_leases().pin(vm, spec.pinned_mac, address)
         {
@@ -492,6 +513,7 @@ impl Surroundings for Network {
     fn counters(&self) -> Vec<(&'static str, u64)> {
         let metrics = &self.config.metrics;
         let (leases, faults) = (&metrics.lease_refusals, &metrics.resolver_faults);
+        let links = &metrics.link_refusals;
         vec![
             (
                 "network_lease_exhausted",
@@ -507,6 +529,10 @@ impl Surroundings for Network {
                 leases.of(LeaseRefusal::ClaimIpv6).get(),
             ),
             ("network_lease_limit", leases.of(LeaseRefusal::Limit).get()),
+            ("network_link_limit", links.of(LinkRefusal::Limit).get()),
+            ("network_link_handshake", links.of(LinkRefusal::Handshake).get()),
+            ("network_link_unnamed", links.of(LinkRefusal::Unnamed).get()),
+            ("network_link_system", links.of(LinkRefusal::System).get()),
             ("network_resolver_questions", metrics.resolver_questions.get()),
             ("network_resolver_over_tcp", metrics.resolver_over_tcp.get()),
             ("network_resolver_busy", faults.of(ResolverFault::Busy).get()),
@@ -600,17 +626,15 @@ impl std::fmt::Display for DisplayChain<'_> {
 }
 
 #[cfg(test)]
-mod tests {
-    use std::os::unix::net::UnixDatagram;
-
+pub(crate) mod tests {
     use super::*;
     use crate::egress::resolver::{ResolverConfig, Upstreams};
     use crate::leases::LeaseConfig;
-    use crate::link::datagram::DatagramLink;
 
     const GATEWAY: Ipv4Addr = Ipv4Addr::new(192, 168, 127, 1);
 
-    fn network(reports: Sender<Report>) -> Arc<Network> {
+    /// A network without guests, for tests.
+    pub(crate) fn network(reports: Sender<Report>) -> Arc<Network> {
         let subnet: Ipv4Net = "192.168.127.0/29".parse().unwrap();
         let lease_time = Duration::from_secs(3600);
         let config = NetworkConfig {
@@ -658,7 +682,7 @@ mod tests {
         )
     }
 
-    fn counter(network: &Network, wanted: &str) -> u64 {
+    pub(crate) fn counter(network: &Network, wanted: &str) -> u64 {
         let counters = Surroundings::counters(network);
         counters.iter().find(|(name, _)| *name == wanted).unwrap().1
     }
@@ -693,41 +717,5 @@ mod tests {
             tokio::task::yield_now().await;
         }
         assert_eq!(counter(&network, "network_resolver_questions"), 0);
-    }
-
-    #[tokio::test]
-    async fn frames_of_strangers_are_told_with_the_guests_status() {
-        let directory = std::env::temp_dir().join(format!("vnet-strangers{}", std::process::id()));
-        let _ = std::fs::remove_dir_all(&directory);
-        std::fs::create_dir_all(&directory).unwrap();
-        let bind = |name: &str| UnixDatagram::bind(directory.join(name)).unwrap();
-        let (ours, peer, stranger) = (bind("ours"), bind("peer"), bind("stranger"));
-        let (reports, mut receiver) = tokio::sync::mpsc::channel(16);
-        let network = network(reports);
-        let link = DatagramLink::adopt_unconnected(ours, &directory.join("peer"), b"VFKT");
-        let spec = GuestSpec {
-            name: "web".to_owned(),
-            ..GuestSpec::default()
-        };
-        let guest = network.attach(Link::Datagram(link), spec).unwrap();
-        stranger.send_to(&[0; 60], directory.join("ours")).unwrap();
-
-        let dropped = loop {
-            match receiver.recv().await.expect("the guest is there") {
-                Report::VmStatus(status) => break status.dropped_frames,
-                _ => continue,
-            }
-        };
-        assert_eq!(dropped.get("unknown_peer"), Some(&1), "{dropped:?}");
-        network.stop();
-        // What it says at its end must find room.
-        while receiver
-            .recv()
-            .await
-            .is_some_and(|r| !matches!(r, Report::VmDown(_)))
-        {}
-        guest.join().unwrap();
-        drop(peer);
-        let _ = std::fs::remove_dir_all(&directory);
     }
 }

@@ -1,6 +1,7 @@
 //! A running dataplane: from a checked configuration to its end.
 
 use std::io::{self, IsTerminal as _, Write as _};
+use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -9,7 +10,9 @@ use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::mpsc;
 
 use crate::args::Args;
-use crate::config::{Config, ControlplaneUrl, ListenAt, Transport, VmConfig, VmSettings, default_name};
+use crate::config::{
+    Config, ControlplaneUrl, ListenAt, ListenConfig, Transport, VmConfig, VmSettings, default_name,
+};
 use crate::descriptors::Descriptors;
 use crate::egress::resolver::{Resolver, ResolverConfig, Upstreams};
 use crate::egress::way::{ANYWHERE, has_way};
@@ -18,15 +21,20 @@ use crate::engine::flow::FLOWS_MAX;
 use crate::engine::gateway::dhcp::DhcpConfig;
 use crate::engine::gateway::dns::zones::Zones;
 use crate::forward::{ForwardError, Forwards};
+use crate::front::{self, FrontSender, Tunnels};
 use crate::guards::{Guards, HostAddresses, Watcher, follow};
 use crate::inherit;
 use crate::leases::{LEASE_TIME, LeaseConfig, Leases};
 use crate::link::Link;
-use crate::link::listen::{self, SocketFile};
-use crate::link::packet::PacketLink;
+use crate::link::listen::{RecordListener, SocketFile, StreamListener};
+use crate::link::packet::{PacketKind, PacketLink};
+use crate::link::stream::{StreamKind, StreamLink, StreamSocket};
+use crate::link::vpnkit::Answers;
+use crate::link::{serve, shared};
 use crate::message::{Report, Router};
 use crate::metrics::Metrics;
 use crate::network::{GuestSpec, Network, NetworkConfig};
+use crate::requests::Requests;
 use crate::session::{self, Commands, Controlplane, Identity, SessionConfig, SessionEnd};
 
 /// Reports that wait for the session.
@@ -52,12 +60,37 @@ pub enum RunError {
         #[source]
         source: io::Error,
     },
+    /// An inherited descriptor is not what its flag is for.
+    #[error("descriptor {fd}, named by {flag}, cannot be a guest's (expected {expected})")]
+    Socket {
+        /// Which.
+        fd: i32,
+        /// The flag that names it.
+        flag: &'static str,
+        /// What is.
+        expected: &'static str,
+        /// Why.
+        #[source]
+        source: inherit::SocketError,
+    },
+    /// Standard input and output carry no frames.
+    #[error("--listen-stdio: standard input and output cannot be a guest's (expected a pipe or socket each)")]
+    Stdio(#[source] io::Error),
     /// A guest socket cannot be opened.
     #[error("VM socket {at} cannot be opened{}", remedy(.source))]
     Listen {
         /// Which.
         at: String,
         /// The system's word.
+        #[source]
+        source: io::Error,
+    },
+    /// The channel to the front is none.
+    #[error("--front-fd {fd} cannot be the channel to the front")]
+    Front {
+        /// Which.
+        fd: i32,
+        /// Why.
         #[source]
         source: io::Error,
     },
@@ -146,17 +179,20 @@ fn start_log() {
         .try_init();
 }
 
-fn take(flag: &'static str, fd: i32) -> Result<std::os::fd::OwnedFd, RunError> {
+fn take(flag: &'static str, fd: i32) -> Result<OwnedFd, RunError> {
     inherit::take(fd).map_err(|source| RunError::Descriptor { fd, flag, source })
 }
 
-/// Runs until a signal, the end of the lifeline or of an inherited link, or a refusal of the
-/// controlplane.
+/// Runs until a signal, the end of the lifeline, of an inherited link or of standard input, or a refusal of
+/// the controlplane. Inherited sockets end it where no other guest can come.
 ///
 /// # Errors
 /// [`RunError`].
 pub async fn run(config: Config) -> Result<(), RunError> {
     let descriptors = Descriptors::of_process();
+    // Before anything could be written to where frames are expected.
+    let stdio = config.stdio.as_ref().map(|_| inherit::take_stdio());
+    let stdio = stdio.transpose().map_err(RunError::Stdio)?;
     let metrics = Arc::new(Metrics::default());
     let lifeline = config
         .exit_with_fd
@@ -182,10 +218,19 @@ pub async fn run(config: Config) -> Result<(), RunError> {
         Arc::clone(&metrics),
         reports.clone(),
     );
+    let tunnels = Tunnels::new(
+        Arc::clone(&network) as Arc<dyn Router>,
+        Arc::clone(&metrics),
+        &descriptors,
+    );
+    let front = match config.front_fd {
+        None => None,
+        Some(fd) => Some(open_front(&config, fd, &network, tunnels.clone(), &metrics)?),
+    };
     let forwards = Forwards::new(
         Arc::clone(&network) as Arc<dyn Router>,
         Arc::clone(&metrics),
-        descriptors,
+        descriptors.clone(),
         tokio::runtime::Handle::current(),
     );
     network.set_forwards(forwards.clone());
@@ -226,8 +271,19 @@ pub async fn run(config: Config) -> Result<(), RunError> {
     forwards
         .expose(config.forwards.clone())
         .map_err(RunError::Forward)?;
-    let files = open_listeners(&config, &network, &guards)?;
-    let link_gone = open_link(&config, &network)?;
+    let asked = Asked {
+        tunnels,
+        front,
+        descriptors: &descriptors,
+        sockets: config
+            .listeners
+            .iter()
+            .filter(|listener| listener.transport == Transport::Connect)
+            .count(),
+        metrics: &metrics,
+    };
+    let files = open_listeners(&config, &network, &guards, &asked)?;
+    let links_gone = open_links(&config, &network, stdio)?;
 
     let mut terminate = signal(SignalKind::terminate()).map_err(RunError::System)?;
     let mut interrupt = signal(SignalKind::interrupt()).map_err(RunError::System)?;
@@ -246,7 +302,7 @@ pub async fn run(config: Config) -> Result<(), RunError> {
         _ = terminate.recv() => None,
         _ = interrupt.recv() => None,
         () = lifeline_end(lifeline) => None,
-        _ = link_gone => None,
+        () = links_gone => None,
     };
     // No new guests; those there are end and say so, and the session ends behind the last of them.
     drop(files);
@@ -285,7 +341,24 @@ impl Drop for Closing {
     }
 }
 
-async fn lifeline_end(lifeline: Option<std::os::fd::OwnedFd>) {
+/// Hears and tells the front from now on.
+fn open_front(
+    config: &Config,
+    fd: i32,
+    network: &Network,
+    tunnels: Tunnels,
+    metrics: &Arc<Metrics>,
+) -> Result<FrontSender, RunError> {
+    let (sender, receiver) = front::open(take("--front-fd", fd)?, Arc::clone(metrics))
+        .map_err(|source| RunError::Front { fd, source })?;
+    tokio::spawn(tunnels.serve(receiver));
+    if config.guest_api {
+        network.offer_guest_api(sender.clone());
+    }
+    Ok(sender)
+}
+
+async fn lifeline_end(lifeline: Option<OwnedFd>) {
     match lifeline {
         Some(lifeline) => {
             if let Err(error) = inherit::closed(lifeline).await {
@@ -364,52 +437,191 @@ fn open_listeners(
     config: &Config,
     network: &Arc<Network>,
     guards: &Guards,
+    asked: &Asked<'_>,
 ) -> Result<Vec<SocketFile>, RunError> {
     let mut files = Vec::new();
     for listener in &config.listeners {
-        let refused = |source| RunError::Listen {
-            at: listener.at.to_string(),
-            source,
-        };
-        let spec = guest_spec(&listener.vm);
-        match (&listener.at, listener.transport) {
-            (ListenAt::Unix(path), Transport::Qemu) => {
-                files.push(listen::stream_unix(network, path, spec).map_err(refused)?);
-            }
-            (ListenAt::Unix(path), Transport::Vfkit) => {
-                files.push(listen::datagram(network, path, spec).map_err(refused)?);
-            }
-            (ListenAt::Tcp(address), _) => {
-                // Where it really listens, port 0 replaced: closed to guests.
-                guards.add_listener(listen::stream_tcp(network, *address, spec).map_err(refused)?);
-            }
+        if matches!(listener.at, ListenAt::Fd(_)) {
+            continue;
         }
-        tracing::info!(at = %listener.at, "waiting for VMs");
+        files.extend(
+            open_listener(config, listener, network, guards, asked).map_err(|source| RunError::Listen {
+                at: listener.at.to_string(),
+                source,
+            })?,
+        );
+        tracing::info!(at = %listener.at, transport = listener.transport.word(), "waiting for VMs");
     }
     Ok(files)
 }
 
-/// The inherited link, if there is one: what is received when it is gone.
-fn open_link(
+fn open_listener(
+    config: &Config,
+    listener: &ListenConfig,
+    network: &Arc<Network>,
+    guards: &Guards,
+    asked: &Asked<'_>,
+) -> io::Result<Option<SocketFile>> {
+    let spec = guest_spec(&listener.vm);
+    let path = || match &listener.at {
+        ListenAt::Unix(path) => Ok(path),
+        // The configuration has no such thing.
+        _ => Err(io::Error::from(io::ErrorKind::InvalidInput)),
+    };
+    match listener.transport {
+        Transport::Vfkit => shared::datagrams(network, path()?, spec).map(Some),
+        Transport::Bess => {
+            let (listener, file) = RecordListener::open(path()?)?;
+            serve::records(network, listener, spec)?;
+            Ok(Some(file))
+        }
+        transport @ (Transport::Qemu | Transport::Vpnkit | Transport::Connect) => {
+            let (stream, file) = StreamListener::open(&listener.at)?;
+            if let Some(address) = stream.tcp_address() {
+                // Where it really listens, port 0 replaced: closed to guests.
+                guards.add_listener(address);
+            }
+            match transport {
+                Transport::Connect => {
+                    let url = listener.url();
+                    asked
+                        .requests(url, serve::Entrance::new(network, spec))
+                        .serve(stream)?;
+                }
+                Transport::Vpnkit => {
+                    let answers = Answers {
+                        macs: config.vpnkit_macs.clone(),
+                        mtu_bytes: config.network.mtu_bytes,
+                    };
+                    serve::vpnkit(network, stream, spec, answers)?;
+                }
+                _ => serve::streams(network, stream, spec)?,
+            }
+            Ok(file)
+        }
+    }
+}
+
+/// What requests on `--listen` are served with.
+struct Asked<'a> {
+    tunnels: Tunnels,
+    front: Option<FrontSender>,
+    descriptors: &'a Descriptors,
+    /// How many sockets there are.
+    sockets: usize,
+    metrics: &'a Arc<Metrics>,
+}
+
+impl Asked<'_> {
+    fn requests(&self, listen: String, entrance: Arc<serve::Entrance>) -> Requests {
+        Requests::new(
+            listen,
+            Box::new(entrance),
+            self.tunnels.clone(),
+            self.front.clone(),
+            self.descriptors,
+            self.sockets,
+            Arc::clone(self.metrics),
+        )
+    }
+}
+
+/// Which of the links that were inherited is gone.
+enum Gone {
+    /// One with which the dataplane ends.
+    Last,
+    /// One of the connected sockets.
+    Socket,
+}
+
+/// Attaches the guests whose links were inherited; what returns when the dataplane is to end for it.
+fn open_links(
     config: &Config,
     network: &Arc<Network>,
-) -> Result<std::pin::Pin<Box<dyn Future<Output = ()> + Send>>, RunError> {
-    let Some((fd, vm)) = &config.link else {
-        return Ok(Box::pin(std::future::pending()));
-    };
-    let descriptor = take("--link-fd", *fd)?;
-    inherit::set_nonblocking(&descriptor).map_err(RunError::System)?;
-    let (gone, is_gone) = tokio::sync::oneshot::channel();
-    let link = Link::Packet(PacketLink::new(descriptor));
-    network
-        .attach_then(link, guest_spec(vm), move || {
+    stdio: Option<(OwnedFd, OwnedFd)>,
+) -> Result<impl Future<Output = ()> + use<>, RunError> {
+    let (gone, mut is_gone) = mpsc::unbounded_channel();
+    let attach = |link: Link, vm: &VmConfig, end: Gone| {
+        let gone = gone.clone();
+        let then = move || {
             // Nobody waits any more when the dataplane ends first.
-            let _ = gone.send(());
-        })
-        .map_err(RunError::System)?;
-    Ok(Box::pin(async move {
-        let _ = is_gone.await;
-    }))
+            let _ = gone.send(end);
+        };
+        network
+            .attach_then(link, guest_spec(vm), then)
+            .map(drop)
+            .map_err(RunError::System)
+    };
+    if let Some((fd, vm)) = &config.link {
+        let link = PacketLink::new(take("--link-fd", *fd)?, PacketKind::Tap).map_err(RunError::System)?;
+        attach(Link::Packet(link), vm, Gone::Last)?;
+    }
+    if let (Some((input, output)), Some(vm)) = (stdio, &config.stdio) {
+        let link = StreamLink::pair(input, output, StreamKind::Stdio).map_err(RunError::Stdio)?;
+        attach(Link::Stream(link), vm, Gone::Last)?;
+    }
+    let mut sockets = 0;
+    for listener in &config.listeners {
+        if let ListenAt::Fd(fd) = listener.at {
+            attach(open_socket(listener.transport, fd)?, &listener.vm, Gone::Socket)?;
+            sockets += 1;
+        }
+    }
+    let others_may_come = sockets < config.listeners.len() || config.link.is_some() || config.stdio.is_some();
+    Ok(async move {
+        while let Some(end) = is_gone.recv().await {
+            match end {
+                Gone::Last => return,
+                Gone::Socket => {
+                    sockets -= 1;
+                    if sockets == 0 && !others_may_come {
+                        return;
+                    }
+                }
+            }
+        }
+        // Nothing was inherited.
+        std::future::pending().await
+    })
+}
+
+/// The link over an inherited socket.
+fn open_socket(transport: Transport, fd: i32) -> Result<Link, RunError> {
+    let flag = transport.flag();
+    if !inherit::is_inherited(fd) {
+        return Err(RunError::Descriptor {
+            fd,
+            flag,
+            source: io::Error::from_raw_os_error(libc::EBADF),
+        });
+    }
+    let (kind, expected) = match transport {
+        Transport::Qemu | Transport::Vpnkit | Transport::Connect => {
+            (socket2::Type::STREAM, "a connected stream socket")
+        }
+        Transport::Vfkit => (socket2::Type::DGRAM, "a connected datagram socket"),
+        Transport::Bess => (
+            socket2::Type::SEQPACKET,
+            "a connected socket of sequenced packets",
+        ),
+    };
+    let descriptor = take(flag, fd)?;
+    inherit::check_socket(&descriptor, kind).map_err(|source| RunError::Socket {
+        fd,
+        flag,
+        expected,
+        source,
+    })?;
+    let packets = |kind| move |descriptor| PacketLink::new(descriptor, kind).map(Link::Packet);
+    match transport {
+        Transport::Vfkit => packets(PacketKind::Datagrams)(descriptor),
+        Transport::Bess => packets(PacketKind::Records)(descriptor),
+        Transport::Qemu | Transport::Vpnkit | Transport::Connect => {
+            let socket = StreamSocket::from(socket2::Socket::from(descriptor));
+            StreamLink::new(socket, StreamKind::Qemu, &[]).map(Link::Stream)
+        }
+    }
+    .map_err(RunError::System)
 }
 
 fn guest_spec(vm: &VmConfig) -> GuestSpec {

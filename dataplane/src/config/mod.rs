@@ -23,6 +23,8 @@ use crate::mac::Mac;
 use crate::message::{Forward, OwnPolicy, Zone};
 use url::{ListenUrl, Schemes, socket_path};
 
+pub(crate) use settings::base64_text;
+
 pub use problem::{Problem, Problems, write_lines};
 pub use settings::{OwnListSettings, OwnPolicySettings, SettingsError, VmSettings};
 pub use url::{ListenAt, UrlError};
@@ -72,8 +74,16 @@ pub struct Config {
     pub listeners: Vec<ListenConfig>,
     /// An inherited link, and its VM.
     pub link: Option<(RawFd, VmConfig)>,
+    /// The VM on standard input and output.
+    pub stdio: Option<VmConfig>,
+    /// MAC addresses that HyperKit's VMs are told to have, by their UUIDs in lower case.
+    pub vpnkit_macs: HashMap<String, Mac>,
     /// Forwards to open at the start.
     pub forwards: Vec<Forward>,
+    /// One end of the channel to the front ([`crate::front`]).
+    pub front_fd: Option<RawFd>,
+    /// Guests are offered what the front serves on the gateway's port 80.
+    pub guest_api: bool,
     /// The dataplane ends when the other end of this descriptor is closed.
     pub exit_with_fd: Option<RawFd>,
     /// Written to, and closed, when everything listens.
@@ -125,6 +135,54 @@ pub enum Transport {
     Qemu,
     /// Datagrams; each one frame.
     Vfkit,
+    /// Records; each one frame.
+    Bess,
+    /// A stream; each frame behind its length, all behind a handshake.
+    Vpnkit,
+    /// A stream of a request, which may be for a guest's link: each frame behind its length, all behind the request.
+    Connect,
+}
+
+impl Transport {
+    /// The flag of its sockets.
+    pub fn flag(self) -> &'static str {
+        match self {
+            Self::Qemu => "--listen-qemu",
+            Self::Vfkit => "--listen-vfkit",
+            Self::Bess => "--listen-bess",
+            Self::Vpnkit => "--listen-vpnkit",
+            Self::Connect => "--listen",
+        }
+    }
+
+    /// What hypervisors call it.
+    pub fn word(self) -> &'static str {
+        match self {
+            Self::Qemu => "qemu",
+            Self::Vfkit => "vfkit",
+            Self::Bess => "bess",
+            Self::Vpnkit => "vpnkit",
+            Self::Connect => "connect",
+        }
+    }
+
+    /// The scheme of its sockets' paths.
+    pub fn scheme(self) -> &'static str {
+        match self {
+            Self::Qemu | Self::Vpnkit | Self::Connect => "unix",
+            Self::Vfkit => "unixgram",
+            Self::Bess => "unixpacket",
+        }
+    }
+
+    fn schemes(self) -> Schemes {
+        match self {
+            Self::Qemu => Schemes::StreamOrFd,
+            Self::Vfkit => Schemes::Datagram,
+            Self::Bess => Schemes::Records,
+            Self::Vpnkit | Self::Connect => Schemes::Stream,
+        }
+    }
 }
 
 /// A socket for guests.
@@ -136,6 +194,17 @@ pub struct ListenConfig {
     pub at: ListenAt,
     /// The VM that connects.
     pub vm: VmConfig,
+}
+
+impl ListenConfig {
+    /// Where, as a URL without parameters.
+    pub fn url(&self) -> String {
+        match &self.at {
+            ListenAt::Unix(path) => format!("{}://{}", self.transport.scheme(), path.display()),
+            ListenAt::Tcp(address) => format!("tcp://{address}"),
+            at @ (ListenAt::Vsock { .. } | ListenAt::Fd(_)) => at.to_string(),
+        }
+    }
 }
 
 /// A VM, as the host's side knows it.
@@ -176,16 +245,8 @@ impl Config {
         let vm = vm_config(args, settings, &mut problems);
         let network = network::check(args, name, &mut problems);
         let listeners = listeners(args, &vm, &network, &mut problems);
-        for (flag, given) in [
-            ("--listen", &args.listen),
-            ("--listen-bess", &args.listen_bess),
-            ("--listen-vpnkit", &args.listen_vpnkit),
-            ("--listen-stdio", &args.listen_stdio),
-        ] {
-            if !given.is_empty() {
-                problems.push(Problem::NotBuilt { flag });
-            }
-        }
+        let has_stdio = stdio(args, &mut problems);
+        let vpnkit_macs = vpnkit_macs(args, &mut problems);
         let asked_for_a_link = args.listen_qemu.len()
             + args.listen_vfkit.len()
             + args.listen.len()
@@ -196,7 +257,10 @@ impl Config {
             problems.push(Problem::NoLink);
         }
         let forwards = network::forwards(args, &network, &mut problems);
-        descriptors(args, controlplane.as_ref(), &mut problems);
+        if args.guest_api && args.front_fd.is_none() {
+            problems.push(Problem::GuestApiWithoutFront);
+        }
+        descriptors(args, controlplane.as_ref(), &listeners, &mut problems);
 
         match (controlplane, problems.is_empty()) {
             (Some(controlplane), true) => Ok(Self {
@@ -204,14 +268,28 @@ impl Config {
                 name: name.to_owned(),
                 network,
                 listeners,
-                link: args.link_fd.map(|fd| (fd, vm)),
+                link: args.link_fd.map(|fd| (fd, vm.clone())),
+                stdio: has_stdio.then_some(vm),
+                vpnkit_macs,
                 forwards,
+                front_fd: args.front_fd,
+                guest_api: args.guest_api,
                 exit_with_fd: args.exit_with_fd,
                 ready_fd: args.ready_fd,
             }),
             _ => Err(Problems(problems)),
         }
     }
+}
+
+/// The descriptors of guests that the flags name, in no order, as far as they can be read.
+pub fn inherited(args: &Args) -> impl Iterator<Item = RawFd> {
+    let urls = [&args.listen_qemu, &args.listen_vfkit, &args.listen_bess];
+    let read = |url: &String| {
+        let number = url.strip_prefix("fd://")?;
+        number.split('?').next()?.parse().ok()
+    };
+    urls.into_iter().flatten().filter_map(read)
 }
 
 /// The name of a dataplane that was given none: host name and process id.
@@ -337,17 +415,20 @@ fn listeners(
     network: &NetworkConfig,
     problems: &mut Vec<Problem>,
 ) -> Vec<ListenConfig> {
-    let qemu = args
-        .listen_qemu
+    let given = [
+        (Transport::Qemu, &args.listen_qemu),
+        (Transport::Vfkit, &args.listen_vfkit),
+        (Transport::Bess, &args.listen_bess),
+        (Transport::Vpnkit, &args.listen_vpnkit),
+        (Transport::Connect, &args.listen),
+    ];
+    let given = given
         .iter()
-        .map(|url| ("--listen-qemu", url, Transport::Qemu, Schemes::Stream));
-    let vfkit = args
-        .listen_vfkit
-        .iter()
-        .map(|url| ("--listen-vfkit", url, Transport::Vfkit, Schemes::Datagram));
+        .flat_map(|(transport, urls)| urls.iter().map(|url| (*transport, url)));
     let mut listeners: Vec<ListenConfig> = Vec::new();
-    for (flag, found, transport, schemes) in qemu.chain(vfkit) {
-        let url = match ListenUrl::parse(found, schemes) {
+    for (transport, found) in given {
+        let flag = transport.flag();
+        let url = match ListenUrl::parse(found, transport.schemes()) {
             Ok(url) => url,
             Err(source) => {
                 problems.push(Problem::Url {
@@ -358,10 +439,13 @@ fn listeners(
                 continue;
             }
         };
-        if listeners
-            .iter()
-            .any(|l| l.at == url.at && !matches!(url.at, ListenAt::Tcp(a) if a.port() == 0))
-        {
+        let may_repeat = match url.at {
+            ListenAt::Tcp(address) => address.port() == 0,
+            // Looked at among all descriptors.
+            ListenAt::Fd(_) => true,
+            ListenAt::Unix(_) | ListenAt::Vsock { .. } => false,
+        };
+        if !may_repeat && listeners.iter().any(|l| l.at == url.at) {
             problems.push(Problem::ListenTwice {
                 flag,
                 found: found.clone(),
@@ -398,19 +482,72 @@ fn listeners(
     listeners
 }
 
-fn descriptors(args: &Args, controlplane: Option<&ControlplaneUrl>, problems: &mut Vec<Problem>) {
+/// Whether a guest is on standard input and output.
+fn stdio(args: &Args, problems: &mut Vec<Problem>) -> bool {
+    if args.listen_stdio.iter().any(String::is_empty) {
+        problems.push(Problem::EmptyStdio);
+    }
+    if args.listen_stdio.len() > 1 {
+        problems.push(Problem::StdioTwice(args.listen_stdio.len()));
+    }
+    !args.listen_stdio.is_empty()
+}
+
+fn vpnkit_macs(args: &Args, problems: &mut Vec<Problem>) -> HashMap<String, Mac> {
+    let mut macs = HashMap::new();
+    for found in &args.vpnkit_macs {
+        let Some((uuid, mac)) = found.split_once('=').filter(|(uuid, _)| is_uuid(uuid)) else {
+            problems.push(Problem::VpnkitMac(found.clone()));
+            continue;
+        };
+        let Some(mac) = parse_mac(mac) else {
+            problems.push(Problem::Mac {
+                flag: "--vpnkit-mac",
+                found: mac.to_owned(),
+            });
+            continue;
+        };
+        if macs.insert(uuid.to_ascii_lowercase(), mac).is_some() {
+            problems.push(Problem::VpnkitMacTwice(uuid.to_owned()));
+        }
+    }
+    macs
+}
+
+/// Whether a text is a UUID as it is written (RFC 9562 §4).
+fn is_uuid(text: &str) -> bool {
+    let groups = [8, 4, 4, 4, 12];
+    let is_hex = |part: &str| part.bytes().all(|b| b.is_ascii_hexdigit());
+    text.split('-').map(str::len).eq(groups) && text.split('-').all(is_hex)
+}
+
+fn descriptors(
+    args: &Args,
+    controlplane: Option<&ControlplaneUrl>,
+    listeners: &[ListenConfig],
+    problems: &mut Vec<Problem>,
+) {
     let stream = match controlplane {
         Some(ControlplaneUrl::Fd(fd)) => Some(*fd),
         _ => None,
     };
     let mut taken: HashMap<RawFd, &'static str> = HashMap::new();
-    for (flag, fd) in [
+    let connected = listeners.iter().map(|listener| {
+        let fd = match listener.at {
+            ListenAt::Fd(fd) => Some(fd),
+            ListenAt::Unix(_) | ListenAt::Tcp(_) | ListenAt::Vsock { .. } => None,
+        };
+        (listener.transport.flag(), fd)
+    });
+    let flags = [
         ("--controlplane", stream),
         ("--link-fd", args.link_fd),
+        ("--front-fd", args.front_fd),
         ("--vm-settings-fd", args.vm_settings_fd),
         ("--exit-with-fd", args.exit_with_fd),
         ("--ready-fd", args.ready_fd),
-    ] {
+    ];
+    for (flag, fd) in flags.into_iter().chain(connected) {
         let Some(found) = fd else { continue };
         if found < FIRST_INHERITED {
             problems.push(Problem::Descriptor { flag, found });

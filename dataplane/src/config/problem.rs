@@ -70,8 +70,6 @@ pub enum Problem {
     Label { found: String, why: &'static str },
     #[error("--label {0} is given twice with different values")]
     LabelTwice(String),
-    #[error("{flag} is not built yet; use --listen-qemu or --listen-vfkit")]
-    NotBuilt { flag: &'static str },
     #[error("{flag} {found}")]
     Url {
         flag: &'static str,
@@ -83,8 +81,19 @@ pub enum Problem {
     UrlName { flag: &'static str, found: String },
     #[error("{flag} {found}: another --listen flag listens there too")]
     ListenTwice { flag: &'static str, found: String },
-    #[error("no guest can attach: give --listen-qemu URL or --listen-vfkit URL")]
+    #[error(
+        "no guest can attach: give one of --listen, --listen-qemu, --listen-vfkit, --listen-bess, --listen-vpnkit \
+         and --listen-stdio"
+    )]
     NoLink,
+    #[error("--listen-stdio is empty (expected any text, as accept)")]
+    EmptyStdio,
+    #[error("--listen-stdio is given {0} times (one guest has standard input and output)")]
+    StdioTwice(usize),
+    #[error("--vpnkit-mac {0:?} is not a VM's address (expected UUID=MAC)")]
+    VpnkitMac(String),
+    #[error("--vpnkit-mac {0} is given twice for this UUID")]
+    VpnkitMacTwice(String),
     #[error("--mtu {0} is out of range (expected 576 to 65520)")]
     Mtu(String),
     #[error("--subnet {0} is not an IPv4 subnet (expected one as 192.168.127.0/24)")]
@@ -168,6 +177,8 @@ pub enum Problem {
     PublishTwice(String),
     #[error("--publish asks for {found} forwards (at most {most})")]
     PublishMany { found: usize, most: usize },
+    #[error("--guest-api needs --front-fd: it is the front that serves it")]
+    GuestApiWithoutFront,
     #[error("{flag} {found} is not a descriptor that can be inherited (expected 3 or above)")]
     Descriptor { flag: &'static str, found: i32 },
     #[error("{flag} {found} is the descriptor of {other} already")]

@@ -265,6 +265,86 @@ fn zones_resolvers_leases_and_forwards_are_read() {
 }
 
 #[test]
+fn every_transport_has_its_sockets() {
+    let config = check(&[
+        "--listen-vfkit",
+        "unixgram:///run/v.sock?name=mac",
+        "--listen-vfkit",
+        "fd://7?mac=5a:94:ef:00:00:02",
+        "--listen-bess",
+        "fd://8",
+        "--listen-vpnkit",
+        "tcp://127.0.0.1:0",
+        "--listen",
+        "unix:///run/n.sock?name=dev&ip=192.168.127.9",
+        "--listen-stdio",
+        "accept",
+        "--vpnkit-mac",
+        "C3D68012-0208-11ea-9fd7-f2189899ab08=5a:94:ef:e4:0c:ee",
+    ])
+    .unwrap();
+    let listeners: Vec<String> = config
+        .listeners
+        .iter()
+        .map(|l| format!("{} {} {}", l.transport.word(), l.at, l.vm.name))
+        .collect();
+    assert_eq!(
+        listeners,
+        [
+            "qemu /run/q.sock vm",
+            "vfkit /run/v.sock mac",
+            "vfkit fd://7 vm",
+            "bess fd://8 vm",
+            "vpnkit 127.0.0.1:0 vm",
+            "connect /run/n.sock dev"
+        ]
+    );
+    assert_eq!(
+        config.listeners[2].vm.mac.unwrap().to_string(),
+        "5a:94:ef:00:00:02"
+    );
+    assert_eq!(config.stdio.unwrap().name, "vm");
+    assert_eq!(
+        config.vpnkit_macs["c3d68012-0208-11ea-9fd7-f2189899ab08"].to_string(),
+        "5a:94:ef:e4:0c:ee"
+    );
+    assert!(check_bare(&[&CONTROLPLANE[..], &["--listen-stdio", "accept"]].concat()).is_ok());
+}
+
+#[cfg(target_os = "linux")]
+#[test]
+fn vsock_and_records_are_read_on_linux() {
+    let config = check(&[
+        "--listen-qemu",
+        "vsock://:1024",
+        "--listen-vpnkit",
+        "vsock://2:1024",
+        "--listen-bess",
+        "unixpacket:///run/b.sock",
+    ])
+    .unwrap();
+    let at: Vec<String> = config.listeners.iter().map(|l| l.at.to_string()).collect();
+    assert_eq!(
+        at,
+        ["/run/q.sock", "vsock://:1024", "/run/b.sock", "vsock://2:1024"]
+    );
+    for bad in [
+        "vsock://",
+        "vsock://2",
+        "vsock://2:",
+        "vsock://x:1",
+        "vsock://2:+1",
+        "vsock://:4294967295",
+    ] {
+        let said = check(&["--listen-qemu", bad]).unwrap_err();
+        let expected = format!(
+            "--listen-qemu {bad}: expected a context and a port, as vsock://2:1024, or vsock://:1024 for any context"
+        );
+        assert_eq!(said, [expected]);
+    }
+}
+
+#[test]
 fn bad_flags_are_refused_in_these_words() {
     let long = format!("unix:///{}", "a".repeat(200));
     let too_long = format!(
@@ -297,28 +377,85 @@ fn bad_flags_are_refused_in_these_words() {
             "--label x is given twice with different values",
         ),
         (
-            &["--listen", "unix:///a"],
-            "--listen is not built yet; use --listen-qemu or --listen-vfkit",
+            &["--listen", "fd://7"],
+            "--listen fd://7: expected unix:///PATH, tcp://127.0.0.1:PORT or vsock://CID:PORT",
         ),
         (
-            &["--listen-bess", "unixpacket:///a"],
-            "--listen-bess is not built yet; use --listen-qemu or --listen-vfkit",
+            &["--listen", "tcp://0.0.0.0:8080"],
+            "--listen tcp://0.0.0.0:8080: 0.0.0.0:8080 is not a loopback address; guests over TCP are served on loopback only",
         ),
         (
-            &["--listen-vpnkit", "x"],
-            "--listen-vpnkit is not built yet; use --listen-qemu or --listen-vfkit",
+            &["--listen", "unix:///run/q.sock"],
+            "--listen unix:///run/q.sock: another --listen flag listens there too",
         ),
         (
-            &["--listen-stdio", "accept"],
-            "--listen-stdio is not built yet; use --listen-qemu or --listen-vfkit",
+            &["--listen-bess", "unix:///a"],
+            "--listen-bess unix:///a: expected unixpacket:///PATH or fd://N",
+        ),
+        (
+            &["--listen-vpnkit", "fd://9"],
+            "--listen-vpnkit fd://9: expected unix:///PATH, tcp://127.0.0.1:PORT or vsock://CID:PORT",
+        ),
+        (
+            &["--listen-vpnkit", "unix:///run/q.sock"],
+            "--listen-vpnkit unix:///run/q.sock: another --listen flag listens there too",
+        ),
+        (
+            &["--listen-stdio", ""],
+            "--listen-stdio is empty (expected any text, as accept)",
+        ),
+        (
+            &["--listen-stdio", "a", "--listen-stdio", "b"],
+            "--listen-stdio is given 2 times (one guest has standard input and output)",
+        ),
+        (
+            &["--vpnkit-mac", "5a:94:ef:e4:0c:ee"],
+            "--vpnkit-mac \"5a:94:ef:e4:0c:ee\" is not a VM's address (expected UUID=MAC)",
+        ),
+        (
+            &[
+                "--vpnkit-mac",
+                "c3d68012-0208-11ea-9fd7-f2189899ab0=5a:94:ef:e4:0c:ee",
+            ],
+            "--vpnkit-mac \"c3d68012-0208-11ea-9fd7-f2189899ab0=5a:94:ef:e4:0c:ee\" is not a VM's address (expected \
+             UUID=MAC)",
+        ),
+        (
+            &["--vpnkit-mac", "c3d68012-0208-11ea-9fd7-f2189899ab08=x"],
+            "--vpnkit-mac x is not a unicast MAC address (expected one as 5a:94:ef:00:00:02)",
+        ),
+        (
+            &[
+                "--vpnkit-mac",
+                "c3d68012-0208-11ea-9fd7-f2189899ab08=5a:94:ef:e4:0c:ee",
+                "--vpnkit-mac",
+                "C3D68012-0208-11EA-9FD7-F2189899AB08=5a:94:ef:e4:0c:ef",
+            ],
+            "--vpnkit-mac C3D68012-0208-11EA-9FD7-F2189899AB08 is given twice for this UUID",
+        ),
+        (
+            &["--listen-qemu", "fd://x"],
+            "--listen-qemu fd://x: expected the number of an inherited descriptor, as fd://3",
+        ),
+        (
+            &["--listen-qemu", "fd://2"],
+            "--listen-qemu 2 is not a descriptor that can be inherited (expected 3 or above)",
+        ),
+        (
+            &["--listen-vfkit", "fd://7", "--listen-qemu", "fd://7"],
+            "--listen-vfkit 7 is the descriptor of --listen-qemu already",
+        ),
+        (
+            &["--listen-bess", "fd://7", "--exit-with-fd", "7"],
+            "--listen-bess 7 is the descriptor of --exit-with-fd already",
         ),
         (
             &["--listen-qemu", "/run/q.sock"],
-            "--listen-qemu /run/q.sock: expected unix:///PATH or tcp://127.0.0.1:PORT",
+            "--listen-qemu /run/q.sock: expected unix:///PATH, tcp://127.0.0.1:PORT, vsock://CID:PORT or fd://N",
         ),
         (
             &["--listen-vfkit", "unix:///run/v.sock"],
-            "--listen-vfkit unix:///run/v.sock: expected unixgram:///PATH",
+            "--listen-vfkit unix:///run/v.sock: expected unixgram:///PATH or fd://N",
         ),
         (
             &["--listen-qemu", "unix://run/q.sock"],
@@ -524,6 +661,18 @@ fn bad_flags_are_refused_in_these_words() {
             &["--link-fd", "5", "--exit-with-fd", "5"],
             "--exit-with-fd 5 is the descriptor of --link-fd already",
         ),
+        (
+            &["--front-fd", "2"],
+            "--front-fd 2 is not a descriptor that can be inherited (expected 3 or above)",
+        ),
+        (
+            &["--front-fd", "5", "--ready-fd", "5"],
+            "--ready-fd 5 is the descriptor of --front-fd already",
+        ),
+        (
+            &["--guest-api"],
+            "--guest-api needs --front-fd: it is the front that serves it",
+        ),
     ];
     for (flags, message) in table {
         assert_eq!(check(flags).err(), Some(vec![(*message).to_owned()]), "{flags:?}");
@@ -559,7 +708,9 @@ fn a_controlplane_must_be_given_and_be_one_that_is_built() {
         Some(vec![
             "--controlplane is not given (expected unix:///PATH of the controlplane's session socket)"
                 .to_owned(),
-            "no guest can attach: give --listen-qemu URL or --listen-vfkit URL".to_owned(),
+            "no guest can attach: give one of --listen, --listen-qemu, --listen-vfkit, --listen-bess, --listen-vpnkit \
+             and --listen-stdio"
+                .to_owned(),
         ])
     );
 }
@@ -576,7 +727,7 @@ fn every_problem_is_reported_at_once() {
         "-p",
         "y",
         "--listen-stdio",
-        "accept",
+        "",
     ]);
     assert_eq!(problems.unwrap_err().len(), 5);
 }

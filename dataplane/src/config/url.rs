@@ -1,9 +1,11 @@
-//! Listen URLs: `unix:///PATH`, `unixgram:///PATH`, `tcp://127.0.0.1:PORT`, each with `?name=&mac=&ip=`.
+//! Listen URLs: `unix:///PATH`, `unixgram:///PATH`, `unixpacket:///PATH`, `tcp://127.0.0.1:PORT`,
+//! `vsock://CID:PORT` and `fd://N`, each with `?name=&mac=&ip=`.
 //!
 //! A small strict reader rather than a general one: a general URL would let through hosts, users and
 //! fragments that mean nothing here.
 
 use std::net::{Ipv4Addr, SocketAddr};
+use std::os::fd::RawFd;
 use std::path::PathBuf;
 
 use vnet_proto::model::{SOCKET_PATH_BYTES_MAX, percent_decode};
@@ -40,6 +42,20 @@ pub enum UrlError {
     /// Not an address and port.
     #[error("expected an address and a port, as tcp://127.0.0.1:4444")]
     TcpAddress,
+    /// Not a context and port of vsock.
+    #[error("expected a context and a port, as vsock://2:1024, or vsock://:1024 for any context")]
+    Vsock,
+    /// Not a number.
+    #[error("expected the number of an inherited descriptor, as fd://3")]
+    Fd,
+    /// What only Linux has.
+    #[error("{what} is Linux's; here, {instead}")]
+    LinuxOnly {
+        /// What was asked for.
+        what: &'static str,
+        /// What does the same.
+        instead: String,
+    },
     /// An address that others reach.
     #[error("{0} is not a loopback address; guests over TCP are served on loopback only")]
     NotLoopback(SocketAddr),
@@ -72,6 +88,15 @@ pub enum ListenAt {
     Unix(PathBuf),
     /// A loopback address.
     Tcp(SocketAddr),
+    /// A port for VMs.
+    Vsock {
+        /// The context that listens; any of this machine's if left out.
+        cid: Option<u32>,
+        /// The port.
+        port: u32,
+    },
+    /// Nowhere: this inherited descriptor is connected to a guest.
+    Fd(RawFd),
 }
 
 impl std::fmt::Display for ListenAt {
@@ -79,6 +104,9 @@ impl std::fmt::Display for ListenAt {
         match self {
             Self::Unix(path) => path.display().fmt(f),
             Self::Tcp(address) => address.fmt(f),
+            Self::Vsock { cid: Some(cid), port } => write!(f, "vsock://{cid}:{port}"),
+            Self::Vsock { cid: None, port } => write!(f, "vsock://:{port}"),
+            Self::Fd(fd) => write!(f, "fd://{fd}"),
         }
     }
 }
@@ -95,25 +123,52 @@ pub(super) struct ListenUrl {
 /// Which schemes a flag takes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Schemes {
-    /// `unix` and `tcp`.
+    /// `unix`, `tcp` and `vsock`.
     Stream,
-    /// `unixgram`.
+    /// The same, and `fd`.
+    StreamOrFd,
+    /// `unixgram` and `fd`.
     Datagram,
+    /// `unixpacket` and `fd`.
+    Records,
+}
+
+impl Schemes {
+    fn expected(self) -> &'static str {
+        match self {
+            Self::Stream => "unix:///PATH, tcp://127.0.0.1:PORT or vsock://CID:PORT",
+            Self::StreamOrFd => "unix:///PATH, tcp://127.0.0.1:PORT, vsock://CID:PORT or fd://N",
+            Self::Datagram => "unixgram:///PATH or fd://N",
+            Self::Records => "unixpacket:///PATH or fd://N",
+        }
+    }
+
+    /// Reads `scheme://place`. `None` when the scheme is not one of these.
+    fn read(self, scheme: &str, place: &str) -> Option<Result<ListenAt, UrlError>> {
+        let path = |scheme| socket_path(scheme, place).map(ListenAt::Unix);
+        Some(match (scheme, self) {
+            ("unix", Self::Stream | Self::StreamOrFd) => path("unix"),
+            ("unixgram", Self::Datagram) => path("unixgram"),
+            ("unixpacket", Self::Records) => records(path("unixpacket")),
+            ("tcp", Self::Stream | Self::StreamOrFd) => loopback(place).map(ListenAt::Tcp),
+            ("vsock", Self::Stream | Self::StreamOrFd) => vsock(place),
+            ("fd", Self::StreamOrFd | Self::Datagram | Self::Records) => {
+                place.parse().map(ListenAt::Fd).map_err(|_| UrlError::Fd)
+            }
+            _ => return None,
+        })
+    }
 }
 
 impl ListenUrl {
     pub(super) fn parse(text: &str, schemes: Schemes) -> Result<Self, UrlError> {
-        let expected = match schemes {
-            Schemes::Stream => "unix:///PATH or tcp://127.0.0.1:PORT",
-            Schemes::Datagram => "unixgram:///PATH",
-        };
         let (place, query) = text.split_once('?').unwrap_or((text, ""));
-        let at = match (place.split_once("://"), schemes) {
-            (Some(("unix", path)), Schemes::Stream) => ListenAt::Unix(socket_path("unix", path)?),
-            (Some(("unixgram", path)), Schemes::Datagram) => ListenAt::Unix(socket_path("unixgram", path)?),
-            (Some(("tcp", address)), Schemes::Stream) => ListenAt::Tcp(loopback(address)?),
-            _ => return Err(UrlError::Scheme { expected }),
-        };
+        let at = place
+            .split_once("://")
+            .and_then(|(scheme, place)| schemes.read(scheme, place))
+            .ok_or(UrlError::Scheme {
+                expected: schemes.expected(),
+            })??;
         let mut url = Self {
             at,
             name: None,
@@ -179,6 +234,35 @@ fn loopback(text: &str) -> Result<SocketAddr, UrlError> {
     } else {
         Err(UrlError::NotLoopback(address))
     }
+}
+
+fn records(at: Result<ListenAt, UrlError>) -> Result<ListenAt, UrlError> {
+    if cfg!(target_os = "linux") {
+        return at;
+    }
+    Err(UrlError::LinuxOnly {
+        what: "unixpacket",
+        instead: "use --listen-vfkit or --listen-qemu".to_owned(),
+    })
+}
+
+fn vsock(text: &str) -> Result<ListenAt, UrlError> {
+    let number = |text: &str| {
+        let is_number = !text.is_empty() && text.bytes().all(|b| b.is_ascii_digit());
+        // The greatest stands for any.
+        let number = is_number.then(|| text.parse().ok()).flatten();
+        number.filter(|n| *n != u32::MAX).ok_or(UrlError::Vsock)
+    };
+    let (cid, port) = text.rsplit_once(':').ok_or(UrlError::Vsock)?;
+    let cid = (!cid.is_empty()).then(|| number(cid)).transpose()?;
+    let port = number(port)?;
+    if cfg!(target_os = "linux") {
+        return Ok(ListenAt::Vsock { cid, port });
+    }
+    Err(UrlError::LinuxOnly {
+        what: "vsock",
+        instead: format!("hypervisors put it on a Unix socket, as unix:///DIRECTORY/00000002.{port:08x}"),
+    })
 }
 
 fn decode(text: &str) -> Result<String, UrlError> {

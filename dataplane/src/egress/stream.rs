@@ -4,11 +4,14 @@ use std::io::{self, Read as _, Write as _};
 use std::net::{Shutdown, TcpStream as StdTcpStream};
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream as StdUnixStream;
+use std::pin::Pin;
+use std::task::{Context, Poll};
 use std::time::Duration;
 
 use mio::net::{TcpStream, UnixStream};
 use mio::{Interest, Registry, Token};
 use socket2::{Domain, SockRef, Type};
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
 /// A connected stream, not yet in anybody's poller.
 #[derive(Debug)]
@@ -47,11 +50,17 @@ impl HostStream {
         if socket.is_listener().unwrap_or(false) {
             return Err(NotAStream::Listens);
         }
-        let domain = socket.local_addr().map_err(NotAStream::Socket)?.domain();
-        Ok(match domain {
-            Domain::IPV4 | Domain::IPV6 => Self::Tcp(descriptor.into()),
+        socket.local_addr().map_err(NotAStream::Socket)?;
+        Ok(Self::accepted(descriptor))
+    }
+
+    /// Of a stream that was accepted, whatever its kind.
+    pub fn accepted(descriptor: OwnedFd) -> Self {
+        let address = SockRef::from(&descriptor).local_addr();
+        match address.map(|address| address.domain()) {
+            Ok(Domain::IPV4 | Domain::IPV6) => Self::Tcp(descriptor.into()),
             _ => Self::Unix(descriptor.into()),
-        })
+        }
     }
 
     /// Makes the close that follows a reset, where the kind of socket has one. If it cannot be, the other side
@@ -63,18 +72,13 @@ impl HostStream {
         }
     }
 
-    /// Makes reads and writes return at once, and small writes leave at once.
+    /// Makes reads and writes return at once.
     ///
     /// # Errors
-    /// The system's, of the first.
-    pub fn prepare(&self) -> io::Result<()> {
+    /// The system's.
+    pub fn set_nonblocking(&self) -> io::Result<()> {
         match self {
-            Self::Tcp(stream) => {
-                stream.set_nonblocking(true)?;
-                // Without it, small writes wait for the other side's acknowledgement; it works anyway.
-                let _ = stream.set_nodelay(true);
-                Ok(())
-            }
+            Self::Tcp(stream) => stream.set_nonblocking(true),
             Self::Unix(stream) => stream.set_nonblocking(true),
         }
     }
@@ -101,6 +105,80 @@ impl From<HostStream> for OwnedFd {
     }
 }
 
+/// The same within a tokio runtime.
+#[derive(Debug)]
+pub enum AsyncStream {
+    /// TCP.
+    Tcp(tokio::net::TcpStream),
+    /// As [`HostStream::Unix`].
+    Unix(tokio::net::UnixStream),
+}
+
+impl AsyncStream {
+    /// Follows a stream in the runtime that this is called in.
+    ///
+    /// # Errors
+    /// The system's.
+    pub fn new(stream: HostStream) -> io::Result<Self> {
+        stream.set_nonblocking()?;
+        Ok(match stream {
+            HostStream::Tcp(stream) => Self::Tcp(tokio::net::TcpStream::from_std(stream)?),
+            HostStream::Unix(stream) => Self::Unix(tokio::net::UnixStream::from_std(stream)?),
+        })
+    }
+
+    /// Takes it out of the runtime. It stays non-blocking.
+    ///
+    /// # Errors
+    /// The system's.
+    pub fn into_host(self) -> io::Result<HostStream> {
+        Ok(match self {
+            Self::Tcp(stream) => HostStream::Tcp(stream.into_std()?),
+            Self::Unix(stream) => HostStream::Unix(stream.into_std()?),
+        })
+    }
+}
+
+/// Runs the same on either kind.
+macro_rules! on_either {
+    ($stream:expr, $inner:ident => $call:expr) => {
+        match $stream.get_mut() {
+            AsyncStream::Tcp(stream) => {
+                let $inner = Pin::new(stream);
+                $call
+            }
+            AsyncStream::Unix(stream) => {
+                let $inner = Pin::new(stream);
+                $call
+            }
+        }
+    };
+}
+
+impl AsyncRead for AsyncStream {
+    fn poll_read(
+        self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        buffer: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        on_either!(self, inner => inner.poll_read(context, buffer))
+    }
+}
+
+impl AsyncWrite for AsyncStream {
+    fn poll_write(self: Pin<&mut Self>, context: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+        on_either!(self, inner => inner.poll_write(context, bytes))
+    }
+
+    fn poll_flush(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        on_either!(self, inner => inner.poll_flush(context))
+    }
+
+    fn poll_shutdown(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        on_either!(self, inner => inner.poll_shutdown(context))
+    }
+}
+
 /// The same in a driver's poller. It is non-blocking.
 #[derive(Debug)]
 pub(super) enum PolledStream {
@@ -112,7 +190,7 @@ impl PolledStream {
     /// # Errors
     /// When it cannot be made non-blocking.
     pub(super) fn new(stream: HostStream) -> io::Result<Self> {
-        stream.prepare()?;
+        stream.set_nonblocking()?;
         Ok(match stream {
             HostStream::Tcp(stream) => Self::Tcp(TcpStream::from_std(stream)),
             HostStream::Unix(stream) => Self::Unix(UnixStream::from_std(stream)),

@@ -35,6 +35,7 @@ impl Engine {
             ("dials_failed", self.dials_failed),
             ("forward_client_refused", self.ingress_refused),
             ("ring_growth_refused", self.rings.refused()),
+            ("guest_api_refused", self.guest_api.refused),
         ];
         let dhcp = DhcpIgnored::ALL.map(|why| (why.word(), self.dhcp.0[why as usize]));
         let names = InspectRefusal::WORDS.into_iter().zip(self.name_refusals);

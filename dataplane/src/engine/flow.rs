@@ -38,6 +38,8 @@ pub struct Flow {
     pub ingress: bool,
     /// The forward that it came through.
     pub forward: Option<ForwardId>,
+    /// It leads to the gateway's own API, of which the session is told nothing.
+    pub is_guest_api: bool,
     /// Where it is in its life.
     pub state: State,
     /// What let it through has a budget.
@@ -122,6 +124,7 @@ impl Flow {
             neighbour: wanted.neighbour,
             ingress: false,
             forward: None,
+            is_guest_api: false,
             state,
             metered: false,
             decision: None,

@@ -75,8 +75,8 @@ pub enum DropReason {
     GatewayService,
     /// Longer than the link may carry.
     Oversize,
-    /// A datagram from another hypervisor on a socket that one guest has.
-    UnknownPeer,
+    /// The queue from a socket that several VMs share is full: this one sends more than is taken.
+    ReceiveQueueFull,
     /// A DHCP answer from a guest: only the gateway gives addresses.
     RogueDhcp,
     /// What only a router says (router advertisement, redirect), or an advertisement of an address that is
@@ -106,7 +106,7 @@ impl DropReason {
         Self::HostRefused,
         Self::GatewayService,
         Self::Oversize,
-        Self::UnknownPeer,
+        Self::ReceiveQueueFull,
         Self::RogueDhcp,
         Self::RogueNdp,
     ];
@@ -133,7 +133,7 @@ impl DropReason {
             Self::HostRefused => "host_refused",
             Self::GatewayService => "gateway_service",
             Self::Oversize => "oversize",
-            Self::UnknownPeer => "unknown_peer",
+            Self::ReceiveQueueFull => "receive_queue_full",
             Self::RogueDhcp => "rogue_dhcp",
             Self::RogueNdp => "rogue_ndp",
         }

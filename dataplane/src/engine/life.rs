@@ -143,6 +143,10 @@ impl Engine {
             reset,
             descriptor,
         });
+        if flow.is_guest_api {
+            self.guest_api.live -= 1;
+            return;
+        }
         self.report(Report::FlowClosed {
             flow: flow.id,
             end,
@@ -196,7 +200,7 @@ impl Engine {
         flow.bytes_up += up as u64;
         flow.bytes_down += down as u64;
         let is_metered = flow.metered;
-        if !std::mem::replace(&mut flow.touched, true) {
+        if !flow.is_guest_api && !std::mem::replace(&mut flow.touched, true) {
             self.touched.push(at);
             self.want_report(now);
         }

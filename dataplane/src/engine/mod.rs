@@ -28,6 +28,7 @@ pub mod flow;
 mod fragment;
 pub mod frame;
 pub mod gateway;
+pub mod guest_api;
 pub mod held;
 mod idle;
 mod inbound;
@@ -76,6 +77,7 @@ use crate::engine::fragment::Fragments;
 use crate::engine::frame::{Body, DropReason, Frame};
 use crate::engine::gateway::dhcp::DhcpOutcome;
 use crate::engine::gateway::dns::Dns;
+use crate::engine::guest_api::GuestApi;
 use crate::engine::held::Held;
 use crate::engine::idle::Idle;
 use crate::engine::inspect::InspectRefusal;
@@ -213,6 +215,14 @@ pub enum Event {
         /// Where to.
         to: SocketAddr,
     },
+    /// Make a way to the front for a guest's connection to the gateway, then say [`Engine::handle_dialled`], or
+    /// [`Engine::handle_refused`] where there is none.
+    OpenGuestApi {
+        /// The flow's place.
+        flow: usize,
+        /// The address that the guest connects from.
+        guest: IpAddr,
+    },
     /// Send these on a UDP or echo flow's host socket, opening it if it is not.
     Send {
         /// The flow's place.
@@ -289,6 +299,7 @@ pub struct Engine {
     synthetics: Synthetics,
     budgets: Budgets,
     dhcp: DhcpCounts,
+    guest_api: GuestApi,
     dns: Dns,
     aliases: Aliases,
     /// What was counted when it was last reported.
@@ -358,6 +369,7 @@ impl Engine {
             synthetics: Synthetics::default(),
             budgets: Budgets::default(),
             dhcp: DhcpCounts::default(),
+            guest_api: GuestApi::default(),
             dns: Dns::new(config.lookup_hold, config.seed),
             aliases: Aliases::default(),
             counted: BTreeMap::new(),

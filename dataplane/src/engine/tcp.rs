@@ -14,6 +14,7 @@ use crate::descriptors::Descriptor;
 use crate::engine::cache::Decision;
 use crate::engine::flow::{State, Waiting};
 use crate::engine::frame::DropReason;
+use crate::engine::guest_api::GUEST_API_PORT;
 use crate::engine::ip::Ip;
 use crate::engine::judge::Wanted;
 use crate::engine::reply::{self, TcpHeader, Unreachable};
@@ -146,10 +147,16 @@ impl Engine {
             return refuse(self, DropReason::FlowLimit);
         }
         if self.is_gateway(ip.destination) {
-            if header.destination != DNS_PORT {
-                return refuse(self, DropReason::GatewayService);
-            }
-            return self.open_service(now, ip, key).map(|()| Outcome::Done);
+            return match header.destination {
+                DNS_PORT => self.open_service(now, ip, key).map(|()| Outcome::Done),
+                GUEST_API_PORT if self.guest_api.offered && ip.destination.is_ipv4() => {
+                    match self.open_guest_api(now, ip, key) {
+                        Ok(()) => Ok(Outcome::Done),
+                        Err(reason) => refuse(self, reason),
+                    }
+                }
+                _ => refuse(self, DropReason::GatewayService),
+            };
         }
         if self.is_redirected(key.peer) {
             self.dns.count_redirected();
@@ -463,6 +470,9 @@ impl Engine {
         sent_all
     }
 }
+
+/// Port 0, at which nothing listens.
+const NOWHERE: SocketAddr = SocketAddr::new(std::net::IpAddr::V4(std::net::Ipv4Addr::UNSPECIFIED), 0);
 
 /// Whether a SYN is the one that is kept.
 fn same_syn(packets: &[Box<[u8]>], header: &TcpHeader) -> bool {

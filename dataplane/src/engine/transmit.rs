@@ -1,22 +1,64 @@
 //! The queue of frames towards a guest: one fixed buffer, filled in place, flushed in one write.
 //!
-//! Each frame stands behind a 4-byte big-endian length, which is QEMU's stream framing as it is;
-//! datagram links and TAPs skip it. Frames are never dropped here: when there is no room, the
-//! producer waits (a TCP flow goes on the blocked list) or drops what it has itself.
+//! Each frame stands behind its length in the [`Framing`] of the link's stream, so that a stream link
+//! writes the queue as it is; datagram links and TAPs skip it. Frames are never dropped here: when there
+//! is no room, the producer waits (a TCP flow goes on the blocked list) or drops what it has itself.
 
 use crate::engine::frame::{ETHERNET_BYTES, EtherType};
 use crate::mac::Mac;
 
 /// Room for frames not yet written, bytes. More would outrun the socket buffers behind it.
 pub const QUEUE_BYTES: usize = 1 << 20;
-/// Length prefix in front of each frame, bytes.
+/// Length prefix in front of each frame, bytes: that of [`Framing::Be32`], and more than any other's.
 pub const PREFIX_BYTES: usize = 4;
+
+/// How long a frame is, in front of it on a stream.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Framing {
+    /// 4 bytes, big-endian: QEMU's `-netdev stream`. Also what links that are no stream queue behind.
+    Be32,
+    /// 2 bytes, little-endian: `/connect`, vpnkit, standard input and output.
+    Le16,
+}
+
+impl Framing {
+    /// Bytes of a length.
+    pub const fn prefix_bytes(self) -> usize {
+        match self {
+            Self::Be32 => size_of::<u32>(),
+            Self::Le16 => size_of::<u16>(),
+        }
+    }
+
+    /// The longest frame that it can say, bytes.
+    pub const fn frame_bytes_max(self) -> usize {
+        match self {
+            Self::Be32 => u32::MAX as usize,
+            Self::Le16 => u16::MAX as usize,
+        }
+    }
+
+    /// Takes a length off the front of what was read. `None` when it is not all there.
+    pub fn split_length(self, read: &[u8]) -> Option<(usize, &[u8])> {
+        match self {
+            Self::Be32 => {
+                let (prefix, rest) = read.split_first_chunk()?;
+                Some((u32::from_be_bytes(*prefix) as usize, rest))
+            }
+            Self::Le16 => {
+                let (prefix, rest) = read.split_first_chunk()?;
+                Some((u16::from_le_bytes(*prefix).into(), rest))
+            }
+        }
+    }
+}
 
 /// Frames towards a guest.
 pub struct Transmit {
     buffer: Box<[u8]>,
     start: usize,
     end: usize,
+    framing: Framing,
     /// Ethernet addresses put in front of every packet: to the guest, from the gateway.
     pub guest: Mac,
     gateway: Mac,
@@ -24,16 +66,29 @@ pub struct Transmit {
 }
 
 impl Transmit {
-    /// An empty queue of frames from `gateway`.
+    /// An empty queue of frames from `gateway`, in [`Framing::Be32`].
     pub fn new(gateway: Mac) -> Self {
         Self {
             buffer: vec![0; QUEUE_BYTES].into_boxed_slice(),
             start: 0,
             end: 0,
+            framing: Framing::Be32,
             guest: Mac::BROADCAST,
             gateway,
             identification: 0,
         }
+    }
+
+    /// Frames stand behind lengths of this framing from now on. What was queued is forgotten: it is of
+    /// another, and of another link.
+    pub fn set_framing(&mut self, framing: Framing) {
+        self.clear();
+        self.framing = framing;
+    }
+
+    /// The longest frame that can be queued, bytes.
+    pub fn frame_bytes_max(&self) -> usize {
+        self.framing.frame_bytes_max()
     }
 
     /// Whether a packet of so many bytes (without its Ethernet header) fits.
@@ -106,15 +161,21 @@ impl Transmit {
     }
 
     fn reserve(&mut self, frame_bytes: usize) -> Option<&mut [u8]> {
-        let length = u32::try_from(frame_bytes).ok()?;
+        match self.framing {
+            Framing::Be32 => self.reserve_behind(u32::try_from(frame_bytes).ok()?.to_be_bytes(), frame_bytes),
+            Framing::Le16 => self.reserve_behind(u16::try_from(frame_bytes).ok()?.to_le_bytes(), frame_bytes),
+        }
+    }
+
+    fn reserve_behind<const N: usize>(&mut self, length: [u8; N], frame_bytes: usize) -> Option<&mut [u8]> {
         let next = self
             .end
-            .checked_add(PREFIX_BYTES + frame_bytes)
+            .checked_add(N + frame_bytes)
             .filter(|n| *n <= self.buffer.len())?;
-        let room = &mut self.buffer[self.end..next];
-        room[..PREFIX_BYTES].copy_from_slice(&length.to_be_bytes());
+        let (prefix, room) = self.buffer[self.end..next].split_first_chunk_mut()?;
+        *prefix = length;
         self.end = next;
-        Some(&mut room[PREFIX_BYTES..])
+        Some(room)
     }
 
     /// A fresh identification for a packet that leaves in fragments (RFC 6864 §4.2).
@@ -136,8 +197,8 @@ impl Transmit {
     /// The first whole frame queued, without its prefix: what a datagram link writes. Not to be
     /// mixed with a stream's partial writes.
     pub fn first_frame(&self) -> Option<&[u8]> {
-        let (prefix, rest) = self.bytes().split_first_chunk::<PREFIX_BYTES>()?;
-        rest.get(..u32::from_be_bytes(*prefix) as usize)
+        let (length, rest) = self.framing.split_length(self.bytes())?;
+        rest.get(..length)
     }
 
     /// Takes so many bytes off the front, prefixes included.
@@ -177,6 +238,20 @@ mod tests {
         assert_eq!(queue.first_frame().unwrap(), b"whole frame");
         queue.consume(PREFIX_BYTES + 11);
         assert!(queue.is_empty() && queue.first_frame().is_none());
+    }
+
+    #[test]
+    fn short_lengths_stand_in_front_of_frames_where_the_link_has_them() {
+        let mut queue = Transmit::new(Mac::BROADCAST);
+        assert!(queue.frame(b"of the link before"));
+        queue.set_framing(Framing::Le16);
+        assert!(queue.frame(&[7; 258]) && queue.frame(b"ab"));
+        assert_eq!(queue.bytes()[..3], [2, 1, 7]);
+        assert_eq!(queue.bytes()[260..], [2, 0, b'a', b'b']);
+        assert_eq!(queue.first_frame().unwrap(), [7; 258]);
+        assert!(queue.frame(&[7; 65_535]));
+        assert!(!queue.frame(&[7; 65_536]), "it cannot say how long that is");
+        assert_eq!(queue.bytes().len(), 260 + 4 + 65_537);
     }
 
     #[test]

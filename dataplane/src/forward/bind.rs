@@ -1,17 +1,16 @@
 //! The sockets that forwards listen on.
 
-use std::fs::Metadata;
 use std::io;
 use std::net::{SocketAddr, TcpListener, UdpSocket};
-use std::os::unix::fs::{FileTypeExt as _, MetadataExt as _};
+use std::os::unix::fs::FileTypeExt as _;
 use std::os::unix::net::UnixListener;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use socket2::{Domain, Socket, Type};
 use vnet_proto::model::{ForwardListen, Protocol};
 
 use crate::forward::error::ForwardError;
-use crate::link::listen::bind_private;
+use crate::link::listen::{SocketFile, bind_private};
 
 /// Connections that wait to be accepted; the host may have a lower limit (listen(2), `somaxconn`).
 const BACKLOG: i32 = 1024;
@@ -25,13 +24,6 @@ pub(super) enum Bound {
     Udp(UdpSocket),
     /// A Unix stream socket, and its name in the file system.
     Unix(UnixListener, SocketFile),
-}
-
-/// A socket's name in the file system. Dropping it removes the name, if it still is that socket's.
-#[derive(Debug)]
-pub(super) struct SocketFile {
-    path: PathBuf,
-    identity: (u64, u64),
 }
 
 impl Bound {
@@ -63,7 +55,7 @@ impl Bound {
         Ok(match self {
             Self::Tcp(socket) => socket.local_addr()?.into(),
             Self::Udp(socket) => socket.local_addr()?.into(),
-            Self::Unix(_, file) => ForwardListen::Unix(file.path.clone()),
+            Self::Unix(_, file) => ForwardListen::Unix(file.path().to_owned()),
         })
     }
 }
@@ -84,10 +76,10 @@ fn open(address: SocketAddr, kind: Type) -> io::Result<Socket> {
 }
 
 fn unix(path: &Path) -> io::Result<Bound> {
-    let listener = bind_private(path, |path| UnixListener::bind(path))?;
-    let file = SocketFile::new(path)?;
-    listener.set_nonblocking(true)?;
-    Ok(Bound::Unix(listener, file))
+    let (socket, file) = bind_private(path, Type::STREAM)?;
+    socket.listen(BACKLOG)?;
+    socket.set_nonblocking(true)?;
+    Ok(Bound::Unix(socket.into(), file))
 }
 
 /// What is at a path that no socket can be put in the place of; `None` for a socket.
@@ -100,26 +92,4 @@ fn found_at(path: &Path) -> Option<&'static str> {
         () if kind.is_file() => Some("is a file"),
         () => Some("is no socket"),
     }
-}
-
-impl SocketFile {
-    fn new(path: &Path) -> io::Result<Self> {
-        Ok(Self {
-            path: path.to_owned(),
-            identity: identity(&std::fs::symlink_metadata(path)?),
-        })
-    }
-}
-
-impl Drop for SocketFile {
-    fn drop(&mut self) {
-        // Somebody may have put something else there meanwhile.
-        if std::fs::symlink_metadata(&self.path).is_ok_and(|found| identity(&found) == self.identity) {
-            let _ = std::fs::remove_file(&self.path);
-        }
-    }
-}
-
-fn identity(found: &Metadata) -> (u64, u64) {
-    (found.dev(), found.ino())
 }

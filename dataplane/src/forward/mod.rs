@@ -28,7 +28,8 @@ use vnet_proto::model::{CommandId, ForwardListen, Protocol, VmId};
 
 use crate::descriptors::{Descriptors, Kept};
 use crate::forward::accept::{Accepting, StreamListener};
-use crate::forward::bind::{Bound, SocketFile};
+use crate::forward::bind::Bound;
+use crate::link::listen::SocketFile;
 use crate::message::{Forward, ForwardId, Input, Router};
 use crate::metrics::{ForwardRefusal, Metrics};
 

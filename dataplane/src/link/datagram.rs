@@ -1,140 +1,142 @@
-//! One frame a datagram over a bound Unix socket: vfkit, krunkit, QEMU's `-netdev dgram`.
+//! One VM's part in a Unix datagram socket that it shares with others: vfkit, krunkit, QEMU's `-netdev dgram`.
 //!
-//! The first sender is adopted; answers go to its address. vfkit may send the four bytes `VFKT` first,
-//! which carry nothing. There is no end of stream: on Linux the socket is connected to the peer, so
-//! that a full queue wakes us, and connecting again by path tells whether the peer is still there.
-//! A connected socket hears nobody else. Elsewhere the sender of each datagram is looked at; those of
-//! strangers are dropped and counted.
+//! What it sends comes by its [`Mailbox`] from the thread that reads the socket ([`super::shared`]); what goes
+//! to it is sent from here, to its own address. There is no end of stream: asking for a connection to its
+//! address, on a socket made for the purpose, tells whether anything is there still.
+//!
+//! A socket that is connected to one peer would make each call cheaper and tell when the peer has room
+//! again, but the kernel then refuses every other VM, so it stays as it is. A VM that does not read its
+//! datagrams is waited for briefly by the kernel ([`SEND_PATIENCE`]), in this VM's own thread.
 
 use std::io;
-use std::os::unix::net::SocketAddr;
+use std::os::unix::ffi::OsStrExt as _;
+use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
 
-use mio::event::Source as _;
-use mio::net::UnixDatagram;
-use mio::{Interest, Registry, Token};
+use mio::Waker;
+use socket2::{Domain, SockAddr, Socket, Type};
 
+use crate::engine::frame::DropReason;
 use crate::engine::transmit::{PREFIX_BYTES, Transmit};
-use crate::link::stream::widen;
-use crate::link::{FRAME_BYTES_MAX, Filled, LinkError, would_block};
+use crate::link::mailbox::{Dropped, Mailbox, frame_at};
+use crate::link::{Filled, LinkError, is_gone, would_block};
 
-const MAGIC: &[u8] = b"VFKT";
-/// Where no readiness event comes for a peer's full queue.
+/// How long a full queue of the VM's is waited for before the rest of its thread's work is done.
+pub(super) const SEND_PATIENCE: Duration = Duration::from_millis(2);
+/// When it is tried again then.
 const RETRY_MS: u64 = 1;
 
-/// The socket of one hypervisor.
+/// One VM on a shared socket.
 pub struct DatagramLink {
-    socket: UnixDatagram,
-    peer: PathBuf,
-    /// The kernel keeps strangers out.
-    connected: bool,
-    buffer: Box<[u8]>,
-    length: usize,
+    /// Shared. It blocks, as long as [`SEND_PATIENCE`].
+    socket: Arc<Socket>,
+    peer: Peer,
+    /// Which file its path was when it came.
+    file: Option<FileIdentity>,
+    mailbox: Arc<Mailbox>,
+    /// Taken from there.
+    frames: Vec<u8>,
+    at: usize,
+    dropped: Dropped,
     retry: bool,
-    /// Datagrams of other senders, not yet taken note of.
-    strangers: u64,
 }
 
-impl DatagramLink {
-    /// Adopts the sender of the first datagram of a bound socket, which is `first`.
+/// A file's device, its number there, and when it was made, since numbers are given again at once. Neither
+/// use of a socket nor a change of its mode changes them.
+type FileIdentity = (u64, u64, (i64, i64));
+
+/// Where a VM is answered.
+pub(super) struct Peer {
+    address: SockAddr,
+    path: Option<PathBuf>,
+}
+
+impl Peer {
+    /// Of a Unix address as the system gave it, its family not included: a path, or a name of Linux's that
+    /// begins with a zero byte.
     ///
     /// # Errors
-    /// When the sender cannot be answered.
-    pub fn adopt(socket: std::os::unix::net::UnixDatagram, peer: &Path, first: &[u8]) -> io::Result<Self> {
-        Self::adopt_as(socket, peer, first, cfg!(target_os = "linux"))
-    }
-
-    fn adopt_as(
-        socket: std::os::unix::net::UnixDatagram,
-        peer: &Path,
-        first: &[u8],
-        connected: bool,
-    ) -> io::Result<Self> {
-        socket.set_nonblocking(true)?;
-        widen(&socket);
-        if connected {
-            socket.connect(peer)?;
-        }
-        let mut buffer = vec![0; FRAME_BYTES_MAX].into_boxed_slice();
-        let first = if first == MAGIC { &[] } else { first };
-        buffer[..first.len()].copy_from_slice(first);
+    /// When it is too long to be one.
+    pub(super) fn new(address: &[u8]) -> io::Result<Self> {
+        let path = Path::new(std::ffi::OsStr::from_bytes(address));
         Ok(Self {
-            socket: UnixDatagram::from_std(socket),
-            peer: peer.to_owned(),
-            connected,
-            buffer,
-            length: first.len(),
-            retry: false,
-            strangers: 0,
+            address: SockAddr::unix(path)?,
+            path: (address.first() != Some(&0)).then(|| path.to_owned()),
         })
     }
 
-    pub(super) fn register(
-        &mut self,
-        registry: &Registry,
-        token: Token,
-        interest: Interest,
-    ) -> io::Result<()> {
-        self.socket.register(registry, token, interest)
+    /// Which file its path is now.
+    fn file(&self) -> Option<FileIdentity> {
+        let metadata = std::fs::symlink_metadata(self.path.as_ref()?).ok()?;
+        let made = (metadata.mtime(), metadata.mtime_nsec());
+        Some((metadata.dev(), metadata.ino(), made))
     }
 
-    pub(super) fn fill(&mut self) -> Result<Filled, LinkError> {
-        if self.length != 0 {
-            // The first frame, which came before there was a link.
-            return Ok(Filled::Some);
+    /// Whether a socket is there. One that is connected to ours refuses any other, which says as much.
+    fn is_served(&self) -> bool {
+        let asked = Socket::new(Domain::UNIX, Type::DGRAM, None).and_then(|s| s.connect(&self.address));
+        !asked.is_err_and(|error| is_gone(&error))
+    }
+}
+
+impl DatagramLink {
+    pub(super) fn new(socket: Arc<Socket>, peer: Peer, mailbox: Arc<Mailbox>) -> Self {
+        Self {
+            socket,
+            file: peer.file(),
+            peer,
+            mailbox,
+            frames: Vec::new(),
+            at: 0,
+            dropped: Dropped::default(),
+            retry: false,
         }
-        match self.socket.recv_from(&mut self.buffer) {
-            Ok((length, sender)) => {
-                if !self.connected && !is_peer(&sender, &self.peer) {
-                    self.strangers += 1;
-                } else if &self.buffer[..length] != MAGIC {
-                    self.length = length;
-                }
-                Ok(Filled::Some)
-            }
-            Err(error) if would_block(&error) => Ok(Filled::Nothing),
-            Err(error) if error.kind() == io::ErrorKind::ConnectionReset => Err(LinkError::Closed),
-            Err(error) => Err(LinkError::Io(error)),
+    }
+
+    pub(super) fn wake_with(&mut self, waker: &Arc<Waker>) {
+        self.mailbox.wake_with(Arc::clone(waker));
+    }
+
+    pub(super) fn has_news(&self) -> bool {
+        self.mailbox.has_news()
+    }
+
+    pub(super) fn fill(&mut self) -> Filled {
+        self.at = 0;
+        self.dropped = self.mailbox.take(&mut self.frames);
+        if self.frames.is_empty() && self.dropped == Dropped::default() {
+            Filled::Nothing
+        } else {
+            Filled::Some
         }
     }
 
     pub(super) fn next_frame(&mut self) -> Option<&[u8]> {
-        let length = std::mem::take(&mut self.length);
-        (length != 0).then(|| &self.buffer[..length])
+        let (frame, next) = frame_at(&self.frames, self.at)?;
+        self.at = next;
+        Some(frame)
+    }
+
+    pub(super) fn take_drops(&mut self) -> [(DropReason, u64); 2] {
+        std::mem::take(&mut self.dropped).by_reason()
     }
 
     pub(super) fn flush(&mut self, queue: &mut Transmit) -> Result<bool, LinkError> {
         self.retry = false;
         while let Some(frame) = queue.first_frame() {
             let length = frame.len();
-            let sent = if self.connected {
-                self.socket.send(frame)
-            } else {
-                self.socket.send_to(frame, &self.peer)
-            };
-            match sent {
+            match self.send(frame) {
                 Ok(_) => {}
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
-                Err(error) if would_block(&error) => {
-                    self.retry = !self.connected;
-                    return Ok(false);
-                }
-                Err(error) if error.raw_os_error() == Some(nix::libc::ENOBUFS) => {
+                Err(error) if would_block(&error) || error.raw_os_error() == Some(libc::ENOBUFS) => {
                     self.retry = true;
                     return Ok(false);
                 }
-                Err(error)
-                    if matches!(
-                        error.kind(),
-                        io::ErrorKind::ConnectionRefused
-                            | io::ErrorKind::NotFound
-                            | io::ErrorKind::NotConnected
-                            | io::ErrorKind::ConnectionReset
-                    ) =>
-                {
-                    return Err(LinkError::Closed);
-                }
-                Err(error) if error.raw_os_error() == Some(nix::libc::EMSGSIZE) => {}
+                Err(error) if is_gone(&error) => return Err(LinkError::Closed),
+                // Longer than it takes at once, or connected to another for now: the frame is lost.
+                Err(error) if matches!(error.raw_os_error(), Some(libc::EMSGSIZE | libc::EPERM)) => {}
                 Err(error) => return Err(LinkError::Io(error)),
             }
             queue.consume(PREFIX_BYTES + length);
@@ -142,106 +144,24 @@ impl DatagramLink {
         Ok(true)
     }
 
-    /// How many datagrams of other senders came since this was last asked.
-    pub(super) fn take_strangers(&mut self) -> u64 {
-        std::mem::take(&mut self.strangers)
+    fn send(&self, frame: &[u8]) -> io::Result<usize> {
+        match self
+            .socket
+            .send_to_with_flags(frame, &self.peer.address, libc::MSG_DONTWAIT)
+        {
+            // Nothing tells when a peer that is not connected has room again, so this waits for it.
+            Err(error) if would_block(&error) => self.socket.send_to(frame, &self.peer.address),
+            sent => sent,
+        }
     }
 
     pub(super) fn retry_after_ms(&self) -> Option<u64> {
         self.retry.then_some(RETRY_MS)
     }
 
-    /// Whether something still listens at the peer's path. A hypervisor that was started anew there is
-    /// answered from now on.
+    /// Whether it is the same hypervisor still: something listens at its address, and its file is the one it
+    /// was. One that was started anew there is another guest, whom its next datagram brings.
     pub(super) fn is_alive(&self) -> bool {
-        if self.connected {
-            socket2::SockAddr::unix(&self.peer)
-                .and_then(|address| socket2::SockRef::from(&self.socket).connect(&address))
-                .is_ok()
-        } else {
-            self.peer.exists()
-        }
-    }
-}
-
-fn is_peer(sender: &SocketAddr, peer: &Path) -> bool {
-    sender.as_pathname() == Some(peer)
-}
-
-#[cfg(test)]
-mod tests {
-    use std::os::unix::net::UnixDatagram as StdDatagram;
-
-    use super::*;
-
-    struct Sockets(PathBuf);
-
-    impl Sockets {
-        fn new(name: &str) -> Self {
-            let path = std::env::temp_dir().join(format!("vnet-dgram{}-{name}", std::process::id()));
-            let _ = std::fs::remove_dir_all(&path);
-            std::fs::create_dir_all(&path).unwrap();
-            Self(path)
-        }
-
-        fn bind(&self, name: &str) -> (StdDatagram, PathBuf) {
-            let path = self.0.join(name);
-            (StdDatagram::bind(&path).unwrap(), path)
-        }
-    }
-
-    impl Drop for Sockets {
-        fn drop(&mut self) {
-            let _ = std::fs::remove_dir_all(&self.0);
-        }
-    }
-
-    /// The frames that a link has, until it would wait.
-    fn frames(link: &mut DatagramLink) -> Vec<Vec<u8>> {
-        let mut frames = Vec::new();
-        while link.fill().unwrap() == Filled::Some {
-            frames.extend(link.next_frame().map(<[u8]>::to_vec));
-        }
-        frames
-    }
-
-    #[test]
-    fn strangers_are_counted_where_the_kernel_does_not_keep_them_out() {
-        let sockets = Sockets::new("open");
-        let ((ours, at), (peer, peer_path), (stranger, _)) = (
-            sockets.bind("ours"),
-            sockets.bind("peer"),
-            sockets.bind("stranger"),
-        );
-        let mut link = DatagramLink::adopt_as(ours, &peer_path, b"first", false).unwrap();
-        stranger.send_to(b"forged", &at).unwrap();
-        peer.send_to(b"second", &at).unwrap();
-        stranger.send_to(b"forged", &at).unwrap();
-        assert_eq!(frames(&mut link), [b"first".to_vec(), b"second".to_vec()]);
-        assert_eq!((link.take_strangers(), link.take_strangers()), (2, 0));
-    }
-
-    #[cfg(target_os = "linux")]
-    #[test]
-    fn a_connected_socket_hears_its_peer_alone() {
-        let sockets = Sockets::new("connected");
-        let ((ours, at), (peer, peer_path), (stranger, _)) = (
-            sockets.bind("ours"),
-            sockets.bind("peer"),
-            sockets.bind("stranger"),
-        );
-        let mut link = DatagramLink::adopt(ours, &peer_path, MAGIC).unwrap();
-        assert!(stranger.send_to(b"forged", &at).is_err(), "the kernel refuses it");
-        peer.send_to(b"frame", &at).unwrap();
-        assert_eq!(frames(&mut link), [b"frame".to_vec()]);
-        assert_eq!(link.take_strangers(), 0);
-    }
-
-    #[cfg(test)]
-    impl DatagramLink {
-        /// A link as it is where sockets are not connected.
-        pub(crate) fn adopt_unconnected(socket: StdDatagram, peer: &Path, first: &[u8]) -> Self {
-            Self::adopt_as(socket, peer, first, false).unwrap()
-        }
+        self.peer.file() == self.file && self.peer.is_served()
     }
 }

@@ -1,244 +1,298 @@
-//! Listens for hypervisors: each that comes becomes a guest of the network.
+//! Opens the sockets that guests connect to: private to their owner, a stale one replaced, removed at the end.
 //!
-//! The first guest on a socket goes by the socket's name, further ones by NAME-2, NAME-3; a name is
-//! free again when its guest is gone.
+//! What is done with those who come is [`serve`](super::serve)'s, and [`shared`](super::shared)'s for datagrams.
 
-use std::collections::BTreeSet;
 use std::io;
 use std::net::SocketAddr;
-use std::os::fd::AsFd as _;
-use std::os::unix::fs::PermissionsExt as _;
-use std::os::unix::net::{UnixDatagram, UnixListener};
+use std::os::fd::AsRawFd as _;
+use std::os::unix::fs::{FileTypeExt as _, MetadataExt as _, PermissionsExt as _};
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, PoisonError};
-use std::thread;
-use std::time::Duration;
 
-use crate::link::datagram::DatagramLink;
-use crate::link::stream::StreamLink;
-use crate::link::{FRAME_BYTES_MAX, Link};
-use crate::network::{GuestSpec, Network};
+use socket2::{Domain, SockAddr, Socket, Type};
 
-/// How long a listener rests after an error of the system, as too many descriptors.
-const REST: Duration = Duration::from_millis(100);
-/// Guests on one socket at once.
-pub const GUESTS_MAX: usize = 256;
+use crate::config::ListenAt;
+use crate::link::stream::StreamSocket;
 
-/// A guest socket in the file system, removed when this is dropped.
-pub struct SocketFile(PathBuf);
+/// Connections that wait to be accepted.
+const BACKLOG: i32 = 128;
+/// Who may connect: the owner.
+const MODE: u32 = 0o600;
+
+/// A socket in the file system. Dropping this removes it, if what is at its path still is that socket.
+#[derive(Debug)]
+pub struct SocketFile {
+    path: PathBuf,
+    /// Device and inode.
+    identity: (u64, u64),
+}
+
+impl SocketFile {
+    fn new(path: &Path) -> io::Result<Self> {
+        Ok(Self {
+            path: path.to_owned(),
+            identity: identity(path)?,
+        })
+    }
+
+    /// Where it is.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+}
 
 impl Drop for SocketFile {
     fn drop(&mut self) {
-        let _ = std::fs::remove_file(&self.0);
-    }
-}
-
-/// Names of the guests of one socket.
-struct Names {
-    spec: GuestSpec,
-    taken: Mutex<BTreeSet<usize>>,
-}
-
-impl Names {
-    fn take(self: &Arc<Self>) -> Option<(GuestSpec, Taken)> {
-        let mut taken = self.taken.lock().unwrap_or_else(PoisonError::into_inner);
-        let number = (1..=GUESTS_MAX).find(|n| !taken.contains(n))?;
-        taken.insert(number);
-        let mut spec = self.spec.clone();
-        if number > 1 {
-            spec.name = format!("{}-{number}", spec.name);
-            // What pins one guest cannot pin another.
-            (spec.pinned_mac, spec.pinned_address) = (None, None);
+        // Somebody may have put something else there meanwhile.
+        if identity(&self.path).is_ok_and(|found| found == self.identity) {
+            let _ = std::fs::remove_file(&self.path);
         }
-        Some((
-            spec,
-            Taken {
-                names: Arc::clone(self),
-                number,
-            },
-        ))
     }
 }
 
-struct Taken {
-    names: Arc<Names>,
-    number: usize,
+fn identity(path: &Path) -> io::Result<(u64, u64)> {
+    std::fs::symlink_metadata(path).map(|found| (found.dev(), found.ino()))
 }
 
-impl Drop for Taken {
-    fn drop(&mut self) {
-        self.names
-            .taken
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .remove(&self.number);
-    }
-}
+/// A listening stream socket: Unix, TCP or vsock.
+#[derive(Debug)]
+pub struct StreamListener(Socket);
 
-/// Listens for QEMU's `-netdev stream` on a Unix socket.
-///
-/// # Errors
-/// The system's, as an address in use.
-pub fn stream_unix(network: &Arc<Network>, path: &Path, spec: GuestSpec) -> io::Result<SocketFile> {
-    let listener = bind_private(path, |path| UnixListener::bind(path))?;
-    let file = SocketFile(path.to_owned());
-    accept_loop(network, spec, move || {
-        let (stream, _) = listener.accept()?;
-        Ok(Link::Stream(StreamLink::unix(stream)?))
-    })?;
-    Ok(file)
-}
-
-/// Listens for QEMU's `-netdev stream` on a TCP socket; the caller has made sure that it is loopback.
-/// Where it really listens.
-///
-/// # Errors
-/// The system's, as an address in use.
-pub fn stream_tcp(network: &Arc<Network>, address: SocketAddr, spec: GuestSpec) -> io::Result<SocketAddr> {
-    let listener = std::net::TcpListener::bind(address)?;
-    let address = listener.local_addr()?;
-    accept_loop(network, spec, move || {
-        let (stream, _) = listener.accept()?;
-        Ok(Link::Stream(StreamLink::tcp(stream)?))
-    })?;
-    Ok(address)
-}
-
-fn accept_loop(
-    network: &Arc<Network>,
-    spec: GuestSpec,
-    accept: impl Fn() -> io::Result<Link> + Send + 'static,
-) -> io::Result<()> {
-    let network = Arc::clone(network);
-    let names = Arc::new(Names {
-        spec,
-        taken: Mutex::default(),
-    });
-    thread::Builder::new().name("accept".to_owned()).spawn(move || {
-        loop {
-            let link = match accept() {
-                Ok(link) => link,
-                Err(error) => {
-                    tracing::warn!(%error, "cannot accept a hypervisor");
-                    thread::sleep(REST);
-                    continue;
-                }
-            };
-            let Some((spec, taken)) = names.take() else {
-                tracing::warn!(
-                    limit = GUESTS_MAX,
-                    "too many guests on one socket; one was turned away"
-                );
-                continue;
-            };
-            if let Err(error) = network.attach_then(link, spec, move || drop(taken)) {
-                tracing::error!(%error, "cannot start a guest");
+impl StreamListener {
+    /// Opens one, and its file where it has one.
+    ///
+    /// # Errors
+    /// The system's, as an address in use; and for an inherited descriptor, which does not listen.
+    pub fn open(at: &ListenAt) -> io::Result<(Self, Option<SocketFile>)> {
+        match at {
+            ListenAt::Unix(path) => {
+                let (socket, file) = bind_private(path, Type::STREAM)?;
+                socket.listen(BACKLOG)?;
+                Ok((Self(socket), Some(file)))
             }
+            ListenAt::Tcp(address) => Ok((Self(std::net::TcpListener::bind(address)?.into()), None)),
+            ListenAt::Vsock { cid, port } => Ok((Self(vsock(*cid, *port)?), None)),
+            ListenAt::Fd(_) => Err(io::Error::new(
+                io::ErrorKind::InvalidInput,
+                "an inherited descriptor is one guest's and listens for no others",
+            )),
         }
-    })?;
-    Ok(())
-}
-
-/// Listens for vfkit, krunkit or QEMU's `-netdev dgram` on a Unix datagram socket: one guest at a
-/// time; when it is gone, the next sender is adopted.
-///
-/// # Errors
-/// The system's, as an address in use.
-pub fn datagram(network: &Arc<Network>, path: &Path, spec: GuestSpec) -> io::Result<SocketFile> {
-    let socket = bind_private(path, |path| UnixDatagram::bind(path))?;
-    let file = SocketFile(path.to_owned());
-    let network = Arc::clone(network);
-    thread::Builder::new().name("adopt".to_owned()).spawn(move || {
-        let mut first = vec![0; FRAME_BYTES_MAX];
-        loop {
-            if let Err(error) = adopt(&network, &socket, &spec, &mut first) {
-                tracing::warn!(%error, "cannot serve a hypervisor's datagrams");
-                thread::sleep(REST);
-            }
-        }
-    })?;
-    Ok(file)
-}
-
-/// Serves one guest from its first datagram to its end.
-fn adopt(
-    network: &Arc<Network>,
-    socket: &UnixDatagram,
-    spec: &GuestSpec,
-    first: &mut [u8],
-) -> io::Result<()> {
-    wait_readable(socket)?;
-    let (length, sender) = match socket.recv_from(first) {
-        Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(()),
-        received => received?,
-    };
-    let Some(peer) = sender.as_pathname() else {
-        return Err(io::Error::new(
-            io::ErrorKind::InvalidInput,
-            "the hypervisor's socket has no path to answer to; it must be bound to one",
-        ));
-    };
-    let link = Link::Datagram(DatagramLink::adopt(socket.try_clone()?, peer, &first[..length])?);
-    let guest = network.attach(link, spec.clone())?;
-    // The guest's thread reports its own end.
-    let _ = guest.join();
-    disconnect(socket)
-}
-
-fn wait_readable(socket: &UnixDatagram) -> io::Result<()> {
-    use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-    let mut descriptors = [PollFd::new(socket.as_fd(), PollFlags::POLLIN)];
-    poll(&mut descriptors, PollTimeout::NONE)?;
-    Ok(())
-}
-
-/// Undoes `connect`, so that any sender is heard again.
-fn disconnect(socket: &UnixDatagram) -> io::Result<()> {
-    use std::os::fd::AsRawFd as _;
-    if !cfg!(target_os = "linux") {
-        return Ok(());
     }
-    // SAFETY: an address of family AF_UNSPEC has no further content (connect(2)); all zero bytes are a
-    // valid `sockaddr`, and it outlives the call.
-    let result = unsafe {
-        let mut address: libc::sockaddr = std::mem::zeroed();
-        address.sa_family = libc::AF_UNSPEC as libc::sa_family_t;
-        let length = std::mem::size_of::<libc::sockaddr>() as libc::socklen_t;
-        libc::connect(socket.as_raw_fd(), &raw const address, length)
-    };
-    if result == 0 {
-        Ok(())
-    } else {
-        Err(io::Error::last_os_error())
+
+    /// Waits for the next who connects.
+    ///
+    /// # Errors
+    /// The system's, as too many descriptors.
+    pub fn accept(&self) -> io::Result<StreamSocket> {
+        self.0.accept().map(|(socket, _)| socket.into())
+    }
+
+    /// Where it really listens, port 0 replaced, if over TCP.
+    pub fn tcp_address(&self) -> Option<SocketAddr> {
+        self.0.local_addr().ok()?.as_socket()
     }
 }
 
-/// Binds a socket that only its owner may connect to. A socket file that nothing serves any more is
+/// A listening socket of records (`SOCK_SEQPACKET`), as BESS and User Mode Linux connect to.
+#[derive(Debug)]
+pub struct RecordListener(Socket);
+
+impl RecordListener {
+    /// Opens one, and its file.
+    ///
+    /// # Errors
+    /// The system's; outside of Linux, Unix sockets have no records.
+    pub fn open(path: &Path) -> io::Result<(Self, SocketFile)> {
+        #[cfg(target_os = "linux")]
+        {
+            let (socket, file) = bind_private(path, Type::SEQPACKET)?;
+            socket.listen(BACKLOG)?;
+            Ok((Self(socket), file))
+        }
+        #[cfg(not(target_os = "linux"))]
+        {
+            let _ = path;
+            Err(io::ErrorKind::Unsupported.into())
+        }
+    }
+
+    /// Waits for the next who connects.
+    ///
+    /// # Errors
+    /// The system's, as too many descriptors.
+    pub fn accept(&self) -> io::Result<Socket> {
+        self.0.accept().map(|(socket, _)| socket)
+    }
+}
+
+#[cfg(target_os = "linux")]
+fn vsock(cid: Option<u32>, port: u32) -> io::Result<Socket> {
+    let socket = Socket::new(Domain::VSOCK, Type::STREAM, None)?;
+    socket.bind(&SockAddr::vsock(cid.unwrap_or(libc::VMADDR_CID_ANY), port))?;
+    socket.listen(BACKLOG)?;
+    Ok(socket)
+}
+
+#[cfg(not(target_os = "linux"))]
+fn vsock(_cid: Option<u32>, _port: u32) -> io::Result<Socket> {
+    Err(io::ErrorKind::Unsupported.into())
+}
+
+/// Binds a Unix socket that only its owner may connect to. A socket file that nothing serves any more is
 /// replaced; one that answers is not.
-pub(crate) fn bind_private<S>(path: &Path, bind: impl Fn(&Path) -> io::Result<S>) -> io::Result<S> {
-    let socket = match bind(path) {
-        Err(error) if error.kind() == io::ErrorKind::AddrInUse && is_stale(path) => {
+pub(crate) fn bind_private(path: &Path, kind: Type) -> io::Result<(Socket, SocketFile)> {
+    let bind = || {
+        let socket = Socket::new(Domain::UNIX, kind, None)?;
+        // On Linux the file is made with the socket's mode, so that it is never open to others.
+        // SAFETY: changes the mode of an open descriptor, and nothing else.
+        unsafe { libc::fchmod(socket.as_raw_fd(), MODE as libc::mode_t) };
+        socket.bind(&SockAddr::unix(path)?)?;
+        Ok(socket)
+    };
+    let socket = match bind() {
+        Err(error) if io::Error::kind(&error) == io::ErrorKind::AddrInUse && is_stale(path) => {
             std::fs::remove_file(path)?;
-            bind(path)?
+            bind()?
         }
         bound => bound?,
     };
-    std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o600))?;
-    Ok(socket)
+    let file = SocketFile::new(path)?;
+    std::fs::set_permissions(path, std::fs::Permissions::from_mode(MODE))?;
+    Ok((socket, file))
 }
 
 /// Whether a path is a socket that nobody serves.
 fn is_stale(path: &Path) -> bool {
-    use std::os::unix::fs::FileTypeExt as _;
     if !std::fs::symlink_metadata(path).is_ok_and(|m| m.file_type().is_socket()) {
         return false;
     }
+    let connects = |kind| {
+        let socket = Socket::new(Domain::UNIX, kind, None)?;
+        // One whose queue is full is served, and is not waited for.
+        socket.set_nonblocking(true)?;
+        socket.connect(&SockAddr::unix(path)?)
+    };
     let refused = |error: io::Error| error.kind() == io::ErrorKind::ConnectionRefused;
-    let stream = std::os::unix::net::UnixStream::connect(path);
-    let datagram = UnixDatagram::unbound().and_then(|socket| socket.connect(path));
-    match (stream, datagram) {
-        (Ok(_), _) | (_, Ok(())) => false,
+    match (connects(Type::STREAM), connects(Type::DGRAM)) {
+        (Ok(()), _) | (_, Ok(())) => false,
         // One of them is the wrong type of socket (EPROTOTYPE); the right one says whether it is served.
         (Err(stream), Err(datagram)) => refused(stream) || refused(datagram),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::{Read as _, Write as _};
+    use std::os::unix::net::{UnixDatagram, UnixListener, UnixStream};
+
+    use super::*;
+
+    struct Directory(PathBuf);
+
+    impl Directory {
+        fn new(name: &str) -> Self {
+            let path = std::env::temp_dir().join(format!("vnet-listen{}-{name}", std::process::id()));
+            let _ = std::fs::remove_dir_all(&path);
+            std::fs::create_dir_all(&path).unwrap();
+            Self(path)
+        }
+    }
+
+    impl Drop for Directory {
+        fn drop(&mut self) {
+            let _ = std::fs::remove_dir_all(&self.0);
+        }
+    }
+
+    fn mode(path: &Path) -> u32 {
+        std::fs::metadata(path).unwrap().permissions().mode() & 0o777
+    }
+
+    #[test]
+    fn sockets_are_their_owners_and_leave_no_file() {
+        let directory = Directory::new("owner");
+        let path = directory.0.join("s");
+        for kind in [Type::STREAM, Type::DGRAM] {
+            let (socket, file) = bind_private(&path, kind).unwrap();
+            assert_eq!(mode(&path), 0o600);
+            drop((socket, file));
+            assert!(!path.exists());
+        }
+        #[cfg(target_os = "linux")]
+        {
+            let (listener, file) = RecordListener::open(&path).unwrap();
+            assert_eq!(mode(&path), 0o600);
+            drop((listener, file));
+            assert!(!path.exists());
+        }
+    }
+
+    #[test]
+    fn a_stale_socket_is_replaced_and_nothing_else() {
+        let directory = Directory::new("stale");
+        let path = directory.0.join("s");
+        let at = ListenAt::Unix(path.clone());
+        drop(UnixListener::bind(&path).unwrap());
+        let (listener, _file) = StreamListener::open(&at).unwrap();
+        let mut client = UnixStream::connect(&path).unwrap();
+        client.write_all(b"hello").unwrap();
+        let mut heard = [0; 5];
+        listener.accept().unwrap().read_exact(&mut heard).unwrap();
+        assert_eq!(&heard, b"hello");
+        assert_eq!(
+            StreamListener::open(&at).unwrap_err().kind(),
+            io::ErrorKind::AddrInUse
+        );
+        assert!(
+            bind_private(&path, Type::DGRAM).is_err(),
+            "served, of another type"
+        );
+
+        let datagrams = directory.0.join("d");
+        drop(UnixDatagram::bind(&datagrams).unwrap());
+        let _served = bind_private(&datagrams, Type::DGRAM).unwrap();
+        assert!(bind_private(&datagrams, Type::DGRAM).is_err(), "served");
+
+        let file = directory.0.join("f");
+        std::fs::write(&file, "a person's").unwrap();
+        assert!(StreamListener::open(&ListenAt::Unix(file.clone())).is_err());
+        assert_eq!(std::fs::read(&file).unwrap(), b"a person's");
+    }
+
+    #[test]
+    fn over_tcp_it_says_where_it_really_listens() {
+        let at = ListenAt::Tcp("127.0.0.1:0".parse().unwrap());
+        let (listener, file) = StreamListener::open(&at).unwrap();
+        assert!(file.is_none());
+        let address = listener.tcp_address().unwrap();
+        let mut client = std::net::TcpStream::connect(address).unwrap();
+        client.write_all(b"x").unwrap();
+        assert_eq!(listener.accept().unwrap().read(&mut [0; 2]).unwrap(), 1);
+        assert!(StreamListener::open(&ListenAt::Fd(9)).is_err());
+    }
+
+    /// Connections need a transport of vsock, as between VMs; without one, this much can be seen.
+    #[cfg(target_os = "linux")]
+    #[test]
+    fn over_vsock_it_listens_for_whoever_can_reach_it() {
+        const PORT: u32 = 0x7f31_0000;
+        let port = PORT + std::process::id();
+        let (listener, file) = match StreamListener::open(&ListenAt::Vsock { cid: None, port }) {
+            Err(error) if error.raw_os_error() == Some(libc::EAFNOSUPPORT) => return,
+            opened => opened.unwrap(),
+        };
+        assert!(file.is_none() && listener.tcp_address().is_none());
+        let local = listener.0.local_addr().unwrap().as_vsock_address().unwrap();
+        assert_eq!(local, (libc::VMADDR_CID_ANY, port));
+        let taken = StreamListener::open(&ListenAt::Vsock { cid: None, port }).unwrap_err();
+        assert_eq!(taken.kind(), io::ErrorKind::AddrInUse);
+        // Where the machine can reach itself, all the way.
+        let client = Socket::new(Domain::VSOCK, Type::STREAM, None).unwrap();
+        if client
+            .connect(&SockAddr::vsock(libc::VMADDR_CID_LOCAL, port))
+            .is_ok()
+        {
+            StreamSocket::from(client).write_all(b"x").unwrap();
+            assert_eq!(listener.accept().unwrap().read(&mut [0; 2]).unwrap(), 1);
+        }
     }
 }

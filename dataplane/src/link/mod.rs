@@ -2,24 +2,40 @@
 //!
 //! | link | socket | framing |
 //! |---|---|---|
-//! | [`stream`] (`qemu`) | Unix or TCP stream | 4-byte big-endian length, then the frame |
-//! | [`datagram`] (`vfkit`) | Unix datagram | one frame a datagram |
-//! | [`packet`] (`tap`) | TAP or packet socket | one frame a read or write |
+//! | [`stream`] (`qemu`) | Unix, TCP or vsock stream | 4-byte big-endian length, then the frame |
+//! | [`stream`] (`connect`, `vpnkit`, `stdio`) | the same; two pipes | 2-byte little-endian length, then the frame |
+//! | [`datagram`] (`vfkit`) | Unix datagram, shared by VMs | one frame a datagram |
+//! | [`packet`] (`tap`, `bess`, `vfkit`) | TAP or packet socket, records, one VM's own datagrams | one frame a read or write |
+//!
+//! [`listen`] opens sockets, [`serve`] lets those in who connect to them ([`vpnkit`] after a handshake), and
+//! [`shared`] those who send datagrams.
 
 pub mod datagram;
 pub mod listen;
+mod mailbox;
 pub mod packet;
+pub mod serve;
+pub mod shared;
 pub mod stream;
+#[cfg(test)]
+mod tests;
+pub mod vpnkit;
 
 use std::io;
+use std::sync::Arc;
+use std::time::Duration;
 
-use mio::{Interest, Registry, Token};
+use mio::{Interest, Registry, Token, Waker};
 
-use crate::engine::transmit::Transmit;
+use crate::engine::frame::DropReason;
+use crate::engine::transmit::{Framing, Transmit};
 
 /// Largest frame taken from a guest, bytes. Larger than any MTU: offloading hypervisors hand over
 /// super-frames.
 pub const FRAME_BYTES_MAX: usize = 128 << 10;
+
+/// How often a hypervisor that sends datagrams is asked whether it is there still.
+const ALIVE_INTERVAL: Duration = Duration::from_secs(1);
 
 /// Why a link ended.
 #[derive(Debug, thiserror::Error)]
@@ -55,16 +71,28 @@ pub enum Filled {
 }
 
 impl Link {
-    /// Registers the link's descriptor for both directions, edge-triggered.
+    /// Registers the link's descriptors for both directions, edge-triggered. One without its own calls
+    /// `waker` instead when something comes; [`Self::has_news`] tells then.
     ///
     /// # Errors
     /// Those of the system's poller.
-    pub fn register(&mut self, registry: &Registry, token: Token) -> io::Result<()> {
+    pub fn register(&mut self, registry: &Registry, token: Token, waker: &Arc<Waker>) -> io::Result<()> {
         let interest = Interest::READABLE | Interest::WRITABLE;
         match self {
             Self::Stream(link) => link.register(registry, token, interest),
-            Self::Datagram(link) => link.register(registry, token, interest),
+            Self::Datagram(link) => {
+                link.wake_with(waker);
+                Ok(())
+            }
             Self::Packet(link) => link.register(registry, token, interest),
+        }
+    }
+
+    /// Whether there is something to read that no readiness event tells of.
+    pub fn has_news(&self) -> bool {
+        match self {
+            Self::Datagram(link) => link.has_news(),
+            Self::Stream(_) | Self::Packet(_) => false,
         }
     }
 
@@ -75,7 +103,7 @@ impl Link {
     pub fn fill(&mut self) -> Result<Filled, LinkError> {
         match self {
             Self::Stream(link) => link.fill(),
-            Self::Datagram(link) => link.fill(),
+            Self::Datagram(link) => Ok(link.fill()),
             Self::Packet(link) => link.fill(),
         }
     }
@@ -105,11 +133,12 @@ impl Link {
         }
     }
 
-    /// How many frames of others than the adopted hypervisor came since this was last asked.
-    pub fn take_strangers(&mut self) -> u64 {
+    /// Frames that the link itself dropped since this was last asked.
+    pub fn take_drops(&mut self) -> [(DropReason, u64); 2] {
         match self {
-            Self::Datagram(link) => link.take_strangers(),
-            Self::Stream(_) | Self::Packet(_) => 0,
+            Self::Datagram(link) => link.take_drops(),
+            Self::Packet(link) => [link.take_drops(), NO_DROPS],
+            Self::Stream(_) => [NO_DROPS; 2],
         }
     }
 
@@ -117,27 +146,60 @@ impl Link {
     pub fn retry_after_ms(&self) -> Option<u64> {
         match self {
             Self::Datagram(link) => link.retry_after_ms(),
-            Self::Stream(_) | Self::Packet(_) => None,
+            Self::Packet(link) => link.retry_after_ms(),
+            Self::Stream(_) => None,
         }
     }
 
-    /// Whether the other side is still there, for links that have no end of stream. To be asked about
-    /// once a second when nothing came.
+    /// How often to ask [`Self::is_alive`], for links that have no end.
+    pub fn alive_interval(&self) -> Option<Duration> {
+        match self {
+            Self::Datagram(_) => Some(ALIVE_INTERVAL),
+            Self::Packet(link) => link.alive_interval(),
+            Self::Stream(_) => None,
+        }
+    }
+
+    /// Whether the other side is there still.
     pub fn is_alive(&mut self) -> bool {
         match self {
             Self::Datagram(link) => link.is_alive(),
-            Self::Stream(_) | Self::Packet(_) => true,
+            Self::Packet(link) => link.is_alive(),
+            Self::Stream(_) => true,
+        }
+    }
+
+    /// How frames are to be queued for it.
+    pub fn framing(&self) -> Framing {
+        match self {
+            Self::Stream(link) => link.framing(),
+            // The length is skipped.
+            Self::Datagram(_) | Self::Packet(_) => Framing::Be32,
         }
     }
 
     /// What hypervisors call it.
     pub fn transport(&self) -> &'static str {
         match self {
-            Self::Stream(_) => "qemu",
+            Self::Stream(link) => link.transport(),
             Self::Datagram(_) => "vfkit",
-            Self::Packet(_) => "tap",
+            Self::Packet(link) => link.transport(),
         }
     }
+}
+
+const NO_DROPS: (DropReason, u64) = (DropReason::Oversize, 0);
+
+/// Whether an error says that the other side is not there any more.
+fn is_gone(error: &io::Error) -> bool {
+    matches!(
+        error.kind(),
+        io::ErrorKind::ConnectionRefused
+            | io::ErrorKind::NotFound
+            | io::ErrorKind::NotConnected
+            | io::ErrorKind::ConnectionReset
+            | io::ErrorKind::BrokenPipe
+    )
 }
 
 fn would_block(error: &io::Error) -> bool {

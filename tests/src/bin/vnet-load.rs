@@ -106,6 +106,8 @@ mod linux {
         Qemu,
         /// Datagrams
         Unixgram,
+        /// A request for `/connect`, then a stream with 2-byte little-endian lengths
+        Connect,
     }
 
     #[derive(Debug, Args)]
@@ -238,8 +240,18 @@ mod linux {
             Framing::Qemu => {
                 let socket = connect_when_there(|| UnixStream::connect(&args.socket), &args.socket)?;
                 let reader = socket.try_clone()?;
-                background("out", move || stream_out(&from_tap, socket, out_of, batch));
-                background("in", move || stream_in(reader, &tap, into));
+                background("out", move || {
+                    stream_out(&from_tap, socket, out_of, batch, Lengths::Be32, &[])
+                });
+                background("in", move || stream_in(reader, &tap, into, Lengths::Be32));
+            }
+            Framing::Connect => {
+                let socket = connect_when_there(|| UnixStream::connect(&args.socket), &args.socket)?;
+                let reader = socket.try_clone()?;
+                background("out", move || {
+                    stream_out(&from_tap, socket, out_of, batch, Lengths::Le16, CONNECT)
+                });
+                background("in", move || stream_in(reader, &tap, into, Lengths::Le16));
             }
             Framing::Unixgram => {
                 let own = args.socket.with_extension(format!("guest{}", std::process::id()));
@@ -332,12 +344,32 @@ mod linux {
         Ok(())
     }
 
-    fn stream_out(tap: &File, mut socket: UnixStream, mut weather: Weather, batch: usize) -> io::Result<()> {
+    /// How long a frame is, in front of it.
+    #[derive(Debug, Clone, Copy)]
+    enum Lengths {
+        Be32,
+        Le16,
+    }
+
+    /// What gvforwarder says, which then waits for no answer.
+    const CONNECT: &[u8] = b"POST /connect HTTP/1.1\r\nHost: \r\nUser-Agent: Go-http-client/1.1\r\n\r\n";
+
+    /// `first` leaves with the first frames, in one write.
+    fn stream_out(
+        tap: &File,
+        mut socket: UnixStream,
+        mut weather: Weather,
+        batch: usize,
+        lengths: Lengths,
+        first: &[u8],
+    ) -> io::Result<()> {
         let mut buffer = Vec::with_capacity(STREAM_BYTES + FRAME_BYTES_MAX);
+        let mut head = Some(first);
         let mut frame = vec![0; FRAME_BYTES_MAX];
         loop {
             wait_readable(tap)?;
             buffer.clear();
+            buffer.extend_from_slice(head.take().unwrap_or_default());
             let mut frames = 0;
             while frames < batch && buffer.len() < STREAM_BYTES {
                 let length = match (&*tap).read(&mut frame) {
@@ -347,24 +379,50 @@ mod linux {
                 };
                 frames += 1;
                 weather.pass(&frame[..length], &mut |frame| {
-                    append(&mut buffer, frame);
+                    append(&mut buffer, frame, lengths);
                     Ok(())
                 })?;
             }
             weather.settle(&mut |frame| {
-                append(&mut buffer, frame);
+                append(&mut buffer, frame, lengths);
                 Ok(())
             })?;
             socket.write_all(&buffer)?;
         }
     }
 
-    fn append(buffer: &mut Vec<u8>, frame: &[u8]) {
-        buffer.extend_from_slice(&u32::try_from(frame.len()).unwrap_or_default().to_be_bytes());
+    fn append(buffer: &mut Vec<u8>, frame: &[u8], lengths: Lengths) {
+        match lengths {
+            Lengths::Be32 => {
+                buffer.extend_from_slice(&u32::try_from(frame.len()).unwrap_or_default().to_be_bytes());
+            }
+            Lengths::Le16 => {
+                buffer.extend_from_slice(&u16::try_from(frame.len()).unwrap_or_default().to_le_bytes());
+            }
+        }
         buffer.extend_from_slice(frame);
     }
 
-    fn stream_in(mut socket: UnixStream, tap: &File, mut weather: Weather) -> io::Result<()> {
+    /// The length in front of what was read, and the bytes behind it.
+    fn split(read: &[u8], lengths: Lengths) -> Option<(usize, &[u8])> {
+        match lengths {
+            Lengths::Be32 => {
+                let (length, rest) = read.split_first_chunk()?;
+                Some((u32::from_be_bytes(*length) as usize, rest))
+            }
+            Lengths::Le16 => {
+                let (length, rest) = read.split_first_chunk()?;
+                Some((u16::from_le_bytes(*length).into(), rest))
+            }
+        }
+    }
+
+    fn stream_in(
+        mut socket: UnixStream,
+        tap: &File,
+        mut weather: Weather,
+        lengths: Lengths,
+    ) -> io::Result<()> {
         let mut buffer = vec![0; STREAM_BYTES];
         let mut end = 0;
         loop {
@@ -374,14 +432,13 @@ mod linux {
             }
             end += length;
             let mut start = 0;
-            while let Some((head, rest)) = buffer[start..end].split_first_chunk::<4>() {
-                let length = u32::from_be_bytes(*head) as usize;
+            while let Some((length, rest)) = split(&buffer[start..end], lengths) {
                 if length > FRAME_BYTES_MAX {
                     return Err(io::Error::other(format!("a frame of {length} bytes")));
                 }
                 let Some(frame) = rest.get(..length) else { break };
                 weather.pass(frame, &mut |frame| into_tap(tap, frame))?;
-                start += 4 + length;
+                start += (end - start - rest.len()) + length;
             }
             weather.settle(&mut |frame| into_tap(tap, frame))?;
             buffer.copy_within(start..end, 0);

@@ -1,5 +1,6 @@
 //! `up`: a dataplane for VMs, in the foreground, and the user's controlplane if none answers.
 
+use std::path::Path;
 use std::time::Duration;
 
 use clap::Args;
@@ -11,9 +12,7 @@ use super::questions::Questions;
 use super::treat::{Problems, TreatArgs};
 use crate::client::Connection;
 use crate::failure::Failure;
-use crate::launch::{
-    Dataplane, DataplaneArgs, DataplaneConfig, Forward, ListenAt, Settings, Transport, session_url,
-};
+use crate::launch::{Dataplane, DataplaneArgs, DataplaneConfig, Forward, Settings, session_url};
 use crate::output::{self, text::safe};
 
 /// Arguments of `up`.
@@ -52,6 +51,15 @@ pub fn execute(args: UpArgs, connection: Connection) -> Result<(), Failure> {
         problems
             .usage
             .push("--controlplane is vnet-dataplane's; name a controlplane with --server".to_owned());
+    }
+    if !flags.listen_stdio.is_empty() && treat.network_policy.as_deref() == Some(Path::new("-")) {
+        problems.usage.push(
+            "--network-policy - and --listen-stdio both read standard input; read the policy from a file"
+                .to_owned(),
+        );
+        // It would be read, and waited for.
+        problems.none()?;
+        return Ok(());
     }
     let treatment = treat.check(&mut problems);
     flags.controlplane = Some(session_url(&connection.server()?));
@@ -137,21 +145,21 @@ fn greeting(config: &DataplaneConfig, command: &str) -> Vec<String> {
         .listeners
         .iter()
         .map(|listener| {
-            let (transport, scheme) = match listener.transport {
-                Transport::Qemu => ("qemu", "unix"),
-                Transport::Vfkit => ("vfkit", "unixgram"),
-            };
-            let url = match &listener.at {
-                ListenAt::Unix(path) => format!("{scheme}://{}", path.display()),
-                ListenAt::Tcp(address) => format!("tcp://{address}"),
-            };
             safe(&format!(
-                "vnet: serving VM {} for {transport} at {url}",
-                listener.vm.name
+                "vnet: serving VM {} for {} at {}",
+                listener.vm.name,
+                listener.transport.word(),
+                listener.url()
             ))
             .into_owned()
         })
         .collect();
+    if let Some(vm) = &config.stdio {
+        lines.push(format!(
+            "vnet: serving VM {} on standard input and output",
+            vm.name
+        ));
+    }
     let mut rest = &config.forwards[..];
     while let Some(first) = rest.first() {
         let follows = |(place, forward): &(usize, &Forward)| {

@@ -16,7 +16,11 @@ use tokio::io::AsyncReadExt as _;
 use tokio::net::unix::pipe;
 use tokio::process::{Child, Command};
 use vnet_dataplane::args::{Args, Cli};
-use vnet_dataplane::config::{Config, OwnListSettings, OwnPolicySettings, VmSettings, default_name};
+use vnet_dataplane::config::{
+    Config, ListenAt, ListenConfig, OwnListSettings, OwnPolicySettings, VmSettings, default_name, inherited,
+};
+use vnet_dataplane::front::{self, FrontReceiver, FrontSender};
+use vnet_dataplane::inherit;
 
 use super::descriptors::inherit_only;
 use crate::cmd::treat::Treatment;
@@ -33,6 +37,9 @@ pub struct Settings {
     pub resolver_patience: Option<Duration>,
     /// The link of its one guest, where it serves no socket.
     pub link: Option<OwnedFd>,
+    /// Whether this process is its front: it hands over requests on its `--listen` sockets that are not its own,
+    /// and opens tunnels ([`Dataplane::take_front`]).
+    pub front: bool,
     /// Whether it speaks to the terminal itself, as under `up`. Otherwise its words are kept, to be
     /// shown when it fails: the terminal is the command's.
     pub speaks: bool,
@@ -46,6 +53,7 @@ pub struct Dataplane {
     lifeline: Option<io::PipeWriter>,
     ready: pipe::Receiver,
     said: Arc<Mutex<Vec<u8>>>,
+    front: Option<(FrontSender, FrontReceiver)>,
 }
 
 /// Why a dataplane did not start or did not stay.
@@ -74,7 +82,11 @@ impl Settings {
             args.link_fd = Some(i32::MAX);
         }
         match Config::new(&args, self.vm_settings(), &default_name()) {
-            Ok(config) => Some(config),
+            Ok(config) => {
+                // Looked at before anything is opened that could be taken for one.
+                problems.extend(not_inherited(&config));
+                Some(config)
+            }
             Err(found) => {
                 problems.extend(found.to_string().lines().map(|line| safe(line).into_owned()));
                 None
@@ -112,6 +124,18 @@ impl Settings {
     }
 }
 
+/// What is wrong with the descriptors that the flags name.
+fn not_inherited(config: &Config) -> impl Iterator<Item = String> {
+    let missing = |listener: &ListenConfig| match listener.at {
+        ListenAt::Fd(fd) if !inherit::is_inherited(fd) => Some(format!(
+            "{} fd://{fd}: no such descriptor was inherited (open it for this program, as {fd}<>SOCKET does in a shell)",
+            listener.transport.flag()
+        )),
+        _ => None,
+    };
+    config.listeners.iter().filter_map(missing)
+}
+
 fn own_list(list: vnet_proto::v1::PolicyList) -> OwnListSettings {
     OwnListSettings {
         path: list.path,
@@ -135,22 +159,38 @@ impl Dataplane {
         let (ready, ready_end) = io::pipe().map_err(start)?;
         let ready = pipe::Receiver::from_owned_fd(ready.into()).map_err(start)?;
         let ready_end = OwnedFd::from(ready_end);
+        let (front, front_end) = if settings.front {
+            let (own, theirs) = front::pair().map_err(start)?;
+            let opened = front::open(own, Arc::default()).map_err(start)?;
+            (Some(opened), Some(theirs))
+        } else {
+            (None, None)
+        };
         let (lifeline_end, settings_end) = (OwnedFd::from(lifeline_end), OwnedFd::from(settings_end));
         let args = Args {
             link_fd: settings.link.as_ref().map(|fd| fd.as_raw_fd()),
             vm_settings_fd: Some(settings_end.as_raw_fd()),
             exit_with_fd: Some(lifeline_end.as_raw_fd()),
             ready_fd: Some(ready_end.as_raw_fd()),
+            front_fd: front_end.as_ref().map(|fd| fd.as_raw_fd()),
             ..settings.args
         };
+        // The guests' own sockets go to the dataplane and stay with nobody else, so that each side sees when
+        // the other is gone.
+        let sockets: Vec<OwnedFd> = inherited(&args)
+            .map(inherit::take)
+            .collect::<Result<_, _>>()
+            .map_err(start)?;
+        let stdio = |inherits: bool| if inherits { Stdio::inherit() } else { Stdio::null() };
+        let has_stdio = !args.listen_stdio.is_empty();
         let mut command = std::process::Command::new(program);
         command
             .arg0("vnet-dataplane")
             .arg(super::DATAPLANE_ROLE)
             .args(flags(&args))
             .current_dir("/")
-            .stdin(Stdio::null())
-            .stdout(Stdio::null())
+            .stdin(stdio(has_stdio))
+            .stdout(stdio(has_stdio))
             .stderr(if settings.speaks {
                 Stdio::inherit()
             } else {
@@ -168,6 +208,8 @@ impl Dataplane {
             .link
             .iter()
             .chain([&lifeline_end, &settings_end, &ready_end])
+            .chain(&front_end)
+            .chain(&sockets)
             .collect();
         inherit_only(&mut command, &keep);
         let mut child = Command::from(command).kill_on_drop(true).spawn().map_err(start)?;
@@ -185,7 +227,14 @@ impl Dataplane {
             lifeline: Some(lifeline),
             ready,
             said,
+            front,
         })
+    }
+
+    /// The channel to it, once, where it was started with a front ([`Settings::front`]): what hands tunnels over,
+    /// and what brings requests.
+    pub fn take_front(&mut self) -> Option<(FrontSender, FrontReceiver)> {
+        self.front.take()
     }
 
     /// Waits until everything that it was told to open listens; `false` if it ended before. Cancel safe.
@@ -253,6 +302,7 @@ fn flags(args: &Args) -> Vec<OsString> {
         listen,
         listen_bess,
         listen_vpnkit,
+        vpnkit_macs,
         listen_stdio,
         link_fd,
         mtu,
@@ -266,6 +316,8 @@ fn flags(args: &Args) -> Vec<OsString> {
         dns_search,
         zones,
         publish,
+        guest_api,
+        front_fd,
         vm_settings_fd,
         exit_with_fd,
         ready_fd,
@@ -282,6 +334,7 @@ fn flags(args: &Args) -> Vec<OsString> {
         ("gateway-mac", gateway_mac.clone()),
         ("host-alias", host_alias.clone()),
         ("ipv6-prefix", ipv6_prefix.clone()),
+        ("front-fd", number(front_fd)),
         ("vm-settings-fd", number(vm_settings_fd)),
         ("exit-with-fd", number(exit_with_fd)),
         ("ready-fd", number(ready_fd)),
@@ -293,6 +346,7 @@ fn flags(args: &Args) -> Vec<OsString> {
         ("listen", listen),
         ("listen-bess", listen_bess),
         ("listen-vpnkit", listen_vpnkit),
+        ("vpnkit-mac", vpnkit_macs),
         ("listen-stdio", listen_stdio),
         ("static-lease", static_leases),
         ("dns", dns),
@@ -306,9 +360,12 @@ fn flags(args: &Args) -> Vec<OsString> {
     let repeated = repeated
         .into_iter()
         .flat_map(|(flag, values)| values.iter().cloned().map(move |v| (flag, v)));
+    let switches = [("guest-api", *guest_api)];
+    let switches = switches.into_iter().filter(|(_, on)| *on);
     // One word each, so that a value that begins with a dash stays a value.
     once.chain(repeated)
         .map(|(flag, value)| OsString::from(format!("--{flag}={value}")))
+        .chain(switches.map(|(flag, _)| OsString::from(format!("--{flag}"))))
         .collect()
 }
 
@@ -342,6 +399,7 @@ mod tests {
             "--listen=a",
             "--listen-bess=b",
             "--listen-vpnkit=c",
+            "--vpnkit-mac=u=m",
             "--listen-stdio=d",
             "--link-fd=7",
             "--mtu=65520",
@@ -355,6 +413,8 @@ mod tests {
             "--dns-search=lan",
             "--zone=z:a=10.0.0.2",
             "--publish=8080:80",
+            "--front-fd=10",
+            "--guest-api",
             "--vm-settings-fd=8",
             "--exit-with-fd=9",
         ];

@@ -25,7 +25,9 @@ pub use vnet_dataplane::config::{
     MTU_BYTES_MIN, SEARCH_DOMAINS_MAX, SUBNET_DEFAULT, SUBNET_PREFIX_MAX, SUBNET_PREFIX_MIN, Transport,
     ZONES_DEFAULT, write_lines,
 };
+pub use vnet_dataplane::egress::stream::{AsyncStream, HostStream};
 pub use vnet_dataplane::forward::{FORWARDS_MAX, ForwardSpec};
+pub use vnet_dataplane::front::{self, FrontMessage, FrontReceiver, FrontSender, NotSent};
 pub use vnet_dataplane::mac::Mac;
 pub use vnet_dataplane::message::Forward;
 

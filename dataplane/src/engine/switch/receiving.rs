@@ -36,6 +36,9 @@ impl Engine {
         if !self.settings.switch_open {
             return Err(DropReason::GuestToGuest);
         }
+        if frame.len() > self.transmit.frame_bytes_max() {
+            return Err(DropReason::Oversize);
+        }
         if self.transmit.frame(frame) {
             Ok(())
         } else {

@@ -7,6 +7,7 @@ mod cost;
 mod counters;
 mod datagram;
 mod ends;
+mod guest_api;
 mod identity;
 mod ingress;
 mod ipv6;

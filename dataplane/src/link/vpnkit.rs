@@ -1,0 +1,341 @@
+//! The handshake of vpnkit, as HyperKit speaks it before its frames.
+//!
+//! | | bytes | |
+//! |---|---|---|
+//! | it | 49 | `VMN3T`, a version, the commit it was built from |
+//! | we | 49 | the same again |
+//! | it | 41 | a command, its UUID in 36 characters, 4 bytes that say nothing here |
+//! | we | 258 | 1, the MTU and the longest frame (16 bits each, little-endian), its MAC address, zeros |
+//!
+//! Frames follow at once, behind short lengths. The address is the one that the configuration has for the
+//! UUID, or the one that the socket's first guest must have, or a random one; nothing holds the guest to it.
+
+use std::collections::HashMap;
+use std::io::{self, Read as _, Write as _};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use crate::engine::frame::ETHERNET_BYTES;
+use crate::link::Link;
+use crate::link::serve::Entrance;
+use crate::link::stream::{StreamKind, StreamLink, StreamSocket};
+use crate::mac::Mac;
+use crate::metrics::LinkRefusal;
+
+/// Handshakes under way at once on one socket.
+pub const HANDSHAKES_MAX: usize = 64;
+/// How long one may take.
+pub const PATIENCE: Duration = Duration::from_secs(10);
+
+const MAGIC: &[u8] = b"VMN3T";
+const INIT_BYTES: usize = 49;
+const COMMAND_BYTES: usize = 41;
+const UUID: std::ops::Range<usize> = 1..37;
+const ANSWER_BYTES: usize = 258;
+
+/// Why a handshake came to nothing.
+#[derive(Debug, thiserror::Error)]
+enum HandshakeError {
+    #[error("it does not speak vpnkit (expected VMN3T at first)")]
+    Magic,
+    #[error("its handshake was not whole after {} s", .0.as_secs())]
+    Slow(Duration),
+    #[error("its handshake broke off")]
+    BrokenOff,
+    #[error("its socket failed: {0}")]
+    Io(io::Error),
+}
+
+/// What guests are told.
+#[derive(Debug, Clone, Default)]
+pub struct Answers {
+    /// MAC addresses by UUID, in lower case.
+    pub macs: HashMap<String, Mac>,
+    /// MTU of guests' links, bytes.
+    pub mtu_bytes: u16,
+}
+
+/// The handshakes of one socket.
+pub(super) struct Handshakes {
+    answers: Arc<Answers>,
+    under_way: Arc<AtomicUsize>,
+    patience: Duration,
+}
+
+impl Handshakes {
+    pub(super) fn new(answers: Answers) -> Self {
+        Self {
+            answers: Arc::new(answers),
+            under_way: Arc::default(),
+            patience: PATIENCE,
+        }
+    }
+
+    /// Begins one; who completes it is let in. Returns at once.
+    pub(super) fn begin(&self, entrance: &Arc<Entrance>, mut socket: StreamSocket) {
+        let Some(place) = Place::take(&self.under_way) else {
+            entrance.refuse(
+                LinkRefusal::Limit,
+                &format_args!("{HANDSHAKES_MAX} handshakes are under way"),
+            );
+            return;
+        };
+        let Some(admission) = entrance.admit() else { return };
+        let (answers, patience) = (Arc::clone(&self.answers), self.patience);
+        let own = Arc::clone(entrance);
+        let thread = thread::Builder::new()
+            .name("handshake".to_owned())
+            .spawn(move || {
+                let done = shake(&mut socket, &answers, admission.spec.pinned_mac, patience);
+                drop(place);
+                match done.and_then(|()| link(socket)) {
+                    Ok(link) => admission.attach(link),
+                    Err(error) => own.refuse(LinkRefusal::Handshake, &error),
+                }
+            });
+        if let Err(error) = thread {
+            entrance.refuse(LinkRefusal::System, &error);
+        }
+    }
+}
+
+fn link(socket: StreamSocket) -> Result<Link, HandshakeError> {
+    StreamLink::new(socket, StreamKind::Vpnkit, &[])
+        .map(Link::Stream)
+        .map_err(HandshakeError::Io)
+}
+
+/// One of the handshakes that may be under way.
+struct Place(Arc<AtomicUsize>);
+
+impl Place {
+    fn take(under_way: &Arc<AtomicUsize>) -> Option<Self> {
+        if under_way.fetch_add(1, Ordering::Relaxed) >= HANDSHAKES_MAX {
+            under_way.fetch_sub(1, Ordering::Relaxed);
+            return None;
+        }
+        Some(Self(Arc::clone(under_way)))
+    }
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+fn shake(
+    socket: &mut StreamSocket,
+    answers: &Answers,
+    pinned: Option<Mac>,
+    patience: Duration,
+) -> Result<(), HandshakeError> {
+    let until = Instant::now() + patience;
+    let late = || HandshakeError::Slow(patience);
+    let mut init = [0; INIT_BYTES];
+    // Whoever speaks something else is told so at its first bytes.
+    let (magic, rest) = init.split_at_mut(MAGIC.len());
+    read(socket, magic, until, late)?;
+    if magic != MAGIC {
+        return Err(HandshakeError::Magic);
+    }
+    read(socket, rest, until, late)?;
+    socket.write_all(&init).map_err(|error| failed(error, late))?;
+    let mut command = [0; COMMAND_BYTES];
+    read(socket, &mut command, until, late)?;
+    let answer = answers
+        .answer(&command[UUID], pinned)
+        .map_err(HandshakeError::Io)?;
+    socket.write_all(&answer).map_err(|error| failed(error, late))
+}
+
+/// Reads until `bytes` is full, and not beyond: what follows may be frames.
+fn read(
+    socket: &mut StreamSocket,
+    mut bytes: &mut [u8],
+    until: Instant,
+    late: impl Fn() -> HandshakeError,
+) -> Result<(), HandshakeError> {
+    while !bytes.is_empty() {
+        let left = until.saturating_duration_since(Instant::now());
+        if left.is_zero() {
+            return Err(late());
+        }
+        // Writes have it too: an answer always fits into an empty socket. The system counts microseconds, and
+        // none are no limit.
+        socket
+            .set_patience(Some(left.max(Duration::from_millis(1))))
+            .map_err(HandshakeError::Io)?;
+        match socket.read(bytes) {
+            Ok(0) => return Err(HandshakeError::BrokenOff),
+            Ok(length) => bytes = &mut bytes[length..],
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) => return Err(failed(error, &late)),
+        }
+    }
+    Ok(())
+}
+
+fn failed(error: io::Error, late: impl Fn() -> HandshakeError) -> HandshakeError {
+    match error.kind() {
+        io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut => late(),
+        io::ErrorKind::ConnectionReset | io::ErrorKind::BrokenPipe => HandshakeError::BrokenOff,
+        _ => HandshakeError::Io(error),
+    }
+}
+
+impl Answers {
+    fn answer(&self, uuid: &[u8], pinned: Option<Mac>) -> io::Result<[u8; ANSWER_BYTES]> {
+        let uuid = uuid.to_ascii_lowercase();
+        let known = std::str::from_utf8(&uuid)
+            .ok()
+            .and_then(|uuid| self.macs.get(uuid));
+        let mac = match known.copied().or(pinned) {
+            Some(mac) => mac,
+            None => Mac::random()?,
+        };
+        let mut answer = [0; ANSWER_BYTES];
+        let frame_bytes = self.mtu_bytes.saturating_add(ETHERNET_BYTES as u16);
+        answer[0] = 1;
+        answer[1..3].copy_from_slice(&self.mtu_bytes.to_le_bytes());
+        answer[3..5].copy_from_slice(&frame_bytes.to_le_bytes());
+        answer[5..11].copy_from_slice(&mac.0);
+        Ok(answer)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::net::UnixStream;
+
+    use super::*;
+
+    const UUID: &str = "c3d68012-0208-11ea-9fd7-f2189899ab08";
+    const KNOWN: Mac = Mac([0x5a, 0x94, 0xef, 0xe4, 0x0c, 0xee]);
+
+    fn answers() -> Answers {
+        Answers {
+            macs: HashMap::from([(UUID.to_owned(), KNOWN)]),
+            mtu_bytes: 1500,
+        }
+    }
+
+    fn init() -> Vec<u8> {
+        let mut init = b"VMN3T\x16\0\0\0".to_vec();
+        init.resize(INIT_BYTES, b'c');
+        init
+    }
+
+    fn command(uuid: &str) -> Vec<u8> {
+        [b"\x01", uuid.as_bytes(), &[0; 4]].concat()
+    }
+
+    /// What comes of a client that says this and then closes its writing half.
+    fn outcome(said: &[u8]) -> (Result<(), HandshakeError>, Vec<u8>) {
+        let (mut client, server) = UnixStream::pair().unwrap();
+        client.write_all(said).unwrap();
+        client.shutdown(std::net::Shutdown::Write).unwrap();
+        let mut server = StreamSocket::from(server);
+        let done = shake(&mut server, &answers(), None, PATIENCE);
+        drop(server);
+        let mut heard = Vec::new();
+        // What was not read resets it.
+        let _ = client.read_to_end(&mut heard);
+        (done, heard)
+    }
+
+    #[test]
+    fn a_whole_handshake_is_answered_with_mtu_and_address_and_takes_no_frame() {
+        let (mut client, server) = UnixStream::pair().unwrap();
+        let said = [init(), command(&UUID.to_uppercase()), b"frames".to_vec()].concat();
+        client.write_all(&said).unwrap();
+        let mut server = StreamSocket::from(server);
+        shake(&mut server, &answers(), None, PATIENCE).unwrap();
+        let mut left = [0; 16];
+        assert_eq!(server.read(&mut left).unwrap(), 6);
+        assert_eq!(&left[..6], b"frames");
+        let mut heard = [0; INIT_BYTES + ANSWER_BYTES];
+        client.read_exact(&mut heard).unwrap();
+        assert_eq!(heard[..INIT_BYTES], init());
+        let answer = &heard[INIT_BYTES..];
+        assert_eq!(answer[..5], [1, 0xdc, 5, 0xea, 5]);
+        assert_eq!(answer[5..11], KNOWN.0);
+        assert!(answer[11..].iter().all(|byte| *byte == 0));
+    }
+
+    #[test]
+    fn an_unknown_uuid_has_the_pinned_address_or_a_random_one() {
+        let pinned = Mac([2, 0, 0, 0, 0, 9]);
+        let of = |pinned| {
+            let answer = answers()
+                .answer(b"nothing that is known, not even text\xff", pinned)
+                .unwrap();
+            Mac(answer[5..11].try_into().unwrap())
+        };
+        assert_eq!(of(Some(pinned)), pinned);
+        let (one, other) = (of(None), of(None));
+        assert!(
+            one.is_unicast() && one.0[0] & 2 == 2,
+            "locally administered: {one}"
+        );
+        assert_ne!(one, other);
+    }
+
+    #[test]
+    fn the_longest_mtu_fits_into_the_answer() {
+        let answers = Answers {
+            mtu_bytes: crate::config::MTU_BYTES_MAX,
+            ..Answers::default()
+        };
+        let answer = answers.answer(b"", Some(KNOWN)).unwrap();
+        assert_eq!(answer[1..5], [0xf0, 0xff, 0xfe, 0xff]);
+    }
+
+    #[test]
+    fn what_is_no_handshake_or_half_of_one_is_told_apart() {
+        assert!(matches!(
+            outcome(b"GET / HTTP/1.1\r\n").0,
+            Err(HandshakeError::Magic)
+        ));
+        assert!(matches!(outcome(b"VMN3T").0, Err(HandshakeError::BrokenOff)));
+        assert!(matches!(outcome(b"").0, Err(HandshakeError::BrokenOff)));
+        let half = [init(), command(UUID)[..40].to_vec()].concat();
+        let (done, heard) = outcome(&half);
+        assert!(matches!(done, Err(HandshakeError::BrokenOff)));
+        assert_eq!(heard, init(), "the first half is answered");
+    }
+
+    #[test]
+    fn one_that_drips_is_ended_in_time() {
+        let (mut client, server) = UnixStream::pair().unwrap();
+        let patience = Duration::from_millis(150);
+        let began = Instant::now();
+        let dripping = thread::spawn(move || {
+            for byte in init() {
+                if client.write_all(&[byte]).is_err() {
+                    return;
+                }
+                thread::sleep(Duration::from_millis(20));
+            }
+        });
+        let mut server = StreamSocket::from(server);
+        let done = shake(&mut server, &answers(), None, patience);
+        assert!(matches!(done, Err(HandshakeError::Slow(_))), "{done:?}");
+        assert!(began.elapsed() < 4 * patience, "{:?}", began.elapsed());
+        drop(server);
+        dripping.join().unwrap();
+    }
+
+    #[test]
+    fn places_are_given_back() {
+        let under_way = Arc::default();
+        let all: Vec<_> = (0..HANDSHAKES_MAX)
+            .map(|_| Place::take(&under_way).unwrap())
+            .collect();
+        assert!(Place::take(&under_way).is_none());
+        drop(all);
+        assert!(Place::take(&under_way).is_some());
+    }
+}
