@@ -94,7 +94,9 @@ pub struct Args {
     /// Serve no zones but those of --zone: neither containers.internal nor docker.internal.
     #[arg(long)]
     pub no_default_zones: bool,
-    /// Forward a port of the host into a guest, as docker does: 8080:80, 127.0.0.1:5353:53/udp.
+    /// Forward a port of the host into a guest, as docker does: 8080:80, 127.0.0.1:5353:53/udp; a range of ports,
+    /// 8000-8010:8000-8010; or a Unix socket, unix:///PATH:80. With +client at the end, as 8080:80+client, the guest sees
+    /// a client's own address. May be repeated.
     #[arg(short = 'p', long = "publish", value_name = "HOST:GUEST")]
     pub publish: Vec<String>,
 

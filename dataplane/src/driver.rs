@@ -19,7 +19,6 @@ use vnet_proto::model::{Protocol, VmId};
 
 use crate::descriptors::Descriptor;
 use crate::egress::sockets::{HostSocket, Sockets};
-use crate::egress::stream::HostStream;
 use crate::engine::frame::DropReason;
 use crate::engine::reply::Unreachable;
 use crate::engine::tcp::DialError;
@@ -27,13 +26,13 @@ use crate::engine::{Engine, Event, Outcome, Time};
 use crate::front::FrontMessage;
 use crate::inbox::Inbox;
 use crate::link::{Filled, Link, LinkError};
-use crate::message::{Ingress, Input, Origin, Report, Router as _};
+use crate::message::{ForwardId, Ingress, Input, Origin, Report, Router as _};
 use crate::network::Network;
 use crate::outlet::Outlet;
 
 const LINK: Token = Token(usize::MAX - 1);
 const WAKE: Token = Token(usize::MAX - 2);
-/// Tokens of UDP forwards' sockets; flows' places are below.
+/// Tokens of UDP forwards' sockets, their ids added; flows' places are below.
 const FORWARDS: usize = 1 << 40;
 
 const EVENTS_A_TURN: usize = 1024;
@@ -58,9 +57,9 @@ pub(crate) struct Driver {
     link_asked: Time,
     engine: Engine,
     sockets: Sockets,
-    forwards: Vec<Option<ForwardSocket>>,
+    forwards: HashMap<ForwardId, ForwardSocket>,
     /// Places of flows from clients of UDP forwards.
-    clients: HashMap<(usize, SocketAddr), usize>,
+    clients: HashMap<(ForwardId, SocketAddr), usize>,
     inputs: Receiver<Input>,
     inbox: Arc<Inbox>,
     outlet: Outlet,
@@ -76,8 +75,8 @@ pub(crate) struct Driver {
 
 struct ForwardSocket {
     socket: UdpSocket,
-    listen: SocketAddr,
     target: SocketAddr,
+    keep_client: bool,
     unread: bool,
 }
 
@@ -125,7 +124,7 @@ impl Driver {
             link_asked: Time::ZERO,
             engine,
             sockets: Sockets::default(),
-            forwards: Vec::new(),
+            forwards: HashMap::default(),
             clients: HashMap::default(),
             inputs: parts.inputs,
             inbox: parts.inbox,
@@ -216,7 +215,7 @@ impl Driver {
             }
             WAKE => self.link_readable |= self.link.has_news(),
             Token(token) if token >= FORWARDS => {
-                if let Some(Some(forward)) = self.forwards.get_mut(token - FORWARDS) {
+                if let Some(forward) = self.forwards.get_mut(&forward_of(token)) {
                     forward.unread = true;
                     self.unread.push(token);
                 }
@@ -248,12 +247,16 @@ impl Driver {
                 Input::Resolved { query, answer } => self.engine.handle_resolved(now, query, answer),
                 Input::Ingress(ingress) => self.take_ingress(now, ingress),
                 Input::IngressUdp {
-                    listen,
+                    forward,
                     socket,
                     target,
-                } => self.take_forward(listen, socket, target),
-                Input::IngressClosed { command, udp, listen } => {
-                    let cut = self.close_forward(now, udp, listen);
+                    keep_client,
+                } => self.take_forward(forward, socket, target, keep_client),
+                Input::IngressClosed { command, forwards } => {
+                    for forward in &*forwards {
+                        self.forwards.remove(forward);
+                    }
+                    let cut = self.engine.close_forwards(now, &forwards);
                     self.engine.report_done(command, cut);
                 }
                 Input::PermitClosed { flow, end } => self.engine.handle_permit_closed(now, flow, end),
@@ -271,17 +274,13 @@ impl Driver {
             stream,
             early,
             target,
+            client,
             origin,
             // It has been taken on, or is refused: it waits no longer.
             waiting: _,
         } = ingress;
         let is_tunnel = origin == Origin::Tunnel;
-        let listen = match &stream {
-            _ if is_tunnel => None,
-            HostStream::Tcp(stream) => stream.local_addr().ok(),
-            HostStream::Unix(_) => None,
-        };
-        let Some(at) = self.engine.open_ingress(now, target) else {
+        let Some(at) = self.engine.open_ingress(now, origin.forward(), target, client) else {
             if !is_tunnel {
                 // RST rather than FIN: nobody was there.
                 stream.set_reset();
@@ -297,53 +296,38 @@ impl Driver {
             self.engine.handle_host_reset(now, at);
             return;
         }
-        self.engine.note_listener(at, listen);
         self.dirty.push(at);
     }
 
-    fn take_forward(&mut self, listen: SocketAddr, socket: StdUdpSocket, target: SocketAddr) {
-        let place = self.forwards.iter().position(Option::is_none).unwrap_or_else(|| {
-            self.forwards.push(None);
-            self.forwards.len() - 1
-        });
+    fn take_forward(
+        &mut self,
+        forward: ForwardId,
+        socket: StdUdpSocket,
+        target: SocketAddr,
+        keep_client: bool,
+    ) {
+        // A guest that renews its lease is handed the same socket again.
+        if self.forwards.contains_key(&forward) {
+            return;
+        }
         let mut socket = UdpSocket::from_std(socket);
-        let token = Token(FORWARDS + place);
+        let token = Token(FORWARDS + forward.0 as usize);
         match self
             .poll
             .registry()
             .register(&mut socket, token, Interest::READABLE)
         {
             Ok(()) => {
-                self.forwards[place] = Some(ForwardSocket {
+                let socket = ForwardSocket {
                     socket,
-                    listen,
                     target,
+                    keep_client,
                     unread: false,
-                })
+                };
+                self.forwards.insert(forward, socket);
             }
-            Err(error) => tracing::warn!(%listen, %error, "udp forward cannot be read"),
+            Err(error) => tracing::warn!(%target, %error, "udp forward cannot be read"),
         }
-    }
-
-    /// Cuts the flows of a forward; how many those were.
-    fn close_forward(&mut self, now: Time, udp: bool, listen: SocketAddr) -> usize {
-        if !udp {
-            return self.engine.close_listener(now, listen);
-        }
-        let place = self
-            .forwards
-            .iter()
-            .position(|f| f.as_ref().is_some_and(|f| f.listen == listen));
-        let Some(place) = place else { return 0 };
-        self.forwards[place] = None;
-        let gone: Vec<usize> = self
-            .clients
-            .iter()
-            .filter(|((forward, _), _)| *forward == place)
-            .map(|(_, at)| *at)
-            .collect();
-        let cut = gone.into_iter().filter(|at| self.engine.cut_ingress(now, *at));
-        cut.count()
     }
 
     /// Takes what other guests sent, for its turn: a guest that sends without end must not keep this one
@@ -421,7 +405,7 @@ impl Driver {
         unread.dedup();
         for token in unread {
             let more = if token >= FORWARDS {
-                self.read_forward(now, token - FORWARDS)
+                self.read_forward(now, forward_of(token))
             } else {
                 self.read_socket(now, token)
             };
@@ -455,31 +439,38 @@ impl Driver {
         true
     }
 
-    fn read_forward(&mut self, now: Time, place: usize) -> bool {
+    fn read_forward(&mut self, now: Time, id: ForwardId) -> bool {
         for _ in 0..DATAGRAMS_A_TURN {
             if !self.engine.transmit.has_room(ROOM_TO_READ) {
                 return true;
             }
-            let Some(Some(forward)) = self.forwards.get_mut(place) else {
+            let Some(forward) = self.forwards.get_mut(&id) else {
                 return false;
             };
             match forward.socket.recv_from(&mut self.scratch) {
                 Ok((length, client)) => {
                     let target = forward.target;
-                    let at = match self.clients.get(&(place, client)) {
+                    let shown = forward.keep_client.then_some(client);
+                    let at = match self.clients.get(&(id, client)) {
                         Some(at) => *at,
+                        None if self.network.guest_at(target.ip()) != Some(self.vm) => {
+                            // Its address is another guest's now, or nobody's: who has it reads the socket.
+                            if let Some(mut forward) = self.forwards.remove(&id) {
+                                // Its other copies keep the socket open, and the poller would go on with it.
+                                let _ = self.poll.registry().deregister(&mut forward.socket);
+                            }
+                            return false;
+                        }
                         None => {
-                            let Some(at) = self.engine.open_ingress_udp(now, target) else {
+                            let Some(at) = self.engine.open_ingress_udp(now, id, target, shown) else {
                                 continue;
                             };
-                            self.clients.insert((place, client), at);
-                            self.sockets.put(
-                                at,
-                                HostSocket::Client {
-                                    forward: place,
-                                    address: client,
-                                },
-                            );
+                            self.clients.insert((id, client), at);
+                            let client = HostSocket::Client {
+                                forward: id,
+                                address: client,
+                            };
+                            self.sockets.put(at, client);
                             at
                         }
                     };
@@ -632,7 +623,7 @@ impl Driver {
 struct FrameIo<'a> {
     poll: &'a Poll,
     sockets: &'a mut Sockets,
-    forwards: &'a [Option<ForwardSocket>],
+    forwards: &'a HashMap<ForwardId, ForwardSocket>,
     network: &'a Network,
 }
 
@@ -668,8 +659,8 @@ impl FrameIo<'_> {
         }
         let sent = match self.sockets.get_mut(at) {
             Some(HostSocket::Udp(socket) | HostSocket::Echo(socket)) => socket.send(payload),
-            Some(HostSocket::Client { forward, address }) => match self.forwards.get(*forward) {
-                Some(Some(forward)) => forward.socket.send_to(payload, *address),
+            Some(HostSocket::Client { forward, address }) => match self.forwards.get(forward) {
+                Some(forward) => forward.socket.send_to(payload, *address),
                 _ => return,
             },
             Some(HostSocket::Stream(_)) | None => return,
@@ -681,6 +672,11 @@ impl FrameIo<'_> {
             Err(error) => engine.handle_send_error(at, send_error(&error)),
         }
     }
+}
+
+/// The UDP forward that a token is of.
+fn forward_of(token: usize) -> ForwardId {
+    ForwardId((token - FORWARDS) as u64)
 }
 
 fn dial_error(error: &io::Error) -> DialError {

@@ -10,8 +10,8 @@ use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 use std::time::{Duration, SystemTime};
 
 use vnet_proto::model::{
-    Budget, CommandId, Epoch, FlowId, FlowSubject, GuardSet, Match, Miss, MissId, Mode, Name, Protocol,
-    Reason, Subject, Verdict, VerdictAction, VmId,
+    Budget, CommandId, Epoch, FlowId, FlowSubject, ForwardListen, GuardSet, Match, Miss, MissId, Mode, Name,
+    Protocol, Reason, Subject, Verdict, VerdictAction, VmId,
 };
 
 use crate::egress::stream::HostStream;
@@ -61,16 +61,35 @@ pub trait Router: Send + Sync {
     fn guest_at(&self, address: IpAddr) -> Option<VmId>;
 }
 
-/// A port of the host that leads into a guest.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+/// A port or a Unix socket of the host that leads into a guest.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct Forward {
-    /// [`Protocol::Tcp`] or [`Protocol::Udp`].
+    /// [`Protocol::Tcp`] or [`Protocol::Udp`]; of a Unix socket, TCP.
     pub protocol: Protocol,
-    /// Address and port on the host.
-    pub listen: SocketAddr,
+    /// Where on the host.
+    pub listen: ForwardListen,
     /// Address and port in the network.
     pub target: SocketAddr,
+    /// The guest sees clients by their own addresses, where that can be, rather than as the gateway.
+    pub keep_client: bool,
 }
+
+impl Forward {
+    /// The same, so many ports further on both sides; `None` where there is no such port.
+    pub fn further(&self, ports: u16) -> Option<Self> {
+        let mut target = self.target;
+        target.set_port(target.port().checked_add(ports)?);
+        Some(Self {
+            listen: self.listen.further(ports)?,
+            target,
+            ..self.clone()
+        })
+    }
+}
+
+/// A forward, told from all others that this dataplane has or had.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct ForwardId(pub u64);
 
 /// From a guest's driver to the session. The session mirrors what a reconnect must say again: VMs,
 /// held misses, live flows.
@@ -526,6 +545,8 @@ pub struct Ingress {
     pub early: Vec<u8>,
     /// Where in the guest it leads.
     pub target: SocketAddr,
+    /// Whom the guest is to see, where that can be; `None` for the gateway.
+    pub client: Option<SocketAddr>,
     /// What it came through.
     pub origin: Origin,
     /// Counts as waiting until it is dropped; drop it when the connection is taken on or refused.
@@ -536,9 +557,19 @@ pub struct Ingress {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Origin {
     /// A forward: where the guest does not take it, its client sees a reset, as of a port that is closed.
-    Forward,
+    Forward(ForwardId),
     /// A tunnel, whose client was told already that there is one: it sees an ordinary end.
     Tunnel,
+}
+
+impl Origin {
+    /// The forward, if it was one.
+    pub fn forward(self) -> Option<ForwardId> {
+        match self {
+            Self::Forward(forward) => Some(forward),
+            Self::Tunnel => None,
+        }
+    }
 }
 
 /// Everything that reaches a guest's driver from the rest of its dataplane.
@@ -557,21 +588,21 @@ pub enum Input {
     Ingress(Ingress),
     /// A UDP forward leads to this guest: its socket, non-blocking, to be read from now on.
     IngressUdp {
-        /// Where it listens; its identity.
-        listen: SocketAddr,
+        /// The forward.
+        forward: ForwardId,
         /// The socket.
         socket: std::net::UdpSocket,
         /// Where in the guest it leads.
         target: SocketAddr,
+        /// The guest is to see its clients where that can be, rather than the gateway.
+        keep_client: bool,
     },
-    /// A forward is closed: cut its flows. Answer with [`Report::Done`].
+    /// Forwards are closed: cut their flows. Answer with [`Report::Done`].
     IngressClosed {
         /// For the answer.
         command: CommandId,
-        /// TCP (false) or UDP (true).
-        udp: bool,
-        /// Where it listened.
-        listen: SocketAddr,
+        /// Which.
+        forwards: Arc<[ForwardId]>,
     },
     /// Another guest's engine ended a flow between the two.
     PermitClosed {

@@ -1,7 +1,6 @@
 //! A running dataplane: from a checked configuration to its end.
 
 use std::io::{self, IsTerminal as _, Write as _};
-use std::net::SocketAddr;
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -35,7 +34,7 @@ use crate::link::packet::{PacketKind, PacketLink};
 use crate::link::stream::{StreamKind, StreamLink, StreamSocket};
 use crate::link::vpnkit::Answers;
 use crate::link::{serve, shared};
-use crate::message::{Forward, Report, Router};
+use crate::message::{Report, Router};
 use crate::metrics::Metrics;
 use crate::network::{GuestSpec, Network, NetworkConfig};
 use crate::requests::Requests;
@@ -97,14 +96,8 @@ pub enum RunError {
         source: io::Error,
     },
     /// A forward cannot be opened.
-    #[error("port {listen} cannot be forwarded")]
-    Forward {
-        /// Which.
-        listen: SocketAddr,
-        /// Why.
-        #[source]
-        source: ForwardError,
-    },
+    #[error("what --publish asks for cannot be forwarded")]
+    Forward(#[source] ForwardError),
     /// The host's addresses cannot be followed, so its guards would not hold.
     #[error("the host's addresses cannot be followed")]
     Guards(#[source] io::Error),
@@ -242,6 +235,7 @@ pub async fn run(config: Config) -> Result<(), RunError> {
         tokio::runtime::Handle::current(),
     );
     network.set_forwards(forwards.clone());
+    let _closing = Closing(forwards.clone());
 
     let mut boot_id = [0; 16];
     getrandom::fill(&mut boot_id).map_err(|e| RunError::System(io::Error::other(e.to_string())))?;
@@ -279,7 +273,9 @@ pub async fn run(config: Config) -> Result<(), RunError> {
         Arc::clone(&network) as Arc<dyn Router>,
     );
 
-    open_forwards(&config.forwards, &forwards)?;
+    forwards
+        .expose(config.forwards.clone())
+        .map_err(RunError::Forward)?;
     let asked = Asked {
         tunnels,
         front,
@@ -315,6 +311,7 @@ pub async fn run(config: Config) -> Result<(), RunError> {
     };
     // No new guests; those there are end and say so, and the session ends behind the last of them.
     drop(files);
+    forwards.close();
     network.stop();
     let session_end = match session_end {
         Some(end) => end,
@@ -337,6 +334,15 @@ pub async fn run(config: Config) -> Result<(), RunError> {
     match session_end {
         SessionEnd::Finished => Ok(()),
         end => Err(RunError::Session(end)),
+    }
+}
+
+/// Closes the forwards however the dataplane ends, so that no file of a socket stays behind.
+struct Closing(Forwards);
+
+impl Drop for Closing {
+    fn drop(&mut self) {
+        self.0.close();
     }
 }
 
@@ -442,16 +448,6 @@ fn make_network(
         tokio::runtime::Handle::current(),
         reports,
     )
-}
-
-fn open_forwards(wanted: &[Forward], forwards: &Forwards) -> Result<(), RunError> {
-    for forward in wanted {
-        forwards.expose(*forward).map_err(|source| RunError::Forward {
-            listen: forward.listen,
-            source,
-        })?;
-    }
-    Ok(())
 }
 
 fn open_listeners(

@@ -1,8 +1,10 @@
-//! `ForwardService`: ports of the host that lead into a guest. The dataplane opens and closes them.
+//! `ForwardService`: ports and Unix sockets of the host that lead into a guest. The dataplane opens and closes
+//! them.
 
 use std::net::SocketAddr;
 
-use tonic::{Request, Response, Status};
+use tonic::{Code, Request, Response, Status};
+use vnet_proto::model::{ForwardListen, Protocol};
 use vnet_proto::v1;
 use vnet_proto::v1::command::Command;
 use vnet_proto::v1::forward_service_server::ForwardService;
@@ -24,15 +26,20 @@ impl ForwardService for Api {
         &self,
         request: Request<v1::CreateForwardRequest>,
     ) -> Result<Response<v1::CreateForwardResponse>, Status> {
-        let forward = request.into_inner().forward.unwrap_or_default();
-        check_protocol("forward.protocol", forward.protocol)?;
-        let listen = check_address("forward.listen", &forward.listen)?;
+        let request = request.into_inner();
+        let forward = request.forward.unwrap_or_default();
+        let protocol = check_protocol("forward.protocol", forward.protocol)?;
+        let listen = check_listen("forward.listen", &forward.listen)?;
+        listen
+            .check(protocol)
+            .map_err(|error| Refusal::field("forward.protocol", error.to_string()))?;
         let target = check_address("forward.target", &forward.target)?;
         if target.port() == 0 {
             return Err(Refusal::field("forward.target", "port 0 leads nowhere").into());
         }
+        let ports = Ports::check("count", protocol, listen, request.count)?;
         let forward = v1::Forward {
-            listen: listen.to_string(),
+            listen: ports.first.to_string(),
             target: target.to_string(),
             ..forward
         };
@@ -41,14 +48,27 @@ impl ForwardService for Api {
         let ack = self
             .hub
             .command(&network, |network| {
-                Command::Expose(v1::Forward {
+                let first = v1::Forward {
                     network: network.to_owned(),
                     ..forward
-                })
+                };
+                match ports.count {
+                    1 => Command::Expose(first),
+                    count => Command::ExposeRange(v1::ForwardRange {
+                        first: Some(first),
+                        count: count.into(),
+                    }),
+                }
             })
-            .await?;
+            .await
+            .map_err(|refusal| self.named(refusal, &ports))?;
+        let forwards = match ack.forward {
+            _ if ports.count > 1 => ack.forwards,
+            forward => vec![forward.unwrap_or(asked)],
+        };
         Ok(Response::new(v1::CreateForwardResponse {
-            forward: ack.forward.or(Some(asked)),
+            forward: forwards.first().cloned(),
+            forwards,
         }))
     }
 
@@ -57,21 +77,22 @@ impl ForwardService for Api {
         request: Request<v1::DeleteForwardRequest>,
     ) -> Result<Response<v1::DeleteForwardResponse>, Status> {
         let request = request.into_inner();
-        check_protocol("protocol", request.protocol)?;
-        let listen = check_address("listen", &request.listen)?.to_string();
-        let forward = self
-            .hub
-            .forwards(&request.network)
-            .into_iter()
-            .find(|f| f.protocol == request.protocol && f.listen == listen)
-            .ok_or_else(|| {
-                Refusal::NotFound(format!(
-                    "no forward listens on {listen}; list them with: vnetctl forward list"
-                ))
-            })?;
-        let network = forward.network.clone();
-        let sent = forward.clone();
-        let ack = self.hub.command(&network, |_| Command::Unexpose(sent)).await?;
+        let protocol = check_protocol("protocol", request.protocol)?;
+        let listen = check_listen("listen", &request.listen)?;
+        let ports = Ports::check("count", protocol, listen, request.count)?;
+        let forwards = self.open_at(&request.network, &ports)?;
+        let Some(first) = forwards.first().cloned() else {
+            return Err(not_there(&ports.first).into());
+        };
+        let network = first.network.clone();
+        let command = match ports.count {
+            1 => Command::Unexpose(first.clone()),
+            count => Command::UnexposeRange(v1::ForwardRange {
+                first: Some(first.clone()),
+                count: count.into(),
+            }),
+        };
+        let ack = self.hub.command(&network, |_| command).await?;
         let cut = v1::CutReport {
             flows: ack.cut_flows,
             dataplanes_acknowledged: 1,
@@ -79,17 +100,118 @@ impl ForwardService for Api {
             dataplanes_cut: u32::from(ack.cut_flows > 0),
         };
         Ok(Response::new(v1::DeleteForwardResponse {
-            forward: Some(forward),
+            forward: Some(first),
             cut: Some(cut),
+            forwards,
         }))
     }
 }
 
-fn check_protocol(field: &str, protocol: i32) -> Result<(), Refusal> {
+impl Api {
+    /// The forwards of a range, all of one network.
+    fn open_at(&self, network: &str, ports: &Ports) -> Result<Vec<v1::Forward>, Refusal> {
+        let open = self.hub.forwards(network);
+        let mut found: Vec<v1::Forward> = Vec::new();
+        for listen in ports.listens() {
+            let text = listen.to_string();
+            let fits = |f: &&v1::Forward| {
+                f.protocol == i32::from(v1::Protocol::from(ports.protocol))
+                    && f.listen == text
+                    && found.first().is_none_or(|first| first.network == f.network)
+            };
+            let forward = open.iter().find(fits).ok_or_else(|| not_there(&listen))?;
+            found.push(forward.clone());
+        }
+        Ok(found)
+    }
+
+    /// Names the forward of another network that has a port. Its dataplane is but a program to the one that was
+    /// asked.
+    fn named(&self, refusal: Refusal, ports: &Ports) -> Refusal {
+        let Refusal::Dataplane { code, text } = refusal else {
+            return refusal;
+        };
+        let in_use = |listen: &ForwardListen| format!("{} {listen} is already in use", ports.protocol);
+        let by = if code == Code::AlreadyExists as u32 && !text.contains("this network's forward") {
+            ports
+                .listens()
+                .find(|listen| text.starts_with(&in_use(listen)))
+                .and_then(|listen| Some((self.other_at(ports.protocol, &listen)?, listen)))
+        } else {
+            None
+        };
+        let text = match by {
+            None => text,
+            Some((other, listen)) => format!(
+                "{} by network {}'s forward from {} to {}; close it or forward another port",
+                in_use(&listen),
+                other.network,
+                other.listen,
+                other.target
+            ),
+        };
+        Refusal::Dataplane { code, text }
+    }
+
+    fn other_at(&self, protocol: Protocol, listen: &ForwardListen) -> Option<v1::Forward> {
+        let protocol = i32::from(v1::Protocol::from(protocol));
+        self.hub.forwards("").into_iter().find(|other| {
+            other.protocol == protocol
+                && other
+                    .listen
+                    .parse::<ForwardListen>()
+                    .is_ok_and(|other| other.overlaps(listen))
+        })
+    }
+}
+
+/// Ports, or one place, that a request is about.
+struct Ports {
+    protocol: Protocol,
+    first: ForwardListen,
+    count: u16,
+}
+
+impl Ports {
+    fn check(field: &str, protocol: Protocol, first: ForwardListen, count: u32) -> Result<Self, Refusal> {
+        let last = u16::try_from(count.max(1) - 1).ok();
+        match last.filter(|last| first.further(*last).is_some()) {
+            Some(last) if last < u16::MAX => Ok(Self {
+                protocol,
+                first,
+                count: last + 1,
+            }),
+            _ => Err(Refusal::field(
+                field,
+                format!(
+                    "{first} has no {count} ports from there on (a range ends at 65535, and port 0 and a Unix socket have none)"
+                ),
+            )),
+        }
+    }
+
+    fn listens(&self) -> impl Iterator<Item = ForwardListen> {
+        (0..self.count).filter_map(|port| self.first.further(port))
+    }
+}
+
+fn not_there(listen: &ForwardListen) -> Refusal {
+    Refusal::NotFound(format!(
+        "no forward listens on {listen}; list them with: vnetctl forward list"
+    ))
+}
+
+fn check_protocol(field: &str, protocol: i32) -> Result<Protocol, Refusal> {
     match v1::Protocol::try_from(protocol) {
-        Ok(v1::Protocol::Tcp | v1::Protocol::Udp) => Ok(()),
+        Ok(v1::Protocol::Tcp) => Ok(Protocol::Tcp),
+        Ok(v1::Protocol::Udp) => Ok(Protocol::Udp),
         _ => Err(Refusal::field(field, "is neither TCP nor UDP")),
     }
+}
+
+fn check_listen(field: &str, text: &str) -> Result<ForwardListen, Refusal> {
+    text.parse()
+        .map_err(|error: vnet_proto::model::ForwardListenError| Refusal::field(field, error.to_string()))
 }
 
 fn check_address(field: &str, text: &str) -> Result<SocketAddr, Refusal> {

@@ -1,5 +1,6 @@
 //! Commands to dataplanes, each acknowledged: forwards and zones. And what dataplanes know of names.
 
+use std::collections::HashSet;
 use std::time::Duration;
 
 use tokio::sync::oneshot;
@@ -194,6 +195,20 @@ impl State {
                 dataplane.forwards.push(forward);
                 text
             }
+            Command::ExposeRange(_) => {
+                dataplane.forwards.retain(not_among(&ack.forwards));
+                dataplane.forwards.extend(ack.forwards.iter().cloned());
+                let (listen, target) = (
+                    span(&ack.forwards, |f| &f.listen),
+                    span(&ack.forwards, |f| &f.target),
+                );
+                format!("{listen} leads to {target}")
+            }
+            Command::UnexposeRange(_) => {
+                self.metrics.flows_cut.add(ack.cut_flows);
+                dataplane.forwards.retain(not_among(&ack.forwards));
+                format!("{} is closed", span(&ack.forwards, |f| &f.listen))
+            }
             Command::Unexpose(forward) => {
                 self.metrics.flows_cut.add(ack.cut_flows);
                 dataplane.forwards.retain(|f| !is(f, &forward));
@@ -218,5 +233,20 @@ impl State {
             ..about(v1::EventKind::ForwardChanged, "", text)
         };
         self.event(now, event);
+    }
+}
+
+/// Whether a forward is none of these, by what names one.
+fn not_among(forwards: &[v1::Forward]) -> impl FnMut(&v1::Forward) -> bool {
+    let names: HashSet<(i32, &str)> = forwards.iter().map(|f| (f.protocol, f.listen.as_str())).collect();
+    move |f| !names.contains(&(f.protocol, f.listen.as_str()))
+}
+
+/// The places of a range in one text, as `127.0.0.1:8000-8010`.
+fn span(forwards: &[v1::Forward], place: impl Fn(&v1::Forward) -> &String) -> String {
+    let port = |f: &v1::Forward| place(f).rsplit(':').next().map(str::to_owned);
+    match (forwards.first(), forwards.last().and_then(port)) {
+        (Some(first), Some(last)) => format!("{}-{last}", place(first)),
+        _ => String::new(),
     }
 }

@@ -1193,6 +1193,7 @@ async fn commands_are_acknowledged_or_refused_by_the_dataplane() {
         protocol: v1::Protocol::Tcp.into(),
         listen: "127.0.0.1:0".to_owned(),
         target: "192.168.127.2:80".to_owned(),
+        ..Default::default()
     };
     let expose = |network: &str| v1::command::Command::Expose(forward(network));
     assert!(matches!(
@@ -1222,6 +1223,54 @@ async fn commands_are_acknowledged_or_refused_by_the_dataplane() {
     }));
     assert_eq!(call.await.unwrap().unwrap().forward, Some(opened.clone()));
     assert_eq!(rig.hub.forwards(""), [opened]);
+}
+
+#[tokio::test]
+async fn ranges_of_forwards_come_and_go_whole() {
+    use v1::command::Command;
+    let rig = Rig::open();
+    let mut dp = rig.dataplane("web");
+    let forward = |port: u16| v1::Forward {
+        network: "net1".to_owned(),
+        protocol: v1::Protocol::Tcp.into(),
+        listen: format!("127.0.0.1:{port}"),
+        target: format!("192.168.127.2:{}", port - 8000),
+        ..Default::default()
+    };
+    let range = |first: u16, count| v1::ForwardRange {
+        first: Some(forward(first)),
+        count,
+    };
+    let answers = [
+        (
+            Command::ExposeRange(range(8000, 3)),
+            vec![forward(8000), forward(8001), forward(8002)],
+        ),
+        (
+            Command::UnexposeRange(range(8001, 2)),
+            vec![forward(8001), forward(8002)],
+        ),
+    ];
+    let left = [3, 1];
+    for ((command, forwards), left) in answers.into_iter().zip(left) {
+        let hub = std::sync::Arc::clone(&rig.hub);
+        let call = tokio::spawn(async move { hub.command("", |_| command).await });
+        let command_id = loop {
+            tokio::task::yield_now().await;
+            if let Some(Told::Command(command)) = dp.told().pop() {
+                break command.command_id;
+            }
+        };
+        let ack = v1::Ack {
+            command_id,
+            forwards: forwards.clone(),
+            ..Default::default()
+        };
+        dp.say(Message::Ack(ack));
+        assert_eq!(call.await.unwrap().unwrap().forwards, forwards);
+        assert_eq!(rig.hub.forwards("").len(), left);
+    }
+    assert_eq!(rig.hub.forwards(""), [forward(8000)]);
 }
 
 const LISTED: &str = "version: 1\nsets:\n  web: {file: lists/web.txt}\nrules:\n  - {action: allow, cidrs: \"@web\", ports: [443]}\n";

@@ -1,6 +1,6 @@
 //! The network's part of the configuration: addresses, leases, resolvers, zones, forwards.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashSet};
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
@@ -573,6 +573,7 @@ fn is_guest(address: IpAddr, network: &NetworkConfig) -> bool {
 /// Reads `-p`. A forward that names no guest leads to the first.
 pub(super) fn forwards(args: &Args, network: &NetworkConfig, problems: &mut Vec<Problem>) -> Vec<Forward> {
     let mut forwards: Vec<Forward> = Vec::new();
+    let mut places = HashSet::new();
     for text in &args.publish {
         let spec: ForwardSpec = match text.parse() {
             Ok(spec) => spec,
@@ -581,8 +582,8 @@ pub(super) fn forwards(args: &Args, network: &NetworkConfig, problems: &mut Vec<
                 continue;
             }
         };
-        let forward = spec.into_forward(IpAddr::V4(network.first_guest));
-        let guest = forward.target.ip();
+        let first_guest = IpAddr::V4(network.first_guest);
+        let guest = spec.first(first_guest).target.ip();
         let subnet: IpNet = match (guest, network.ipv6) {
             (IpAddr::V6(_), Some(prefix)) => prefix.into(),
             _ => network.subnet.into(),
@@ -594,11 +595,16 @@ pub(super) fn forwards(args: &Args, network: &NetworkConfig, problems: &mut Vec<
                 subnet,
             });
         }
-        let same = |other: &Forward| other.protocol == forward.protocol && other.listen == forward.listen;
-        if forward.listen.port() != 0 && forwards.iter().any(same) {
+        let before = forwards.len();
+        forwards.extend(spec.forwards(first_guest));
+        let mut is_twice = false;
+        for forward in &forwards[before..] {
+            is_twice |= forward.listen.port() != Some(0)
+                && !places.insert((forward.protocol, forward.listen.clone()));
+        }
+        if is_twice {
             problems.push(Problem::PublishTwice(text.clone()));
         }
-        forwards.push(forward);
     }
     if forwards.len() > FORWARDS_MAX {
         problems.push(Problem::PublishMany {

@@ -224,7 +224,7 @@ pub enum Problem {
     },
     #[error("--publish {0}: another --publish listens there too")]
     PublishTwice(String),
-    #[error("--publish is given {found} times (at most {most})")]
+    #[error("--publish asks for {found} forwards (at most {most})")]
     PublishMany { found: usize, most: usize },
     #[error("--guest-api needs --front-fd: it is the front that serves it")]
     GuestApiWithoutFront,

@@ -780,7 +780,7 @@ fn bad_flags_are_refused_in_these_words() {
         ),
         (
             &["-p", "8080"],
-            "--publish is wrong: \"8080\" is not a forward (expected [ADDRESS:]PORT:[GUEST:]PORT[/tcp|/udp], as 8080:80)",
+            "--publish is wrong: \"8080\" is not a forward (expected [ADDRESS:]PORT:[GUEST:]PORT[/tcp|/udp][+client], as 8080:80, or unix:///PATH:[GUEST:]PORT)",
         ),
         (
             &["-p", "80:10.0.0.1:80"],

@@ -8,6 +8,8 @@ use std::net::{Ipv4Addr, SocketAddr};
 use std::os::fd::RawFd;
 use std::path::PathBuf;
 
+use vnet_proto::model::{SOCKET_PATH_BYTES_MAX, percent_decode};
+
 use crate::config::{nearest, parse_mac};
 use crate::mac::Mac;
 
@@ -264,32 +266,5 @@ fn vsock(text: &str) -> Result<ListenAt, UrlError> {
 }
 
 fn decode(text: &str) -> Result<String, UrlError> {
-    let refused = || UrlError::Encoding(text.to_owned());
-    let mut bytes = Vec::with_capacity(text.len());
-    let mut rest = text.as_bytes();
-    while let Some((&first, tail)) = rest.split_first() {
-        if first == b'%' {
-            let digits = tail
-                .get(..2)
-                .filter(|d| d.iter().all(u8::is_ascii_hexdigit))
-                .ok_or_else(refused)?;
-            let digits = std::str::from_utf8(digits).map_err(|_| refused())?;
-            bytes.push(u8::from_str_radix(digits, 16).map_err(|_| refused())?);
-            rest = &tail[2..];
-        } else {
-            bytes.push(first);
-            rest = tail;
-        }
-    }
-    if bytes.contains(&0) {
-        return Err(refused());
-    }
-    String::from_utf8(bytes).map_err(|_| refused())
+    percent_decode(text).ok_or_else(|| UrlError::Encoding(text.to_owned()))
 }
-
-/// Bytes of a path in a socket address, its final zero not counted.
-#[cfg(target_os = "linux")]
-const SOCKET_PATH_BYTES_MAX: usize = 107;
-/// Bytes of a path in a socket address, its final zero not counted.
-#[cfg(not(target_os = "linux"))]
-const SOCKET_PATH_BYTES_MAX: usize = 103;

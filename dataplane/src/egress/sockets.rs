@@ -13,6 +13,7 @@ use socket2::{Domain, Protocol, Socket, Type};
 use crate::egress::stream::{HostStream, PolledStream};
 use crate::engine::budget::Room;
 use crate::engine::stack::{Connection, Phase};
+use crate::message::ForwardId;
 
 /// Bytes moved for one flow before the others have their turn.
 const TURN_BYTES: usize = 1 << 20;
@@ -31,10 +32,10 @@ pub enum HostSocket {
     Udp(UdpSocket),
     /// An unprivileged ping socket, connected.
     Echo(UdpSocket),
-    /// A client of a UDP forward: its address, and the forward's place.
+    /// A client of a UDP forward.
     Client {
-        /// The forward's place.
-        forward: usize,
+        /// The forward.
+        forward: ForwardId,
         /// The client.
         address: SocketAddr,
     },

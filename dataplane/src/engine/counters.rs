@@ -33,6 +33,7 @@ impl Engine {
             ("descriptors_refused", self.descriptors_refused),
             ("flows_made_way", self.made_way),
             ("dials_failed", self.dials_failed),
+            ("forward_client_refused", self.ingress_refused),
             ("ring_growth_refused", self.rings.refused()),
             ("guest_api_refused", self.guest_api.refused),
         ];

@@ -10,7 +10,6 @@ use crate::engine::cache::Decision;
 use crate::engine::flow::State;
 use crate::engine::frame::DropReason;
 use crate::engine::ip::Ip;
-use crate::engine::judge::Wanted;
 use crate::engine::reply::{self, Unreachable};
 use crate::engine::{Engine, Event, Outcome, Time, UDP_IDLE, UDP_UNANSWERED_IDLE, held, inbound};
 
@@ -192,7 +191,7 @@ impl Engine {
     }
 
     /// Room for one more flow of a kind: the longest idle association makes way.
-    fn make_room(&mut self, kind: Protocol) -> Result<(), DropReason> {
+    pub(super) fn make_room(&mut self, kind: Protocol) -> Result<(), DropReason> {
         self.evict_beyond_limit(kind);
         if self.flows.has_room() {
             Ok(())
@@ -308,27 +307,6 @@ impl Engine {
             let gateway = self.gateway_towards(guest.ip());
             reply::unreachable_for_udp(&mut self.transmit, gateway, guest, peer, why);
         }
-    }
-
-    /// A datagram from a client of a UDP forward: the flow's place, `None` when it is refused.
-    pub fn open_ingress_udp(&mut self, now: Time, target: SocketAddr) -> Option<usize> {
-        if self.settings.forwards_closed || !self.is_guest_address(target.ip()) {
-            return None;
-        }
-        self.make_room(Protocol::Udp).ok()?;
-        let client = self.free_ingress_port(Protocol::Udp, target)?;
-        let key = FlowKey {
-            protocol: Protocol::Udp,
-            guest: target,
-            peer: client,
-        };
-        let at = self.new_flow(now, Wanted::plain(key), State::Udp);
-        if let Some(flow) = self.flows.get_mut(at) {
-            flow.ingress = true;
-        }
-        self.report_opened(now, at, None);
-        self.schedule(now, at);
-        Some(at)
     }
 }
 

@@ -16,6 +16,7 @@ use crate::engine::naming::{Checked, Reading};
 use crate::engine::stack::Connection;
 use crate::engine::switch::flow::Switched;
 use crate::engine::synthetic::table::Place;
+use crate::message::ForwardId;
 
 /// Flows of one VM at once, when nothing else is configured.
 pub const FLOWS_MAX: usize = 32_768;
@@ -35,6 +36,8 @@ pub struct Flow {
     pub neighbour: Option<VmId>,
     /// Opened from the host's side.
     pub ingress: bool,
+    /// The forward that it came through.
+    pub forward: Option<ForwardId>,
     /// It leads to the gateway's own API, of which the session is told nothing.
     pub is_guest_api: bool,
     /// Where it is in its life.
@@ -120,6 +123,7 @@ impl Flow {
             dialled: wanted.dialled,
             neighbour: wanted.neighbour,
             ingress: false,
+            forward: None,
             is_guest_api: false,
             state,
             metered: false,

@@ -32,6 +32,7 @@ pub mod guest_api;
 pub mod held;
 mod idle;
 mod inbound;
+mod ingress;
 pub mod inspect;
 pub mod ip;
 mod judge;
@@ -336,6 +337,8 @@ pub struct Engine {
     made_way: u64,
     /// Dials that the host itself refused.
     dials_failed: u64,
+    /// Clients of forwards that could not be shown to the guest, which has a flow of theirs already.
+    ingress_refused: u64,
     /// Flows refused for their name, by [`InspectRefusal::WORDS`].
     name_refusals: [u64; InspectRefusal::WORDS.len()],
 }
@@ -397,6 +400,7 @@ impl Engine {
             descriptors_refused: 0,
             made_way: 0,
             dials_failed: 0,
+            ingress_refused: 0,
             name_refusals: [0; InspectRefusal::WORDS.len()],
             settings,
             config,

@@ -393,80 +393,6 @@ impl Engine {
         Ok(())
     }
 
-    /// A forward accepted a connection that leads to this guest: open one towards it. Its place, for
-    /// the driver's socket; `None` when it is refused.
-    pub fn open_ingress(&mut self, now: Time, target: SocketAddr) -> Option<usize> {
-        if self.settings.forwards_closed || !self.flows.has_room() || !self.is_guest_address(target.ip()) {
-            return None;
-        }
-        let client = self.free_ingress_port(Protocol::Tcp, target)?;
-        let descriptor = self.take_descriptor()?;
-        let seed = self.random.next_u64();
-        let slot = self.rings.take()?;
-        let connection = Connection::connect(now, client, target, self.config.mtu_bytes, slot, seed)?;
-        let key = FlowKey {
-            protocol: Protocol::Tcp,
-            guest: target,
-            peer: client,
-        };
-        let at = self.new_flow(now, Wanted::plain(key), State::Tcp(Box::new(connection)));
-        if let Some(flow) = self.flows.get_mut(at) {
-            flow.ingress = true;
-            flow.descriptor = Some(descriptor);
-        }
-        self.report_opened(now, at, None);
-        self.mark_dirty(at);
-        Some(at)
-    }
-
-    /// Notes the forward that an ingress flow came through; `None` if it was none that listens at an address, so
-    /// that no such forward's end is its own.
-    pub fn note_listener(&mut self, at: usize, listen: Option<SocketAddr>) {
-        if let Some(flow) = self.flows.get_mut(at) {
-            flow.dialled = listen.unwrap_or(NOWHERE);
-        }
-    }
-
-    /// A TCP forward is closed: cuts the flows that came through it, and says how many.
-    pub fn close_listener(&mut self, now: Time, listen: SocketAddr) -> usize {
-        let through = |flow: &super::flow::Flow| {
-            flow.key.protocol == Protocol::Tcp
-                && flow.dialled.port() == listen.port()
-                && (listen.ip().is_unspecified() || flow.dialled.ip() == listen.ip())
-        };
-        let places = self.flows.places().into_iter();
-        places
-            .filter(|at| self.flows.get(*at).is_some_and(through) && self.cut_ingress(now, *at))
-            .count()
-    }
-
-    /// Cuts a flow that came through a forward; false if there is none of that kind.
-    pub fn cut_ingress(&mut self, now: Time, at: usize) -> bool {
-        let there = self.flows.get(at).is_some_and(|flow| flow.ingress);
-        if there {
-            self.cut(now, at, FlowEnd::Cut);
-        }
-        there
-    }
-
-    /// A port of the gateway that no flow to this target uses (RFC 6335 §6: dynamic ports).
-    pub(super) fn free_ingress_port(&mut self, protocol: Protocol, target: SocketAddr) -> Option<SocketAddr> {
-        const FIRST: u16 = 49_152;
-        const COUNT: u16 = u16::MAX - FIRST + 1;
-        let gateway = self.gateway_towards(target.ip());
-        (0..COUNT).find_map(|_| {
-            let port = FIRST + self.next_ingress_port % COUNT;
-            self.next_ingress_port = self.next_ingress_port.wrapping_add(1);
-            let client = SocketAddr::new(gateway, port);
-            let key = FlowKey {
-                protocol,
-                guest: target,
-                peer: client,
-            };
-            (!self.flows.contains(&key)).then_some(client)
-        })
-    }
-
     /// A TCP flow's connection, to move bytes between its rings and the host's socket.
     pub fn connection(&mut self, at: usize) -> Option<&mut Connection> {
         match &mut self.flows.get_mut(at)?.state {
@@ -544,9 +470,6 @@ impl Engine {
         sent_all
     }
 }
-
-/// Port 0, at which nothing listens.
-const NOWHERE: SocketAddr = SocketAddr::new(std::net::IpAddr::V4(std::net::Ipv4Addr::UNSPECIFIED), 0);
 
 /// Whether a SYN is the one that is kept.
 fn same_syn(packets: &[Box<[u8]>], header: &TcpHeader) -> bool {

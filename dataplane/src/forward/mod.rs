@@ -1,94 +1,41 @@
-//! Forwards: ports of the host that lead into guests.
+//! Forwards: ports and Unix sockets of the host that lead into guests.
 //!
-//! Owns the listening sockets. An accepted TCP connection is handed to the guest that has the target's
+//! Owns the listening sockets. An accepted connection is handed to the guest that has the target's
 //! address now; where none has it, the client sees a reset. A UDP forward's socket is handed to the
 //! guest whole, and again when the guest comes back. The bytes are the driver's affair, and so is
 //! refusing them for a guest under quarantine.
 //!
-//! Every call returns at once. What is bound stays bound until [`Forwards::unexpose`] or the end of the
-//! last clone.
+//! Several are opened and closed together or not at all. What is bound stays bound until
+//! [`Forwards::unexpose`], [`Forwards::close`] or the end of the last clone; a socket's file goes with it. Nothing
+//! else is ever removed from the file system but a socket that nobody serves.
 
+mod accept;
+mod bind;
+mod error;
+mod holder;
 mod spec;
 #[cfg(test)]
 mod tests;
 
 use std::collections::BTreeMap;
 use std::io;
-use std::net::{IpAddr, SocketAddr, TcpStream, UdpSocket};
+use std::net::{IpAddr, SocketAddr, UdpSocket};
 use std::sync::atomic::AtomicUsize;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
 
-use tokio::net::TcpListener;
 use tokio::task::AbortHandle;
-use vnet_proto::model::{CommandId, Protocol, VmId};
+use vnet_proto::model::{CommandId, ForwardListen, Protocol, VmId};
 
-use crate::descriptors::{Descriptors, Kept, NoDescriptor};
-use crate::message::{Forward, Ingress, Input, Origin, Router, Waiting};
+use crate::descriptors::{Descriptors, Kept};
+use crate::forward::accept::{Accepting, StreamListener};
+use crate::forward::bind::Bound;
+use crate::link::listen::SocketFile;
+use crate::message::{Forward, ForwardId, Input, Router};
 use crate::metrics::{ForwardRefusal, Metrics};
 
+pub use error::ForwardError;
+pub use holder::Holder;
 pub use spec::{ForwardSpec, ForwardSpecError};
-
-/// Why a forward was not opened or closed.
-#[derive(Debug, thiserror::Error)]
-pub enum ForwardError {
-    /// Something listens there already: another forward, or another program.
-    #[error("{protocol} {listen} is already in use; close what listens there or forward another port")]
-    InUse {
-        /// TCP or UDP.
-        protocol: Protocol,
-        /// Where.
-        listen: SocketAddr,
-    },
-    /// The host does not allow it.
-    #[error("{protocol} {listen} may not be listened on by this user (ports below 1024 need a privilege)")]
-    NotPermitted {
-        /// TCP or UDP.
-        protocol: Protocol,
-        /// Where.
-        listen: SocketAddr,
-    },
-    /// The host has no such address.
-    #[error("{listen} is not an address of this host")]
-    NoSuchAddress {
-        /// Where.
-        listen: SocketAddr,
-    },
-    /// Anything else that the host says.
-    #[error("{protocol} {listen} cannot be listened on")]
-    Listen {
-        /// TCP or UDP.
-        protocol: Protocol,
-        /// Where.
-        listen: SocketAddr,
-        /// The host's error.
-        #[source]
-        source: io::Error,
-    },
-    /// Only TCP and UDP have ports.
-    #[error("{0} cannot be forwarded (expected tcp or udp)")]
-    Protocol(Protocol),
-    /// Nothing can be there.
-    #[error("{0} is not a place in the network (expected a unicast address and a port other than 0)")]
-    Target(SocketAddr),
-    /// There is no such forward.
-    #[error("nothing is forwarded from {protocol} {listen}")]
-    NotFound {
-        /// TCP or UDP.
-        protocol: Protocol,
-        /// Where.
-        listen: SocketAddr,
-    },
-    /// The process may have no more descriptors.
-    #[error("no descriptor is left for another forward")]
-    Descriptors(#[source] NoDescriptor),
-    /// The limit is reached.
-    #[error("{limit} forwards are open already; close one first")]
-    TooMany {
-        /// The limit.
-        limit: usize,
-    },
-}
 
 /// The forwards of one network. Clones share them.
 #[derive(Clone)]
@@ -104,13 +51,20 @@ struct Shared {
     /// Connections that wait for a guest's driver, of all forwards.
     waiting: Arc<AtomicUsize>,
     limit: usize,
-    open: Mutex<BTreeMap<Key, Open>>,
+    table: Mutex<Table>,
+}
+
+#[derive(Default)]
+struct Table {
+    open: BTreeMap<Key, Open>,
+    last: u64,
 }
 
 /// Protocol (UDP is `true`) and where it listens.
-type Key = (bool, SocketAddr);
+type Key = (bool, ForwardListen);
 
 struct Open {
+    id: ForwardId,
     forward: Forward,
     listener: Listener,
     /// Of the two sockets at most; given back after they are closed.
@@ -119,9 +73,11 @@ struct Open {
 
 enum Listener {
     /// The listener is shared with the task that accepts, so that taking it out closes it at once.
-    Tcp {
-        socket: Arc<Mutex<Option<TcpListener>>>,
-        task: AbortHandle,
+    Stream {
+        socket: accept::Shared,
+        task: Option<AbortHandle>,
+        /// Removed after the socket is closed.
+        _file: Option<SocketFile>,
     },
     /// Kept to be handed over again.
     Udp(UdpSocket),
@@ -153,235 +109,272 @@ impl Forwards {
                 descriptors,
                 waiting: Arc::default(),
                 limit,
-                open: Mutex::default(),
+                table: Mutex::default(),
             }),
         }
     }
 
-    /// Opens a forward; the answer is where it listens, with the port that the host gave for port 0.
+    /// Opens forwards, all or none; the answer is each as it was opened, with the port that the host gave for
+    /// port 0.
     ///
     /// # Errors
-    /// [`ForwardError`]; nothing is changed then.
-    pub fn expose(&self, forward: Forward) -> Result<SocketAddr, ForwardError> {
-        let Forward {
-            protocol,
-            listen,
-            target,
-        } = forward;
-        let udp = is_udp(protocol)?;
-        if target.port() == 0 || target.ip().is_unspecified() || target.ip().is_multicast() {
-            return Err(ForwardError::Target(target));
+    /// [`ForwardError`] of the first that cannot be; nothing is changed then.
+    pub fn expose(&self, wanted: Vec<Forward>) -> Result<Vec<Forward>, ForwardError> {
+        for forward in &wanted {
+            check(forward)?;
         }
-        let mut open = self.shared.lock();
-        if open.len() >= self.shared.limit {
-            return Err(ForwardError::TooMany {
-                limit: self.shared.limit,
-            });
+        let mut table = self.shared.lock();
+        let open = table.open.len();
+        if open + wanted.len() > self.shared.limit {
+            let limit = self.shared.limit;
+            return Err(ForwardError::TooMany { open, limit });
         }
-        let descriptors = self
-            .shared
-            .descriptors
-            .keep_forward()
-            .map_err(ForwardError::Descriptors)?;
-        let refused = |error: io::Error| listen_error(protocol, listen, error);
-        let (bound, listener) = if udp {
-            let socket = UdpSocket::bind(listen).map_err(refused)?;
-            socket.set_nonblocking(true).map_err(refused)?;
-            (socket.local_addr().map_err(refused)?, Listener::Udp(socket))
-        } else {
-            let socket = std::net::TcpListener::bind(listen).map_err(refused)?;
-            socket.set_nonblocking(true).map_err(refused)?;
-            let bound = socket.local_addr().map_err(refused)?;
-            (bound, self.shared.accept_from(socket, target).map_err(refused)?)
-        };
-        let forward = Forward {
-            protocol,
-            listen: bound,
-            target,
-        };
-        if let Some(vm) = self.shared.router.guest_at(target.ip()) {
-            self.shared.hand_over(vm, &forward, &listener);
+        // Everything that can fail comes first. What is bound is closed again when it is dropped.
+        let mut made = Vec::with_capacity(wanted.len());
+        for forward in wanted {
+            match self.shared.make(&mut table, forward) {
+                Ok(opened) => made.push(opened),
+                Err(error) => {
+                    let forwards = table.open.values().chain(&made);
+                    let named = named_by_forwards(error, forwards.map(|open| &open.forward));
+                    drop(table);
+                    return Err(named_by_system(named));
+                }
+            }
         }
-        let opened = Open {
-            forward,
-            listener,
-            _descriptors: descriptors,
-        };
-        open.insert((udp, bound), opened);
-        self.shared.metrics.forwards_open.set(open.len() as u64);
-        tracing::info!(%protocol, listen = %bound, %target, "forward opened");
-        Ok(bound)
+        let mut answer = Vec::with_capacity(made.len());
+        for mut opened in made {
+            self.shared.accept_from(&mut opened);
+            let forward = opened.forward.clone();
+            if let Some(vm) = self.shared.router.guest_at(forward.target.ip()) {
+                self.shared.hand_over(vm, &opened);
+            }
+            let Forward { protocol, target, .. } = forward;
+            tracing::info!(%protocol, listen = %forward.listen, %target, "forward opened");
+            table.open.insert(key_of(&forward), opened);
+            answer.push(forward);
+        }
+        self.shared.metrics.forwards_open.set(table.open.len() as u64);
+        Ok(answer)
     }
 
-    /// Closes a forward; its port is free when this returns. The guests that it names cut its flows, and say so
-    /// with `command`.
+    /// Closes forwards, all or none; their ports are free when this returns. The guests that it names cut their
+    /// flows, and say so with `command`.
     ///
     /// # Errors
     /// [`ForwardError::NotFound`], [`ForwardError::Protocol`].
     pub fn unexpose(
         &self,
-        protocol: Protocol,
-        listen: SocketAddr,
+        wanted: &[(Protocol, ForwardListen)],
         command: CommandId,
-    ) -> Result<(Forward, Vec<VmId>), ForwardError> {
-        let udp = is_udp(protocol)?;
-        let mut open = self.shared.lock();
-        let closed = open
-            .remove(&(udp, listen))
-            .ok_or(ForwardError::NotFound { protocol, listen })?;
-        self.shared.metrics.forwards_open.set(open.len() as u64);
-        drop(open);
-        let forward = closed.forward;
+    ) -> Result<(Vec<Forward>, Vec<VmId>), ForwardError> {
+        let mut table = self.shared.lock();
+        let mut keys = Vec::with_capacity(wanted.len());
+        for (protocol, listen) in wanted {
+            let key = (is_udp(*protocol)?, listen.clone());
+            if !table.open.contains_key(&key) {
+                return Err(ForwardError::NotFound {
+                    protocol: *protocol,
+                    listen: listen.clone(),
+                });
+            }
+            keys.push(key);
+        }
+        let closed: Vec<Open> = keys.iter().filter_map(|key| table.open.remove(key)).collect();
+        self.shared.metrics.forwards_open.set(table.open.len() as u64);
+        drop(table);
+        let ids: Arc<[ForwardId]> = closed.iter().map(|open| open.id).collect();
+        let forwards: Vec<Forward> = closed.iter().map(|open| open.forward.clone()).collect();
         drop(closed);
         // Not only to the guest at the target now: another may have had its address when a flow began.
         let mut told = self.shared.router.vms();
         told.retain(|vm| {
-            let closed = Input::IngressClosed { command, udp, listen };
-            self.shared.router.send(*vm, closed)
+            let forwards = Arc::clone(&ids);
+            self.shared
+                .router
+                .send(*vm, Input::IngressClosed { command, forwards })
         });
-        tracing::info!(%protocol, %listen, "forward closed");
-        Ok((forward, told))
+        for Forward { protocol, listen, .. } in &forwards {
+            tracing::info!(%protocol, %listen, "forward closed");
+        }
+        Ok((forwards, told))
+    }
+
+    /// Closes all listeners, as the process ends: no socket's file stays behind.
+    pub fn close(&self) {
+        let mut table = self.shared.lock();
+        let open = std::mem::take(&mut table.open);
+        self.shared.metrics.forwards_open.set(0);
+        drop(table);
+        drop(open);
     }
 
     /// The forwards open now, by protocol and listen address.
     pub fn list(&self) -> Vec<Forward> {
-        self.shared.lock().values().map(|open| open.forward).collect()
+        let table = self.shared.lock();
+        table.open.values().map(|open| open.forward.clone()).collect()
     }
 
     /// A guest has an address now: hands it the sockets of the UDP forwards that lead there. TCP needs
     /// nothing; each connection looks the guest up.
     pub fn guest_attached(&self, vm: VmId, address: IpAddr) {
-        for open in self.shared.lock().values() {
+        for open in self.shared.lock().open.values() {
             if open.forward.target.ip() == address {
-                self.shared.hand_over(vm, &open.forward, &open.listener);
+                self.shared.hand_over(vm, open);
             }
         }
     }
 }
 
 impl Shared {
-    fn lock(&self) -> MutexGuard<'_, BTreeMap<Key, Open>> {
-        self.open.lock().unwrap_or_else(PoisonError::into_inner)
+    fn lock(&self) -> MutexGuard<'_, Table> {
+        self.table.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn hand_over(&self, vm: VmId, forward: &Forward, listener: &Listener) {
-        let Listener::Udp(socket) = listener else { return };
+    /// Binds one. What comes to it waits.
+    fn make(&self, table: &mut Table, forward: Forward) -> Result<Open, ForwardError> {
+        let descriptors = self
+            .descriptors
+            .keep_forward()
+            .map_err(ForwardError::Descriptors)?;
+        let refused = |error| ForwardError::of(forward.protocol, &forward.listen, error);
+        let bound = Bound::new(forward.protocol, &forward.listen)?;
+        let listen = bound.listens().map_err(refused)?;
+        table.last += 1;
+        let id = ForwardId(table.last);
+        let listener = self.listener(bound).map_err(refused)?;
+        Ok(Open {
+            id,
+            forward: Forward { listen, ..forward },
+            listener,
+            _descriptors: descriptors,
+        })
+    }
+
+    fn hand_over(&self, vm: VmId, open: &Open) {
+        let Listener::Udp(socket) = &open.listener else {
+            return;
+        };
         match socket.try_clone() {
             Ok(socket) => {
-                let Forward { listen, target, .. } = *forward;
-                self.router.send(
-                    vm,
-                    Input::IngressUdp {
-                        listen,
-                        socket,
-                        target,
-                    },
-                );
+                let socket = Input::IngressUdp {
+                    forward: open.id,
+                    socket,
+                    target: open.forward.target,
+                    keep_client: open.forward.keep_client,
+                };
+                self.router.send(vm, socket);
             }
             Err(error) => {
                 self.metrics
                     .forward_refusals
                     .of(ForwardRefusal::Accept)
                     .increment();
-                tracing::warn!(%error, listen = %forward.listen, "a forward's socket cannot be handed over");
+                tracing::warn!(%error, listen = %open.forward.listen, "a forward's socket cannot be handed over");
             }
         }
     }
 
-    fn accept_from(&self, socket: std::net::TcpListener, target: SocketAddr) -> io::Result<Listener> {
+    fn listener(&self, bound: Bound) -> io::Result<Listener> {
         let _runtime = self.runtime.enter();
-        let socket = Arc::new(Mutex::new(Some(TcpListener::from_std(socket)?)));
+        let (socket, file) = match bound {
+            Bound::Tcp(socket) => {
+                let socket = tokio::net::TcpListener::from_std(socket)?;
+                (StreamListener::Tcp(socket), None)
+            }
+            Bound::Unix(socket, file) => {
+                let socket = tokio::net::UnixListener::from_std(socket)?;
+                (StreamListener::Unix(socket), Some(file))
+            }
+            Bound::Udp(socket) => return Ok(Listener::Udp(socket)),
+        };
+        Ok(Listener::Stream {
+            socket: Arc::new(Mutex::new(Some(socket))),
+            task: None,
+            _file: file,
+        })
+    }
+
+    fn accept_from(&self, open: &mut Open) {
+        let Listener::Stream { socket, task, .. } = &mut open.listener else {
+            return;
+        };
         let accepting = Accepting {
-            socket: Arc::clone(&socket),
+            forward: open.id,
+            socket: Arc::clone(socket),
             router: Arc::clone(&self.router),
             metrics: Arc::clone(&self.metrics),
             waiting: Arc::clone(&self.waiting),
             waiting_max: CONNECTIONS_WAITING_MAX.min(self.descriptors.reserve() / WAITING_PART),
-            target,
+            target: open.forward.target,
+            keep_client: open.forward.keep_client,
         };
-        let task = self.runtime.spawn(accepting.run()).abort_handle();
-        Ok(Listener::Tcp { socket, task })
+        *task = Some(self.runtime.spawn(accepting.run()).abort_handle());
     }
 }
 
 impl Drop for Listener {
     fn drop(&mut self) {
-        if let Self::Tcp { socket, task } = self {
+        if let Self::Stream { socket, task, .. } = self {
             socket.lock().unwrap_or_else(PoisonError::into_inner).take();
-            task.abort();
-        }
-    }
-}
-
-struct Accepting {
-    socket: Arc<Mutex<Option<TcpListener>>>,
-    router: Arc<dyn Router>,
-    metrics: Arc<Metrics>,
-    waiting: Arc<AtomicUsize>,
-    waiting_max: usize,
-    target: SocketAddr,
-}
-
-impl Accepting {
-    async fn run(self) {
-        while let Some(accepted) = self.accept().await {
-            match accepted.and_then(tokio::net::TcpStream::into_std) {
-                Ok(stream) => self.admit(stream),
-                Err(error) if is_about_one_connection(&error) => {}
-                Err(error) => {
-                    self.metrics
-                        .forward_refusals
-                        .of(ForwardRefusal::Accept)
-                        .increment();
-                    tracing::debug!(%error, target = %self.target, "a forward cannot accept");
-                    tokio::time::sleep(ACCEPT_AGAIN).await;
-                }
+            if let Some(task) = task {
+                task.abort();
             }
         }
     }
+}
 
-    /// The next connection; `None` once the forward is closed.
-    async fn accept(&self) -> Option<io::Result<tokio::net::TcpStream>> {
-        std::future::poll_fn(
-            |context| match &*self.socket.lock().unwrap_or_else(PoisonError::into_inner) {
-                None => std::task::Poll::Ready(None),
-                Some(listener) => listener
-                    .poll_accept(context)
-                    .map(|a| Some(a.map(|(stream, _)| stream))),
-            },
-        )
-        .await
+/// Whether there can be such a forward at all.
+fn check(forward: &Forward) -> Result<(), ForwardError> {
+    is_udp(forward.protocol)?;
+    forward.listen.check(forward.protocol)?;
+    let target: SocketAddr = forward.target;
+    if target.port() == 0 || target.ip().is_unspecified() || target.ip().is_multicast() {
+        return Err(ForwardError::Target(target));
     }
+    Ok(())
+}
 
-    fn admit(&self, stream: TcpStream) {
-        let Some(vm) = self.router.guest_at(self.target.ip()) else {
-            return self.refuse(&stream, ForwardRefusal::NoGuest);
-        };
-        let Some(waiting) = Waiting::enter(&self.waiting, self.waiting_max) else {
-            return self.refuse(&stream, ForwardRefusal::Backlog);
-        };
-        let ingress = Ingress {
-            stream: stream.into(),
-            early: Vec::new(),
-            target: self.target,
-            origin: Origin::Forward,
-            waiting,
-        };
-        if self.router.send(vm, Input::Ingress(ingress)) {
-            self.metrics.forward_connections.increment();
-        } else {
-            self.metrics
-                .forward_refusals
-                .of(ForwardRefusal::NoGuest)
-                .increment();
-        }
-    }
+/// Names the forward that is in the way of another, if one is.
+fn named_by_forwards<'a>(
+    error: ForwardError,
+    mut forwards: impl Iterator<Item = &'a Forward>,
+) -> ForwardError {
+    let ForwardError::InUse {
+        protocol,
+        listen,
+        by: None,
+    } = error
+    else {
+        return error;
+    };
+    let by = forwards
+        .find(|other| other.protocol == protocol && other.listen.overlaps(&listen))
+        .map(|other| Holder::Forward {
+            listen: other.listen.clone(),
+            target: other.target,
+        });
+    ForwardError::InUse { protocol, listen, by }
+}
 
-    fn refuse(&self, stream: &TcpStream, why: ForwardRefusal) {
-        self.metrics.forward_refusals.of(why).increment();
-        // A zero linger makes the close a reset. If it cannot be set, the client sees an empty answer.
-        let _ = socket2::SockRef::from(stream).set_linger(Some(Duration::ZERO));
+/// Names the program that is in the way, if nothing is named and the system tells.
+fn named_by_system(error: ForwardError) -> ForwardError {
+    match error {
+        ForwardError::InUse {
+            protocol,
+            listen,
+            by: None,
+        } => ForwardError::InUse {
+            protocol,
+            by: holder::process(protocol, &listen),
+            listen,
+        },
+        other => other,
     }
+}
+
+fn key_of(forward: &Forward) -> Key {
+    (forward.protocol == Protocol::Udp, forward.listen.clone())
 }
 
 fn is_udp(protocol: Protocol) -> Result<bool, ForwardError> {
@@ -392,23 +385,25 @@ fn is_udp(protocol: Protocol) -> Result<bool, ForwardError> {
     }
 }
 
-fn listen_error(protocol: Protocol, listen: SocketAddr, error: io::Error) -> ForwardError {
-    match error.kind() {
-        io::ErrorKind::AddrInUse => ForwardError::InUse { protocol, listen },
-        io::ErrorKind::PermissionDenied => ForwardError::NotPermitted { protocol, listen },
-        io::ErrorKind::AddrNotAvailable => ForwardError::NoSuchAddress { listen },
-        _ => ForwardError::Listen {
-            protocol,
-            listen,
-            source: error,
-        },
-    }
-}
-
-/// Errors of accept(2) that are about the connection and say nothing of the next.
-fn is_about_one_connection(error: &io::Error) -> bool {
-    use io::ErrorKind::{ConnectionAborted, ConnectionReset, Interrupted};
-    matches!(error.kind(), ConnectionAborted | ConnectionReset | Interrupted)
+/// The forwards of a range: `count` of them, on ports that follow each other.
+///
+/// # Errors
+/// [`ForwardError::Range`].
+pub fn range(first: &Forward, count: u32) -> Result<Vec<Forward>, ForwardError> {
+    let refused = || ForwardError::Range {
+        listen: first.listen.clone(),
+        target: first.target,
+        count,
+        most: FORWARDS_MAX,
+    };
+    let ports = u16::try_from(count)
+        .ok()
+        .filter(|ports| *ports > 0 && usize::from(*ports) <= FORWARDS_MAX)
+        .ok_or_else(refused)?;
+    (0..ports)
+        .map(|port| first.further(port))
+        .collect::<Option<_>>()
+        .ok_or_else(refused)
 }
 
 /// How many forwards one network may have.
@@ -418,6 +413,3 @@ pub const FORWARDS_MAX: usize = 1024;
 const CONNECTIONS_WAITING_MAX: usize = 256;
 /// They may have this part of the descriptors that are kept back.
 const WAITING_PART: usize = 4;
-
-/// How long accepting pauses when the host has no descriptor left.
-const ACCEPT_AGAIN: Duration = Duration::from_millis(100);

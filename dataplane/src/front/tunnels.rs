@@ -69,6 +69,7 @@ impl Tunnels {
             stream,
             early,
             target,
+            client: None,
             origin: Origin::Tunnel,
             waiting,
         };

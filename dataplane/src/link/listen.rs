@@ -5,7 +5,7 @@
 use std::io;
 use std::net::SocketAddr;
 use std::os::fd::AsRawFd as _;
-use std::os::unix::fs::{FileTypeExt as _, PermissionsExt as _};
+use std::os::unix::fs::{FileTypeExt as _, MetadataExt as _, PermissionsExt as _};
 use std::path::{Path, PathBuf};
 
 use socket2::{Domain, SockAddr, Socket, Type};
@@ -18,14 +18,39 @@ const BACKLOG: i32 = 128;
 /// Who may connect: the owner.
 const MODE: u32 = 0o600;
 
-/// A socket in the file system, removed when this is dropped.
+/// A socket in the file system. Dropping this removes it, if what is at its path still is that socket.
 #[derive(Debug)]
-pub struct SocketFile(PathBuf);
+pub struct SocketFile {
+    path: PathBuf,
+    /// Device and inode.
+    identity: (u64, u64),
+}
+
+impl SocketFile {
+    fn new(path: &Path) -> io::Result<Self> {
+        Ok(Self {
+            path: path.to_owned(),
+            identity: identity(path)?,
+        })
+    }
+
+    /// Where it is.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+}
 
 impl Drop for SocketFile {
     fn drop(&mut self) {
-        let _ = std::fs::remove_file(&self.0);
+        // Somebody may have put something else there meanwhile.
+        if identity(&self.path).is_ok_and(|found| found == self.identity) {
+            let _ = std::fs::remove_file(&self.path);
+        }
     }
+}
+
+fn identity(path: &Path) -> io::Result<(u64, u64)> {
+    std::fs::symlink_metadata(path).map(|found| (found.dev(), found.ino()))
 }
 
 /// A listening stream socket: Unix, TCP or vsock.
@@ -114,7 +139,7 @@ fn vsock(_cid: Option<u32>, _port: u32) -> io::Result<Socket> {
 
 /// Binds a Unix socket that only its owner may connect to. A socket file that nothing serves any more is
 /// replaced; one that answers is not.
-pub(super) fn bind_private(path: &Path, kind: Type) -> io::Result<(Socket, SocketFile)> {
+pub(crate) fn bind_private(path: &Path, kind: Type) -> io::Result<(Socket, SocketFile)> {
     let bind = || {
         let socket = Socket::new(Domain::UNIX, kind, None)?;
         // On Linux the file is made with the socket's mode, so that it is never open to others.
@@ -130,7 +155,7 @@ pub(super) fn bind_private(path: &Path, kind: Type) -> io::Result<(Socket, Socke
         }
         bound => bound?,
     };
-    let file = SocketFile(path.to_owned());
+    let file = SocketFile::new(path)?;
     std::fs::set_permissions(path, std::fs::Permissions::from_mode(MODE))?;
     Ok((socket, file))
 }

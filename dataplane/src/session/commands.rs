@@ -5,7 +5,7 @@ use std::sync::Arc;
 use tonic::Code;
 use vnet_proto::model::Name;
 
-use crate::forward::{ForwardError, Forwards};
+use crate::forward::{self, ForwardError, Forwards};
 use crate::message::Forward;
 use crate::zone::{Zone, ZoneRecord};
 
@@ -31,11 +31,14 @@ impl Refusal {
 impl From<ForwardError> for Refusal {
     fn from(error: ForwardError) -> Self {
         let code = match error {
-            ForwardError::InUse { .. } => Code::AlreadyExists,
-            ForwardError::NotPermitted { .. } => Code::PermissionDenied,
-            ForwardError::NoSuchAddress { .. } | ForwardError::Protocol(_) | ForwardError::Target(_) => {
-                Code::InvalidArgument
-            }
+            ForwardError::InUse { .. } | ForwardError::PathTaken { .. } => Code::AlreadyExists,
+            ForwardError::NotPermitted { .. } | ForwardError::Privileged { .. } => Code::PermissionDenied,
+            ForwardError::NoSuchAddress { .. }
+            | ForwardError::Protocol(_)
+            | ForwardError::NotOverUnix(_)
+            | ForwardError::Target(_)
+            | ForwardError::Range { .. } => Code::InvalidArgument,
+            ForwardError::NoSuchDirectory { .. } => Code::FailedPrecondition,
             ForwardError::Listen { .. } => Code::Unavailable,
             ForwardError::NotFound { .. } => Code::NotFound,
             ForwardError::TooMany { .. } | ForwardError::Descriptors(_) => Code::ResourceExhausted,
@@ -92,8 +95,8 @@ pub struct Commands {
 }
 
 impl Commands {
-    pub(super) fn expose(&self, forward: Forward) -> Result<Forward, Refusal> {
-        let listen = self.forwards.expose(forward)?;
-        Ok(Forward { listen, ..forward })
+    /// Opens `count` forwards from this one on, all or none.
+    pub(super) fn expose(&self, first: &Forward, count: u32) -> Result<Vec<Forward>, Refusal> {
+        Ok(self.forwards.expose(forward::range(first, count)?)?)
     }
 }

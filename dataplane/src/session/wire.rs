@@ -4,7 +4,7 @@
 use std::net::{IpAddr, SocketAddr};
 use std::time::{Duration, Instant};
 
-use vnet_proto::model::{Budget, Epoch, Malformed, Name, Protocol, VmId, address_to_bytes};
+use vnet_proto::model::{Budget, Epoch, ForwardListen, Malformed, Name, Protocol, VmId, address_to_bytes};
 use vnet_proto::v1;
 use vnet_proto::v1::session_request::Message;
 
@@ -357,31 +357,42 @@ pub(super) fn forward_to_wire(forward: &Forward, network: &str) -> v1::Forward {
         protocol: v1::Protocol::from(forward.protocol).into(),
         listen: forward.listen.to_string(),
         target: forward.target.to_string(),
+        keep_client_address: forward.keep_client,
     }
 }
 
-/// Reads a forward. `target` may be empty where the forward is only to be named.
-pub(super) fn forward_from_wire(
-    message: &v1::Forward,
-) -> Result<(Protocol, SocketAddr, Option<SocketAddr>), Refusal> {
+/// Reads a forward.
+pub(super) fn forward_from_wire(message: &v1::Forward) -> Result<Forward, Refusal> {
+    let (protocol, listen) = forward_key_from_wire(message)?;
+    if message.target.is_empty() {
+        return Err(Refusal::invalid("forward.target is not set"));
+    }
+    let target = message.target.parse().map_err(|_| {
+        Refusal::invalid(format!(
+            "forward.target is {:?} (expected ADDRESS:PORT, as 192.168.127.2:80)",
+            message.target
+        ))
+    })?;
+    Ok(Forward {
+        protocol,
+        listen,
+        target,
+        keep_client: message.keep_client_address,
+    })
+}
+
+/// Reads what names a forward.
+pub(super) fn forward_key_from_wire(message: &v1::Forward) -> Result<(Protocol, ForwardListen), Refusal> {
     let protocol = match message.protocol() {
         v1::Protocol::Tcp => Protocol::Tcp,
         v1::Protocol::Udp => Protocol::Udp,
         _ => return Err(Refusal::invalid("forward.protocol is neither tcp nor udp")),
     };
-    let place = |field: &str, text: &str| {
-        text.parse().map_err(|_| {
-            Refusal::invalid(format!(
-                "forward.{field} is {text:?} (expected ADDRESS:PORT, as 127.0.0.1:8080)"
-            ))
-        })
-    };
-    let target = if message.target.is_empty() {
-        None
-    } else {
-        Some(place("target", &message.target)?)
-    };
-    Ok((protocol, place("listen", &message.listen)?, target))
+    let listen = message
+        .listen
+        .parse()
+        .map_err(|error| Refusal::invalid(format!("forward.listen: {error}")))?;
+    Ok((protocol, listen))
 }
 
 pub(super) fn zone_to_wire(zone: &Zone, network: &str) -> v1::Zone {

@@ -50,7 +50,8 @@ pub struct RunArgs {
     /// A label; may be repeated
     #[arg(long = "label", value_name = "K=V")]
     pub labels: Vec<String>,
-    /// Open a port of the host that leads to the command, as `[ADDRESS:]PORT:PORT[/tcp|/udp]`; may be repeated
+    /// Open a port of the host that leads to the command, as `[ADDRESS:]PORT:PORT[/tcp|/udp][+client]`, a range of them,
+    /// as 8000-8010:8000-8010, or a Unix socket, as `unix:///PATH:PORT`; may be repeated
     #[arg(short = 'p', long = "publish", value_name = "HOST:GUEST")]
     pub publish: Vec<String>,
     /// Resolver that lookups are forwarded to; may be repeated [default: the host's]

@@ -7,12 +7,13 @@ use clap::Args;
 use tokio::signal::unix::{SignalKind, signal};
 
 use super::attend::{Attendant, Seen, command_line, dataplane_name, say};
+use super::forward::ports;
 use super::questions::Questions;
 use super::treat::{Problems, TreatArgs};
 use crate::client::Connection;
 use crate::failure::Failure;
 use crate::launch::{
-    Dataplane, DataplaneArgs, DataplaneConfig, DataplaneError, DataplaneLog, ListenAt, ListenConfig,
+    Dataplane, DataplaneArgs, DataplaneConfig, DataplaneError, DataplaneLog, Forward, ListenAt, ListenConfig,
     Settings, session_url,
 };
 use crate::output::{self, text::safe};
@@ -174,11 +175,31 @@ fn greeting(config: &DataplaneConfig, command: &str) -> Vec<String> {
             vm.name
         ));
     }
-    for forward in &config.forwards {
-        lines.push(format!(
-            "vnet: forwarding {} {} -> {}",
-            forward.protocol, forward.listen, forward.target
-        ));
+    let mut rest = &config.forwards[..];
+    while let Some(first) = rest.first() {
+        let follows = |(place, forward): &(usize, &Forward)| {
+            u16::try_from(*place)
+                .ok()
+                .and_then(|ports| first.further(ports))
+                .as_ref()
+                == Some(*forward)
+        };
+        let count = rest.iter().enumerate().take_while(follows).count().max(1);
+        let keeps = if first.keep_client {
+            ", with the client's address"
+        } else {
+            ""
+        };
+        let (listen, target) = (first.listen.to_string(), first.target.to_string());
+        let (listen, target) = (ports(&listen, count), ports(&target, count));
+        lines.push(
+            safe(&format!(
+                "vnet: forwarding {} {listen} -> {target}{keeps}",
+                first.protocol
+            ))
+            .into_owned(),
+        );
+        rest = &rest[count..];
     }
     lines.push(format!(
         "vnet: what is held is listed by: {command} pending list; stop with Ctrl-C"

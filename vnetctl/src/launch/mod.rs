@@ -31,6 +31,7 @@ pub use vnet_dataplane::forward::{FORWARDS_MAX, ForwardSpec};
 pub use vnet_dataplane::front::{self, FrontMessage, FrontReceiver, FrontSender, NotSent};
 pub use vnet_dataplane::link::listen::{SocketFile, StreamListener};
 pub use vnet_dataplane::mac::Mac;
+pub use vnet_dataplane::message::Forward;
 
 pub use self::controlplane::{controlplane, own_log, own_server, session_url};
 pub use self::dataplane::{Dataplane, DataplaneError, DataplaneLog, Settings};

@@ -754,7 +754,7 @@ fn no_frame_makes_the_engine_panic() {
 fn a_forward_leads_to_an_ipv6_address_from_the_gateways() {
     let mut rig = Rig::dual();
     let target = "[fd00::2]:22".parse().unwrap();
-    rig.engine.open_ingress(rig.now, target).unwrap();
+    rig.engine.open_ingress(rig.now, None, target, None).unwrap();
     rig.service();
     let sent = rig.sent6();
     let ip = Ip::parse(&sent[0]).unwrap();
@@ -766,11 +766,39 @@ fn a_forward_leads_to_an_ipv6_address_from_the_gateways() {
     for elsewhere in ["[fd00::1]:22", "[2001:db8::9]:22"] {
         assert!(
             rig.engine
-                .open_ingress(rig.now, elsewhere.parse().unwrap())
+                .open_ingress(rig.now, None, elsewhere.parse().unwrap(), None)
                 .is_none()
         );
     }
     assert_eq!(payloads(&mut rig), Vec::<Vec<u8>>::new());
+}
+
+#[test]
+fn a_forwards_client_is_seen_by_its_own_ipv6_address_where_it_has_one() {
+    let mut rig = Rig::dual();
+    let target = "[fd00::2]:22".parse().unwrap();
+    for (client, seen) in [
+        ("[2001:db8::9]:4000", "2001:db8::9"),
+        ("[fd12:3456::9]:4000", "fd12:3456::9"),
+        // Of the network, link-local, of another family, or standing for an IPv4 address.
+        ("[fd00::9]:4000", GATEWAY6),
+        ("[fe80::9]:4000", GATEWAY6),
+        ("[::1]:4000", GATEWAY6),
+        ("203.0.113.9:4000", GATEWAY6),
+        ("[::ffff:203.0.113.9]:4000", GATEWAY6),
+    ] {
+        let client = client.parse().unwrap();
+        let at = rig
+            .engine
+            .open_ingress(rig.now, None, target, Some(client))
+            .unwrap();
+        rig.service();
+        let sent = rig.sent6();
+        assert_eq!(Ip::parse(&sent[0]).unwrap().source.to_string(), seen, "{client}");
+        rig.engine.handle_host_reset(rig.now, at);
+        rig.service();
+        rig.sent6();
+    }
 }
 
 /// Takes the only TCP segment sent: flags, sequence, acknowledgement, payload.

@@ -27,6 +27,8 @@ pub(super) const GUEST: Ipv4Addr = Ipv4Addr::new(192, 168, 127, 2);
 pub(super) const GATEWAY: Ipv4Addr = Ipv4Addr::new(192, 168, 127, 1);
 pub(super) const ALIAS: Ipv4Addr = Ipv4Addr::new(192, 168, 127, 254);
 pub(super) const SERVER: Ipv4Addr = Ipv4Addr::new(203, 0, 113, 9);
+/// An address that the host has.
+pub(super) const HOST: Ipv4Addr = Ipv4Addr::new(198, 51, 100, 77);
 pub(super) const EPOCH: Epoch = Epoch {
     incarnation: 7,
     counter: 1,
@@ -82,7 +84,7 @@ impl Surroundings for Alone {
     }
     fn guards(&self, dialled: SocketAddr, _: Protocol) -> GuardSet {
         let mut guards = GuardSet::EMPTY;
-        if dialled.ip().is_loopback() {
+        if dialled.ip().is_loopback() || dialled.ip() == HOST {
             guards = guards.with(Guard::Host);
         }
         if dialled.port() == 4444 {

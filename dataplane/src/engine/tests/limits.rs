@@ -52,7 +52,7 @@ fn a_flow_for_which_no_descriptor_is_left_is_refused_and_counted() {
     assert!(!rig.events.iter().any(|e| matches!(e, Event::Send { .. })));
     // And for a forward.
     let target = "192.168.127.2:22".parse().unwrap();
-    assert!(rig.engine.open_ingress(rig.now, target).is_none());
+    assert!(rig.engine.open_ingress(rig.now, None, target, None).is_none());
     assert_eq!(rig.engine.dropped(DropReason::FlowLimit), 4);
     assert_eq!(rig.engine.counters()["descriptors_refused"], 5);
     assert_eq!(rig.engine.flow_count(), 2);

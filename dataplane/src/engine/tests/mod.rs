@@ -9,6 +9,7 @@ mod datagram;
 mod ends;
 mod guest_api;
 mod identity;
+mod ingress;
 mod ipv6;
 mod kit;
 mod learned;

@@ -226,7 +226,7 @@ fn a_simultaneous_open_of_a_forward_asks_nothing_and_the_forward_still_opens() {
     rig.reports();
     let at = rig
         .engine
-        .open_ingress(rig.now, "192.168.127.2:22".parse().unwrap())
+        .open_ingress(rig.now, None, "192.168.127.2:22".parse().unwrap(), None)
         .unwrap();
     rig.service();
     let (flags, sequence, _, _) = rig.only_segment();

@@ -372,7 +372,7 @@ fn a_silent_connection_ends_at_last() {
 }
 
 /// Whether a flow ended for its idle time, and its host's side was reset.
-fn given_up(rig: &mut Rig, at: usize) -> bool {
+pub(super) fn given_up(rig: &mut Rig, at: usize) -> bool {
     let reset = |e: &Event| matches!(e, Event::Close { flow, reset: true, .. } if *flow == at);
     let reset = rig.events.iter().any(reset);
     let idle = |r: &Report| {
@@ -413,92 +413,12 @@ fn a_handshake_that_the_guest_never_finishes_is_given_up_and_both_sides_are_rese
 }
 
 #[test]
-fn a_forwards_connection_that_the_guest_does_not_answer_is_given_up() {
-    let mut rig = Rig::new();
-    let target = "192.168.127.2:22".parse().unwrap();
-    let at = rig.engine.open_ingress(rig.now, target).unwrap();
-    rig.service();
-    rig.wait(OPENING_PATIENCE - Duration::from_millis(1));
-    assert_eq!(rig.engine.flow_count(), 1);
-    rig.wait(Duration::from_millis(1));
-    assert!(given_up(&mut rig, at));
-    assert_eq!(rig.engine.flow_count(), 0);
-}
-
-#[test]
 fn a_connection_that_is_open_is_not_given_up_for_being_silent() {
     let mut rig = Rig::new();
     let (at, _) = rig.connect(WEB);
     rig.wait(OPENING_PATIENCE * 2);
     assert!(rig.engine.connection(at).is_some());
     assert_eq!(rig.engine.counters().get("connections_unopened"), None);
-}
-
-#[test]
-fn a_forward_that_is_closed_cuts_what_came_through_it_and_counts_it() {
-    let mut rig = Rig::new();
-    let (own, _) = rig.connect(WEB);
-    let target = "192.168.127.2:22".parse().unwrap();
-    let [listen, other] =
-        ["127.0.0.1:2222", "127.0.0.1:2223"].map(|a| a.parse::<std::net::SocketAddr>().unwrap());
-    let through = [listen, listen, other].map(|listen| {
-        let at = rig.engine.open_ingress(rig.now, target).unwrap();
-        rig.engine.note_listener(at, Some(listen));
-        at
-    });
-    // A client of a UDP forward comes from a port of the gateway's, which is no forward's.
-    let udp = rig
-        .engine
-        .open_ingress_udp(rig.now, "192.168.127.2:53".parse().unwrap())
-        .unwrap();
-    rig.service();
-    rig.reports();
-
-    assert_eq!(rig.engine.close_listener(rig.now, listen), 2);
-    rig.service();
-    let reports = rig.reports();
-    let cut = |r: &&Report| {
-        matches!(
-            r,
-            Report::FlowClosed {
-                end: FlowEnd::Cut,
-                ..
-            }
-        )
-    };
-    assert_eq!(reports.iter().filter(cut).count(), 2, "{reports:?}");
-    assert!(rig.engine.connection(through[2]).is_some() && rig.engine.connection(own).is_some());
-    assert_eq!(rig.engine.close_listener(rig.now, listen), 0, "once");
-
-    let dynamic = "0.0.0.0:49152".parse().unwrap();
-    assert_eq!(rig.engine.close_listener(rig.now, dynamic), 0, "udp is not tcp");
-    assert!(!rig.engine.cut_ingress(rig.now, own), "it came from the guest");
-    assert!(rig.engine.cut_ingress(rig.now, udp));
-    assert!(!rig.engine.cut_ingress(rig.now, udp), "once");
-}
-
-#[test]
-fn a_forward_opens_towards_the_guest_from_the_gateway() {
-    let mut rig = Rig::new();
-    let at = rig
-        .engine
-        .open_ingress(rig.now, "192.168.127.2:22".parse().unwrap())
-        .unwrap();
-    rig.service();
-    let sent = rig.sent();
-    assert_eq!(sent.len(), 1);
-    assert_eq!(sent[0][12..16], GATEWAY.octets());
-    assert_eq!(sent[0][33] & 0x3f, 2, "a SYN");
-    assert!(
-        rig.reports()
-            .iter()
-            .any(|r| matches!(r, Report::FlowOpened(o) if o.ingress))
-    );
-    assert!(rig.engine.connection(at).is_some());
-    let outside = rig
-        .engine
-        .open_ingress(rig.now, "203.0.113.9:22".parse().unwrap());
-    assert!(outside.is_none(), "a forward leads into the subnet only");
 }
 
 #[test]

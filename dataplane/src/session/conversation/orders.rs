@@ -5,7 +5,7 @@
 
 use std::collections::{BTreeMap, HashSet};
 
-use vnet_proto::model::{CommandId, Epoch, FlowId, VmId, zone_name};
+use vnet_proto::model::{CommandId, Epoch, FlowId, ForwardListen, Protocol, VmId, zone_name};
 use vnet_proto::v1;
 use vnet_proto::v1::session_request::Message;
 
@@ -21,8 +21,20 @@ pub(super) struct Pending {
     id: u64,
     waiting: HashSet<VmId>,
     cut: u64,
-    /// The forward that is closed.
-    forward: Option<v1::Forward>,
+    /// The forwards that are closed.
+    forwards: Forwards,
+}
+
+/// The forwards that an acknowledgement is about.
+#[derive(Default)]
+enum Forwards {
+    /// There is none.
+    #[default]
+    Nothing,
+    /// One, which was asked for as such.
+    One(v1::Forward),
+    /// A range.
+    Range(Vec<v1::Forward>),
 }
 
 impl Conversation {
@@ -91,27 +103,31 @@ impl Conversation {
             Some(Command::ReportVerdicts(asked)) => {
                 return self.report_verdicts(message.command_id, VmId(asked.vm));
             }
-            Some(Command::Unexpose(forward)) => return self.unexpose(message.command_id, &forward),
+            Some(Command::Unexpose(forward)) => return self.unexpose(message.command_id, &forward, None),
+            Some(Command::UnexposeRange(range)) => {
+                let first = range.first.unwrap_or_default();
+                return self.unexpose(message.command_id, &first, Some(range.count));
+            }
             Some(
                 command @ (Command::SetZone(_)
                 | Command::MergeZone(_)
                 | Command::RemoveRecords(_)
                 | Command::DeleteZone(_)),
             ) => return self.change_zone(message.command_id, &command),
-            Some(Command::Expose(forward)) => self.expose(&forward).map(Some),
+            Some(Command::Expose(forward)) => self.expose(&forward, None),
+            Some(Command::ExposeRange(range)) => {
+                self.expose(&range.first.unwrap_or_default(), Some(range.count))
+            }
             None => Err(Refusal {
                 code: tonic::Code::Unimplemented,
                 text: "the command is none that this version knows".to_owned(),
             }),
         };
-        let (forward, error) = match answer {
-            Ok(forward) => (
-                forward.map(|f| wire::forward_to_wire(&f, &self.identity.network)),
-                None,
-            ),
-            Err(refusal) => (None, Some(refusal)),
+        let (forwards, error) = match answer {
+            Ok(forwards) => (forwards, None),
+            Err(refusal) => (Forwards::Nothing, Some(refusal)),
         };
-        self.acknowledge(message.command_id, 0, forward, error);
+        self.acknowledge(message.command_id, 0, forwards, error);
     }
 
     fn change_zone(&mut self, command_id: u64, command: &v1::command::Command) {
@@ -129,13 +145,17 @@ impl Conversation {
             Command::DeleteZone(zone) => zone_name(&zone.name)
                 .map_err(|error| Refusal::invalid(error.to_string()))
                 .and_then(|name| zones.delete_zone(name.as_ref()).map(|()| None)),
-            Command::Expose(_) | Command::Unexpose(_) | Command::ReportVerdicts(_) => return,
+            Command::Expose(_)
+            | Command::ExposeRange(_)
+            | Command::Unexpose(_)
+            | Command::UnexposeRange(_)
+            | Command::ReportVerdicts(_) => return,
         };
         let (zone, refusal) = match changed {
             Ok(zone) => (zone, None),
             Err(refusal) => (None, Some(refusal)),
         };
-        self.acknowledge(command_id, 0, None, refusal);
+        self.acknowledge(command_id, 0, Forwards::Nothing, refusal);
         // Nobody has taken it from there yet.
         if let Some(Message::Ack(ack)) = self.outbox.back_mut() {
             ack.zone = zone.map(|zone| wire::zone_to_wire(&zone, ""));
@@ -145,7 +165,7 @@ impl Conversation {
     /// Asks a guest for what its cache holds.
     fn report_verdicts(&mut self, id: u64, vm: VmId) {
         let Ok(command) = self.next_command() else {
-            return self.acknowledge(id, 0, None, Some(busy()));
+            return self.acknowledge(id, 0, Forwards::Nothing, Some(busy()));
         };
         if !self
             .router
@@ -155,7 +175,7 @@ impl Conversation {
                 code: tonic::Code::NotFound,
                 text: "there is no guest of this handle".to_owned(),
             };
-            return self.acknowledge(id, 0, None, Some(gone));
+            return self.acknowledge(id, 0, Forwards::Nothing, Some(gone));
         }
         self.wait_for(command, id, vec![vm]);
     }
@@ -178,31 +198,39 @@ impl Conversation {
         }));
     }
 
-    fn expose(&self, message: &v1::Forward) -> Result<Forward, Refusal> {
-        let (protocol, listen, target) = wire::forward_from_wire(message)?;
-        let target = target.ok_or_else(|| Refusal::invalid("forward.target is not set"))?;
-        self.commands.expose(Forward {
-            protocol,
-            listen,
-            target,
-        })
+    /// Opens one, or a range.
+    fn expose(&self, message: &v1::Forward, count: Option<u32>) -> Result<Forwards, Refusal> {
+        let first = wire::forward_from_wire(message)?;
+        let opened = self.commands.expose(&first, count.unwrap_or(1))?;
+        Ok(self.forwards_for_wire(&opened, count.is_some()))
     }
 
-    /// Closes a forward. It is acknowledged when every guest has cut what came through it.
-    fn unexpose(&mut self, id: u64, message: &v1::Forward) {
+    /// Closes one, or a range. It is acknowledged when every guest has cut what came through.
+    fn unexpose(&mut self, id: u64, message: &v1::Forward, count: Option<u32>) {
         let command = self.next_command().map_err(|_| busy());
         let closed = command.and_then(|command| {
-            let (protocol, listen, _) = wire::forward_from_wire(message)?;
-            let (forward, told) = self.commands.forwards.unexpose(protocol, listen, command)?;
-            Ok((command, forward, told))
+            let (protocol, listen) = wire::forward_key_from_wire(message)?;
+            let wanted = listens(protocol, &listen, count.unwrap_or(1))?;
+            let (forwards, told) = self.commands.forwards.unexpose(&wanted, command)?;
+            Ok((command, forwards, told))
         });
         match closed {
-            Ok((command, forward, told)) => {
-                let forward = wire::forward_to_wire(&forward, &self.identity.network);
-                self.wait_with(command, id, told, Some(forward));
+            Ok((command, forwards, told)) => {
+                let forwards = self.forwards_for_wire(&forwards, count.is_some());
+                self.wait_with(command, id, told, forwards);
             }
-            Err(refusal) => self.acknowledge(id, 0, None, Some(refusal)),
+            Err(refusal) => self.acknowledge(id, 0, Forwards::Nothing, Some(refusal)),
         }
+    }
+
+    fn forwards_for_wire(&self, forwards: &[Forward], is_range: bool) -> Forwards {
+        let mut messages = forwards
+            .iter()
+            .map(|f| wire::forward_to_wire(f, &self.identity.network));
+        if is_range {
+            return Forwards::Range(messages.collect());
+        }
+        messages.next().map_or(Forwards::Nothing, Forwards::One)
     }
 
     fn next_command(&mut self) -> Result<CommandId, Broken> {
@@ -214,17 +242,17 @@ impl Conversation {
     }
 
     fn wait_for(&mut self, command: CommandId, id: u64, told: Vec<VmId>) {
-        self.wait_with(command, id, told, None);
+        self.wait_with(command, id, told, Forwards::Nothing);
     }
 
-    fn wait_with(&mut self, command: CommandId, id: u64, told: Vec<VmId>, forward: Option<v1::Forward>) {
+    fn wait_with(&mut self, command: CommandId, id: u64, told: Vec<VmId>, forwards: Forwards) {
         self.pending.insert(
             command,
             Pending {
                 id,
                 waiting: told.into_iter().collect(),
                 cut: 0,
-                forward,
+                forwards,
             },
         );
         self.settle(|_| {});
@@ -240,7 +268,7 @@ impl Conversation {
         if pending.waiting.is_empty()
             && let Some(done) = self.pending.remove(&command)
         {
-            self.acknowledge(done.id, done.cut, done.forward, None);
+            self.acknowledge(done.id, done.cut, done.forwards, None);
         }
     }
 
@@ -256,18 +284,17 @@ impl Conversation {
         done.sort_unstable();
         for command in done {
             if let Some(done) = self.pending.remove(&command) {
-                self.acknowledge(done.id, done.cut, done.forward, None);
+                self.acknowledge(done.id, done.cut, done.forwards, None);
             }
         }
     }
 
-    fn acknowledge(
-        &mut self,
-        command_id: u64,
-        cut: u64,
-        forward: Option<v1::Forward>,
-        error: Option<Refusal>,
-    ) {
+    fn acknowledge(&mut self, command_id: u64, cut: u64, forwards: Forwards, error: Option<Refusal>) {
+        let (forward, forwards) = match forwards {
+            Forwards::Nothing => (None, Vec::new()),
+            Forwards::One(forward) => (Some(forward), Vec::new()),
+            Forwards::Range(forwards) => (None, forwards),
+        };
         let error = error.map(|refusal| v1::CommandError {
             code: (refusal.code as i32).cast_unsigned(),
             text: refusal.text,
@@ -277,12 +304,13 @@ impl Conversation {
             error,
             cut_flows: cut,
             forward,
+            forwards,
             ..Default::default()
         }));
     }
 
     fn refuse_malformed(&mut self, command_id: u64, what: &str) -> String {
-        self.acknowledge(command_id, 0, None, Some(Refusal::invalid(what)));
+        self.acknowledge(command_id, 0, Forwards::Nothing, Some(Refusal::invalid(what)));
         what.to_owned()
     }
 
@@ -295,6 +323,21 @@ impl Conversation {
         };
         self.router.send(vm_of_flow(flow), Input::Order(order));
     }
+}
+
+/// Where the forwards of a range listen.
+fn listens(
+    protocol: Protocol,
+    first: &ForwardListen,
+    count: u32,
+) -> Result<Vec<(Protocol, ForwardListen)>, Refusal> {
+    let refused = || Refusal::invalid(format!("{count} ports from {first} on is no range of forwards"));
+    let ports = u16::try_from(count)
+        .ok()
+        .filter(|ports| *ports > 0)
+        .ok_or_else(refused)?;
+    let listen = |port| first.further(port).map(|listen| (protocol, listen));
+    (0..ports).map(listen).collect::<Option<_>>().ok_or_else(refused)
 }
 
 fn busy() -> Refusal {

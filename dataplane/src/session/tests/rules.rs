@@ -620,6 +620,7 @@ async fn commands_are_done_or_refused_with_a_code() {
         protocol: v1::Protocol::Tcp.into(),
         listen: listen.into(),
         target: target.into(),
+        ..Default::default()
     };
 
     let opened = ack(Command::Expose(forward("127.0.0.1:0", "192.168.127.2:80")))

@@ -478,11 +478,13 @@ async fn a_forward_without_a_guest_leads_to_the_vm_that_was_named() {
         protocol: v1::Protocol::Tcp.into(),
         listen: "127.0.0.1:8080".to_owned(),
         target: "192.168.127.5:80".to_owned(),
+        ..Default::default()
     };
     server.answer(
         "ForwardService/CreateForward",
         &v1::CreateForwardResponse {
             forward: Some(forward.clone()),
+            forwards: vec![forward.clone()],
         },
     );
 
@@ -496,7 +498,54 @@ async fn a_forward_without_a_guest_leads_to_the_vm_that_was_named() {
 
     assert_eq!(said, "opened tcp 127.0.0.1:8080 -> 192.168.127.5:80\n");
     let asked: Vec<v1::CreateForwardRequest> = server.asked("ForwardService/CreateForward");
-    assert_eq!(asked[0].forward, Some(forward));
+    assert_eq!((asked[0].forward.as_ref(), asked[0].count), (Some(&forward), 1));
+}
+
+#[tokio::test]
+async fn a_range_is_asked_for_at_once_and_said_as_one() {
+    let server = Scripted::start();
+    let first = v1::Forward {
+        network: "up-1".to_owned(),
+        protocol: v1::Protocol::Udp.into(),
+        listen: "0.0.0.0:8000".to_owned(),
+        target: "192.168.127.5:9000".to_owned(),
+        keep_client_address: true,
+    };
+    let forwards = vec![first.clone(); 11];
+    server.answer(
+        "ForwardService/CreateForward",
+        &v1::CreateForwardResponse {
+            forward: Some(first.clone()),
+            forwards: forwards.clone(),
+        },
+    );
+    let given = "0.0.0.0:8000-8010:192.168.127.5:9000-9010/udp+client";
+    let words = ["forward", "add", given, "--network", "up-1"];
+    let said = run(&server, Format::Table, &words).await.unwrap();
+    assert_eq!(
+        said,
+        "opened udp 0.0.0.0:8000-8010 -> 192.168.127.5:9000-9010, with the client's address\n"
+    );
+    let asked: Vec<v1::CreateForwardRequest> = server.asked("ForwardService/CreateForward");
+    assert_eq!((asked[0].forward.as_ref(), asked[0].count), (Some(&first), 11));
+
+    let answer = v1::DeleteForwardResponse {
+        forward: Some(first),
+        cut: Some(v1::CutReport {
+            dataplanes_acknowledged: 1,
+            ..Default::default()
+        }),
+        forwards,
+    };
+    server.answer("ForwardService/DeleteForward", &answer);
+    let words = ["forward", "remove", "0.0.0.0:8000-8010/udp"];
+    let said = run(&server, Format::Table, &words).await.unwrap();
+    assert!(
+        said.starts_with("closed udp 0.0.0.0:8000-8010 -> 192.168.127.5:9000-9010"),
+        "{said}"
+    );
+    let asked: Vec<v1::DeleteForwardRequest> = server.asked("ForwardService/DeleteForward");
+    assert_eq!((asked[0].listen.as_str(), asked[0].count), ("0.0.0.0:8000", 11));
 }
 
 #[tokio::test]
@@ -507,9 +556,11 @@ async fn closing_a_forward_says_what_it_cut() {
         protocol: v1::Protocol::Udp.into(),
         listen: "127.0.0.1:5353".to_owned(),
         target: "192.168.127.5:53".to_owned(),
+        ..Default::default()
     };
     let answer = v1::DeleteForwardResponse {
-        forward: Some(forward),
+        forward: Some(forward.clone()),
+        forwards: vec![forward],
         cut: Some(v1::CutReport {
             flows: 2,
             dataplanes_acknowledged: 1,

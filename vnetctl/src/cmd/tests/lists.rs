@@ -419,12 +419,17 @@ SEQUENCE   TIME                   KIND          VM    WHAT
 
 #[tokio::test]
 async fn forward_list() {
-    let forwards = vec![v1::Forward {
+    let forward = |listen: &str, keep_client_address| v1::Forward {
         network: "up-1".to_owned(),
         protocol: v1::Protocol::Tcp.into(),
-        listen: "127.0.0.1:8080".to_owned(),
+        listen: listen.to_owned(),
         target: "192.168.127.2:80".to_owned(),
-    }];
+        keep_client_address,
+    };
+    let forwards = vec![
+        forward("127.0.0.1:8080", true),
+        forward("unix:///run/web.sock", false),
+    ];
 
     let (table, json) = printed(
         &["forward", "list"],
@@ -436,13 +441,17 @@ async fn forward_list() {
     assert_eq!(
         table,
         "\
-NETWORK   PROTOCOL   LISTEN           TARGET
-up-1      tcp        127.0.0.1:8080   192.168.127.2:80
+NETWORK   PROTOCOL   LISTEN                 TARGET             CLIENT
+up-1      tcp        127.0.0.1:8080         192.168.127.2:80   its own address
+up-1      tcp        unix:///run/web.sock   192.168.127.2:80   the gateway
 "
     );
     assert_eq!(
         json,
-        json!([{"network": "up-1", "protocol": "PROTOCOL_TCP", "listen": "127.0.0.1:8080", "target": "192.168.127.2:80"}])
+        json!([
+            {"network": "up-1", "protocol": "PROTOCOL_TCP", "listen": "127.0.0.1:8080", "target": "192.168.127.2:80", "keepClientAddress": true},
+            {"network": "up-1", "protocol": "PROTOCOL_TCP", "listen": "unix:///run/web.sock", "target": "192.168.127.2:80"},
+        ])
     );
 }
 

@@ -181,6 +181,7 @@ impl Services {
                 network: self.control.network().to_owned(),
                 protocol: protocol.into(),
                 listen,
+                ..Default::default()
             };
             let deleted = self
                 .control
@@ -339,7 +340,9 @@ impl Services {
                 protocol: kind.protocol().into(),
                 listen,
                 target: target.to_string(),
+                ..Default::default()
             }),
+            ..Default::default()
         };
         let answer = self
             .control
