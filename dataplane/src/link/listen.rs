@@ -7,6 +7,7 @@ use std::net::SocketAddr;
 use std::os::fd::AsRawFd as _;
 use std::os::unix::fs::{FileTypeExt as _, PermissionsExt as _};
 use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use socket2::{Domain, SockAddr, Socket, Type};
 
@@ -20,11 +21,48 @@ const MODE: u32 = 0o600;
 
 /// A socket in the file system, removed when this is dropped.
 #[derive(Debug)]
-pub struct SocketFile(PathBuf);
+pub struct SocketFile {
+    path: PathBuf,
+    keeper: Keeper,
+}
+
+/// Sees to it that a path which is removed stays so.
+#[derive(Debug, Clone, Default)]
+pub(super) struct Keeper(Arc<Mutex<bool>>);
+
+impl SocketFile {
+    fn new(path: &Path) -> Self {
+        Self {
+            path: path.to_owned(),
+            keeper: Keeper::default(),
+        }
+    }
+
+    /// For whoever puts another socket in this one's place.
+    pub(super) fn keeper(&self) -> Keeper {
+        self.keeper.clone()
+    }
+}
+
+impl Keeper {
+    /// Does something with the path, which is not removed meanwhile.
+    ///
+    /// # Errors
+    /// That of `work`, and when it is removed already.
+    pub(super) fn unless_removed<T>(&self, work: impl FnOnce() -> io::Result<T>) -> io::Result<T> {
+        let removed = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if *removed {
+            return Err(io::ErrorKind::NotFound.into());
+        }
+        work()
+    }
+}
 
 impl Drop for SocketFile {
     fn drop(&mut self) {
-        let _ = std::fs::remove_file(&self.0);
+        let mut removed = self.keeper.0.lock().unwrap_or_else(PoisonError::into_inner);
+        *removed = true;
+        let _ = std::fs::remove_file(&self.path);
     }
 }
 
@@ -130,7 +168,7 @@ pub(super) fn bind_private(path: &Path, kind: Type) -> io::Result<(Socket, Socke
         }
         bound => bound?,
     };
-    let file = SocketFile(path.to_owned());
+    let file = SocketFile::new(path);
     std::fs::set_permissions(path, std::fs::Permissions::from_mode(MODE))?;
     Ok((socket, file))
 }
