@@ -695,6 +695,11 @@ pub(crate) mod tests {
 
     /// A network without guests, for tests.
     pub(crate) fn network(reports: Sender<Report>) -> Arc<Network> {
+        network_of(reports, 1500)
+    }
+
+    /// One with another MTU.
+    pub(crate) fn network_of(reports: Sender<Report>, mtu_bytes: u16) -> Arc<Network> {
         let subnet: Ipv4Net = "192.168.127.0/29".parse().unwrap();
         let lease_time = Duration::from_secs(3600);
         let config = NetworkConfig {
@@ -703,12 +708,12 @@ pub(crate) mod tests {
             subnet,
             nat: Arc::default(),
             ipv6: None,
-            mtu_bytes: 1500,
+            mtu_bytes: mtu_bytes.into(),
             dhcp: DhcpConfig {
                 gateway: GATEWAY,
                 subnet,
                 dns: vec![GATEWAY],
-                mtu_bytes: 1500,
+                mtu_bytes,
                 search_domains: Vec::new(),
                 lease_time,
             },

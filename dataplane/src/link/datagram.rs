@@ -4,9 +4,17 @@
 //! to it is sent from here, to its own address. There is no end of stream: asking for a connection to its
 //! address, on a socket made for the purpose, tells whether anything is there still.
 //!
-//! A socket that is connected to one peer would make each call cheaper and tell when the peer has room
-//! again, but the kernel then refuses every other VM, so it stays as it is. A VM that does not read its
-//! datagrams is waited for briefly by the kernel ([`SEND_PATIENCE`]), in this VM's own thread.
+//! What is sent and not yet read counts against the socket that it was sent from. So no VM may share that with
+//! another, which would wait for it:
+//!
+//! - Where the VM takes datagrams from anybody (QEMU), it is sent them from a socket of its own, which is
+//!   connected to it and tells when it has room again.
+//! - Where it is connected to the socket that it sent to (vfkit, krunkit), it takes none from elsewhere. That
+//!   socket is left to it then: the next VM finds another at the path. It is not connected in turn, as the
+//!   kernel would refuse whoever else came to it meanwhile; so nothing tells when there is room, and a VM that
+//!   does not read is waited for briefly ([`SEND_PATIENCE`]), in its own thread.
+//!
+//! Outside of Linux, what was sent counts against the receiver, and all are answered from the shared socket.
 
 use std::io;
 use std::os::unix::ffi::OsStrExt as _;
@@ -15,12 +23,15 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use mio::Waker;
+use mio::event::Source as _;
+use mio::net::UnixDatagram;
+use mio::{Interest, Registry, Token, Waker};
 use socket2::{Domain, SockAddr, Socket, Type};
 
 use crate::engine::frame::DropReason;
 use crate::engine::transmit::{PREFIX_BYTES, Transmit};
 use crate::link::mailbox::{Dropped, Mailbox, frame_at};
+use crate::link::stream::widen;
 use crate::link::{Filled, LinkError, is_gone, would_block};
 
 /// How long a full queue of the VM's is waited for before the rest of its thread's work is done.
@@ -30,9 +41,8 @@ const RETRY_MS: u64 = 1;
 
 /// One VM on a shared socket.
 pub struct DatagramLink {
-    /// Shared. It blocks, as long as [`SEND_PATIENCE`].
-    socket: Arc<Socket>,
-    peer: Peer,
+    way: Way,
+    peer: Box<Peer>,
     /// Which file its path was when it came.
     file: Option<FileIdentity>,
     mailbox: Arc<Mailbox>,
@@ -41,6 +51,14 @@ pub struct DatagramLink {
     at: usize,
     dropped: Dropped,
     retry: bool,
+}
+
+/// By which socket a VM is answered.
+pub(super) enum Way {
+    /// One of its own, connected to it; it does not block.
+    Own(UnixDatagram),
+    /// The one that it sends to. It blocks, as long as [`SEND_PATIENCE`].
+    Shared(Arc<Socket>),
 }
 
 /// A file's device, its number there, and when it was made, since numbers are given again at once. Neither
@@ -76,17 +94,41 @@ impl Peer {
 
     /// Whether a socket is there. One that is connected to ours refuses any other, which says as much.
     fn is_served(&self) -> bool {
-        let asked = Socket::new(Domain::UNIX, Type::DGRAM, None).and_then(|s| s.connect(&self.address));
-        !asked.is_err_and(|error| is_gone(&error))
+        !self.connect().is_err_and(|error| is_gone(&error))
+    }
+
+    fn connect(&self) -> io::Result<Socket> {
+        let socket = Socket::new(Domain::UNIX, Type::DGRAM, None)?;
+        socket.connect(&self.address)?;
+        Ok(socket)
+    }
+
+    /// How it is to be answered, who sends to this socket.
+    ///
+    /// # Errors
+    /// The system's, as when it is gone already.
+    pub(super) fn way(&self, shared: &Arc<Socket>) -> io::Result<Way> {
+        if !cfg!(target_os = "linux") {
+            return Ok(Way::Shared(Arc::clone(shared)));
+        }
+        match self.connect() {
+            Ok(own) => {
+                own.set_nonblocking(true)?;
+                widen(&own);
+                Ok(Way::Own(UnixDatagram::from_std(own.into())))
+            }
+            Err(error) if error.raw_os_error() == Some(libc::EPERM) => Ok(Way::Shared(Arc::clone(shared))),
+            Err(error) => Err(error),
+        }
     }
 }
 
 impl DatagramLink {
-    pub(super) fn new(socket: Arc<Socket>, peer: Peer, mailbox: Arc<Mailbox>) -> Self {
+    pub(super) fn new(way: Way, peer: Peer, mailbox: Arc<Mailbox>) -> Self {
         Self {
-            socket,
+            way,
             file: peer.file(),
-            peer,
+            peer: Box::new(peer),
             mailbox,
             frames: Vec::new(),
             at: 0,
@@ -95,8 +137,17 @@ impl DatagramLink {
         }
     }
 
-    pub(super) fn wake_with(&mut self, waker: &Arc<Waker>) {
+    pub(super) fn register(
+        &mut self,
+        registry: &Registry,
+        token: Token,
+        waker: &Arc<Waker>,
+    ) -> io::Result<()> {
         self.mailbox.wake_with(Arc::clone(waker));
+        match &mut self.way {
+            Way::Own(socket) => socket.register(registry, token, Interest::WRITABLE),
+            Way::Shared(_) => Ok(()),
+        }
     }
 
     pub(super) fn has_news(&self) -> bool {
@@ -130,7 +181,11 @@ impl DatagramLink {
             match self.send(frame) {
                 Ok(_) => {}
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
-                Err(error) if would_block(&error) || error.raw_os_error() == Some(libc::ENOBUFS) => {
+                Err(error) if would_block(&error) => {
+                    self.retry = matches!(self.way, Way::Shared(_));
+                    return Ok(false);
+                }
+                Err(error) if error.raw_os_error() == Some(libc::ENOBUFS) => {
                     self.retry = true;
                     return Ok(false);
                 }
@@ -145,12 +200,13 @@ impl DatagramLink {
     }
 
     fn send(&self, frame: &[u8]) -> io::Result<usize> {
-        match self
-            .socket
-            .send_to_with_flags(frame, &self.peer.address, libc::MSG_DONTWAIT)
-        {
-            // Nothing tells when a peer that is not connected has room again, so this waits for it.
-            Err(error) if would_block(&error) => self.socket.send_to(frame, &self.peer.address),
+        let socket = match &self.way {
+            Way::Own(socket) => return socket.send(frame),
+            Way::Shared(socket) => socket,
+        };
+        match socket.send_to_with_flags(frame, &self.peer.address, libc::MSG_DONTWAIT) {
+            // Nothing tells when it has room again, so this waits for it.
+            Err(error) if would_block(&error) => socket.send_to(frame, &self.peer.address),
             sent => sent,
         }
     }

@@ -7,6 +7,7 @@ use std::net::SocketAddr;
 use std::os::fd::AsRawFd as _;
 use std::os::unix::fs::{FileTypeExt as _, MetadataExt as _, PermissionsExt as _};
 use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use socket2::{Domain, SockAddr, Socket, Type};
 
@@ -18,19 +19,23 @@ const BACKLOG: i32 = 128;
 /// Who may connect: the owner.
 const MODE: u32 = 0o600;
 
-/// A socket in the file system. Dropping this removes it, if what is at its path still is that socket.
+/// A socket in the file system. Dropping this removes it, if what is at its path still is that socket, or the one
+/// that was put in its place.
 #[derive(Debug)]
 pub struct SocketFile {
     path: PathBuf,
-    /// Device and inode.
-    identity: (u64, u64),
+    keeper: Keeper,
 }
+
+/// Knows which socket is at a path, and sees to it that one which is removed stays so.
+#[derive(Debug, Clone)]
+pub(super) struct Keeper(Arc<Mutex<Option<(u64, u64)>>>);
 
 impl SocketFile {
     fn new(path: &Path) -> io::Result<Self> {
         Ok(Self {
             path: path.to_owned(),
-            identity: identity(path)?,
+            keeper: Keeper(Arc::new(Mutex::new(Some(identity(path)?)))),
         })
     }
 
@@ -38,17 +43,49 @@ impl SocketFile {
     pub fn path(&self) -> &Path {
         &self.path
     }
+
+    /// For whoever puts another socket in this one's place.
+    pub(super) fn keeper(&self) -> Keeper {
+        self.keeper.clone()
+    }
+}
+
+impl Keeper {
+    /// Puts another socket at the path, which is not removed meanwhile.
+    ///
+    /// # Errors
+    /// That of `replace`, and when it is removed already.
+    pub(super) fn unless_removed<T>(
+        &self,
+        path: &Path,
+        replace: impl FnOnce() -> io::Result<T>,
+    ) -> io::Result<T> {
+        let mut there = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if there.is_none() {
+            return Err(io::ErrorKind::NotFound.into());
+        }
+        let replaced = replace()?;
+        *there = Some(identity(path)?);
+        Ok(replaced)
+    }
 }
 
 impl Drop for SocketFile {
     fn drop(&mut self) {
+        let there = self
+            .keeper
+            .0
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .take();
         // Somebody may have put something else there meanwhile.
-        if identity(&self.path).is_ok_and(|found| found == self.identity) {
+        if there.is_some() && identity(&self.path).ok() == there {
             let _ = std::fs::remove_file(&self.path);
         }
     }
 }
 
+/// Device and inode.
 fn identity(path: &Path) -> io::Result<(u64, u64)> {
     std::fs::symlink_metadata(path).map(|found| (found.dev(), found.ino()))
 }

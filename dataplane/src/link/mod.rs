@@ -80,10 +80,7 @@ impl Link {
         let interest = Interest::READABLE | Interest::WRITABLE;
         match self {
             Self::Stream(link) => link.register(registry, token, interest),
-            Self::Datagram(link) => {
-                link.wake_with(waker);
-                Ok(())
-            }
+            Self::Datagram(link) => link.register(registry, token, waker),
             Self::Packet(link) => link.register(registry, token, interest),
         }
     }

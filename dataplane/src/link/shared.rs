@@ -1,28 +1,30 @@
 //! A Unix datagram socket that VMs share: vfkit, krunkit, QEMU's `-netdev dgram`.
 //!
-//! One thread reads it, many datagrams a call where the system can, and tells VMs apart by the address that
+//! A thread reads it, many datagrams a call where the system can, and tells VMs apart by the address that
 //! each sends from. A new address is a new guest; what an address sends goes to its [`Mailbox`], from which
 //! its driver takes it. vfkit may send the four bytes `VFKT` first, which carry nothing. Who sends from no
-//! address cannot be answered, and is counted.
+//! address cannot be answered, and is counted. The thread waits for nobody: a VM that is slow or stopped has a
+//! full mailbox and loses its own frames.
 //!
-//! The thread waits for nobody: a VM that is slow or stopped has a full mailbox and loses its own frames.
+//! A VM that is connected to the socket keeps it ([`super::datagram`] says why): the path is given to another
+//! socket with a thread of its own, and the first serves those that are connected to it until they are gone.
 
 use std::collections::HashMap;
 use std::io;
 use std::os::fd::AsRawFd as _;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::Duration;
 
 use socket2::{Socket, Type};
 
-use crate::link::datagram::{DatagramLink, Peer, SEND_PATIENCE};
-use crate::link::listen::{SocketFile, bind_private};
+use crate::link::datagram::{DatagramLink, Peer, SEND_PATIENCE, Way};
+use crate::link::listen::{Keeper, SocketFile, bind_private};
 use crate::link::mailbox::Mailbox;
 use crate::link::serve::Entrance;
 use crate::link::stream::widen;
-use crate::link::{FRAME_BYTES_MAX, Link};
+use crate::link::{FRAME_BYTES_MAX, Link, would_block};
 use crate::metrics::LinkRefusal;
 use crate::network::{GuestSpec, Network};
 
@@ -30,6 +32,8 @@ use crate::network::{GuestSpec, Network};
 const MAGIC: &[u8] = b"VFKT";
 /// How long the thread rests after an error of the system.
 const REST: Duration = Duration::from_millis(100);
+/// How often a socket without a word looks whether it is of any use.
+const LOOK_INTERVAL: Duration = Duration::from_secs(1);
 /// Datagrams that one call takes at most.
 const BATCH: usize = if cfg!(target_os = "linux") { 32 } else { 1 };
 /// Room for a datagram. A cache line more than the longest frame, so that the frames of a batch do not all
@@ -42,35 +46,86 @@ const SLOT_BYTES: usize = FRAME_BYTES_MAX + 64;
 /// The system's, as an address in use.
 pub fn datagrams(network: &Arc<Network>, path: &Path, spec: GuestSpec) -> io::Result<SocketFile> {
     let (socket, file) = bind_private(path, Type::DGRAM)?;
-    widen(&socket);
-    socket.set_write_timeout(Some(SEND_PATIENCE))?;
-    let mut server = Server {
-        socket: Arc::new(socket),
+    let place = Arc::new(Place {
+        path: path.to_owned(),
+        keeper: file.keeper(),
         entrance: Entrance::new(network, spec),
-        vms: Arc::default(),
-    };
-    thread::Builder::new()
-        .name("datagrams".to_owned())
-        .spawn(move || {
-            let mut batch = Batch::new();
-            loop {
-                match batch.receive(&server.socket) {
-                    Ok(()) => server.deliver(&batch),
-                    Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                    Err(error) => {
-                        server.entrance.refuse(LinkRefusal::System, &error);
-                        thread::sleep(REST);
-                    }
-                }
-            }
-        })?;
+        vms: Vms::default(),
+    });
+    Server::start(place, socket)?;
     Ok(file)
 }
 
-struct Server {
-    socket: Arc<Socket>,
+/// What the sockets of one path have in common.
+struct Place {
+    path: PathBuf,
+    keeper: Keeper,
     entrance: Arc<Entrance>,
-    vms: Arc<Vms>,
+    vms: Vms,
+}
+
+/// One socket, and its thread.
+struct Server {
+    place: Arc<Place>,
+    socket: Arc<Socket>,
+    /// The path is this socket's still.
+    listens: bool,
+}
+
+impl Server {
+    fn start(place: Arc<Place>, socket: Socket) -> io::Result<()> {
+        widen(&socket);
+        socket.set_write_timeout(Some(SEND_PATIENCE))?;
+        socket.set_read_timeout(Some(LOOK_INTERVAL))?;
+        let mut server = Self {
+            place,
+            socket: Arc::new(socket),
+            listens: true,
+        };
+        thread::Builder::new()
+            .name("datagrams".to_owned())
+            .spawn(move || server.run())?;
+        Ok(())
+    }
+
+    /// Until nobody can come to this socket any more, and nobody is there.
+    fn run(&mut self) {
+        let mut batch = Batch::new();
+        while self.listens || Arc::strong_count(&self.socket) > 1 {
+            match batch.receive(&self.socket) {
+                Ok(()) => self.deliver(&batch),
+                Err(error) if would_block(&error) => {}
+                Err(error) => {
+                    self.place.entrance.refuse(LinkRefusal::System, &error);
+                    thread::sleep(REST);
+                }
+            }
+        }
+    }
+
+    /// Leaves this socket to the VM that is connected to it, and the path to another.
+    fn step_aside(&mut self) {
+        let place = Arc::clone(&self.place);
+        let keeper = place.keeper.clone();
+        let next = keeper.unless_removed(&self.place.path, || {
+            Self::start(place, bind_over(&self.place.path)?)
+        });
+        match next {
+            Ok(()) => self.listens = false,
+            // They share this one.
+            Err(error) => tracing::warn!(path = %self.place.path.display(), %error, "VMs share a socket"),
+        }
+    }
+}
+
+/// A socket that takes over a path in one step, so that nobody ever finds nothing there.
+fn bind_over(path: &Path) -> io::Result<Socket> {
+    let beside = path.with_file_name(format!(".{}", std::process::id()));
+    let _ = std::fs::remove_file(&beside);
+    // The file is gone from there by the time that it would be removed.
+    let (socket, _file) = bind_private(&beside, Type::DGRAM)?;
+    std::fs::rename(&beside, path)?;
+    Ok(socket)
 }
 
 /// Mailboxes by address.
@@ -103,7 +158,7 @@ impl Server {
             if address.is_empty() {
                 for _ in from..to {
                     let why = "it sends from no address (bind its socket to a path)";
-                    self.entrance.refuse(LinkRefusal::Unnamed, &why);
+                    self.place.entrance.refuse(LinkRefusal::Unnamed, &why);
                 }
             } else if let Some((mailbox, alone)) = self.mailbox(address) {
                 let frames = (from..to).map(|at| batch.frame(at));
@@ -115,25 +170,30 @@ impl Server {
 
     /// The mailbox of an address, whose VM is let in if it is new; and whether it is the only one.
     fn mailbox(&mut self, address: &[u8]) -> Option<(Arc<Mailbox>, bool)> {
-        let vms = self.vms.lock();
+        let vms = self.place.vms.lock();
         let count = vms.len();
         if let Some(mailbox) = vms.get(address) {
             return Some((Arc::clone(mailbox), count == 1));
         }
         drop(vms);
-        let admission = self.entrance.admit()?;
-        let peer = match Peer::new(address) {
-            Ok(peer) => peer,
+        let place = Arc::clone(&self.place);
+        let admission = place.entrance.admit()?;
+        let answered = Peer::new(address).and_then(|peer| Ok((peer.way(&self.socket)?, peer)));
+        let (way, peer) = match answered {
+            Ok(answered) => answered,
             Err(error) => {
-                self.entrance.refuse(LinkRefusal::Unnamed, &error);
+                place.entrance.refuse(LinkRefusal::Unnamed, &error);
                 return None;
             }
         };
+        if self.listens && cfg!(target_os = "linux") && matches!(way, Way::Shared(_)) {
+            self.step_aside();
+        }
         let (mailbox, address) = (Arc::<Mailbox>::default(), Box::<[u8]>::from(address));
-        self.vms.lock().insert(address.clone(), Arc::clone(&mailbox));
-        let link = DatagramLink::new(Arc::clone(&self.socket), peer, Arc::clone(&mailbox));
-        let (vms, own) = (Arc::clone(&self.vms), Arc::clone(&mailbox));
-        admission.attach_then(Link::Datagram(link), move || vms.forget(&address, &own));
+        place.vms.lock().insert(address.clone(), Arc::clone(&mailbox));
+        let link = DatagramLink::new(way, peer, Arc::clone(&mailbox));
+        let own = Arc::clone(&mailbox);
+        admission.attach_then(Link::Datagram(link), move || place.vms.forget(&address, &own));
         Some((mailbox, count == 0))
     }
 }

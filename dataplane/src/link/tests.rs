@@ -17,10 +17,10 @@ use super::serve::{Entrance, GUESTS_MAX};
 use super::stream::{StreamKind, StreamLink};
 use super::vpnkit::Answers;
 use super::{FRAME_BYTES_MAX, Link, serve, shared};
-use crate::config::ListenAt;
+use crate::config::{ListenAt, MTU_BYTES_MAX};
 use crate::mac::Mac;
 use crate::message::Report;
-use crate::network::tests::{counter, network};
+use crate::network::tests::{counter, network_of};
 use crate::network::{GuestSpec, Network};
 
 const GATEWAY: [u8; 4] = [192, 168, 127, 1];
@@ -36,6 +36,10 @@ struct Rig {
 
 impl Rig {
     fn new(name: &str) -> Self {
+        Self::with_mtu(name, 1500)
+    }
+
+    fn with_mtu(name: &str, mtu_bytes: u16) -> Self {
         let directory = std::env::temp_dir().join(format!("vnet-link{}-{name}", std::process::id()));
         let _ = std::fs::remove_dir_all(&directory);
         std::fs::create_dir_all(&directory).unwrap();
@@ -43,7 +47,7 @@ impl Rig {
         let (reports, receiver) = mpsc::channel(4_096);
         let network = {
             let _context = runtime.enter();
-            network(reports)
+            network_of(reports, mtu_bytes)
         };
         Self {
             network,
@@ -163,6 +167,21 @@ impl Asker {
         frame.extend(self.address.octets());
         frame.extend([0; 6]);
         frame.extend(GATEWAY);
+        frame
+    }
+
+    /// An echo request to the gateway, with so many bytes.
+    fn ping(self, bytes: usize) -> Vec<u8> {
+        let total = u16::try_from(20 + 8 + bytes).unwrap().to_be_bytes();
+        let mut frame = Vec::new();
+        frame.extend([0x5a, 0x94, 0xef, 0xe4, 0x0c, 0xdd]);
+        frame.extend(self.mac.0);
+        // Its checksums are wrong, which nobody minds.
+        frame.extend([8, 0, 0x45, 0, total[0], total[1], 0, 1, 0, 0, 64, 1, 0, 0]);
+        frame.extend(self.address.octets());
+        frame.extend(GATEWAY);
+        frame.extend([8, 0, 0, 0, 0, 7, 0, 1]);
+        frame.resize(frame.len() + bytes, 0x5a);
         frame
     }
 
@@ -412,6 +431,52 @@ fn a_vm_that_is_connected_to_us_is_alive_and_one_that_vanished_is_noticed_and_it
 }
 
 #[test]
+fn vms_that_are_connected_to_the_socket_keep_it_and_others_find_the_next() {
+    let mut rig = Rig::new("keep");
+    let file = rig.shared_socket();
+    let mut vms: Vec<_> = ["a", "b", "c"].map(|name| rig.vm(name)).into();
+    for vm in &vms {
+        vm.socket.connect(rig.path("ours")).unwrap();
+    }
+    // The last of them comes when the path is another socket's; two came before.
+    let late = rig.vm("late");
+    let ask = |vm: &Datagrams, number| {
+        vm.socket.send(&asker(number).question()).unwrap();
+        assert_eq!(vm.socket.recv(&mut [0; 64]).unwrap(), 42);
+    };
+    for round in 0..3 {
+        for (number, vm) in (2..).zip(&vms) {
+            ask(vm, number);
+        }
+        if round == 0 {
+            late.socket.connect(rig.path("ours")).unwrap();
+            use std::os::unix::fs::PermissionsExt as _;
+            let metadata = std::fs::metadata(rig.path("ours")).unwrap();
+            assert_eq!(metadata.permissions().mode() & 0o777, 0o600);
+        }
+        ask(&late, 5);
+    }
+    for _ in 0..4 {
+        rig.next_up();
+    }
+    // Those that are gone are noticed on every socket.
+    drop(late);
+    vms.pop();
+    rig.next_down();
+    rig.next_down();
+    ask(&vms[0], 2);
+    drop(file);
+    let left: Vec<_> = std::fs::read_dir(&rig.directory)
+        .unwrap()
+        .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+        .collect();
+    assert!(
+        !left.iter().any(|name| name == "ours" || name.starts_with('.')),
+        "{left:?}"
+    );
+}
+
+#[test]
 fn whoever_sends_from_no_address_is_counted_and_delays_nobody() {
     let rig = Rig::new("unnamed");
     let _file = rig.shared_socket();
@@ -472,6 +537,38 @@ fn a_vm_that_never_reads_delays_no_other_on_its_socket() {
         "there was something to be delayed by"
     );
     assert!(slowest < Duration::from_secs(1), "{slowest:?}");
+}
+
+#[test]
+fn what_deaf_vms_were_sent_takes_no_room_from_another() {
+    let rig = Rig::with_mtu("room", MTU_BYTES_MAX);
+    let _file = rig.shared_socket();
+    // Half of them connected as vfkit is, half of them not, as QEMU is.
+    let mut deaf = Vec::new();
+    for number in 3..7 {
+        let mut vm = rig.vm(&format!("deaf{number}"));
+        if number < 5 {
+            vm.socket.connect(rig.path("ours")).unwrap();
+            vm.socket.send(&asker(number).question()).unwrap();
+            vm.receive();
+        } else {
+            asker(number).is_answered(&mut vm);
+        }
+        let ping = asker(number).ping(60_000);
+        for round in 0..200 {
+            let sent = if number < 5 {
+                vm.socket.send(&ping)
+            } else {
+                vm.socket.send_to(&ping, &vm.to)
+            };
+            assert_eq!(sent.unwrap(), ping.len(), "{round}");
+        }
+        deaf.push(vm);
+    }
+    let mut reads = rig.vm("reads");
+    assert!(slowest(&mut reads, asker(2)) < Duration::from_secs(1));
+    reads.send(&asker(2).ping(60_000));
+    assert_eq!(reads.receive().len(), 14 + 20 + 8 + 60_000);
 }
 
 #[test]
