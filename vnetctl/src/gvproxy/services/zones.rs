@@ -123,7 +123,8 @@ impl Services {
     }
 
     async fn set_zone(&self, zone: v1::Zone) -> Result<(), Answer> {
-        let request = v1::SetZoneRequest { zone: Some(zone) };
+        let mut request = v1::SetZoneRequest::default();
+        request.zone.replace(zone);
         self.control
             .call(|client| async move { client.dns().set_zone(unary(request)).await })
             .await?;
@@ -153,10 +154,12 @@ fn read_zone(body: &[u8], network: &str) -> Result<v1::Zone, String> {
 }
 
 fn read_record(record: &Object<'_>) -> Result<v1::ZoneRecord, String> {
-    Ok(v1::ZoneRecord {
+    let mut read = v1::ZoneRecord {
         name: record.text("Name")?,
-        address: address(record, "IP")?,
-    })
+        ..Default::default()
+    };
+    read.address = address(record, "IP")?;
+    Ok(read)
 }
 
 /// An address in its one form, or nothing.
