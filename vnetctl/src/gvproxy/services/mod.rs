@@ -47,6 +47,7 @@ use self::answer::Answer;
 use self::control::Control;
 use self::exposed::Exposed;
 use self::guest::Connected;
+use self::stats::Traffic;
 use crate::client::Connection;
 use crate::launch::Mac;
 
@@ -112,6 +113,7 @@ pub struct Services {
     tunnels: Arc<dyn Tunnels>,
     ssh: Arc<dyn SshTunnels>,
     exposed: Exposed,
+    traffic: std::sync::Mutex<Traffic>,
     /// Held while a zone is read and written back.
     zones: Mutex<()>,
     on_services: Limits,
@@ -148,6 +150,7 @@ impl Services {
             tunnels: config.tunnels,
             ssh: config.ssh,
             exposed: Exposed::default(),
+            traffic: std::sync::Mutex::default(),
             zones: Mutex::new(()),
             on_services: Limits::new(SERVICES_CONNECTIONS_MAX),
             on_listen: Limits::new(LISTEN_CONNECTIONS_MAX),
