@@ -177,12 +177,12 @@ impl Services {
             }
         };
         for (protocol, listen) in forwards {
-            let request = v1::DeleteForwardRequest {
-                network: self.control.network().to_owned(),
+            let mut request = v1::DeleteForwardRequest {
                 protocol: protocol.into(),
                 listen,
                 ..Default::default()
             };
+            self.control.network().clone_into(&mut request.network);
             let deleted = self
                 .control
                 .call(|client| async move { client.forwards().delete_forward(unary(request)).await })
@@ -334,16 +334,15 @@ impl Services {
     /// Opens a forward; gives where it listens.
     async fn create(&self, kind: Kind, listen: String, target: SocketAddr) -> Result<String, CallError> {
         let asked = listen.clone();
-        let request = v1::CreateForwardRequest {
-            forward: Some(v1::Forward {
-                network: self.control.network().to_owned(),
-                protocol: kind.protocol().into(),
-                listen,
-                target: target.to_string(),
-                ..Default::default()
-            }),
+        let mut forward = v1::Forward {
+            protocol: kind.protocol().into(),
+            listen,
+            target: target.to_string(),
             ..Default::default()
         };
+        self.control.network().clone_into(&mut forward.network);
+        let mut request = v1::CreateForwardRequest::default();
+        request.forward.replace(forward);
         let answer = self
             .control
             .call(|client| async move { client.forwards().create_forward(unary(request)).await })

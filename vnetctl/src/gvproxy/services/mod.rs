@@ -47,6 +47,7 @@ use self::answer::Answer;
 use self::control::Control;
 use self::exposed::Exposed;
 use self::guest::Connected;
+use self::stats::Traffic;
 use crate::client::Connection;
 use crate::launch::Mac;
 
@@ -112,6 +113,7 @@ pub struct Services {
     tunnels: Arc<dyn Tunnels>,
     ssh: Arc<dyn SshTunnels>,
     exposed: Exposed,
+    traffic: std::sync::Mutex<Traffic>,
     on_services: Limits,
     on_listen: Limits,
     of_guests: Connected,
@@ -146,6 +148,7 @@ impl Services {
             tunnels: config.tunnels,
             ssh: config.ssh,
             exposed: Exposed::default(),
+            traffic: std::sync::Mutex::default(),
             on_services: Limits::new(SERVICES_CONNECTIONS_MAX),
             on_listen: Limits::new(LISTEN_CONNECTIONS_MAX),
             of_guests: Connected::default(),

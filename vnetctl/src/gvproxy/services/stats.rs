@@ -1,7 +1,8 @@
 //! `/stats`: the counters of gvproxy's stack by their names, so that who reads one finds it. vnet has another stack and
 //! counts otherwise; what has an equivalent has its value (`docs/gvproxy.md` says which), the others are 0.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
+use std::sync::PoisonError;
 
 use serde::Serialize;
 use vnet_proto::v1;
@@ -26,16 +27,38 @@ impl Services {
     pub(super) async fn stats(&self) -> Result<Answer, Answer> {
         let vms = self.control.list_vms().await?;
         let flows = self.control.list_flows(&Members::of(&vms)).await?;
-        Ok(Answer::json(&tree(&values(&vms, &flows))))
+        let mut traffic = self.traffic.lock().unwrap_or_else(PoisonError::into_inner);
+        traffic.take(&flows);
+        Ok(Answer::json(&tree(&values(&vms, &flows, &traffic))))
     }
 }
 
-fn values(vms: &[v1::Vm], flows: &[v1::Flow]) -> Values {
-    let counted = |name: &str| -> u64 {
-        vms.iter()
-            .map(|vm| vm.counters.get(name).copied().unwrap_or_default())
-            .fold(0, u64::saturating_add)
-    };
+/// Bytes of all flows that were live when somebody asked. What a flow moved after it was last seen is not in it; what
+/// is, never gets less.
+#[derive(Debug, Default)]
+pub(super) struct Traffic {
+    from_guests: u64,
+    to_guests: u64,
+    /// What the flows had moved that were live the last time, by id.
+    seen: HashMap<String, (u64, u64)>,
+}
+
+impl Traffic {
+    fn take(&mut self, flows: &[v1::Flow]) {
+        let before = std::mem::take(&mut self.seen);
+        for flow in flows {
+            let (up, down) = before.get(&flow.id).copied().unwrap_or_default();
+            let more = |now: u64, before: u64| now.saturating_sub(before);
+            self.from_guests = self.from_guests.saturating_add(more(flow.bytes_up, up));
+            self.to_guests = self.to_guests.saturating_add(more(flow.bytes_down, down));
+            // Lists that are asked for at once may arrive in any order.
+            let last = (flow.bytes_up.max(up), flow.bytes_down.max(down));
+            self.seen.insert(flow.id.clone(), last);
+        }
+    }
+}
+
+fn values(vms: &[v1::Vm], flows: &[v1::Flow], traffic: &Traffic) -> Values {
     let dropped = |names: &[&str]| -> u64 {
         vms.iter()
             .flat_map(|vm| &vm.dropped_frames)
@@ -48,13 +71,11 @@ fn values(vms: &[v1::Vm], flows: &[v1::Flow]) -> Values {
     });
     // Sent is towards guests, received is from them, as in the peer.
     Values::from([
-        (("", "BytesSent"), counted("bytes_to_guest")),
-        (("", "BytesReceived"), counted("bytes_from_guest")),
+        (("", "BytesSent"), traffic.to_guests),
+        (("", "BytesReceived"), traffic.from_guests),
         (("", "DroppedPackets"), dropped(&[])),
-        (("NICs.Tx", "Bytes"), counted("bytes_to_guest")),
-        (("NICs.Tx", "Packets"), counted("frames_to_guest")),
-        (("NICs.Rx", "Bytes"), counted("bytes_from_guest")),
-        (("NICs.Rx", "Packets"), counted("frames_from_guest")),
+        (("NICs.Tx", "Bytes"), traffic.to_guests),
+        (("NICs.Rx", "Bytes"), traffic.from_guests),
         (("IP", "MalformedPacketsReceived"), dropped(&["malformed"])),
         (("TCP", "CurrentEstablished"), tcp.count() as u64),
         (("TCP", "ForwardMaxInFlightDrop"), dropped(&["held_limit"])),
@@ -330,32 +351,64 @@ const GROUPS: &[(&str, &[&str])] = &[
 mod tests {
     use super::*;
 
-    #[test]
-    fn counters_stand_where_gvproxys_do_and_sums_are_of_all_vms() {
-        let vm = |bytes, malformed| v1::Vm {
-            counters: [("bytes_from_guest".to_owned(), bytes)].into(),
-            dropped_frames: [("malformed".to_owned(), malformed), ("held_limit".to_owned(), 1)].into(),
-            ..Default::default()
-        };
-        let flow = |protocol: v1::Protocol| v1::Flow {
+    fn flow(id: &str, protocol: v1::Protocol, bytes_up: u64, bytes_down: u64) -> v1::Flow {
+        v1::Flow {
+            id: id.to_owned(),
             tuple: Some(v1::FlowTuple {
                 protocol: protocol.into(),
                 ..Default::default()
             }),
+            bytes_up,
+            bytes_down,
+            ..Default::default()
+        }
+    }
+
+    #[test]
+    fn bytes_are_added_up_over_flows_that_come_and_go() {
+        let mut traffic = Traffic::default();
+        let tcp = |id, up, down| flow(id, v1::Protocol::Tcp, up, down);
+        for (flows, expected) in [
+            (vec![tcp("a", 10, 100), tcp("b", 1, 2)], (11, 102)),
+            (vec![tcp("a", 15, 100)], (16, 102)),
+            // An older list than the last.
+            (vec![tcp("a", 12, 100)], (16, 102)),
+            (vec![tcp("a", 16, 101)], (17, 103)),
+            (vec![], (17, 103)),
+            (vec![tcp("c", 3, 4)], (20, 107)),
+        ] {
+            traffic.take(&flows);
+            assert_eq!((traffic.from_guests, traffic.to_guests), expected);
+            assert_eq!(traffic.seen.len(), flows.len(), "what ended is forgotten");
+        }
+    }
+
+    #[test]
+    fn counters_stand_where_gvproxys_do_and_sums_are_of_all_vms() {
+        let vm = |malformed| v1::Vm {
+            dropped_frames: [("malformed".to_owned(), malformed), ("held_limit".to_owned(), 1)].into(),
             ..Default::default()
         };
         let flows = [
-            flow(v1::Protocol::Tcp),
-            flow(v1::Protocol::Udp),
-            flow(v1::Protocol::Tcp),
+            flow("a", v1::Protocol::Tcp, 10, 20),
+            flow("b", v1::Protocol::Udp, 1, 2),
+            flow("c", v1::Protocol::Tcp, 0, 0),
         ];
-        let tree = tree(&values(&[vm(10, 2), vm(u64::MAX, 3)], &flows));
+        let mut traffic = Traffic::default();
+        traffic.take(&flows);
+        let tree = tree(&values(&[vm(2), vm(3)], &flows, &traffic));
         let json = serde_json::to_value(&tree).unwrap();
 
-        assert_eq!(json["BytesReceived"], u64::MAX);
-        assert_eq!(json["BytesSent"], 0);
+        assert_eq!(
+            (&json["BytesReceived"], &json["BytesSent"]),
+            (&11.into(), &22.into())
+        );
+        assert_eq!(
+            (&json["NICs"]["Rx"]["Bytes"], &json["NICs"]["Tx"]["Bytes"]),
+            (&11.into(), &22.into())
+        );
+        assert_eq!(json["NICs"]["Rx"]["Packets"], 0);
         assert_eq!(json["DroppedPackets"], 7);
-        assert_eq!(json["NICs"]["Rx"]["Bytes"], u64::MAX);
         assert_eq!(json["TCP"]["CurrentEstablished"], 2);
         assert_eq!(json["TCP"]["ForwardMaxInFlightDrop"], 2);
         assert_eq!(json["IP"]["MalformedPacketsReceived"], 5);
@@ -386,7 +439,7 @@ mod tests {
 
     #[test]
     fn every_value_has_its_place() {
-        for (path, name) in values(&[], &[]).keys() {
+        for (path, name) in values(&[], &[], &Traffic::default()).keys() {
             let group = GROUPS.iter().find(|(group, _)| group == path);
             assert!(
                 group.is_some_and(|(_, names)| names.contains(name)),

@@ -213,7 +213,8 @@ async fn a_body_that_is_too_long_is_refused_and_one_at_the_limit_is_read() {
     for rest in [format!("Content-Length: {}\r\n\r\n", 4u64 << 30), chunks] {
         let mut client = connect(&services, Origin::Services);
         let request = format!("POST {path} HTTP/1.1\r\nHost: x\r\n{rest}");
-        client.write_all(request.as_bytes()).await.unwrap();
+        // What is not read any more cannot be written either.
+        let _ = client.write_all(request.as_bytes()).await;
         let mut answer = Vec::new();
         while !answer.ends_with(b"bytes\n") {
             assert_ne!(client.read_buf(&mut answer).await.unwrap(), 0);

@@ -64,13 +64,11 @@ async fn forwards_are_listed_in_order_and_only_those_of_the_network() {
         r#"{"local":":6443","remote":"192.168.127.2:6443"}"#,
         r#"{"local":"127.0.0.1:53","remote":"192.168.127.2:53","protocol":"udp"}"#,
         r#"{"Local":"127.0.0.1:53","REMOTE":"192.168.127.2:53","more":[1]} trailing"#,
-        r#"{"local":"/run/vnet-a b.sock","remote":"tcp://192.168.127.2:80","protocol":"unix"}"#,
         r#"{"local":"127.0.0.1:0","remote":"192.168.127.2:1"}"#,
     ] {
         assert_eq!(post(&one, SERVICES, EXPOSE, body).await, done(), "{body}");
     }
-    let expected = "[{\"local\":\"/run/vnet-a b.sock\",\"remote\":\"tcp://192.168.127.2:80\",\"protocol\":\"unix\"},\
-        {\"local\":\"127.0.0.1:0\",\"remote\":\"192.168.127.2:1\",\"protocol\":\"tcp\"},\
+    let expected = "[{\"local\":\"127.0.0.1:0\",\"remote\":\"192.168.127.2:1\",\"protocol\":\"tcp\"},\
         {\"local\":\"127.0.0.1:53\",\"remote\":\"192.168.127.2:53\",\"protocol\":\"tcp\"},\
         {\"local\":\"127.0.0.1:53\",\"remote\":\"192.168.127.2:53\",\"protocol\":\"udp\"},\
         {\"local\":\":6443\",\"remote\":\"192.168.127.2:6443\",\"protocol\":\"tcp\"}]\n";
@@ -386,6 +384,66 @@ async fn what_the_host_refuses_is_told_in_its_words_and_what_vnet_says_is_the_re
         }
         assert!(services.exposed.rows(None).is_empty());
     }
+}
+
+#[tokio::test]
+async fn a_unix_socket_is_a_forward_of_the_dataplanes_by_its_url() {
+    let server = Scripted::start();
+    let services = Services::new(config(server.connection(), "one"));
+    let body = r#"{"local":"/run/vnet-a b.sock","remote":"tcp://192.168.127.2:80","protocol":"unix"}"#;
+    let forward = v1::Forward {
+        protocol: v1::Protocol::Tcp.into(),
+        listen: "unix:///run/vnet-a%20b.sock".to_owned(),
+        target: "192.168.127.2:80".to_owned(),
+        ..Default::default()
+    };
+    let mut opened = v1::CreateForwardResponse::default();
+    opened.forward.replace(forward.clone());
+    let list = v1::ListForwardsResponse {
+        forwards: vec![forward.clone()],
+    };
+    server.answer("ForwardService/CreateForward", &opened);
+    server.answer("ForwardService/ListForwards", &list);
+    server.answer(
+        "ForwardService/DeleteForward",
+        &v1::DeleteForwardResponse::default(),
+    );
+
+    assert_eq!(post(&services, SERVICES, EXPOSE, body).await, done());
+    let all =
+        "[{\"local\":\"/run/vnet-a b.sock\",\"remote\":\"tcp://192.168.127.2:80\",\"protocol\":\"unix\"}]\n";
+    assert_eq!(get(&services, SERVICES, ALL).await, (200, all.to_owned()));
+    let unexpose = r#"{"local":"/run/vnet-a b.sock","protocol":"unix"}"#;
+    assert_eq!(post(&services, SERVICES, UNEXPOSE, unexpose).await, done());
+
+    let asked: Vec<v1::CreateForwardRequest> = server.asked("ForwardService/CreateForward");
+    let asked = asked[0].forward.clone().unwrap();
+    assert_eq!((asked.network.as_str(), &asked.listen), ("one", &forward.listen));
+    assert_eq!(asked.target, "192.168.127.2:80");
+    let deleted: Vec<v1::DeleteForwardRequest> = server.asked("ForwardService/DeleteForward");
+    assert_eq!(deleted[0].listen, forward.listen);
+
+    // One that others opened, listed by its path and ended by it; and one whose path is taken.
+    server.answer("ForwardService/ListForwards", &list);
+    server.answer(
+        "ForwardService/DeleteForward",
+        &v1::DeleteForwardResponse::default(),
+    );
+    assert_eq!(post(&services, SERVICES, UNEXPOSE, unexpose).await, done());
+    let taken =
+        tonic::Status::already_exists("it is there already and somebody listens; it is left as it is");
+    server.refuse("ForwardService/CreateForward", taken);
+    server.answer(
+        "ForwardService/ListForwards",
+        &v1::ListForwardsResponse::default(),
+    );
+    assert_eq!(
+        post(&services, SERVICES, EXPOSE, body).await,
+        refused(
+            500,
+            "listen unix /run/vnet-a b.sock: bind: address already in use"
+        )
+    );
 }
 
 /// Keeps what it was asked.
