@@ -37,9 +37,9 @@ impl Sshd {
         let directory = std::env::temp_dir().join(format!("vnet-sshd-{}-{number}", std::process::id()));
         fs::create_dir(&directory).expect("a directory");
         fs::set_permissions(&directory, fs::Permissions::from_mode(0o755)).expect("its mode");
-        // As root, sshd would want directories of the system's.
+        // As root, sshd would want directories of the system's; it takes nobody for a locked account.
         let user = if getuid().is_root() {
-            User::from_name("nobody").expect("users").expect("nobody")
+            User::from_name("daemon").expect("users").expect("daemon")
         } else {
             User::from_uid(getuid()).expect("users").expect("this user")
         };
@@ -54,7 +54,7 @@ impl Sshd {
         let mut config = format!(
             "ListenAddress {address}\nAuthorizedKeysFile {0}/authorized_keys\nPidFile none\nUsePAM no\nUseDNS no\n\
              StrictModes no\nPasswordAuthentication no\nKbdInteractiveAuthentication no\nLogLevel VERBOSE\n\
-             PubkeyAcceptedAlgorithms +ssh-rsa\n",
+             MaxAuthTries 20\n",
             sshd.directory.display()
         );
         for kind in ["ed25519", "ecdsa"] {
