@@ -4,7 +4,7 @@
 
 use std::fmt::Write as _;
 use std::fs;
-use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream};
+use std::net::{Ipv4Addr, SocketAddr, TcpListener};
 use std::os::unix::fs::{PermissionsExt as _, chown};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -75,11 +75,12 @@ impl Sshd {
         sshd
     }
 
-    /// Starts it, and waits until it listens.
+    /// Starts it with an empty log, and waits until it listens.
     ///
     /// # Panics
-    /// Where it does not, with its log.
+    /// Where it does not.
     pub fn start(&mut self) {
+        let _ = fs::remove_file(self.path("log"));
         let mut command = if getuid().is_root() {
             let mut command = Command::new("setpriv");
             command.args([
@@ -96,7 +97,8 @@ impl Sshd {
         command.arg("-D").arg("-f").arg(self.path("config"));
         command.arg("-E").arg(self.path("log")).stdin(Stdio::null());
         self.running = Some(command.spawn().expect("sshd"));
-        eventually("sshd listens", || TcpStream::connect(self.address).is_ok());
+        // Its port may be open for a moment in a process that another test is just starting.
+        eventually("sshd listens", || self.log().contains("Server listening on"));
     }
 
     /// Ends it, and its sessions.

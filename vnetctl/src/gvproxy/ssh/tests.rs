@@ -167,7 +167,8 @@ async fn a_guest_that_says_nothing_or_something_else_than_ssh_costs_a_handshakes
         let streams = std::mem::take(&mut *silent.streams.lock().unwrap());
         for mut stream in streams {
             // Or reset, where not everything was read.
-            let ended = tokio::time::timeout(PATIENCE, stream.read_to_end(&mut Vec::new()));
+            let mut heard = Vec::new();
+            let ended = tokio::time::timeout(PATIENCE, stream.read_to_end(&mut heard));
             assert!(ended.await.is_ok());
         }
     }
