@@ -4,7 +4,7 @@
 
 use std::fmt::Write as _;
 use std::fs;
-use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream};
+use std::net::{Ipv4Addr, SocketAddr, TcpListener};
 use std::os::unix::fs::{PermissionsExt as _, chown};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -37,9 +37,9 @@ impl Sshd {
         let directory = std::env::temp_dir().join(format!("vnet-sshd-{}-{number}", std::process::id()));
         fs::create_dir(&directory).expect("a directory");
         fs::set_permissions(&directory, fs::Permissions::from_mode(0o755)).expect("its mode");
-        // As root, sshd would want directories of the system's.
+        // As root, sshd would want directories of the system's; it takes nobody for a locked account.
         let user = if getuid().is_root() {
-            User::from_name("nobody").expect("users").expect("nobody")
+            User::from_name("daemon").expect("users").expect("daemon")
         } else {
             User::from_uid(getuid()).expect("users").expect("this user")
         };
@@ -54,7 +54,7 @@ impl Sshd {
         let mut config = format!(
             "ListenAddress {address}\nAuthorizedKeysFile {0}/authorized_keys\nPidFile none\nUsePAM no\nUseDNS no\n\
              StrictModes no\nPasswordAuthentication no\nKbdInteractiveAuthentication no\nLogLevel VERBOSE\n\
-             PubkeyAcceptedAlgorithms +ssh-rsa\n",
+             MaxAuthTries 20\n",
             sshd.directory.display()
         );
         for kind in ["ed25519", "ecdsa"] {
@@ -75,11 +75,12 @@ impl Sshd {
         sshd
     }
 
-    /// Starts it, and waits until it listens.
+    /// Starts it with an empty log, and waits until it listens.
     ///
     /// # Panics
-    /// Where it does not, with its log.
+    /// Where it does not.
     pub fn start(&mut self) {
+        let _ = fs::remove_file(self.path("log"));
         let mut command = if getuid().is_root() {
             let mut command = Command::new("setpriv");
             command.args([
@@ -96,7 +97,8 @@ impl Sshd {
         command.arg("-D").arg("-f").arg(self.path("config"));
         command.arg("-E").arg(self.path("log")).stdin(Stdio::null());
         self.running = Some(command.spawn().expect("sshd"));
-        eventually("sshd listens", || TcpStream::connect(self.address).is_ok());
+        // Its port may be open for a moment in a process that another test is just starting.
+        eventually("sshd listens", || self.log().contains("Server listening on"));
     }
 
     /// Ends it, and its sessions.

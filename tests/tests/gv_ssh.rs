@@ -351,8 +351,9 @@ fn socat_goes_through_as_through_any_socket() {
     let bytes = noise(500_000);
     let file = stage.sshd.path("bytes");
     fs::write(&file, &bytes).unwrap();
-    let through = std::process::Command::new("socat")
-        .args(["-t", "30", "-"])
+    // Of a socket that is closed before it has read, socat would wait for ever.
+    let through = std::process::Command::new("timeout")
+        .args(["60", "socat", "-t", "30", "-"])
         .arg(format!("UNIX-CONNECT:{}", forward.socket.display()))
         .stdin(fs::File::open(&file).unwrap())
         .output()
@@ -456,12 +457,7 @@ fn a_client_of_a_socket_that_the_guest_does_not_have_is_turned_away_and_the_conn
         eventually("it is counted", || forward.counts.now().failed == failed);
     }
     // sshd is asked three times each, over the one connection, which it answers that it lives.
-    let asked = stage
-        .sshd
-        .log()
-        .matches("connect_to_stream")
-        .count()
-        .max(stage.sshd.log().matches("guest.sock").count());
+    let asked = stage.sshd.log().matches("guest.sock").count();
     assert!(asked >= 9, "{asked}: {}", stage.sshd.log());
     stage.guest(after_the_end);
     assert_eq!(exchange(&forward.connect(), b"now"), b"now");
@@ -492,7 +488,7 @@ fn forty_clients_at_once_are_each_given_their_own_bytes() {
 }
 
 #[test]
-fn a_client_that_never_reads_delays_nobody_holds_little_and_is_still_heard() {
+fn a_client_that_never_reads_delays_nobody_and_holds_little_and_loses_nothing() {
     let stage = Stage::new(Sshd::started());
     let written = Arc::new(AtomicUsize::new(0));
     let heard = Arc::new(AtomicUsize::new(0));
@@ -535,18 +531,46 @@ fn a_client_that_never_reads_delays_nobody_holds_little_and_is_still_heard() {
         assert!(exchange(&forward.connect(), &bytes) == bytes);
     }
     assert!(began.elapsed() < PATIENCE / 3, "{:?}", began.elapsed());
-    // It is heard, though it does not read.
-    (&stuck).write_all(&noise(1 << 20)).unwrap();
-    eventually("the guest has heard it", || {
-        heard.load(Ordering::SeqCst) == 1 << 20
-    });
 
-    // What was held is still all there, in order.
-    let mut all = vec![0; last];
-    (&stuck).read_exact(&mut all).unwrap();
-    assert!(all.iter().all(|byte| *byte == 7));
+    // Once it reads, it is heard again, and what was held is all there.
+    thread::scope(|scope| {
+        scope.spawn(|| (&stuck).write_all(&noise(1 << 20)).unwrap());
+        let mut all = vec![0; last];
+        (&stuck).read_exact(&mut all).unwrap();
+        assert!(all.iter().all(|byte| *byte == 7));
+        eventually("the guest has heard it", || {
+            (&stuck).read_exact(&mut all[..65_536]).unwrap();
+            heard.load(Ordering::SeqCst) == 1 << 20
+        });
+    });
     drop(stuck);
     eventually("it is gone", || forward.counts.now().clients == 0);
+}
+
+#[test]
+fn a_client_that_only_shut_down_is_waited_for_and_one_that_is_gone_is_not() {
+    let stage = Stage::new(Sshd::started());
+    let gone = Duration::from_millis(200);
+    stage.guest(move |mut client| {
+        let mut all = Vec::new();
+        client.read_to_end(&mut all).unwrap();
+        thread::sleep(gone * 5);
+        let _ = client.write_all(&all);
+        if all == b"deaf" {
+            // Has heard the end, and keeps its side open.
+            thread::sleep(PATIENCE * 2);
+        }
+    });
+    let key = stage.sshd.key("key", &["-t", "ed25519", "-N", ""]);
+    let forward = stage.forward(&key, Timing { gone, ..quick() });
+    assert_eq!(exchange(&forward.connect(), b"patient"), b"patient");
+    eventually("it is gone", || forward.counts.now().clients == 0);
+
+    let mut client = forward.connect();
+    client.write_all(b"deaf").unwrap();
+    drop(client);
+    eventually("it is served", || forward.counts.now().served == 2);
+    eventually("its place is free", || forward.counts.now().clients == 0);
 }
 
 #[test]
@@ -624,7 +648,7 @@ fn what_is_exposed_connects_with_its_first_client_is_listed_and_ends_when_unexpo
 }
 
 #[test]
-fn a_guest_that_is_exposed_before_it_runs_is_waited_for_and_a_stranger_is_refused_at_once() {
+fn what_is_exposed_before_its_guest_runs_waits_for_it_with_all_its_clients() {
     let mut stage = Stage::new(Sshd::new());
     stage.guest(after_the_end);
     let key = stage.sshd.key("key", &["-t", "ed25519", "-N", ""]);

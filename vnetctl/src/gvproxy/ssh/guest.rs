@@ -41,7 +41,8 @@ impl Guest {
 
     /// The first connection: a guest may still be starting. Whoever comes meanwhile waits for the same.
     pub(super) async fn connect_first(&self) -> Result<(), ConnectError> {
-        self.first.get_or_try_init(|| self.try_first()).await.map(|()| ())
+        self.first.get_or_try_init(|| self.try_first()).await?;
+        Ok(())
     }
 
     async fn try_first(&self) -> Result<(), ConnectError> {

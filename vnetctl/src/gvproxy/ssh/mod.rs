@@ -4,9 +4,9 @@
 //! - [`SshTunnels`] are those that come and go at run time, as the services API says;
 //! - [`Tunnels`] is what both need of the dataplane: a stream to an address of the network.
 //!
-//! In order: a client connects at the host's socket ([`socket`], [`serve`]); it is given an SSH connection to the guest
-//! ([`guest`], which keeps a few, [`connection`]) with a channel to the guest's socket, and its bytes go through that
-//! ([`relay`]). Keys are read by [`identity`], host keys judged by [`host`], URLs read by [`remote`]. The protocol is the
+//! In order: a client connects at the host's socket (`socket`, `serve`); it is given an SSH connection to the guest
+//! (`guest`, which keeps a few, `connection`) with a channel to the guest's socket, and its bytes go through that
+//! (`relay`). Keys are read by `identity`, host keys judged by `host`, URLs read by `remote`. The protocol is the
 //! crate `russh`; channels are `direct-streamlocal@openssh.com` (OpenSSH, PROTOCOL, 2.4).
 //!
 //! **A connection carries one client at a time.** russh opens a channel's window again when data arrives rather than when
@@ -136,7 +136,7 @@ impl Forward {
     ) -> Result<Self, ForwardError> {
         let failed = |cause| ForwardError {
             socket: forward.socket.clone(),
-            cause,
+            cause: Box::new(cause),
         };
         let (listener, file) = socket::bind(&forward.socket).map_err(|error| failed(error.into()))?;
         let identity = Identity::read(&forward.identity, None).map_err(|error| failed(error.into()))?;
@@ -171,7 +171,7 @@ impl Forward {
         let file = self.file;
         let failed = |error: ConnectError| ForwardError {
             socket: file.path().to_owned(),
-            cause: error.into(),
+            cause: Box::new(error.into()),
         };
         self.guest.connect_first().await.map_err(failed)?;
         tracing::debug!(socket = %file.path().display(), "forward over SSH is established");
@@ -187,7 +187,7 @@ pub struct ForwardError {
     pub socket: PathBuf,
     /// Why.
     #[source]
-    pub cause: ForwardCause,
+    pub cause: Box<ForwardCause>,
 }
 
 /// Why a forward is none.

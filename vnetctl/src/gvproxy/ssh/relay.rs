@@ -2,7 +2,7 @@
 //!
 //! A client's shutdown is the channel's end of file, and the other way round. What the guest sends is held up to
 //! [`HELD_BYTES_MAX`] while the client does not read, so that what the client itself sends goes on; from there on the
-//! guest waits.
+//! guest waits, and the client is not heard either, as the connection is read no more.
 
 use std::collections::VecDeque;
 use std::time::Duration;
