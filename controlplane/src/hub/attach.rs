@@ -1,7 +1,7 @@
 //! Dataplanes and VMs come and go.
 
 use std::collections::{BTreeMap, HashMap};
-use std::net::{IpAddr, Ipv4Addr};
+use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -13,13 +13,14 @@ use vnet_proto::v1::session_request::Message;
 
 use super::events::about;
 use super::limits;
+use super::nat::{guarded, nat_of};
 use super::{HEARTBEAT, Hub, LEASE, State};
 use crate::clock::Now;
 use crate::convert;
-use crate::fleet::{self, DATAPLANES_MAX, Dataplane, DataplaneNo, LOOKUP_HOLD, Link, NAT_MAX, VMS_MAX, Vm};
+use crate::fleet::{self, DATAPLANES_MAX, Dataplane, DataplaneNo, LOOKUP_HOLD, Link, VMS_MAX, Vm};
 use crate::grant::{VmGrants, VmView};
 use crate::lists;
-use crate::policy::{EchGuard, Effective, GuardedRanges, ListCache, Modes, OwnPolicy, QuicGuard};
+use crate::policy::{EchGuard, Effective, ListCache, Modes, OwnPolicy, QuicGuard};
 use crate::refusal::Refusal;
 
 /// The version of the session's conversation.
@@ -705,46 +706,17 @@ fn read_own(
     Ok(policy)
 }
 
-fn optional<T>(field: &str, text: &str, parse: impl FnOnce(&str) -> Option<T>) -> Result<Option<T>, Status> {
+pub(super) fn optional<T>(
+    field: &str,
+    text: &str,
+    parse: impl FnOnce(&str) -> Option<T>,
+) -> Result<Option<T>, Status> {
     if text.is_empty() {
         return Ok(None);
     }
     parse(text)
         .map(Some)
         .ok_or_else(|| Status::invalid_argument(format!("hello.{field} is {text:?}, which does not parse")))
-}
-
-/// What a Hello says is dialled at other addresses: the host alias at loopback, and the rest.
-fn nat_of(hello: &v1::Hello) -> Result<HashMap<IpAddr, IpAddr>, Status> {
-    if hello.nat.len() > NAT_MAX {
-        let count = hello.nat.len();
-        return Err(Status::invalid_argument(format!(
-            "hello.nat has {count} entries (at most {NAT_MAX})"
-        )));
-    }
-    let address = |field, text: &String| {
-        optional(field, text, |t| t.parse::<IpAddr>().ok())?
-            .ok_or_else(|| Status::invalid_argument(format!("hello.{field} is empty (expected an address)")))
-    };
-    let mut nat = HashMap::new();
-    for entry in &hello.nat {
-        let from = address("nat.address", &entry.address)?;
-        let dialled = address("nat.dialled", &entry.dialled)?;
-        nat.insert(from, dialled);
-    }
-    if let Some(alias) = optional("host_alias", &hello.host_alias, |t| t.parse::<IpAddr>().ok())? {
-        nat.insert(alias, Ipv4Addr::LOCALHOST.into());
-    }
-    Ok(nat)
-}
-
-/// What a dataplane guards. What is dialled at an address of the host is guarded as one.
-fn guarded(
-    subnets: &[ipnet::IpNet],
-    nat: &HashMap<IpAddr, IpAddr>,
-    host_addresses: Vec<IpAddr>,
-) -> GuardedRanges {
-    GuardedRanges::new(subnets.iter().copied(), None, host_addresses).with_moved(nat.keys().copied())
 }
 
 fn host_addresses(message: &v1::HostAddresses) -> Result<Vec<IpAddr>, Malformed> {

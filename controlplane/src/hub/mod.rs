@@ -31,6 +31,7 @@ mod explain;
 mod history;
 mod ids;
 mod limits;
+mod nat;
 mod policies;
 mod reach;
 mod repeats;

@@ -2,6 +2,7 @@
 //! and then nothing changes any more. Policy is not configuration; a policy that VMs bring along passes
 //! through unread.
 
+mod nat;
 mod network;
 mod problem;
 mod settings;

@@ -1,6 +1,6 @@
 //! The network's part of the configuration: addresses, leases, resolvers, zones, forwards.
 
-use std::collections::{BTreeMap, HashSet};
+use std::collections::HashSet;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
@@ -11,11 +11,9 @@ use crate::args::Args;
 use crate::config::{
     DNS_PORT, GATEWAY_MAC_DEFAULT, IPV6_PREFIX_DEFAULT, IPV6_PREFIX_LENGTH, MTU_BYTES_DEFAULT, MTU_BYTES_MAX,
     MTU_BYTES_MIN, NetworkConfig, Problem, SEARCH_DOMAINS_MAX, SUBNET_DEFAULT, SUBNET_PREFIX_MAX,
-    SUBNET_PREFIX_MIN, SearchDomains, ZoneSettings, canonical, parse_mac,
+    SUBNET_PREFIX_MIN, SearchDomains, ZoneSettings, canonical, nat, parse_mac,
 };
 use crate::engine::ip::IPV6_MTU_BYTES_MIN;
-use crate::engine::nat::NAT_MAX;
-use crate::engine::synthetic::table::RANGE_V4;
 use crate::forward::{FORWARDS_MAX, ForwardSpec};
 use crate::mac::Mac;
 use crate::message::Forward;
@@ -67,8 +65,8 @@ pub(super) fn check(
             })
     });
     let ipv6 = ipv6_prefix(args, mtu_bytes, problems);
-    let nat = nat(args, subnet, ipv6, gateway, host_alias, problems);
-    let virtual_ips = virtual_ips(args, subnet, problems);
+    let nat = nat::read(args, subnet, ipv6, gateway, host_alias, problems);
+    let virtual_ips = nat::virtual_ips(args, subnet, problems);
     let taken = |host: &Ipv4Addr| nat.contains_key(host) || virtual_ips.contains(host);
     let first_guest = subnet
         .hosts()
@@ -99,111 +97,6 @@ pub(super) fn check(
     }
     network.static_leases = leases(args, &network, problems);
     network
-}
-
-/// Reads `--nat`. The host alias leads to 127.0.0.1, unless it is said otherwise.
-fn nat(
-    args: &Args,
-    subnet: Ipv4Net,
-    ipv6: Option<Ipv6Net>,
-    gateway: Ipv4Addr,
-    host_alias: Option<Ipv4Addr>,
-    problems: &mut Vec<Problem>,
-) -> BTreeMap<Ipv4Addr, IpAddr> {
-    const FLAG: &str = "--nat";
-    check_number(FLAG, args.nat.len(), problems);
-    let mut nat = BTreeMap::new();
-    for text in args.nat.iter().take(NAT_MAX) {
-        let Some((from_text, to_text)) = text.split_once('=') else {
-            problems.push(Problem::Nat(text.clone()));
-            continue;
-        };
-        let from = from_text
-            .parse::<Ipv4Addr>()
-            .ok()
-            .filter(|from| !is_refused((*from).into()));
-        let to = to_text.parse::<IpAddr>().ok().map(canonical);
-        let to = to.filter(|to| to.is_loopback() || !is_refused(*to));
-        let (Some(from), Some(to)) = (from, to) else {
-            let found = text.clone();
-            problems.push(match from {
-                None => Problem::NatFrom {
-                    found,
-                    address: from_text.to_owned(),
-                },
-                Some(_) => Problem::NatTo {
-                    found,
-                    address: to_text.to_owned(),
-                },
-            });
-            continue;
-        };
-        if subnet.contains(&from) {
-            check_usable(FLAG, from, subnet, problems);
-        }
-        if from == gateway {
-            problems.push(Problem::AddressTaken {
-                flag: FLAG,
-                found: from,
-                owner: "the gateway".to_owned(),
-            });
-        }
-        if RANGE_V4.contains(&from) {
-            problems.push(Problem::NatFromSynthetic {
-                found: text.clone(),
-                address: from,
-                range: RANGE_V4,
-            });
-        }
-        let for_guests = match to {
-            IpAddr::V4(v4) => subnet.contains(&v4),
-            IpAddr::V6(v6) => ipv6.is_some_and(|prefix| prefix.contains(&v6)),
-        };
-        if for_guests {
-            problems.push(Problem::NatToGuest {
-                found: text.clone(),
-                address: to,
-            });
-        }
-        if nat.insert(from, to).is_some() {
-            problems.push(Problem::NatTwice(from));
-        }
-    }
-    if let Some(alias) = host_alias {
-        nat.entry(alias).or_insert(Ipv4Addr::LOCALHOST.into());
-    }
-    nat
-}
-
-/// Reads `--virtual-ip`. The gateway's own address may be among them, and is answered for already.
-fn virtual_ips(args: &Args, subnet: Ipv4Net, problems: &mut Vec<Problem>) -> Vec<Ipv4Addr> {
-    const FLAG: &str = "--virtual-ip";
-    check_number(FLAG, args.virtual_ips.len(), problems);
-    let mut addresses = Vec::new();
-    for text in args.virtual_ips.iter().take(NAT_MAX) {
-        let Some(found) = address(FLAG, Some(text), "", problems) else {
-            continue;
-        };
-        if subnet.contains(&found) {
-            check_usable(FLAG, found, subnet, problems);
-        } else if is_refused(found.into()) {
-            problems.push(Problem::VirtualIp(found));
-        }
-        if !addresses.contains(&found) {
-            addresses.push(found);
-        }
-    }
-    addresses
-}
-
-fn check_number(flag: &'static str, found: usize, problems: &mut Vec<Problem>) {
-    if found > NAT_MAX {
-        problems.push(Problem::AddressesMany {
-            flag,
-            found,
-            most: NAT_MAX,
-        });
-    }
 }
 
 fn subnet(args: &Args, problems: &mut Vec<Problem>) -> Ipv4Net {
@@ -273,7 +166,7 @@ fn last_usable(subnet: Ipv4Net, gateway: Ipv4Addr) -> Ipv4Addr {
     })
 }
 
-fn address(
+pub(super) fn address(
     flag: &'static str,
     text: Option<&str>,
     or: &'static str,
@@ -291,7 +184,12 @@ fn address(
     parsed
 }
 
-fn check_usable(flag: &'static str, found: Ipv4Addr, subnet: Ipv4Net, problems: &mut Vec<Problem>) {
+pub(super) fn check_usable(
+    flag: &'static str,
+    found: Ipv4Addr,
+    subnet: Ipv4Net,
+    problems: &mut Vec<Problem>,
+) {
     if !subnet.contains(&found) || found == subnet.network() || found == subnet.broadcast() {
         problems.push(Problem::NotInSubnet { flag, found, subnet });
     }
