@@ -471,9 +471,6 @@ impl Engine {
     }
 }
 
-/// Port 0, at which nothing listens.
-const NOWHERE: SocketAddr = SocketAddr::new(std::net::IpAddr::V4(std::net::Ipv4Addr::UNSPECIFIED), 0);
-
 /// Whether a SYN is the one that is kept.
 fn same_syn(packets: &[Box<[u8]>], header: &TcpHeader) -> bool {
     packets
