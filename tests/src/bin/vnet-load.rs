@@ -3,7 +3,7 @@
 //! What is measured is printed as one line of JSON.
 //!
 //! It moves frames between a TAP device and a Unix socket, one thread a direction, several frames a
-//! call on a stream unless `--batch 1` (as QEMU writes them).
+//! call on a stream unless `--batch 1` (as QEMU writes them); framed as each kind of hypervisor has it.
 #![cfg_attr(not(target_os = "linux"), allow(unused))]
 #![allow(
     clippy::print_stdout,
@@ -28,7 +28,7 @@ mod linux {
     use std::fs::{File, OpenOptions};
     use std::io::{self, Read as _, Write as _};
     use std::net::{IpAddr, Ipv4Addr, SocketAddr};
-    use std::os::fd::{AsFd as _, AsRawFd as _};
+    use std::os::fd::{AsFd as _, AsRawFd as _, OwnedFd};
     use std::os::unix::fs::OpenOptionsExt as _;
     use std::os::unix::net::{UnixDatagram, UnixStream};
     use std::path::{Path, PathBuf};
@@ -42,6 +42,7 @@ mod linux {
     use nix::libc;
     use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
     use nix::sched::{CloneFlags, unshare};
+    use nix::sys::socket::{self, AddressFamily, SockFlag, SockType, UnixAddr};
     use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
     use tokio::net::{TcpSocket, TcpStream};
 
@@ -66,8 +67,11 @@ mod linux {
     #[derive(Debug, Args)]
     struct GuestArgs {
         /// The network's socket
-        #[arg(long)]
-        socket: PathBuf,
+        #[arg(long, required_unless_present = "on_stdin")]
+        socket: Option<PathBuf>,
+        /// It is standard input, connected already
+        #[arg(long, conflicts_with = "socket")]
+        on_stdin: bool,
         /// How frames are put on it
         #[arg(long, default_value = "qemu")]
         framing: Framing,
@@ -80,6 +84,9 @@ mod linux {
         /// Give it none: its command asks for one
         #[arg(long, conflicts_with = "address")]
         no_address: bool,
+        /// Its hardware address, if not one that follows from its address
+        #[arg(long)]
+        mac: Option<String>,
         /// Its router
         #[arg(long, default_value = "192.168.127.1")]
         gateway: String,
@@ -104,10 +111,16 @@ mod linux {
     enum Framing {
         /// A stream with 4-byte big-endian lengths
         Qemu,
+        /// A stream with 2-byte little-endian lengths
+        Short,
+        /// The same behind a handshake
+        Vpnkit,
+        /// The same behind a request for `/connect`, which leaves with the first frames in one write
+        Connect,
         /// Datagrams
         Unixgram,
-        /// A request for `/connect`, then a stream with 2-byte little-endian lengths
-        Connect,
+        /// Records
+        Unixpacket,
     }
 
     #[derive(Debug, Args)]
@@ -216,7 +229,7 @@ mod linux {
             "set",
             TAP,
             "address",
-            &format!("52:54:00:00:00:{number:02x}"),
+            &args.mac.unwrap_or(format!("52:54:00:00:00:{number:02x}")),
         ])?;
         ip(&[
             "link",
@@ -236,36 +249,110 @@ mod linux {
         let (into, out_of) = (weather(1), weather(2));
         let batch = args.batch.max(1);
         let from_tap = Arc::clone(&tap);
-        match args.framing {
-            Framing::Qemu => {
-                let socket = connect_when_there(|| UnixStream::connect(&args.socket), &args.socket)?;
-                let reader = socket.try_clone()?;
-                background("out", move || {
-                    stream_out(&from_tap, socket, out_of, batch, Lengths::Be32, &[])
-                });
-                background("in", move || stream_in(reader, &tap, into, Lengths::Be32));
+        let socket = match args.socket {
+            Some(path) => Connection::to(path, args.framing)?,
+            None => Connection::inherited()?,
+        };
+        let reader = socket.descriptor.try_clone()?;
+        let lengths = match args.framing {
+            Framing::Qemu => Some(Lengths::Be32),
+            Framing::Short | Framing::Connect => Some(Lengths::Le16),
+            Framing::Vpnkit => {
+                vpnkit(File::from(socket.descriptor.try_clone()?))?;
+                Some(Lengths::Le16)
             }
-            Framing::Connect => {
-                let socket = connect_when_there(|| UnixStream::connect(&args.socket), &args.socket)?;
-                let reader = socket.try_clone()?;
+            Framing::Unixgram | Framing::Unixpacket => None,
+        };
+        let first = match args.framing {
+            Framing::Connect => CONNECT,
+            _ => &[],
+        };
+        let writer = socket.descriptor.try_clone()?;
+        match lengths {
+            Some(lengths) => {
                 background("out", move || {
-                    stream_out(&from_tap, socket, out_of, batch, Lengths::Le16, CONNECT)
+                    stream_out(&from_tap, writer.into(), out_of, batch, lengths, first)
                 });
-                background("in", move || stream_in(reader, &tap, into, Lengths::Le16));
+                background("in", move || stream_in(reader.into(), &tap, into, lengths));
             }
-            Framing::Unixgram => {
-                let own = args.socket.with_extension(format!("guest{}", std::process::id()));
-                let socket = UnixDatagram::bind(&own)?;
-                connect_when_there(|| socket.connect(&args.socket), &args.socket)?;
-                let reader = socket.try_clone()?;
-                background("out", move || datagrams_out(&from_tap, &socket, out_of));
-                background("in", move || datagrams_in(&reader, &tap, into));
-                let ended = command(&args.command);
-                let _ = std::fs::remove_file(own);
-                return ended;
+            None => {
+                // To the system, records are sent and received like datagrams.
+                let (writer, reader) = (UnixDatagram::from(writer), UnixDatagram::from(reader));
+                let has_end = args.framing == Framing::Unixpacket;
+                background("out", move || datagrams_out(&from_tap, &writer, out_of));
+                background("in", move || datagrams_in(&reader, &tap, into, has_end));
             }
         }
-        command(&args.command)
+        let ended = command(&args.command);
+        if let Some(own) = socket.own {
+            let _ = std::fs::remove_file(own);
+        }
+        ended
+    }
+
+    /// The way to the network.
+    struct Connection {
+        descriptor: OwnedFd,
+        /// Where this end is bound.
+        own: Option<PathBuf>,
+    }
+
+    impl Connection {
+        fn to(path: PathBuf, framing: Framing) -> Result<Connection> {
+            let (descriptor, own) = match framing {
+                Framing::Qemu | Framing::Short | Framing::Vpnkit | Framing::Connect => (
+                    connect_when_there(|| UnixStream::connect(&path), &path)?.into(),
+                    None,
+                ),
+                Framing::Unixgram => {
+                    let own = path.with_extension(format!("guest{}", std::process::id()));
+                    let socket = UnixDatagram::bind(&own)?;
+                    connect_when_there(|| socket.connect(&path), &path)?;
+                    (socket.into(), Some(own))
+                }
+                Framing::Unixpacket => {
+                    let none = SockFlag::SOCK_CLOEXEC;
+                    let socket = socket::socket(AddressFamily::Unix, SockType::SeqPacket, none, None)?;
+                    let address = UnixAddr::new(&path)?;
+                    let connect = || Ok(socket::connect(socket.as_raw_fd(), &address)?);
+                    connect_when_there(connect, &path)?;
+                    (socket, None)
+                }
+            };
+            Ok(Connection { descriptor, own })
+        }
+
+        /// The command's standard input is another.
+        fn inherited() -> Result<Connection> {
+            let descriptor = io::stdin().as_fd().try_clone_to_owned()?;
+            nix::unistd::dup2_stdin(File::open("/dev/null")?)?;
+            Ok(Connection {
+                descriptor,
+                own: None,
+            })
+        }
+    }
+
+    /// HyperKit's handshake, as any VM.
+    fn vpnkit(mut socket: File) -> Result<()> {
+        let mut init = b"VMN3T\x01\0\0\0".to_vec();
+        init.resize(49, b'0');
+        let command = [
+            b"\x01".as_slice(),
+            b"00000000-0000-4000-8000-000000000001",
+            &[0; 4],
+        ]
+        .concat();
+        socket.write_all(&init)?;
+        let mut answer = vec![0; 49];
+        socket.read_exact(&mut answer)?;
+        socket.write_all(&command)?;
+        answer.resize(258, 0);
+        socket.read_exact(&mut answer)?;
+        if answer[0] == 1 {
+            return Ok(());
+        }
+        Err("the network refuses the handshake".into())
     }
 
     fn command(words: &[String]) -> Result<ExitCode> {
@@ -344,11 +431,40 @@ mod linux {
         Ok(())
     }
 
-    /// How long a frame is, in front of it.
+    /// How long a frame is, in front of it on a stream.
     #[derive(Debug, Clone, Copy)]
     enum Lengths {
         Be32,
         Le16,
+    }
+
+    impl Lengths {
+        fn append(self, buffer: &mut Vec<u8>, frame: &[u8]) {
+            // The device gives no frame that either could not say.
+            match self {
+                Lengths::Be32 => {
+                    buffer.extend_from_slice(&u32::try_from(frame.len()).unwrap_or_default().to_be_bytes());
+                }
+                Lengths::Le16 => {
+                    buffer.extend_from_slice(&u16::try_from(frame.len()).unwrap_or_default().to_le_bytes());
+                }
+            }
+            buffer.extend_from_slice(frame);
+        }
+
+        /// A length and what is behind it, if it is there.
+        fn split(self, read: &[u8]) -> Option<(usize, &[u8])> {
+            match self {
+                Lengths::Be32 => {
+                    let (head, rest) = read.split_first_chunk()?;
+                    Some((u32::from_be_bytes(*head) as usize, rest))
+                }
+                Lengths::Le16 => {
+                    let (head, rest) = read.split_first_chunk()?;
+                    Some((u16::from_le_bytes(*head).into(), rest))
+                }
+            }
+        }
     }
 
     /// What gvforwarder says, which then waits for no answer.
@@ -379,41 +495,15 @@ mod linux {
                 };
                 frames += 1;
                 weather.pass(&frame[..length], &mut |frame| {
-                    append(&mut buffer, frame, lengths);
+                    lengths.append(&mut buffer, frame);
                     Ok(())
                 })?;
             }
             weather.settle(&mut |frame| {
-                append(&mut buffer, frame, lengths);
+                lengths.append(&mut buffer, frame);
                 Ok(())
             })?;
             socket.write_all(&buffer)?;
-        }
-    }
-
-    fn append(buffer: &mut Vec<u8>, frame: &[u8], lengths: Lengths) {
-        match lengths {
-            Lengths::Be32 => {
-                buffer.extend_from_slice(&u32::try_from(frame.len()).unwrap_or_default().to_be_bytes());
-            }
-            Lengths::Le16 => {
-                buffer.extend_from_slice(&u16::try_from(frame.len()).unwrap_or_default().to_le_bytes());
-            }
-        }
-        buffer.extend_from_slice(frame);
-    }
-
-    /// The length in front of what was read, and the bytes behind it.
-    fn split(read: &[u8], lengths: Lengths) -> Option<(usize, &[u8])> {
-        match lengths {
-            Lengths::Be32 => {
-                let (length, rest) = read.split_first_chunk()?;
-                Some((u32::from_be_bytes(*length) as usize, rest))
-            }
-            Lengths::Le16 => {
-                let (length, rest) = read.split_first_chunk()?;
-                Some((u16::from_le_bytes(*length).into(), rest))
-            }
         }
     }
 
@@ -432,13 +522,14 @@ mod linux {
             }
             end += length;
             let mut start = 0;
-            while let Some((length, rest)) = split(&buffer[start..end], lengths) {
+            while let Some((length, rest)) = lengths.split(&buffer[start..end]) {
+                let head = end - start - rest.len();
                 if length > FRAME_BYTES_MAX {
                     return Err(io::Error::other(format!("a frame of {length} bytes")));
                 }
                 let Some(frame) = rest.get(..length) else { break };
                 weather.pass(frame, &mut |frame| into_tap(tap, frame))?;
-                start += (end - start - rest.len()) + length;
+                start += head + length;
             }
             weather.settle(&mut |frame| into_tap(tap, frame))?;
             buffer.copy_within(start..end, 0);
@@ -460,11 +551,19 @@ mod linux {
         }
     }
 
-    fn datagrams_in(socket: &UnixDatagram, tap: &File, mut weather: Weather) -> io::Result<()> {
+    fn datagrams_in(
+        socket: &UnixDatagram,
+        tap: &File,
+        mut weather: Weather,
+        has_end: bool,
+    ) -> io::Result<()> {
         let mut frame = vec![0; FRAME_BYTES_MAX];
         loop {
             // Each is waited for alone, so that only losses are acted here.
             let length = socket.recv(&mut frame)?;
+            if length == 0 && has_end {
+                return Ok(());
+            }
             weather.pass(&frame[..length], &mut |frame| into_tap(tap, frame))?;
             weather.settle(&mut |frame| into_tap(tap, frame))?;
         }

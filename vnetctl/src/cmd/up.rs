@@ -12,7 +12,10 @@ use super::questions::Questions;
 use super::treat::{Problems, TreatArgs};
 use crate::client::Connection;
 use crate::failure::Failure;
-use crate::launch::{Dataplane, DataplaneArgs, DataplaneConfig, Forward, Settings, session_url};
+use crate::launch::{
+    Dataplane, DataplaneArgs, DataplaneConfig, DataplaneError, Forward, ListenAt, ListenConfig, Settings,
+    session_url,
+};
 use crate::output::{self, text::safe};
 
 /// Arguments of `up`.
@@ -119,7 +122,13 @@ async fn serve(
             _ = interrupt.recv() => break Ok(()),
             _ = terminate.recv() => break Ok(()),
             _ = hangup.recv() => break Ok(()),
-            error = dataplane.ended() => break Err(Failure::Failed(error.to_string())),
+            error = dataplane.ended() => break match error {
+                DataplaneError::Ended { status, .. } if status.success() && ends_with_its_guests(config) => {
+                    output::say("vnet: the last guest is gone");
+                    Ok(())
+                }
+                error => Err(Failure::Failed(error.to_string())),
+            },
             seen = attendant.next() => seen,
         };
         let acts = match seen {
@@ -138,6 +147,12 @@ async fn serve(
     };
     dataplane.stop().await;
     result
+}
+
+/// Whether the dataplane may end by itself: its guests came with it, and others cannot.
+fn ends_with_its_guests(config: &DataplaneConfig) -> bool {
+    let has_come = |listener: &ListenConfig| matches!(listener.at, ListenAt::Fd(_));
+    config.stdio.is_some() || config.listeners.iter().all(has_come)
 }
 
 fn greeting(config: &DataplaneConfig, command: &str) -> Vec<String> {

@@ -21,7 +21,7 @@ pub use vnet_controlplane::paths::SESSION_SOCKET;
 pub use vnet_controlplane::policy::{nearest, yaml};
 pub use vnet_dataplane::args::Args as DataplaneArgs;
 pub use vnet_dataplane::config::{
-    Config as DataplaneConfig, GATEWAY_MAC_DEFAULT, ListenAt, MTU_BYTES_DEFAULT, MTU_BYTES_MAX,
+    Config as DataplaneConfig, GATEWAY_MAC_DEFAULT, ListenAt, ListenConfig, MTU_BYTES_DEFAULT, MTU_BYTES_MAX,
     MTU_BYTES_MIN, SEARCH_DOMAINS_MAX, SUBNET_DEFAULT, SUBNET_PREFIX_MAX, SUBNET_PREFIX_MIN, Transport,
     ZONES_DEFAULT, write_lines,
 };
