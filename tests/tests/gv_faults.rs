@@ -169,3 +169,47 @@ fn ready_is_told_when_every_socket_is_there() {
         }
     });
 }
+
+#[test]
+fn a_change_of_the_hosts_network_under_load_wedges_nothing() {
+    staged(a_change_of_the_hosts_network_under_load_wedges_nothing, |world| {
+        let server = http(world.internet(), "203.0.113.10:80");
+        let (_gvproxy, socket) = gvproxy(world);
+        // Connections and lookups all the while, of which those in the gap fail.
+        let mut running = guest(
+            world,
+            &socket,
+            "while :; do curl -sS -m 2 -o /dev/null http://203.0.113.10/ 2>/dev/null && echo ok || echo failed; \
+             echo x > /dev/udp/203.0.113.10/9; done",
+        );
+        running.prints("ok");
+        let change = "set -e; a=$(ip -o -4 addr show dev host0 | awk '{print $4}'); ip addr del $a dev host0; \
+                      ip link set host0 down; sleep 4; ip link set host0 up; ip addr add 203.0.113.77/24 dev host0";
+        let mut shell = world.program("sh");
+        shell.args(["-c", change]);
+        let changed = Running::start(shell).wait();
+        assert_eq!(changed.code, 0, "{changed:?}");
+        assert!(running.stdout().contains("failed"), "there was a gap");
+        let before = server.connections();
+        eventually("connections are made again", || server.connections() > before + 5);
+        drop(running);
+
+        // Nothing goes on in circles when nobody asks for anything.
+        let [pid] = world.processes("__dataplane")[..] else {
+            panic!("there is one dataplane");
+        };
+        let ticks = || -> u64 {
+            let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap();
+            let fields: Vec<&str> = stat.rsplit(')').next().unwrap().split_whitespace().collect();
+            fields[11].parse::<u64>().unwrap() + fields[12].parse::<u64>().unwrap()
+        };
+        eventually("the guest is gone", || world.list(&["vm", "list"]).is_empty());
+        let before = ticks();
+        std::thread::sleep(Duration::from_secs(2));
+        let used = ticks() - before;
+        assert!(
+            used < 40,
+            "{used} hundredths of a second of processor time in two seconds"
+        );
+    });
+}
