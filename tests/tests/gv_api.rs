@@ -132,11 +132,12 @@ fn forwards_are_exposed_listed_and_ended_by_curl() {
 fn a_unix_forward_serves_curl_and_deletes_no_file() {
     staged(a_unix_forward_serves_curl_and_deletes_no_file, |world| {
         let peer = Peer::start(world, "a", &[]);
+        let page = "#!/bin/sh\nread request\nprintf 'HTTP/1.0 200 OK\\r\\n\\r\\nhello'\n";
+        world.open_to_all(&world.file("page", page));
         let _guest = guest(
             world,
             &peer,
-            "ping -c 1 -W 5 192.168.127.1 >/dev/null; exec socat tcp-listen:80,fork,reuseaddr \
-             'system:read x; printf \"HTTP/1.0 200 OK\\r\\n\\r\\nhello\"'",
+            "ping -c 1 -W 5 192.168.127.1 >/dev/null; exec socat tcp-listen:80,fork,reuseaddr exec:./page",
         );
         let file = world.file("precious", "do not delete");
         let path = world.runtime_dir().join("web.sock");

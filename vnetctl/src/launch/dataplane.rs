@@ -100,6 +100,9 @@ impl Settings {
             // The number is not known yet; any that is no standard stream passes the same checks.
             args.link_fd = Some(i32::MAX);
         }
+        if self.front {
+            args.front_fd = Some(i32::MAX - 1);
+        }
         match Config::new(&args, self.vm_settings(), &default_name()) {
             Ok(config) => {
                 // Looked at before anything is opened that could be taken for one.
