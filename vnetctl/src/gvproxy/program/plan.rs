@@ -121,6 +121,13 @@ pub fn plan(
             Err(problem) => problems.push(problem),
         }
     }
+    if let Some(file) = &stack.capture_file {
+        // One that is asked for and does not come would be missed when it is too late.
+        problems.push(format!(
+            "{}: packets cannot be captured yet (leave out -pcap and stack.capture-file)",
+            file.display()
+        ));
+    }
     let services = config.services.as_ref().map(|at| listen_at(at, resolve));
     let services = services.and_then(|at| at.map_err(|problem| problems.push(problem)).ok());
     let mut warnings = Vec::new();
@@ -317,6 +324,14 @@ mod tests {
         assert_eq!(
             problem.unwrap_err(),
             ["tcp://nowhere:80: \"nowhere\" cannot be looked up: entity not found (write an address)"]
+        );
+    }
+
+    #[test]
+    fn a_capture_that_cannot_be_is_refused() {
+        assert_eq!(
+            planned("-pcap /tmp/a.pcap", "", &Own::default()).unwrap_err(),
+            ["/tmp/a.pcap: packets cannot be captured yet (leave out -pcap and stack.capture-file)"]
         );
     }
 
