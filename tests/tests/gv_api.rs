@@ -129,6 +129,31 @@ fn forwards_are_exposed_listed_and_ended_by_curl() {
 }
 
 #[test]
+fn forwards_of_the_configuration_are_listed_as_written_and_ended_by_that() {
+    staged(
+        forwards_of_the_configuration_are_listed_as_written_and_ended_by_that,
+        |world| {
+            let file = world.file(
+                "c.yaml",
+                "stack:\n  forwards: {\":8083\": \"192.168.127.2:80\"}\n",
+            );
+            let peer = Peer::start(world, "a", &["-config", file.to_str().unwrap()]);
+            let all = || get(world, &peer.services, "/services/forwarder/all");
+            assert_eq!(
+                all(),
+                json!([{"local": ":8083", "remote": "192.168.127.2:80", "protocol": "tcp"}])
+            );
+            assert!(std::net::TcpStream::connect("127.0.0.1:8083").is_ok());
+            let body = json!({"local": ":8083", "protocol": "tcp"});
+            let unexpose = || ask(world, &peer.services, "/services/forwarder/unexpose", Some(&body));
+            assert_eq!(unexpose(), (200, String::new()));
+            assert_eq!(all(), json!([]));
+            assert!(std::net::TcpStream::connect("127.0.0.1:8083").is_err());
+        },
+    );
+}
+
+#[test]
 fn a_unix_forward_serves_curl_and_deletes_no_file() {
     staged(a_unix_forward_serves_curl_and_deletes_no_file, |world| {
         let peer = Peer::start(world, "a", &[]);

@@ -25,6 +25,7 @@ use vnet_dataplane::inherit;
 
 use super::descriptors::inherit_only;
 use crate::cmd::treat::Treatment;
+use crate::failure::Failure;
 use crate::output::text::safe;
 
 /// What a dataplane is told at its start.
@@ -271,6 +272,24 @@ impl Dataplane {
         matches!(self.ready.read(&mut byte).await, Ok(1))
     }
 
+    /// Waits until it listens everywhere.
+    ///
+    /// # Errors
+    /// What it said instead, or that it takes too long.
+    pub async fn listens(&mut self) -> Result<(), Failure> {
+        if tokio::time::timeout(READY_PATIENCE, self.ready()).await == Ok(true) {
+            return Ok(());
+        }
+        let ended = tokio::time::timeout(END_PATIENCE, self.ended()).await;
+        Err(Failure::Failed(match ended {
+            Ok(error) => error.to_string(),
+            Err(_) => format!(
+                "the dataplane does not listen after {} s",
+                READY_PATIENCE.as_secs()
+            ),
+        }))
+    }
+
     /// Waits until it ends by itself. Cancel safe.
     pub async fn ended(&mut self) -> DataplaneError {
         match self.child.wait().await {
@@ -422,6 +441,10 @@ pub(super) fn main(arguments: Vec<OsString>) -> ExitCode {
     super::parsed(arguments, |cli: Cli| vnet_dataplane::main(cli.args))
 }
 
+/// How long binding its sockets may take.
+const READY_PATIENCE: Duration = Duration::from_secs(10);
+/// How long one that did not get there may take to end, which says why.
+const END_PATIENCE: Duration = Duration::from_secs(1);
 /// How long it may take to end in good order: sockets removed, the last counts sent.
 const STOP_PATIENCE: Duration = Duration::from_secs(3);
 const LAST_WORDS_PATIENCE: Duration = Duration::from_millis(50);

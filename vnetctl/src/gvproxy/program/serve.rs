@@ -3,7 +3,6 @@
 use std::net::SocketAddr;
 use std::process::ExitCode;
 use std::sync::Arc;
-use std::time::Duration;
 
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::task::JoinSet;
@@ -12,10 +11,12 @@ use super::attend::Watch;
 use super::front::{self, ServicesSocket, SshTunnels, Tunnels};
 use super::notify::{Kind, Notification, Notifier};
 use super::pid::PidFile;
+use super::plan::Opened;
 use super::{Prepared, fatal, log, version};
 use crate::cmd::attend::{command_line, dataplane_name};
 use crate::failure::Failure;
-use crate::gvproxy::services::{self, Closed, GuestApi, Services, ServicesConfig, policy_in_force};
+use crate::gvproxy;
+use crate::gvproxy::services::{Closed, GuestApi, Services, ServicesConfig, policy_in_force};
 use crate::gvproxy::ssh::{self, Timing};
 use crate::launch::{Dataplane, DataplaneError, DataplaneLog, Settings, session_url};
 
@@ -108,7 +109,7 @@ async fn run(prepared: Prepared, started_as: &mut Option<Dataplane>) -> Result<(
     }
     let dataplane = Dataplane::start(settings).map_err(|e| Failure::Failed(e.to_string()))?;
     let dataplane = started_as.insert(dataplane);
-    started(dataplane).await?;
+    dataplane.listens().await?;
     tracing::info!("waiting for clients...");
     for at in &config.listen {
         tracing::info!("listening {at}");
@@ -116,7 +117,7 @@ async fn run(prepared: Prepared, started_as: &mut Option<Dataplane>) -> Result<(
 
     let front = dataplane.take_front();
     let (sender, requests) = front.ok_or_else(|| Failure::Failed("the dataplane has no front".to_owned()))?;
-    let tunnels = Arc::new(Tunnels(sender));
+    let tunnels: Arc<dyn gvproxy::Tunnels> = Arc::new(Tunnels(sender));
     let socket =
         match (&plan.services, &config.services) {
             (Some(at), Some(shown)) => {
@@ -136,16 +137,25 @@ async fn run(prepared: Prepared, started_as: &mut Option<Dataplane>) -> Result<(
         static_leases: config.stack.dhcp_static_leases.clone(),
         guests,
         policy_in_force: policy_in_force(connection.clone(), name.clone(), is_restricted),
-        tunnels: Arc::clone(&tunnels) as Arc<dyn services::Tunnels>,
+        tunnels: Arc::clone(&tunnels),
         ssh: Arc::new(SshTunnels(ssh::SshTunnels::new(
-            Arc::clone(&tunnels) as Arc<dyn ssh::Tunnels>,
+            Arc::clone(&tunnels),
             Timing::default(),
         ))),
     });
+    for Opened {
+        is_udp,
+        local,
+        remote,
+        listens,
+    } in &plan.forwards
+    {
+        services.adopt(*is_udp, local, remote, listens);
+    }
     let mut over_ssh = JoinSet::new();
     let sshd = SocketAddr::new(config.stack.device_ip.into(), ssh::PORT_DEFAULT);
     for forward in &config.forwards {
-        let tunnels = Arc::clone(&tunnels) as Arc<dyn ssh::Tunnels>;
+        let tunnels = Arc::clone(&tunnels);
         let bound = ssh::Forward::bind(forward, sshd, tunnels, Timing::default());
         let bound = bound.map_err(|error| Failure::Failed(ssh::told(&error)))?;
         over_ssh.spawn(bound.run());
@@ -160,7 +170,7 @@ async fn run(prepared: Prepared, started_as: &mut Option<Dataplane>) -> Result<(
     tokio::select! {
         error = dataplane.ended() => match error {
             // The guest of standard input is gone, and no other can come.
-            DataplaneError::Ended { status, .. } if status.success() => Ok(()),
+            DataplaneError::Ended { status, .. } if status.success() && config.interfaces.stdio => Ok(()),
             error => Err(Failure::Failed(error.to_string())),
         },
         Err(error) = serving => Err(Failure::Failed(format!("the channel to the dataplane failed: {error}"))),
@@ -171,22 +181,6 @@ async fn run(prepared: Prepared, started_as: &mut Option<Dataplane>) -> Result<(
         })),
         never = watch.follow() => match never {},
     }
-}
-
-/// Waits until the dataplane listens everywhere.
-async fn started(dataplane: &mut Dataplane) -> Result<(), Failure> {
-    let ready = tokio::time::timeout(READY_PATIENCE, dataplane.ready()).await;
-    if ready == Ok(true) {
-        return Ok(());
-    }
-    let ended = tokio::time::timeout(END_PATIENCE, dataplane.ended()).await;
-    Err(Failure::Failed(match ended {
-        Ok(error) => error.to_string(),
-        Err(_) => format!(
-            "the dataplane does not listen after {} s",
-            READY_PATIENCE.as_secs()
-        ),
-    }))
 }
 
 /// The signals that end it.
@@ -212,8 +206,3 @@ impl Signals {
         }
     }
 }
-
-/// How long binding its sockets may take.
-const READY_PATIENCE: Duration = Duration::from_secs(10);
-/// How long a dataplane that did not get there may take to end, which says why.
-const END_PATIENCE: Duration = Duration::from_secs(1);

@@ -41,13 +41,14 @@ pub use self::guest::{
     ALL_GUESTS_CONNECTIONS_MAX, Closed, Decide, Decision, GUEST_CONNECTIONS_MAX, Guest, GuestApi,
     GuestForward, Token, TokenError,
 };
-pub use self::tunnel::{NoTunnels, SshTunnels, Tunnels};
+pub use self::tunnel::{NoTunnels, SshTunnels};
 
 use self::answer::Answer;
 use self::control::Control;
 use self::exposed::Exposed;
 use self::guest::Connected;
 use self::stats::Traffic;
+use super::Tunnels;
 use crate::client::Connection;
 use crate::launch::Mac;
 

@@ -48,7 +48,9 @@ impl Guest {
     async fn try_first(&self) -> Result<(), ConnectError> {
         let timing = &self.dialer.timing;
         let mut pause = timing.first_pause;
-        for left in (0..timing.first_tries.max(1)).rev() {
+        let mut left = timing.first_tries;
+        loop {
+            left = left.saturating_sub(1);
             match self.dialer.connect().await {
                 Ok(connection) => {
                     self.give_back(connection);
@@ -60,7 +62,6 @@ impl Guest {
             sleep(pause).await;
             pause = (pause * 2).min(timing.first_pause_max);
         }
-        unreachable!("the last try returns")
     }
 
     /// A channel to the guest's socket, with a connection of its own.
@@ -112,7 +113,9 @@ impl Guest {
     }
 
     async fn reconnect(&self) -> Result<Connection, ConnectError> {
-        for left in (0..RECONNECTS).rev() {
+        let mut left = RECONNECTS;
+        loop {
+            left -= 1;
             match self.dialer.connect().await {
                 Ok(connection) => return Ok(connection),
                 Err(error) if left == 0 || error.is_final() => return Err(error),
@@ -120,7 +123,6 @@ impl Guest {
             }
             sleep(self.dialer.timing.pause).await;
         }
-        unreachable!("the last try returns")
     }
 }
 
