@@ -293,6 +293,21 @@ fn a_tunnel_leads_to_the_guest_on_either_socket() {
 }
 
 #[test]
+fn no_guest_reaches_the_services_over_the_hosts_loopback() {
+    staged(no_guest_reaches_the_services_over_the_hosts_loopback, |world| {
+        let peer = Peer::start(world, "a", &["-services", "tcp://127.0.0.1:7777"]);
+        let _server = http(world.host(), "127.0.0.1:7778");
+        let mut curl = world.program("curl");
+        curl.args(["-sS", "http://127.0.0.1:7777/services/forwarder/all"]);
+        assert_eq!(Running::start(curl).wait().stdout.trim(), "[]");
+        let fetch = "ping -c 1 -W 5 192.168.127.1 >/dev/null
+            for port in 7778 7777; do curl -sS -m 5 -o /dev/null -w '%{http_code} ' http://192.168.127.254:$port/; done";
+        let fetched = guest(world, &peer, fetch).wait();
+        assert_eq!(fetched.stdout.trim(), "200 000", "{fetched:?}");
+    });
+}
+
+#[test]
 fn under_a_policy_what_a_vm_can_reach_serves_no_verb_and_guests_expose_nothing() {
     staged(
         under_a_policy_what_a_vm_can_reach_serves_no_verb_and_guests_expose_nothing,
@@ -331,7 +346,7 @@ fn under_a_policy_what_a_vm_can_reach_serves_no_verb_and_guests_expose_nothing()
                  http://192.168.127.1/services/forwarder/expose",
             )
             .wait();
-            assert_ne!(posted.stdout.trim(), "200", "{posted:?}");
+            assert_eq!(posted.stdout.trim(), "000", "port 80 is closed: {posted:?}");
             assert_eq!(get(world, &peer.services, "/services/forwarder/all"), json!([]));
         },
     );

@@ -26,7 +26,9 @@ use super::own::{self, Own};
 use super::services::Token;
 use super::ssh::told;
 use crate::client::{Connection, Server};
+use crate::cmd::attend::dataplane_name;
 use crate::failure::{EXIT_FAILED, Failure};
+use crate::launch::{DataplaneLog, Settings, session_url};
 use crate::output::text::safe;
 use plan::Plan;
 
@@ -84,6 +86,8 @@ struct Prepared {
     loaded: Loaded,
     vm: String,
     plan: Plan,
+    /// The dataplane's, checked.
+    settings: Settings,
     /// What guests must show for the gateway's API.
     token: Option<Token>,
     connection: Connection,
@@ -120,10 +124,29 @@ fn prepare(flags: &Flags) -> Result<Prepared, Failure> {
     let connection = Connection {
         named: own.server.as_ref().map(|given| -> Server { given.value.clone() }),
     };
+    let mut args = plan.args.clone();
+    args.name = Some(dataplane_name(NAME)?);
+    args.controlplane = Some(session_url(&connection.server()?));
+    let settings = Settings {
+        args,
+        treatment: plan.treatment.clone(),
+        zones: Some(plan.zones.clone()),
+        front: true,
+        log: DataplaneLog::Lines {
+            directive: log::directive(plan.log_level),
+            line: log::relay,
+        },
+        ..Settings::default()
+    };
+    let mut problems = Vec::new();
+    if settings.check(false, &mut problems).is_none() {
+        return Err(Failure::Failed(problems.join("\n  ")));
+    }
     Ok(Prepared {
         loaded,
         vm,
         plan,
+        settings,
         token,
         connection,
     })

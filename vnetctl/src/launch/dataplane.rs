@@ -347,6 +347,9 @@ async fn listen(mut stderr: tokio::process::ChildStderr, said: Arc<Mutex<Vec<u8>
         let excess = said.len().saturating_sub(SAID_BYTES_MAX);
         said.drain(..excess);
     }
+    if let Some(line) = line.filter(|_| !begun.is_empty()) {
+        line(&String::from_utf8_lossy(&begun));
+    }
 }
 
 /// The flags as a command line. The whole structure is taken apart, so that a flag that is added there
@@ -382,6 +385,7 @@ fn flags(args: &Args) -> Vec<OsString> {
         publish,
         guest_api,
         front_fd,
+        closed,
         vm_settings_fd,
         exit_with_fd,
         ready_fd,
@@ -421,6 +425,7 @@ fn flags(args: &Args) -> Vec<OsString> {
         ("zone", zones),
         ("publish", publish),
     ];
+    let closed = closed.iter().map(|at| ("closed", at.to_string()));
     let once = once
         .into_iter()
         .filter_map(|(flag, value)| value.map(|value| (flag, value)));
@@ -431,6 +436,7 @@ fn flags(args: &Args) -> Vec<OsString> {
     let switches = switches.into_iter().filter(|(_, on)| *on);
     // One word each, so that a value that begins with a dash stays a value.
     once.chain(repeated)
+        .chain(closed)
         .map(|(flag, value)| OsString::from(format!("--{flag}={value}")))
         .chain(switches.map(|(flag, _)| OsString::from(format!("--{flag}"))))
         .collect()
@@ -491,6 +497,8 @@ mod tests {
             "--publish=8080:80",
             "--front-fd=10",
             "--guest-api",
+            "--closed=127.0.0.1:8080",
+            "--closed=[::1]:8081",
             "--vm-settings-fd=8",
             "--exit-with-fd=9",
         ];

@@ -56,6 +56,8 @@ impl services::SshTunnels for SshTunnels {
 
 /// The socket of `-services`, bound.
 pub(super) struct ServicesSocket {
+    /// Where it listens, if over TCP: closed to guests.
+    pub(super) tcp_address: Option<SocketAddr>,
     accepted: mpsc::Receiver<OwnedFd>,
     origin: Origin,
     /// Removed at the end.
@@ -74,11 +76,13 @@ impl ServicesSocket {
             ListenAt::Vsock { .. } => Origin::Listen,
             ListenAt::Unix(_) | ListenAt::Tcp(_) | ListenAt::Fd(_) => Origin::Services,
         };
+        let tcp_address = listener.tcp_address();
         let (sender, accepted) = mpsc::channel(ACCEPTED_MAX);
         std::thread::Builder::new()
             .name("services".to_owned())
             .spawn(move || accept(&listener, &sender))?;
         Ok(Self {
+            tcp_address,
             accepted,
             origin,
             _file: file,

@@ -6,8 +6,9 @@ use std::io;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 
 use crate::cmd::treat::Treatment;
-use crate::gvproxy::config::{Config, Endpoint, HostPort};
+use crate::gvproxy::config::{Config, Endpoint, HostPort, LogLevel};
 use crate::gvproxy::own::Own;
+use crate::gvproxy::services::has_ipv6;
 use crate::launch::{DataplaneArgs, Document, ListenAt, ZoneSettings};
 
 /// What is to be started.
@@ -19,6 +20,8 @@ pub struct Plan {
     pub treatment: Treatment,
     /// Its local zones, and no other.
     pub zones: Vec<ZoneSettings>,
+    /// What is logged: also what `stack.debug` asks for.
+    pub log_level: LogLevel,
     /// Where the services API listens beside the sockets that carry `/connect`.
     pub services: Option<ListenAt>,
     /// The forwards among its flags, in the configuration's words.
@@ -177,6 +180,11 @@ pub fn plan(
             args,
             treatment,
             zones,
+            log_level: if stack.debug {
+                config.log_level.max(LogLevel::Debug)
+            } else {
+                config.log_level
+            },
             services,
             forwards,
             warnings,
@@ -249,11 +257,6 @@ fn published(at: &HostPort, resolve: Resolve<'_>) -> Result<Vec<IpAddr>, String>
     let mut addresses = vec![IpAddr::from([0, 0, 0, 0])];
     addresses.extend(has_ipv6().then_some(IpAddr::from([0u16; 8])));
     Ok(addresses)
-}
-
-/// Whether this host has IPv6 at all.
-pub fn has_ipv6() -> bool {
-    std::net::UdpSocket::bind((std::net::Ipv6Addr::LOCALHOST, 0)).is_ok()
 }
 
 /// The address that a host and port mean; of IPv4 where there is one, as Go has it.

@@ -13,12 +13,12 @@ use super::notify::{Kind, Notification, Notifier};
 use super::pid::PidFile;
 use super::plan::Opened;
 use super::{Prepared, fatal, log, version};
-use crate::cmd::attend::{command_line, dataplane_name};
+use crate::cmd::attend::command_line;
 use crate::failure::Failure;
 use crate::gvproxy;
 use crate::gvproxy::services::{Closed, GuestApi, Services, ServicesConfig, policy_in_force};
 use crate::gvproxy::ssh::{self, Timing};
-use crate::launch::{Dataplane, DataplaneError, DataplaneLog, Settings, session_url};
+use crate::launch::{Dataplane, DataplaneError};
 
 /// Runs it.
 pub(super) fn main(prepared: Prepared) -> ExitCode {
@@ -26,7 +26,7 @@ pub(super) fn main(prepared: Prepared) -> ExitCode {
     let file = match config.log_file.as_deref().map(log::open).transpose() {
         Ok(file) => file,
         Err(error) => {
-            log::start(config.log_level, None);
+            log::start(prepared.plan.log_level, None);
             let path = config.log_file.as_ref().map(|path| path.display().to_string());
             let path = path.unwrap_or_default();
             return fatal(&Failure::Failed(format!(
@@ -34,7 +34,7 @@ pub(super) fn main(prepared: Prepared) -> ExitCode {
             )));
         }
     };
-    log::start(config.log_level, file);
+    log::start(prepared.plan.log_level, file);
     for warning in prepared.loaded.warnings.iter().chain(&prepared.plan.warnings) {
         tracing::warn!("{}", warning.strip_prefix("warning: ").unwrap_or(warning));
     }
@@ -77,36 +77,29 @@ async fn run(prepared: Prepared, started_as: &mut Option<Dataplane>) -> Result<(
         loaded,
         vm,
         plan,
+        mut settings,
         token,
         connection,
     } = prepared;
     let config = loaded.config;
-    // The dataplane needs its sessions' listener from the start on.
-    connection.open().await?;
-    let name = dataplane_name("gvproxy")?;
-    let mut args = plan.args;
-    let is_restricted = plan.treatment.document.is_some() || plan.treatment.mode.is_some();
-    let guests = args.guest_api.then(|| GuestApi {
+    let name = settings.args.name.clone().unwrap_or_default();
+    let is_restricted = settings.treatment.document.is_some() || settings.treatment.mode.is_some();
+    let guests = settings.args.guest_api.then(|| GuestApi {
         token,
         decide: Arc::new(Closed),
     });
-    args.name = Some(name.clone());
-    args.controlplane = Some(session_url(&connection.server()?));
-    let settings = Settings {
-        args,
-        treatment: plan.treatment,
-        zones: Some(plan.zones),
-        front: true,
-        log: DataplaneLog::Lines {
-            directive: log::directive(config.log_level),
-            line: log::relay,
-        },
-        ..Settings::default()
+    // Before the dataplane, which has to know what is closed to guests.
+    let socket = match (&plan.services, &config.services) {
+        (Some(at), Some(shown)) => {
+            let opened = ServicesSocket::open(at);
+            let opened = opened.map_err(|error| format!("-services {shown} cannot be opened: {error}"));
+            Some(opened.map_err(Failure::Failed)?)
+        }
+        _ => None,
     };
-    let mut problems = Vec::new();
-    if settings.check(false, &mut problems).is_none() {
-        return Err(Failure::Failed(problems.join("\n  ")));
-    }
+    settings.args.closed = socket.iter().filter_map(|socket| socket.tcp_address).collect();
+    // The dataplane needs its sessions' listener from the start on.
+    connection.open().await?;
     let dataplane = Dataplane::start(settings).map_err(|e| Failure::Failed(e.to_string()))?;
     let dataplane = started_as.insert(dataplane);
     dataplane.listens().await?;
@@ -118,17 +111,9 @@ async fn run(prepared: Prepared, started_as: &mut Option<Dataplane>) -> Result<(
     let front = dataplane.take_front();
     let (sender, requests) = front.ok_or_else(|| Failure::Failed("the dataplane has no front".to_owned()))?;
     let tunnels: Arc<dyn gvproxy::Tunnels> = Arc::new(Tunnels(sender));
-    let socket =
-        match (&plan.services, &config.services) {
-            (Some(at), Some(shown)) => {
-                tracing::info!("enabling services API. Listening {shown}");
-                let opened = ServicesSocket::open(at);
-                Some(opened.map_err(|error| {
-                    Failure::Failed(format!("-services {shown} cannot be opened: {error}"))
-                })?)
-            }
-            _ => None,
-        };
+    if let Some(at) = &config.services {
+        tracing::info!("enabling services API. Listening {at}");
+    }
     let services = Services::new(ServicesConfig {
         connection: connection.clone(),
         network: name.clone(),
