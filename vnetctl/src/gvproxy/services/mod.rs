@@ -35,6 +35,7 @@ use std::sync::Arc;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::sync::Semaphore;
 
+pub use self::address::has_ipv6;
 pub use self::control::{Question, policy_in_force};
 pub use self::exposed::GUEST_FORWARDS_MAX;
 pub use self::guest::{
@@ -114,7 +115,7 @@ pub struct Services {
     tunnels: Arc<dyn Tunnels>,
     ssh: Arc<dyn SshTunnels>,
     exposed: Exposed,
-    traffic: std::sync::Mutex<Traffic>,
+    traffic: tokio::sync::Mutex<Traffic>,
     on_services: Limits,
     on_listen: Limits,
     of_guests: Connected,
@@ -149,7 +150,7 @@ impl Services {
             tunnels: config.tunnels,
             ssh: config.ssh,
             exposed: Exposed::default(),
-            traffic: std::sync::Mutex::default(),
+            traffic: tokio::sync::Mutex::default(),
             on_services: Limits::new(SERVICES_CONNECTIONS_MAX),
             on_listen: Limits::new(LISTEN_CONNECTIONS_MAX),
             of_guests: Connected::default(),

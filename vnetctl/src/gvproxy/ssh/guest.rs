@@ -83,15 +83,18 @@ impl Guest {
                 Ok(channel) => return Ok((connection, channel)),
                 Err(source) => source,
             };
-            if !connection.is_alive().await {
-                connection = self.reconnect().await?;
-            } else if tries < CHANNEL_TRIES {
-                sleep(timing.pause).await;
-            }
+            let is_alive = connection.is_alive().await;
             if tries == CHANNEL_TRIES {
-                self.give_back(connection);
+                if is_alive {
+                    self.give_back(connection);
+                }
                 let path = self.path.clone();
                 return Err(OpenError::Channel { path, source });
+            }
+            if is_alive {
+                sleep(timing.pause).await;
+            } else {
+                connection = self.reconnect().await?;
             }
             tries += 1;
         }

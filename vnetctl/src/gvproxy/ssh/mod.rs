@@ -36,6 +36,7 @@ pub use connection::{ChannelError, ConnectError};
 pub use guest::OpenError;
 pub use host::HostKeyError;
 pub use identity::{Identity, IdentityCause, IdentityError};
+pub(in crate::gvproxy) use remote::redacted;
 pub use remote::{Remote, RemoteError};
 pub use serve::{CLIENTS_MAX, Counts, CountsNow};
 pub use socket::SocketError;
