@@ -15,6 +15,7 @@ use vnet_proto::model::{
 };
 
 use crate::egress::stream::HostStream;
+use crate::link::Link;
 
 /// Bits of a [`MissId`] or [`FlowId`] that count within one guest; those above are its [`VmId`].
 pub const SEQUENCE_BITS: u32 = 40;
@@ -617,6 +618,8 @@ pub enum Input {
     GuestGone(VmId),
     /// The session's queue has the place that this guest waits for.
     Turn(Turn),
+    /// The guest's hypervisor is back, over this link; some of its frames may have been read already.
+    Link(Box<Link>),
     /// End the driver; its link closes.
     Stop,
 }

@@ -491,9 +491,14 @@ impl Engine {
         }
     }
 
-    /// The guest's MAC address, once it has shown one.
+    /// The guest's MAC address: the one that it must have, or has shown.
     pub fn mac(&self) -> Option<Mac> {
         self.mac
+    }
+
+    /// The guest's MAC address, once it has spoken.
+    pub fn spoken_mac(&self) -> Option<Mac> {
+        self.mac.filter(|mac| *mac == self.transmit.guest)
     }
 
     /// Whether other guests' frames may come in.

@@ -47,7 +47,7 @@ impl Rig {
         let (reports, receiver) = mpsc::channel(4_096);
         let network = {
             let _context = runtime.enter();
-            network_of(reports, mtu_bytes)
+            network_of(reports, mtu_bytes, Duration::ZERO)
         };
         Self {
             network,

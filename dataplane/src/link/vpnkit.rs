@@ -8,7 +8,7 @@
 //! | we | 258 | 1, the MTU and the longest frame (16 bits each, little-endian), its MAC address, zeros |
 //!
 //! Frames follow at once, behind short lengths. The address is the one that the configuration has for the
-//! UUID, or the one that the socket's first guest must have, or a random one; nothing holds the guest to it.
+//! UUID, or the one that the socket's first guest must have, or that of a guest that is away, or a random one; nothing holds the guest to it.
 
 use std::collections::HashMap;
 use std::io::{self, Read as _, Write as _};
@@ -88,7 +88,9 @@ impl Handshakes {
         let thread = thread::Builder::new()
             .name("handshake".to_owned())
             .spawn(move || {
-                let done = shake(&mut socket, &answers, admission.spec.pinned_mac, patience);
+                // One that comes back is told what it has.
+                let known = admission.spec.pinned_mac.or_else(|| own.away_mac());
+                let done = shake(&mut socket, &answers, known, patience);
                 drop(place);
                 match done.and_then(|()| link(socket)) {
                     Ok(link) => admission.attach(link),
