@@ -18,7 +18,7 @@ use std::time::Duration;
 use mio::{Events, Poll, Token, Waker};
 
 use crate::engine::Time;
-use crate::link::serve::{Entrance, GUESTS_MAX, Place};
+use crate::link::serve::{Entrance, GUESTS_MAX};
 use crate::link::{First, Link, LinkError};
 use crate::metrics::LinkRefusal;
 
@@ -36,7 +36,7 @@ const EVENTS_A_TURN: usize = 64;
 /// Those who have yet to come before the door's thread.
 #[derive(Default)]
 pub(super) struct Lobby {
-    arrivals: Vec<(Link, Option<Place>)>,
+    arrivals: Vec<Link>,
     /// Those who are before it, arrivals included.
     undecided: usize,
     /// Wakes the thread, while there is one.
@@ -54,7 +54,7 @@ impl Lobby {
 }
 
 /// Brings a link before the door. At once.
-pub(super) fn enter(entrance: &Arc<Entrance>, link: Link, place: Option<Place>) {
+pub(super) fn enter(entrance: &Arc<Entrance>, link: Link) {
     let refused = {
         let mut places = entrance.lock();
         let lobby = &mut places.lobby;
@@ -62,11 +62,11 @@ pub(super) fn enter(entrance: &Arc<Entrance>, link: Link, place: Option<Place>) 
             Err((
                 LinkRefusal::Limit,
                 format!("{UNDECIDED_MAX} links on one socket have yet to show whose they are"),
-                Some((link, place)),
+                Some(link),
             ))
         } else {
             lobby.undecided += 1;
-            lobby.arrivals.push((link, place));
+            lobby.arrivals.push(link);
             match &lobby.waker {
                 Some(_) => {
                     lobby.stir();
@@ -102,7 +102,6 @@ struct Door {
 /// A link of which it is not known whose it is.
 struct Visitor {
     link: Link,
-    place: Option<Place>,
     readable: bool,
     first: First,
     /// When it came, or spoke.
@@ -186,7 +185,7 @@ impl Door {
             std::mem::take(&mut lobby.arrivals)
         };
         let now = self.entrance.network().now();
-        for (mut link, place) in arrivals {
+        for mut link in arrivals {
             let waker = self.entrance.lock().lobby.waker.clone();
             let registered = waker
                 .ok_or_else(|| io::ErrorKind::NotConnected.into())
@@ -198,7 +197,6 @@ impl Door {
             }
             let visitor = Visitor {
                 link,
-                place,
                 readable: true,
                 first: First::Nobody,
                 since: now,
@@ -241,12 +239,7 @@ impl Door {
                 continue;
             }
             self.leave();
-            let Visitor {
-                mut link,
-                place,
-                first,
-                ..
-            } = visitor;
+            let Visitor { mut link, first, .. } = visitor;
             if let Err(error) = link.deregister(self.poll.registry()) {
                 self.entrance.refuse(LinkRefusal::System, &error);
                 continue;
@@ -256,9 +249,8 @@ impl Door {
                 (Decision::Back, First::Station(mac)) => self.entrance.bring_back(mac, link).err(),
                 _ => Some(link),
             };
-            match link {
-                Some(link) => self.entrance.seat(link, place),
-                None => drop(place),
+            if let Some(link) = link {
+                self.entrance.seat(link);
             }
         }
         until

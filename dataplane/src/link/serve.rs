@@ -95,7 +95,7 @@ pub struct Admission {
 }
 
 /// Free again when this is dropped.
-pub(super) struct Place {
+struct Place {
     entrance: Arc<Entrance>,
     number: usize,
 }
@@ -157,9 +157,8 @@ impl Entrance {
         );
     }
 
-    /// Lets a guest in by the first free name. It gives up `place` for it.
-    pub(super) fn seat(self: &Arc<Self>, link: Link, place: Option<Place>) {
-        drop(place);
+    /// Lets a guest in by the first free name.
+    pub(super) fn seat(self: &Arc<Self>, link: Link) {
         let mut places = self.lock();
         let Some(number) = places.free() else {
             drop(places);
@@ -270,10 +269,12 @@ impl Admission {
             .taken
             .values()
             .all(|occupant| *occupant == Occupant::Arriving);
+        // Whoever has yet to be let in keeps no name from others.
+        drop(place);
         if is_first || entrance.network.grace().is_zero() {
-            entrance.seat(link, place);
+            entrance.seat(link);
         } else {
-            door::enter(&entrance, link, place);
+            door::enter(&entrance, link);
         }
     }
 
