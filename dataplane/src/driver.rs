@@ -222,6 +222,7 @@ impl Driver {
     fn take_link(&mut self, mut link: Link) -> Result<(), LinkError> {
         link.register(self.poll.registry(), LINK, &self.waker)
             .map_err(LinkError::Io)?;
+        self.network.metrics().links_back.increment();
         self.engine.handle_link_back(link.framing());
         self.link = Some(link);
         (self.link_readable, self.link_writable) = (true, true);

@@ -207,7 +207,6 @@ impl Entrance {
         // While its driver cannot look: whoever finds that it is not away any more has the link already. One that
         // has ended just now needs none; its hypervisor dials again.
         if self.network.send(vm, Input::Link(Box::new(link))) {
-            self.network.metrics().links_back.increment();
             tracing::info!(vm = %self.spec_of(number).name, "the guest is back");
         }
         Ok(())
