@@ -45,7 +45,11 @@ pub(super) fn start(level: LogLevel, file: Option<File>) {
     let _ = tracing_subscriber::fmt()
         .event_format(Lines)
         .with_writer(sink)
-        .with_max_level(filter(level))
+        // What the SSH library says, a guest can make it say; and what others say of the wire is for them who build it.
+        .with_env_filter(format!(
+            "{},russh=off,h2=warn,hyper=warn,tonic=warn",
+            filter(level)
+        ))
         .try_init();
 }
 

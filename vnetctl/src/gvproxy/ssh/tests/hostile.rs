@@ -10,7 +10,7 @@ use super::*;
 /// An sshd that lets everybody in.
 #[derive(Default)]
 struct Hostile {
-    sessions: Mutex<Vec<Handle>>,
+    sessions: Arc<Mutex<Vec<Handle>>>,
     is_in: Arc<AtomicBool>,
 }
 
@@ -42,9 +42,12 @@ impl Tunnels for Hostile {
                 ..server::Config::default()
             };
             let door = Door(Arc::clone(&self.is_in));
-            let serving = server::run_stream(Arc::new(config), theirs, door);
-            let (ours, session) = tokio::join!(async { ours }, serving);
-            self.sessions.lock().unwrap().push(session.unwrap().handle());
+            let sessions = Arc::clone(&self.sessions);
+            // It begins when it has heard the client, who has to have its stream for that.
+            tokio::spawn(async move {
+                let session = server::run_stream(Arc::new(config), theirs, door).await.unwrap();
+                sessions.lock().unwrap().push(session.handle());
+            });
             Ok(ours)
         })
     }
