@@ -1,6 +1,7 @@
 //! The flags of `vnet-dataplane`, as text. What they mean is checked in [`crate::config`], all at once;
 //! `vnetctl up` and `vnetctl run` take the same flags and add their own.
 
+use std::net::SocketAddr;
 use std::os::fd::RawFd;
 
 /// Flags of a dataplane.
@@ -107,6 +108,9 @@ pub struct Args {
     /// socket, and open the tunnels that it asks for.
     #[arg(long, value_name = "N", hide = true)]
     pub front_fd: Option<RawFd>,
+    /// A daemon of vnet's listens there, over TCP, and no guest reaches it; may be repeated.
+    #[arg(long, value_name = "ADDRESS:PORT", hide = true)]
+    pub closed: Vec<SocketAddr>,
     /// Read what the VMs bring along (policy, mode, labels) from this inherited descriptor.
     #[arg(long, value_name = "N", hide = true)]
     pub vm_settings_fd: Option<RawFd>,

@@ -179,10 +179,11 @@ fn two_guests_on_one_datagram_socket_are_served_side_by_side() {
             let second = Running::start(guest(world, 3, &link, &script(3, 2)));
             is_served(&first.wait(), "192.168.127.2");
             is_served(&second.wait(), "192.168.127.3");
+            // Both may be gone by now.
             let names: Vec<String> = world
-                .list(&["vm", "list"])
+                .list(&["events", "list", "--kind", "vm-attached"])
                 .iter()
-                .map(|vm| vm["name"].as_str().unwrap_or_default().to_owned())
+                .map(|event| event["vm"].as_str().unwrap_or_default().to_owned())
                 .collect();
             assert!(
                 names.contains(&"web".to_owned()) && names.contains(&"web-2".to_owned()),
