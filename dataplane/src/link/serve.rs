@@ -209,6 +209,8 @@ impl Entrance {
         if self.network.send(vm, Input::Link(Box::new(link))) {
             tracing::info!(vm = %self.spec_of(number).name, "the guest is back");
         }
+        // Those who waited for it, and were looked at before it.
+        places.lobby.stir();
         Ok(())
     }
 

@@ -89,7 +89,7 @@ impl Rig {
     }
 
     /// The next report of which `pick` makes something.
-    fn report<T>(&mut self, pick: impl Fn(Report) -> Option<T>) -> T {
+    fn report<T>(&mut self, mut pick: impl FnMut(Report) -> Option<T>) -> T {
         let until = Instant::now() + PATIENCE;
         loop {
             match self.reports.try_recv() {
