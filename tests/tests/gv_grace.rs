@@ -227,10 +227,14 @@ fn a_guest_lives_through_a_cut_of_its_connect() {
 fn while_its_guest_is_away_it_ends_at_once() {
     staged(while_its_guest_is_away_it_ends_at_once, |world| {
         let (up, socket) = world.up(&[]);
-        let mut frame = vec![0, 0, 0, 60];
+        // It asks for the gateway's hardware address: one that has sent nothing of sense is not kept.
+        let own = [2, 0, 0, 0, 0, 2];
+        let mut frame = vec![0, 0, 0, 42];
         frame.extend([0xff; 6]);
-        frame.extend([2, 0, 0, 0, 0, 2]);
-        frame.resize(64, 0);
+        frame.extend(own);
+        frame.extend([8, 6, 0, 1, 8, 0, 6, 4, 0, 1]);
+        frame.extend(own);
+        frame.extend([192, 168, 127, 2, 0, 0, 0, 0, 0, 0, 192, 168, 127, 1]);
         let mut hypervisor = UnixStream::connect(&socket).expect("it listens");
         hypervisor.write_all(&frame).expect("it reads");
         is_there(world, true);
