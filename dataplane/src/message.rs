@@ -458,6 +458,25 @@ pub struct Settings {
     pub judges_aliases: bool,
 }
 
+impl Settings {
+    /// Of a guest of which the session has said nothing yet.
+    pub fn unsaid(name: String, lookup_hold: Duration, hold: Duration) -> Self {
+        Self {
+            name,
+            switch_open: false,
+            forwards_closed: false,
+            synthetic_answers: false,
+            lookup_hold,
+            hold,
+            dns: DnsSettings::default(),
+            loss_grace: Duration::ZERO,
+            deny_ech: true,
+            deny_quic: false,
+            judges_aliases: false,
+        }
+    }
+}
+
 /// How a VM's lookups are answered and limited.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct DnsSettings {

@@ -185,6 +185,13 @@ impl Network {
         self.read_guests().by_mac.contains_key(&mac)
     }
 
+    /// Whether a guest is under neither policy nor mode, so that all others reach it. Not known yet is no.
+    pub(crate) fn is_switch_open(&self, vm: VmId) -> bool {
+        let guests = self.read_guests();
+        let guest = guests.by_vm.get(&vm);
+        guest.is_some_and(|guest| guest.switch_open.load(Ordering::Relaxed))
+    }
+
     /// Whether guests were told to end.
     pub(crate) fn is_stopped(&self) -> bool {
         self.read_guests().stopped

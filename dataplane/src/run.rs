@@ -511,6 +511,7 @@ fn open_listener(
                     let answers = Answers {
                         macs: config.vpnkit_macs.clone(),
                         mtu_bytes: config.network.mtu_bytes,
+                        ..Answers::default()
                     };
                     serve::vpnkit(network, stream, spec, answers)?;
                 }

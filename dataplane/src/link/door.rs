@@ -4,7 +4,9 @@
 //! `reconnect-ms`, gvforwarder and others dial again by themselves. The first frame on a new link tells: if it comes
 //! from the MAC address of a guest that is away, the link is that guest's, from that frame on. If not, it is another
 //! guest's. Where the one that is away was alone on its socket, the other is its successor and has its name, and the
-//! one that is away ends first; where there are more guests it has a name of its own, and ends nobody.
+//! one that is away ends first; where there are more guests it has a name of its own, and ends nobody. But while one
+//! is away that is under a policy or a mode it waits: it may be that one with another MAC address, and what holds it
+//! goes by its name.
 //!
 //! Nobody waits for who says nothing: those who have yet to speak are watched together by one thread, which is there
 //! while there are any. While nobody is away, a guest need not speak to be let in.
@@ -55,39 +57,26 @@ impl Lobby {
 
 /// Brings a link before the door. At once.
 pub(super) fn enter(entrance: &Arc<Entrance>, link: Link) {
-    let refused = {
-        let mut places = entrance.lock();
-        let lobby = &mut places.lobby;
-        if lobby.undecided >= UNDECIDED_MAX {
-            Err((
-                LinkRefusal::Limit,
-                format!("{UNDECIDED_MAX} links on one socket have yet to show whose they are"),
-                Some(link),
-            ))
-        } else {
-            lobby.undecided += 1;
-            lobby.arrivals.push(link);
-            match &lobby.waker {
-                Some(_) => {
-                    lobby.stir();
-                    Ok(())
-                }
-                None => Door::open(entrance).map_or_else(
-                    |error| {
-                        lobby.undecided -= 1;
-                        Err((LinkRefusal::System, error.to_string(), lobby.arrivals.pop()))
-                    },
-                    |waker| {
-                        lobby.waker = Some(waker);
-                        Ok(())
-                    },
-                ),
+    let mut places = entrance.lock();
+    let lobby = &mut places.lobby;
+    if lobby.undecided >= UNDECIDED_MAX {
+        drop(places);
+        let why = format_args!("{UNDECIDED_MAX} links on one socket have yet to show whose they are");
+        return entrance.refuse(LinkRefusal::Limit, &why);
+    }
+    if lobby.waker.is_none() {
+        // Its thread looks for arrivals when the places are free again.
+        match Door::open(entrance) {
+            Ok(waker) => lobby.waker = Some(waker),
+            Err(error) => {
+                drop(places);
+                return entrance.refuse(LinkRefusal::System, &error);
             }
         }
-    };
-    if let Err((cause, why, _turned_away)) = refused {
-        entrance.refuse(cause, &why);
     }
+    lobby.undecided += 1;
+    lobby.arrivals.push(link);
+    lobby.stir();
 }
 
 /// The thread before a socket.
@@ -246,7 +235,7 @@ impl Door {
             }
             let link = match (decision, first) {
                 // Another may have been that guest meanwhile, or its time be over.
-                (Decision::Back, First::Station(mac)) => self.entrance.bring_back(mac, link).err(),
+                (Decision::Back, First::Station(mac)) => self.entrance.bring_back(mac, link),
                 _ => Some(link),
             };
             if let Some(link) = link {
@@ -273,7 +262,7 @@ impl Door {
             First::Nobody => Decision::Other,
             First::Station(_) | First::Unknown => {
                 drop(places);
-                if self.entrance.end_lonely() {
+                if self.entrance.end_lonely() || self.entrance.is_one_under_policy_away() {
                     Decision::Stay(None)
                 } else {
                     Decision::Other

@@ -198,10 +198,10 @@ impl Entrance {
 
     /// Hands a link to the guest that is away and has this MAC address. The link comes back if there is none (any
     /// more).
-    pub(super) fn bring_back(&self, mac: Mac, link: Link) -> Result<(), Link> {
+    pub(super) fn bring_back(&self, mac: Mac, link: Link) -> Option<Link> {
         let mut places = self.lock();
         let Some((number, vm)) = places.away(mac) else {
-            return Err(link);
+            return Some(link);
         };
         places.taken.insert(number, Occupant::Guest);
         // While its driver cannot look: whoever finds that it is not away any more has the link already. One that
@@ -211,7 +211,7 @@ impl Entrance {
         }
         // Those who waited for it, and were looked at before it.
         places.lobby.stir();
-        Ok(())
+        None
     }
 
     /// Ends the guest that is away if it is alone on its socket. True if there is such a one.
@@ -230,12 +230,15 @@ impl Entrance {
         true
     }
 
-    /// The MAC address of the first guest that is away.
-    pub(super) fn away_mac(&self) -> Option<Mac> {
-        self.lock().taken.values().find_map(|occupant| match occupant {
-            Occupant::Away { mac, .. } => Some(*mac),
+    /// Whether a guest is away that another name would free of something: it is not open to all others, as are those
+    /// that are under neither policy nor mode.
+    pub(super) fn is_one_under_policy_away(&self) -> bool {
+        let places = self.lock();
+        let mut away = places.taken.values().filter_map(|occupant| match occupant {
+            Occupant::Away { vm, .. } => Some(*vm),
             _ => None,
-        })
+        });
+        away.any(|vm| !self.network.is_switch_open(vm))
     }
 
     pub(super) fn network(&self) -> &Network {

@@ -635,6 +635,7 @@ fn vpnkit_guests_come_and_go_and_a_bad_handshake_delays_nobody() {
     let answers = Answers {
         macs: [(uuid.to_owned(), Mac([2, 0, 0, 0, 0, 2]))].into(),
         mtu_bytes: 1500,
+        ..Answers::default()
     };
     serve::vpnkit(&rig.network, listener, spec(), answers).unwrap();
     let path = rig.path("s");

@@ -7,7 +7,7 @@ use std::sync::atomic::AtomicUsize;
 use super::*;
 use crate::egress::stream::HostStream;
 use crate::link::door::UNDECIDED_MAX;
-use crate::message::{FlowEnd, Ingress, Input, Origin, Router as _, Waiting};
+use crate::message::{FlowEnd, Ingress, Input, Order, Origin, Router as _, Settings, Waiting};
 use crate::requests::Entrance as _;
 
 /// Longer than any of these tests.
@@ -213,6 +213,15 @@ impl Talk {
 }
 
 impl Rig {
+    /// The guests that are there come under no policy and no mode.
+    fn open_all(&self) {
+        let settings = Settings {
+            switch_open: true,
+            ..Settings::unsaid("web".to_owned(), LONG, LONG)
+        };
+        self.network.broadcast(&Order::Settings(settings));
+    }
+
     /// Waits until the session has heard that a guest's link is there, or not.
     fn attached(&mut self, attached: bool) {
         self.report(|report| match report {
@@ -307,6 +316,7 @@ fn beside_other_guests_another_has_a_name_of_its_own_and_ends_nobody() {
     }
     let mut talk = Talk::open(&rig, asker(3), &mut *wires[1]);
     assert_eq!(rig.comings(), ["up web", "up web-2"]);
+    rig.open_all();
     // Both are cut, as by a relay; one is away still when another comes, and the other when that has come.
     drop(wires);
     rig.attached(false);
@@ -319,6 +329,25 @@ fn beside_other_guests_another_has_a_name_of_its_own_and_ends_nobody() {
     asker(2).is_answered(&mut *first);
     assert_eq!(rig.comings(), ["up web-3"]);
     assert_eq!(counter(&rig.network, "network_link_back"), 2);
+}
+
+#[test]
+fn who_is_under_a_policy_sheds_no_name_by_coming_back_with_another_address() {
+    let grace = Duration::from_millis(700);
+    let mut rig = kept("shed", grace);
+    let (dial, _file) = qemu(&rig);
+    let mut wires: Vec<_> = [2, 3].map(|n| dial(&asker(n).question())).into();
+    for (number, wire) in (2..).zip(&mut wires) {
+        asker(number).is_answered(&mut **wire);
+    }
+    assert_eq!(rig.comings(), ["up web", "up web-2"]);
+    drop(wires.remove(0));
+    rig.attached(false);
+    let began = Instant::now();
+    let mut changed = dial(&asker(4).question());
+    asker(4).is_answered(&mut *changed);
+    assert!(began.elapsed() > grace / 2, "{:?}", began.elapsed());
+    assert_eq!(rig.comings(), ["down", "up web"]);
 }
 
 #[test]
@@ -396,6 +425,7 @@ fn who_says_nothing_keeps_nobody_from_coming_back_nor_from_coming() {
     let mut second = dial(&asker(3).question());
     asker(3).is_answered(&mut *second);
     assert_eq!(rig.comings(), ["up web", "up web-2"]);
+    rig.open_all();
     drop(wire);
     rig.attached(false);
     let mut silent: Vec<_> = (0..20)
@@ -417,7 +447,10 @@ fn who_says_nothing_keeps_nobody_from_coming_back_nor_from_coming() {
     let (mut names, mut runts) = (Vec::new(), 0);
     while names.len() < 3 || runts < 100 {
         rig.report(|report| match report {
-            Report::VmUp(up) => Some(names.push(up.name)),
+            Report::VmUp(up) => {
+                names.push(up.name);
+                Some(())
+            }
             Report::VmStatus(status) => {
                 runts = runts.max(status.dropped_frames.get("malformed").copied().unwrap_or(0));
                 Some(())
