@@ -15,6 +15,7 @@ use vnet_proto::model::{
 };
 
 use crate::egress::stream::HostStream;
+use crate::link::Link;
 
 /// Bits of a [`MissId`] or [`FlowId`] that count within one guest; those above are its [`VmId`].
 pub const SEQUENCE_BITS: u32 = 40;
@@ -457,6 +458,25 @@ pub struct Settings {
     pub judges_aliases: bool,
 }
 
+impl Settings {
+    /// Of a guest of which the session has said nothing yet.
+    pub fn unsaid(name: String, lookup_hold: Duration, hold: Duration) -> Self {
+        Self {
+            name,
+            switch_open: false,
+            forwards_closed: false,
+            synthetic_answers: false,
+            lookup_hold,
+            hold,
+            dns: DnsSettings::default(),
+            loss_grace: Duration::ZERO,
+            deny_ech: true,
+            deny_quic: false,
+            judges_aliases: false,
+        }
+    }
+}
+
 /// How a VM's lookups are answered and limited.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct DnsSettings {
@@ -617,6 +637,8 @@ pub enum Input {
     GuestGone(VmId),
     /// The session's queue has the place that this guest waits for.
     Turn(Turn),
+    /// The guest's hypervisor is back, over this link; some of its frames may have been read already.
+    Link(Box<Link>),
     /// End the driver; its link closes.
     Stop,
 }

@@ -59,6 +59,8 @@ pub struct Transmit {
     start: usize,
     end: usize,
     framing: Framing,
+    /// There is no link, and no room.
+    closed: bool,
     /// Ethernet addresses put in front of every packet: to the guest, from the gateway.
     pub guest: Mac,
     gateway: Mac,
@@ -73,6 +75,7 @@ impl Transmit {
             start: 0,
             end: 0,
             framing: Framing::Be32,
+            closed: false,
             guest: Mac::BROADCAST,
             gateway,
             identification: 0,
@@ -84,6 +87,20 @@ impl Transmit {
     pub fn set_framing(&mut self, framing: Framing) {
         self.clear();
         self.framing = framing;
+        self.closed = false;
+    }
+
+    /// The link is gone: forgets what was queued, and has no room until there is another
+    /// ([`Self::set_framing`]). So TCP waits, rather than sends and loses; it repeats what was lost as soon as it may
+    /// send again.
+    pub fn close(&mut self) {
+        self.clear();
+        self.closed = true;
+    }
+
+    /// Whether there is no link.
+    pub fn is_closed(&self) -> bool {
+        self.closed
     }
 
     /// The longest frame that can be queued, bytes.
@@ -93,7 +110,7 @@ impl Transmit {
 
     /// Whether a packet of so many bytes (without its Ethernet header) fits.
     pub fn has_room(&self, packet_bytes: usize) -> bool {
-        self.buffer.len() - self.end >= PREFIX_BYTES + ETHERNET_BYTES + packet_bytes
+        !self.closed && self.buffer.len() - self.end >= PREFIX_BYTES + ETHERNET_BYTES + packet_bytes
     }
 
     /// Queues a packet to the guest's own MAC, written in place by `fill`. `None` when there is no room.
@@ -171,7 +188,7 @@ impl Transmit {
         let next = self
             .end
             .checked_add(N + frame_bytes)
-            .filter(|n| *n <= self.buffer.len())?;
+            .filter(|n| !self.closed && *n <= self.buffer.len())?;
         let (prefix, room) = self.buffer[self.end..next].split_first_chunk_mut()?;
         *prefix = length;
         self.end = next;
