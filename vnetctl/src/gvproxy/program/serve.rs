@@ -14,7 +14,7 @@ use super::pid::PidFile;
 use super::plan::Opened;
 use super::{Prepared, fatal, log, version};
 use crate::cmd::attend::command_line;
-use crate::failure::Failure;
+use crate::failure::{Failure, with_causes};
 use crate::gvproxy;
 use crate::gvproxy::services::{Closed, GuestApi, Services, ServicesConfig, policy_in_force};
 use crate::gvproxy::ssh::{self, Timing};
@@ -142,7 +142,7 @@ async fn run(prepared: Prepared, started_as: &mut Option<Dataplane>) -> Result<(
     for forward in &config.forwards {
         let tunnels = Arc::clone(&tunnels);
         let bound = ssh::Forward::bind(forward, sshd, tunnels, Timing::default());
-        let bound = bound.map_err(|error| Failure::Failed(ssh::told(&error)))?;
+        let bound = bound.map_err(|error| Failure::Failed(with_causes(&error)))?;
         over_ssh.spawn(bound.run());
     }
     let serving = front::serve(services, requests, socket);
@@ -160,7 +160,7 @@ async fn run(prepared: Prepared, started_as: &mut Option<Dataplane>) -> Result<(
         },
         Err(error) = serving => Err(Failure::Failed(format!("the channel to the dataplane failed: {error}"))),
         Some(ended) = over_ssh.join_next() => Err(Failure::Failed(match ended {
-            Ok(Err(error)) => ssh::told(&error),
+            Ok(Err(error)) => with_causes(&error),
             Ok(Ok(never)) => match never {},
             Err(error) => error.to_string(),
         })),
