@@ -580,19 +580,22 @@ fn what_a_change_decides_is_answered() {
             Subject::Lookup(_) => true,
         }
     };
-    let changes = desk.table.decide_again(at(1), asks("9.9.9.9"));
+    let changes = desk.table.decide_again(at(1), asks("9.9.9.9"), |_, _| true);
     assert_eq!(changes.changes, [Change::Removed(PendingId("p3".into()))]);
     assert_eq!(changes.released[0].miss, miss(3));
     assert_eq!(desk.get("p3").state, PendingState::Decided);
 
-    let changes = desk.table.decide_again(at(1), asks("1.2.3.5"));
+    let changes = desk.table.decide_again(at(1), asks("1.2.3.5"), |_, _| true);
     assert_eq!(changes.changes, [Change::Updated(PendingId("p1".into()))]);
     assert_eq!(
         changes.released.iter().map(|r| r.miss).collect::<Vec<_>>(),
         [miss(2)]
     );
     assert!(desk.get("p1").is_open());
-    assert_eq!(desk.table.decide_again(at(2), |_, _| true), Changes::default());
+    assert_eq!(
+        desk.table.decide_again(at(2), |_, _| true, |_, _| true),
+        Changes::default()
+    );
 }
 
 #[test]
