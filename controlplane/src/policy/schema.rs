@@ -69,7 +69,7 @@ fn shape(of: &Shape) -> Value {
         ]}),
         Shape::Listen => json!({"oneOf": [
             {"type": "integer", "minimum": 1, "maximum": 65535},
-            {"type": "string", "pattern": "^([0-9]+(-[0-9]+)?|[0-9A-Fa-f:.]+|([0-9.]+|\\[[0-9A-Fa-f:.]+\\]):[0-9]+(-[0-9]+)?)$"},
+            {"type": "string", "pattern": "^([0-9]+(-[0-9]+)?|[0-9A-Fa-f:.]+|\\[[0-9A-Fa-f:.]+\\]|([0-9.]+|\\[[0-9A-Fa-f:.]+\\]):[0-9]+(-[0-9]+)?)$"},
         ]}),
         Shape::Count(least, most) => json!({"type": "integer", "minimum": least, "maximum": most}),
         Shape::Pattern => json!({"type": "string", "format": "regex", "minLength": 1}),

@@ -109,12 +109,16 @@ fn expected(found: &str) -> String {
     )
 }
 
-/// `8080`, `8000-8999`, `127.0.0.1`, `127.0.0.1:8080`, `[::1]:8000-8999`.
+/// `8080`, `8000-8999`, `127.0.0.1`, `[::1]`, `127.0.0.1:8080`, `[::1]:8000-8999`.
 fn listen_range(text: &str) -> Result<ListenRange, String> {
     let is_ports = |text: &str| !text.is_empty() && text.bytes().all(|b| b.is_ascii_digit() || b == b'-');
+    let bare = text
+        .strip_prefix('[')
+        .and_then(|text| text.strip_suffix(']'))
+        .filter(|bare| bare.contains(':'));
     let (address, ports) = if is_ports(text) {
         (None, Some(text))
-    } else if let Ok(address) = text.parse::<IpAddr>() {
+    } else if let Ok(address) = bare.unwrap_or(text).parse::<IpAddr>() {
         (Some(address), None)
     } else {
         let (address, ports) = text.rsplit_once(':').ok_or_else(|| expected(text))?;

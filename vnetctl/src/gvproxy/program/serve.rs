@@ -15,7 +15,7 @@ use super::pid::PidFile;
 use super::{Prepared, fatal, log, version};
 use crate::cmd::attend::{command_line, dataplane_name};
 use crate::failure::Failure;
-use crate::gvproxy::services::{self, Closed, GuestApi, Services, ServicesConfig, policy_in_force};
+use crate::gvproxy::services::{self, GuestApi, Services, ServicesConfig, policy_in_force};
 use crate::gvproxy::ssh::{self, Timing};
 use crate::launch::{Dataplane, DataplaneError, DataplaneLog, Settings, session_url};
 
@@ -85,10 +85,7 @@ async fn run(prepared: Prepared, started_as: &mut Option<Dataplane>) -> Result<(
     let name = dataplane_name("gvproxy")?;
     let mut args = plan.args;
     let is_restricted = plan.treatment.document.is_some() || plan.treatment.mode.is_some();
-    let guests = args.guest_api.then(|| GuestApi {
-        token,
-        decide: Arc::new(Closed),
-    });
+    let guests = args.guest_api.then_some(GuestApi { token });
     args.name = Some(name.clone());
     args.controlplane = Some(session_url(&connection.server()?));
     let settings = Settings {

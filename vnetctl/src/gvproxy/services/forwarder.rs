@@ -12,15 +12,15 @@ use serde::Serialize;
 use tonic::Code;
 use vnet_proto::v1;
 
-use super::address::{self, Listen};
-use super::answer::{Answer, is_away};
+use super::address;
+use super::answer::{Answer, UNANSWERED, is_away, reason};
 use super::control::CallError;
 use super::exposed::{Closing, GUEST_FORWARDS_MAX, Row, TakeError, Taken};
-use super::guest::{Decision, Guest, GuestForward};
+use super::guest::Guest;
 use super::json::{Json, Object};
 use super::remote::{self, UnixRemote};
 use super::{Origin, Services};
-use crate::client::unary;
+use crate::client::{asking, unary};
 use crate::failure::describe;
 
 /// What of a path is not written as it is in a URL.
@@ -225,11 +225,14 @@ impl Services {
         let listen = address::listen(kind, local, guest.is_none())
             .await
             .map_err(Answer::failed)?;
-        if let Some(guest) = guest {
-            self.may_guest(guest, kind, &listen, target).await?;
+        if let Some(guest) = guest.filter(|guest| guest.address != target.ip()) {
+            let text = format!(
+                "a guest can expose its own address alone, which is {}",
+                guest.address
+            );
+            return Err(Answer::forbidden(text).with_remedy("leave the remote's host out, as :8080"));
         }
-        let at = listen.at.to_string();
-        let opened = match self.create(kind, at, target).await {
+        let opened = match self.open(guest, kind, listen.at, target).await {
             Ok(opened) => opened,
             Err(error) => return Err(self.refused(kind, local, &listen.shown, error).await),
         };
@@ -240,7 +243,7 @@ impl Services {
                 also.set_port(first.port());
             }
             // A host without IPv6, or where the first has that family already.
-            if let Ok(opened) = self.create(kind, also.to_string(), target).await {
+            if let Ok(opened) = self.open(guest, kind, also, target).await {
                 forwards.push((kind.protocol(), opened));
             }
         }
@@ -248,28 +251,39 @@ impl Services {
         Ok(())
     }
 
-    async fn may_guest(
+    /// Opens a port: for a guest if what it is under allows it, which may take as long as a person does.
+    async fn open(
         &self,
-        guest: &Guest,
+        guest: Option<&Guest>,
         kind: Kind,
-        listen: &Listen,
+        listen: SocketAddr,
         target: SocketAddr,
-    ) -> Result<(), Answer> {
-        if target.ip() != guest.address {
-            let text = format!(
-                "a guest can expose its own address alone, which is {}",
-                guest.address
-            );
-            return Err(Answer::forbidden(text).with_remedy("leave the remote's host out, as :8080"));
-        }
-        let forward = GuestForward {
-            is_udp: kind == Kind::Udp,
-            listen: listen.at,
-            target,
+    ) -> Result<String, CallError> {
+        let Some(guest) = guest else {
+            return self.create(kind, listen.to_string(), target).await;
         };
-        match self.decide(guest, &forward).await? {
-            Decision::Allow => Ok(()),
-            Decision::Refuse(why) => Err(Answer::forbidden(why)),
+        let mut request = v1::RequestForwardRequest {
+            vm_id: guest.vm.0,
+            ..Default::default()
+        };
+        request
+            .forward
+            .replace(self.forward(kind, listen.to_string(), target));
+        let answer = self
+            .control
+            .call(|client| async move { client.forwards().request_forward(asking(request)).await })
+            .await?;
+        let opened = answer.forward.map(|forward| forward.listen);
+        Ok(opened.unwrap_or_else(|| listen.to_string()))
+    }
+
+    fn forward(&self, kind: Kind, listen: String, target: SocketAddr) -> v1::Forward {
+        v1::Forward {
+            network: self.control.network().to_owned(),
+            protocol: kind.protocol().into(),
+            listen,
+            target: target.to_string(),
+            ..Default::default()
         }
     }
 
@@ -334,15 +348,8 @@ impl Services {
     /// Opens a forward; gives where it listens.
     async fn create(&self, kind: Kind, listen: String, target: SocketAddr) -> Result<String, CallError> {
         let asked = listen.clone();
-        let mut forward = v1::Forward {
-            protocol: kind.protocol().into(),
-            listen,
-            target: target.to_string(),
-            ..Default::default()
-        };
-        self.control.network().clone_into(&mut forward.network);
         let mut request = v1::CreateForwardRequest::default();
-        request.forward.replace(forward);
+        request.forward.replace(self.forward(kind, listen, target));
         let answer = self
             .control
             .call(|client| async move { client.forwards().create_forward(unary(request)).await })
@@ -360,6 +367,15 @@ impl Services {
             return (*status).into();
         }
         let told = describe(&status);
+        // What the VM is under does not allow it, or nobody answered.
+        let own = match reason(&status).as_deref() {
+            Some("DENIED") => Some(StatusCode::FORBIDDEN),
+            Some(UNANSWERED) => Some(StatusCode::GATEWAY_TIMEOUT),
+            _ => None,
+        };
+        if let Some(code) = own {
+            return Answer::lines(code, &told);
+        }
         let network = kind.word();
         let bind = |why: &str| Answer::failed(format!("listen {network} {shown}: bind: {why}"));
         let answer = match status.code() {
