@@ -653,6 +653,9 @@ impl FrameIo<'_> {
             };
             if let Err(error) = opened {
                 tracing::debug!(%to, %error, "cannot open a socket");
+                if is_echo && error.kind() == io::ErrorKind::PermissionDenied {
+                    tell_of_echo();
+                }
                 engine.handle_send_error(at, send_error(&error));
                 return;
             }
@@ -687,6 +690,17 @@ fn dial_error(error: &io::Error) -> DialError {
         io::ErrorKind::TimedOut => DialError::TimedOut,
         _ => DialError::Local,
     }
+}
+
+/// Says, once, why no guest's pings get out.
+fn tell_of_echo() {
+    static TOLD: std::sync::Once = std::sync::Once::new();
+    TOLD.call_once(|| {
+        tracing::warn!(
+            "guests' pings do not get out: this host lets this user's group send none; let it with: \
+             sysctl -w net.ipv4.ping_group_range='0 2147483647'"
+        );
+    });
 }
 
 fn send_error(error: &io::Error) -> Option<Unreachable> {

@@ -88,6 +88,8 @@ pub struct Config {
     pub front_fd: Option<RawFd>,
     /// Guests are offered what the front serves on the gateway's port 80.
     pub guest_api: bool,
+    /// Where daemons of vnet's listen over TCP beside those that the controlplane tells of: closed to guests.
+    pub closed: Vec<SocketAddr>,
     /// The dataplane ends when the other end of this descriptor is closed.
     pub exit_with_fd: Option<RawFd>,
     /// Written to, and closed, when everything listens.
@@ -315,6 +317,7 @@ impl Config {
                 forwards,
                 front_fd: args.front_fd,
                 guest_api: args.guest_api,
+                closed: args.closed.clone(),
                 exit_with_fd: args.exit_with_fd,
                 ready_fd: args.ready_fd,
             }),

@@ -1,0 +1,222 @@
+//! Faults of gvproxy's that have no other place: each test is named for the one that vnet does not have. The others are
+//! with their topics (`gv_*.rs`); docs/tests.md lists all.
+
+use std::fs;
+use std::path::Path;
+use std::time::Duration;
+
+use nix::sys::signal::Signal;
+use vnet_tests::{Running, World, eventually, http, staged};
+
+/// An address of the internet's that takes whatever is sent to it and never answers.
+const BLACK_HOLE: &str = "203.0.113.99";
+
+fn ip(world: &World, words: &[&str]) {
+    let mut command = world.program("ip");
+    command.args(words);
+    let ended = Running::start(command).wait();
+    assert_eq!(ended.code, 0, "ip {words:?}: {ended:?}");
+}
+
+/// Makes [`BLACK_HOLE`] one: the link has a neighbour there, whom nobody is.
+fn black_hole(world: &World) {
+    let neighbour = ["lladdr", "02:00:00:00:00:99", "dev", "host0", "nud", "permanent"];
+    ip(
+        world,
+        &[&["neigh", "replace", BLACK_HOLE], &neighbour[..]].concat(),
+    );
+}
+
+/// `gvproxy` without a forward, and its socket for QEMU.
+fn gvproxy(world: &World) -> (Running, std::path::PathBuf) {
+    let socket = world.runtime_dir().join("vm.sock");
+    let url = format!("unix://{}", socket.display());
+    let mut gvproxy = Running::start(world.gvproxy(&["-ssh-port", "-1", "-listen-qemu", &url]));
+    gvproxy.complains("waiting for clients");
+    (gvproxy, socket)
+}
+
+fn guest(world: &World, socket: &Path, script: &str) -> Running {
+    let mut guest = world.load();
+    guest
+        .args(["guest", "--mac", "5a:94:ef:e4:0c:ee", "--socket"])
+        .arg(socket);
+    guest.args(["--", "bash", "-c", script]);
+    Running::start(guest)
+}
+
+/// Open descriptors of the dataplane.
+fn descriptors(world: &World) -> usize {
+    let [pid] = world.processes("__dataplane")[..] else {
+        panic!("there is one dataplane");
+    };
+    fs::read_dir(format!("/proc/{pid}/fd")).map_or(0, Iterator::count)
+}
+
+#[test]
+fn twelve_black_holed_connects_do_not_delay_a_good_one() {
+    staged(twelve_black_holed_connects_do_not_delay_a_good_one, |world| {
+        black_hole(world);
+        let server = http(world.internet(), "203.0.113.10:80");
+        let (_gvproxy, socket) = gvproxy(world);
+        let script = format!(
+            "for p in $(seq 81 92); do curl -sS -m 20 http://{BLACK_HOLE}:$p/ 2>/dev/null & done; \
+             until [ -e go ]; do sleep 0.05; done; curl -sS -m 3 http://203.0.113.10/"
+        );
+        let running = guest(world, &socket, &script);
+        let dialling = format!("dst {BLACK_HOLE}");
+        eventually("twelve connects wait for an answer", || {
+            let mut ss = world.program("ss");
+            ss.args(["-Htn", "state", "syn-sent"]).args(dialling.split(' '));
+            Running::start(ss).wait().stdout.lines().count() == 12
+        });
+        world.file("go", "");
+        let mut running = running;
+        running.prints("this is 203.0.113.10:80 at /");
+        assert_eq!(server.connections(), 1);
+    });
+}
+
+#[test]
+fn five_thousand_udp_ports_touched_once_stay_bounded() {
+    staged(five_thousand_udp_ports_touched_once_stay_bounded, |world| {
+        black_hole(world);
+        let server = http(world.internet(), "203.0.113.10:80");
+        let (_gvproxy, socket) = gvproxy(world);
+        let mut running = guest(
+            world,
+            &socket,
+            &format!(
+                "for p in $(seq 10001 15000); do echo x > /dev/udp/{BLACK_HOLE}/$p; done; echo sent; \
+                 until [ -e go ]; do sleep 0.05; done; curl -sS -m 5 http://203.0.113.10/"
+            ),
+        );
+        running.prints("sent");
+        let before_and_other = 200;
+        let most = descriptors(world);
+        assert!(most > 1_000, "the ports were touched: {most}");
+        assert!(most <= 4_096 + before_and_other, "{most} descriptors");
+        world.file("go", "");
+        running.prints("this is 203.0.113.10:80 at /");
+        assert_eq!(server.connections(), 1);
+        // What nobody answers is kept for 30 s.
+        let began = std::time::Instant::now();
+        while descriptors(world) > before_and_other {
+            assert!(
+                began.elapsed() < Duration::from_secs(60),
+                "{} are left",
+                descriptors(world)
+            );
+            std::thread::sleep(Duration::from_millis(200));
+        }
+    });
+}
+
+#[test]
+fn a_host_that_lets_nobody_ping_is_told_of() {
+    staged(a_host_that_lets_nobody_ping_is_told_of, |world| {
+        // In a network namespace of its own, where nobody may as long as nobody says otherwise.
+        let socket = world.runtime_dir().join("vm.sock");
+        let url = format!("unix://{}", socket.display());
+        let command = world.gvproxy(&["-ssh-port", "-1", "-listen-qemu", &url]);
+        let mut apart = world.program("unshare");
+        apart
+            .arg("-n")
+            .arg(command.get_program())
+            .args(command.get_args());
+        let mut gvproxy = Running::start(apart);
+        gvproxy.complains("waiting for clients");
+        let ended = guest(
+            world,
+            &socket,
+            "ping -c 1 -W 5 192.168.127.1 >/dev/null && echo gateway; ping -c 2 -W 1 203.0.113.10 >/dev/null || echo none",
+        )
+        .wait();
+        assert_eq!(ended.stdout, "gateway\nnone\n", "{ended:?}");
+        let said = gvproxy.complains("net.ipv4.ping_group_range");
+        assert_eq!(
+            said.matches("net.ipv4.ping_group_range").count(),
+            1,
+            "once: {said}"
+        );
+    });
+}
+
+#[test]
+fn ready_is_told_when_every_socket_is_there() {
+    staged(ready_is_told_when_every_socket_is_there, |world| {
+        let [notices, listen, services, qemu] =
+            ["n.sock", "l.sock", "s.sock", "q.sock"].map(|name| world.runtime_dir().join(name));
+        let listener = std::os::unix::net::UnixListener::bind(&notices).unwrap();
+        let url = |path: &Path| format!("unix://{}", path.display());
+        let gvproxy = Running::start(world.gvproxy(&[
+            "-ssh-port",
+            "40222",
+            "-notification",
+            &url(&notices),
+            "-listen",
+            &url(&listen),
+            "-services",
+            &url(&services),
+            "-listen-qemu",
+            &url(&qemu),
+        ]));
+        let (mut socket, _) = listener.accept().unwrap();
+        for path in [&listen, &services, &qemu] {
+            assert!(path.exists(), "{}", path.display());
+        }
+        assert!(std::net::TcpStream::connect("127.0.0.1:40222").is_ok());
+        let mut line = String::new();
+        std::io::Read::read_to_string(&mut socket, &mut line).unwrap();
+        assert_eq!(line, "{\"notification_type\":\"ready\"}\n");
+        gvproxy.signal(Signal::SIGTERM);
+        assert_eq!(gvproxy.wait().code, 0);
+        for path in [&listen, &services, &qemu] {
+            assert!(!path.exists(), "{}", path.display());
+        }
+    });
+}
+
+#[test]
+fn a_change_of_the_hosts_network_under_load_wedges_nothing() {
+    staged(a_change_of_the_hosts_network_under_load_wedges_nothing, |world| {
+        let server = http(world.internet(), "203.0.113.10:80");
+        let (_gvproxy, socket) = gvproxy(world);
+        // Connections and lookups all the while, of which those in the gap fail.
+        let mut running = guest(
+            world,
+            &socket,
+            "while :; do curl -sS -m 2 -o /dev/null http://203.0.113.10/ 2>/dev/null && echo ok || echo failed; \
+             echo x > /dev/udp/203.0.113.10/9; done",
+        );
+        running.prints("ok");
+        let change = "set -e; a=$(ip -o -4 addr show dev host0 | awk '{print $4}'); ip addr del $a dev host0; \
+                      ip link set host0 down; sleep 4; ip link set host0 up; ip addr add 203.0.113.77/24 dev host0";
+        let mut shell = world.program("sh");
+        shell.args(["-c", change]);
+        let changed = Running::start(shell).wait();
+        assert_eq!(changed.code, 0, "{changed:?}");
+        assert!(running.stdout().contains("failed"), "there was a gap");
+        let before = server.connections();
+        eventually("connections are made again", || server.connections() > before + 5);
+        drop(running);
+
+        // Nothing goes on in circles when nobody asks for anything.
+        let [pid] = world.processes("__dataplane")[..] else {
+            panic!("there is one dataplane");
+        };
+        let ticks = || -> u64 {
+            let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap();
+            let fields: Vec<&str> = stat.rsplit(')').next().unwrap().split_whitespace().collect();
+            fields[11].parse::<u64>().unwrap() + fields[12].parse::<u64>().unwrap()
+        };
+        eventually("the guest is gone", || world.list(&["vm", "list"]).is_empty());
+        let before = ticks();
+        std::thread::sleep(Duration::from_secs(2));
+        let used = ticks() - before;
+        assert!(
+            used < 40,
+            "{used} hundredths of a second of processor time in two seconds"
+        );
+    });
+}
