@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use vnet_tests::{Ended, Running, World, eventually, id, staged};
 
-/// What the first guest's address is kept for, and another's.
+/// The hardware addresses of the two guests; 192.168.127.2 is kept for the first.
 const MACS: [&str; 2] = ["5a:94:ef:e4:0c:ee", "5a:94:ef:e4:0c:01"];
 
 /// What a guest's script begins with: `ask NAME VERB BODY [HEADER]` leaves the answer in NAME.body, and its status in
@@ -26,7 +26,9 @@ fn guest(world: &World, socket: &Path, number: usize, script: &str) -> (Running,
     let script = format!("cd guest{number}\n{ASK}\n{script}");
     let mut guest = world.load();
     guest
-        .args(["guest", "--mac", MACS[number], "--socket"])
+        .args(["guest", "--mac", MACS[number]])
+        .args(["--address", &format!("192.168.127.{}/24", number + 2)])
+        .arg("--socket")
         .arg(socket)
         .args(["--", "sh", "-c", &script]);
     (Running::start(guest), directory)
@@ -35,7 +37,7 @@ fn guest(world: &World, socket: &Path, number: usize, script: &str) -> (Running,
 /// The status and text of an answer, once it is there.
 fn answered(directory: &Path, name: &str) -> (String, String) {
     let code = directory.join(format!("{name}.code"));
-    eventually("the guest is answered", || code.exists());
+    eventually(&format!("the guest is answered: {name}"), || code.exists());
     let body = fs::read_to_string(directory.join(format!("{name}.body"))).unwrap_or_default();
     (fs::read_to_string(code).unwrap(), body)
 }
