@@ -376,10 +376,7 @@ async fn what_a_guest_exposes_in_mode_ask_waits_for_a_person_and_then_is_open() 
         all,
         "[{\"local\":\"127.0.0.1:8080\",\"remote\":\"192.168.127.2:80\",\"protocol\":\"tcp\"}]\n"
     );
-    let revoke = crate::client::unary(v1::RevokeGrantRequest {
-        id: grant.id,
-        ..Default::default()
-    });
+    let revoke = crate::client::unary(v1::RevokeGrantRequest { id: grant.id });
     client.grants().revoke_grant(revoke).await.unwrap();
     assert_eq!(
         get(&services, GUEST, ALL).await.1,
