@@ -16,7 +16,7 @@ use super::{Prepared, fatal, log, version};
 use crate::cmd::attend::command_line;
 use crate::failure::{Failure, with_causes};
 use crate::gvproxy;
-use crate::gvproxy::services::{Closed, GuestApi, Services, ServicesConfig, policy_in_force};
+use crate::gvproxy::services::{GuestApi, Services, ServicesConfig, policy_in_force};
 use crate::gvproxy::ssh::{self, Timing};
 use crate::launch::{Dataplane, DataplaneError};
 
@@ -84,10 +84,7 @@ async fn run(prepared: Prepared, started_as: &mut Option<Dataplane>) -> Result<(
     let config = loaded.config;
     let name = settings.args.name.clone().unwrap_or_default();
     let is_restricted = settings.treatment.document.is_some() || settings.treatment.mode.is_some();
-    let guests = settings.args.guest_api.then(|| GuestApi {
-        token,
-        decide: Arc::new(Closed),
-    });
+    let guests = settings.args.guest_api.then_some(GuestApi { token });
     // Before the dataplane, which has to know what is closed to guests.
     let socket = match (&plan.services, &config.services) {
         (Some(at), Some(shown)) => {
