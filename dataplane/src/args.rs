@@ -107,6 +107,9 @@ pub struct Args {
     /// socket, and open the tunnels that it asks for.
     #[arg(long, value_name = "N", hide = true)]
     pub front_fd: Option<RawFd>,
+    /// Write a capture of all guests to this inherited file, from the start on.
+    #[arg(long, value_name = "N", hide = true)]
+    pub pcap_fd: Option<RawFd>,
     /// Read what the VMs bring along (policy, mode, labels) from this inherited descriptor.
     #[arg(long, value_name = "N", hide = true)]
     pub vm_settings_fd: Option<RawFd>,

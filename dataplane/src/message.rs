@@ -617,6 +617,8 @@ pub enum Input {
     GuestGone(VmId),
     /// The session's queue has the place that this guest waits for.
     Turn(Turn),
+    /// Show a capture this guest's frames from now on.
+    Capture(crate::capture::Tap),
     /// End the driver; its link closes.
     Stop,
 }

@@ -15,6 +15,7 @@ use mio::Waker;
 use tokio::sync::mpsc::Sender;
 use vnet_proto::model::{GuardSet, Protocol, VmId};
 
+use crate::capture::{Capture, INTERFACES_MAX, Tap};
 use crate::claims::Claims;
 use crate::clock;
 use crate::descriptors::Descriptors;
@@ -104,6 +105,7 @@ pub struct Network {
     reports: Sender<Report>,
     forwards: std::sync::OnceLock<Forwards>,
     front: std::sync::OnceLock<FrontSender>,
+    capture_file: std::sync::OnceLock<Arc<Capture>>,
 }
 
 #[derive(Default)]
@@ -145,6 +147,7 @@ impl Network {
             reports,
             forwards: std::sync::OnceLock::new(),
             front: std::sync::OnceLock::new(),
+            capture_file: std::sync::OnceLock::new(),
         })
     }
 
@@ -152,6 +155,12 @@ impl Network {
     pub fn set_forwards(&self, forwards: Forwards) {
         // A second call would be a mistake at start; the first stays.
         let _ = self.forwards.set(forwards);
+    }
+
+    /// Captures guests that attach from now on, all of them and for as long as they are there. Once.
+    pub fn capture_all(&self, capture: Arc<Capture>) {
+        // As above.
+        let _ = self.capture_file.set(capture);
     }
 
     /// Offers guests that attach from now on the gateway's port 80, which this front serves. Once.
@@ -235,6 +244,7 @@ impl Network {
             inbox: Arc::clone(&inbox),
             reports: self.reports.clone(),
             network: Arc::clone(self),
+            tap: self.tap_of_file(&spec.name),
             resolver: self.resolve_for(vm),
         })?;
         if let Some(address) = spec.pinned_address
@@ -294,6 +304,20 @@ impl Network {
                 then();
             })?;
         Ok(thread)
+    }
+
+    /// A guest's part in the capture of all.
+    fn tap_of_file(&self, name: &str) -> Option<Tap> {
+        let capture = self.capture_file.get()?;
+        let tap = capture.tap(name);
+        if tap.is_none() {
+            tracing::warn!(
+                vm = name,
+                limit = INTERFACES_MAX,
+                "not captured: the file has as many VMs as it may"
+            );
+        }
+        tap
     }
 
     /// How a guest's engine asks upstream; the answer comes back as an input of its driver.

@@ -10,6 +10,7 @@ use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::mpsc;
 
 use crate::args::Args;
+use crate::capture::file::CaptureFile;
 use crate::config::{
     Config, ControlplaneUrl, ListenAt, ListenConfig, SearchDomains, Transport, VmConfig, VmSettings,
     default_name,
@@ -219,6 +220,14 @@ pub async fn run(config: Config) -> Result<(), RunError> {
         Arc::clone(&metrics),
         reports.clone(),
     );
+    let capture_file = match config.pcap_fd {
+        None => None,
+        Some(fd) => {
+            let file = CaptureFile::start(take("--pcap-fd", fd)?.into()).map_err(RunError::System)?;
+            network.capture_all(Arc::clone(file.capture()));
+            Some(file)
+        }
+    };
     let tunnels = Tunnels::new(
         Arc::clone(&network) as Arc<dyn Router>,
         Arc::clone(&metrics),
@@ -328,6 +337,10 @@ pub async fn run(config: Config) -> Result<(), RunError> {
             }
         }
     };
+    // Behind the guests' last frames.
+    if let Some(file) = capture_file {
+        file.finish().await;
+    }
     for line in metrics.render().lines().filter(|line| !line.starts_with('#')) {
         tracing::debug!(metric = line, "counted");
     }

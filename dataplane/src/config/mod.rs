@@ -88,6 +88,8 @@ pub struct Config {
     pub front_fd: Option<RawFd>,
     /// Guests are offered what the front serves on the gateway's port 80.
     pub guest_api: bool,
+    /// A file to which all guests are captured.
+    pub pcap_fd: Option<RawFd>,
     /// The dataplane ends when the other end of this descriptor is closed.
     pub exit_with_fd: Option<RawFd>,
     /// Written to, and closed, when everything listens.
@@ -315,6 +317,7 @@ impl Config {
                 forwards,
                 front_fd: args.front_fd,
                 guest_api: args.guest_api,
+                pcap_fd: args.pcap_fd,
                 exit_with_fd: args.exit_with_fd,
                 ready_fd: args.ready_fd,
             }),
@@ -585,6 +588,7 @@ fn descriptors(
         ("--controlplane", stream),
         ("--link-fd", args.link_fd),
         ("--front-fd", args.front_fd),
+        ("--pcap-fd", args.pcap_fd),
         ("--vm-settings-fd", args.vm_settings_fd),
         ("--exit-with-fd", args.exit_with_fd),
         ("--ready-fd", args.ready_fd),
