@@ -1,6 +1,6 @@
 //! `up`: a dataplane for VMs, in the foreground, and the user's controlplane if none answers.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use clap::Args;
@@ -14,7 +14,7 @@ use crate::client::Connection;
 use crate::failure::Failure;
 use crate::launch::{
     Dataplane, DataplaneArgs, DataplaneConfig, DataplaneError, DataplaneLog, Forward, ListenAt, ListenConfig,
-    Settings, session_url,
+    Settings, open_pcap, session_url,
 };
 use crate::output::{self, text::safe};
 
@@ -27,11 +27,15 @@ use crate::output::{self, text::safe};
         interrupted, then removes its sockets.",
     after_help = "Examples:\n  vnetctl up --listen-qemu unix:///tmp/qemu.sock --secure-mode\n  \
         vnetctl up --listen-vfkit unixgram:///tmp/vfkit.sock --vm mac -p 2222:22\n  \
-        vnetctl up --listen-qemu 'unix:///tmp/a.sock?name=a' --listen-qemu 'unix:///tmp/b.sock?name=b' --allow 'tcp 192.0.2.7:443'\n\n\
+        vnetctl up --listen-qemu 'unix:///tmp/a.sock?name=a' --listen-qemu 'unix:///tmp/b.sock?name=b' --allow 'tcp 192.0.2.7:443'\n  \
+        vnetctl up --listen-qemu unix:///tmp/qemu.sock --pcap /tmp/vm.pcapng\n\n\
         QEMU connects with: -netdev stream,id=n0,addr.type=unix,addr.path=/tmp/qemu.sock -device virtio-net,netdev=n0",
     mut_arg("controlplane", |arg| arg.hide(true))
 )]
 pub struct UpArgs {
+    /// Capture all packets of the VMs to this file, in pcapng: a file, which is emptied, a named pipe, or /dev/stdout.
+    #[arg(long, value_name = "FILE")]
+    pub pcap: Option<PathBuf>,
     /// How the guests are treated.
     #[command(flatten)]
     pub treat: TreatArgs,
@@ -47,6 +51,7 @@ pub struct UpArgs {
 pub fn execute(args: UpArgs, connection: Connection) -> Result<(), Failure> {
     let mut problems = Problems::default();
     let UpArgs {
+        pcap,
         treat,
         dataplane: mut flags,
     } = args;
@@ -79,11 +84,12 @@ pub fn execute(args: UpArgs, connection: Connection) -> Result<(), Failure> {
         output::say(warning);
     }
     let Some(config) = config else { return Ok(()) };
-    crate::cli::runtime()?.block_on(serve(settings, &config, name, connection))
+    crate::cli::runtime()?.block_on(serve(settings, pcap, &config, name, connection))
 }
 
 async fn serve(
-    settings: Settings,
+    mut settings: Settings,
+    pcap: Option<PathBuf>,
     config: &DataplaneConfig,
     name: String,
     connection: Connection,
@@ -92,6 +98,18 @@ async fn serve(
     let mut interrupt = signal(SignalKind::interrupt()).map_err(unavailable)?;
     let mut terminate = signal(SignalKind::terminate()).map_err(unavailable)?;
     let mut hangup = signal(SignalKind::hangup()).map_err(unavailable)?;
+    if let Some(path) = pcap {
+        let waiting = || output::say(safe(&format!("vnet: waiting for a reader of {}", path.display())));
+        let opened = open_pcap(&path, config.stdio.is_some(), waiting);
+        settings.pcap = tokio::select! {
+            _ = interrupt.recv() => return Ok(()),
+            _ = terminate.recv() => return Ok(()),
+            _ = hangup.recv() => return Ok(()),
+            opened = opened => Some(opened.map_err(|error| {
+                Failure::Failed(safe(&format!("--pcap {} {error}", path.display())).into_owned())
+            })?),
+        };
+    }
     // The dataplane needs its sessions' listener from the start on.
     connection.open().await?;
     let mut dataplane = Dataplane::start(settings).map_err(|e| Failure::Failed(e.to_string()))?;

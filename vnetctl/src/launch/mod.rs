@@ -9,6 +9,7 @@ mod controlplane;
 mod dataplane;
 mod descriptors;
 mod documents;
+mod pcap;
 pub mod presets;
 
 use std::ffi::OsString;
@@ -38,6 +39,7 @@ pub use self::dataplane::{Dataplane, DataplaneError, DataplaneLog, Settings};
 pub use self::documents::{
     Document, check_document, check_own, document, policy_schema, read_document, test_document, warning_lines,
 };
+pub use self::pcap::{PcapError, open_pcap};
 
 use crate::failure::{EXIT_USAGE, Failure};
 

@@ -17,7 +17,7 @@ use crate::cmd::attend::{command_line, dataplane_name};
 use crate::failure::Failure;
 use crate::gvproxy::services::{self, Closed, GuestApi, Services, ServicesConfig, policy_in_force};
 use crate::gvproxy::ssh::{self, Timing};
-use crate::launch::{Dataplane, DataplaneError, DataplaneLog, Settings, session_url};
+use crate::launch::{Dataplane, DataplaneError, DataplaneLog, Settings, open_pcap, session_url};
 
 /// Runs it.
 pub(super) fn main(prepared: Prepared) -> ExitCode {
@@ -91,7 +91,17 @@ async fn run(prepared: Prepared, started_as: &mut Option<Dataplane>) -> Result<(
     });
     args.name = Some(name.clone());
     args.controlplane = Some(session_url(&connection.server()?));
+    let pcap = match &config.stack.capture_file {
+        None => None,
+        Some(path) => {
+            let shown = path.display();
+            let waiting = || tracing::info!("waiting for a reader of {shown}");
+            let opened = open_pcap(path, config.interfaces.stdio, waiting).await;
+            Some(opened.map_err(|error| Failure::Failed(format!("-pcap {shown} {error}")))?)
+        }
+    };
     let settings = Settings {
+        pcap,
         args,
         treatment: plan.treatment,
         zones: Some(plan.zones),
