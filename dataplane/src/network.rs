@@ -15,7 +15,9 @@ use mio::Waker;
 use tokio::sync::mpsc::Sender;
 use vnet_proto::model::{GuardSet, Protocol, VmId};
 
-use crate::capture::{Capture, INTERFACES_MAX, Tap};
+use crate::capture::{
+    CAPTURES_PER_GUEST_MAX, CAPTURES_PER_NETWORK_MAX, Capture, CaptureSpec, INTERFACES_MAX, Tap,
+};
 use crate::claims::Claims;
 use crate::clock;
 use crate::descriptors::Descriptors;
@@ -106,6 +108,8 @@ pub struct Network {
     forwards: std::sync::OnceLock<Forwards>,
     front: std::sync::OnceLock<FrontSender>,
     capture_file: std::sync::OnceLock<Arc<Capture>>,
+    /// Captures of one guest each.
+    captures: Mutex<Vec<(VmId, Arc<Capture>)>>,
 }
 
 #[derive(Default)]
@@ -122,6 +126,8 @@ struct Guest {
     waker: Arc<Waker>,
     inbox: Arc<Inbox>,
     switch_open: AtomicBool,
+    /// As it attached.
+    name: String,
 }
 
 impl Network {
@@ -148,6 +154,7 @@ impl Network {
             forwards: std::sync::OnceLock::new(),
             front: std::sync::OnceLock::new(),
             capture_file: std::sync::OnceLock::new(),
+            captures: Mutex::default(),
         })
     }
 
@@ -257,6 +264,7 @@ impl Network {
             waker,
             inbox,
             switch_open: AtomicBool::new(false),
+            name: spec.name.clone(),
         };
         self.write_guests().by_vm.insert(vm, guest);
         let name = spec.name.clone();
@@ -676,6 +684,54 @@ impl session::Zones for Network {
                 code: tonic::Code::NotFound,
                 text: format!("there is no zone {}", vnet_proto::model::zone_text(name)),
             })
+    }
+}
+
+impl session::Captures for Network {
+    fn start_capture(
+        &self,
+        vm: VmId,
+        spec: CaptureSpec,
+        wake: Box<dyn Fn() + Send + Sync>,
+    ) -> Result<Arc<Capture>, session::Refusal> {
+        let limit = |text: String| session::Refusal {
+            code: tonic::Code::ResourceExhausted,
+            text,
+        };
+        let gone = || session::Refusal {
+            code: tonic::Code::NotFound,
+            text: "there is no guest of this handle".to_owned(),
+        };
+        let name = {
+            let guests = self.guests.read().unwrap_or_else(PoisonError::into_inner);
+            guests
+                .by_vm
+                .get(&vm)
+                .map(|guest| guest.name.clone())
+                .ok_or_else(gone)?
+        };
+        // Held to the end, so that two at once do not both find the last place.
+        let mut captures = self.captures.lock().unwrap_or_else(PoisonError::into_inner);
+        captures.retain(|(_, capture)| capture.end().is_none());
+        let of_all = usize::from(self.capture_file.get().is_some_and(|file| file.end().is_none()));
+        if captures.len() + of_all >= CAPTURES_PER_NETWORK_MAX {
+            return Err(limit(format!(
+                "the network has {CAPTURES_PER_NETWORK_MAX} captures already; end one of them"
+            )));
+        }
+        let of_guest = captures.iter().filter(|(captured, _)| *captured == vm).count();
+        if of_guest + of_all >= CAPTURES_PER_GUEST_MAX {
+            return Err(limit(format!(
+                "VM {name} has {CAPTURES_PER_GUEST_MAX} captures already; end one of them"
+            )));
+        }
+        let capture = Capture::new(spec, wake);
+        let tap = capture.tap(&name).ok_or_else(gone)?;
+        if !self.send(vm, Input::Capture(tap)) {
+            return Err(gone());
+        }
+        captures.push((vm, Arc::clone(&capture)));
+        Ok(capture)
     }
 }
 

@@ -272,6 +272,7 @@ pub async fn run(config: Config) -> Result<(), RunError> {
         Commands {
             forwards: forwards.clone(),
             zones: Arc::clone(&network) as Arc<dyn session::Zones>,
+            captures: Arc::clone(&network) as Arc<dyn session::Captures>,
         },
     );
     let follow = follow(

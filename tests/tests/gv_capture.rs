@@ -58,13 +58,25 @@ fn a_file_of_gvproxy_shows_what_its_guest_said_and_heard() {
             shown.lines().map(str::to_owned).collect::<Vec<_>>()
         };
         let names = lines("dns.flags.response == 1", "dns.qry.name");
-        assert!(names.iter().any(|name| name == "gateway.containers.internal"), "{names:?}");
-        assert!(!lines("arp.opcode == 1", "arp.dst.proto_ipv4").is_empty(), "ARP asked");
-        assert!(!lines("arp.opcode == 2", "arp.src.proto_ipv4").is_empty(), "and answered");
+        assert!(
+            names.iter().any(|name| name == "gateway.containers.internal"),
+            "{names:?}"
+        );
+        assert!(
+            !lines("arp.opcode == 1", "arp.dst.proto_ipv4").is_empty(),
+            "ARP asked"
+        );
+        assert!(
+            !lines("arp.opcode == 2", "arp.src.proto_ipv4").is_empty(),
+            "and answered"
+        );
         let handshake = lines("tcp.stream == 0 && tcp.flags.syn == 1", "tcp.flags");
         assert_eq!(handshake.len(), 2, "{handshake:?}");
         assert_eq!(lines("http.request", "http.host"), ["203.0.113.10"]);
-        let directions = lines("tcp.stream == 0 && tcp.flags.syn == 1", "frame.packet_flags_direction");
+        let directions = lines(
+            "tcp.stream == 0 && tcp.flags.syn == 1",
+            "frame.packet_flags_direction",
+        );
         assert_ne!(directions[0], directions[1], "out and in: {directions:?}");
         let named = lines("http.request", "frame.interface_name");
         assert_eq!(named, ["qemu"], "the VM's name");
@@ -72,7 +84,10 @@ fn a_file_of_gvproxy_shows_what_its_guest_said_and_heard() {
         let time = lines("http.request", "frame.time_epoch").remove(0);
         let (seconds, nanoseconds) = time.split_once('.').unwrap();
         let today = std::time::SystemTime::UNIX_EPOCH.elapsed().unwrap().as_secs();
-        assert!(today.abs_diff(seconds.parse().unwrap()) < 600 && nanoseconds.len() == 9, "{time}");
+        assert!(
+            today.abs_diff(seconds.parse().unwrap()) < 600 && nanoseconds.len() == 9,
+            "{time}"
+        );
     });
 }
 

@@ -33,13 +33,15 @@ impl Hub {
             let number = state.fleet.dataplane_of_network(network)?;
             state.send_command(number, make)
         })?;
-        match tokio::time::timeout(COMMAND_WAIT, wait).await {
-            Ok(Ok(answer)) => answer,
-            Ok(Err(_)) => Err(Refusal::Unavailable(
-                "the dataplane was lost before it answered".to_owned(),
-            )),
-            Err(_) => Err(Refusal::Unavailable("the dataplane does not answer".to_owned())),
-        }
+        answered(wait).await
+    }
+
+    /// As [`Self::command`], to one dataplane.
+    ///
+    /// # Errors
+    /// [`Refusal`] if it is lost, refuses or does not answer.
+    pub(super) async fn command_to(&self, number: DataplaneNo, command: Command) -> Result<v1::Ack, Refusal> {
+        answered(self.read(|state, _| state.send_command(number, |_| command))?).await
     }
 
     /// The forwards of a network, or of all.
@@ -116,6 +118,17 @@ impl Hub {
                 })
                 .collect()
         })
+    }
+}
+
+/// Waits for the acknowledgement of a command.
+async fn answered(wait: oneshot::Receiver<Result<v1::Ack, Refusal>>) -> Result<v1::Ack, Refusal> {
+    match tokio::time::timeout(COMMAND_WAIT, wait).await {
+        Ok(Ok(answer)) => answer,
+        Ok(Err(_)) => Err(Refusal::Unavailable(
+            "the dataplane was lost before it answered".to_owned(),
+        )),
+        Err(_) => Err(Refusal::Unavailable("the dataplane does not answer".to_owned())),
     }
 }
 
@@ -226,7 +239,7 @@ impl State {
                 dataplane.zones.retain(|z| z.name != zone.name);
                 return;
             }
-            Command::ReportVerdicts(_) => return,
+            Command::StartCapture(_) | Command::StopCapture(_) | Command::ReportVerdicts(_) => return,
         };
         let event = v1::Event {
             subject: dataplane.network.clone(),

@@ -13,9 +13,9 @@ use std::time::Duration;
 
 use tokio::sync::oneshot;
 
-use crate::capture::pcapng::{Pcapng, SNAP_BYTES_DEFAULT};
+use crate::capture::pcapng::Pcapng;
 use crate::capture::tap::now_ns;
-use crate::capture::{Capture, CaptureEnd};
+use crate::capture::{Capture, CaptureEnd, CaptureSpec};
 
 /// How long the writer sleeps at most.
 const LOOK_INTERVAL: Duration = Duration::from_secs(1);
@@ -42,7 +42,7 @@ impl CaptureFile {
             // Full: it is told already.
             let _ = waker.try_send(());
         };
-        let capture = Capture::new(SNAP_BYTES_DEFAULT, Box::new(wake));
+        let capture = Capture::new(CaptureSpec::default(), Box::new(wake));
         let (finished, done) = oneshot::channel();
         let captured = Arc::clone(&capture);
         thread::Builder::new().name("capture".to_owned()).spawn(move || {

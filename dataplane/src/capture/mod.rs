@@ -2,10 +2,11 @@
 //!
 //! A guest's driver has a [`Tap`] for each capture that looks at its guest ([`tap`]); what the capture wants is
 //! copied into the capture's queue, and what finds it full is dropped and counted. Somebody else takes it out: the
-//! thread that writes the file of `--pcap-fd` ([`file`]). Without a capture a driver asks once a batch whether there
+//! thread that writes the file of `--pcap-fd` ([`file`]), or a task that sends it to the controlplane. Without a capture a driver asks once a batch whether there
 //! is one, and that is all that it costs.
 
 pub mod file;
+mod filter;
 pub mod pcapng;
 pub(crate) mod tap;
 
@@ -15,7 +16,9 @@ use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use crossbeam_queue::ArrayQueue;
 
-use pcapng::{Direction, PacketBlock};
+use vnet_proto::model::CaptureFilter;
+
+use pcapng::{Direction, PacketBlock, SNAP_BYTES_DEFAULT};
 
 pub(crate) use tap::{Tap, Taps};
 
@@ -25,12 +28,40 @@ pub const QUEUED_FRAMES_MAX: usize = 8_192;
 pub const QUEUED_BYTES_MAX: usize = 4 << 20;
 /// Captures of one guest at once.
 pub const CAPTURES_PER_GUEST_MAX: usize = 4;
+/// Captures of one network at once.
+pub const CAPTURES_PER_NETWORK_MAX: usize = 16;
 /// Names of VMs that one capture has seen; what comes and goes under one name is one interface.
 pub const INTERFACES_MAX: usize = 1_024;
 
+/// What a capture is to take.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct CaptureSpec {
+    /// Which frames.
+    pub filter: CaptureFilter,
+    /// How much of each, bytes.
+    pub snap_bytes: u32,
+    /// How many; `None` for no limit.
+    pub packets_max: Option<u64>,
+    /// It is over when its guest is gone.
+    pub ends_with_guest: bool,
+}
+
+impl Default for CaptureSpec {
+    fn default() -> Self {
+        Self {
+            filter: CaptureFilter::default(),
+            snap_bytes: SNAP_BYTES_DEFAULT,
+            packets_max: None,
+            ends_with_guest: false,
+        }
+    }
+}
+
 /// One capture: what it wants, and what waits to be taken out.
 pub struct Capture {
-    snap_bytes: u32,
+    spec: CaptureSpec,
+    /// How many more it takes.
+    left: AtomicU64,
     queue: ArrayQueue<Packet>,
     queued_bytes: AtomicUsize,
     interfaces: Mutex<Interfaces>,
@@ -45,6 +76,12 @@ pub struct Capture {
 pub enum CaptureEnd {
     /// Who asked for it wants no more, or is gone.
     Stopped,
+    /// It has as many packets as were asked for.
+    Packets,
+    /// It has taken as long as was asked for.
+    Duration,
+    /// Its guest is gone.
+    GuestGone,
 }
 
 /// A frame that was captured.
@@ -103,11 +140,12 @@ struct Interfaces {
 }
 
 impl Capture {
-    /// A capture of frames, each cut to `snap_bytes`. `wake` is called when something waits that nobody was told
+    /// A capture. `wake` is called when something waits that nobody was told
     /// of: often, by guests' drivers, which it must not delay.
-    pub fn new(snap_bytes: u32, wake: Box<dyn Fn() + Send + Sync>) -> Arc<Self> {
+    pub fn new(spec: CaptureSpec, wake: Box<dyn Fn() + Send + Sync>) -> Arc<Self> {
         Arc::new(Self {
-            snap_bytes,
+            left: AtomicU64::new(spec.packets_max.unwrap_or(u64::MAX)),
+            spec,
             queue: ArrayQueue::new(QUEUED_FRAMES_MAX),
             queued_bytes: AtomicUsize::new(0),
             interfaces: Mutex::default(),
@@ -119,7 +157,7 @@ impl Capture {
 
     /// The longest part of a frame that is kept.
     pub fn snap_bytes(&self) -> u32 {
-        self.snap_bytes
+        self.spec.snap_bytes
     }
 
     /// A guest's part in it, by its VM's name. `None` when it has seen as many names as it may.
@@ -147,13 +185,13 @@ impl Capture {
         self.lock().list.iter().skip(number as usize).cloned().collect()
     }
 
-    /// Copies a frame into the queue. False when there was no room, which is counted.
+    /// Copies a frame into the queue, if it is wanted. False when there was no room, which is counted.
     fn offer(&self, interface: &Interface, at_ns: u64, direction: Direction, frame: &[u8]) -> bool {
-        if self.end.get().is_some() {
+        if self.end.get().is_some() || !filter::wants(&self.spec.filter, frame) {
             return true;
         }
         interface.received.fetch_add(1, Ordering::Relaxed);
-        let kept = &frame[..frame.len().min(self.snap_bytes as usize)];
+        let kept = &frame[..frame.len().min(self.spec.snap_bytes as usize)];
         let before = self.queued_bytes.fetch_add(kept.len(), Ordering::Relaxed);
         let has_room = before + kept.len() <= QUEUED_BYTES_MAX && !self.queue.is_full();
         let pushed = has_room
@@ -170,6 +208,10 @@ impl Capture {
         if !pushed {
             self.queued_bytes.fetch_sub(kept.len(), Ordering::Relaxed);
             interface.dropped.fetch_add(1, Ordering::Relaxed);
+        }
+        // The last that it takes; one that has no limit never gets there.
+        if pushed && self.left.fetch_sub(1, Ordering::Relaxed) == 1 {
+            self.stop(CaptureEnd::Packets);
         }
         // Also when it was full: whoever takes out must know that there is something.
         if self.asleep.load(Ordering::SeqCst) && self.asleep.swap(false, Ordering::SeqCst) {
@@ -213,7 +255,7 @@ impl Capture {
 impl std::fmt::Debug for Capture {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Capture")
-            .field("snap_bytes", &self.snap_bytes)
+            .field("spec", &self.spec)
             .field("queued", &self.queue.len())
             .field("end", &self.end)
             .finish_non_exhaustive()
@@ -225,12 +267,19 @@ mod tests {
     use super::*;
 
     fn capture(snap_bytes: u32) -> (Arc<Capture>, Arc<AtomicUsize>) {
+        capture_of(CaptureSpec {
+            snap_bytes,
+            ..CaptureSpec::default()
+        })
+    }
+
+    fn capture_of(spec: CaptureSpec) -> (Arc<Capture>, Arc<AtomicUsize>) {
         let woken = Arc::new(AtomicUsize::new(0));
         let count = Arc::clone(&woken);
         let wake = move || {
             count.fetch_add(1, Ordering::SeqCst);
         };
-        (Capture::new(snap_bytes, Box::new(wake)), woken)
+        (Capture::new(spec, Box::new(wake)), woken)
     }
 
     #[test]
@@ -266,6 +315,37 @@ mod tests {
             (&*packet.data, packet.original_length, packet.at_ns),
             (&b"abcd"[..], 6, 7)
         );
+    }
+
+    #[test]
+    fn it_is_over_with_the_last_packet_that_was_asked_for_and_counts_what_it_wanted() {
+        let (capture, _) = capture_of(CaptureSpec {
+            filter: "arp".parse().unwrap(),
+            packets_max: Some(2),
+            ..CaptureSpec::default()
+        });
+        let tap = capture.tap("web").unwrap();
+        let arp = [&[2; 12][..], &[8, 6]].concat();
+        let other = [&[2; 12][..], &[8, 0]].concat();
+        for frame in [&arp, &other, &arp, &arp] {
+            assert!(tap.offer(1, Direction::Inbound, frame));
+        }
+        assert_eq!(capture.end(), Some(CaptureEnd::Packets));
+        assert_eq!(std::iter::from_fn(|| capture.take()).count(), 2);
+        assert_eq!(tap.counts(), (2, 0), "what it does not want is not counted");
+    }
+
+    #[test]
+    fn a_guest_that_goes_ends_what_was_its_alone() {
+        for ends_with_guest in [true, false] {
+            let (capture, woken) = capture_of(CaptureSpec {
+                ends_with_guest,
+                ..CaptureSpec::default()
+            });
+            drop(capture.tap("web").unwrap());
+            assert_eq!(capture.end(), ends_with_guest.then_some(CaptureEnd::GuestGone));
+            assert_eq!(woken.load(Ordering::SeqCst), usize::from(ends_with_guest));
+        }
     }
 
     #[test]

@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use crate::capture::pcapng::Direction;
-use crate::capture::{CAPTURES_PER_GUEST_MAX, Capture, Interface};
+use crate::capture::{CAPTURES_PER_GUEST_MAX, Capture, CaptureEnd, Interface};
 use crate::engine::transmit::Transmit;
 
 /// One guest's part in one capture.
@@ -26,6 +26,15 @@ impl Tap {
     #[cfg(test)]
     pub(super) fn counts(&self) -> (u64, u64) {
         self.interface.counts()
+    }
+}
+
+/// The guest is gone, or the capture is over.
+impl Drop for Tap {
+    fn drop(&mut self) {
+        if self.capture.spec.ends_with_guest {
+            self.capture.stop(CaptureEnd::GuestGone);
+        }
     }
 }
 
@@ -90,12 +99,12 @@ pub(crate) fn now_ns() -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::capture::CaptureEnd;
+    use crate::capture::CaptureSpec;
     use crate::engine::transmit::{Framing, PREFIX_BYTES};
     use crate::mac::Mac;
 
     fn capture() -> Arc<Capture> {
-        Capture::new(64, Box::new(|| {}))
+        Capture::new(CaptureSpec::default(), Box::new(|| {}))
     }
 
     fn taken(capture: &Capture) -> Vec<Vec<u8>> {

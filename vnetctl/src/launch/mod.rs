@@ -21,6 +21,9 @@ use vnet_controlplane::paths;
 pub use vnet_controlplane::paths::SESSION_SOCKET;
 pub use vnet_controlplane::policy::{nearest, yaml};
 pub use vnet_dataplane::args::Args as DataplaneArgs;
+pub use vnet_dataplane::capture::pcapng::{
+    Direction as CaptureDirection, PacketBlock, Pcapng, SNAP_BYTES_DEFAULT as CAPTURE_SNAP_BYTES_MAX,
+};
 pub use vnet_dataplane::config::{
     Config as DataplaneConfig, GATEWAY_MAC_DEFAULT, ListenAt, ListenConfig, MTU_BYTES_DEFAULT, MTU_BYTES_MAX,
     MTU_BYTES_MIN, SEARCH_DOMAINS_MAX, SUBNET_DEFAULT, SUBNET_PREFIX_MAX, SUBNET_PREFIX_MIN, Transport,
