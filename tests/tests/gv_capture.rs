@@ -123,3 +123,53 @@ fn a_capture_that_nobody_reads_any_more_ends_and_the_network_goes_on() {
         },
     );
 }
+
+#[test]
+fn a_live_capture_has_what_its_filter_wants_and_nothing_else() {
+    staged(
+        a_live_capture_has_what_its_filter_wants_and_nothing_else,
+        |world| {
+            let _server = http(world.internet(), "203.0.113.10:80");
+            let (up, socket) = world.up(&[]);
+            // It is there, and says so, before it is captured.
+            let script = "ping -c 1 -W 5 192.168.127.1; read go < go; getent hosts gateway.containers.internal; \
+                      curl -sS http://203.0.113.10/; sleep 60";
+            let go = world.work().join("go");
+            nix::unistd::mkfifo(&go, nix::sys::stat::Mode::from_bits_retain(0o600)).unwrap();
+            let guest = guest(world, Path::new(&socket), &["sh", "-c", script]);
+            eventually("the guest is there", || !world.list(&["vm", "list"]).is_empty());
+
+            let file = world.work().join("live.pcapng");
+            let piped = "vnetctl capture web --filter 'tcp port 80' -w - | tee live.pcapng | tshark -n -l -r - -Y http";
+            let mut shell = world.program("sh");
+            shell.args([
+                "-c",
+                &piped.replace("vnetctl", &world.command(&[]).get_program().to_string_lossy()),
+            ]);
+            let mut capture = Running::start(shell);
+            eventually("it has begun", || {
+                file.metadata().is_ok_and(|file| file.len() > 0)
+            });
+            std::fs::write(&go, "go\n").unwrap();
+            capture.prints("GET / HTTP/1.1");
+            up.signal(Signal::SIGTERM);
+            assert_eq!(up.wait().code, 0);
+            drop(guest);
+            let ended = capture.wait();
+            assert!(
+                ended.stderr.contains("captured, 0 dropped of VM web"),
+                "{ended:?}"
+            );
+
+            let others = tshark(world, &file, &["-Y", "not tcp.port == 80"]);
+            assert_eq!(others, "", "only what was asked for");
+            assert!(tshark(world, &file, &["-Y", "http.response"]).contains("200"));
+            let wrong = world.try_vnetctl(&["capture", "web", "--filter", "tpc", "-w", "-"]);
+            assert_eq!(wrong.code, 2, "{wrong:?}");
+            assert!(
+                wrong.stderr.contains("\"tpc\" is no term of a filter"),
+                "{wrong:?}"
+            );
+        },
+    );
+}
