@@ -1,6 +1,7 @@
 //! The flags of `vnet-dataplane`, as text. What they mean is checked in [`crate::config`], all at once;
 //! `vnetctl up` and `vnetctl run` take the same flags and add their own.
 
+use std::net::SocketAddr;
 use std::os::fd::RawFd;
 
 /// Flags of a dataplane.
@@ -54,13 +55,13 @@ pub struct Args {
     #[arg(long, value_name = "CIDR")]
     pub subnet: Option<String>,
     /// Address of the gateway [default: the first of the subnet].
-    #[arg(long, value_name = "ADDRESS")]
+    #[arg(long, alias = "gatewayIP", value_name = "ADDRESS")]
     pub gateway: Option<String>,
     /// MAC address of the gateway [default: 5a:94:ef:e4:0c:dd].
     #[arg(long, value_name = "MAC")]
     pub gateway_mac: Option<String>,
     /// Address that leads to the host's 127.0.0.1, or none [default: the last of the subnet].
-    #[arg(long, value_name = "ADDRESS")]
+    #[arg(long, alias = "hostIP", value_name = "ADDRESS")]
     pub host_alias: Option<String>,
     /// Dial this destination of guests at another address instead, as 192.168.127.253=10.0.0.7; may be repeated. That
     /// of the host alias takes the place of 127.0.0.1.
@@ -71,7 +72,7 @@ pub struct Args {
     pub virtual_ips: Vec<String>,
     /// Address of the first guest: what DHCP gives before all others, and where forwards that name no guest lead
     /// [default: the first of the subnet that is free].
-    #[arg(long, value_name = "ADDRESS")]
+    #[arg(long, alias = "deviceIP", value_name = "ADDRESS")]
     pub first_guest: Option<String>,
     /// IPv6 prefix of the guests, a /64, or off [default: fd00::/64; off where the MTU is below 1280].
     #[arg(long, value_name = "CIDR|off")]
@@ -110,6 +111,9 @@ pub struct Args {
     /// Write a capture of all guests to this inherited file, from the start on.
     #[arg(long, value_name = "N", hide = true)]
     pub pcap_fd: Option<RawFd>,
+    /// A daemon of vnet's listens there, over TCP, and no guest reaches it; may be repeated.
+    #[arg(long, value_name = "ADDRESS:PORT", hide = true)]
+    pub closed: Vec<SocketAddr>,
     /// Read what the VMs bring along (policy, mode, labels) from this inherited descriptor.
     #[arg(long, value_name = "N", hide = true)]
     pub vm_settings_fd: Option<RawFd>,

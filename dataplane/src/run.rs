@@ -209,7 +209,7 @@ pub async fn run(config: Config) -> Result<(), RunError> {
     // The watch begins before the first look, so that no change falls in between.
     let watcher = Watcher::open().map_err(RunError::Guards)?;
     let host = HostAddresses::enumerate().map_err(RunError::Guards)?;
-    let guards = Arc::new(Guards::new(host, []));
+    let guards = Arc::new(Guards::new(host, config.closed.iter().copied()));
     guards.set_ipv6(has_way(ANYWHERE));
 
     let (reports, receiver) = mpsc::channel(REPORTS_MAX);

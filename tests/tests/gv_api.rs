@@ -129,14 +129,40 @@ fn forwards_are_exposed_listed_and_ended_by_curl() {
 }
 
 #[test]
+fn forwards_of_the_configuration_are_listed_as_written_and_ended_by_that() {
+    staged(
+        forwards_of_the_configuration_are_listed_as_written_and_ended_by_that,
+        |world| {
+            let file = world.file(
+                "c.yaml",
+                "stack:\n  forwards: {\":8083\": \"192.168.127.2:80\"}\n",
+            );
+            let peer = Peer::start(world, "a", &["-config", file.to_str().unwrap()]);
+            let all = || get(world, &peer.services, "/services/forwarder/all");
+            assert_eq!(
+                all(),
+                json!([{"local": ":8083", "remote": "192.168.127.2:80", "protocol": "tcp"}])
+            );
+            assert!(std::net::TcpStream::connect("127.0.0.1:8083").is_ok());
+            let body = json!({"local": ":8083", "protocol": "tcp"});
+            let unexpose = || ask(world, &peer.services, "/services/forwarder/unexpose", Some(&body));
+            assert_eq!(unexpose(), (200, String::new()));
+            assert_eq!(all(), json!([]));
+            assert!(std::net::TcpStream::connect("127.0.0.1:8083").is_err());
+        },
+    );
+}
+
+#[test]
 fn a_unix_forward_serves_curl_and_deletes_no_file() {
     staged(a_unix_forward_serves_curl_and_deletes_no_file, |world| {
         let peer = Peer::start(world, "a", &[]);
+        let page = "#!/bin/sh\nread request\nprintf 'HTTP/1.0 200 OK\\r\\n\\r\\nhello'\n";
+        world.open_to_all(&world.file("page", page));
         let _guest = guest(
             world,
             &peer,
-            "ping -c 1 -W 5 192.168.127.1 >/dev/null; exec socat tcp-listen:80,fork,reuseaddr \
-             'system:read x; printf \"HTTP/1.0 200 OK\\r\\n\\r\\nhello\"'",
+            "ping -c 1 -W 5 192.168.127.1 >/dev/null; exec socat tcp-listen:80,fork,reuseaddr exec:./page",
         );
         let file = world.file("precious", "do not delete");
         let path = world.runtime_dir().join("web.sock");
@@ -267,6 +293,21 @@ fn a_tunnel_leads_to_the_guest_on_either_socket() {
 }
 
 #[test]
+fn no_guest_reaches_the_services_over_the_hosts_loopback() {
+    staged(no_guest_reaches_the_services_over_the_hosts_loopback, |world| {
+        let peer = Peer::start(world, "a", &["-services", "tcp://127.0.0.1:7777"]);
+        let _server = http(world.host(), "127.0.0.1:7778");
+        let mut curl = world.program("curl");
+        curl.args(["-sS", "http://127.0.0.1:7777/services/forwarder/all"]);
+        assert_eq!(Running::start(curl).wait().stdout.trim(), "[]");
+        let fetch = "ping -c 1 -W 5 192.168.127.1 >/dev/null
+            for port in 7778 7777; do curl -sS -m 5 -o /dev/null -w '%{http_code} ' http://192.168.127.254:$port/; done";
+        let fetched = guest(world, &peer, fetch).wait();
+        assert_eq!(fetched.stdout.trim(), "200 000", "{fetched:?}");
+    });
+}
+
+#[test]
 fn under_a_policy_what_a_vm_can_reach_serves_no_verb_and_guests_expose_nothing() {
     staged(
         under_a_policy_what_a_vm_can_reach_serves_no_verb_and_guests_expose_nothing,
@@ -305,7 +346,7 @@ fn under_a_policy_what_a_vm_can_reach_serves_no_verb_and_guests_expose_nothing()
                  http://192.168.127.1/services/forwarder/expose",
             )
             .wait();
-            assert_ne!(posted.stdout.trim(), "200", "{posted:?}");
+            assert_eq!(posted.stdout.trim(), "000", "port 80 is closed: {posted:?}");
             assert_eq!(get(world, &peer.services, "/services/forwarder/all"), json!([]));
         },
     );

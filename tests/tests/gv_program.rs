@@ -195,7 +195,14 @@ fn what_cannot_be_is_said_and_the_status_tells() {
         assert!(busy.stderr.contains("127.0.0.1:2222"), "{busy:?}");
         assert!(!socket.exists() && !pid.exists(), "nothing is left");
 
-        let nowhere = run(&["-ssh-port", "-1", "-log-file", "/nonexistent/gv.log"]);
+        let nowhere = run(&[
+            "-ssh-port",
+            "-1",
+            "-listen-qemu",
+            &format!("unix://{}", socket.display()),
+            "-log-file",
+            "/nonexistent/gv.log",
+        ]);
         assert_eq!(nowhere.code, 1, "{nowhere:?}");
         assert!(
             nowhere
@@ -363,6 +370,9 @@ fn a_guests_coming_lease_and_going_are_told_in_order() {
         let mut evil = std::os::unix::net::UnixStream::connect(&socket).unwrap();
         evil.write_all(&[0xff; 8]).unwrap();
         gvproxy.complains("a frame of 4294967295 bytes was announced");
+        eventually("the error is told", || {
+            types().last().is_some_and(|last| last == "hypervisor_error")
+        });
         let (ended, _) = end(gvproxy, Signal::SIGHUP);
         assert_eq!(ended.code, 0, "{ended:?}");
     });

@@ -18,8 +18,9 @@ use tokio::runtime::Runtime;
 use tokio::task::JoinHandle;
 use vnet_tests::sshd::Sshd;
 use vnet_tests::{PATIENCE, eventually};
+use vnetctl::gvproxy::Tunnels;
 use vnetctl::gvproxy::config::SshForward;
-use vnetctl::gvproxy::ssh::{Counts, Forward, ForwardError, Opening, SshTunnels, Timing, Tunnels};
+use vnetctl::gvproxy::ssh::{Counts, Forward, ForwardError, SshTunnels, Timing};
 
 /// The network is loopback.
 #[derive(Default)]
@@ -33,19 +34,18 @@ impl Loopback {
     }
 }
 
+#[tonic::async_trait]
 impl Tunnels for Loopback {
-    fn open(&self, target: SocketAddr) -> Opening<'_> {
+    async fn open(&self, target: SocketAddr) -> std::io::Result<tokio::net::UnixStream> {
         self.opened.fetch_add(1, Ordering::SeqCst);
-        Box::pin(async move {
-            let (ours, mut theirs) = tokio::net::UnixStream::pair()?;
-            // As the dataplane does: the stream is there at once, and ends if there is nobody.
-            tokio::spawn(async move {
-                if let Ok(mut guest) = TcpStream::connect(target).await {
-                    let _ = tokio::io::copy_bidirectional(&mut theirs, &mut guest).await;
-                }
-            });
-            Ok(ours)
-        })
+        let (ours, mut theirs) = tokio::net::UnixStream::pair()?;
+        // As the dataplane does: the stream is there at once, and ends if there is nobody.
+        tokio::spawn(async move {
+            if let Ok(mut guest) = TcpStream::connect(target).await {
+                let _ = tokio::io::copy_bidirectional(&mut theirs, &mut guest).await;
+            }
+        });
+        Ok(ours)
     }
 }
 

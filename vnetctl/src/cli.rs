@@ -133,7 +133,8 @@ pub enum Command {
 
 /// From arguments (the program's name first) to an exit code.
 pub fn main(arguments: Vec<OsString>) -> u8 {
-    let is_run = names_run(&arguments);
+    let is_run = command_of(&arguments).is_some_and(|(_, name)| name == "run");
+    let arguments = with_two_dashes(arguments);
     let cli = match Cli::try_parse_from(arguments) {
         Ok(cli) => cli,
         Err(error) => {
@@ -164,19 +165,52 @@ fn fail(failure: Failure) -> u8 {
     failure.exit_code()
 }
 
-/// Whether the line is a `run`, whose own failures have codes of their own.
-fn names_run(arguments: &[OsString]) -> bool {
-    let mut rest = arguments.iter().skip(1).map(|a| a.to_string_lossy());
-    while let Some(argument) = rest.next() {
-        match &*argument {
+/// The command of a line, and where it stands. The failures of `run` have codes of their own, and `up` has flags of
+/// another form too.
+fn command_of(arguments: &[OsString]) -> Option<(usize, String)> {
+    let mut rest = arguments.iter().enumerate().skip(1);
+    while let Some((at, argument)) = rest.next() {
+        match &*argument.to_string_lossy() {
             "--server" | "--output" | "-o" => {
                 rest.next();
             }
             flag if flag.starts_with('-') => {}
-            command => return command == "run",
+            command => return Some((at, command.to_owned())),
         }
     }
-    false
+    None
+}
+
+/// The same line, in which the long flags of `up` may stand behind one dash, as gvproxy's do: a known name of more than
+/// one letter is that flag before it is a cluster of short ones.
+fn with_two_dashes(mut arguments: Vec<OsString>) -> Vec<OsString> {
+    let Some((at, _)) = command_of(&arguments).filter(|(_, name)| name == "up") else {
+        return arguments;
+    };
+    let mut command = Cli::command();
+    let Some(up) = command.find_subcommand_mut("up") else {
+        return arguments;
+    };
+    let names: Vec<String> = up
+        .get_arguments()
+        .flat_map(|arg| {
+            let aliases = arg.get_all_aliases().unwrap_or_default();
+            arg.get_long().into_iter().chain(aliases).map(str::to_owned)
+        })
+        .filter(|name| name.len() > 1)
+        .collect();
+    for word in arguments[at + 1..].iter_mut() {
+        let Some(text) = word.to_str() else { continue };
+        if text == "--" {
+            break;
+        }
+        let bare = text.strip_prefix('-').filter(|rest| !rest.starts_with('-'));
+        let name = bare.map(|rest| rest.split('=').next().unwrap_or_default());
+        if name.is_some_and(|name| names.iter().any(|known| known == name)) {
+            *word = format!("-{text}").into();
+        }
+    }
+    arguments
 }
 
 fn execute(cli: Cli) -> Result<u8, Failure> {
@@ -385,10 +419,39 @@ mod tests {
     #[test]
     fn usage_errors_of_run_are_told_apart() {
         let words = |line: &str| line.split_whitespace().map(OsString::from).collect::<Vec<_>>();
-        assert!(names_run(&words("vnetctl run --bogus")));
-        assert!(names_run(&words("vnetctl --server unix:///run run --bogus")));
-        assert!(!names_run(&words("vnetctl vm show run")));
-        assert!(!names_run(&words("vnetctl --server run")));
+        let names_run = |line: &str| command_of(&words(line)).is_some_and(|(_, name)| name == "run");
+        assert!(names_run("vnetctl run --bogus"));
+        assert!(names_run("vnetctl --server unix:///run run --bogus"));
+        assert!(!names_run("vnetctl vm show run"));
+        assert!(!names_run("vnetctl --server run"));
+    }
+
+    #[test]
+    fn up_takes_its_long_flags_behind_one_dash_too() {
+        let read = |line: &str| {
+            let words = line.split_whitespace().map(OsString::from).collect();
+            let words = with_two_dashes(words);
+            let words: Vec<_> = words
+                .iter()
+                .map(|word| word.to_string_lossy().into_owned())
+                .collect();
+            words.join(" ")
+        };
+        assert_eq!(
+            read(
+                "vnetctl up -listen-qemu unix:///q -mtu=4000 --vm a -p 80:80 -secure-mode -gatewayIP 10.0.0.1"
+            ),
+            "vnetctl up --listen-qemu unix:///q --mtu=4000 --vm a -p 80:80 --secure-mode --gatewayIP 10.0.0.1"
+        );
+        assert_eq!(read("vnetctl up -bogus -- -mtu"), "vnetctl up -bogus -- -mtu");
+        assert_eq!(read("vnetctl vm list -mtu"), "vnetctl vm list -mtu");
+        let line = "vnetctl up -listen-qemu unix:///q -deviceIP 192.168.127.9 -hostIP 192.168.127.253";
+        let words = with_two_dashes(line.split_whitespace().map(OsString::from).collect());
+        let Command::Up(args) = Cli::try_parse_from(words).unwrap().command else {
+            panic!("not up")
+        };
+        assert_eq!(args.dataplane.first_guest.as_deref(), Some("192.168.127.9"));
+        assert_eq!(args.dataplane.host_alias.as_deref(), Some("192.168.127.253"));
     }
 
     #[test]

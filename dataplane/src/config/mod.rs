@@ -90,6 +90,8 @@ pub struct Config {
     pub guest_api: bool,
     /// A file to which all guests are captured.
     pub pcap_fd: Option<RawFd>,
+    /// Where daemons of vnet's listen over TCP beside those that the controlplane tells of: closed to guests.
+    pub closed: Vec<SocketAddr>,
     /// The dataplane ends when the other end of this descriptor is closed.
     pub exit_with_fd: Option<RawFd>,
     /// Written to, and closed, when everything listens.
@@ -318,6 +320,7 @@ impl Config {
                 front_fd: args.front_fd,
                 guest_api: args.guest_api,
                 pcap_fd: args.pcap_fd,
+                closed: args.closed.clone(),
                 exit_with_fd: args.exit_with_fd,
                 ready_fd: args.ready_fd,
             }),

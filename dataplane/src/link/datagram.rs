@@ -1,6 +1,6 @@
 //! One VM's part in a Unix datagram socket that it shares with others: vfkit, krunkit, QEMU's `-netdev dgram`.
 //!
-//! What it sends comes by its [`Mailbox`] from the thread that reads the socket ([`super::shared`]); what goes
+//! What it sends comes by its `Mailbox` from the thread that reads the socket ([`super::shared`]); what goes
 //! to it is sent from here, to its own address. There is no end of stream: asking for a connection to its
 //! address, on a socket made for the purpose, tells whether anything is there still.
 //!
@@ -12,7 +12,7 @@
 //! - Where it is connected to the socket that it sent to (vfkit, krunkit), it takes none from elsewhere. That
 //!   socket is left to it then: the next VM finds another at the path. It is not connected in turn, as the
 //!   kernel would refuse whoever else came to it meanwhile; so nothing tells when there is room, and a VM that
-//!   does not read is waited for briefly ([`SEND_PATIENCE`]), in its own thread.
+//!   does not read is waited for briefly (`SEND_PATIENCE`), in its own thread.
 //!
 //! Outside of Linux, what was sent counts against the receiver, and all are answered from the shared socket.
 

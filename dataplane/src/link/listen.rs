@@ -4,7 +4,7 @@
 
 use std::io;
 use std::net::SocketAddr;
-use std::os::fd::AsRawFd as _;
+use std::os::fd::{AsRawFd as _, OwnedFd};
 use std::os::unix::fs::{FileTypeExt as _, MetadataExt as _, PermissionsExt as _};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -101,11 +101,7 @@ impl StreamListener {
     /// The system's, as an address in use; and for an inherited descriptor, which does not listen.
     pub fn open(at: &ListenAt) -> io::Result<(Self, Option<SocketFile>)> {
         match at {
-            ListenAt::Unix(path) => {
-                let (socket, file) = bind_private(path, Type::STREAM)?;
-                socket.listen(BACKLOG)?;
-                Ok((Self(socket), Some(file)))
-            }
+            ListenAt::Unix(path) => Self::at_path(path).map(|(listener, file)| (listener, Some(file))),
             ListenAt::Tcp(address) => Ok((Self(std::net::TcpListener::bind(address)?.into()), None)),
             ListenAt::Vsock { cid, port } => Ok((Self(vsock(*cid, *port)?), None)),
             ListenAt::Fd(_) => Err(io::Error::new(
@@ -113,6 +109,16 @@ impl StreamListener {
                 "an inherited descriptor is one guest's and listens for no others",
             )),
         }
+    }
+
+    /// Opens one at a path, and its file.
+    ///
+    /// # Errors
+    /// The system's, as an address in use.
+    pub fn at_path(path: &Path) -> io::Result<(Self, SocketFile)> {
+        let (socket, file) = bind_private(path, Type::STREAM)?;
+        socket.listen(BACKLOG)?;
+        Ok((Self(socket), file))
     }
 
     /// Waits for the next who connects.
@@ -126,6 +132,12 @@ impl StreamListener {
     /// Where it really listens, port 0 replaced, if over TCP.
     pub fn tcp_address(&self) -> Option<SocketAddr> {
         self.0.local_addr().ok()?.as_socket()
+    }
+}
+
+impl From<StreamListener> for OwnedFd {
+    fn from(listener: StreamListener) -> Self {
+        listener.0.into()
     }
 }
 
@@ -182,7 +194,9 @@ pub(crate) fn bind_private(path: &Path, kind: Type) -> io::Result<(Socket, Socke
         // On Linux the file is made with the socket's mode, so that it is never open to others.
         // SAFETY: changes the mode of an open descriptor, and nothing else.
         unsafe { libc::fchmod(socket.as_raw_fd(), MODE as libc::mode_t) };
-        socket.bind(&SockAddr::unix(path)?)?;
+        // The one thing that an address has against a path.
+        let address = SockAddr::unix(path).map_err(|_| io::Error::from_raw_os_error(libc::ENAMETOOLONG))?;
+        socket.bind(&address)?;
         Ok(socket)
     };
     let socket = match bind() {

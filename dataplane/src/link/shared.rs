@@ -1,7 +1,7 @@
 //! A Unix datagram socket that VMs share: vfkit, krunkit, QEMU's `-netdev dgram`.
 //!
 //! A thread reads it, many datagrams a call where the system can, and tells VMs apart by the address that
-//! each sends from. A new address is a new guest; what an address sends goes to its [`Mailbox`], from which
+//! each sends from. A new address is a new guest; what an address sends goes to its `Mailbox`, from which
 //! its driver takes it. vfkit may send the four bytes `VFKT` first, which carry nothing. Who sends from no
 //! address cannot be answered, and is counted. The thread waits for nobody: a VM that is slow or stopped has a
 //! full mailbox and loses its own frames.

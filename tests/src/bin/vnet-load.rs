@@ -117,8 +117,10 @@ mod linux {
         Vpnkit,
         /// The same behind a request for `/connect`, which leaves with the first frames in one write
         Connect,
-        /// Datagrams
+        /// Datagrams, on a socket that is connected, as vfkit's
         Unixgram,
+        /// Datagrams, on a socket that takes them from anybody, as QEMU's
+        UnixgramOpen,
         /// Records
         Unixpacket,
     }
@@ -249,8 +251,8 @@ mod linux {
         let (into, out_of) = (weather(1), weather(2));
         let batch = args.batch.max(1);
         let from_tap = Arc::clone(&tap);
-        let socket = match args.socket {
-            Some(path) => Connection::to(path, args.framing)?,
+        let socket = match &args.socket {
+            Some(path) => Connection::to(path.clone(), args.framing)?,
             None => Connection::inherited()?,
         };
         let reader = socket.descriptor.try_clone()?;
@@ -261,7 +263,7 @@ mod linux {
                 vpnkit(File::from(socket.descriptor.try_clone()?))?;
                 Some(Lengths::Le16)
             }
-            Framing::Unixgram | Framing::Unixpacket => None,
+            Framing::Unixgram | Framing::UnixgramOpen | Framing::Unixpacket => None,
         };
         let first = match args.framing {
             Framing::Connect => CONNECT,
@@ -279,7 +281,10 @@ mod linux {
                 // To the system, records are sent and received like datagrams.
                 let (writer, reader) = (UnixDatagram::from(writer), UnixDatagram::from(reader));
                 let has_end = args.framing == Framing::Unixpacket;
-                background("out", move || datagrams_out(&from_tap, &writer, out_of));
+                let to = args.socket.filter(|_| args.framing == Framing::UnixgramOpen);
+                background("out", move || {
+                    datagrams_out(&from_tap, &writer, to.as_deref(), out_of)
+                });
                 background("in", move || datagrams_in(&reader, &tap, into, has_end));
             }
         }
@@ -308,6 +313,12 @@ mod linux {
                     let own = path.with_extension(format!("guest{}", std::process::id()));
                     let socket = UnixDatagram::bind(&own)?;
                     connect_when_there(|| socket.connect(&path), &path)?;
+                    (socket.into(), Some(own))
+                }
+                Framing::UnixgramOpen => {
+                    let own = path.with_extension(format!("guest{}", std::process::id()));
+                    let socket = UnixDatagram::bind(&own)?;
+                    connect_when_there(|| UnixDatagram::unbound()?.connect(&path), &path)?;
                     (socket.into(), Some(own))
                 }
                 Framing::Unixpacket => {
@@ -537,13 +548,22 @@ mod linux {
         }
     }
 
-    fn datagrams_out(tap: &File, socket: &UnixDatagram, mut weather: Weather) -> io::Result<()> {
+    fn datagrams_out(
+        tap: &File,
+        socket: &UnixDatagram,
+        to: Option<&Path>,
+        mut weather: Weather,
+    ) -> io::Result<()> {
+        let mut send = |frame: &[u8]| match to {
+            Some(path) => socket.send_to(frame, path).map(drop),
+            None => socket.send(frame).map(drop),
+        };
         let mut frame = vec![0; FRAME_BYTES_MAX];
         loop {
             match (&*tap).read(&mut frame) {
-                Ok(length) => weather.pass(&frame[..length], &mut |frame| socket.send(frame).map(drop))?,
+                Ok(length) => weather.pass(&frame[..length], &mut send)?,
                 Err(e) if e.kind() == io::ErrorKind::WouldBlock => {
-                    weather.settle(&mut |frame| socket.send(frame).map(drop))?;
+                    weather.settle(&mut send)?;
                     wait_readable(tap)?;
                 }
                 Err(e) => return Err(e),

@@ -164,6 +164,8 @@ fn known(ours: &HashMap<String, bool>, change: &v1::WatchPendingResponse) -> Opt
         Some(is_ours) => Some(*is_ours),
         // Its VM may be gone already, and with it whose it was; who never heard of the question passes over its end.
         None if change.change() == v1::PendingChange::Removed => Some(true),
+        // Of no VM.
+        None if change.change() == v1::PendingChange::Synced => Some(true),
         None => None,
     }
 }

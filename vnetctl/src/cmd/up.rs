@@ -1,9 +1,7 @@
 //! `up`: a dataplane for VMs, in the foreground, and the user's controlplane if none answers.
 
-use std::path::{Path, PathBuf};
-use std::time::Duration;
-
 use clap::Args;
+use std::path::{Path, PathBuf};
 use tokio::signal::unix::{SignalKind, signal};
 
 use super::attend::{Attendant, Seen, command_line, dataplane_name, say};
@@ -113,20 +111,9 @@ async fn serve(
     // The dataplane needs its sessions' listener from the start on.
     connection.open().await?;
     let mut dataplane = Dataplane::start(settings).map_err(|e| Failure::Failed(e.to_string()))?;
-    let ready = tokio::select! {
-        ready = dataplane.ready() => ready,
-        () = tokio::time::sleep(READY_PATIENCE) => false,
-    };
-    if !ready {
-        let ended = tokio::time::timeout(END_PATIENCE, dataplane.ended()).await;
+    if let Err(failure) = dataplane.listens().await {
         dataplane.stop().await;
-        return Err(Failure::Failed(match ended {
-            Ok(error) => error.to_string(),
-            Err(_) => format!(
-                "the dataplane does not listen after {} s",
-                READY_PATIENCE.as_secs()
-            ),
-        }));
+        return Err(failure);
     }
     let command = command_line(&connection);
     for line in greeting(config, &command) {
@@ -224,8 +211,3 @@ fn greeting(config: &DataplaneConfig, command: &str) -> Vec<String> {
     ));
     lines
 }
-
-/// How long binding its sockets may take.
-const READY_PATIENCE: Duration = Duration::from_secs(10);
-/// How long a dataplane that did not get there may take to end, which says why.
-const END_PATIENCE: Duration = Duration::from_secs(1);

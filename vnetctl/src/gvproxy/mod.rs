@@ -19,10 +19,12 @@ pub mod own;
 pub mod program;
 pub mod services;
 pub mod ssh;
+mod tunnels;
 pub mod yaml;
 
 pub use config::Config;
 pub use dns::host_search_domains;
 pub use flags::{FlagError, Flags};
 pub use load::{Loaded, load};
+pub use tunnels::Tunnels;
 pub use yaml::FileConfig;

@@ -1,9 +1,9 @@
 //! This binary as `gvproxy`: found by the name that it is called by, and run in the order of start-up that gvproxy has.
 //!
-//! 1. the command line, then `-version`; 2. the configuration, whole; 3. the log, and the version in it; 4. the pid file;
-//! 5. the controlplane, if none answers, and the dataplane, which opens forwards and sockets; 6. the services' socket;
-//! 7. forwards over SSH; 8. the notification `ready`, when all of it listens (the peer sends it before). It ends at
-//! SIGTERM, SIGINT or SIGHUP with status 0, at whatever fails with 1, and at a wrong command line with 2.
+//! First the command line, then `-version`; the configuration, whole; the log, and the version in it; the pid file; the
+//! capture's file; the services' socket; the controlplane, if none answers, and the dataplane, which opens forwards and
+//! sockets; forwards over SSH; the notification `ready`, when all of it listens (the peer sends it before). It ends at SIGTERM, SIGINT or SIGHUP
+//! with status 0, at whatever fails with 1, and at a wrong command line with 2.
 
 mod attend;
 mod front;
@@ -26,7 +26,9 @@ use super::own::{self, Own};
 use super::services::Token;
 use super::ssh::told;
 use crate::client::{Connection, Server};
+use crate::cmd::attend::dataplane_name;
 use crate::failure::{EXIT_FAILED, Failure};
+use crate::launch::{DataplaneLog, Settings, session_url};
 use crate::output::text::safe;
 use plan::Plan;
 
@@ -84,6 +86,8 @@ struct Prepared {
     loaded: Loaded,
     vm: String,
     plan: Plan,
+    /// The dataplane's, checked.
+    settings: Settings,
     /// What guests must show for the gateway's API.
     token: Option<Token>,
     connection: Connection,
@@ -120,10 +124,29 @@ fn prepare(flags: &Flags) -> Result<Prepared, Failure> {
     let connection = Connection {
         named: own.server.as_ref().map(|given| -> Server { given.value.clone() }),
     };
+    let mut args = plan.args.clone();
+    args.name = Some(dataplane_name(NAME)?);
+    args.controlplane = Some(session_url(&connection.server()?));
+    let settings = Settings {
+        args,
+        treatment: plan.treatment.clone(),
+        zones: Some(plan.zones.clone()),
+        front: true,
+        log: DataplaneLog::Lines {
+            directive: log::directive(plan.log_level),
+            line: log::relay,
+        },
+        ..Settings::default()
+    };
+    let mut problems = Vec::new();
+    if settings.check(false, &mut problems).is_none() {
+        return Err(Failure::Failed(problems.join("\n  ")));
+    }
     Ok(Prepared {
         loaded,
         vm,
         plan,
+        settings,
         token,
         connection,
     })

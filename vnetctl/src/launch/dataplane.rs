@@ -25,6 +25,7 @@ use vnet_dataplane::inherit;
 
 use super::descriptors::inherit_only;
 use crate::cmd::treat::Treatment;
+use crate::failure::Failure;
 use crate::output::text::safe;
 
 /// What a dataplane is told at its start.
@@ -101,6 +102,9 @@ impl Settings {
         if has_link {
             // The number is not known yet; any that is no standard stream passes the same checks.
             args.link_fd = Some(i32::MAX);
+        }
+        if self.front {
+            args.front_fd = Some(i32::MAX - 1);
         }
         match Config::new(&args, self.vm_settings(), &default_name()) {
             Ok(config) => {
@@ -272,6 +276,24 @@ impl Dataplane {
         matches!(self.ready.read(&mut byte).await, Ok(1))
     }
 
+    /// Waits until it listens everywhere.
+    ///
+    /// # Errors
+    /// What it said instead, or that it takes too long.
+    pub async fn listens(&mut self) -> Result<(), Failure> {
+        if tokio::time::timeout(READY_PATIENCE, self.ready()).await == Ok(true) {
+            return Ok(());
+        }
+        let ended = tokio::time::timeout(END_PATIENCE, self.ended()).await;
+        Err(Failure::Failed(match ended {
+            Ok(error) => error.to_string(),
+            Err(_) => format!(
+                "the dataplane does not listen after {} s",
+                READY_PATIENCE.as_secs()
+            ),
+        }))
+    }
+
     /// Waits until it ends by itself. Cancel safe.
     pub async fn ended(&mut self) -> DataplaneError {
         match self.child.wait().await {
@@ -329,6 +351,9 @@ async fn listen(mut stderr: tokio::process::ChildStderr, said: Arc<Mutex<Vec<u8>
         let excess = said.len().saturating_sub(SAID_BYTES_MAX);
         said.drain(..excess);
     }
+    if let Some(line) = line.filter(|_| !begun.is_empty()) {
+        line(&String::from_utf8_lossy(&begun));
+    }
 }
 
 /// The flags as a command line. The whole structure is taken apart, so that a flag that is added there
@@ -365,6 +390,7 @@ fn flags(args: &Args) -> Vec<OsString> {
         guest_api,
         front_fd,
         pcap_fd,
+        closed,
         vm_settings_fd,
         exit_with_fd,
         ready_fd,
@@ -405,6 +431,7 @@ fn flags(args: &Args) -> Vec<OsString> {
         ("zone", zones),
         ("publish", publish),
     ];
+    let closed = closed.iter().map(|at| ("closed", at.to_string()));
     let once = once
         .into_iter()
         .filter_map(|(flag, value)| value.map(|value| (flag, value)));
@@ -415,6 +442,7 @@ fn flags(args: &Args) -> Vec<OsString> {
     let switches = switches.into_iter().filter(|(_, on)| *on);
     // One word each, so that a value that begins with a dash stays a value.
     once.chain(repeated)
+        .chain(closed)
         .map(|(flag, value)| OsString::from(format!("--{flag}={value}")))
         .chain(switches.map(|(flag, _)| OsString::from(format!("--{flag}"))))
         .collect()
@@ -425,6 +453,10 @@ pub(super) fn main(arguments: Vec<OsString>) -> ExitCode {
     super::parsed(arguments, |cli: Cli| vnet_dataplane::main(cli.args))
 }
 
+/// How long binding its sockets may take.
+const READY_PATIENCE: Duration = Duration::from_secs(10);
+/// How long one that did not get there may take to end, which says why.
+const END_PATIENCE: Duration = Duration::from_secs(1);
 /// How long it may take to end in good order: sockets removed, the last counts sent.
 const STOP_PATIENCE: Duration = Duration::from_secs(3);
 const LAST_WORDS_PATIENCE: Duration = Duration::from_millis(50);
@@ -472,6 +504,8 @@ mod tests {
             "--front-fd=10",
             "--guest-api",
             "--pcap-fd=11",
+            "--closed=127.0.0.1:8080",
+            "--closed=[::1]:8081",
             "--vm-settings-fd=8",
             "--exit-with-fd=9",
         ];

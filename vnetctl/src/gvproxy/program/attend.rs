@@ -1,6 +1,6 @@
 //! What the controlplane tells of this network's VMs and of what they ask, as lines of the log and as notifications.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::convert::Infallible;
 
 use vnet_proto::v1;
@@ -13,6 +13,8 @@ use crate::output::text::safe;
 
 /// VMs whose state is remembered.
 const VMS_MAX: usize = 8192;
+/// Pending requests that are remembered to have been told of; one beyond is told of again when the watch begins anew.
+const PENDING_MAX: usize = 8192;
 
 /// Follows one dataplane's VMs.
 pub(super) struct Watch {
@@ -26,6 +28,10 @@ pub(super) struct Watch {
 struct Told {
     command: String,
     vms: HashMap<String, Vm>,
+    /// Ids of pending requests.
+    pending: HashSet<String>,
+    /// Those from before the watch began anew, which have not been listed again.
+    earlier: HashSet<String>,
 }
 
 #[derive(Debug, Default, PartialEq)]
@@ -49,6 +55,8 @@ impl Watch {
             told: Told {
                 command,
                 vms: HashMap::new(),
+                pending: HashSet::new(),
+                earlier: HashSet::new(),
             },
             notifier,
         }
@@ -78,11 +86,8 @@ impl Watch {
                     Vec::new()
                 }
                 Seen::Pending(change) => {
-                    if change.change() == v1::PendingChange::Added
-                        && let Some(request) = &change.request
-                        && self.questions.is_news(request)
-                    {
-                        self.notifier.tell(self.told.pending(request));
+                    if let Some(news) = self.told.change(&change) {
+                        self.notifier.tell(news);
                     }
                     self.questions.change(&change)
                 }
@@ -124,6 +129,7 @@ impl Told {
         for vm in self.vms.values_mut() {
             vm.is_stale = true;
         }
+        self.earlier.extend(self.pending.drain());
     }
 
     fn synced(&mut self) -> Vec<Notification> {
@@ -133,9 +139,12 @@ impl Told {
     }
 
     fn gone(&mut self, name: &str, link_error: &str) -> Vec<Notification> {
-        let Some(Vm { mac, .. }) = self.vms.remove(name) else {
+        let known = self.vms.remove(name);
+        if known.is_none() && link_error.is_empty() {
             return Vec::new();
-        };
+        }
+        let was_told = known.is_some();
+        let mac = known.unwrap_or_default().mac;
         let of = |kind| Notification {
             mac_address: mac.clone(),
             vm: name.to_owned(),
@@ -148,7 +157,9 @@ impl Told {
                 ..of(Kind::HypervisorError)
             });
         }
-        news.push(of(Kind::ConnectionClosed));
+        if was_told {
+            news.push(of(Kind::ConnectionClosed));
+        }
         news
     }
 
@@ -190,6 +201,31 @@ impl Told {
             }
         }
         news
+    }
+
+    /// What is new of a pending request: each is told of once.
+    fn change(&mut self, change: &v1::WatchPendingResponse) -> Option<Notification> {
+        let request = change.request.as_ref();
+        match change.change() {
+            v1::PendingChange::Added => {
+                let request = request?;
+                let was_told = self.earlier.remove(&request.id) || self.pending.contains(&request.id);
+                if self.pending.len() < PENDING_MAX {
+                    self.pending.insert(request.id.clone());
+                }
+                (!was_told).then(|| self.pending(request))
+            }
+            v1::PendingChange::Removed => {
+                self.pending.remove(&request?.id);
+                None
+            }
+            // What has not been listed by now went meanwhile.
+            v1::PendingChange::Synced => {
+                self.earlier.clear();
+                None
+            }
+            v1::PendingChange::Updated | v1::PendingChange::Unspecified | v1::PendingChange::Gap => None,
+        }
     }
 
     fn pending(&self, request: &v1::PendingRequest) -> Notification {
@@ -255,6 +291,8 @@ mod tests {
         Told {
             command: "vnetctl".to_owned(),
             vms: HashMap::new(),
+            pending: HashSet::new(),
+            earlier: HashSet::new(),
         }
     }
 
@@ -289,6 +327,12 @@ mod tests {
         assert_eq!(kinds(&told.vm(&leased)), [Kind::DhcpAssigned]);
         assert_eq!(told.vm(&leased), []);
         assert_eq!(told.vm(&vm("a", v1::VmState::Lost, "")), []);
+        let unheard = told.gone("b", "a frame of 4294967295 bytes was announced");
+        assert_eq!(
+            kinds(&unheard),
+            [Kind::HypervisorError],
+            "of one that never spoke"
+        );
         let ended = told.gone("a", "a frame of 4294967295 bytes was announced");
         assert_eq!(kinds(&ended), [Kind::HypervisorError, Kind::ConnectionClosed]);
         assert!(
@@ -296,6 +340,37 @@ mod tests {
                 .iter()
                 .all(|n| n.mac_address == "02:00:00:00:00:01" && n.vm == "a")
         );
+    }
+
+    #[test]
+    fn each_request_is_told_of_once_however_many_there_are_and_how_often_the_watch_begins() {
+        let mut told = told();
+        let change = |change: v1::PendingChange, id: usize| v1::WatchPendingResponse {
+            change: change.into(),
+            request: Some(v1::PendingRequest {
+                id: id.to_string(),
+                vm: "a".to_owned(),
+                ..Default::default()
+            }),
+        };
+        let synced = v1::WatchPendingResponse {
+            change: v1::PendingChange::Synced.into(),
+            request: None,
+        };
+        let is_told = |told: &mut Told, kind, id| told.change(&change(kind, id)).is_some();
+        for id in 0..PENDING_MAX + 1 {
+            assert!(is_told(&mut told, v1::PendingChange::Added, id));
+        }
+        assert_eq!(told.pending.len(), PENDING_MAX);
+
+        told.begin_again();
+        for id in 1..PENDING_MAX {
+            assert!(!is_told(&mut told, v1::PendingChange::Added, id));
+        }
+        told.change(&synced);
+        assert!(told.earlier.is_empty(), "nothing stays of what is gone");
+        is_told(&mut told, v1::PendingChange::Removed, 1);
+        assert!(is_told(&mut told, v1::PendingChange::Added, 1));
     }
 
     #[test]

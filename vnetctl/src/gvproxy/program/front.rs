@@ -11,6 +11,7 @@ use tokio::net::UnixStream;
 use tokio::sync::mpsc;
 use vnet_proto::model::VmId;
 
+use crate::gvproxy;
 use crate::gvproxy::services::{self, Guest, Origin, Services};
 use crate::gvproxy::ssh;
 use crate::launch::{
@@ -26,26 +27,14 @@ const ACCEPT_AGAIN: Duration = Duration::from_millis(100);
 #[derive(Debug, Clone)]
 pub(super) struct Tunnels(pub(super) FrontSender);
 
-impl Tunnels {
-    fn open(&self, target: SocketAddr) -> io::Result<UnixStream> {
+#[tonic::async_trait]
+impl gvproxy::Tunnels for Tunnels {
+    async fn open(&self, target: SocketAddr) -> io::Result<UnixStream> {
         let (here, there) = std::os::unix::net::UnixStream::pair()?;
         here.set_nonblocking(true)?;
         let message = FrontMessage::Tunnel { target };
         self.0.send(&message, there).map_err(io::Error::other)?;
         UnixStream::from_std(here)
-    }
-}
-
-#[tonic::async_trait]
-impl services::Tunnels for Tunnels {
-    async fn open(&self, target: SocketAddr) -> io::Result<UnixStream> {
-        Self::open(self, target)
-    }
-}
-
-impl ssh::Tunnels for Tunnels {
-    fn open(&self, target: SocketAddr) -> ssh::Opening<'_> {
-        Box::pin(async move { Self::open(self, target) })
     }
 }
 
@@ -67,6 +56,8 @@ impl services::SshTunnels for SshTunnels {
 
 /// The socket of `-services`, bound.
 pub(super) struct ServicesSocket {
+    /// Where it listens, if over TCP: closed to guests.
+    pub(super) tcp_address: Option<SocketAddr>,
     accepted: mpsc::Receiver<OwnedFd>,
     origin: Origin,
     /// Removed at the end.
@@ -85,11 +76,13 @@ impl ServicesSocket {
             ListenAt::Vsock { .. } => Origin::Listen,
             ListenAt::Unix(_) | ListenAt::Tcp(_) | ListenAt::Fd(_) => Origin::Services,
         };
+        let tcp_address = listener.tcp_address();
         let (sender, accepted) = mpsc::channel(ACCEPTED_MAX);
         std::thread::Builder::new()
             .name("services".to_owned())
             .spawn(move || accept(&listener, &sender))?;
         Ok(Self {
+            tcp_address,
             accepted,
             origin,
             _file: file,

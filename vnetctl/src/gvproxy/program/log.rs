@@ -45,7 +45,11 @@ pub(super) fn start(level: LogLevel, file: Option<File>) {
     let _ = tracing_subscriber::fmt()
         .event_format(Lines)
         .with_writer(sink)
-        .with_max_level(filter(level))
+        // What the SSH library says, a guest can make it say; and what others say of the wire is for them who build it.
+        .with_env_filter({
+            let (level, most) = (filter(level), filter(level).min(Level::WARN));
+            format!("{level},russh=off,h2={most},hyper={most},tonic={most}")
+        })
         .try_init();
 }
 
@@ -68,7 +72,8 @@ pub(super) fn relay(line: &str) {
         Level::ERROR => tracing::error!("{text}"),
         Level::WARN => tracing::warn!("{text}"),
         Level::INFO => tracing::info!("{text}"),
-        _ => tracing::debug!("{text}"),
+        Level::DEBUG => tracing::debug!("{text}"),
+        Level::TRACE => tracing::trace!("{text}"),
     }
 }
 

@@ -3,11 +3,12 @@
 
 use std::fmt::Write as _;
 use std::io;
-use std::net::{IpAddr, Ipv4Addr};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 
 use crate::cmd::treat::Treatment;
-use crate::gvproxy::config::{Config, Endpoint, HostPort};
+use crate::gvproxy::config::{Config, Endpoint, HostPort, LogLevel};
 use crate::gvproxy::own::Own;
+use crate::gvproxy::services::has_ipv6;
 use crate::launch::{DataplaneArgs, Document, ListenAt, ZoneSettings};
 
 /// What is to be started.
@@ -19,16 +20,33 @@ pub struct Plan {
     pub treatment: Treatment,
     /// Its local zones, and no other.
     pub zones: Vec<ZoneSettings>,
+    /// What is logged: also what `stack.debug` asks for.
+    pub log_level: LogLevel,
     /// Where the services API listens beside the sockets that carry `/connect`.
     pub services: Option<ListenAt>,
+    /// The forwards among its flags, in the configuration's words.
+    pub forwards: Vec<Opened>,
     /// What a person should know, a line each.
     pub warnings: Vec<String>,
+}
+
+/// A forward of the configuration.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Opened {
+    /// Whether it is UDP rather than TCP.
+    pub is_udp: bool,
+    /// Where it listens, as it was written.
+    pub local: String,
+    /// Where it leads.
+    pub remote: String,
+    /// Where it really listens.
+    pub listens: Vec<SocketAddr>,
 }
 
 /// Looks up a name of this host.
 pub type Resolve<'a> = &'a dyn Fn(&str) -> io::Result<Vec<IpAddr>>;
 
-/// Makes it. `policy` is that of the configuration; where that has none, `own_policy` is read from what [`Own`] names.
+/// Makes it. `policy` is the guests', wherever it was read from.
 ///
 /// # Errors
 /// Everything that is wrong, a line each.
@@ -110,16 +128,30 @@ pub fn plan(
             .collect(),
         ..DataplaneArgs::default()
     };
+    let mut forwards = Vec::new();
     for forward in &stack.forwards {
-        match published(&forward.listen, resolve) {
-            Ok(addresses) => args.publish.extend(addresses.into_iter().map(|address| {
-                let (listen, guest) = (bracketed(address), bracketed(forward.guest.ip()));
-                let (port, guest_port) = (forward.listen.port, forward.guest.port());
-                let protocol = if forward.is_udp { "udp" } else { "tcp" };
-                format!("{listen}:{port}:{guest}:{guest_port}/{protocol}")
-            })),
-            Err(problem) => problems.push(problem),
-        }
+        let listens = match published(&forward.listen, resolve) {
+            Ok(addresses) => addresses,
+            Err(problem) => {
+                problems.push(problem);
+                continue;
+            }
+        };
+        let listens: Vec<SocketAddr> = listens
+            .into_iter()
+            .map(|address| SocketAddr::new(address, forward.listen.port))
+            .collect();
+        let protocol = if forward.is_udp { "udp" } else { "tcp" };
+        let publish = listens
+            .iter()
+            .map(|at| format!("{at}:{}/{protocol}", forward.guest));
+        args.publish.extend(publish);
+        forwards.push(Opened {
+            is_udp: forward.is_udp,
+            local: forward.listen.to_string(),
+            remote: forward.guest.to_string(),
+            listens,
+        });
     }
     let services = config.services.as_ref().map(|at| listen_at(at, resolve));
     let services = services.and_then(|at| at.map_err(|problem| problems.push(problem)).ok());
@@ -141,7 +173,13 @@ pub fn plan(
             args,
             treatment,
             zones,
+            log_level: if stack.debug {
+                config.log_level.max(LogLevel::Debug)
+            } else {
+                config.log_level
+            },
             services,
+            forwards,
             warnings,
         })
     } else {
@@ -181,7 +219,7 @@ fn socket_url(at: &Endpoint, resolve: Resolve<'_>) -> Result<String, String> {
         Endpoint::UnixPacket(at) => path("unixpacket", at),
         Endpoint::Tcp(at) => {
             let address = resolve_first(at, resolve)?;
-            format!("tcp://{}:{}", bracketed(address), at.port)
+            format!("tcp://{}", SocketAddr::new(address, at.port))
         }
         Endpoint::Vsock { .. } => at.to_string(),
     })
@@ -214,11 +252,6 @@ fn published(at: &HostPort, resolve: Resolve<'_>) -> Result<Vec<IpAddr>, String>
     Ok(addresses)
 }
 
-/// Whether this host has IPv6 at all.
-pub fn has_ipv6() -> bool {
-    std::net::UdpSocket::bind((std::net::Ipv6Addr::LOCALHOST, 0)).is_ok()
-}
-
 /// The address that a host and port mean; of IPv4 where there is one, as Go has it.
 fn resolve_first(at: &HostPort, resolve: Resolve<'_>) -> Result<IpAddr, String> {
     if at.host.is_empty() {
@@ -233,13 +266,6 @@ fn resolve_first(at: &HostPort, resolve: Resolve<'_>) -> Result<IpAddr, String> 
     first
         .copied()
         .ok_or_else(|| format!("tcp://{at}: {:?} has no address (write one)", at.host))
-}
-
-fn bracketed(address: IpAddr) -> String {
-    match address {
-        IpAddr::V4(address) => address.to_string(),
-        IpAddr::V6(address) => format!("[{address}]"),
-    }
 }
 
 #[cfg(test)]

@@ -3,7 +3,6 @@
 use std::net::SocketAddr;
 use std::process::ExitCode;
 use std::sync::Arc;
-use std::time::Duration;
 
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::task::JoinSet;
@@ -12,12 +11,14 @@ use super::attend::Watch;
 use super::front::{self, ServicesSocket, SshTunnels, Tunnels};
 use super::notify::{Kind, Notification, Notifier};
 use super::pid::PidFile;
+use super::plan::Opened;
 use super::{Prepared, fatal, log, version};
-use crate::cmd::attend::{command_line, dataplane_name};
+use crate::cmd::attend::command_line;
 use crate::failure::Failure;
-use crate::gvproxy::services::{self, Closed, GuestApi, Services, ServicesConfig, policy_in_force};
+use crate::gvproxy;
+use crate::gvproxy::services::{Closed, GuestApi, Services, ServicesConfig, policy_in_force};
 use crate::gvproxy::ssh::{self, Timing};
-use crate::launch::{Dataplane, DataplaneError, DataplaneLog, Settings, open_pcap, session_url};
+use crate::launch::{Dataplane, DataplaneError, open_pcap};
 
 /// Runs it.
 pub(super) fn main(prepared: Prepared) -> ExitCode {
@@ -25,7 +26,7 @@ pub(super) fn main(prepared: Prepared) -> ExitCode {
     let file = match config.log_file.as_deref().map(log::open).transpose() {
         Ok(file) => file,
         Err(error) => {
-            log::start(config.log_level, None);
+            log::start(prepared.plan.log_level, None);
             let path = config.log_file.as_ref().map(|path| path.display().to_string());
             let path = path.unwrap_or_default();
             return fatal(&Failure::Failed(format!(
@@ -33,7 +34,7 @@ pub(super) fn main(prepared: Prepared) -> ExitCode {
             )));
         }
     };
-    log::start(config.log_level, file);
+    log::start(prepared.plan.log_level, file);
     for warning in prepared.loaded.warnings.iter().chain(&prepared.plan.warnings) {
         tracing::warn!("{}", warning.strip_prefix("warning: ").unwrap_or(warning));
     }
@@ -76,49 +77,38 @@ async fn run(prepared: Prepared, started_as: &mut Option<Dataplane>) -> Result<(
         loaded,
         vm,
         plan,
+        mut settings,
         token,
         connection,
     } = prepared;
     let config = loaded.config;
-    // The dataplane needs its sessions' listener from the start on.
-    connection.open().await?;
-    let name = dataplane_name("gvproxy")?;
-    let mut args = plan.args;
-    let is_restricted = plan.treatment.document.is_some() || plan.treatment.mode.is_some();
-    let guests = args.guest_api.then(|| GuestApi {
+    let name = settings.args.name.clone().unwrap_or_default();
+    let is_restricted = settings.treatment.document.is_some() || settings.treatment.mode.is_some();
+    let guests = settings.args.guest_api.then(|| GuestApi {
         token,
         decide: Arc::new(Closed),
     });
-    args.name = Some(name.clone());
-    args.controlplane = Some(session_url(&connection.server()?));
-    let pcap = match &config.stack.capture_file {
-        None => None,
-        Some(path) => {
-            let shown = path.display();
-            let waiting = || tracing::info!("waiting for a reader of {shown}");
-            let opened = open_pcap(path, config.interfaces.stdio, waiting).await;
-            Some(opened.map_err(|error| Failure::Failed(format!("-pcap {shown} {error}")))?)
-        }
-    };
-    let settings = Settings {
-        pcap,
-        args,
-        treatment: plan.treatment,
-        zones: Some(plan.zones),
-        front: true,
-        log: DataplaneLog::Lines {
-            directive: log::directive(config.log_level),
-            line: log::relay,
-        },
-        ..Settings::default()
-    };
-    let mut problems = Vec::new();
-    if settings.check(false, &mut problems).is_none() {
-        return Err(Failure::Failed(problems.join("\n  ")));
+    if let Some(path) = &config.stack.capture_file {
+        let shown = path.display();
+        let waiting = || tracing::info!("waiting for a reader of {shown}");
+        let opened = open_pcap(path, config.interfaces.stdio, waiting).await;
+        settings.pcap = Some(opened.map_err(|error| Failure::Failed(format!("-pcap {shown} {error}")))?);
     }
+    // Before the dataplane, which has to know what is closed to guests.
+    let socket = match (&plan.services, &config.services) {
+        (Some(at), Some(shown)) => {
+            let opened = ServicesSocket::open(at);
+            let opened = opened.map_err(|error| format!("-services {shown} cannot be opened: {error}"));
+            Some(opened.map_err(Failure::Failed)?)
+        }
+        _ => None,
+    };
+    settings.args.closed = socket.iter().filter_map(|socket| socket.tcp_address).collect();
+    // The dataplane needs its sessions' listener from the start on.
+    connection.open().await?;
     let dataplane = Dataplane::start(settings).map_err(|e| Failure::Failed(e.to_string()))?;
     let dataplane = started_as.insert(dataplane);
-    started(dataplane).await?;
+    dataplane.listens().await?;
     tracing::info!("waiting for clients...");
     for at in &config.listen {
         tracing::info!("listening {at}");
@@ -126,18 +116,10 @@ async fn run(prepared: Prepared, started_as: &mut Option<Dataplane>) -> Result<(
 
     let front = dataplane.take_front();
     let (sender, requests) = front.ok_or_else(|| Failure::Failed("the dataplane has no front".to_owned()))?;
-    let tunnels = Arc::new(Tunnels(sender));
-    let socket =
-        match (&plan.services, &config.services) {
-            (Some(at), Some(shown)) => {
-                tracing::info!("enabling services API. Listening {shown}");
-                let opened = ServicesSocket::open(at);
-                Some(opened.map_err(|error| {
-                    Failure::Failed(format!("-services {shown} cannot be opened: {error}"))
-                })?)
-            }
-            _ => None,
-        };
+    let tunnels: Arc<dyn gvproxy::Tunnels> = Arc::new(Tunnels(sender));
+    if let Some(at) = &config.services {
+        tracing::info!("enabling services API. Listening {at}");
+    }
     let services = Services::new(ServicesConfig {
         connection: connection.clone(),
         network: name.clone(),
@@ -146,16 +128,25 @@ async fn run(prepared: Prepared, started_as: &mut Option<Dataplane>) -> Result<(
         static_leases: config.stack.dhcp_static_leases.clone(),
         guests,
         policy_in_force: policy_in_force(connection.clone(), name.clone(), is_restricted),
-        tunnels: Arc::clone(&tunnels) as Arc<dyn services::Tunnels>,
+        tunnels: Arc::clone(&tunnels),
         ssh: Arc::new(SshTunnels(ssh::SshTunnels::new(
-            Arc::clone(&tunnels) as Arc<dyn ssh::Tunnels>,
+            Arc::clone(&tunnels),
             Timing::default(),
         ))),
     });
+    for Opened {
+        is_udp,
+        local,
+        remote,
+        listens,
+    } in &plan.forwards
+    {
+        services.adopt(*is_udp, local, remote, listens);
+    }
     let mut over_ssh = JoinSet::new();
     let sshd = SocketAddr::new(config.stack.device_ip.into(), ssh::PORT_DEFAULT);
     for forward in &config.forwards {
-        let tunnels = Arc::clone(&tunnels) as Arc<dyn ssh::Tunnels>;
+        let tunnels = Arc::clone(&tunnels);
         let bound = ssh::Forward::bind(forward, sshd, tunnels, Timing::default());
         let bound = bound.map_err(|error| Failure::Failed(ssh::told(&error)))?;
         over_ssh.spawn(bound.run());
@@ -170,7 +161,7 @@ async fn run(prepared: Prepared, started_as: &mut Option<Dataplane>) -> Result<(
     tokio::select! {
         error = dataplane.ended() => match error {
             // The guest of standard input is gone, and no other can come.
-            DataplaneError::Ended { status, .. } if status.success() => Ok(()),
+            DataplaneError::Ended { status, .. } if status.success() && config.interfaces.stdio => Ok(()),
             error => Err(Failure::Failed(error.to_string())),
         },
         Err(error) = serving => Err(Failure::Failed(format!("the channel to the dataplane failed: {error}"))),
@@ -181,22 +172,6 @@ async fn run(prepared: Prepared, started_as: &mut Option<Dataplane>) -> Result<(
         })),
         never = watch.follow() => match never {},
     }
-}
-
-/// Waits until the dataplane listens everywhere.
-async fn started(dataplane: &mut Dataplane) -> Result<(), Failure> {
-    let ready = tokio::time::timeout(READY_PATIENCE, dataplane.ready()).await;
-    if ready == Ok(true) {
-        return Ok(());
-    }
-    let ended = tokio::time::timeout(END_PATIENCE, dataplane.ended()).await;
-    Err(Failure::Failed(match ended {
-        Ok(error) => error.to_string(),
-        Err(_) => format!(
-            "the dataplane does not listen after {} s",
-            READY_PATIENCE.as_secs()
-        ),
-    }))
 }
 
 /// The signals that end it.
@@ -222,8 +197,3 @@ impl Signals {
         }
     }
 }
-
-/// How long binding its sockets may take.
-const READY_PATIENCE: Duration = Duration::from_secs(10);
-/// How long a dataplane that did not get there may take to end, which says why.
-const END_PATIENCE: Duration = Duration::from_secs(1);

@@ -69,7 +69,7 @@ pub(super) async fn listen(kind: Kind, local: &str, by_name: bool) -> Result<Lis
     if host.is_empty() {
         return Ok(Listen {
             at: (Ipv4Addr::UNSPECIFIED, port).into(),
-            also: Some((Ipv6Addr::UNSPECIFIED, port).into()),
+            also: has_ipv6().then_some((Ipv6Addr::UNSPECIFIED, port).into()),
             shown: format!(":{port}"),
         });
     }
@@ -87,6 +87,11 @@ pub(super) async fn listen(kind: Kind, local: &str, by_name: bool) -> Result<Lis
         also: None,
         shown: at.to_string(),
     })
+}
+
+/// Whether this host has IPv6 at all.
+pub fn has_ipv6() -> bool {
+    std::net::UdpSocket::bind((Ipv6Addr::LOCALHOST, 0)).is_ok()
 }
 
 /// The first address of a name, of IPv4 if it has one, as Go listens at.

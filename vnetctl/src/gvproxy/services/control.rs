@@ -13,7 +13,7 @@ use super::answer::{Answer, is_away};
 use crate::client::{Client, Connection, PAGE_SIZE, unary};
 use crate::failure::Failure;
 
-/// Pages of one list that are read; what is beyond them is left out.
+/// Pages of one list that are read.
 const PAGES_MAX: usize = 100;
 
 /// A question that is asked anew each time.
@@ -37,7 +37,7 @@ pub fn policy_in_force(connection: Connection, network: String, given: bool) -> 
 
 /// Why a call came to nothing.
 pub(super) enum CallError {
-    /// There is no connection.
+    /// There is no connection, or no whole answer.
     Absent(Failure),
     /// The controlplane refused, or went away.
     Refused(Box<tonic::Status>),
@@ -115,6 +115,9 @@ impl Control {
     }
 
     /// Reads the pages of a list.
+    ///
+    /// # Errors
+    /// As of a call; a list that is longer than this reads.
     pub(super) async fn pages<T, F>(
         &self,
         mut page: impl FnMut(Client, String) -> F,
@@ -128,11 +131,13 @@ impl Control {
             let (items, next) = self.call(|client| page(client, token)).await?;
             all.extend(items);
             if next.is_empty() {
-                break;
+                return Ok(all);
             }
             token = next;
         }
-        Ok(all)
+        // A part of it would pass for the whole.
+        let text = format!("the controlplane has more than {PAGES_MAX} pages of a list");
+        Err(CallError::Absent(Failure::Failed(text)))
     }
 
     /// The VMs of the network, by name.

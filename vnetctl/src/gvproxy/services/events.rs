@@ -209,11 +209,13 @@ impl Stream {
             // Its name may have been another network's.
             v1::EventKind::VmAttached => {
                 self.known.remove(&event.vm);
+                self.after = Some(event.sequence);
                 return Ok(());
             }
             _ => {}
         }
         if !self.is_ours(&event).await? {
+            self.after = Some(event.sequence);
             return Ok(());
         }
         let told = match event.kind() {

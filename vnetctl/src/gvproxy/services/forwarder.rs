@@ -22,6 +22,7 @@ use super::remote::{self, UnixRemote};
 use super::{Origin, Services};
 use crate::client::unary;
 use crate::failure::describe;
+use crate::gvproxy::ssh::redacted;
 
 /// What of a path is not written as it is in a URL.
 const PATH: &AsciiSet = &NON_ALPHANUMERIC
@@ -120,7 +121,7 @@ impl Services {
             .iter()
             .map(|row| Listed {
                 local: &row.local,
-                remote: remote::shown(&row.remote),
+                remote: redacted(&row.remote),
                 protocol: row.protocol.word(),
             })
             .collect();
@@ -177,22 +178,7 @@ impl Services {
             }
         };
         for (protocol, listen) in forwards {
-            let mut request = v1::DeleteForwardRequest {
-                protocol: protocol.into(),
-                listen,
-                ..Default::default()
-            };
-            self.control.network().clone_into(&mut request.network);
-            let deleted = self
-                .control
-                .call(|client| async move { client.forwards().delete_forward(unary(request)).await })
-                .await;
-            match deleted {
-                Ok(_) => found = true,
-                // Someone else closed it.
-                Err(CallError::Refused(status)) if status.code() == Code::NotFound => {}
-                Err(error) => return Err(error.into()),
-            }
+            found |= self.close(protocol, listen).await?;
         }
         self.exposed.closed(kind, &local);
         if found {
@@ -239,9 +225,15 @@ impl Services {
             if let Ok(first) = forwards[0].1.parse::<SocketAddr>() {
                 also.set_port(first.port());
             }
-            // A host without IPv6, or where the first has that family already.
-            if let Ok(opened) = self.create(kind, also.to_string(), target).await {
-                forwards.push((kind.protocol(), opened));
+            match self.create(kind, also.to_string(), target).await {
+                Ok(opened) => forwards.push((kind.protocol(), opened)),
+                Err(error) => {
+                    // Half of it is none.
+                    for (protocol, opened) in forwards {
+                        self.close(protocol, opened).await?;
+                    }
+                    return Err(self.refused(kind, local, &listen.shown, error).await);
+                }
             }
         }
         taken.opened(forwards);
@@ -332,6 +324,25 @@ impl Services {
     }
 
     /// Opens a forward; gives where it listens.
+    /// Closes a forward; `false` where someone else has.
+    async fn close(&self, protocol: v1::Protocol, listen: String) -> Result<bool, CallError> {
+        let mut request = v1::DeleteForwardRequest {
+            protocol: protocol.into(),
+            listen,
+            ..Default::default()
+        };
+        self.control.network().clone_into(&mut request.network);
+        let deleted = self
+            .control
+            .call(|client| async move { client.forwards().delete_forward(unary(request)).await })
+            .await;
+        match deleted {
+            Ok(_) => Ok(true),
+            Err(CallError::Refused(status)) if status.code() == Code::NotFound => Ok(false),
+            Err(error) => Err(error),
+        }
+    }
+
     async fn create(&self, kind: Kind, listen: String, target: SocketAddr) -> Result<String, CallError> {
         let asked = listen.clone();
         let mut forward = v1::Forward {

@@ -35,19 +35,21 @@ use std::sync::Arc;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::sync::Semaphore;
 
+pub use self::address::has_ipv6;
 pub use self::control::{Question, policy_in_force};
 pub use self::exposed::GUEST_FORWARDS_MAX;
 pub use self::guest::{
     ALL_GUESTS_CONNECTIONS_MAX, Closed, Decide, Decision, GUEST_CONNECTIONS_MAX, Guest, GuestApi,
     GuestForward, Token, TokenError,
 };
-pub use self::tunnel::{NoTunnels, SshTunnels, Tunnels};
+pub use self::tunnel::{NoTunnels, SshTunnels};
 
 use self::answer::Answer;
 use self::control::Control;
 use self::exposed::Exposed;
 use self::guest::Connected;
 use self::stats::Traffic;
+use super::Tunnels;
 use crate::client::Connection;
 use crate::launch::Mac;
 
@@ -113,7 +115,7 @@ pub struct Services {
     tunnels: Arc<dyn Tunnels>,
     ssh: Arc<dyn SshTunnels>,
     exposed: Exposed,
-    traffic: std::sync::Mutex<Traffic>,
+    traffic: tokio::sync::Mutex<Traffic>,
     on_services: Limits,
     on_listen: Limits,
     of_guests: Connected,
@@ -148,7 +150,7 @@ impl Services {
             tunnels: config.tunnels,
             ssh: config.ssh,
             exposed: Exposed::default(),
-            traffic: std::sync::Mutex::default(),
+            traffic: tokio::sync::Mutex::default(),
             on_services: Limits::new(SERVICES_CONNECTIONS_MAX),
             on_listen: Limits::new(LISTEN_CONNECTIONS_MAX),
             of_guests: Connected::default(),

@@ -14,6 +14,9 @@ use super::{Origin, Services, tunnel};
 
 /// A request's body, at most.
 pub(super) const BODY_BYTES_MAX: usize = 1 << 20;
+/// Where a page stands that had a browser ask (Fetch Metadata Request Headers, section 2.3). Browsers send it with each
+/// request to this host, `Origin` only with some.
+pub(super) const FETCH_SITE: &str = "sec-fetch-site";
 /// The path of tunnels.
 pub(super) const TUNNEL: &str = "/tunnel";
 
@@ -192,15 +195,22 @@ async fn may_ask(
 /// Refuses what a page from somewhere sends through the user's browser, to a port of this host. What is from a page of
 /// this host has its own address for its origin; a name may be anybody's (DNS rebinding).
 fn from_no_site(headers: &HeaderMap) -> Result<(), Answer> {
+    let is_from_elsewhere = headers
+        .get(FETCH_SITE)
+        .is_some_and(|site| site != "same-origin" && site != "none");
     let Some(origin) = headers.get(ORIGIN) else {
-        return Ok(());
+        return if is_from_elsewhere { Err(foreign()) } else { Ok(()) };
     };
     let host = headers.get(HOST).and_then(|host| host.to_str().ok());
-    if is_own_page(origin, host).unwrap_or(false) {
+    if !is_from_elsewhere && is_own_page(origin, host).unwrap_or(false) {
         return Ok(());
     }
-    Err(Answer::forbidden("a page of another origin may not ask here")
-        .with_remedy("serve the page at the same address, 127.0.0.1 or localhost"))
+    Err(foreign())
+}
+
+fn foreign() -> Answer {
+    Answer::forbidden("a page of another origin may not ask here")
+        .with_remedy("serve the page at the same address, 127.0.0.1 or localhost")
 }
 
 fn is_own_page(origin: &HeaderValue, host: Option<&str>) -> Option<bool> {

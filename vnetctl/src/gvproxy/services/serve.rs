@@ -12,6 +12,7 @@ use std::task::{Context, Poll};
 use std::time::Duration;
 
 use hyper::Uri;
+use hyper::header::{HOST, ORIGIN};
 use hyper::server::conn::http1;
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioIo, TokioTimer};
@@ -130,17 +131,18 @@ async fn read_head<S: AsyncRead + Unpin>(stream: &mut S, read: &mut Vec<u8>) -> 
     }
 }
 
-/// Those with wrong parameters are answered as any request is.
+/// Those with wrong parameters are answered as any request is, and so is whatever a browser sent.
 fn as_tunnel(request: &httparse::Request<'_, '_>, head_bytes: usize) -> Option<Tunnel> {
     let uri: Uri = request.path?.parse().ok()?;
     if uri.path() != route::TUNNEL {
         return None;
     }
-    let has_host = request
-        .headers
-        .iter()
-        .any(|h| h.name.eq_ignore_ascii_case("host"));
-    if request.version == Some(1) && !has_host {
+    let has = |name: &str| {
+        let mut names = request.headers.iter().map(|header| header.name);
+        names.any(|given| given.eq_ignore_ascii_case(name))
+    };
+    let is_of_a_browser = has(ORIGIN.as_str()) || has(route::FETCH_SITE);
+    if is_of_a_browser || (request.version == Some(1) && !has(HOST.as_str())) {
         return None;
     }
     let target = tunnel::target(uri.query().unwrap_or_default()).ok()?;

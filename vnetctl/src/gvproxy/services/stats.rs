@@ -2,7 +2,6 @@
 //! counts otherwise; what has an equivalent has its value (`docs/gvproxy.md` says which), the others are 0.
 
 use std::collections::{BTreeMap, HashMap};
-use std::sync::PoisonError;
 
 use serde::Serialize;
 use vnet_proto::v1;
@@ -25,9 +24,10 @@ type Values = BTreeMap<(&'static str, &'static str), u64>;
 impl Services {
     /// All counters.
     pub(super) async fn stats(&self) -> Result<Answer, Answer> {
+        // One after the other: an older list that came later would count its flows twice.
+        let mut traffic = self.traffic.lock().await;
         let vms = self.control.list_vms().await?;
         let flows = self.control.list_flows(&Members::of(&vms)).await?;
-        let mut traffic = self.traffic.lock().unwrap_or_else(PoisonError::into_inner);
         traffic.take(&flows);
         Ok(Answer::json(&tree(&values(&vms, &flows, &traffic))))
     }
@@ -51,7 +51,6 @@ impl Traffic {
             let more = |now: u64, before: u64| now.saturating_sub(before);
             self.from_guests = self.from_guests.saturating_add(more(flow.bytes_up, up));
             self.to_guests = self.to_guests.saturating_add(more(flow.bytes_down, down));
-            // Lists that are asked for at once may arrive in any order.
             let last = (flow.bytes_up.max(up), flow.bytes_down.max(down));
             self.seen.insert(flow.id.clone(), last);
         }

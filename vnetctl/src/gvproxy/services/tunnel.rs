@@ -1,5 +1,5 @@
-//! `/tunnel?ip=&port=`: a connection that becomes a stream into the network. And the two things that lead into
-//! guests and are made elsewhere: streams ([`Tunnels`]) and Unix sockets over SSH ([`SshTunnels`]).
+//! `/tunnel?ip=&port=`: a connection that becomes a stream into the network. And Unix sockets over
+//! SSH ([`SshTunnels`]), which lead into guests too and are made elsewhere.
 //!
 //! A tunnel has no HTTP response: `OK`, and then the stream's bytes both ways. `OK` comes before anything is dialled,
 //! and where nothing answers there the connection is closed, as in the peer; what the client sends meanwhile waits.
@@ -12,16 +12,7 @@ use tokio::net::UnixStream;
 
 use super::address::{port_number, quoted};
 use super::answer::Answer;
-
-/// Opens streams into the network, as a forward would.
-#[tonic::async_trait]
-pub trait Tunnels: Send + Sync {
-    /// A stream to an address and port of the network.
-    ///
-    /// # Errors
-    /// When none can be had. One that nothing answers may also be had, and ends.
-    async fn open(&self, target: SocketAddr) -> io::Result<UnixStream>;
-}
+use crate::gvproxy::Tunnels;
 
 /// Unix sockets of the host that lead to sockets of guests, over SSH.
 #[tonic::async_trait]

@@ -159,7 +159,7 @@ fn read_record(record: &Object<'_>) -> Result<v1::ZoneRecord, String> {
     Ok(v1::ZoneRecord {
         name: record.text("Name")?,
         address: address(record, "IP")?,
-        regexp: record.text("Regexp")?,
+        regexp: record.text_as("Regexp", "*regexp.Regexp")?,
     })
 }
 

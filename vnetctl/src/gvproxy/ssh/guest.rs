@@ -48,7 +48,9 @@ impl Guest {
     async fn try_first(&self) -> Result<(), ConnectError> {
         let timing = &self.dialer.timing;
         let mut pause = timing.first_pause;
-        for left in (0..timing.first_tries.max(1)).rev() {
+        let mut left = timing.first_tries;
+        loop {
+            left = left.saturating_sub(1);
             match self.dialer.connect().await {
                 Ok(connection) => {
                     self.give_back(connection);
@@ -60,7 +62,6 @@ impl Guest {
             sleep(pause).await;
             pause = (pause * 2).min(timing.first_pause_max);
         }
-        unreachable!("the last try returns")
     }
 
     /// A channel to the guest's socket, with a connection of its own.
@@ -82,15 +83,18 @@ impl Guest {
                 Ok(channel) => return Ok((connection, channel)),
                 Err(source) => source,
             };
-            if !connection.is_alive().await {
-                connection = self.reconnect().await?;
-            } else if tries < CHANNEL_TRIES {
-                sleep(timing.pause).await;
-            }
+            let is_alive = connection.is_alive().await;
             if tries == CHANNEL_TRIES {
-                self.give_back(connection);
+                if is_alive {
+                    self.give_back(connection);
+                }
                 let path = self.path.clone();
                 return Err(OpenError::Channel { path, source });
+            }
+            if is_alive {
+                sleep(timing.pause).await;
+            } else {
+                connection = self.reconnect().await?;
             }
             tries += 1;
         }
@@ -112,7 +116,9 @@ impl Guest {
     }
 
     async fn reconnect(&self) -> Result<Connection, ConnectError> {
-        for left in (0..RECONNECTS).rev() {
+        let mut left = RECONNECTS;
+        loop {
+            left -= 1;
             match self.dialer.connect().await {
                 Ok(connection) => return Ok(connection),
                 Err(error) if left == 0 || error.is_final() => return Err(error),
@@ -120,7 +126,6 @@ impl Guest {
             }
             sleep(self.dialer.timing.pause).await;
         }
-        unreachable!("the last try returns")
     }
 }
 

@@ -2,7 +2,8 @@
 //!
 //! - [`Forward`] is one of `-forward-*`: [`Forward::bind`] makes the host's socket, [`Forward::run`] connects and serves;
 //! - [`SshTunnels`] are those that come and go at run time, as the services API says;
-//! - [`Tunnels`] is what both need of the dataplane: a stream to an address of the network.
+//!
+//! Both need [`Tunnels`] of the dataplane.
 //!
 //! In order: a client connects at the host's socket (`socket`, `serve`); it is given an SSH connection to the guest
 //! (`guest`, which keeps a few, `connection`) with a channel to the guest's socket, and its bytes go through that
@@ -26,25 +27,22 @@ mod socket;
 mod tunnels;
 
 use std::error::Error;
-use std::future::Future;
-use std::io;
 use std::net::SocketAddr;
 use std::path::PathBuf;
-use std::pin::Pin;
 use std::sync::Arc;
 use std::time::Duration;
-
-use tokio::net::UnixStream;
 
 pub use connection::{ChannelError, ConnectError};
 pub use guest::OpenError;
 pub use host::HostKeyError;
 pub use identity::{Identity, IdentityCause, IdentityError};
+pub(in crate::gvproxy) use remote::redacted;
 pub use remote::{Remote, RemoteError};
 pub use serve::{CLIENTS_MAX, Counts, CountsNow};
 pub use socket::SocketError;
 pub use tunnels::{EXPOSED_MAX, ExposeError, Exposed, SshTunnels};
 
+use super::Tunnels;
 use super::config::SshForward;
 use connection::{Dialer, Login};
 use guest::Guest;
@@ -53,19 +51,6 @@ use socket::SocketFile;
 
 /// The guest's port, where nothing else is said.
 pub const PORT_DEFAULT: u16 = 22;
-
-/// A stream into the network, to be.
-pub type Opening<'a> = Pin<Box<dyn Future<Output = io::Result<UnixStream>> + Send + 'a>>;
-
-/// Streams into the network of the guests.
-pub trait Tunnels: Send + Sync + 'static {
-    /// A stream to an address in the network. It may be handed out before the address has answered; one that does not
-    /// answer ends it.
-    ///
-    /// # Errors
-    /// That there is none.
-    fn open(&self, target: SocketAddr) -> Opening<'_>;
-}
 
 /// How often and how long is tried. The default is gvproxy's, where gvproxy has any.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -138,7 +123,7 @@ impl Forward {
             socket: forward.socket.clone(),
             cause: Box::new(cause),
         };
-        let (listener, file) = socket::bind(&forward.socket).map_err(|error| failed(error.into()))?;
+        let (listener, file) = socket::replace(&forward.socket).map_err(|error| failed(error.into()))?;
         let identity = Identity::read(&forward.identity, None).map_err(|error| failed(error.into()))?;
         let login = Login {
             user: forward.user.clone(),

@@ -75,7 +75,10 @@ impl Remote {
                 TargetError::Name(name) => RemoteError::NoAddress(name),
             })?,
             user,
-            password: password.map(plain).transpose()?,
+            password: match password {
+                Some(text) => Some(unescape(text, false).ok_or_else(|| bad(bad_escape(HIDDEN)))?),
+                None => None,
+            },
             path,
             key,
             passphrase: parts.parameter("passphrase").filter(|text| !text.is_empty()),
@@ -98,7 +101,7 @@ impl fmt::Debug for Remote {
 }
 
 /// A URL as it may be shown: without password and passphrase.
-pub(super) fn redacted(text: &str) -> String {
+pub(in crate::gvproxy) fn redacted(text: &str) -> String {
     let (before, query) = match text.split_once('?') {
         Some((before, query)) => (before, Some(query)),
         None => (text, None),
@@ -122,7 +125,8 @@ pub(super) fn redacted(text: &str) -> String {
     for (index, pair) in query.split('&').enumerate() {
         shown.push(if index == 0 { '?' } else { '&' });
         let name = pair.split('=').next().unwrap_or(pair);
-        if unescape(name, true).as_deref() == Some("passphrase") && name.len() < pair.len() {
+        let is_secret = matches!(unescape(name, true).as_deref(), Some("passphrase" | "password"));
+        if is_secret && name.len() < pair.len() {
             shown.push_str(name);
             shown.push('=');
             shown.push_str(HIDDEN);

@@ -2,87 +2,61 @@
 
 use std::fs;
 use std::io;
-use std::os::fd::AsRawFd as _;
-use std::os::unix::fs::{FileTypeExt as _, MetadataExt as _, PermissionsExt as _};
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::FileTypeExt as _;
 use std::os::unix::net::UnixListener as StdListener;
 use std::path::{Path, PathBuf};
 
 use nix::errno::Errno;
-use nix::sys::socket::{
-    AddressFamily, Backlog, SockFlag, SockType, UnixAddr, bind as bind_to, listen, socket,
-};
 use tokio::net::UnixListener;
 
-/// Clients that the system lets wait.
-const BACKLOG: i32 = 128;
+pub(super) use crate::launch::SocketFile;
+use crate::launch::StreamListener;
 
-/// The file of a socket. Dropping it removes it, if it is still the one that was made.
-#[derive(Debug)]
-pub(super) struct SocketFile {
-    path: PathBuf,
-    device: u64,
-    inode: u64,
-}
-
-impl SocketFile {
-    pub(super) fn path(&self) -> &Path {
-        &self.path
+/// Listens at a path, mode 0600, in place of an older socket even if it is served, as the peer does with those of its
+/// command line; nothing else is touched.
+///
+/// # Panics
+/// Outside of a tokio runtime.
+pub(super) fn replace(path: &Path) -> Result<(UnixListener, SocketFile), SocketError> {
+    if is_socket(path)? {
+        fs::remove_file(path).map_err(|error| failed(path, "remove", error))?;
     }
+    bind(path)
 }
 
-impl Drop for SocketFile {
-    fn drop(&mut self) {
-        // Another may have replaced it, as we replace others'.
-        if fs::symlink_metadata(&self.path).is_ok_and(|m| m.dev() == self.device && m.ino() == self.inode) {
-            let _ = fs::remove_file(&self.path);
-        }
-    }
-}
-
-/// Listens at a path, mode 0600. A socket that is there is replaced, as by the peer; nothing else is touched.
+/// The same, but a socket that is served stays, and is an error.
 ///
 /// # Panics
 /// Outside of a tokio runtime.
 pub(super) fn bind(path: &Path) -> Result<(UnixListener, SocketFile), SocketError> {
-    let failed = |step, source: io::Error| SocketError::Io {
+    is_socket(path)?;
+    let (listener, file) = StreamListener::at_path(path).map_err(|error| failed(path, "bind", error))?;
+    let listener = StdListener::from(OwnedFd::from(listener));
+    let listener = listener
+        .set_nonblocking(true)
+        .and_then(|()| UnixListener::from_std(listener));
+    Ok((listener.map_err(|error| failed(path, "listen", error))?, file))
+}
+
+/// Whether a socket is there. A missing directory is told by bind.
+fn is_socket(path: &Path) -> Result<bool, SocketError> {
+    match fs::symlink_metadata(path) {
+        Ok(found) if found.file_type().is_socket() => Ok(true),
+        Ok(found) => Err(SocketError::Occupied {
+            path: path.to_owned(),
+            kind: kind(&found),
+        }),
+        Err(_) => Ok(false),
+    }
+}
+
+fn failed(path: &Path, step: &'static str, source: io::Error) -> SocketError {
+    SocketError::Io {
         path: path.to_owned(),
         step,
         source,
-    };
-    match fs::symlink_metadata(path) {
-        Ok(found) if found.file_type().is_socket() => {
-            fs::remove_file(path).map_err(|error| failed("remove", error))?;
-        }
-        Ok(found) => {
-            return Err(SocketError::Occupied {
-                path: path.to_owned(),
-                kind: kind(&found),
-            });
-        }
-        // A missing directory is told by bind.
-        Err(_) => {}
     }
-    let in_vain = |step| move |errno: Errno| failed(step, errno.into());
-    let address = UnixAddr::new(path).map_err(in_vain("bind"))?;
-    let flags = SockFlag::empty();
-    let descriptor = socket(AddressFamily::Unix, SockType::Stream, flags, None).map_err(in_vain("socket"))?;
-    bind_to(descriptor.as_raw_fd(), &address).map_err(in_vain("bind"))?;
-    let metadata = fs::symlink_metadata(path).map_err(|error| failed("stat", error))?;
-    let file = SocketFile {
-        path: path.to_owned(),
-        device: metadata.dev(),
-        inode: metadata.ino(),
-    };
-    // Nobody connects before it listens, and so nobody while it has another mode.
-    fs::set_permissions(path, fs::Permissions::from_mode(0o600)).map_err(|error| failed("chmod", error))?;
-    let backlog = Backlog::new(BACKLOG).map_err(in_vain("listen"))?;
-    listen(&descriptor, backlog).map_err(in_vain("listen"))?;
-    let listener = StdListener::from(descriptor);
-    listener
-        .set_nonblocking(true)
-        .map_err(|error| failed("listen", error))?;
-    let listener = UnixListener::from_std(listener).map_err(|error| failed("listen", error))?;
-    Ok((listener, file))
 }
 
 fn kind(found: &fs::Metadata) -> &'static str {

@@ -7,9 +7,10 @@ use std::path::Path;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Instant;
-use std::{fs, thread};
+use std::{fs, io, thread};
 
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::net::UnixStream;
 
 use super::*;
 
@@ -62,10 +63,11 @@ impl Drop for Directory {
 #[derive(Default)]
 struct Nowhere(AtomicUsize);
 
+#[tonic::async_trait]
 impl Tunnels for Nowhere {
-    fn open(&self, _: SocketAddr) -> Opening<'_> {
+    async fn open(&self, _: SocketAddr) -> io::Result<UnixStream> {
         self.0.fetch_add(1, Ordering::SeqCst);
-        Box::pin(async { Err(io::ErrorKind::HostUnreachable.into()) })
+        Err(io::ErrorKind::HostUnreachable.into())
     }
 }
 
@@ -76,14 +78,13 @@ struct Silent {
     streams: Mutex<Vec<UnixStream>>,
 }
 
+#[tonic::async_trait]
 impl Tunnels for Silent {
-    fn open(&self, _: SocketAddr) -> Opening<'_> {
-        Box::pin(async {
-            let (ours, mut theirs) = UnixStream::pair()?;
-            theirs.write_all(self.says).await?;
-            self.streams.lock().unwrap().push(theirs);
-            Ok(ours)
-        })
+    async fn open(&self, _: SocketAddr) -> io::Result<UnixStream> {
+        let (ours, mut theirs) = UnixStream::pair()?;
+        theirs.write_all(self.says).await?;
+        self.streams.lock().unwrap().push(theirs);
+        Ok(ours)
     }
 }
 
@@ -297,8 +298,11 @@ async fn a_client_whose_guest_is_not_there_is_hung_up_on_and_counted() {
 async fn a_socket_is_replaced_and_nothing_else_is_touched() {
     let directory = Directory::new();
     let path = directory.path("host.sock");
-    let (old, old_file) = socket::bind(&path).unwrap();
-    let (_new, new_file) = socket::bind(&path).unwrap();
+    let (old, old_file) = socket::replace(&path).unwrap();
+    let (_new, new_file) = socket::replace(&path).unwrap();
+    // What is exposed at run time replaces none that is served.
+    let told = socket::bind(&path).unwrap_err().to_string();
+    assert!(told.ends_with("bind: address already in use"), "{told}");
     // The older one leaves what is not its own any more.
     drop((old, old_file));
     let found = fs::symlink_metadata(&path).unwrap();
@@ -318,7 +322,7 @@ async fn a_socket_is_replaced_and_nothing_else_is_touched() {
         ("directory", "a directory"),
     ] {
         let path = directory.path(name);
-        let told = socket::bind(&path).unwrap_err().to_string();
+        let told = socket::replace(&path).unwrap_err().to_string();
         let expected = format!(
             "{} is {kind}, and only a socket is replaced; remove it, or name another path",
             path.display()
@@ -327,11 +331,11 @@ async fn a_socket_is_replaced_and_nothing_else_is_touched() {
         assert!(fs::symlink_metadata(&path).is_ok());
     }
     assert_eq!(fs::read_to_string(target).unwrap(), KEY);
-    let device = socket::bind(Path::new("/dev/null")).unwrap_err().to_string();
+    let device = socket::replace(Path::new("/dev/null")).unwrap_err().to_string();
     assert!(device.starts_with("/dev/null is a device"), "{device}");
 
     let missing = directory.path("no/such.sock");
-    let told = socket::bind(&missing).unwrap_err().to_string();
+    let told = socket::replace(&missing).unwrap_err().to_string();
     assert_eq!(
         told,
         format!(
@@ -340,7 +344,7 @@ async fn a_socket_is_replaced_and_nothing_else_is_touched() {
         )
     );
     let long = directory.path(&"a".repeat(120));
-    let told = socket::bind(&long).unwrap_err().to_string();
+    let told = socket::replace(&long).unwrap_err().to_string();
     assert!(told.ends_with("bind: file name too long"), "{told}");
 }
 

@@ -371,4 +371,15 @@ async fn a_page_from_elsewhere_changes_nothing() {
     let own = request.replace("https://attacker.example", "http://127.0.0.1:8080");
     let answer = raw(&services, Origin::Services, &own).await;
     assert!(answer.starts_with("HTTP/1.1 400 "), "{answer}");
+    // An image or a form that is fetched has no Origin.
+    for said in ["Origin: https://attacker.example", "Sec-Fetch-Site: cross-site"] {
+        for path in ["/tunnel?ip=192.168.127.2&port=22", "/leases"] {
+            let request = format!("GET {path} HTTP/1.1\r\nHost: 127.0.0.1:8080\r\n{said}\r\n\r\n");
+            let answer = raw(&services, Origin::Services, &request).await;
+            assert!(
+                answer.starts_with("HTTP/1.1 403 Forbidden\r\n"),
+                "{said} {path}: {answer}"
+            );
+        }
+    }
 }

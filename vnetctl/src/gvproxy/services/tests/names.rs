@@ -36,6 +36,47 @@ async fn zones_are_added_to_as_gvproxy_does_and_listed_in_its_shape() {
 }
 
 #[tokio::test]
+async fn records_by_expression_are_added_and_listed_and_the_root_has_no_name() {
+    let world = World::start().await;
+    let _dataplane = world.dataplane("one", v1::Mode::Unspecified).await;
+    let services = world.services("one");
+    for body in [
+        r#"{"Name":"crc.testing.","Records":[{"Regexp":"^a.*<x>$","IP":"192.168.127.2"}]}"#,
+        r#"{"Name":"","Records":[{"name":"example.com","ip":"192.0.2.1"}],"DefaultIP":"192.0.2.2"}"#,
+    ] {
+        assert_eq!(post(&services, SERVICES, ADD, body).await, done(), "{body}");
+    }
+    assert_eq!(
+        get(&services, SERVICES, ALL).await.1,
+        "[{\"Name\":\"crc.testing.\",\"Records\":[{\"Name\":\"\",\"IP\":\"192.168.127.2\",\
+         \"Regexp\":\"^a.*\\u003cx\\u003e$\"}],\"DefaultIP\":\"\"},\
+         {\"Name\":\"\",\"Records\":[{\"Name\":\"example.com\",\"IP\":\"192.0.2.1\"}],\
+         \"DefaultIP\":\"192.0.2.2\"}]\n"
+    );
+    let (status, text) = post(
+        &services,
+        SERVICES,
+        ADD,
+        r#"{"Name":"a.","Records":[{"Regexp":"(","IP":"192.0.2.1"}]}"#,
+    )
+    .await;
+    assert_eq!(status, 400, "{text}");
+    assert_eq!(
+        post(
+            &services,
+            SERVICES,
+            ADD,
+            r#"{"Name":"a.","Records":[{"Regexp":1}]}"#
+        )
+        .await,
+        refused(
+            400,
+            "json: cannot unmarshal number into Go struct field Zone.Records.Regexp of type *regexp.Regexp"
+        )
+    );
+}
+
+#[tokio::test]
 async fn zones_and_records_are_removed() {
     let world = World::start().await;
     let _dataplane = world.dataplane("one", v1::Mode::Unspecified).await;

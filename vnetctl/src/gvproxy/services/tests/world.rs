@@ -104,6 +104,7 @@ impl World {
         let (welcomed, welcome) = tokio::sync::oneshot::channel();
         tokio::spawn(async move {
             let mut welcomed = Some(welcomed);
+            let zones = Mutex::default();
             while let Ok(Some(response)) = told.message().await {
                 let answer = match response.message {
                     Some(Told::Welcome(_)) => {
@@ -113,7 +114,7 @@ impl World {
                     Some(Told::Heartbeat(beat)) => Message::Heartbeat(beat),
                     Some(Told::Revoke(revoke)) => acknowledge(revoke.command_id),
                     Some(Told::Cut(cut)) => acknowledge(cut.command_id),
-                    Some(Told::Command(command)) => obey(command, &busy),
+                    Some(Told::Command(command)) => obey(command, &busy, &zones),
                     Some(Told::Verdict(verdict)) => {
                         let _ = tell.send(verdict);
                         continue;
@@ -275,7 +276,7 @@ fn acknowledge(command_id: u64) -> Message {
     })
 }
 
-fn obey(command: v1::Command, busy: &Mutex<HashSet<String>>) -> Message {
+fn obey(command: v1::Command, busy: &Mutex<HashSet<String>>, zones: &Mutex<Vec<v1::Zone>>) -> Message {
     let mut ack = v1::Ack {
         command_id: command.command_id,
         ..Default::default()
@@ -306,6 +307,44 @@ fn obey(command: v1::Command, busy: &Mutex<HashSet<String>>) -> Message {
             busy.lock().unwrap().remove(&place);
             ack.forward = Some(forward);
         }
+        Some(Command::SetZone(zone)) => {
+            let mut zones = zones.lock().unwrap();
+            zones.retain(|there| there.name != zone.name);
+            zones.push(zone.clone());
+            ack.zone = Some(zone);
+        }
+        Some(Command::MergeZone(mut zone)) => {
+            let mut zones = zones.lock().unwrap();
+            if let Some(there) = zones.iter_mut().find(|there| there.name == zone.name) {
+                zone.records.append(&mut there.records);
+                *there = zone.clone();
+            } else {
+                zones.push(zone.clone());
+            }
+            ack.zone = Some(zone);
+        }
+        Some(Command::RemoveRecords(wanted)) => {
+            let mut zones = zones.lock().unwrap();
+            let there = zones.iter_mut().find(|there| there.name == wanted.name).unwrap();
+            let before = there.records.len();
+            let is_wanted = |record: &v1::ZoneRecord| {
+                wanted.records.iter().any(|w| {
+                    w.name == record.name
+                        && w.regexp == record.regexp
+                        && (w.address.is_empty() || w.address == record.address)
+                })
+            };
+            there.records.retain(|record| !is_wanted(record));
+            if there.records.len() == before {
+                ack.error = Some(v1::CommandError {
+                    code: 5,
+                    text: format!("zone {} has no such record", wanted.name),
+                });
+            } else {
+                ack.zone = Some(there.clone());
+            }
+        }
+        Some(Command::DeleteZone(zone)) => zones.lock().unwrap().retain(|there| there.name != zone.name),
         _ => {}
     }
     Message::Ack(ack)

@@ -10,7 +10,7 @@ use super::*;
 /// An sshd that lets everybody in.
 #[derive(Default)]
 struct Hostile {
-    sessions: Mutex<Vec<Handle>>,
+    sessions: Arc<Mutex<Vec<Handle>>>,
     is_in: Arc<AtomicBool>,
 }
 
@@ -33,20 +33,22 @@ impl server::Handler for Door {
     }
 }
 
+#[tonic::async_trait]
 impl Tunnels for Hostile {
-    fn open(&self, _: SocketAddr) -> Opening<'_> {
-        Box::pin(async {
-            let (ours, theirs) = UnixStream::pair()?;
-            let config = server::Config {
-                keys: vec![decode_secret_key(KEY, None).unwrap()],
-                ..server::Config::default()
-            };
-            let door = Door(Arc::clone(&self.is_in));
-            let serving = server::run_stream(Arc::new(config), theirs, door);
-            let (ours, session) = tokio::join!(async { ours }, serving);
-            self.sessions.lock().unwrap().push(session.unwrap().handle());
-            Ok(ours)
-        })
+    async fn open(&self, _: SocketAddr) -> io::Result<UnixStream> {
+        let (ours, theirs) = UnixStream::pair()?;
+        let config = server::Config {
+            keys: vec![decode_secret_key(KEY, None).unwrap()],
+            ..server::Config::default()
+        };
+        let door = Door(Arc::clone(&self.is_in));
+        let sessions = Arc::clone(&self.sessions);
+        // It begins when it has heard the client, who has to have its stream for that.
+        tokio::spawn(async move {
+            let session = server::run_stream(Arc::new(config), theirs, door).await.unwrap();
+            sessions.lock().unwrap().push(session.handle());
+        });
+        Ok(ours)
     }
 }
 
