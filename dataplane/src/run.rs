@@ -1,5 +1,6 @@
 //! A running dataplane: from a checked configuration to its end.
 
+use std::fs::File;
 use std::io::{self, IsTerminal as _, Write as _};
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
@@ -223,7 +224,8 @@ pub async fn run(config: Config) -> Result<(), RunError> {
     let capture_file = match config.pcap_fd {
         None => None,
         Some(fd) => {
-            let file = CaptureFile::start(take("--pcap-fd", fd)?.into()).map_err(RunError::System)?;
+            let file = File::from(take("--pcap-fd", fd)?);
+            let file = CaptureFile::start(file, config.pcap_limit_bytes).map_err(RunError::System)?;
             network.capture_all(Arc::clone(file.capture()));
             Some(file)
         }

@@ -24,6 +24,8 @@ pub const CAPTURES_MAX: usize = 32;
 const QUEUE_MAX: usize = 8;
 /// Bytes of packets that one message may have.
 pub(crate) const MESSAGE_PACKETS_BYTES_MAX: usize = 1 << 20;
+/// Packets that one message may have.
+pub(crate) const MESSAGE_PACKETS_MAX: usize = 4_096;
 /// The most that is kept of a packet, bytes.
 const SNAP_LENGTH_MAX: u32 = 262_144;
 /// The longest that a capture may be asked to take.
@@ -109,7 +111,7 @@ impl CaptureSink {
         let count = message.packets.len() as u64;
         let response = v1::CaptureVmResponse {
             packets: message.packets,
-            dropped: message.dropped + self.lost,
+            dropped: message.dropped.saturating_add(self.lost),
             end: message.end,
         };
         if is_last {

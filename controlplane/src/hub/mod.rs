@@ -69,7 +69,7 @@ pub use answers::{NewGrant, Reply};
 pub(crate) use attach::Attachment;
 pub use attach::SessionKey;
 pub use captures::CAPTURES_MAX;
-pub(crate) use captures::MESSAGE_PACKETS_BYTES_MAX;
+pub(crate) use captures::{MESSAGE_PACKETS_BYTES_MAX, MESSAGE_PACKETS_MAX};
 pub use change::Ticket;
 pub(crate) use confirm::confirm_within;
 pub use events::EventFilter;

@@ -18,7 +18,7 @@ use vnet_proto::v1;
 use vnet_proto::v1::dataplane_service_server::DataplaneService;
 use vnet_proto::v1::session_request::Message;
 
-use crate::hub::{HEARTBEAT, Hub, MESSAGE_PACKETS_BYTES_MAX, SessionKey};
+use crate::hub::{HEARTBEAT, Hub, MESSAGE_PACKETS_BYTES_MAX, MESSAGE_PACKETS_MAX, SessionKey};
 use crate::refusal::Refusal;
 
 /// How long a dataplane may take to say Hello.
@@ -122,10 +122,12 @@ impl DataplaneService for Sessions {
         // Read at all times, whether the client reads or not.
         while let Some(message) = next {
             let bytes: usize = message.packets.iter().map(|packet| packet.data.len()).sum();
-            if bytes > MESSAGE_PACKETS_BYTES_MAX {
+            let count = message.packets.len();
+            if bytes > MESSAGE_PACKETS_BYTES_MAX || count > MESSAGE_PACKETS_MAX {
                 self.hub.metrics().malformed.add(1);
                 return Err(Status::invalid_argument(format!(
-                    "packets have {bytes} bytes (expected at most {MESSAGE_PACKETS_BYTES_MAX})"
+                    "a message has {count} packets of {bytes} bytes (expected at most {MESSAGE_PACKETS_MAX} of \
+                     {MESSAGE_PACKETS_BYTES_MAX})"
                 )));
             }
             let (is_last, lost) = sink.put(message).await;

@@ -2,7 +2,8 @@
 //!
 //! What is captured is written as soon as it comes, so that who follows the file sees it, and a dataplane that is
 //! killed leaves what there was. A file that takes no more (a full disk, a pipe that nobody reads any more) ends the
-//! capture with a warning, and nothing else; one that takes it slowly costs frames of the capture alone.
+//! capture with a warning, and nothing else, as does one that is as large as it may be; one that takes it slowly costs
+//! frames of the capture alone.
 
 use std::fs::File;
 use std::io::{self, Write as _};
@@ -11,11 +12,12 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError, sync_channel};
 use std::thread;
 use std::time::Duration;
 
+use nix::sys::signal::{SigSet, Signal};
 use tokio::sync::oneshot;
 
-use crate::capture::pcapng::Pcapng;
+use crate::capture::pcapng::{Pcapng, STATISTICS_BYTES};
 use crate::capture::tap::now_ns;
-use crate::capture::{Capture, CaptureEnd, CaptureSpec};
+use crate::capture::{Capture, CaptureEnd, CaptureSpec, Packet};
 
 /// How long the writer sleeps at most.
 const LOOK_INTERVAL: Duration = Duration::from_secs(1);
@@ -32,11 +34,11 @@ pub struct CaptureFile {
 }
 
 impl CaptureFile {
-    /// Writes the file from now on.
+    /// Writes the file from now on, at most so many bytes if it says so.
     ///
     /// # Errors
     /// The system's: no thread.
-    pub fn start(file: File) -> io::Result<Self> {
+    pub fn start(file: File, bytes_max: Option<u64>) -> io::Result<Self> {
         let (waker, woken) = sync_channel(1);
         let wake = move || {
             // Full: it is told already.
@@ -46,7 +48,10 @@ impl CaptureFile {
         let (finished, done) = oneshot::channel();
         let captured = Arc::clone(&capture);
         thread::Builder::new().name("capture".to_owned()).spawn(move || {
-            let mut writer = Writer::new(file);
+            // Else a limit of the shell's on files would end the process, rather than fail a write. Where it cannot be
+            // blocked it is as it was.
+            let _ = SigSet::from(Signal::SIGXFSZ).thread_block();
+            let mut writer = Writer::new(file, bytes_max);
             if let Err(error) = writer.run(&captured, &woken) {
                 tracing::warn!(
                     %error,
@@ -78,18 +83,23 @@ impl CaptureFile {
 
 struct Writer {
     file: File,
-    /// Where the last whole block ends, if what is written can be taken back.
-    whole: Option<u64>,
+    /// Bytes of whole blocks that are in it.
+    written: u64,
+    bytes_max: Option<u64>,
+    /// What was written can be taken back.
+    is_regular: bool,
     section: Pcapng,
     packets: u64,
 }
 
 impl Writer {
-    fn new(file: File) -> Self {
+    fn new(file: File, bytes_max: Option<u64>) -> Self {
         let is_regular = file.metadata().is_ok_and(|metadata| metadata.is_file());
         Self {
             file,
-            whole: is_regular.then_some(0),
+            written: 0,
+            bytes_max,
+            is_regular,
             section: Pcapng::new(),
             packets: 0,
         }
@@ -102,6 +112,15 @@ impl Writer {
             let is_over = capture.end().is_some();
             while let Some(packet) = capture.take() {
                 self.describe(capture);
+                if !self.has_room(&packet) {
+                    tracing::warn!(
+                        packets = self.packets,
+                        bytes = self.bytes_max,
+                        "the capture has ended, as its file is as large as it may be; the network goes on without it"
+                    );
+                    capture.stop(CaptureEnd::Stopped);
+                    return self.finish(capture);
+                }
                 self.section.packet(&packet.block());
                 self.packets += 1;
                 if self.section.bytes().len() >= WRITE_BYTES {
@@ -120,6 +139,14 @@ impl Writer {
                 }
             }
         }
+    }
+
+    /// Whether there is room for a packet, and for the statistics behind it.
+    fn has_room(&self, packet: &Packet) -> bool {
+        let statistics = self.section.interfaces() as usize * STATISTICS_BYTES;
+        let waiting = self.section.bytes().len() + Pcapng::packet_bytes(packet.data.len()) + statistics;
+        self.bytes_max
+            .is_none_or(|max| self.written + waiting as u64 <= max)
     }
 
     /// Describes interfaces that are new, in the order of their numbers.
@@ -142,13 +169,13 @@ impl Writer {
     fn write(&mut self) -> io::Result<()> {
         let bytes = self.section.bytes();
         if let Err(error) = self.file.write_all(bytes) {
-            if let Some(whole) = self.whole {
+            if self.is_regular {
                 // Half a block would be told as damage by whoever reads it. What cannot be cut stays as it is.
-                let _ = self.file.set_len(whole);
+                let _ = self.file.set_len(self.written);
             }
             return Err(error);
         }
-        self.whole = self.whole.map(|whole| whole + bytes.len() as u64);
+        self.written += bytes.len() as u64;
         self.section.clear();
         Ok(())
     }
@@ -198,7 +225,7 @@ mod tests {
     #[tokio::test]
     async fn the_file_is_whole_while_it_grows_and_ends_with_counts() {
         let path = std::env::temp_dir().join(format!("vnet-capture{}-whole", std::process::id()));
-        let file = CaptureFile::start(File::create(&path).unwrap()).unwrap();
+        let file = CaptureFile::start(File::create(&path).unwrap(), None).unwrap();
         let (web, db) = (taps(&file, "web"), taps(&file, "db"));
         web.from_guest(1, b"a frame of web");
         db.from_guest(2, b"a frame of db");
@@ -226,7 +253,7 @@ mod tests {
     #[tokio::test]
     async fn a_reader_that_hangs_costs_frames_and_one_that_goes_ends_the_capture() {
         let (mut reader, writer) = std::io::pipe().unwrap();
-        let file = CaptureFile::start(File::from(std::os::fd::OwnedFd::from(writer))).unwrap();
+        let file = CaptureFile::start(File::from(std::os::fd::OwnedFd::from(writer)), None).unwrap();
         let web = taps(&file, "web");
         // Nobody reads: the pipe and then the queue fill up, and nobody waits.
         let mut dropped = 0;
@@ -247,11 +274,37 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn a_file_is_no_larger_than_it_may_be_and_ends_with_whole_blocks_and_counts() {
+        let path = std::env::temp_dir().join(format!("vnet-capture{}-limit", std::process::id()));
+        for bytes_max in 4_000..4_064 {
+            let file = CaptureFile::start(File::create(&path).unwrap(), Some(bytes_max)).unwrap();
+            let (web, _db) = (taps(&file, "web"), taps(&file, "db"));
+            let frames = bytes_max as usize / 100;
+            for _ in 0..frames {
+                web.from_guest(1, &[7; 100]);
+            }
+            until("it ends", || file.capture().end().is_some());
+            file.finish().await;
+
+            let bytes = std::fs::read(&path).unwrap();
+            let length = bytes.len() as u64;
+            // No packet more would have been in it.
+            assert!(
+                length <= bytes_max && length + 144 > bytes_max,
+                "{length} of {bytes_max}"
+            );
+            let kinds: Vec<u32> = blocks(&bytes).iter().map(|block| block.0).collect();
+            assert_eq!(kinds[kinds.len() - 2..], [5, 5], "{kinds:?}");
+        }
+        std::fs::remove_file(path).unwrap();
+    }
+
+    #[tokio::test]
     async fn a_full_disk_ends_the_capture_alone() {
         let Ok(full) = File::options().write(true).open("/dev/full") else {
             return;
         };
-        let file = CaptureFile::start(full).unwrap();
+        let file = CaptureFile::start(full, None).unwrap();
         until("it ends", || file.capture().end().is_some());
         file.finish().await;
     }

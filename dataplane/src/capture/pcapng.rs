@@ -120,6 +120,11 @@ impl Pcapng {
         });
     }
 
+    /// How many bytes a packet takes that has `data` of them.
+    pub fn packet_bytes(data: usize) -> usize {
+        PACKET_BYTES + data.next_multiple_of(4)
+    }
+
     /// What is to be written.
     pub fn bytes(&self) -> &[u8] {
         &self.bytes
@@ -185,6 +190,10 @@ const ISB_IFRECV: u16 = 4;
 const ISB_IFDROP: u16 = 5;
 /// Units of 10^-9 s.
 const NANOSECONDS: u8 = 9;
+/// What a packet's block has beside its data, bytes.
+const PACKET_BYTES: usize = 44;
+/// A block of statistics, bytes.
+pub const STATISTICS_BYTES: usize = 52;
 /// Room that an emptied buffer keeps, bytes.
 const KEPT_BYTES: usize = 256 << 10;
 
@@ -212,8 +221,8 @@ mod tests {
         assert_eq!(section.interface("web", SNAP_BYTES_DEFAULT, "tcp"), 0);
         assert_eq!(
             section.bytes(),
-            b"\x01\0\0\0\x34\0\0\0\x01\0\0\0\0\0\x04\0\
-              \x02\0\x03\0web\0\x09\0\x01\0\x09\0\0\0\x0b\0\x04\0\0tcp\0\0\0\0\x34\0\0\0"
+            b"\x01\0\0\0\x30\0\0\0\x01\0\0\0\0\0\x04\0\
+              \x02\0\x03\0web\0\x09\0\x01\0\x09\0\0\0\x0b\0\x04\0\0tcp\0\0\0\0\x30\0\0\0"
         );
         section.clear();
 
@@ -229,6 +238,7 @@ mod tests {
             b"\x06\0\0\0\x34\0\0\0\0\0\0\0\x04\x03\x02\x01\x08\x07\x06\x05\x05\0\0\0\x09\0\0\0frame\0\0\0\
               \x02\0\x04\0\x02\0\0\0\0\0\0\0\x34\0\0\0"
         );
+        assert_eq!(section.bytes().len(), Pcapng::packet_bytes(5));
         section.clear();
 
         section.statistics(0, 0x0102_0304_0506_0708, 7, 2);
@@ -237,5 +247,6 @@ mod tests {
             b"\x05\0\0\0\x34\0\0\0\0\0\0\0\x04\x03\x02\x01\x08\x07\x06\x05\
               \x04\0\x08\0\x07\0\0\0\0\0\0\0\x05\0\x08\0\x02\0\0\0\0\0\0\0\0\0\0\0\x34\0\0\0"
         );
+        assert_eq!(section.bytes().len(), STATISTICS_BYTES);
     }
 }

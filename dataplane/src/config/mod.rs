@@ -90,6 +90,8 @@ pub struct Config {
     pub guest_api: bool,
     /// A file to which all guests are captured.
     pub pcap_fd: Option<RawFd>,
+    /// Bytes that it may have.
+    pub pcap_limit_bytes: Option<u64>,
     /// Where daemons of vnet's listen over TCP beside those that the controlplane tells of: closed to guests.
     pub closed: Vec<SocketAddr>,
     /// The dataplane ends when the other end of this descriptor is closed.
@@ -320,6 +322,7 @@ impl Config {
                 front_fd: args.front_fd,
                 guest_api: args.guest_api,
                 pcap_fd: args.pcap_fd,
+                pcap_limit_bytes: args.pcap_limit_bytes,
                 closed: args.closed.clone(),
                 exit_with_fd: args.exit_with_fd,
                 ready_fd: args.ready_fd,

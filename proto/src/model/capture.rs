@@ -11,7 +11,9 @@
 //! | `port N`, `port N-M` | TCP and UDP from or to such a port |
 //! | `host ADDRESS`, `host CIDR` | packets from or to it, and ARP about it |
 //!
-//! The words are tcpdump's; its `and`, `or` and parentheses are not there.
+//! The words are tcpdump's; its `and`, `or` and parentheses are not there. Of our own, as tcpdump's language is found only in
+//! libpcap, a library of C whose programs would have to be run over frames of guests; whoever needs all of it pipes into
+//! tshark.
 
 use std::fmt;
 use std::net::IpAddr;

@@ -1,19 +1,23 @@
 //! `capture`: a VM's packets, live, as pcapng.
 
 use std::fs::File;
-use std::io::{self, IsTerminal as _, Write as _};
+use std::io::{self, IsTerminal as _};
 use std::path::PathBuf;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use clap::Args;
 use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::{mpsc, oneshot};
+use tonic::{Status, Streaming};
 use vnet_proto::model::CaptureFilter;
 use vnet_proto::v1;
 
 use super::Context;
-use super::select::duration;
+use super::select::{duration, size};
 use crate::failure::Failure;
-use crate::launch::{CAPTURE_SNAP_BYTES_MAX, CaptureDirection, PacketBlock, Pcapng, open_pcap};
+use crate::launch::{
+    CAPTURE_SNAP_BYTES_MAX, CAPTURE_STATISTICS_BYTES, CaptureDirection, PacketBlock, Pcapng, open_pcap,
+};
 use crate::output::{self, text::safe};
 
 /// Arguments of `capture`.
@@ -35,6 +39,9 @@ pub struct CaptureArgs {
     /// End after so long, as 10s or 5m
     #[arg(long = "for", value_name = "TIME", value_parser = duration)]
     pub length: Option<Duration>,
+    /// End before so much is written, as 500MB or 1GiB
+    #[arg(long, value_name = "SIZE", value_parser = size)]
+    pub limit: Option<u64>,
     /// Where to write: a file, which is emptied, a named pipe, or - for stdout
     #[arg(short, long, value_name = "FILE")]
     pub write: PathBuf,
@@ -58,7 +65,7 @@ impl CaptureArgs {
         }
         let request = self.request()?;
         let client = context.connection.open().await?;
-        let mut stream = client.vms().capture_vm(request).await?.into_inner();
+        let stream = client.vms().capture_vm(request).await?.into_inner();
         // Only now: what is refused leaves the file as it was.
         let into: Box<dyn io::Write + Send> = if is_stdout {
             Box::new(io::stdout())
@@ -73,33 +80,48 @@ impl CaptureArgs {
             let failed = |error| Failure::Failed(safe(&format!("{shown} {error}")).into_owned());
             Box::new(File::from(opened.map_err(failed)?))
         };
-        let mut writer = Writer::begin(into, &self);
-        writer.flush()?;
-        let ended = loop {
-            let message = tokio::select! {
-                _ = interrupt.recv() => break Ok(v1::CaptureEnd::Stopped),
-                _ = terminate.recv() => break Ok(v1::CaptureEnd::Stopped),
-                message = stream.message() => message,
-            };
-            match message {
-                Ok(Some(message)) => {
-                    let end = message.end();
-                    writer.take(&message);
-                    writer.flush()?;
-                    if end != v1::CaptureEnd::Unspecified {
-                        break Ok(end);
-                    }
-                }
-                Ok(None) => break Ok(v1::CaptureEnd::Stopped),
-                Err(status) => break Err(status),
-            }
+        // A thread of its own, so that a reader which keeps it waiting keeps no signal from being heard.
+        let (messages, to_write) = mpsc::channel(1);
+        let (done, mut written) = oneshot::channel();
+        let writer = Writer::begin(into, &self);
+        std::thread::spawn(move || {
+            // Who waits no more for it is told nothing.
+            let _ = done.send(writer.run(to_write));
+        });
+        let mut interrupted = false;
+        let mut outcome = None;
+        let ended = tokio::select! {
+            _ = interrupt.recv() => { interrupted = true; Ok(v1::CaptureEnd::Stopped) }
+            _ = terminate.recv() => { interrupted = true; Ok(v1::CaptureEnd::Stopped) }
+            ended = forward(stream, messages) => ended,
+            // Full, or its reader is gone.
+            early = &mut written => { outcome = Some(early); Ok(v1::CaptureEnd::Stopped) }
         };
-        writer.finish()?;
+        let patience = async {
+            if !interrupted {
+                tokio::select! {
+                    _ = interrupt.recv() => {}
+                    _ = terminate.recv() => {}
+                }
+            }
+            tokio::time::sleep(FINISH_PATIENCE).await;
+        };
+        let counts = match outcome {
+            Some(outcome) => outcome,
+            None => tokio::select! {
+                outcome = &mut written => outcome,
+                () = patience => {
+                    output::say("the capture's reader takes no more, and the last of it is missing");
+                    return Ok(());
+                }
+            },
+        };
+        let counts = counts.map_err(|_| Failure::Failed("the capture's writer failed".to_owned()))??;
         let why = match &ended {
             Ok(v1::CaptureEnd::VmGone) => "; the VM is gone",
             _ => "",
         };
-        output::say(safe(&format!("{} of VM {}{why}", writer.counts(), self.vm)));
+        output::say(safe(&format!("{counts} of VM {}{why}", self.vm)));
         ended.map(drop).map_err(Failure::from)
     }
 
@@ -116,11 +138,29 @@ impl CaptureArgs {
     }
 }
 
+/// Hands what comes to the writer, until it is over or the writer is.
+async fn forward(
+    mut stream: Streaming<v1::CaptureVmResponse>,
+    messages: mpsc::Sender<v1::CaptureVmResponse>,
+) -> Result<v1::CaptureEnd, Status> {
+    loop {
+        let Some(message) = stream.message().await? else {
+            return Ok(v1::CaptureEnd::Stopped);
+        };
+        let end = message.end();
+        if messages.send(message).await.is_err() || end != v1::CaptureEnd::Unspecified {
+            return Ok(end);
+        }
+    }
+}
+
 /// Writes pcapng and counts.
 struct Writer<W> {
     into: W,
     section: Pcapng,
     interface: u32,
+    /// Bytes that may still be written, if there is a limit, but for the statistics.
+    left: Option<u64>,
     packets: u64,
     dropped: u64,
 }
@@ -132,6 +172,9 @@ impl<W: io::Write> Writer<W> {
         let interface = section.interface(&args.vm, snap, &args.filter.to_string());
         Self {
             into,
+            left: args
+                .limit
+                .map(|limit| limit.saturating_sub((section.bytes().len() + CAPTURE_STATISTICS_BYTES) as u64)),
             section,
             interface,
             packets: 0,
@@ -139,8 +182,29 @@ impl<W: io::Write> Writer<W> {
         }
     }
 
-    fn take(&mut self, message: &v1::CaptureVmResponse) {
+    /// Writes what comes until there is no more of it, or no room for it. What it counted.
+    fn run(mut self, mut messages: mpsc::Receiver<v1::CaptureVmResponse>) -> Result<String, Failure> {
+        self.flush()?;
+        let mut has_room = true;
+        while has_room && let Some(message) = messages.blocking_recv() {
+            has_room = self.take(&message);
+            self.flush()?;
+        }
+        self.finish()?;
+        Ok(self.counts())
+    }
+
+    /// False when there is no room for all of it.
+    fn take(&mut self, message: &v1::CaptureVmResponse) -> bool {
+        self.dropped = self.dropped.max(message.dropped);
         for packet in &message.packets {
+            if let Some(left) = &mut self.left {
+                let Some(rest) = left.checked_sub(Pcapng::packet_bytes(packet.data.len()) as u64) else {
+                    return false;
+                };
+                *left = rest;
+            }
+            self.packets += 1;
             self.section.packet(&PacketBlock {
                 interface: self.interface,
                 at_ns: packet.time.as_ref().map_or(0, nanoseconds),
@@ -153,8 +217,7 @@ impl<W: io::Write> Writer<W> {
                 data: &packet.data,
             });
         }
-        self.packets += message.packets.len() as u64;
-        self.dropped = self.dropped.max(message.dropped);
+        true
     }
 
     fn flush(&mut self) -> Result<(), Failure> {
@@ -197,6 +260,9 @@ fn nanoseconds(time: &prost_types::Timestamp) -> u64 {
     seconds.saturating_mul(1_000_000_000).saturating_add(nanos)
 }
 
+/// How long a reader may take for the last of it when the capture is interrupted.
+const FINISH_PATIENCE: Duration = Duration::from_secs(1);
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -208,6 +274,7 @@ mod tests {
             snap: None,
             count: None,
             length: None,
+            limit: None,
             write: "-".into(),
         }
     }
@@ -225,11 +292,12 @@ mod tests {
             from_guest,
         };
         for dropped in [0, 3] {
-            writer.take(&v1::CaptureVmResponse {
+            let message = v1::CaptureVmResponse {
                 packets: vec![packet(true), packet(false)],
                 dropped,
                 end: 0,
-            });
+            };
+            assert!(writer.take(&message));
             writer.flush().unwrap();
         }
         writer.finish().unwrap();
@@ -253,6 +321,41 @@ mod tests {
             "seven wanted, three of them lost"
         );
         assert_eq!(writer.counts(), "4 packets captured, 3 dropped");
+    }
+
+    #[test]
+    fn it_has_no_more_bytes_than_it_may_and_its_statistics_nevertheless() {
+        let message = v1::CaptureVmResponse {
+            packets: vec![v1::CapturedPacket {
+                data: vec![7; 57],
+                ..Default::default()
+            }],
+            ..Default::default()
+        };
+        let begun = Writer::begin(Vec::new(), &args()).section.bytes().len();
+        let packet = Pcapng::packet_bytes(57);
+        let three = begun + 3 * packet + CAPTURE_STATISTICS_BYTES;
+        for (limit, expected) in [(three - 1, 2), (three, 3), (three + packet - 1, 3), (0, 0)] {
+            let args = CaptureArgs {
+                limit: Some(limit as u64),
+                ..args()
+            };
+            let (messages, to_write) = mpsc::channel(9);
+            for _ in 0..9 {
+                messages.try_send(message.clone()).unwrap();
+            }
+            let mut written = Vec::new();
+            let counts = Writer::begin(&mut written, &args).run(to_write).unwrap();
+            assert!(
+                counts.starts_with(&format!("{expected} packets captured")),
+                "{counts}"
+            );
+            assert_eq!(
+                written.len(),
+                begun + expected * packet + CAPTURE_STATISTICS_BYTES
+            );
+            assert!(messages.is_closed());
+        }
     }
 
     #[test]

@@ -7,6 +7,7 @@ use tokio::signal::unix::{SignalKind, signal};
 use super::attend::{Attendant, Seen, command_line, dataplane_name, say};
 use super::forward::ports;
 use super::questions::Questions;
+use super::select::size;
 use super::treat::{Problems, TreatArgs};
 use crate::client::Connection;
 use crate::failure::Failure;
@@ -34,6 +35,9 @@ pub struct UpArgs {
     /// Capture all packets of the VMs to this file, in pcapng: a file, which is emptied, a named pipe, or /dev/stdout.
     #[arg(long, value_name = "FILE")]
     pub pcap: Option<PathBuf>,
+    /// End the capture, and nothing else, before its file has more than SIZE bytes, as 500MB or 1GiB [default: no limit]
+    #[arg(long, value_name = "SIZE", value_parser = size, requires = "pcap")]
+    pub pcap_limit: Option<u64>,
     /// How the guests are treated.
     #[command(flatten)]
     pub treat: TreatArgs,
@@ -50,9 +54,11 @@ pub fn execute(args: UpArgs, connection: Connection) -> Result<(), Failure> {
     let mut problems = Problems::default();
     let UpArgs {
         pcap,
+        pcap_limit,
         treat,
         dataplane: mut flags,
     } = args;
+    flags.pcap_limit_bytes = pcap_limit;
     if flags.controlplane.is_some() {
         problems
             .usage

@@ -23,6 +23,7 @@ pub use vnet_controlplane::policy::{nearest, yaml};
 pub use vnet_dataplane::args::Args as DataplaneArgs;
 pub use vnet_dataplane::capture::pcapng::{
     Direction as CaptureDirection, PacketBlock, Pcapng, SNAP_BYTES_DEFAULT as CAPTURE_SNAP_BYTES_MAX,
+    STATISTICS_BYTES as CAPTURE_STATISTICS_BYTES,
 };
 pub use vnet_dataplane::config::{
     Config as DataplaneConfig, GATEWAY_MAC_DEFAULT, ListenAt, ListenConfig, MTU_BYTES_DEFAULT, MTU_BYTES_MAX,

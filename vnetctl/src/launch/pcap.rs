@@ -13,7 +13,7 @@ use nix::fcntl::{FcntlArg, OFlag, fcntl};
 #[derive(Debug, thiserror::Error)]
 pub enum PcapError {
     /// The system refuses it.
-    #[error("cannot be opened: {0}{}", remedy(.0))]
+    #[error("cannot be opened: {}{}", .0, remedy(.0))]
     Open(#[source] io::Error),
     /// It is a terminal.
     #[error("is a terminal, which a capture would garble (name a file, or pipe it to tshark -r -)")]
@@ -34,22 +34,15 @@ fn remedy(error: &io::Error) -> &'static str {
     }
 }
 
-/// Opens it, emptied; for its owner alone where it is new. A named pipe is waited for until somebody reads it, and
-/// `waiting` is called once before. `has_stdio` says that a guest is on standard input and output. Cancel safe.
+/// Opens it, emptied; for its owner alone where it is new. Nothing is made where a symbolic link leads, only opened. A
+/// named pipe is waited for until somebody reads it, and `waiting` is called once before. `has_stdio` says that a guest is on standard input and output. Cancel safe.
 ///
 /// # Errors
 /// [`PcapError`].
 pub async fn open_pcap(path: &Path, has_stdio: bool, waiting: impl FnOnce()) -> Result<OwnedFd, PcapError> {
     let mut waiting = Some(waiting);
-    // Not following a pipe into a wait that no signal ends.
-    let mut options = File::options();
-    options
-        .write(true)
-        .create(true)
-        .mode(0o600)
-        .custom_flags(OFlag::O_NONBLOCK.bits() | OFlag::O_NOCTTY.bits());
     let file = loop {
-        match options.open(path) {
+        match open(path) {
             Ok(file) => break file,
             Err(error) if error.raw_os_error() == Some(libc::ENXIO) && is_pipe(path) => {
                 if let Some(waiting) = waiting.take() {
@@ -85,6 +78,26 @@ pub async fn open_pcap(path: &Path, has_stdio: bool, waiting: impl FnOnce()) -> 
     let flags = OFlag::from_bits_retain(fcntl(&file, FcntlArg::F_GETFL).map_err(system)?);
     fcntl(&file, FcntlArg::F_SETFL(flags - OFlag::O_NONBLOCK)).map_err(system)?;
     Ok(file.into())
+}
+
+fn open(path: &Path) -> io::Result<File> {
+    // Not following a pipe into a wait that no signal ends.
+    let flags = OFlag::O_NONBLOCK | OFlag::O_NOCTTY;
+    // Whoever can put a link there is not to choose where a file comes to be. `create` also where there is one: the
+    // kernel then refuses files that others have put into a directory of everybody's.
+    let made = File::options()
+        .write(true)
+        .create(true)
+        .mode(0o600)
+        .custom_flags((flags | OFlag::O_NOFOLLOW).bits())
+        .open(path);
+    match made {
+        // A link, as /dev/stdout is one.
+        Err(error) if error.raw_os_error() == Some(libc::ELOOP) => {
+            File::options().write(true).custom_flags(flags.bits()).open(path)
+        }
+        made => made,
+    }
 }
 
 fn is_pipe(path: &Path) -> bool {
@@ -125,6 +138,24 @@ mod tests {
         open_pcap(&path, true, || unreachable!()).await.unwrap();
         assert_eq!(path.metadata().unwrap().len(), 0);
         std::fs::remove_file(path).unwrap();
+    }
+
+    #[tokio::test]
+    async fn a_link_is_followed_to_what_is_there_and_nothing_is_made_where_it_leads() {
+        let [link, target] = ["link", "target"].map(path);
+        std::os::unix::fs::symlink(&target, &link).unwrap();
+        let refused = open_pcap(&link, false, || unreachable!()).await.unwrap_err();
+        assert!(
+            matches!(&refused, PcapError::Open(error) if error.kind() == io::ErrorKind::NotFound),
+            "{refused:?}"
+        );
+        assert!(!target.exists());
+        std::fs::write(&target, "of the last time").unwrap();
+        open_pcap(&link, false, || unreachable!()).await.unwrap();
+        assert_eq!(target.metadata().unwrap().len(), 0);
+        for path in [link, target] {
+            std::fs::remove_file(path).unwrap();
+        }
     }
 
     #[tokio::test]

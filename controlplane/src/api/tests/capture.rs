@@ -197,19 +197,27 @@ async fn only_who_was_asked_may_send_and_only_what_is_small_enough() {
     let (_, sending) = send(&served, "api", vec![7; 16]).await;
     assert_eq!(sending.await.unwrap().unwrap_err().code(), Code::Unimplemented);
 
-    let asking = ask(&served, of_web()).await;
-    let start = dataplane.begins(None).await;
-    let mut stream = asking.await.unwrap().unwrap().into_inner();
-    let (messages, sending) = send(&served, "session", start.token).await;
-    messages.send(packets(2_000)).await.unwrap();
-    assert_eq!(sending.await.unwrap().unwrap_err().code(), Code::InvalidArgument);
-    let ended = loop {
-        match message(&mut stream).await {
-            Ok(next) => assert!(next.unwrap().packets.is_empty()),
-            Err(status) => break status,
-        }
+    let too_many = v1::SendCaptureRequest {
+        packets: vec![v1::CapturedPacket::default(); 4_097],
+        ..Default::default()
     };
-    assert_eq!(ended.code(), Code::Unavailable);
+    for too_much in [packets(2_000), too_many] {
+        let asking = ask(&served, of_web()).await;
+        let start = dataplane.begins(None).await;
+        let mut stream = asking.await.unwrap().unwrap().into_inner();
+        let (messages, sending) = send(&served, "session", start.token).await;
+        messages.send(too_much).await.unwrap();
+        assert_eq!(sending.await.unwrap().unwrap_err().code(), Code::InvalidArgument);
+        let ended = loop {
+            match message(&mut stream).await {
+                Ok(next) => assert!(next.unwrap().packets.is_empty()),
+                Err(status) => break status,
+            }
+        };
+        assert_eq!(ended.code(), Code::Unavailable);
+        drop(stream);
+        assert!(matches!(dataplane.command().await.1, Command::StopCapture(_)));
+    }
 }
 
 #[tokio::test]
