@@ -390,7 +390,7 @@ impl Driver {
                 return Ok(());
             };
             if CAPTURED {
-                let dropped = self.taps.from_guest(at_ns, frame);
+                let dropped = self.taps.show_sent(at_ns, frame);
                 self.engine.capture_dropped += dropped;
                 self.network.metrics().capture_dropped.add(dropped);
             }
@@ -637,7 +637,7 @@ impl Driver {
         let retry = self.link.retry_after_ms().is_some();
         if (self.link_writable || retry) && !self.engine.transmit.is_empty() {
             if self.taps.are_open() {
-                let dropped = self.taps.to_guest(now_ns(), &mut self.engine.transmit);
+                let dropped = self.taps.show_queued(now_ns(), &mut self.engine.transmit);
                 self.engine.capture_dropped += dropped;
                 self.network.metrics().capture_dropped.add(dropped);
             }

@@ -3,6 +3,7 @@
 
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::Path;
+use std::time::{Duration, Instant};
 
 use nix::sys::signal::Signal;
 use vnet_tests::{Running, World, eventually, http, staged};
@@ -34,7 +35,7 @@ fn tshark(world: &World, file: &Path, words: &[&str]) -> String {
 fn a_file_of_gvproxy_shows_what_its_guest_said_and_heard() {
     staged(a_file_of_gvproxy_shows_what_its_guest_said_and_heard, |world| {
         let _server = http(world.internet(), "203.0.113.10:80");
-        let [socket, file] = ["qemu.sock", "all.pcapng"].map(|name| world.runtime_dir().join(name));
+        let [socket, file] = ["web.sock", "all.pcapng"].map(|name| world.runtime_dir().join(name));
         let gvproxy = Running::start(world.gvproxy(&[
             "-listen-qemu",
             &format!("unix://{}", socket.display()),
@@ -43,7 +44,7 @@ fn a_file_of_gvproxy_shows_what_its_guest_said_and_heard() {
         ]));
         eventually("its socket is there", || socket.exists());
         assert_eq!(file.metadata().unwrap().permissions().mode() & 0o777, 0o600);
-        let script = "getent hosts gateway.containers.internal; curl -sS http://203.0.113.10/";
+        let script = "dig +short @192.168.127.1 gateway.containers.internal; curl -sS http://203.0.113.10/";
         let fetched = guest(world, &socket, &["sh", "-c", script]).wait();
         assert!(fetched.stdout.contains("this is 203.0.113.10:80"), "{fetched:?}");
         // What there is can be read while it grows, a second behind at most.
@@ -79,7 +80,7 @@ fn a_file_of_gvproxy_shows_what_its_guest_said_and_heard() {
         );
         assert_ne!(directions[0], directions[1], "out and in: {directions:?}");
         let named = lines("http.request", "frame.interface_name");
-        assert_eq!(named, ["qemu"], "the VM's name");
+        assert_eq!(named, ["web"], "the VM's name");
         // Nanoseconds since 1970, of today.
         let time = lines("http.request", "frame.time_epoch").remove(0);
         let (seconds, nanoseconds) = time.split_once('.').unwrap();
@@ -125,6 +126,74 @@ fn a_capture_that_nobody_reads_any_more_ends_and_the_network_goes_on() {
 }
 
 #[test]
+fn a_capture_ends_with_its_limit_and_the_network_goes_on() {
+    const LIMIT: u64 = 20_000;
+    staged(a_capture_ends_with_its_limit_and_the_network_goes_on, |world| {
+        let _server = http(world.internet(), "203.0.113.10:80");
+        let file = world.work().join("small.pcapng");
+        let (mut up, socket) = world.up(&["--pcap", &file.display().to_string(), "--pcap-limit", "20kB"]);
+        let script =
+            "ping -c 30 -i 0.01 -s 1000 -W 5 192.168.127.1 > /dev/null; curl -sS http://203.0.113.10/";
+        let fetched = guest(world, Path::new(&socket), &["sh", "-c", script]).wait();
+        assert_eq!(fetched.stdout, "this is 203.0.113.10:80 at /\n", "{fetched:?}");
+        up.complains("its file is as large as it may be");
+        let length = file.metadata().unwrap().len();
+        assert!((LIMIT - 1_500..=LIMIT).contains(&length), "{length}");
+        assert_ne!(tshark(world, &file, &["-Y", "icmp"]), "");
+        up.signal(Signal::SIGTERM);
+        assert_eq!(up.wait().code, 0);
+    });
+}
+
+#[test]
+fn readers_that_hang_cost_packets_and_delay_neither_guest_nor_signal() {
+    staged(
+        readers_that_hang_cost_packets_and_delay_neither_guest_nor_signal,
+        |world| {
+            let _sink = vnet_tests::tcp(world.internet(), "203.0.113.10:9", |mut stream, _| {
+                let _ = std::io::copy(&mut stream, &mut std::io::sink());
+            });
+            let [all, live] = ["all", "live"].map(|name| world.work().join(name));
+            let mut hang = Vec::new();
+            for pipe in [&all, &live] {
+                nix::unistd::mkfifo(pipe, nix::sys::stat::Mode::from_bits_retain(0o600)).unwrap();
+                let mut reader = world.program("sh");
+                reader.args(["-c", "exec sleep 100 < $0"]).arg(pipe);
+                hang.push(Running::start(reader));
+            }
+            let (up, socket) = world.up(&["--pcap", &all.display().to_string()]);
+            let go = world.work().join("go");
+            nix::unistd::mkfifo(&go, nix::sys::stat::Mode::from_bits_retain(0o600)).unwrap();
+            let script = "ping -c 1 -W 5 192.168.127.1; read go < go; \
+                          head -c 30000000 /dev/zero | socat -u - tcp:203.0.113.10:9; echo sent; exec sleep 60";
+            let mut guest = guest(world, Path::new(&socket), &["sh", "-c", script]);
+            eventually("the guest is there", || !world.list(&["vm", "list"]).is_empty());
+            let capture =
+                Running::start(world.command(&["capture", "web", "-w", &live.display().to_string()]));
+            let counter = |name: &str| {
+                let vm = world.json(&["vm", "show", "web"]);
+                vm["counters"][name]
+                    .as_str()
+                    .map_or(0, |count| count.parse().unwrap())
+            };
+            std::fs::write(&go, "go\n").unwrap();
+            guest.prints("sent");
+            eventually("what is lost is counted", || counter("capture_dropped") > 1_000);
+
+            capture.signal(Signal::SIGINT);
+            let began = Instant::now();
+            let ended = capture.wait();
+            assert!(began.elapsed() < Duration::from_secs(5), "{ended:?}");
+            assert!(ended.stderr.contains("takes no more"), "{ended:?}");
+            let began = Instant::now();
+            up.signal(Signal::SIGTERM);
+            assert_eq!(up.wait().code, 0);
+            assert!(began.elapsed() < Duration::from_secs(5));
+        },
+    );
+}
+
+#[test]
 fn a_live_capture_has_what_its_filter_wants_and_nothing_else() {
     staged(
         a_live_capture_has_what_its_filter_wants_and_nothing_else,
@@ -132,7 +201,7 @@ fn a_live_capture_has_what_its_filter_wants_and_nothing_else() {
             let _server = http(world.internet(), "203.0.113.10:80");
             let (up, socket) = world.up(&[]);
             // It is there, and says so, before it is captured.
-            let script = "ping -c 1 -W 5 192.168.127.1; read go < go; getent hosts gateway.containers.internal; \
+            let script = "ping -c 1 -W 5 192.168.127.1; read go < go; dig +short @192.168.127.1 gateway.containers.internal; \
                       curl -sS http://203.0.113.10/; sleep 60";
             let go = world.work().join("go");
             nix::unistd::mkfifo(&go, nix::sys::stat::Mode::from_bits_retain(0o600)).unwrap();

@@ -227,8 +227,8 @@ mod tests {
         let path = std::env::temp_dir().join(format!("vnet-capture{}-whole", std::process::id()));
         let file = CaptureFile::start(File::create(&path).unwrap(), None).unwrap();
         let (web, db) = (taps(&file, "web"), taps(&file, "db"));
-        web.from_guest(1, b"a frame of web");
-        db.from_guest(2, b"a frame of db");
+        web.show_sent(1, b"a frame of web");
+        db.show_sent(2, b"a frame of db");
         until("both are in the file at once", || {
             blocks(&std::fs::read(&path).unwrap())
                 .iter()
@@ -236,7 +236,7 @@ mod tests {
                 .count()
                 == 2
         });
-        web.from_guest(3, b"the last");
+        web.show_sent(3, b"the last");
         file.finish().await;
 
         let blocks = blocks(&std::fs::read(&path).unwrap());
@@ -259,7 +259,7 @@ mod tests {
         let mut dropped = 0;
         let frame = [7; 1_500];
         for _ in 0..2 * QUEUED_FRAMES_MAX {
-            dropped += web.from_guest(1, &frame);
+            dropped += web.show_sent(1, &frame);
         }
         assert!(dropped > 0);
         assert_eq!(file.capture().interfaces_from(0)[0].counts().1, dropped);
@@ -267,7 +267,7 @@ mod tests {
         reader.read_exact(&mut read).unwrap();
         drop(reader);
         until("it ends", || file.capture().end().is_some());
-        assert_eq!(web.from_guest(1, &frame), 0, "it is not counted as lost any more");
+        assert_eq!(web.show_sent(1, &frame), 0, "it is not counted as lost any more");
         let begun = Instant::now();
         file.finish().await;
         assert!(begun.elapsed() < PATIENCE);
@@ -281,7 +281,7 @@ mod tests {
             let (web, _db) = (taps(&file, "web"), taps(&file, "db"));
             let frames = bytes_max as usize / 100;
             for _ in 0..frames {
-                web.from_guest(1, &[7; 100]);
+                web.show_sent(1, &[7; 100]);
             }
             until("it ends", || file.capture().end().is_some());
             file.finish().await;
@@ -299,11 +299,10 @@ mod tests {
         std::fs::remove_file(path).unwrap();
     }
 
+    #[cfg(target_os = "linux")]
     #[tokio::test]
     async fn a_full_disk_ends_the_capture_alone() {
-        let Ok(full) = File::options().write(true).open("/dev/full") else {
-            return;
-        };
+        let full = File::options().write(true).open("/dev/full").unwrap();
         let file = CaptureFile::start(full, None).unwrap();
         until("it ends", || file.capture().end().is_some());
         file.finish().await;

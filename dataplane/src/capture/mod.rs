@@ -1,9 +1,9 @@
 //! Captures: copies of frames for people to look at, through a bounded queue that never makes a guest wait.
 //!
-//! A guest's driver has a [`Tap`] for each capture that looks at its guest ([`tap`]); what the capture wants is
-//! copied into the capture's queue, and what finds it full is dropped and counted. Somebody else takes it out: the
-//! thread that writes the file of `--pcap-fd` ([`file`]), or a task that sends it to the controlplane. Without a capture a driver asks once a batch whether there
-//! is one, and that is all that it costs.
+//! A guest's driver has a tap for each capture that looks at its guest; what the capture wants is copied into the
+//! capture's queue, and what finds it full is dropped and counted. Somebody else takes it out: the thread that writes
+//! the file of `--pcap-fd` ([`mod@file`]), or a task that sends it to the controlplane. Without a capture a driver asks
+//! once a batch whether there is one, and that is all that it costs.
 
 pub mod file;
 mod filter;

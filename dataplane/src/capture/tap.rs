@@ -69,12 +69,12 @@ impl Taps {
     }
 
     /// Shows a frame that was read from the guest. How many captures lost it.
-    pub(crate) fn from_guest(&self, at_ns: u64, frame: &[u8]) -> u64 {
+    pub(crate) fn show_sent(&self, at_ns: u64, frame: &[u8]) -> u64 {
         self.show(at_ns, Direction::Outbound, frame)
     }
 
     /// Shows the frames that were queued for the guest since the last time, each once. How many were lost.
-    pub(crate) fn to_guest(&self, at_ns: u64, queue: &mut Transmit) -> u64 {
+    pub(crate) fn show_queued(&self, at_ns: u64, queue: &mut Transmit) -> u64 {
         let mut dropped = 0;
         queue.see(|frame| dropped += self.show(at_ns, Direction::Inbound, frame));
         dropped
@@ -123,18 +123,18 @@ mod tests {
             assert!(queue.frame(b"before the capture"));
             assert!(taps.add(capture.tap("web").unwrap(), &mut queue));
             assert!(queue.frame(b"one") && queue.frame(b"two"));
-            assert_eq!(taps.to_guest(1, &mut queue), 0);
+            assert_eq!(taps.show_queued(1, &mut queue), 0);
             assert_eq!(taken(&capture), [b"one", b"two"]);
             // The link takes all of the first and a part of the second; the third comes meanwhile.
             queue.consume(prefix + 18 + 2);
             assert!(queue.frame(b"three"));
-            taps.to_guest(1, &mut queue);
+            taps.show_queued(1, &mut queue);
             assert_eq!(taken(&capture), [b"three"]);
-            taps.to_guest(1, &mut queue);
+            taps.show_queued(1, &mut queue);
             assert!(taken(&capture).is_empty());
             queue.consume(usize::MAX / 2);
             assert!(queue.is_empty() && queue.frame(b"four"));
-            taps.to_guest(1, &mut queue);
+            taps.show_queued(1, &mut queue);
             assert_eq!(taken(&capture), [b"four"]);
         }
     }
@@ -152,7 +152,7 @@ mod tests {
                 sent += 1;
             }
             if round % 3 == 0 {
-                taps.to_guest(1, &mut queue);
+                taps.show_queued(1, &mut queue);
                 let frames = taken(&capture);
                 seen.extend(
                     frames
@@ -162,7 +162,7 @@ mod tests {
                 queue.consume(PREFIX_BYTES + 2_500);
             }
         }
-        taps.to_guest(1, &mut queue);
+        taps.show_queued(1, &mut queue);
         seen.extend(
             taken(&capture)
                 .iter()
@@ -185,9 +185,9 @@ mod tests {
         captures[0].stop(CaptureEnd::Stopped);
         assert!(taps.add(last.tap("web").unwrap(), &mut queue), "one is over");
 
-        taps.from_guest(9, b"up");
+        taps.show_sent(9, b"up");
         assert!(queue.frame(b"down"));
-        taps.to_guest(9, &mut queue);
+        taps.show_queued(9, &mut queue);
         assert!(captures[0].take().is_none());
         let (up, down) = (last.take().unwrap(), last.take().unwrap());
         assert_eq!((up.direction, &*up.data), (Direction::Outbound, &b"up"[..]));

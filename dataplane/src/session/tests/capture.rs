@@ -93,7 +93,7 @@ async fn packets_are_sent_beside_the_session_until_they_are_not_wanted() {
         "at once, without packets"
     );
     let taps = taps(&dataplane, 0);
-    taps.from_guest(3_000_000_007, &[5; 60]);
+    taps.show_sent(3_000_000_007, &[5; 60]);
 
     let packets = message(&mut requests).await.packets;
     assert_eq!((packets.len(), &packets[0].data[..]), (1, &[5; 20][..]));
@@ -162,7 +162,7 @@ async fn it_ends_by_itself_with_its_limits_and_with_its_guest() {
         let mut captured = controlplane.capture().await;
         let taps = taps(&dataplane, place);
         for _ in 0..3 {
-            taps.from_guest(1, &[2; 60]);
+            taps.show_sent(1, &[2; 60]);
         }
         if expected == v1::CaptureEnd::VmGone {
             drop(taps);
