@@ -27,6 +27,7 @@ use crate::engine::tcp::DialError;
 use crate::engine::{Engine, Event, Outcome, Time};
 use crate::front::FrontMessage;
 use crate::inbox::Inbox;
+use crate::link::serve::Berth;
 use crate::link::{Filled, Link, LinkError};
 use crate::message::{ForwardId, Ingress, Input, Origin, Report, Router as _};
 use crate::network::Network;
@@ -46,6 +47,8 @@ const DATAGRAMS_A_TURN: usize = 64;
 const PASSED_A_TURN: usize = 512;
 /// Largest datagram, bytes.
 const DATAGRAM_BYTES_MAX: usize = 65_536;
+/// How long a link is waited for that is on its way already.
+const HAND_OVER: Duration = Duration::from_millis(10);
 /// Room that must be left towards the guest for the link to be read: answers must fit.
 const ROOM_TO_READ: usize = 192 << 10;
 
@@ -53,10 +56,16 @@ const ROOM_TO_READ: usize = 192 << 10;
 pub(crate) struct Driver {
     vm: VmId,
     poll: Poll,
-    link: Link,
+    waker: Arc<Waker>,
+    /// None while the guest's hypervisor is away.
+    link: Option<Link>,
     link_readable: bool,
     link_writable: bool,
     link_asked: Time,
+    /// Where another link may come from.
+    berth: Option<Berth>,
+    /// For how long it is waited for.
+    away_until: Time,
     engine: Engine,
     sockets: Sockets,
     forwards: HashMap<ForwardId, ForwardSocket>,
@@ -93,6 +102,8 @@ pub(crate) struct DriverParts {
     pub vm: VmId,
     /// Its link.
     pub link: Link,
+    /// Where another may come from when it is gone, if it may.
+    pub berth: Option<Berth>,
     /// Its engine.
     pub engine: Engine,
     /// From the rest of the dataplane.
@@ -128,10 +139,13 @@ impl Driver {
         let driver = Self {
             vm: parts.vm,
             poll,
-            link,
+            waker: Arc::clone(&waker),
+            link: Some(link),
             link_readable: true,
             link_writable: true,
             link_asked: Time::ZERO,
+            berth: parts.berth,
+            away_until: Time::ZERO,
             engine,
             sockets: Sockets::default(),
             forwards: HashMap::default(),
@@ -150,7 +164,7 @@ impl Driver {
         Ok((driver, waker))
     }
 
-    /// Runs until the link ends or [`Input::Stop`].
+    /// Runs until the link ends and no other comes in time, or [`Input::Stop`].
     ///
     /// # Errors
     /// Why the link ended, if not by [`Input::Stop`].
@@ -177,19 +191,64 @@ impl Driver {
             for event in &events {
                 self.handle_ready(now, event);
             }
-            if self.take_inputs(now) {
+            if self.take_inputs(now)? {
                 return Ok(());
             }
+            self.wait_for_link(now)?;
             self.take_passed(now);
-            self.read_link(now)?;
+            self.read_link(now).or_else(|error| self.lose_link(now, error))?;
             self.engine.handle_timeout(now);
             self.read_datagrams(now);
             self.service(now);
             self.act_on_events(now);
             self.tell();
-            self.write_link()?;
+            self.write_link().or_else(|error| self.lose_link(now, error))?;
             self.check_alive(now)?;
         }
+    }
+
+    /// The link is over. If the other side closed it, and can come back, and had shown who it is, everything else
+    /// goes on without: the guest's flows wait for it.
+    fn lose_link(&mut self, now: Time, error: LinkError) -> Result<(), LinkError> {
+        let (LinkError::Closed, Some(mac)) = (&error, self.engine.spoken_mac()) else {
+            return Err(error);
+        };
+        if self.berth.is_none() {
+            return Err(error);
+        }
+        // Closed before anybody else can come.
+        self.link = None;
+        self.link_readable = false;
+        self.away_until = now + self.network.grace();
+        self.engine.handle_link_lost();
+        self.act_on_events(now);
+        self.tell();
+        if let Some(berth) = &self.berth {
+            berth.leave(self.vm, mac);
+        }
+        Ok(())
+    }
+
+    /// The guest's hypervisor is back.
+    fn take_link(&mut self, mut link: Link) -> Result<(), LinkError> {
+        link.register(self.poll.registry(), LINK, &self.waker)
+            .map_err(LinkError::Io)?;
+        self.network.metrics().links_back.increment();
+        self.engine.handle_link_back(link.framing());
+        self.link = Some(link);
+        (self.link_readable, self.link_writable) = (true, true);
+        Ok(())
+    }
+
+    fn wait_for_link(&mut self, now: Time) -> Result<(), LinkError> {
+        if self.link.is_some() || now < self.away_until {
+            return Ok(());
+        }
+        if self.berth.as_ref().is_none_or(Berth::give_up) {
+            return Err(LinkError::Closed);
+        }
+        self.away_until = now + HAND_OVER;
+        Ok(())
     }
 
     fn timeout(&self) -> Option<Duration> {
@@ -204,11 +263,16 @@ impl Driver {
         let now = self.network.now();
         let mut until = self.engine.poll_timeout().map(|at| at.saturating_sub(now));
         let mut sooner = |wait: Duration| until = Some(until.map_or(wait, |u| u.min(wait)));
-        if let Some(retry) = self.link.retry_after_ms() {
-            sooner(Duration::from_millis(retry));
-        }
-        if let Some(interval) = self.link.alive_interval() {
-            sooner(interval);
+        match &self.link {
+            Some(link) => {
+                if let Some(retry) = link.retry_after_ms() {
+                    sooner(Duration::from_millis(retry));
+                }
+                if let Some(interval) = link.alive_interval() {
+                    sooner(interval);
+                }
+            }
+            None => sooner(self.away_until.saturating_sub(now)),
         }
         // Round up: a wake-up before the deadline would find nothing due.
         until.map(|u| Duration::from_millis(u64::try_from(u.as_micros().div_ceil(1000)).unwrap_or(u64::MAX)))
@@ -224,7 +288,7 @@ impl Driver {
                 self.link_readable |= event.is_readable() || event.is_read_closed() || event.is_error();
                 self.link_writable |= event.is_writable();
             }
-            WAKE => self.link_readable |= self.link.has_news(),
+            WAKE => self.link_readable |= self.link.as_ref().is_some_and(Link::has_news),
             Token(token) if token >= FORWARDS => {
                 if let Some(forward) = self.forwards.get_mut(&forward_of(token)) {
                     forward.unread = true;
@@ -251,7 +315,7 @@ impl Driver {
     }
 
     /// Takes everything from the rest of the dataplane. True when it says stop.
-    fn take_inputs(&mut self, now: Time) -> bool {
+    fn take_inputs(&mut self, now: Time) -> Result<bool, LinkError> {
         while let Ok(input) = self.inputs.try_recv() {
             match input {
                 Input::Order(order) => self.engine.handle_order(now, order),
@@ -280,10 +344,11 @@ impl Driver {
                         tracing::debug!("one capture too many of this guest");
                     }
                 }
-                Input::Stop => return true,
+                Input::Link(link) => self.take_link(*link)?,
+                Input::Stop => return Ok(true),
             }
         }
-        false
+        Ok(false)
     }
 
     fn take_ingress(&mut self, now: Time, ingress: Ingress) {
@@ -363,12 +428,13 @@ impl Driver {
     fn read_link(&mut self, now: Time) -> Result<(), LinkError> {
         let mut reads = 0;
         while self.link_readable && reads < READS_A_TURN && self.may_read() {
+            let Some(link) = &mut self.link else { return Ok(()) };
             reads += 1;
-            if self.link.fill()? == Filled::Nothing {
+            if link.fill()? == Filled::Nothing {
                 self.link_readable = false;
                 return Ok(());
             }
-            for (reason, count) in self.link.take_drops() {
+            for (reason, count) in link.take_drops() {
                 if count > 0 {
                     self.engine.count_drops(reason, count);
                 }
@@ -384,11 +450,9 @@ impl Driver {
 
     /// Hands what was read to the engine, frame by frame, and to captures where there are any.
     fn handle_frames<const CAPTURED: bool>(&mut self, now: Time) -> Result<(), LinkError> {
+        let Some(link) = &mut self.link else { return Ok(()) };
         let at_ns = if CAPTURED { now_ns() } else { 0 };
-        loop {
-            let Some(frame) = self.link.next_frame()? else {
-                return Ok(());
-            };
+        while let Some(frame) = link.next_frame()? {
             if CAPTURED {
                 let dropped = self.taps.show_sent(at_ns, frame);
                 self.engine.capture_dropped += dropped;
@@ -428,6 +492,7 @@ impl Driver {
                 }
             }
         }
+        Ok(())
     }
 
     /// Reads datagram sockets that have something, each for its turn.
@@ -634,24 +699,26 @@ impl Driver {
     }
 
     fn write_link(&mut self) -> Result<(), LinkError> {
-        let retry = self.link.retry_after_ms().is_some();
+        let Some(link) = &mut self.link else { return Ok(()) };
+        let retry = link.retry_after_ms().is_some();
         if (self.link_writable || retry) && !self.engine.transmit.is_empty() {
             if self.taps.are_open() {
                 let dropped = self.taps.show_queued(now_ns(), &mut self.engine.transmit);
                 self.engine.capture_dropped += dropped;
                 self.network.metrics().capture_dropped.add(dropped);
             }
-            self.link_writable = self.link.flush(&mut self.engine.transmit)?;
+            self.link_writable = link.flush(&mut self.engine.transmit)?;
         }
         Ok(())
     }
 
     fn check_alive(&mut self, now: Time) -> Result<(), LinkError> {
-        if let Some(interval) = self.link.alive_interval()
+        let Some(link) = &mut self.link else { return Ok(()) };
+        if let Some(interval) = link.alive_interval()
             && now >= self.link_asked + interval
         {
             self.link_asked = now;
-            if !self.link.is_alive() {
+            if !link.is_alive() {
                 return Err(LinkError::Closed);
             }
         }

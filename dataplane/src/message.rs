@@ -15,6 +15,7 @@ use vnet_proto::model::{
 };
 
 use crate::egress::stream::HostStream;
+use crate::link::Link;
 
 /// Bits of a [`MissId`] or [`FlowId`] that count within one guest; those above are its [`VmId`].
 pub const SEQUENCE_BITS: u32 = 40;
@@ -72,6 +73,11 @@ pub struct Forward {
     pub target: SocketAddr,
     /// The guest sees clients by their own addresses, where that can be, rather than as the gateway.
     pub keep_client: bool,
+    /// The VM that asked for it itself; empty: somebody else opened it. This and the next are the controlplane's, and
+    /// are kept for it.
+    pub asked_by: String,
+    /// The grant that it rests on; empty: none.
+    pub grant_id: String,
 }
 
 impl Forward {
@@ -457,6 +463,25 @@ pub struct Settings {
     pub judges_aliases: bool,
 }
 
+impl Settings {
+    /// Of a guest of which the session has said nothing yet.
+    pub fn unsaid(name: String, lookup_hold: Duration, hold: Duration) -> Self {
+        Self {
+            name,
+            switch_open: false,
+            forwards_closed: false,
+            synthetic_answers: false,
+            lookup_hold,
+            hold,
+            dns: DnsSettings::default(),
+            loss_grace: Duration::ZERO,
+            deny_ech: true,
+            deny_quic: false,
+            judges_aliases: false,
+        }
+    }
+}
+
 /// How a VM's lookups are answered and limited.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct DnsSettings {
@@ -619,6 +644,8 @@ pub enum Input {
     Turn(Turn),
     /// Show a capture this guest's frames from now on.
     Capture(crate::capture::Tap),
+    /// The guest's hypervisor is back, over this link; some of its frames may have been read already.
+    Link(Box<Link>),
     /// End the driver; its link closes.
     Stop,
 }

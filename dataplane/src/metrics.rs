@@ -247,6 +247,8 @@ labels! {
         Handshake = "handshake",
         /// Datagrams from a socket without an address to answer to.
         Unnamed = "unnamed",
+        /// It sent what is no frame before it was known whose it is.
+        Unknown = "unknown",
         /// The system had no descriptor, thread or memory for it.
         System = "system",
     }
@@ -314,6 +316,8 @@ metrics! {
     counter resolver_over_tcp: Counter = "vnet_dataplane_resolver_over_tcp_total", "Questions asked again over TCP.";
     by_cause resolver_faults: Family<ResolverFault> = "vnet_dataplane_resolver_faults_total", "Questions to upstream resolvers that went wrong.";
     by_cause link_refusals: Family<LinkRefusal> = "vnet_dataplane_link_refusals_total", "Those who came to a guest socket and were not let in.";
+    counter links_back: Counter = "vnet_dataplane_links_back_total", "Guests whose hypervisor's socket came back in time.";
+    counter links_given_up: Counter = "vnet_dataplane_links_given_up_total", "Guests whose hypervisor's socket did not come back in time.";
     by_cause forward_refusals: Family<ForwardRefusal> = "vnet_dataplane_forward_refusals_total", "Connections that forwards closed at once.";
 }
 

@@ -37,6 +37,7 @@ use crate::front::FrontSender;
 use crate::guards::Guards;
 use crate::inbox::Inbox;
 use crate::leases::{LeaseCounts, Leases};
+use crate::link::serve::Berth;
 use crate::link::{Link, LinkError};
 use crate::mac::Mac;
 use crate::message::{Input, Order, OwnPolicy, Report, Router, VmUp};
@@ -65,6 +66,8 @@ pub struct NetworkConfig {
     pub follow_search: Option<Arc<Mutex<ResolvConf>>>,
     /// How long a flow is held before a controlplane has said otherwise.
     pub hold: Duration,
+    /// How long a guest whose hypervisor closed its socket is kept, where it can come back.
+    pub grace: Duration,
     /// Flows of one guest at once.
     pub flows_max: usize,
     /// The host's descriptors, which guests share.
@@ -117,6 +120,8 @@ struct Guests {
     by_vm: HashMap<VmId, Guest>,
     by_mac: HashMap<Mac, VmId>,
     next: u32,
+    /// No more are let in.
+    stopped: bool,
 }
 
 struct Guest {
@@ -186,6 +191,28 @@ impl Network {
         &self.config.metrics
     }
 
+    /// How long a guest whose link is gone is kept.
+    pub(crate) fn grace(&self) -> Duration {
+        self.config.grace
+    }
+
+    /// Whether a guest that is there has this MAC address.
+    pub(crate) fn has_station(&self, mac: Mac) -> bool {
+        self.read_guests().by_mac.contains_key(&mac)
+    }
+
+    /// Whether a guest is under neither policy nor mode, so that all others reach it. Not known yet is no.
+    pub(crate) fn is_switch_open(&self, vm: VmId) -> bool {
+        let guests = self.read_guests();
+        let guest = guests.by_vm.get(&vm);
+        guest.is_some_and(|guest| guest.switch_open.load(Ordering::Relaxed))
+    }
+
+    /// Whether guests were told to end.
+    pub(crate) fn is_stopped(&self) -> bool {
+        self.read_guests().stopped
+    }
+
     /// Time since the process started, counting time suspended.
     pub fn now(&self) -> Time {
         clock::now()
@@ -197,17 +224,19 @@ impl Network {
     /// # Errors
     /// The system's: no thread, no poller.
     pub fn attach(self: &Arc<Self>, link: Link, spec: GuestSpec) -> io::Result<thread::JoinHandle<()>> {
-        self.attach_then(link, spec, || {})
+        self.attach_then(link, spec, None, || {})
     }
 
-    /// As [`Self::attach`]; `then` is called when the guest is gone.
+    /// As [`Self::attach`]. With a `berth`, a guest whose hypervisor closes the link is kept for a while, and may
+    /// come back over another. `then` is called when the guest is gone.
     ///
     /// # Errors
-    /// The system's: no thread, no poller.
+    /// The system's: no thread, no poller; and when guests were told to end.
     pub fn attach_then(
         self: &Arc<Self>,
         link: Link,
         spec: GuestSpec,
+        berth: Option<Berth>,
         then: impl FnOnce() + Send + 'static,
     ) -> io::Result<thread::JoinHandle<()>> {
         let vm = {
@@ -249,6 +278,7 @@ impl Network {
             engine,
             inputs: receiver,
             inbox: Arc::clone(&inbox),
+            berth,
             reports: self.reports.clone(),
             network: Arc::clone(self),
             tap: self.tap_of_file(&spec.name),
@@ -266,7 +296,13 @@ impl Network {
             switch_open: AtomicBool::new(false),
             name: spec.name.clone(),
         };
-        self.write_guests().by_vm.insert(vm, guest);
+        {
+            let mut guests = self.write_guests();
+            if guests.stopped {
+                return Err(io::Error::other("the dataplane is ending"));
+            }
+            guests.by_vm.insert(vm, guest);
+        }
         let name = spec.name.clone();
         let up = VmUp {
             vm,
@@ -404,8 +440,9 @@ impl Network {
         }
     }
 
-    /// Ends every guest.
+    /// Ends every guest, those included whose link is gone; no more are let in.
     pub fn stop(&self) {
+        self.write_guests().stopped = true;
         for vm in self.vms() {
             self.send(vm, Input::Stop);
         }
@@ -417,7 +454,7 @@ impl Network {
     /// # Errors
     /// Why it was not passed on, to one that should have had it.
     pub fn switch(&self, from: VmId, to: Mac, frame: &[u8]) -> Result<(), DropReason> {
-        let guests = self.guests.read().unwrap_or_else(PoisonError::into_inner);
+        let guests = self.read_guests();
         let pass = |guest: &Guest| {
             if !guest.switch_open.load(Ordering::Relaxed) {
                 return Err(DropReason::GuestToGuest);
@@ -450,7 +487,7 @@ impl Network {
     /// # Errors
     /// Why it was not taken.
     pub(crate) fn pass(&self, to: VmId, passed: Passed) -> Result<(), DropReason> {
-        let guests = self.guests.read().unwrap_or_else(PoisonError::into_inner);
+        let guests = self.read_guests();
         guests
             .by_vm
             .get(&to)
@@ -471,6 +508,10 @@ impl Network {
 
     fn lock_claims(&self) -> std::sync::MutexGuard<'_, Claims> {
         self.claims.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn read_guests(&self) -> std::sync::RwLockReadGuard<'_, Guests> {
+        self.guests.read().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn write_guests(&self) -> std::sync::RwLockWriteGuard<'_, Guests> {
@@ -560,7 +601,7 @@ impl Surroundings for Network {
             IpAddr::V4(v4) => self.lock_leases().holder(v4)?,
             IpAddr::V6(v6) => self.lock_claims().holder(v6)?,
         };
-        let guests = self.guests.read().unwrap_or_else(PoisonError::into_inner);
+        let guests = self.read_guests();
         let open = guests.by_vm.get(&vm)?.switch_open.load(Ordering::Relaxed);
         Some(Neighbour { vm, mac, open })
     }
@@ -601,7 +642,10 @@ impl Surroundings for Network {
             ("network_link_limit", links.of(LinkRefusal::Limit).get()),
             ("network_link_handshake", links.of(LinkRefusal::Handshake).get()),
             ("network_link_unnamed", links.of(LinkRefusal::Unnamed).get()),
+            ("network_link_unknown", links.of(LinkRefusal::Unknown).get()),
             ("network_link_system", links.of(LinkRefusal::System).get()),
+            ("network_link_back", metrics.links_back.get()),
+            ("network_link_given_up", metrics.links_given_up.get()),
             ("network_resolver_questions", metrics.resolver_questions.get()),
             ("network_resolver_over_tcp", metrics.resolver_over_tcp.get()),
             ("network_resolver_busy", faults.of(ResolverFault::Busy).get()),
@@ -619,7 +663,7 @@ impl Surroundings for Network {
 
 impl Router for Network {
     fn send(&self, vm: VmId, input: Input) -> bool {
-        let guests = self.guests.read().unwrap_or_else(PoisonError::into_inner);
+        let guests = self.read_guests();
         let Some(guest) = guests.by_vm.get(&vm) else {
             return false;
         };
@@ -775,11 +819,11 @@ pub(crate) mod tests {
 
     /// A network without guests, for tests.
     pub(crate) fn network(reports: Sender<Report>) -> Arc<Network> {
-        network_of(reports, 1500)
+        network_of(reports, 1500, Duration::ZERO)
     }
 
-    /// One with another MTU.
-    pub(crate) fn network_of(reports: Sender<Report>, mtu_bytes: u16) -> Arc<Network> {
+    /// One with another MTU, and another time for which a guest without a link is kept.
+    pub(crate) fn network_of(reports: Sender<Report>, mtu_bytes: u16, grace: Duration) -> Arc<Network> {
         let subnet: Ipv4Net = "192.168.127.0/29".parse().unwrap();
         let lease_time = Duration::from_secs(3600);
         let config = NetworkConfig {
@@ -799,6 +843,7 @@ pub(crate) mod tests {
             },
             follow_search: None,
             hold: Duration::from_secs(30),
+            grace,
             flows_max: 16,
             descriptors: Descriptors::new(1_024),
             metrics: Arc::default(),

@@ -31,6 +31,7 @@ use crate::guards::{Guards, HostAddresses, Watcher, follow};
 use crate::inherit;
 use crate::leases::{LEASE_TIME, LeaseConfig, Leases};
 use crate::link::Link;
+use crate::link::door::GRACE;
 use crate::link::listen::{RecordListener, SocketFile, StreamListener};
 use crate::link::packet::{PacketKind, PacketLink};
 use crate::link::stream::{StreamKind, StreamLink, StreamSocket};
@@ -451,6 +452,7 @@ fn make_network(
         },
         follow_search,
         hold: HOLD,
+        grace: GRACE,
         flows_max: FLOWS_MAX,
         descriptors,
         metrics,
@@ -525,6 +527,7 @@ fn open_listener(
                     let answers = Answers {
                         macs: config.vpnkit_macs.clone(),
                         mtu_bytes: config.network.mtu_bytes,
+                        ..Answers::default()
                     };
                     serve::vpnkit(network, stream, spec, answers)?;
                 }
@@ -581,7 +584,7 @@ fn open_links(
             let _ = gone.send(end);
         };
         network
-            .attach_then(link, guest_spec(vm), then)
+            .attach_then(link, guest_spec(vm), None, then)
             .map(drop)
             .map_err(RunError::System)
     };

@@ -74,6 +74,12 @@ fn names(world: &World) -> Vec<String> {
     let vms = world.list(&["vm", "list"]);
     let mut names: Vec<String> = vms
         .iter()
+        // Those that may come back are not there.
+        .filter(|vm| {
+            vm["state"]
+                .as_str()
+                .is_some_and(|state| state.ends_with("_ATTACHED"))
+        })
         .filter_map(|vm| Some(vm["name"].as_str()?.to_owned()))
         .collect();
     names.sort();

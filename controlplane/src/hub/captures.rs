@@ -92,7 +92,7 @@ impl Drop for Guard {
         // Nobody waits for the acknowledgement; a dataplane that is lost has stopped.
         let _ = self
             .hub
-            .read(|state, _| state.send_command(self.dataplane, |_| stop));
+            .read(|state, _| state.send_command(self.dataplane, None, |_| stop));
     }
 }
 

@@ -31,9 +31,9 @@ impl Hub {
     ) -> Result<v1::Ack, Refusal> {
         let wait = self.read(|state, _| {
             let number = state.fleet.dataplane_of_network(network)?;
-            state.send_command(number, make)
+            state.send_command(number, None, make)
         })?;
-        answered(wait).await
+        Self::acknowledged(wait).await
     }
 
     /// As [`Self::command`], to one dataplane.
@@ -41,7 +41,20 @@ impl Hub {
     /// # Errors
     /// [`Refusal`] if it is lost, refuses or does not answer.
     pub(super) async fn command_to(&self, number: DataplaneNo, command: Command) -> Result<v1::Ack, Refusal> {
-        answered(self.read(|state, _| state.send_command(number, |_| command))?).await
+        Self::acknowledged(self.read(|state, _| state.send_command(number, None, |_| command))?).await
+    }
+
+    /// Waits for what a dataplane says to a command.
+    pub(super) async fn acknowledged(
+        wait: oneshot::Receiver<Result<v1::Ack, Refusal>>,
+    ) -> Result<v1::Ack, Refusal> {
+        match tokio::time::timeout(COMMAND_WAIT, wait).await {
+            Ok(Ok(answer)) => answer,
+            Ok(Err(_)) => Err(Refusal::Unavailable(
+                "the dataplane was lost before it answered".to_owned(),
+            )),
+            Err(_) => Err(Refusal::Unavailable("the dataplane does not answer".to_owned())),
+        }
     }
 
     /// The forwards of a network, or of all.
@@ -121,17 +134,6 @@ impl Hub {
     }
 }
 
-/// Waits for the acknowledgement of a command.
-async fn answered(wait: oneshot::Receiver<Result<v1::Ack, Refusal>>) -> Result<v1::Ack, Refusal> {
-    match tokio::time::timeout(COMMAND_WAIT, wait).await {
-        Ok(Ok(answer)) => answer,
-        Ok(Err(_)) => Err(Refusal::Unavailable(
-            "the dataplane was lost before it answered".to_owned(),
-        )),
-        Err(_) => Err(Refusal::Unavailable("the dataplane does not answer".to_owned())),
-    }
-}
-
 impl State {
     fn networks<'a>(&'a self, network: &'a str) -> impl Iterator<Item = &'a crate::fleet::Dataplane> {
         let fits = move |d: &&crate::fleet::Dataplane| network.is_empty() || d.network == network;
@@ -152,6 +154,7 @@ impl State {
     pub(super) fn send_command(
         &mut self,
         number: DataplaneNo,
+        change: Option<u64>,
         make: impl FnOnce(&str) -> Command,
     ) -> Result<oneshot::Receiver<Result<v1::Ack, Refusal>>, Refusal> {
         let lost = || Refusal::Unavailable("the dataplane is lost".to_owned());
@@ -166,9 +169,15 @@ impl State {
             return Err(lost());
         }
         let (reply, wait) = oneshot::channel();
-        dataplane
-            .outstanding
-            .insert(id, Outstanding::Command { command, reply });
+        dataplane.outstanding.insert(
+            id,
+            Outstanding::Command {
+                command,
+                reply,
+                change,
+            },
+        );
+        self.wait_for_command(change, number);
         Ok(wait)
     }
 
@@ -205,7 +214,8 @@ impl State {
                 let forward = ack.forward.clone().unwrap_or(asked);
                 let text = format!("{} leads to {}", forward.listen, forward.target);
                 dataplane.forwards.retain(|f| !is(f, &forward));
-                dataplane.forwards.push(forward);
+                dataplane.forwards.push(forward.clone());
+                self.forward_opened(now, &forward);
                 text
             }
             Command::ExposeRange(_) => {
@@ -241,8 +251,9 @@ impl State {
             }
             Command::StartCapture(_) | Command::StopCapture(_) | Command::ReportVerdicts(_) => return,
         };
+        let network = self.fleet.dataplanes.get(&number).map(|d| d.network.clone());
         let event = v1::Event {
-            subject: dataplane.network.clone(),
+            subject: network.unwrap_or_default(),
             ..about(v1::EventKind::ForwardChanged, "", text)
         };
         self.event(now, event);

@@ -91,7 +91,7 @@ use crate::engine::tally::Tally;
 use crate::engine::timer::{Timer, Timers};
 use crate::engine::transmit::Transmit;
 use crate::mac::Mac;
-use crate::message::{DnsSettings, FlowEnd, Report, Settings};
+use crate::message::{FlowEnd, Report, Settings};
 
 /// Time since the engine started, on a clock that counts suspended time.
 pub type Time = Duration;
@@ -348,19 +348,7 @@ pub struct Engine {
 impl Engine {
     /// A guest that has said nothing yet.
     pub fn new(config: EngineConfig, surroundings: Arc<dyn Surroundings>, name: String) -> Self {
-        let settings = Settings {
-            name,
-            switch_open: false,
-            forwards_closed: false,
-            synthetic_answers: false,
-            lookup_hold: config.lookup_hold,
-            hold: config.hold,
-            dns: DnsSettings::default(),
-            loss_grace: Duration::ZERO,
-            deny_ech: true,
-            deny_quic: false,
-            judges_aliases: false,
-        };
+        let settings = Settings::unsaid(name, config.lookup_hold, config.hold);
         Self {
             transmit: Transmit::new(config.gateway_mac),
             events: VecDeque::new(),
@@ -494,9 +482,14 @@ impl Engine {
         }
     }
 
-    /// The guest's MAC address, once it has shown one.
+    /// The guest's MAC address: the one that it must have, or has shown.
     pub fn mac(&self) -> Option<Mac> {
         self.mac
+    }
+
+    /// The guest's MAC address, once it has spoken.
+    pub fn spoken_mac(&self) -> Option<Mac> {
+        self.mac.filter(|mac| *mac == self.transmit.guest)
     }
 
     /// Whether other guests' frames may come in.

@@ -61,6 +61,8 @@ pub struct Transmit {
     /// Where the frames begin that captures have not been shown; of no meaning while nothing is captured.
     seen: usize,
     framing: Framing,
+    /// There is no link, and no room.
+    closed: bool,
     /// Ethernet addresses put in front of every packet: to the guest, from the gateway.
     pub guest: Mac,
     gateway: Mac,
@@ -76,6 +78,7 @@ impl Transmit {
             end: 0,
             seen: 0,
             framing: Framing::Be32,
+            closed: false,
             guest: Mac::BROADCAST,
             gateway,
             identification: 0,
@@ -87,6 +90,20 @@ impl Transmit {
     pub fn set_framing(&mut self, framing: Framing) {
         self.clear();
         self.framing = framing;
+        self.closed = false;
+    }
+
+    /// The link is gone: forgets what was queued, and has no room until there is another
+    /// ([`Self::set_framing`]). So TCP waits, rather than sends and loses; it repeats what was lost as soon as it may
+    /// send again.
+    pub fn close(&mut self) {
+        self.clear();
+        self.closed = true;
+    }
+
+    /// Whether there is no link.
+    pub fn is_closed(&self) -> bool {
+        self.closed
     }
 
     /// The longest frame that can be queued, bytes.
@@ -96,7 +113,7 @@ impl Transmit {
 
     /// Whether a packet of so many bytes (without its Ethernet header) fits.
     pub fn has_room(&self, packet_bytes: usize) -> bool {
-        self.buffer.len() - self.end >= PREFIX_BYTES + ETHERNET_BYTES + packet_bytes
+        !self.closed && self.buffer.len() - self.end >= PREFIX_BYTES + ETHERNET_BYTES + packet_bytes
     }
 
     /// Queues a packet to the guest's own MAC, written in place by `fill`. `None` when there is no room.
@@ -174,7 +191,7 @@ impl Transmit {
         let next = self
             .end
             .checked_add(N + frame_bytes)
-            .filter(|n| *n <= self.buffer.len())?;
+            .filter(|n| !self.closed && *n <= self.buffer.len())?;
         let (prefix, room) = self.buffer[self.end..next].split_first_chunk_mut()?;
         *prefix = length;
         self.end = next;

@@ -1,6 +1,8 @@
 //! Guests that come by every kind of link to a real network: what they are answered, what of theirs is dropped
 //! and counted, and that none keeps another from its answers.
 
+mod grace;
+
 use std::io::{Read as _, Write as _};
 use std::net::Ipv4Addr;
 use std::os::unix::net::{UnixDatagram, UnixStream};
@@ -40,6 +42,11 @@ impl Rig {
     }
 
     fn with_mtu(name: &str, mtu_bytes: u16) -> Self {
+        Self::with(name, mtu_bytes, Duration::ZERO)
+    }
+
+    /// Guests without a link are kept so long, where they can come back.
+    fn with(name: &str, mtu_bytes: u16, grace: Duration) -> Self {
         let directory = std::env::temp_dir().join(format!("vnet-link{}-{name}", std::process::id()));
         let _ = std::fs::remove_dir_all(&directory);
         std::fs::create_dir_all(&directory).unwrap();
@@ -47,7 +54,7 @@ impl Rig {
         let (reports, receiver) = mpsc::channel(4_096);
         let network = {
             let _context = runtime.enter();
-            network_of(reports, mtu_bytes)
+            network_of(reports, mtu_bytes, grace)
         };
         Self {
             network,
@@ -82,7 +89,7 @@ impl Rig {
     }
 
     /// The next report of which `pick` makes something.
-    fn report<T>(&mut self, pick: impl Fn(Report) -> Option<T>) -> T {
+    fn report<T>(&mut self, mut pick: impl FnMut(Report) -> Option<T>) -> T {
         let until = Instant::now() + PATIENCE;
         loop {
             match self.reports.try_recv() {
@@ -628,6 +635,7 @@ fn vpnkit_guests_come_and_go_and_a_bad_handshake_delays_nobody() {
     let answers = Answers {
         macs: [(uuid.to_owned(), Mac([2, 0, 0, 0, 0, 2]))].into(),
         mtu_bytes: 1500,
+        ..Answers::default()
     };
     serve::vpnkit(&rig.network, listener, spec(), answers).unwrap();
     let path = rig.path("s");
