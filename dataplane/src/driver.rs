@@ -17,6 +17,8 @@ use mio::{Events, Interest, Poll, Token, Waker};
 use tokio::sync::mpsc::Sender;
 use vnet_proto::model::{Protocol, VmId};
 
+use crate::capture::tap::now_ns;
+use crate::capture::{Tap, Taps};
 use crate::descriptors::Descriptor;
 use crate::egress::sockets::{HostSocket, Sockets};
 use crate::engine::frame::DropReason;
@@ -79,6 +81,8 @@ pub(crate) struct Driver {
     blocked: Vec<usize>,
     /// Datagram sockets that have more than their turn took.
     unread: Vec<usize>,
+    /// What captures this guest.
+    taps: Taps,
     scratch: Box<[u8]>,
 }
 
@@ -110,6 +114,8 @@ pub(crate) struct DriverParts {
     pub reports: Sender<Report>,
     /// What guests share.
     pub network: Arc<Network>,
+    /// Captures this guest from its first frame on.
+    pub tap: Option<Tap>,
     /// Asks an upstream; the answer comes as [`Input::Resolved`].
     pub resolver: Ask,
 }
@@ -126,6 +132,10 @@ impl Driver {
         link.register(poll.registry(), LINK, &waker)?;
         let mut engine = parts.engine;
         engine.transmit.set_framing(link.framing());
+        let mut taps = Taps::default();
+        if let Some(tap) = parts.tap {
+            taps.add(tap, &mut engine.transmit);
+        }
         let driver = Self {
             vm: parts.vm,
             poll,
@@ -148,6 +158,7 @@ impl Driver {
             dirty: Vec::new(),
             blocked: Vec::new(),
             unread: Vec::new(),
+            taps,
             scratch: vec![0; DATAGRAM_BYTES_MAX].into_boxed_slice(),
         };
         Ok((driver, waker))
@@ -327,6 +338,12 @@ impl Driver {
                 Input::MakeWay(count) => self.engine.make_way(now, count),
                 Input::Turn(turn) => self.outlet.take(turn),
                 Input::GuestGone(vm) => self.engine.handle_guest_gone(now, vm),
+                Input::Capture(tap) => {
+                    if !self.taps.add(tap, &mut self.engine.transmit) {
+                        // Who keeps count of captures hands over no more than there may be.
+                        tracing::debug!("one capture too many of this guest");
+                    }
+                }
                 Input::Link(link) => self.take_link(*link)?,
                 Input::Stop => return Ok(true),
             }
@@ -422,38 +439,55 @@ impl Driver {
                     self.engine.count_drops(reason, count);
                 }
             }
-            while let Some(frame) = link.next_frame()? {
-                let io = &mut FrameIo {
-                    poll: &self.poll,
-                    sockets: &mut self.sockets,
-                    forwards: &self.forwards,
-                    network: &self.network,
-                };
-                let mut outcome = self.engine.handle_frame(now, frame);
-                if let Outcome::Switch(to) = outcome {
-                    outcome = match self.network.switch(self.vm, to, frame) {
-                        Ok(()) => Outcome::Done,
-                        Err(DropReason::GuestToGuest) => self.engine.handle_unswitched(now, frame),
-                        Err(reason) => {
-                            self.engine.count_drop(reason);
-                            Outcome::Done
-                        }
-                    };
-                }
-                match outcome {
-                    Outcome::Done | Outcome::Switch(_) => {}
-                    Outcome::Datagram { flow, payload } => io.send(now, &mut self.engine, flow, payload),
-                    Outcome::Echo { flow, message } => io.send(now, &mut self.engine, flow, message),
-                    Outcome::Datagrams { flow, payloads } => {
-                        for payload in &payloads {
-                            io.send(now, &mut self.engine, flow, payload);
-                        }
+            if self.taps.are_open() {
+                self.handle_frames::<true>(now)?;
+            } else {
+                self.handle_frames::<false>(now)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Hands what was read to the engine, frame by frame, and to captures where there are any.
+    fn handle_frames<const CAPTURED: bool>(&mut self, now: Time) -> Result<(), LinkError> {
+        let Some(link) = &mut self.link else { return Ok(()) };
+        let at_ns = if CAPTURED { now_ns() } else { 0 };
+        while let Some(frame) = link.next_frame()? {
+            if CAPTURED {
+                let dropped = self.taps.show_sent(at_ns, frame);
+                self.engine.capture_dropped += dropped;
+                self.network.metrics().capture_dropped.add(dropped);
+            }
+            let io = &mut FrameIo {
+                poll: &self.poll,
+                sockets: &mut self.sockets,
+                forwards: &self.forwards,
+                network: &self.network,
+            };
+            let mut outcome = self.engine.handle_frame(now, frame);
+            if let Outcome::Switch(to) = outcome {
+                outcome = match self.network.switch(self.vm, to, frame) {
+                    Ok(()) => Outcome::Done,
+                    Err(DropReason::GuestToGuest) => self.engine.handle_unswitched(now, frame),
+                    Err(reason) => {
+                        self.engine.count_drop(reason);
+                        Outcome::Done
                     }
-                    Outcome::Pass { flow, packet } => drop(io.pass(now, &mut self.engine, flow, packet)),
-                    Outcome::Assembled { flow, payload } => {
-                        if !io.pass(now, &mut self.engine, flow, &payload) {
-                            io.send(now, &mut self.engine, flow, &payload);
-                        }
+                };
+            }
+            match outcome {
+                Outcome::Done | Outcome::Switch(_) => {}
+                Outcome::Datagram { flow, payload } => io.send(now, &mut self.engine, flow, payload),
+                Outcome::Echo { flow, message } => io.send(now, &mut self.engine, flow, message),
+                Outcome::Datagrams { flow, payloads } => {
+                    for payload in &payloads {
+                        io.send(now, &mut self.engine, flow, payload);
+                    }
+                }
+                Outcome::Pass { flow, packet } => drop(io.pass(now, &mut self.engine, flow, packet)),
+                Outcome::Assembled { flow, payload } => {
+                    if !io.pass(now, &mut self.engine, flow, &payload) {
+                        io.send(now, &mut self.engine, flow, &payload);
                     }
                 }
             }
@@ -668,6 +702,11 @@ impl Driver {
         let Some(link) = &mut self.link else { return Ok(()) };
         let retry = link.retry_after_ms().is_some();
         if (self.link_writable || retry) && !self.engine.transmit.is_empty() {
+            if self.taps.are_open() {
+                let dropped = self.taps.show_queued(now_ns(), &mut self.engine.transmit);
+                self.engine.capture_dropped += dropped;
+                self.network.metrics().capture_dropped.add(dropped);
+            }
             self.link_writable = link.flush(&mut self.engine.transmit)?;
         }
         Ok(())

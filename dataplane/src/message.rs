@@ -642,6 +642,8 @@ pub enum Input {
     GuestGone(VmId),
     /// The session's queue has the place that this guest waits for.
     Turn(Turn),
+    /// Show a capture this guest's frames from now on.
+    Capture(crate::capture::Tap),
     /// The guest's hypervisor is back, over this link; some of its frames may have been read already.
     Link(Box<Link>),
     /// End the driver; its link closes.

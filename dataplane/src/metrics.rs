@@ -304,6 +304,7 @@ metrics! {
     gauge host_addresses: Gauge = "vnet_dataplane_host_addresses", "Addresses that the host owns, loopback aside.";
     counter guard_changes: Counter = "vnet_dataplane_guard_changes_total", "Changes of guarded addresses, each of which voids cached verdicts.";
     gauge forwards_open: Gauge = "vnet_dataplane_forwards_open", "Forwards that listen.";
+    counter capture_dropped: Counter = "vnet_dataplane_capture_dropped_total", "Frames that captures lost, as they were not taken out in time.";
     counter forward_connections: Counter = "vnet_dataplane_forward_connections_total", "Connections that forwards handed to guests.";
     counter tunnels: Counter = "vnet_dataplane_tunnels_total", "Connections that tunnels handed to guests.";
     by_cause tunnel_refusals: Family<TunnelRefusal> = "vnet_dataplane_tunnel_refusals_total", "Tunnels that were not opened.";

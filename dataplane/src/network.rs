@@ -15,6 +15,9 @@ use mio::Waker;
 use tokio::sync::mpsc::Sender;
 use vnet_proto::model::{GuardSet, Protocol, VmId};
 
+use crate::capture::{
+    CAPTURES_PER_GUEST_MAX, CAPTURES_PER_NETWORK_MAX, Capture, CaptureSpec, INTERFACES_MAX, Tap,
+};
 use crate::claims::Claims;
 use crate::clock;
 use crate::descriptors::Descriptors;
@@ -107,6 +110,9 @@ pub struct Network {
     reports: Sender<Report>,
     forwards: std::sync::OnceLock<Forwards>,
     front: std::sync::OnceLock<FrontSender>,
+    capture_file: std::sync::OnceLock<Arc<Capture>>,
+    /// Captures of one guest each.
+    captures: Mutex<Vec<(VmId, Arc<Capture>)>>,
 }
 
 #[derive(Default)]
@@ -125,6 +131,8 @@ struct Guest {
     waker: Arc<Waker>,
     inbox: Arc<Inbox>,
     switch_open: AtomicBool,
+    /// As it attached.
+    name: String,
 }
 
 impl Network {
@@ -150,6 +158,8 @@ impl Network {
             reports,
             forwards: std::sync::OnceLock::new(),
             front: std::sync::OnceLock::new(),
+            capture_file: std::sync::OnceLock::new(),
+            captures: Mutex::default(),
         })
     }
 
@@ -157,6 +167,12 @@ impl Network {
     pub fn set_forwards(&self, forwards: Forwards) {
         // A second call would be a mistake at start; the first stays.
         let _ = self.forwards.set(forwards);
+    }
+
+    /// Captures guests that attach from now on, all of them and for as long as they are there. Once.
+    pub fn capture_all(&self, capture: Arc<Capture>) {
+        // As above.
+        let _ = self.capture_file.set(capture);
     }
 
     /// Offers guests that attach from now on the gateway's port 80, which this front serves. Once.
@@ -265,6 +281,7 @@ impl Network {
             berth,
             reports: self.reports.clone(),
             network: Arc::clone(self),
+            tap: self.tap_of_file(&spec.name),
             resolver: self.resolve_for(vm),
         })?;
         if let Some(address) = spec.pinned_address
@@ -277,6 +294,7 @@ impl Network {
             waker,
             inbox,
             switch_open: AtomicBool::new(false),
+            name: spec.name.clone(),
         };
         {
             let mut guests = self.write_guests();
@@ -330,6 +348,20 @@ impl Network {
                 then();
             })?;
         Ok(thread)
+    }
+
+    /// A guest's part in the capture of all.
+    fn tap_of_file(&self, name: &str) -> Option<Tap> {
+        let capture = self.capture_file.get()?;
+        let tap = capture.tap(name);
+        if tap.is_none() {
+            tracing::warn!(
+                vm = name,
+                limit = INTERFACES_MAX,
+                "not captured: the file has as many VMs as it may"
+            );
+        }
+        tap
     }
 
     /// How a guest's engine asks upstream; the answer comes back as an input of its driver.
@@ -696,6 +728,54 @@ impl session::Zones for Network {
                 code: tonic::Code::NotFound,
                 text: format!("there is no zone {}", vnet_proto::model::zone_text(name)),
             })
+    }
+}
+
+impl session::Captures for Network {
+    fn start_capture(
+        &self,
+        vm: VmId,
+        spec: CaptureSpec,
+        wake: Box<dyn Fn() + Send + Sync>,
+    ) -> Result<Arc<Capture>, session::Refusal> {
+        let limit = |text: String| session::Refusal {
+            code: tonic::Code::ResourceExhausted,
+            text,
+        };
+        let gone = || session::Refusal {
+            code: tonic::Code::NotFound,
+            text: "there is no guest of this handle".to_owned(),
+        };
+        let name = {
+            let guests = self.guests.read().unwrap_or_else(PoisonError::into_inner);
+            guests
+                .by_vm
+                .get(&vm)
+                .map(|guest| guest.name.clone())
+                .ok_or_else(gone)?
+        };
+        // Held to the end, so that two at once do not both find the last place.
+        let mut captures = self.captures.lock().unwrap_or_else(PoisonError::into_inner);
+        captures.retain(|(_, capture)| capture.end().is_none());
+        let of_all = usize::from(self.capture_file.get().is_some_and(|file| file.end().is_none()));
+        if captures.len() + of_all >= CAPTURES_PER_NETWORK_MAX {
+            return Err(limit(format!(
+                "the network has {CAPTURES_PER_NETWORK_MAX} captures already; end one of them"
+            )));
+        }
+        let of_guest = captures.iter().filter(|(captured, _)| *captured == vm).count();
+        if of_guest + of_all >= CAPTURES_PER_GUEST_MAX {
+            return Err(limit(format!(
+                "VM {name} has {CAPTURES_PER_GUEST_MAX} captures already; end one of them"
+            )));
+        }
+        let capture = Capture::new(spec, wake);
+        let tap = capture.tap(&name).ok_or_else(gone)?;
+        if !self.send(vm, Input::Capture(tap)) {
+            return Err(gone());
+        }
+        captures.push((vm, Arc::clone(&capture)));
+        Ok(capture)
     }
 }
 

@@ -335,6 +335,8 @@ pub struct Engine {
     descriptors_refused: u64,
     /// Flows that ended for the same reason, to make way for other guests'.
     made_way: u64,
+    /// Frames that captures of this guest lost, counted by the driver.
+    pub capture_dropped: u64,
     /// Dials that the host itself refused.
     dials_failed: u64,
     /// Clients of forwards that could not be shown to the guest, which has a flow of theirs already.
@@ -387,6 +389,7 @@ impl Engine {
             unopened: 0,
             descriptors_refused: 0,
             made_way: 0,
+            capture_dropped: 0,
             dials_failed: 0,
             ingress_refused: 0,
             name_refusals: [0; InspectRefusal::WORDS.len()],

@@ -58,6 +58,8 @@ pub struct Transmit {
     buffer: Box<[u8]>,
     start: usize,
     end: usize,
+    /// Where the frames begin that captures have not been shown; of no meaning while nothing is captured.
+    seen: usize,
     framing: Framing,
     /// There is no link, and no room.
     closed: bool,
@@ -74,6 +76,7 @@ impl Transmit {
             buffer: vec![0; QUEUE_BYTES].into_boxed_slice(),
             start: 0,
             end: 0,
+            seen: 0,
             framing: Framing::Be32,
             closed: false,
             guest: Mac::BROADCAST,
@@ -222,16 +225,36 @@ impl Transmit {
     pub fn consume(&mut self, bytes: usize) {
         self.start = (self.start + bytes).min(self.end);
         if self.start == self.end {
-            (self.start, self.end) = (0, 0);
+            (self.start, self.end, self.seen) = (0, 0, 0);
         } else if self.start > self.buffer.len() / 2 {
             self.buffer.copy_within(self.start..self.end, 0);
+            self.seen = self.seen.saturating_sub(self.start);
             (self.start, self.end) = (0, self.end - self.start);
         }
     }
 
     /// Forgets everything queued: the link it was for is gone.
     pub fn clear(&mut self) {
-        (self.start, self.end) = (0, 0);
+        (self.start, self.end, self.seen) = (0, 0, 0);
+    }
+
+    /// Shows each frame that was queued since this was last called, without its length. To be called before what is
+    /// queued is consumed.
+    pub fn see(&mut self, mut show: impl FnMut(&[u8])) {
+        let mut unseen = self.buffer.get(self.seen..self.end).unwrap_or_default();
+        while let Some((length, rest)) = self.framing.split_length(unseen) {
+            let Some((frame, rest)) = rest.split_at_checked(length) else {
+                break;
+            };
+            show(frame);
+            unseen = rest;
+        }
+        self.seen = self.end;
+    }
+
+    /// What is queued now is not shown by [`Self::see`].
+    pub fn skip_unseen(&mut self) {
+        self.seen = self.end;
     }
 }
 

@@ -3,8 +3,9 @@
 use std::sync::Arc;
 
 use tonic::Code;
-use vnet_proto::model::Name;
+use vnet_proto::model::{Name, VmId};
 
+use crate::capture::{Capture, CaptureSpec};
 use crate::forward::{self, ForwardError, Forwards};
 use crate::message::Forward;
 use crate::zone::{Zone, ZoneRecord};
@@ -85,6 +86,21 @@ pub trait Zones: Send + Sync {
     fn delete_zone(&self, name: Option<&Name>) -> Result<(), Refusal>;
 }
 
+/// The captures of a network. Implemented by what knows its guests.
+pub trait Captures: Send + Sync {
+    /// Captures a guest from now on, until the capture is stopped. `wake` is called when something waits to be taken
+    /// out.
+    ///
+    /// # Errors
+    /// [`Refusal`] at a limit, and when there is no such guest.
+    fn start_capture(
+        &self,
+        vm: VmId,
+        spec: CaptureSpec,
+        wake: Box<dyn Fn() + Send + Sync>,
+    ) -> Result<Arc<Capture>, Refusal>;
+}
+
 /// What commands act on.
 #[derive(Clone)]
 pub struct Commands {
@@ -92,6 +108,8 @@ pub struct Commands {
     pub forwards: Forwards,
     /// Zones of the network.
     pub zones: Arc<dyn Zones>,
+    /// Captures of the network.
+    pub captures: Arc<dyn Captures>,
 }
 
 impl Commands {

@@ -1,5 +1,6 @@
 //! What the session's tests share: a router that records, zones that remember, messages of both sides.
 
+mod capture;
 mod rules;
 mod stream;
 
@@ -15,12 +16,13 @@ use vnet_proto::model::{
 use vnet_proto::v1;
 use vnet_proto::v1::session_response::Message as Response;
 
+use crate::capture::{Capture, CaptureSpec};
 use crate::descriptors::Descriptors;
 use crate::forward::Forwards;
 use crate::guards::{Guards, HostAddresses};
 use crate::message::{FlowOpened, Input, Order, Report, Router, VmUp, flow_id, miss_id};
 use crate::metrics::Metrics;
-use crate::session::{Commands, Identity, Refusal, Zones};
+use crate::session::{Captures, Commands, Identity, Refusal, Zones};
 use crate::zone::{Zone, ZoneRecord};
 
 /// Guests that can be added and removed, and every order that they were handed.
@@ -147,6 +149,35 @@ impl Zones for ZoneList {
     }
 }
 
+/// Captures of guest 1, without guests.
+#[derive(Default)]
+pub(super) struct CaptureList(Mutex<Vec<Arc<Capture>>>);
+
+impl CaptureList {
+    fn all(&self) -> Vec<Arc<Capture>> {
+        self.0.lock().unwrap().clone()
+    }
+}
+
+impl Captures for CaptureList {
+    fn start_capture(
+        &self,
+        vm: VmId,
+        spec: CaptureSpec,
+        wake: Box<dyn Fn() + Send + Sync>,
+    ) -> Result<Arc<Capture>, Refusal> {
+        if vm != VmId(1) {
+            return Err(Refusal {
+                code: tonic::Code::NotFound,
+                text: "there is no guest of this handle".into(),
+            });
+        }
+        let capture = Capture::new(spec, wake);
+        self.0.lock().unwrap().push(Arc::clone(&capture));
+        Ok(capture)
+    }
+}
+
 fn identity() -> Identity {
     Identity {
         dataplane: "dp".into(),
@@ -173,6 +204,7 @@ fn commands(router: &Arc<Recorder>, metrics: &Arc<Metrics>) -> Commands {
     Commands {
         forwards: Forwards::new(router, Arc::clone(metrics), Descriptors::new(1 << 20), runtime),
         zones: Arc::<ZoneList>::default(),
+        captures: Arc::<CaptureList>::default(),
     }
 }
 

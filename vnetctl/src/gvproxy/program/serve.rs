@@ -18,7 +18,7 @@ use crate::failure::{Failure, with_causes};
 use crate::gvproxy;
 use crate::gvproxy::services::{GuestApi, Services, ServicesConfig, policy_in_force};
 use crate::gvproxy::ssh::{self, Timing};
-use crate::launch::{Dataplane, DataplaneError};
+use crate::launch::{Dataplane, DataplaneError, open_pcap};
 
 /// Runs it.
 pub(super) fn main(prepared: Prepared) -> ExitCode {
@@ -85,6 +85,12 @@ async fn run(prepared: Prepared, started_as: &mut Option<Dataplane>) -> Result<(
     let name = settings.args.name.clone().unwrap_or_default();
     let is_restricted = settings.treatment.document.is_some() || settings.treatment.mode.is_some();
     let guests = settings.args.guest_api.then_some(GuestApi { token });
+    if let Some(path) = &config.stack.capture_file {
+        let shown = path.display();
+        let waiting = || tracing::info!("waiting for a reader of {shown}");
+        let opened = open_pcap(path, config.interfaces.stdio, waiting).await;
+        settings.pcap = Some(opened.map_err(|error| Failure::Failed(format!("-pcap {shown} {error}")))?);
+    }
     // Before the dataplane, which has to know what is closed to guests.
     let socket = match (&plan.services, &config.services) {
         (Some(at), Some(shown)) => {
