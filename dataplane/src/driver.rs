@@ -87,6 +87,7 @@ struct ForwardSocket {
     target: SocketAddr,
     keep_client: bool,
     unread: bool,
+    _held: Arc<()>,
 }
 
 /// Asks an upstream a query; the descriptor is given back when it has an end.
@@ -315,7 +316,8 @@ impl Driver {
                     socket,
                     target,
                     keep_client,
-                } => self.take_forward(forward, socket, target, keep_client),
+                    held,
+                } => self.take_forward(forward, socket, target, keep_client, held),
                 Input::IngressClosed { command, forwards } => {
                     for forward in &*forwards {
                         self.forwards.remove(forward);
@@ -370,8 +372,9 @@ impl Driver {
         socket: StdUdpSocket,
         target: SocketAddr,
         keep_client: bool,
+        held: Arc<()>,
     ) {
-        // A guest that renews its lease is handed the same socket again.
+        // Its address was another's in between, and it did not come to see it.
         if self.forwards.contains_key(&forward) {
             return;
         }
@@ -388,6 +391,7 @@ impl Driver {
                     target,
                     keep_client,
                     unread: false,
+                    _held: held,
                 };
                 self.forwards.insert(forward, socket);
             }

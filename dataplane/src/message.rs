@@ -616,6 +616,8 @@ pub enum Input {
         target: SocketAddr,
         /// The guest is to see its clients where that can be, rather than the gateway.
         keep_client: bool,
+        /// Kept with the socket: while it is there, the guest is not handed another.
+        held: Arc<()>,
     },
     /// Forwards are closed: cut their flows. Answer with [`Report::Done`].
     IngressClosed {

@@ -119,8 +119,9 @@ struct Guests {
 }
 
 struct Guest {
-    /// Unbounded: what comes in are answers to the guest's own misses and queries, which are bounded, the
-    /// ends of its flows with other guests, of which each has one, and orders, none of which may be lost.
+    /// Unbounded: what comes in are answers to the guest's own misses and queries, which are bounded, as are
+    /// connections that wait for it, the sockets of forwards, each of which it has once, the ends of its flows with
+    /// other guests, of which each has one, and orders, none of which may be lost.
     inputs: InputSender<Input>,
     waker: Arc<Waker>,
     inbox: Arc<Inbox>,

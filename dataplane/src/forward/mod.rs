@@ -21,7 +21,7 @@ use std::collections::BTreeMap;
 use std::io;
 use std::net::{IpAddr, SocketAddr, UdpSocket};
 use std::sync::atomic::AtomicUsize;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 use tokio::task::AbortHandle;
 use vnet_proto::model::{CommandId, ForwardListen, Protocol, VmId};
@@ -80,7 +80,11 @@ enum Listener {
         _file: Option<SocketFile>,
     },
     /// Kept to be handed over again.
-    Udp(UdpSocket),
+    Udp {
+        socket: UdpSocket,
+        /// Who was handed it last, and whether that one has it still.
+        holder: Option<(VmId, Weak<()>)>,
+    },
 }
 
 impl Forwards {
@@ -147,7 +151,7 @@ impl Forwards {
             self.shared.accept_from(&mut opened);
             let forward = opened.forward.clone();
             if let Some(vm) = self.shared.router.guest_at(forward.target.ip()) {
-                self.shared.hand_over(vm, &opened);
+                self.shared.hand_over(vm, &mut opened);
             }
             let Forward { protocol, target, .. } = forward;
             tracing::info!(%protocol, listen = %forward.listen, %target, "forward opened");
@@ -215,10 +219,10 @@ impl Forwards {
         table.open.values().map(|open| open.forward.clone()).collect()
     }
 
-    /// A guest has an address now: hands it the sockets of the UDP forwards that lead there. TCP needs
-    /// nothing; each connection looks the guest up.
+    /// A guest has an address now: hands it the sockets of the UDP forwards that lead there, but for those that it
+    /// has already. TCP needs nothing; each connection looks the guest up.
     pub fn guest_attached(&self, vm: VmId, address: IpAddr) {
-        for open in self.shared.lock().open.values() {
+        for open in self.shared.lock().open.values_mut() {
             if open.forward.target.ip() == address {
                 self.shared.hand_over(vm, open);
             }
@@ -251,17 +255,25 @@ impl Shared {
         })
     }
 
-    fn hand_over(&self, vm: VmId, open: &Open) {
-        let Listener::Udp(socket) = &open.listener else {
+    fn hand_over(&self, vm: VmId, open: &mut Open) {
+        let Listener::Udp { socket, holder } = &mut open.listener else {
             return;
         };
+        // A guest may ask for its address as often as it likes, and its driver may be behind.
+        let has_it = |(to, held): &(VmId, Weak<()>)| *to == vm && held.strong_count() > 0;
+        if holder.as_ref().is_some_and(has_it) {
+            return;
+        }
         match socket.try_clone() {
             Ok(socket) => {
+                let held = Arc::new(());
+                *holder = Some((vm, Arc::downgrade(&held)));
                 let socket = Input::IngressUdp {
                     forward: open.id,
                     socket,
                     target: open.forward.target,
                     keep_client: open.forward.keep_client,
+                    held,
                 };
                 self.router.send(vm, socket);
             }
@@ -286,7 +298,7 @@ impl Shared {
                 let socket = tokio::net::UnixListener::from_std(socket)?;
                 (StreamListener::Unix(socket), Some(file))
             }
-            Bound::Udp(socket) => return Ok(Listener::Udp(socket)),
+            Bound::Udp(socket) => return Ok(Listener::Udp { socket, holder: None }),
         };
         Ok(Listener::Stream {
             socket: Arc::new(Mutex::new(Some(socket))),

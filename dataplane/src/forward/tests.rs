@@ -265,11 +265,17 @@ fn a_udp_socket_is_handed_over_and_again_when_the_guest_comes_back() {
             socket,
             target,
             keep_client: false,
+            held,
         } = input
         else {
             panic!("{input:?}")
         };
         assert_eq!((to, forward, target.port()), (vm, ForwardId(1), 80));
+        // However often it asks for its address.
+        for _ in 0..10 {
+            given.forwards.guest_attached(vm, GUEST.parse().unwrap());
+        }
+        assert!(given.sent.try_recv().is_err(), "it has the socket");
         let client = UdpSocket::bind(any_port()).unwrap();
         client.send_to(b"ping", listen).unwrap();
         socket.set_nonblocking(false).unwrap();
@@ -279,6 +285,10 @@ fn a_udp_socket_is_handed_over_and_again_when_the_guest_comes_back() {
             socket.recv_from(&mut buffer).unwrap(),
             (4, client.local_addr().unwrap())
         );
+        drop(held);
+        given.forwards.guest_attached(vm, GUEST.parse().unwrap());
+        let (to, _) = given.sent.recv_timeout(PATIENCE).unwrap();
+        assert_eq!(to, vm, "it has it no more");
     }
 }
 
