@@ -510,6 +510,19 @@ impl Driver {
     }
 
     fn read_forward(&mut self, now: Time, id: ForwardId) -> bool {
+        let Some(target) = self.forwards.get(&id).map(|forward| forward.target) else {
+            return false;
+        };
+        if self.network.guest_at(target.ip()) != Some(self.vm) {
+            // Its address is another guest's now, or nobody's: who has it reads the socket, also what comes from
+            // clients that were this guest's.
+            if let Some(mut forward) = self.forwards.remove(&id) {
+                // Its other copies keep the socket open, and the poller would go on with it.
+                let _ = self.poll.registry().deregister(&mut forward.socket);
+            }
+            self.engine.close_forwards(now, &[id]);
+            return false;
+        }
         for _ in 0..DATAGRAMS_A_TURN {
             if !self.engine.transmit.has_room(ROOM_TO_READ) {
                 return true;
@@ -519,18 +532,9 @@ impl Driver {
             };
             match forward.socket.recv_from(&mut self.scratch) {
                 Ok((length, client)) => {
-                    let target = forward.target;
                     let shown = forward.keep_client.then_some(client);
                     let at = match self.clients.get(&(id, client)) {
                         Some(at) => *at,
-                        None if self.network.guest_at(target.ip()) != Some(self.vm) => {
-                            // Its address is another guest's now, or nobody's: who has it reads the socket.
-                            if let Some(mut forward) = self.forwards.remove(&id) {
-                                // Its other copies keep the socket open, and the poller would go on with it.
-                                let _ = self.poll.registry().deregister(&mut forward.socket);
-                            }
-                            return false;
-                        }
                         None => {
                             let Some(at) = self.engine.open_ingress_udp(now, id, target, shown) else {
                                 continue;

@@ -795,6 +795,11 @@ pub(crate) mod tests {
         )
     }
 
+    /// Takes all addresses from a guest.
+    pub(crate) fn release(network: &Network, vm: VmId) {
+        network.lock_leases().release_vm(vm);
+    }
+
     pub(crate) fn counter(network: &Network, wanted: &str) -> u64 {
         let counters = Surroundings::counters(network);
         counters.iter().find(|(name, _)| *name == wanted).unwrap().1

@@ -1,6 +1,7 @@
 //! Guests that come by every kind of link to a real network: what they are answered, what of theirs is dropped
 //! and counted, and that none keeps another from its answers.
 
+mod forward;
 mod grace;
 
 use std::io::{Read as _, Write as _};
