@@ -117,8 +117,12 @@ impl Entrance {
         })
     }
 
-    /// A place for one guest more. `None`, counted and told, when all are taken by guests that are there.
+    /// A place for one guest more. `None`, counted and told, when all are taken by guests that are there, and when
+    /// guests were told to end.
     pub fn admit(self: &Arc<Self>) -> Option<Admission> {
+        if self.network.is_stopped() {
+            return None;
+        }
         let mut places = self.lock();
         let number = places.free();
         if number.is_none() && !places.is_anybody_away() {

@@ -397,6 +397,31 @@ fn vms_on_one_datagram_socket_are_told_apart_and_each_is_answered_at_its_own_add
 }
 
 #[test]
+fn behind_the_stop_nobody_is_let_in() {
+    let mut rig = Rig::new("late");
+    let (_file, _streams) = (rig.shared_socket(), rig.streams("s"));
+    let mut vm = rig.vm("vm");
+    asker(2).is_answered(&mut vm);
+    assert_eq!(rig.next_up().0, "web");
+    rig.network.stop();
+    rig.next_down();
+    // It has noticed nothing, and sends on; others come.
+    let late = rig.vm("late");
+    for _ in 0..100 {
+        let _ = vm.socket.send_to(&asker(2).question(), &vm.to);
+        let _ = late.socket.send_to(&asker(3).question(), &late.to);
+    }
+    let mut stream = UnixStream::connect(rig.path("s")).unwrap();
+    stream.set_read_timeout(Some(PATIENCE)).unwrap();
+    assert!(matches!(stream.read(&mut [0; 1]), Ok(0) | Err(_)));
+    while let Ok(report) = rig.reports.try_recv() {
+        assert!(!matches!(report, Report::VmUp(_)), "{report:?}");
+    }
+    let refused = &rig.network.metrics().link_refusals;
+    assert_eq!(refused.of(crate::metrics::LinkRefusal::System).get(), 0);
+}
+
+#[test]
 fn a_vm_that_is_connected_to_us_is_alive_and_one_that_vanished_is_noticed_and_its_path_used_again() {
     let mut rig = Rig::new("again");
     let _file = rig.shared_socket();
