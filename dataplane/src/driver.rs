@@ -127,6 +127,9 @@ impl Driver {
         link.register(poll.registry(), LINK, &waker)?;
         let mut engine = parts.engine;
         engine.transmit.set_framing(link.framing());
+        if let Some(berth) = &parts.berth {
+            berth.settle(parts.vm);
+        }
         let driver = Self {
             vm: parts.vm,
             poll,
@@ -330,6 +333,7 @@ impl Driver {
                 Input::Turn(turn) => self.outlet.take(turn),
                 Input::GuestGone(vm) => self.engine.handle_guest_gone(now, vm),
                 Input::Link(link) => self.take_link(*link)?,
+                Input::TryLink => self.engine.announce_gateway(),
                 Input::Stop => return Ok(true),
             }
         }

@@ -641,6 +641,8 @@ pub enum Input {
     Turn(Turn),
     /// The guest's hypervisor is back, over this link; some of its frames may have been read already.
     Link(Box<Link>),
+    /// Send the guest something, so that a link without another side shows that it is over.
+    TryLink,
     /// End the driver; its link closes.
     Stop,
 }

@@ -249,6 +249,8 @@ labels! {
         Unnamed = "unnamed",
         /// It sent what is no frame before it was known whose it is.
         Unknown = "unknown",
+        /// A further link of a VM that has one on that socket.
+        Further = "further",
         /// The system had no descriptor, thread or memory for it.
         System = "system",
     }

@@ -612,6 +612,7 @@ impl Surroundings for Network {
             ("network_link_handshake", links.of(LinkRefusal::Handshake).get()),
             ("network_link_unnamed", links.of(LinkRefusal::Unnamed).get()),
             ("network_link_unknown", links.of(LinkRefusal::Unknown).get()),
+            ("network_link_further", links.of(LinkRefusal::Further).get()),
             ("network_link_system", links.of(LinkRefusal::System).get()),
             ("network_link_back", metrics.links_back.get()),
             ("network_link_given_up", metrics.links_given_up.get()),

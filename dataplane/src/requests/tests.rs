@@ -21,7 +21,7 @@ const CONNECT: &[u8] = b"POST /connect HTTP/1.1\r\nHost: \r\nUser-Agent: Go-http
 struct Guests(Mutex<Sender<(HostStream, Vec<u8>)>>);
 
 impl Entrance for Guests {
-    fn attach(&self, stream: HostStream, early: &[u8]) {
+    fn attach(&self, stream: HostStream, _: Option<Cid>, early: &[u8]) {
         let sender = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         sender.send((stream, early.to_vec())).unwrap();
     }
@@ -88,7 +88,7 @@ impl Given {
         let (mut client, there) = UnixStream::pair().unwrap();
         client.set_read_timeout(Some(PATIENCE)).unwrap();
         client.write_all(said).unwrap();
-        self.requests.begin(there.into());
+        self.requests.begin(there.into(), None);
         client
     }
 

@@ -7,6 +7,7 @@ use std::sync::atomic::AtomicUsize;
 use super::*;
 use crate::egress::stream::HostStream;
 use crate::link::door::UNDECIDED_MAX;
+use crate::link::listen::Cid;
 use crate::message::{FlowEnd, Ingress, Input, Order, Origin, Router as _, Settings, Waiting};
 use crate::requests::Entrance as _;
 
@@ -49,7 +50,7 @@ fn sockets(rig: &Rig) -> Vec<(&'static str, Dial, Vec<SocketFile>)> {
             // The first frame was read with the request.
             let (here, there) = UnixStream::pair().unwrap();
             let wire = Stream::new(there, StreamKind::Connect);
-            entrance.attach(HostStream::from(here), &wire.frame(first));
+            entrance.attach(HostStream::from(here), None, &wire.frame(first));
             Box::new(wire)
         }),
         Vec::new(),
@@ -544,4 +545,87 @@ fn a_guest_without_a_link_keeps_its_address_and_its_hardware_address() {
     let mut back = dial(&asker(2).question());
     asker(2).is_answered(&mut *back);
     assert_eq!(rig.network.guest_at(IpAddr::V4(asker(2).address)), owner);
+}
+
+/// A link over `--listen` from this VM, over which this frame has gone already.
+fn dial_from(entrance: &Arc<Entrance>, cid: u32, first: &[u8]) -> Stream {
+    let (here, there) = UnixStream::pair().unwrap();
+    let wire = Stream::new(there, StreamKind::Connect);
+    entrance.attach(HostStream::from(here), Some(Cid(cid)), &wire.frame(first));
+    wire
+}
+
+#[test]
+fn a_vm_known_by_its_number_is_one_guest_and_has_one_name() {
+    for grace in [Duration::ZERO, LONG] {
+        let mut rig = kept("one", grace);
+        let entrance = Entrance::new(&rig.network, spec());
+        let mut wire = dial_from(&entrance, 3, &asker(2).question());
+        asker(2).is_answered(&mut wire);
+        // Of another address too: it would be another name.
+        let began = Instant::now();
+        for (refused, number) in (1..).zip([2, 4]) {
+            let mut further = dial_from(&entrance, 3, &asker(number).question());
+            rig.counts("network_link_further", refused);
+            assert!(matches!(further.socket.read(&mut [0; 1]), Ok(0) | Err(_)));
+        }
+        assert!(began.elapsed() < MOMENT, "{:?}", began.elapsed());
+        if !grace.is_zero() {
+            // The first was sent something: if nobody had been there any more, it would be over.
+            assert_eq!(wire.receive()[12..22], [8, 6, 0, 1, 8, 0, 6, 4, 0, 2]);
+        }
+        asker(2).is_answered(&mut wire);
+        assert_eq!(rig.comings(), ["up web"]);
+        // Another VM is let in at once.
+        let mut other = dial_from(&entrance, 4, &asker(3).question());
+        asker(3).is_answered(&mut other);
+        assert_eq!(rig.comings(), ["up web-2"]);
+    }
+}
+
+#[test]
+fn of_many_links_that_a_vm_dials_at_once_one_is_let_in() {
+    let mut rig = kept("many", LONG);
+    let entrance = Entrance::new(&rig.network, spec());
+    let wires: Vec<Stream> = std::thread::scope(|scope| {
+        let dialling: Vec<_> = (0..20)
+            .map(|_| scope.spawn(|| dial_from(&entrance, 3, &asker(2).question())))
+            .collect();
+        dialling
+            .into_iter()
+            .map(|thread| thread.join().unwrap())
+            .collect()
+    });
+    rig.counts("network_link_further", 19);
+    assert_eq!(rig.comings(), ["up web"]);
+    drop(wires);
+}
+
+#[test]
+fn nobody_is_a_guest_that_is_away_but_its_own_vm() {
+    let mut rig = kept("own", LONG);
+    let entrance = Entrance::new(&rig.network, spec());
+    let mut wire = dial_from(&entrance, 3, &asker(2).question());
+    asker(2).is_answered(&mut wire);
+    let mut second = dial_from(&entrance, 4, &asker(3).question());
+    asker(3).is_answered(&mut second);
+    let mut talk = Talk::open(&rig, asker(2), &mut wire);
+    assert_eq!(rig.comings(), ["up web", "up web-2"]);
+    drop(wire);
+    rig.attached(false);
+    // It speaks as the one that is away.
+    let _thief = dial_from(&entrance, 5, &asker(2).question());
+    assert_eq!(rig.next_up().0, "web-3");
+    rig.dropped("spoofed_mac", 1);
+    let mut back = dial_from(&entrance, 3, &asker(2).question());
+    talk.say(&mut back, b"here still");
+    assert_eq!(counter(&rig.network, "network_link_back"), 1);
+    // With another address it has the same name, though it is under a policy and not alone, and nothing else.
+    drop(back);
+    rig.attached(false);
+    let mut changed = dial_from(&entrance, 3, &asker(4).question());
+    asker(4).is_answered(&mut changed);
+    talk.is_over();
+    let closed = format!("closed {:?}", FlowEnd::VmDown);
+    assert_eq!(rig.comings(), [closed.as_str(), "down", "up web"]);
 }
