@@ -60,6 +60,10 @@ pub trait Router: Send + Sync {
 
     /// The guest whose link an address of the network is bound to.
     fn guest_at(&self, address: IpAddr) -> Option<VmId>;
+
+    /// Whether every guest there is reaches every other: none is under a policy or a mode. One of which that is not
+    /// known yet is.
+    fn is_open(&self) -> bool;
 }
 
 /// A port or a Unix socket of the host that leads into a guest.

@@ -201,6 +201,8 @@ labels! {
         Browser = "browser",
         /// Its tunnel has no address and port.
         Tunnel = "tunnel",
+        /// Its tunnel would pass by the policy or mode of a guest.
+        Policy = "policy",
         /// It asked for what nobody here serves.
         NotFound = "not_found",
         /// It could not be handed to the front.

@@ -668,6 +668,12 @@ impl Router for Network {
             IpAddr::V6(v6) => self.lock_claims().holder(v6).map(|(vm, _)| vm),
         }
     }
+
+    fn is_open(&self) -> bool {
+        let guests = self.read_guests();
+        let mut all = guests.by_vm.values();
+        all.all(|guest| guest.switch_open.load(Ordering::Relaxed))
+    }
 }
 
 impl session::Zones for Network {

@@ -3,7 +3,7 @@
 //! | path | what becomes of the connection |
 //! |---|---|
 //! | `/connect` | a guest's link: frames with short lengths follow, both ways, and no answer is written |
-//! | `/tunnel?ip=&port=` | a pipe to that place in the network, behind the two bytes `OK` |
+//! | `/tunnel?ip=&port=` | a pipe to that place in the network, behind the two bytes `OK`; 403 where a guest is under a policy or a mode |
 //! | any other | the front's, with what was read of it; 404 where there is no front |
 //!
 //! As in gvproxy (pkg/virtualnetwork/mux.go), but that bytes which arrive with a request are kept. A request's head
@@ -181,6 +181,10 @@ impl Shared {
                 if let Some(stream) = self.take_out(stream) {
                     self.entrance.attach(stream, from, &read[length..]);
                 }
+            }
+            // Whoever asks may be a guest, of this network or of another, and would reach what it may not.
+            Request::Tunnel(_) if !self.tunnels.may_pass() => {
+                return self.refuse(stream, place, &Answer::POLICY).await;
             }
             Request::Tunnel(target) => {
                 // It is said before there is a way, as the peer does; a way that fails is an end.

@@ -3,6 +3,7 @@
 use std::io::{Read as _, Write as _};
 use std::net::{IpAddr, SocketAddr};
 use std::os::unix::net::UnixStream;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Mutex, PoisonError};
 use std::time::Instant;
@@ -27,7 +28,8 @@ impl Entrance for Guests {
     }
 }
 
-struct OneGuest(Mutex<Sender<Input>>);
+/// Who is there, and whether nothing is said of it.
+struct OneGuest(Mutex<Sender<Input>>, Arc<AtomicBool>);
 
 impl Router for OneGuest {
     fn send(&self, _vm: VmId, input: Input) -> bool {
@@ -45,12 +47,17 @@ impl Router for OneGuest {
     fn guest_at(&self, address: IpAddr) -> Option<VmId> {
         (address == GUEST).then_some(VmId(1))
     }
+
+    fn is_open(&self) -> bool {
+        self.1.load(Ordering::Relaxed)
+    }
 }
 
 struct Given {
     requests: Requests,
     guests: Receiver<(HostStream, Vec<u8>)>,
     tunnels: Receiver<Input>,
+    open: Arc<AtomicBool>,
     metrics: Arc<Metrics>,
 }
 
@@ -63,7 +70,8 @@ fn given_with(front: Option<FrontSender>, head_patience: Duration) -> Given {
     let (tunnel, tunnels) = channel();
     let metrics: Arc<Metrics> = Arc::default();
     let descriptors = Descriptors::new(1 << 20);
-    let router = Arc::new(OneGuest(Mutex::new(tunnel)));
+    let open = Arc::new(AtomicBool::new(true));
+    let router = Arc::new(OneGuest(Mutex::new(tunnel), Arc::clone(&open)));
     let mut requests = Requests::new(
         "unix:///run/network.sock".to_owned(),
         Box::new(Guests(Mutex::new(guest))),
@@ -78,6 +86,7 @@ fn given_with(front: Option<FrontSender>, head_patience: Duration) -> Given {
         requests,
         guests,
         tunnels,
+        open,
         metrics,
     }
 }
@@ -195,6 +204,30 @@ async fn a_tunnel_to_nobody_is_ok_and_closed_and_one_without_a_place_is_told() {
     assert!(answer.ends_with("\r\n\r\nip is mandatory\n"), "{answer}");
     assert_eq!(given.refusals(RequestRefusal::Tunnel), 1);
     assert!(given.tunnels.try_recv().is_err());
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn while_a_guest_is_under_a_policy_no_tunnel_passes_by_it() {
+    let given = given(None);
+    let said = b"POST /tunnel?ip=192.168.127.2&port=22 HTTP/1.1\r\nHost: unix\r\n\r\n";
+    given.open.store(false, Ordering::Relaxed);
+    let answer = given.answer(said);
+    assert!(answer.starts_with("HTTP/1.1 403 Forbidden\r\n"), "{answer}");
+    assert!(
+        answer.ends_with(
+            "\r\n\r\na policy or mode is in force, so no tunnel on a socket that a VM can reach: use a forward, or \
+             -services\n"
+        ),
+        "{answer}"
+    );
+    assert_eq!(given.refusals(RequestRefusal::Policy), 1);
+    assert!(given.tunnels.try_recv().is_err());
+    // Guests are let in all the same.
+    let _client = given.client(CONNECT);
+    given.guest();
+    given.open.store(true, Ordering::Relaxed);
+    let _client = given.client(said);
+    given.ingress();
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

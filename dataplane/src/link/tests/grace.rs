@@ -526,8 +526,11 @@ fn those_away_end_at_once_with_the_network_and_nobody_comes_in_their_place() {
     rig.network.stop();
     rig.next_down();
     assert!(began.elapsed() < MOMENT, "{:?}", began.elapsed());
-    let _late = dial(&asker(2).question());
-    std::thread::sleep(Duration::from_millis(700));
+    // Who comes now is closed at once, perhaps before it has spoken.
+    let mut late = UnixStream::connect(rig.path("qemu")).unwrap();
+    late.set_read_timeout(Some(PATIENCE)).unwrap();
+    let _ = late.write_all(&asker(2).question());
+    assert!(matches!(late.read(&mut [0; 1]), Ok(0) | Err(_)));
     assert_eq!(rig.comings(), Vec::<String>::new());
 }
 
@@ -581,6 +584,24 @@ fn a_vm_known_by_its_number_is_one_guest_and_has_one_name() {
         asker(3).is_answered(&mut other);
         assert_eq!(rig.comings(), ["up web-2"]);
     }
+}
+
+#[test]
+fn a_network_is_open_while_nothing_is_said_of_any_guest_and_it_is_known() {
+    let rig = kept("open", LONG);
+    assert!(rig.network.is_open(), "nobody is there");
+    let (dial, _file) = qemu(&rig);
+    let mut wires: Vec<_> = [2, 3].map(|n| dial(&asker(n).question())).into();
+    for (number, wire) in (2..).zip(&mut wires) {
+        asker(number).is_answered(&mut **wire);
+    }
+    assert!(!rig.network.is_open());
+    rig.open_all();
+    assert!(rig.network.is_open());
+    let second = rig.network.guest_at(IpAddr::V4(asker(3).address)).unwrap();
+    let settings = Settings::unsaid("web-2".to_owned(), LONG, LONG);
+    rig.network.send(second, Input::Order(Order::Settings(settings)));
+    assert!(!rig.network.is_open());
 }
 
 #[test]
