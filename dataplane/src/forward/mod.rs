@@ -51,6 +51,7 @@ struct Shared {
     /// Connections that wait for a guest's driver, of all forwards.
     waiting: Arc<AtomicUsize>,
     limit: usize,
+    looking: holder::Allowance,
     table: Mutex<Table>,
 }
 
@@ -113,6 +114,7 @@ impl Forwards {
                 descriptors,
                 waiting: Arc::default(),
                 limit,
+                looking: holder::Allowance::new(),
                 table: Mutex::default(),
             }),
         }
@@ -142,7 +144,7 @@ impl Forwards {
                     let forwards = table.open.values().chain(&made);
                     let named = named_by_forwards(error, forwards.map(|open| &open.forward));
                     drop(table);
-                    return Err(named_by_system(named));
+                    return Err(named_by_system(named, &self.shared.looking));
                 }
             }
         }
@@ -370,7 +372,7 @@ fn named_by_forwards<'a>(
 }
 
 /// Names the program that is in the way, if nothing is named and the system tells.
-fn named_by_system(error: ForwardError) -> ForwardError {
+fn named_by_system(error: ForwardError, looking: &holder::Allowance) -> ForwardError {
     match error {
         ForwardError::InUse {
             protocol,
@@ -378,7 +380,7 @@ fn named_by_system(error: ForwardError) -> ForwardError {
             by: None,
         } => ForwardError::InUse {
             protocol,
-            by: holder::process(protocol, &listen),
+            by: holder::process(protocol, &listen, looking),
             listen,
         },
         other => other,
