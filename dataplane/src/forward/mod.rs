@@ -20,7 +20,7 @@ mod tests;
 use std::collections::BTreeMap;
 use std::io;
 use std::net::{IpAddr, SocketAddr, UdpSocket};
-use std::sync::atomic::AtomicUsize;
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 use tokio::task::AbortHandle;
@@ -51,14 +51,26 @@ struct Shared {
     /// Connections that wait for a guest's driver, of all forwards.
     waiting: Arc<AtomicUsize>,
     limit: usize,
+    /// Forwards that are open, or being opened.
+    taken: Arc<AtomicUsize>,
+    last: AtomicU64,
     looking: holder::Allowance,
+    /// Drivers wait for it: held for what is done at once, and for no bind.
     table: Mutex<Table>,
 }
 
 #[derive(Default)]
 struct Table {
     open: BTreeMap<Key, Open>,
-    last: u64,
+}
+
+/// One of the forwards that may be, free again when this is dropped.
+struct Place(Arc<AtomicUsize>);
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::Relaxed);
+    }
 }
 
 /// Protocol (UDP is `true`) and where it listens.
@@ -70,6 +82,7 @@ struct Open {
     listener: Listener,
     /// Of the two sockets at most; given back after they are closed.
     _descriptors: Kept,
+    _place: Place,
 }
 
 enum Listener {
@@ -114,6 +127,8 @@ impl Forwards {
                 descriptors,
                 waiting: Arc::default(),
                 limit,
+                taken: Arc::default(),
+                last: AtomicU64::new(0),
                 looking: holder::Allowance::new(),
                 table: Mutex::default(),
             }),
@@ -129,18 +144,14 @@ impl Forwards {
         for forward in &wanted {
             check(forward)?;
         }
-        let mut table = self.shared.lock();
-        let open = table.open.len();
-        if open + wanted.len() > self.shared.limit {
-            let limit = self.shared.limit;
-            return Err(ForwardError::TooMany { open, limit });
-        }
+        let places = self.shared.take_places(wanted.len())?;
         // Everything that can fail comes first. What is bound is closed again when it is dropped.
         let mut made = Vec::with_capacity(wanted.len());
-        for forward in wanted {
-            match self.shared.make(&mut table, forward) {
+        for (forward, place) in wanted.into_iter().zip(places) {
+            match self.shared.make(forward, place) {
                 Ok(opened) => made.push(opened),
                 Err(error) => {
+                    let table = self.shared.lock();
                     let forwards = table.open.values().chain(&made);
                     let named = named_by_forwards(error, forwards.map(|open| &open.forward));
                     drop(table);
@@ -148,6 +159,7 @@ impl Forwards {
                 }
             }
         }
+        let mut table = self.shared.lock();
         let mut answer = Vec::with_capacity(made.len());
         for mut opened in made {
             self.shared.accept_from(&mut opened);
@@ -237,8 +249,21 @@ impl Shared {
         self.table.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// Places for so many more, or for none.
+    fn take_places(&self, count: usize) -> Result<Vec<Place>, ForwardError> {
+        let limit = self.limit;
+        let more = |taken: usize| taken.checked_add(count).filter(|sum| *sum <= limit);
+        match self
+            .taken
+            .fetch_update(Ordering::Relaxed, Ordering::Relaxed, more)
+        {
+            Ok(_) => Ok((0..count).map(|_| Place(Arc::clone(&self.taken))).collect()),
+            Err(open) => Err(ForwardError::TooMany { open, limit }),
+        }
+    }
+
     /// Binds one. What comes to it waits.
-    fn make(&self, table: &mut Table, forward: Forward) -> Result<Open, ForwardError> {
+    fn make(&self, forward: Forward, place: Place) -> Result<Open, ForwardError> {
         let descriptors = self
             .descriptors
             .keep_forward()
@@ -246,14 +271,14 @@ impl Shared {
         let refused = |error| ForwardError::of(forward.protocol, &forward.listen, error);
         let bound = Bound::new(forward.protocol, &forward.listen)?;
         let listen = bound.listens().map_err(refused)?;
-        table.last += 1;
-        let id = ForwardId(table.last);
+        let id = ForwardId(self.last.fetch_add(1, Ordering::Relaxed) + 1);
         let listener = self.listener(bound).map_err(refused)?;
         Ok(Open {
             id,
             forward: Forward { listen, ..forward },
             listener,
             _descriptors: descriptors,
+            _place: place,
         })
     }
 

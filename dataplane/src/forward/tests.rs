@@ -603,6 +603,25 @@ fn closing_tells_every_guest_to_cut_its_flows() {
 }
 
 #[test]
+fn a_guest_is_not_waited_with_while_a_forward_is_bound() {
+    let given = given(&[GUEST], 8);
+    let directory = Directory::new("binds");
+    let (wanted, path) = (directory.forward("web.sock"), directory.path("web.sock"));
+    // Whoever has the table, as a driver whose guest has an address now.
+    let table = given.forwards.shared.lock();
+    std::thread::scope(|scope| {
+        let opening = scope.spawn(|| given.forwards.expose(vec![wanted.clone()]));
+        let until = std::time::Instant::now() + PATIENCE;
+        while !path.exists() {
+            assert!(std::time::Instant::now() < until, "it waits for the table");
+            std::thread::yield_now();
+        }
+        drop(table);
+        assert_eq!(opening.join().unwrap().unwrap(), std::slice::from_ref(&wanted));
+    });
+}
+
+#[test]
 fn the_limit_of_forwards_holds() {
     let given = given(&[GUEST], 2);
     given.open(forward(Protocol::Tcp, any_port()));
