@@ -78,10 +78,11 @@ impl Tunnels {
             origin: Origin::Tunnel,
             waiting,
         };
+        // Before the guest could have it. One that was gone in that moment is counted both ways.
+        self.metrics.tunnels.increment();
         if !self.router.send(vm, Input::Ingress(ingress)) {
             return no_guest();
         }
-        self.metrics.tunnels.increment();
         Ok(())
     }
 
