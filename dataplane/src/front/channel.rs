@@ -9,7 +9,6 @@ use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixDatagram as StdUnixDatagram;
 use std::sync::Arc;
 
-use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
 use socket2::{SockRef, Type};
 use tokio::io::Interest;
 use tokio::net::UnixDatagram;
@@ -59,12 +58,9 @@ pub struct FrontReceiver {
 /// # Errors
 /// The system's: no descriptors.
 pub fn pair() -> io::Result<(OwnedFd, OwnedFd)> {
-    let (one, other) = socketpair(AddressFamily::Unix, SockType::Datagram, None, SockFlag::empty())?;
-    for end in [&one, &other] {
-        let flags = nix::fcntl::FdFlag::FD_CLOEXEC;
-        nix::fcntl::fcntl(end, nix::fcntl::FcntlArg::F_SETFD(flags))?;
-    }
-    Ok((one, other))
+    // In one step where the system can: another thread may start a child meanwhile.
+    let (one, other) = StdUnixDatagram::pair()?;
+    Ok((one.into(), other.into()))
 }
 
 /// Opens one end, within a runtime. What is not handed over is counted in `metrics`.

@@ -50,6 +50,10 @@ fn messages_are_written_as_they_are_agreed_on() {
 #[tokio::test]
 async fn a_connection_arrives_with_its_message_in_both_directions() {
     let (one, other) = pair().unwrap();
+    for end in [&one, &other] {
+        let flags = nix::fcntl::fcntl(end, nix::fcntl::FcntlArg::F_GETFD).unwrap();
+        assert_eq!(flags, nix::libc::FD_CLOEXEC, "no child inherits it");
+    }
     let (here, mut from_there) = open(one, Arc::default()).unwrap();
     let (there, mut from_here) = open(other, Arc::default()).unwrap();
     for (sender, receiver) in [(&here, &mut from_here), (&there, &mut from_there)] {
