@@ -169,7 +169,7 @@ labels! {
     FrontRefusal {
         /// As many waited already as may, or its message was too long.
         Full = "full",
-        /// The other side is gone, or the system refused.
+        /// The channel or its other side is gone, or the system refused.
         Send = "send",
         /// What came was no message, or not one for this side.
         Malformed = "malformed",

@@ -114,8 +114,12 @@ impl FrontSender {
                     mpsc::error::TrySendError::Closed(_) => NotSent::Closed,
                 }),
         };
-        if sent.is_err() {
-            self.metrics.front_refusals.of(FrontRefusal::Full).increment();
+        if let Err(error) = &sent {
+            let cause = match error {
+                NotSent::Full | NotSent::TooLong => FrontRefusal::Full,
+                NotSent::Closed => FrontRefusal::Send,
+            };
+            self.metrics.front_refusals.of(cause).increment();
         }
         sent
     }

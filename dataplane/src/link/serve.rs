@@ -29,7 +29,7 @@ use crate::network::{GuestSpec, Network};
 const REST: Duration = Duration::from_millis(100);
 /// Guests on one socket at once.
 pub const GUESTS_MAX: usize = 256;
-/// What guests of one socket are refused for is told so often at most.
+/// Of one socket it is told so often at most why somebody was turned away.
 const SAY_INTERVAL: Duration = Duration::from_millis(200);
 
 /// Where guests of one socket come in: it names them, and knows how many there are.
@@ -37,7 +37,7 @@ pub struct Entrance {
     network: Arc<Network>,
     spec: GuestSpec,
     places: Mutex<Places>,
-    /// When something was last told of it, in milliseconds of the network's clock, and one more.
+    /// When something was last told of it, in milliseconds of the network's clock; 0 for never.
     said: AtomicU64,
 }
 
