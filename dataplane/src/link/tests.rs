@@ -9,6 +9,7 @@ use std::net::Ipv4Addr;
 use std::os::unix::net::{UnixDatagram, UnixStream};
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use socket2::{Domain, SockAddr, Socket, Type};
@@ -551,24 +552,27 @@ fn a_vm_that_never_reads_delays_no_other_on_its_socket() {
     let (mut reads, deaf) = (rig.vm("reads"), rig.vm("deaf"));
     asker(2).is_answered(&mut reads);
     deaf.socket.set_nonblocking(true).unwrap();
-    let stop = Arc::new(std::sync::atomic::AtomicBool::new(false));
-    let (stopped, to) = (Arc::clone(&stop), rig.path("ours"));
+    let stop = Arc::new(AtomicBool::new(false));
+    let sent = Arc::new(AtomicU64::new(0));
+    let (stopped, counted, to) = (Arc::clone(&stop), Arc::clone(&sent), rig.path("ours"));
     let flood = std::thread::spawn(move || {
         let question = asker(3).question();
-        let mut sent = 0;
-        while !stopped.load(std::sync::atomic::Ordering::Relaxed) {
-            sent += u64::from(deaf.socket.send_to(&question, &to).is_ok());
+        while !stopped.load(Ordering::Relaxed) {
+            if deaf.socket.send_to(&question, &to).is_ok() {
+                counted.fetch_add(1, Ordering::Relaxed);
+            }
             std::thread::sleep(Duration::from_micros(50));
         }
-        sent
     });
-    std::thread::sleep(Duration::from_millis(300));
+    // There is something to be delayed by.
+    let until = Instant::now() + PATIENCE;
+    while sent.load(Ordering::Relaxed) < 1_000 {
+        assert!(Instant::now() < until, "{}", sent.load(Ordering::Relaxed));
+        std::thread::sleep(Duration::from_millis(5));
+    }
     let slowest = slowest(&mut reads, asker(2));
-    stop.store(true, std::sync::atomic::Ordering::Relaxed);
-    assert!(
-        flood.join().unwrap() > 1_000,
-        "there was something to be delayed by"
-    );
+    stop.store(true, Ordering::Relaxed);
+    flood.join().unwrap();
     assert!(slowest < Duration::from_secs(1), "{slowest:?}");
 }
 
