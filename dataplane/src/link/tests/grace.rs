@@ -106,6 +106,13 @@ fn qemu(rig: &Rig) -> (Dial, SocketFile) {
     (dial, files.remove(0))
 }
 
+/// A guest that has been let in, and so told of.
+fn answered(dial: &Dial, number: u8) -> Box<dyn Wire> {
+    let mut wire = dial(&asker(number).question());
+    asker(number).is_answered(&mut *wire);
+    wire
+}
+
 /// A connection from the host into a guest, and the guest's end of it.
 struct Talk {
     host: UnixStream,
@@ -311,10 +318,7 @@ fn another_guest_has_the_name_of_the_one_that_is_away_which_ends_first() {
 fn beside_other_guests_another_has_a_name_of_its_own_and_ends_nobody() {
     let mut rig = kept("beside", LONG);
     let (dial, _file) = qemu(&rig);
-    let mut wires: Vec<_> = [2, 3].map(|n| dial(&asker(n).question())).into();
-    for (number, wire) in (2..).zip(&mut wires) {
-        asker(number).is_answered(&mut **wire);
-    }
+    let mut wires: Vec<_> = [2, 3].map(|number| answered(&dial, number)).into();
     let mut talk = Talk::open(&rig, asker(3), &mut *wires[1]);
     assert_eq!(rig.comings(), ["up web", "up web-2"]);
     rig.open_all();
@@ -337,10 +341,7 @@ fn who_is_under_a_policy_sheds_no_name_by_coming_back_with_another_address() {
     let grace = Duration::from_millis(700);
     let mut rig = kept("shed", grace);
     let (dial, _file) = qemu(&rig);
-    let mut wires: Vec<_> = [2, 3].map(|n| dial(&asker(n).question())).into();
-    for (number, wire) in (2..).zip(&mut wires) {
-        asker(number).is_answered(&mut **wire);
-    }
+    let mut wires: Vec<_> = [2, 3].map(|number| answered(&dial, number)).into();
     assert_eq!(rig.comings(), ["up web", "up web-2"]);
     drop(wires.remove(0));
     rig.attached(false);
@@ -591,10 +592,7 @@ fn a_network_is_open_while_nothing_is_said_of_any_guest_and_it_is_known() {
     let rig = kept("open", LONG);
     assert!(rig.network.is_open(), "nobody is there");
     let (dial, _file) = qemu(&rig);
-    let mut wires: Vec<_> = [2, 3].map(|n| dial(&asker(n).question())).into();
-    for (number, wire) in (2..).zip(&mut wires) {
-        asker(number).is_answered(&mut **wire);
-    }
+    let _wires = [2, 3].map(|number| answered(&dial, number));
     assert!(!rig.network.is_open());
     rig.open_all();
     assert!(rig.network.is_open());
