@@ -185,9 +185,9 @@ pub(crate) fn request(request: &Request) -> v1::PendingRequest {
         vm: request.vm.name.clone(),
         target: Some((&request.target()).into()),
         names: request.names.iter().map(ToString::to_string).collect(),
-        query_type: match &request.subject {
-            Subject::Lookup(lookup) => record_type(lookup.query_type),
-            Subject::Flow(_) => String::new(),
+        query_type: match request.subject() {
+            Some(Subject::Lookup(lookup)) => record_type(lookup.query_type),
+            Some(Subject::Flow(_)) | None => String::new(),
         },
         // That an address is synthetic guards nothing: the name is what is asked for.
         guards: (request.guards.without(Guard::Synthetic).iter())

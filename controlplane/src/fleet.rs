@@ -107,6 +107,8 @@ pub enum Outstanding {
         command: v1::command::Command,
         /// Who waits.
         reply: oneshot::Sender<Result<v1::Ack, Refusal>>,
+        /// The change that it is part of, and that somebody waits for.
+        change: Option<u64>,
     },
 }
 

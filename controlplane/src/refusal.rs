@@ -64,6 +64,12 @@ pub enum Refusal {
         /// One sentence.
         text: String,
     },
+    /// What the VM is under does not allow it.
+    #[error("{0}")]
+    Denied(String),
+    /// A person was asked, and did not answer in time.
+    #[error("{0}")]
+    Unanswered(String),
     /// It is served, and not here.
     #[error("{0}")]
     Elsewhere(String),
@@ -97,6 +103,8 @@ impl Refusal {
                 Code::Ok => Code::Unknown,
                 code => code,
             },
+            Self::Denied(_) => Code::PermissionDenied,
+            Self::Unanswered(_) => Code::DeadlineExceeded,
             Self::Elsewhere(_) => Code::Unimplemented,
             Self::NotSaved(_) | Self::Store(_) => Code::Internal,
         }
@@ -114,6 +122,8 @@ impl Refusal {
             Self::Limit(_) => "LIMIT_REACHED",
             Self::Unavailable(_) => "DATAPLANE_UNAVAILABLE",
             Self::Dataplane { .. } => "DATAPLANE_REFUSED",
+            Self::Denied(_) => "DENIED",
+            Self::Unanswered(_) => "UNANSWERED",
             Self::Elsewhere(_) => "SERVED_ELSEWHERE",
             Self::NotSaved(_) => "NOT_SAVED",
             Self::Store(_) => "STORE_FAILED",

@@ -77,6 +77,11 @@ pub struct Forward {
     pub target: SocketAddr,
     /// The guest sees clients by their own addresses, where that can be, rather than as the gateway.
     pub keep_client: bool,
+    /// The VM that asked for it itself; empty: somebody else opened it. This and the next are the controlplane's, and
+    /// are kept for it.
+    pub asked_by: String,
+    /// The grant that it rests on; empty: none.
+    pub grant_id: String,
 }
 
 impl Forward {

@@ -324,6 +324,11 @@ pub fn unhurried<T>(message: T) -> tonic::Request<T> {
     with_patience(message, UNHURRIED_PATIENCE)
 }
 
+/// A request that a person may have to answer: it is the controlplane that ends the wait, by its policy.
+pub fn asking<T>(message: T) -> tonic::Request<T> {
+    with_patience(message, ASKING_PATIENCE)
+}
+
 fn with_patience<T>(message: T, patience: Duration) -> tonic::Request<T> {
     let mut request = tonic::Request::new(message);
     request.set_timeout(patience);
@@ -363,6 +368,8 @@ pub const LIST_ITEMS_MAX: usize = 100_000;
 /// How long an answer may take. A change waits for dataplanes to acknowledge, so it is not short.
 const UNARY_PATIENCE: Duration = Duration::from_secs(30);
 const UNHURRIED_PATIENCE: Duration = Duration::from_secs(600);
+/// Beyond the longest `approvalTimeout`.
+const ASKING_PATIENCE: Duration = Duration::from_secs(3600 + 60);
 const PROBE_PATIENCE: Duration = Duration::from_secs(2);
 const CONNECT_PATIENCE: Duration = Duration::from_secs(5);
 /// A page of the largest messages fits (a pending request with its names is under 16 KiB).

@@ -4,12 +4,13 @@
 use std::net::SocketAddr;
 
 use tonic::{Code, Request, Response, Status};
-use vnet_proto::model::{ForwardListen, Protocol};
+use vnet_proto::model::{ForwardListen, Protocol, VmId};
 use vnet_proto::v1;
 use vnet_proto::v1::command::Command;
 use vnet_proto::v1::forward_service_server::ForwardService;
 
 use super::Api;
+use crate::hub::ForwardWish;
 use crate::refusal::Refusal;
 
 #[tonic::async_trait]
@@ -41,6 +42,9 @@ impl ForwardService for Api {
         let forward = v1::Forward {
             listen: ports.first.to_string(),
             target: target.to_string(),
+            // These are for what VMs ask for themselves.
+            asked_by: String::new(),
+            grant_id: String::new(),
             ..forward
         };
         let network = forward.network.clone();
@@ -69,6 +73,43 @@ impl ForwardService for Api {
         Ok(Response::new(v1::CreateForwardResponse {
             forward: forwards.first().cloned(),
             forwards,
+        }))
+    }
+
+    async fn request_forward(
+        &self,
+        request: Request<v1::RequestForwardRequest>,
+    ) -> Result<Response<v1::RequestForwardResponse>, Status> {
+        let request = request.into_inner();
+        let forward = request.forward.unwrap_or_default();
+        let protocol = check_protocol("forward.protocol", forward.protocol)?;
+        let listen = match check_listen("forward.listen", &forward.listen)? {
+            ForwardListen::Address(address) => address,
+            ForwardListen::Unix(_) => {
+                let text = "is a Unix socket, and a VM opens ports alone (expected one as 127.0.0.1:8080)";
+                return Err(Refusal::field("forward.listen", text).into());
+            }
+        };
+        let target = check_address("forward.target", &forward.target)?;
+        if target.port() == 0 {
+            return Err(Refusal::field("forward.target", "port 0 leads nowhere").into());
+        }
+        let wish = ForwardWish {
+            network: forward.network,
+            vm: request.vm,
+            handle: VmId(request.vm_id),
+            protocol,
+            listen,
+            target,
+        };
+        let ports = Ports::check("count", protocol, listen.into(), 1)?;
+        let opened = self
+            .hub
+            .request_forward(&wish)
+            .await
+            .map_err(|refusal| self.named(refusal, &ports))?;
+        Ok(Response::new(v1::RequestForwardResponse {
+            forward: Some(opened),
         }))
     }
 

@@ -1042,3 +1042,104 @@ fn five_thousand_misses_a_second_are_answered_quickly() {
     assert!(half < Duration::from_micros(200), "p50 {half:?}");
     assert!(most < Duration::from_millis(1), "p99 {most:?}");
 }
+
+#[tokio::test]
+async fn a_forward_that_a_vm_asks_for_is_refused_with_its_reason_and_code() {
+    use vnet_proto::v1::forward_service_client::ForwardServiceClient;
+    let served = Served::start(false).await;
+    served
+        .rig
+        .apply("version: 1\nmode: ask\napprovalTimeout: 20ms\nforwards: [{action: deny, listen: 8443}]\n");
+    let _dataplane = served.rig.dataplane("web");
+    let mut client = ForwardServiceClient::new(served.channel("api").await);
+    let wish = |listen: &str, target: &str| v1::RequestForwardRequest {
+        vm: "web".to_owned(),
+        forward: Some(v1::Forward {
+            protocol: v1::Protocol::Tcp.into(),
+            listen: listen.to_owned(),
+            target: target.to_owned(),
+            ..Default::default()
+        }),
+        ..Default::default()
+    };
+    let own = "192.168.127.2:80";
+    for (request, code, reason, text) in [
+        (
+            wish("127.0.0.1:8443", own),
+            Code::PermissionDenied,
+            "DENIED",
+            "rule forwards[0] denies it",
+        ),
+        (
+            wish("0.0.0.0:8080", own),
+            Code::PermissionDenied,
+            "DENIED",
+            "is not an address of loopback",
+        ),
+        (
+            wish("127.0.0.1:8080", own),
+            Code::DeadlineExceeded,
+            "UNANSWERED",
+            "still open",
+        ),
+        (
+            wish("unix:///run/a.sock", own),
+            Code::InvalidArgument,
+            "INVALID_FIELD",
+            "a VM opens ports alone",
+        ),
+        (
+            wish("here", own),
+            Code::InvalidArgument,
+            "INVALID_FIELD",
+            "forward.listen",
+        ),
+        (
+            wish("127.0.0.1:8080", "192.168.127.2:0"),
+            Code::InvalidArgument,
+            "INVALID_FIELD",
+            "forward.target: port 0",
+        ),
+        (
+            v1::RequestForwardRequest {
+                vm: "db".to_owned(),
+                ..wish("127.0.0.1:8080", own)
+            },
+            Code::NotFound,
+            "NOT_FOUND",
+            "there is no VM \"db\"",
+        ),
+    ] {
+        let status = client.request_forward(request).await.unwrap_err();
+        let info = status.get_error_details().error_info().cloned().unwrap();
+        assert_eq!((status.code(), info.reason.as_str()), (code, reason), "{status}");
+        assert!(status.message().contains(text), "{status}");
+    }
+    // A grant is made for one by who was not asked, and a rule overrules it.
+    let mut grants = GrantServiceClient::new(served.channel("api").await);
+    let allow = |target: &str| v1::CreateGrantRequest {
+        action: v1::Action::Allow.into(),
+        target: Some((&target.parse::<Target>().unwrap()).into()),
+        vms: Some((&VmSelector::named("web")).into()),
+        lifetime: Some(v1::Lifetime {
+            kind: Some(v1::lifetime::Kind::Forever(true)),
+        }),
+        ..Default::default()
+    };
+    grants
+        .create_grant(allow("forward 127.0.0.1:8080:80/tcp"))
+        .await
+        .unwrap();
+    let overruled = grants
+        .create_grant(allow("forward 127.0.0.1:8443:80/tcp"))
+        .await
+        .unwrap_err();
+    assert!(overruled.message().contains("forwards[0] denies"), "{overruled}");
+    let mut budgeted = allow("forward 127.0.0.1:8081:80/tcp");
+    budgeted.budget = Some(v1::Budget {
+        connections: 1,
+        ..Default::default()
+    });
+    let refused = grants.create_grant(budgeted).await.unwrap_err();
+    assert_eq!(refused.code(), Code::InvalidArgument, "{refused}");
+}

@@ -3,7 +3,7 @@
 use std::fmt;
 use std::time::{Duration, SystemTime};
 
-use vnet_proto::model::{Reason, Subject, Target};
+use vnet_proto::model::{ForwardTarget, Reason, Subject, Target};
 
 #[cfg(doc)]
 use crate::approval::{HELD_PER_VM_MAX, OPEN_MAX, OPEN_PER_VM_MAX, PendingTable};
@@ -34,6 +34,25 @@ pub struct Ask<'a> {
     pub open_max: usize,
     /// Requests that it may open within a minute (`approvals.maxRequestsPerMinute`); at most
     /// [`OPEN_PER_VM_MAX`]. `None`: any number.
+    pub per_minute_max: Option<usize>,
+}
+
+/// A forward for which a person is to be asked. Who waits for the answer is the caller's to know.
+#[derive(Debug, Clone)]
+pub struct AskForward<'a> {
+    /// The id to use if this opens a request.
+    pub id: PendingId,
+    /// Who asks.
+    pub vm: &'a VmView,
+    /// What for.
+    pub forward: ForwardTarget,
+    /// Why a person is asked.
+    pub reason: Reason,
+    /// How long the caller waits from now; the request lives longer.
+    pub hold: Duration,
+    /// As in [`Ask`]: requests of every kind count.
+    pub open_max: usize,
+    /// As in [`Ask`].
     pub per_minute_max: Option<usize>,
 }
 

@@ -12,9 +12,10 @@ mod table;
 mod tests;
 
 pub use ask::{
-    Answer, AnswerError, Answered, Ask, AskOutcome, Change, Changes, FindError, Limit, MissEnd, Released,
+    Answer, AnswerError, Answered, Ask, AskForward, AskOutcome, Change, Changes, FindError, Limit, MissEnd,
+    Released,
 };
-pub use request::{HeldMiss, MissRef, PendingId, PendingState, Request, Scope};
+pub use request::{Asked, HeldMiss, MissRef, PendingId, PendingState, Request, Scope};
 pub use table::{
     HELD_PER_VM_MAX, HOLD_GRACE, LIFE, NAMES_PER_REQUEST_MAX, OPEN_MAX, OPEN_PER_VM_MAX, PendingTable,
     RATE_SPAN, RECENT_MAX, RETIRED_FOR, RETIRED_MAX,

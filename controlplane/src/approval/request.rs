@@ -3,7 +3,7 @@
 use std::fmt;
 use std::time::SystemTime;
 
-use vnet_proto::model::{Guard, GuardSet, MissId, Name, Reason, Subject, Target};
+use vnet_proto::model::{ForwardTarget, Guard, GuardSet, MissId, Name, Reason, Subject, Target};
 
 use crate::approval::scope;
 use crate::grant::{GrantId, VmView};
@@ -98,6 +98,15 @@ pub struct HeldMiss {
     pub packets: u32,
 }
 
+/// What a request asks for.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Asked {
+    /// That a flow or lookup is let through. Misses are held for it.
+    Miss(Subject),
+    /// That a forward is opened, which the VM asks for itself. Nothing is held for it here.
+    Forward(ForwardTarget),
+}
+
 /// A question to a person. Who asks, for what, under which guards, and so what an answer reaches, stays
 /// as it was when it was opened: what asks for anything else is another request, with another id.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -107,7 +116,7 @@ pub struct Request {
     /// Who asks.
     pub vm: VmView,
     /// What is asked for, as it was first asked.
-    pub subject: Subject,
+    pub asked: Asked,
     /// The name of the other guest that the destination belonged to then; empty where that is none.
     pub peer: String,
     /// Names bound to the destination when it was first asked; the first is the one that the narrowest
@@ -168,9 +177,18 @@ impl Request {
 
     /// What is asked for: one address, protocol and port, or a name to look up.
     pub fn target(&self) -> Target {
-        match &self.subject {
-            Subject::Flow(flow) => Target::of_subject(flow),
-            Subject::Lookup(lookup) => Target::of_name(lookup.name.clone()),
+        match &self.asked {
+            Asked::Miss(Subject::Flow(flow)) => Target::of_subject(flow),
+            Asked::Miss(Subject::Lookup(lookup)) => Target::of_name(lookup.name.clone()),
+            Asked::Forward(forward) => Target::Forward(*forward),
+        }
+    }
+
+    /// The flow or lookup that it asks for; `None` where that is neither.
+    pub fn subject(&self) -> Option<&Subject> {
+        match &self.asked {
+            Asked::Miss(subject) => Some(subject),
+            Asked::Forward(_) => None,
         }
     }
 

@@ -3,7 +3,7 @@
 use ipnet::IpNet;
 use vnet_proto::model::{FlowKey, Guard, Name, NamePattern, PortRange, Subject, Target};
 
-use crate::approval::{Request, Scope};
+use crate::approval::{Asked, Request, Scope};
 
 /// Scopes that an answer may have, narrowest first: the first is the one that is meant when none is
 /// given. A name comes before the address, since it is what the guest meant. A guarded destination
@@ -14,9 +14,10 @@ pub(crate) fn offered(request: &Request) -> Vec<Scope> {
         .first()
         .is_some_and(|name| parent_of(name).is_some());
     let subdomains = (below && !request.is_guarded()).then_some(Scope::Subdomains);
-    match &request.subject {
-        Subject::Lookup(_) => std::iter::once(Scope::Name).chain(subdomains).collect(),
-        Subject::Flow(flow) => {
+    match &request.asked {
+        Asked::Forward(_) => vec![Scope::HostPort],
+        Asked::Miss(Subject::Lookup(_)) => std::iter::once(Scope::Name).chain(subdomains).collect(),
+        Asked::Miss(Subject::Flow(flow)) => {
             let ported = flow.key.protocol.has_ports();
             // A name's grant opens tcp and udp; what has no ports is answered by its address.
             let guarded = request.is_guarded();
@@ -56,7 +57,11 @@ pub(crate) fn target(request: &Request, scope: Scope, lookup_only: bool) -> Opti
             lookup_only,
         })
     };
-    match (scope, &request.subject) {
+    let subject = match &request.asked {
+        Asked::Miss(subject) => subject,
+        Asked::Forward(forward) => return Some(Target::Forward(*forward)),
+    };
+    match (scope, subject) {
         (Scope::HostPort, Subject::Flow(flow)) => Some(Target::of_flow(&flow.key)),
         (Scope::Host, Subject::Flow(flow)) => Some(any_port(&flow.key)),
         (Scope::NamePort, Subject::Flow(flow)) => {

@@ -4,11 +4,11 @@ use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
 use std::net::{IpAddr, SocketAddr};
 use std::time::{Duration, SystemTime};
 
-use vnet_proto::model::{Guard, GuardSet, Name, Protocol, Reason, Subject, Target, VmId};
+use vnet_proto::model::{ForwardTarget, Guard, GuardSet, Name, Protocol, Reason, Subject, Target, VmId};
 
 use crate::approval::{
-    Answer, AnswerError, Answered, Ask, AskOutcome, Change, Changes, FindError, HeldMiss, Limit, MissEnd,
-    MissRef, PendingId, PendingState, Released, Request, Scope, scope,
+    Answer, AnswerError, Answered, Ask, AskForward, AskOutcome, Asked, Change, Changes, FindError, HeldMiss,
+    Limit, MissEnd, MissRef, PendingId, PendingState, Released, Request, Scope, scope,
 };
 use crate::grant::{GrantId, ID_PREFIX_MIN, VmInstance, VmView};
 
@@ -71,22 +71,17 @@ impl PendingTable {
             self.hold(now, &id, held);
             return (AskOutcome::Joined(id.clone()), Changes::of(Change::Updated(id)));
         }
-        let question = Question::of(&ask.vm.instance, &held.subject);
+        let question = Question::of_miss(&ask.vm.instance, &held.subject);
         let known = self.by_question.get(&question).cloned();
         if let Some((limit, text)) = self.limit_reached(
             now,
             &ask.vm.instance,
             known.is_none(),
+            true,
             ask.open_max,
             ask.per_minute_max,
         ) {
-            let count = self
-                .vms
-                .entry(ask.vm.instance.clone())
-                .or_default()
-                .refused(limit);
-            let reason = Reason::new("limit", limit.to_string(), text);
-            return (AskOutcome::Refused { limit, count, reason }, Changes::default());
+            return self.refuse(&ask.vm.instance, limit, text);
         }
         if let Some(id) = known {
             if let Some(request) = self.open.get_mut(&id) {
@@ -96,17 +91,88 @@ impl PendingTable {
             self.hold_or_park(now, &id, held, parks);
             return (AskOutcome::Joined(id.clone()), Changes::of(Change::Updated(id)));
         }
-        let id = ask.id;
+        let id = ask.id.clone();
         let (names, guards) = evidence(&held.subject);
+        let opening = Opening {
+            id: ask.id,
+            vm: ask.vm,
+            asked: Asked::Miss(held.subject.clone()),
+            peer: ask.peer,
+            names,
+            guards,
+            reason: ask.reason,
+            is_rated: ask.per_minute_max.is_some(),
+        };
+        self.open_request(now, question, opening);
+        self.hold_or_park(now, &id, held, parks);
+        (AskOutcome::Opened(id.clone()), Changes::of(Change::Added(id)))
+    }
+
+    /// A VM asks for a forward: joins the open request that asks the same, or opens one. Nothing is held here; who
+    /// waits for the answer looks again when the request has ended.
+    pub fn ask_forward(&mut self, now: SystemTime, ask: AskForward<'_>) -> (AskOutcome, Changes) {
+        let question = Question::Forward(ask.vm.instance.clone(), ask.forward);
+        let known = self.by_question.get(&question).cloned();
+        if let Some((limit, text)) = self.limit_reached(
+            now,
+            &ask.vm.instance,
+            known.is_none(),
+            false,
+            ask.open_max,
+            ask.per_minute_max,
+        ) {
+            return self.refuse(&ask.vm.instance, limit, text);
+        }
+        let opens = known.is_none();
+        let id = known.unwrap_or_else(|| ask.id.clone());
+        if opens {
+            let opening = Opening {
+                id: ask.id,
+                vm: ask.vm,
+                asked: Asked::Forward(ask.forward),
+                peer: String::new(),
+                names: Vec::new(),
+                guards: GuardSet::EMPTY,
+                reason: ask.reason,
+                is_rated: ask.per_minute_max.is_some(),
+            };
+            self.open_request(now, question, opening);
+        }
+        if let Some(request) = self.open.get_mut(&id) {
+            if !opens {
+                request.count = request.count.saturating_add(1);
+                request.last_asked_at = now;
+            }
+            // A late yes serves the next attempt.
+            request.hold_ran_out = true;
+            let life = LIFE.max(ask.hold.saturating_add(HOLD_GRACE));
+            let end = now.checked_add(life).unwrap_or(now);
+            request.expires_at = request.expires_at.max(end);
+        }
+        if opens {
+            (AskOutcome::Opened(id.clone()), Changes::of(Change::Added(id)))
+        } else {
+            (AskOutcome::Joined(id.clone()), Changes::of(Change::Updated(id)))
+        }
+    }
+
+    fn refuse(&mut self, instance: &VmInstance, limit: Limit, text: String) -> (AskOutcome, Changes) {
+        let count = self.vms.entry(instance.clone()).or_default().refused(limit);
+        let reason = Reason::new("limit", limit.to_string(), text);
+        (AskOutcome::Refused { limit, count, reason }, Changes::default())
+    }
+
+    fn open_request(&mut self, now: SystemTime, question: Question, opening: Opening<'_>) {
+        let id = opening.id;
         let expires_at = now.checked_add(LIFE).unwrap_or(now);
         let request = Request {
             id: id.clone(),
-            vm: ask.vm.clone(),
-            subject: held.subject.clone(),
-            peer: ask.peer,
-            names: names.into_iter().take(NAMES_PER_REQUEST_MAX).collect(),
-            guards,
-            reason: ask.reason,
+            vm: opening.vm.clone(),
+            asked: opening.asked,
+            peer: opening.peer,
+            names: opening.names.into_iter().take(NAMES_PER_REQUEST_MAX).collect(),
+            guards: opening.guards,
+            reason: opening.reason,
             state: PendingState::Open,
             count: 1,
             created_at: now,
@@ -120,14 +186,12 @@ impl PendingTable {
         };
         self.wakes.insert((expires_at, id.clone()));
         self.by_question.insert(question, id.clone());
-        let counts = self.vms.entry(ask.vm.instance.clone()).or_default();
+        let counts = self.vms.entry(opening.vm.instance.clone()).or_default();
         counts.open += 1;
-        if ask.per_minute_max.is_some() {
+        if opening.is_rated {
             counts.opened_at.push_back(now);
         }
-        self.open.insert(id.clone(), request);
-        self.hold_or_park(now, &id, held, parks);
-        (AskOutcome::Opened(id.clone()), Changes::of(Change::Added(id)))
+        self.open.insert(id, request);
     }
 
     /// A miss no longer waits.
@@ -225,7 +289,7 @@ impl PendingTable {
         if etag.is_some_and(|etag| etag != request.etag()) {
             return Err(AnswerError::Changed { id });
         }
-        if lookup_only && matches!(request.subject, Subject::Flow(_)) {
+        if lookup_only && !matches!(request.asked, Asked::Miss(Subject::Lookup(_))) {
             return Err(AnswerError::NotALookup { id });
         }
         let offered = request.scopes();
@@ -271,12 +335,13 @@ impl PendingTable {
     }
 
     /// Policy, mode or grants changed: `still_asks` says of a VM's subject whether a person is still to
-    /// be asked. A request that is not ends as [`PendingState::Decided`]; a held miss that is not is
+    /// be asked, and `forward_asks` of a forward. A request that is not ends as [`PendingState::Decided`]; a held miss that is not is
     /// released, to be decided again by the caller.
     pub fn decide_again(
         &mut self,
         now: SystemTime,
         mut still_asks: impl FnMut(&VmView, &Subject) -> bool,
+        mut forward_asks: impl FnMut(&VmView, &ForwardTarget) -> bool,
     ) -> Changes {
         let mut changes = Changes::default();
         let ids: Vec<PendingId> = self.open.keys().cloned().collect();
@@ -284,14 +349,18 @@ impl PendingTable {
             let Some(request) = self.open.get(&id) else {
                 continue;
             };
-            if !still_asks(&request.vm, &request.subject) {
+            let (asks, subject) = match &request.asked {
+                Asked::Miss(subject) => (still_asks(&request.vm, subject), Some(subject)),
+                Asked::Forward(forward) => (forward_asks(&request.vm, forward), None),
+            };
+            if !asks {
                 changes.append(self.close(now, &id, PendingState::Decided, None));
                 continue;
             }
             let decided: BTreeSet<MissRef> = request
                 .held
                 .iter()
-                .filter(|held| !asks_alike(&held.subject, &request.subject))
+                .filter(|held| subject.is_none_or(|subject| !asks_alike(&held.subject, subject)))
                 .filter(|held| !still_asks(&request.vm, &held.subject))
                 .map(|held| held.miss)
                 .collect();
@@ -396,6 +465,7 @@ impl PendingTable {
         now: SystemTime,
         instance: &VmInstance,
         opens: bool,
+        holds: bool,
         open_max: usize,
         per_minute_max: Option<usize>,
     ) -> Option<(Limit, String)> {
@@ -432,7 +502,7 @@ impl PendingTable {
             let text = format!("{OPEN_MAX} requests of all VMs await an answer; answer some first");
             return Some((Limit::Open, text));
         }
-        if held >= HELD_PER_VM_MAX {
+        if holds && held >= HELD_PER_VM_MAX {
             let text = format!("{HELD_PER_VM_MAX} flows and lookups of this VM are held for an answer");
             return Some((Limit::HeldPerVm, text));
         }
@@ -506,7 +576,7 @@ impl PendingTable {
         };
         self.wakes.remove(&(request.wakes_at, id.clone()));
         self.by_question
-            .remove(&Question::of(&request.vm.instance, &request.subject));
+            .remove(&Question::of(&request.vm.instance, &request.asked));
         if let Some(counts) = self.vms.get_mut(&request.vm.instance) {
             counts.open = counts.open.saturating_sub(1);
             counts.forget_refusals();
@@ -530,6 +600,19 @@ impl PendingTable {
     }
 }
 
+/// A request that is to be opened.
+struct Opening<'a> {
+    id: PendingId,
+    vm: &'a VmView,
+    asked: Asked,
+    peer: String,
+    names: Vec<Name>,
+    guards: GuardSet,
+    reason: Reason,
+    /// The policy bounds how many are opened within [`RATE_SPAN`].
+    is_rated: bool,
+}
+
 /// What makes two misses one question. All that an answer reaches follows from it, so that what is
 /// asked under an id stays what was shown.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
@@ -541,10 +624,19 @@ enum Question {
     Flow(VmInstance, Protocol, SocketAddr, IpAddr, GuardSet, Option<VmId>),
     /// A name, whatever the record type: the A/AAAA pair is one question.
     Lookup(VmInstance, Name),
+    /// A forward.
+    Forward(VmInstance, ForwardTarget),
 }
 
 impl Question {
-    fn of(instance: &VmInstance, subject: &Subject) -> Self {
+    fn of(instance: &VmInstance, asked: &Asked) -> Self {
+        match asked {
+            Asked::Miss(subject) => Self::of_miss(instance, subject),
+            Asked::Forward(forward) => Self::Forward(instance.clone(), *forward),
+        }
+    }
+
+    fn of_miss(instance: &VmInstance, subject: &Subject) -> Self {
         let instance = instance.clone();
         match subject {
             Subject::Lookup(lookup) => Self::Lookup(instance, lookup.name.clone()),

@@ -5,7 +5,8 @@ use std::net::SocketAddr;
 use std::time::{Duration, SystemTime};
 
 use vnet_proto::model::{
-    FlowKey, FlowSubject, Guard, LookupSubject, MissId, Protocol, Reason, Subject, VmId,
+    FlowKey, FlowSubject, ForwardTarget, Guard, LookupSubject, MissId, Protocol, Reason, Subject, Target,
+    VmId,
 };
 
 use super::*;
@@ -580,19 +581,22 @@ fn what_a_change_decides_is_answered() {
             Subject::Lookup(_) => true,
         }
     };
-    let changes = desk.table.decide_again(at(1), asks("9.9.9.9"));
+    let changes = desk.table.decide_again(at(1), asks("9.9.9.9"), |_, _| true);
     assert_eq!(changes.changes, [Change::Removed(PendingId("p3".into()))]);
     assert_eq!(changes.released[0].miss, miss(3));
     assert_eq!(desk.get("p3").state, PendingState::Decided);
 
-    let changes = desk.table.decide_again(at(1), asks("1.2.3.5"));
+    let changes = desk.table.decide_again(at(1), asks("1.2.3.5"), |_, _| true);
     assert_eq!(changes.changes, [Change::Updated(PendingId("p1".into()))]);
     assert_eq!(
         changes.released.iter().map(|r| r.miss).collect::<Vec<_>>(),
         [miss(2)]
     );
     assert!(desk.get("p1").is_open());
-    assert_eq!(desk.table.decide_again(at(2), |_, _| true), Changes::default());
+    assert_eq!(
+        desk.table.decide_again(at(2), |_, _| true, |_, _| true),
+        Changes::default()
+    );
 }
 
 #[test]
@@ -717,4 +721,108 @@ fn ids_are_found_whole_or_by_four_characters_that_fit_one() {
         "p1001",
         "lately answered ones are found too"
     );
+}
+
+fn forward(text: &str) -> ForwardTarget {
+    text.parse().unwrap()
+}
+
+impl Desk {
+    fn ask_forward(&mut self, now: u64, number: u64, text: &str) -> AskOutcome {
+        let ask = AskForward {
+            id: PendingId(format!("p{number}")),
+            vm: &vm("web"),
+            forward: forward(text),
+            reason: Reason::new("default", "deny", "nothing allows it"),
+            hold: HOLD,
+            open_max: OPEN_PER_VM_MAX,
+            per_minute_max: None,
+        };
+        self.table.ask_forward(at(now), ask).0
+    }
+}
+
+#[test]
+fn a_forward_is_asked_for_once_and_answered_for_itself_alone() {
+    let mut desk = Desk::default();
+    let text = "127.0.0.1:8080:80/tcp";
+    assert_eq!(desk.ask_forward(0, 1, text), opened(1));
+    assert_eq!(desk.ask_forward(1, 2, text), joined(1));
+    for (number, other) in [
+        (3, "127.0.0.1:8080:80/udp"),
+        (4, "127.0.0.1:8080:81/tcp"),
+        (5, "127.0.0.1:8081:80/tcp"),
+        (6, "[::1]:8080:80/tcp"),
+    ] {
+        assert_eq!(desk.ask_forward(1, number, other), opened(number), "{other}");
+    }
+    let request = desk.get("p1");
+    assert_eq!((request.count, request.held_packets()), (2, 0));
+    assert_eq!(request.scopes(), [Scope::HostPort]);
+    let refused = desk.approve(2, "p1", Some(Scope::Host)).unwrap_err();
+    assert!(matches!(refused, AnswerError::Scope { .. }), "{refused}");
+    let answered = desk.approve(2, "p1", None).unwrap();
+    assert_eq!(answered.target, Target::Forward(forward(text)));
+    assert_eq!(answered.changes.released, []);
+    assert_eq!(
+        desk.ask_forward(3, 7, text),
+        opened(7),
+        "that one is answered for good"
+    );
+}
+
+#[test]
+fn a_request_for_a_forward_outlives_its_call_and_ends_with_its_life_and_its_vm() {
+    let mut desk = Desk::default();
+    desk.ask_forward(0, 1, "127.0.0.1:8080:80/tcp");
+    desk.table.expire(at(500));
+    desk.ask_forward(500, 2, "127.0.0.1:8080:80/tcp");
+    desk.table.expire(at(1_099));
+    assert!(desk.get("p1").is_open(), "asked again, it lives on");
+    let changes = desk.table.expire(at(1_101));
+    assert_eq!(changes.changes, [Change::Removed(PendingId("p1".into()))]);
+    desk.ask_forward(2_000, 3, "127.0.0.1:8080:80/tcp");
+    desk.table.vm_stopped(at(2_001), &vm("web").instance);
+    assert_eq!(desk.get("p3").state, PendingState::Cancelled);
+}
+
+#[test]
+fn forwards_and_flows_of_a_vm_have_one_limit_together() {
+    let mut desk = Desk::default();
+    for n in 0..OPEN_PER_VM_MAX - 1 {
+        desk.ask(
+            0,
+            u64::try_from(n).unwrap(),
+            tcp(&format!("1.2.{}.{}:443", n / 250, n % 250), &[]),
+        );
+    }
+    assert_eq!(desk.ask_forward(0, 9_001, "127.0.0.1:1:1/tcp"), opened(9_001));
+    for outcome in [
+        desk.ask_forward(0, 9_002, "127.0.0.1:2:1/tcp"),
+        desk.ask(0, 9_003, tcp("9.9.9.9:9", &[])),
+    ] {
+        assert!(
+            matches!(
+                outcome,
+                AskOutcome::Refused {
+                    limit: Limit::OpenPerVm,
+                    ..
+                }
+            ),
+            "{outcome:?}"
+        );
+    }
+    assert_eq!(desk.ask_forward(0, 9_004, "127.0.0.1:1:1/tcp"), joined(9_001));
+}
+
+#[test]
+fn a_request_for_a_forward_that_is_decided_ends() {
+    let mut desk = Desk::default();
+    desk.ask_forward(0, 1, "127.0.0.1:8080:80/tcp");
+    desk.ask_forward(0, 2, "127.0.0.1:8081:80/tcp");
+    let asks = |_: &VmView, forward: &ForwardTarget| forward.listen().port() == 8081;
+    desk.table
+        .decide_again(at(1), |_, _| panic!("no flow is asked for"), asks);
+    assert_eq!(desk.get("p1").state, PendingState::Decided);
+    assert!(desk.get("p2").is_open());
 }

@@ -12,20 +12,28 @@ use crate::policy::{FlowTest, NameSet, PrefixSet, ProtocolSet};
 pub struct VmGrants {
     pub(crate) deny: Vec<ReadyGrant>,
     pub(crate) allow: Vec<ReadyGrant>,
+    /// Those about forwards, which are about no flow and no lookup.
+    pub(crate) forwards_denied: Vec<Arc<Grant>>,
+    pub(crate) forwards_allowed: Vec<Arc<Grant>>,
     generation: u64,
 }
 
 impl VmGrants {
     /// From grants that all reach the VM.
     pub fn new(grants: impl IntoIterator<Item = Arc<Grant>>, generation: u64) -> Self {
-        let (mut allow, deny): (Vec<_>, Vec<_>) = grants
+        let is_allow = |grant: &Grant| grant.action == GrantAction::Allow;
+        let (forwards, others): (Vec<_>, Vec<_>) = grants
+            .into_iter()
+            .partition(|grant| matches!(grant.target, Target::Forward(_)));
+        let (mut forwards_allowed, forwards_denied): (Vec<_>, Vec<_>) =
+            forwards.into_iter().partition(|grant| is_allow(grant));
+        let (mut allow, deny): (Vec<_>, Vec<_>) = others
             .into_iter()
             .map(ReadyGrant::new)
-            .partition(|ready| ready.grant.action == GrantAction::Allow);
+            .partition(|ready| is_allow(&ready.grant));
         // Of several that allow, the one that limits least and lasts longest is used first, so that
         // a "once" is not spent where it was not needed.
-        allow.sort_by_key(|ready| {
-            let grant = &ready.grant;
+        let order = |grant: &Grant| {
             let ends = grant.expires_at.map(std::cmp::Reverse);
             (
                 grant.lifetime == Lifetime::Once,
@@ -33,10 +41,14 @@ impl VmGrants {
                 ends.is_some(),
                 ends,
             )
-        });
+        };
+        allow.sort_by_key(|ready| order(&ready.grant));
+        forwards_allowed.sort_by_key(|grant| order(grant));
         Self {
             deny,
             allow,
+            forwards_denied,
+            forwards_allowed,
             generation,
         }
     }
@@ -104,6 +116,7 @@ impl ReadyGrant {
                 let lookups = grant.action == GrantAction::Allow || ports.is_none();
                 (test, lookups, !lookup_only)
             }
+            Target::Forward(_) => (FlowTest::default(), false, false),
         };
         Self {
             grant,

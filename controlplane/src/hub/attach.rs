@@ -273,6 +273,8 @@ impl State {
         for binding in hello.bindings {
             self.count_malformed(|state| state.handle_binding(now, number, binding));
         }
+        // What changed while it was away, or before this controlplane was there.
+        self.close_forwards(None, |_| true);
         Ok(Attachment {
             key,
             outbox: messages,

@@ -93,6 +93,7 @@ fn width(target: &Target) -> WidestScope {
             };
             if one { WidestScope::Port } else { WidestScope::Host }
         }
+        Target::Forward(_) => WidestScope::Port,
         // Below a public suffix (`*.com`, `*.github.io`) are everybody's names, not one owner's.
         Target::Name {
             pattern: NamePattern::Subdomains(parent),

@@ -283,6 +283,7 @@ pub(super) fn check(grant: &Grant) -> Result<(), Refusal> {
             },
             _,
         ) => "is of connections and their bytes, and a lookup has none (leave it out, or allow the name)",
+        (_, Target::Forward(_), _) => "is of what a VM opens, and a forward is opened to it (leave it out)",
         (_, _, Lifetime::Once) => {
             "of a grant for once is one connection (leave it out, or give another lifetime)"
         }

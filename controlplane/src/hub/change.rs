@@ -164,6 +164,7 @@ impl State {
         for (number, flows) in cuts {
             self.cut(id, number, flows, text);
         }
+        self.close_forwards(id, |name| concerned.contains(name));
     }
 
     /// Cuts flows.
@@ -189,10 +190,14 @@ impl State {
             self.refresh_grants(name);
         }
         let fleet = &self.fleet;
-        let changes = self.pending.decide_again(now.steady, |view, subject| {
-            super::decide::decide(fleet, &view.name, subject)
-                .is_none_or(|decision| decision.outcome == Outcome::Ask)
-        });
+        let changes = self.pending.decide_again(
+            now.steady,
+            |view, subject| {
+                super::decide::decide(fleet, &view.name, subject)
+                    .is_none_or(|decision| decision.outcome == Outcome::Ask)
+            },
+            |view, forward| super::forwards::still_asks(fleet, &view.name, forward),
+        );
         let closed = changes
             .changes
             .iter()
@@ -210,31 +215,48 @@ impl State {
         match dataplane.outstanding.remove(&CommandId(ack.command_id)) {
             None => self.metrics.stray.add(1),
             Some(Outstanding::Change(None)) => {}
-            Some(Outstanding::Change(Some(id))) => {
-                let refused = ack.error.is_some();
-                let name = dataplane.name.clone();
-                if let Some(change) = self.changes.get_mut(&id) {
-                    change.flows += ack.cut_flows;
-                    if ack.cut_flows > 0 {
-                        change.cut_on.insert(number);
-                    }
-                    if let Some(left) = change.waiting.get_mut(&number) {
-                        *left -= 1;
-                        if *left == 0 {
-                            change.waiting.remove(&number);
-                            if refused {
-                                change.silent.push(name)
-                            } else {
-                                change.acknowledged += 1
-                            }
-                        }
+            Some(Outstanding::Change(Some(id))) => self.change_acknowledged(number, id, &ack),
+            Some(Outstanding::Command {
+                command,
+                reply,
+                change,
+            }) => {
+                if let Some(id) = change {
+                    self.change_acknowledged(number, id, &ack);
+                }
+                self.command_done(now, number, command, reply, ack);
+            }
+        }
+    }
+
+    fn change_acknowledged(&mut self, number: DataplaneNo, id: u64, ack: &v1::Ack) {
+        let Some(dataplane) = self.fleet.dataplanes.get(&number) else {
+            return;
+        };
+        if let Some(change) = self.changes.get_mut(&id) {
+            change.flows += ack.cut_flows;
+            if ack.cut_flows > 0 {
+                change.cut_on.insert(number);
+            }
+            if let Some(left) = change.waiting.get_mut(&number) {
+                *left -= 1;
+                if *left == 0 {
+                    change.waiting.remove(&number);
+                    if ack.error.is_some() {
+                        change.silent.push(dataplane.name.clone());
+                    } else {
+                        change.acknowledged += 1;
                     }
                 }
-                self.finish_if_done(id);
             }
-            Some(Outstanding::Command { command, reply }) => {
-                self.command_done(now, number, command, reply, ack)
-            }
+        }
+        self.finish_if_done(id);
+    }
+
+    /// A change waits for a command that was sent.
+    pub(super) fn wait_for_command(&mut self, id: Option<u64>, number: DataplaneNo) {
+        if let Some(change) = id.and_then(|id| self.changes.get_mut(&id)) {
+            *change.waiting.entry(number).or_default() += 1;
         }
     }
 
@@ -247,7 +269,7 @@ impl State {
         let outstanding: Vec<Outstanding> = dataplane.outstanding.drain().map(|(_, o)| o).collect();
         for item in outstanding {
             // The waiter of a command sees its sender dropped.
-            if let Outstanding::Change(Some(id)) = item {
+            if let Outstanding::Change(Some(id)) | Outstanding::Command { change: Some(id), .. } = item {
                 if let Some(change) = self.changes.get_mut(&id)
                     && change.waiting.remove(&number).is_some()
                 {

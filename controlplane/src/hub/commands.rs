@@ -31,8 +31,15 @@ impl Hub {
     ) -> Result<v1::Ack, Refusal> {
         let wait = self.read(|state, _| {
             let number = state.fleet.dataplane_of_network(network)?;
-            state.send_command(number, make)
+            state.send_command(number, None, make)
         })?;
+        Self::acknowledged(wait).await
+    }
+
+    /// Waits for what a dataplane says to a command.
+    pub(super) async fn acknowledged(
+        wait: oneshot::Receiver<Result<v1::Ack, Refusal>>,
+    ) -> Result<v1::Ack, Refusal> {
         match tokio::time::timeout(COMMAND_WAIT, wait).await {
             Ok(Ok(answer)) => answer,
             Ok(Err(_)) => Err(Refusal::Unavailable(
@@ -139,6 +146,7 @@ impl State {
     pub(super) fn send_command(
         &mut self,
         number: DataplaneNo,
+        change: Option<u64>,
         make: impl FnOnce(&str) -> Command,
     ) -> Result<oneshot::Receiver<Result<v1::Ack, Refusal>>, Refusal> {
         let lost = || Refusal::Unavailable("the dataplane is lost".to_owned());
@@ -153,9 +161,15 @@ impl State {
             return Err(lost());
         }
         let (reply, wait) = oneshot::channel();
-        dataplane
-            .outstanding
-            .insert(id, Outstanding::Command { command, reply });
+        dataplane.outstanding.insert(
+            id,
+            Outstanding::Command {
+                command,
+                reply,
+                change,
+            },
+        );
+        self.wait_for_command(change, number);
         Ok(wait)
     }
 
@@ -192,7 +206,8 @@ impl State {
                 let forward = ack.forward.clone().unwrap_or(asked);
                 let text = format!("{} leads to {}", forward.listen, forward.target);
                 dataplane.forwards.retain(|f| !is(f, &forward));
-                dataplane.forwards.push(forward);
+                dataplane.forwards.push(forward.clone());
+                self.forward_opened(now, &forward);
                 text
             }
             Command::ExposeRange(_) => {
@@ -228,8 +243,9 @@ impl State {
             }
             Command::ReportVerdicts(_) => return,
         };
+        let network = self.fleet.dataplanes.get(&number).map(|d| d.network.clone());
         let event = v1::Event {
-            subject: dataplane.network.clone(),
+            subject: network.unwrap_or_default(),
             ..about(v1::EventKind::ForwardChanged, "", text)
         };
         self.event(now, event);

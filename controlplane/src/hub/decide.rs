@@ -1,7 +1,8 @@
 //! Decisions: a miss becomes a verdict, or joins a question.
 
 use vnet_proto::model::{
-    FlowMatch, LookupMatch, Match, Miss, MissId, Mode, NameDemand, Reason, Subject, Verdict, VerdictAction,
+    FlowMatch, LookupMatch, Match, Miss, MissId, Mode, NameDemand, Reason, Subject, Target, Verdict,
+    VerdictAction,
 };
 use vnet_proto::v1;
 
@@ -321,7 +322,7 @@ impl State {
         self.repeated_event(now, key, count, event);
     }
 
-    fn use_grant(&mut self, now: Now, id: &GrantId, what: Use) {
+    pub(super) fn use_grant(&mut self, now: Now, id: &GrantId, what: Use) {
         if let Some(ended) = self.grants.record_use(id, what, now.steady) {
             if self.spent.len() >= SPENT_MAX {
                 self.spent.pop_front();
@@ -451,8 +452,15 @@ impl State {
     pub(super) fn instance_stopped(&mut self, now: Now, instance: &crate::grant::VmInstance) {
         let changes = self.pending.vm_stopped(now.steady, instance);
         self.take_up(now, changes);
-        for grant in self.grants.vm_stopped(instance) {
-            self.grant_ended(now, &grant, "its VM stopped", "");
+        let ended = self.grants.vm_stopped(instance);
+        for grant in &ended {
+            self.grant_ended(now, grant, "its VM stopped", "");
+        }
+        if ended
+            .iter()
+            .any(|grant| matches!(grant.target, Target::Forward(_)))
+        {
+            self.close_forwards(None, |_| true);
         }
         let gone: Vec<String> = self
             .set

@@ -6,7 +6,7 @@ use vnet_proto::model::{Guard, Reason, Subject, Target, VmSelector};
 use vnet_proto::v1;
 
 use super::Hub;
-use crate::approval::{PendingState, Request};
+use crate::approval::{Asked, PendingState, Request};
 use crate::clock::Now;
 use crate::convert;
 use crate::fleet::Fleet;
@@ -165,30 +165,35 @@ pub(super) fn of_peer(peer: &str) -> String {
     }
 }
 
+/// What a request asks for, as `for tcp 192.0.2.7:443 of VM db` or `to open tcp 127.0.0.1:8080 to its port 80`.
+fn what(request: &Request) -> String {
+    match &request.asked {
+        Asked::Miss(_) => format!("for {}{}", request.target(), of_peer(&request.peer)),
+        Asked::Forward(forward) => forward.in_words(),
+    }
+}
+
+/// Adds what a request asks for to an event about it.
+fn on_request(event: v1::Event, request: &Request) -> v1::Event {
+    match &request.asked {
+        Asked::Miss(subject) => on_subject(event, subject, &request.peer),
+        Asked::Forward(_) => event,
+    }
+}
+
 pub(super) fn pending_opened(request: &Request) -> v1::Event {
-    let text = format!(
-        "{} asks for {}{}",
-        request.vm.name,
-        request.target(),
-        of_peer(&request.peer)
-    );
+    let text = format!("{} asks {}", request.vm.name, what(request));
     let event = about(v1::EventKind::PendingOpened, &request.vm.name, text);
     v1::Event {
         subject: request.id.0.clone(),
         reason: Some((&request.reason).into()),
         action: v1::Action::Ask.into(),
-        ..on_subject(event, &request.subject, &request.peer)
+        ..on_request(event, request)
     }
 }
 
 pub(super) fn pending_closed(request: &Request) -> v1::Event {
-    let text = format!(
-        "{} for {}{} is {}",
-        request.vm.name,
-        request.target(),
-        of_peer(&request.peer),
-        request.state
-    );
+    let text = format!("{} {} is {}", request.vm.name, what(request), request.state);
     let event = about(v1::EventKind::PendingClosed, &request.vm.name, text);
     let action = match request.state {
         PendingState::Approved => v1::Action::Allow,
@@ -199,6 +204,6 @@ pub(super) fn pending_closed(request: &Request) -> v1::Event {
         subject: request.id.0.clone(),
         action: action.into(),
         count: request.count,
-        ..on_subject(event, &request.subject, &request.peer)
+        ..on_request(event, request)
     }
 }

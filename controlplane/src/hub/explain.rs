@@ -7,10 +7,11 @@ use vnet_proto::model::{
 };
 use vnet_proto::v1;
 
-use super::decide::decide_for;
+use super::decide::{context, decide_for};
 use super::{Hub, State};
 use crate::convert;
 use crate::fleet::{Dataplane, Vm};
+use crate::policy::decide_forward;
 use crate::refusal::Refusal;
 
 impl Hub {
@@ -38,6 +39,20 @@ impl State {
         ) else {
             return Err(Refusal::NotFound(format!("there is no VM {name:?}")));
         };
+        if let Target::Forward(forward) = target {
+            let context = context(vm, &dataplane.guarded, None);
+            let (protocol, listen) = (forward.protocol(), forward.listen());
+            let decision = decide_forward(&context, protocol, listen, forward.guest_port());
+            return Ok(v1::ExplainResponse {
+                action: convert::action(decision.outcome).into(),
+                reason: Some((&decision.reason).into()),
+                policy: vm.effective.policy_name().to_owned(),
+                revision: vm.effective.revision(),
+                remedy: decision.remedy,
+                r#match: target.to_string(),
+                ..Default::default()
+            });
+        }
         let (subject, peer) = self.subject_of(vm, dataplane, target)?;
         let decision = decide_for(vm, &dataplane.guarded, peer, &subject);
         let (names, guards) = match &subject {
@@ -71,6 +86,9 @@ impl State {
             } => (Subject::Lookup(LookupSubject::new(name.clone(), 1)), None),
             Target::Name { .. } => {
                 return Err(Refusal::field("target.name", "is a pattern (expected one name)"));
+            }
+            Target::Forward(_) => {
+                return Err(Refusal::field("target.forward", "is neither a flow nor a lookup"));
             }
             Target::Address {
                 protocol,

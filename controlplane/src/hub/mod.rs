@@ -13,6 +13,7 @@
 //! - `confirm`: policies that go by themselves unless they are confirmed.
 //! - `claims`: which policy a VM is under.
 //! - `answers`, `policies`, `vms`, `commands`: what people and programs do.
+//! - `forwards`: what VMs ask to open on the host.
 //! - `reach`: what an answer would cover.
 //! - `history`: what is recorded, as policies can be asked about it.
 //! - `events`: what happened; `repeats`: what happens again and again.
@@ -28,6 +29,7 @@ mod confirm;
 mod decide;
 mod events;
 mod explain;
+mod forwards;
 mod history;
 mod ids;
 mod limits;
@@ -48,10 +50,11 @@ use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime};
 
+use tokio::sync::oneshot;
 use vnet_proto::model::{Epoch, VmSelector};
 use vnet_proto::v1;
 
-use crate::approval::{Change as PendingChange, PendingTable};
+use crate::approval::{Change as PendingChange, PendingId, PendingTable};
 use crate::clock::{Clock, Now};
 use crate::convert;
 use crate::fleet::{Fleet, LOST_GRACE};
@@ -69,6 +72,7 @@ pub use attach::SessionKey;
 pub use change::Ticket;
 pub(crate) use confirm::confirm_within;
 pub use events::EventFilter;
+pub use forwards::{ForwardWish, WAITS_PER_REQUEST_MAX};
 pub use history::{Recalled, Span};
 pub(crate) use policies::DEFAULT;
 pub(crate) use policies::without_content;
@@ -111,6 +115,8 @@ pub struct Hub {
 #[derive(Debug)]
 struct State {
     epoch: Epoch,
+    /// Who waits for the end of a request for a forward.
+    forward_waits: HashMap<PendingId, Vec<oneshot::Sender<()>>>,
     secure_mode: bool,
     fleet: Fleet,
     policies: BTreeMap<String, NamedPolicy>,
@@ -158,6 +164,7 @@ impl Hub {
         let incarnation = randomness()?;
         let mut state = State {
             epoch: Epoch::first(incarnation),
+            forward_waits: HashMap::new(),
             secure_mode,
             fleet: Fleet::default(),
             policies: BTreeMap::new(),
@@ -400,6 +407,10 @@ impl State {
     fn take_up(&mut self, now: Now, changes: crate::approval::Changes) {
         for change in &changes.changes {
             self.publish_pending(now, change);
+            if let PendingChange::Removed(id) = change {
+                // Whoever waits for it sees the sender dropped.
+                self.forward_waits.remove(id);
+            }
         }
         for released in changes.released {
             self.decide_released(now, released);

@@ -13,7 +13,7 @@ use vnet_proto::v1;
 
 use super::decide::context;
 use super::{Hub, State};
-use crate::approval::{Request, Scope};
+use crate::approval::{Asked, Request, Scope};
 use crate::clock::Now;
 use crate::convert;
 use crate::grant::{Grant, GrantAction, GrantId, Lifetime, ReadyGrant};
@@ -84,18 +84,27 @@ impl State {
             let place = self.fleet.vms.get(name);
             let place = place.and_then(|vm| Some((vm, self.fleet.dataplanes.get(&vm.dataplane)?)));
             let Some((vm, dataplane)) = place else { continue };
-            let peer = self.fleet.peer_of(vm.dataplane, &other.subject);
-            let context = context(vm, &dataplane.guarded, peer);
             let selected = offers.select(name, &vm.view.labels);
+            let subject = match &other.asked {
+                Asked::Miss(subject) => subject,
+                Asked::Forward(forward) => {
+                    let target = Target::Forward(*forward);
+                    let covers = |ready: &ReadyGrant| ready.grant.target == target;
+                    offers.each(selected, covers, |counts| counts.requests += 1);
+                    continue;
+                }
+            };
+            let peer = self.fleet.peer_of(vm.dataplane, subject);
+            let context = context(vm, &dataplane.guarded, peer);
             offers.each(
                 selected,
-                |ready| would_let_through(&context, ready, &other.subject),
+                |ready| would_let_through(&context, ready, subject),
                 |counts| counts.requests += 1,
             );
         }
-        let address = match &request.subject {
-            Subject::Flow(flow) => Some(flow.key.peer.ip()),
-            Subject::Lookup(_) => None,
+        let address = match request.subject() {
+            Some(Subject::Flow(flow)) => Some(flow.key.peer.ip()),
+            Some(Subject::Lookup(_)) | None => None,
         };
         let vms = self.fleet.vms.iter();
         let bindings = vms.flat_map(|(name, vm)| vm.bindings.iter().map(move |binding| (name, binding)));
@@ -233,6 +242,7 @@ impl Offers {
             let covered = match &offer.target {
                 Target::Name { pattern, .. } => pattern.matches(name),
                 Target::Address { .. } => bound,
+                Target::Forward(_) => false,
             };
             if !covered || selected == 0 {
                 continue;

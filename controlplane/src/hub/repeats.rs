@@ -32,6 +32,8 @@ enum What {
     Flow(Protocol, SocketAddr, String, String),
     /// A name and record type, and likewise.
     Lookup(Name, u16, String, String),
+    /// A forward by where it would listen and the guest's port, and likewise.
+    Forward(Protocol, SocketAddr, u16, String, String),
     /// A limit, by what is said of it.
     Limit(String),
     /// Everything that found no room.
@@ -72,6 +74,16 @@ impl Key {
             kind,
             what,
             would_deny,
+        }
+    }
+
+    /// Of a forward that was refused.
+    pub(super) fn forward(protocol: Protocol, listen: SocketAddr, port: u16, reason: &Reason) -> Self {
+        let (step, why) = (reason.step.clone(), reason.subject.clone());
+        Self {
+            kind: v1::EventKind::ForwardDenied,
+            what: What::Forward(protocol, listen, port, step, why),
+            would_deny: false,
         }
     }
 

@@ -1,6 +1,7 @@
 mod apart;
 mod claims;
 mod confirm;
+mod forwards;
 mod guests;
 mod history;
 mod host;

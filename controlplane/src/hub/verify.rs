@@ -121,7 +121,7 @@ impl Hub {
     async fn ask_for_verdicts(&self, number: DataplaneNo, handle: VmId) -> Option<v1::Ack> {
         let command = Command::ReportVerdicts(v1::ReportVerdicts { vm: handle.0 });
         let wait = self
-            .read(|state, _| state.send_command(number, |_| command))
+            .read(|state, _| state.send_command(number, None, |_| command))
             .ok()?;
         tokio::time::timeout(REPORT_WAIT, wait).await.ok()?.ok()?.ok()
     }

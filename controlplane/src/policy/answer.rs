@@ -98,7 +98,7 @@ pub(super) fn default_answer(context: &Context<'_>, default: DefaultAction, targ
 fn allow_remedy(context: &Context<'_>, target: &Target) -> String {
     let target = match target {
         Target::Name { pattern, .. } => format!("domain '{pattern}'"),
-        Target::Address { .. } => target.to_string(),
+        Target::Address { .. } | Target::Forward(_) => target.to_string(),
     };
     format!("vnetctl allow {target} --vm {}", context.vm.name)
 }

@@ -8,7 +8,7 @@ use vnet_proto::model::{Mode, VmSelector};
 
 use crate::grant::VmView;
 use crate::policy::resolvers::Resolvers;
-use crate::policy::{NameGuards, NameSet, PolicyTest, Profile, RuleList, Settings};
+use crate::policy::{ForwardRule, NameGuards, NameSet, PolicyTest, Profile, RuleList, Settings};
 
 /// What is done where nothing else answers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -69,6 +69,8 @@ pub struct Policy {
     pub mode: Option<Mode>,
     /// Rules, in order.
     pub rules: Arc<RuleList>,
+    /// What VMs may open on the host by themselves, in order.
+    pub forwards: Vec<Arc<ForwardRule>>,
     /// The `dns:` part; `None`: there is none.
     pub dns: Option<DnsPolicy>,
     /// How strictly flows are read that rest on a name.

@@ -13,8 +13,9 @@ use crate::policy::index::Applies;
 use crate::policy::resolvers::Resolvers;
 use crate::policy::settings::{NAMES_PER_DOMAIN, QUERIES_PER_MINUTE, QUERIES_PER_SECOND};
 use crate::policy::{
-    Attachments, DefaultAction, DnsAnswer, DnsGuard, FlowTest, GuardAction, ListCache, NameGuards, NameSet,
-    Policy, PolicyError, PolicyErrors, PrefixSet, ProtocolSet, Rule, RuleAction, RuleList, Settings, file,
+    Attachments, DefaultAction, DnsAnswer, DnsGuard, FlowTest, ForwardRule, GuardAction, ListCache,
+    NameGuards, NameSet, Policy, PolicyError, PolicyErrors, PrefixSet, ProtocolSet, Rule, RuleAction,
+    RuleList, Settings, file,
 };
 
 /// How long a packet is held when no policy says.
@@ -182,7 +183,10 @@ fn inline_rule(text: &str) -> Result<Rule, PolicyError> {
     let target: Target = target
         .parse()
         .map_err(|error| problem(format!("--{action}"), format!("{error}")))?;
-    Ok(file::rule_of_target(action, &target))
+    file::rule_of_target(action, &target).ok_or_else(|| {
+        let text = format!("{target} is no destination (write it under forwards: of a policy file)");
+        problem(format!("--{action}"), text)
+    })
 }
 
 /// What one VM is under.
@@ -194,6 +198,8 @@ pub struct Effective {
     pub(crate) rules: Vec<(Arc<RuleList>, Applies)>,
     /// When the first of the rules that apply ends, of those that let through and of those that refuse.
     next_ends: [Option<SystemTime>; 2],
+    /// The rules of `forwards:` that are for the VM.
+    forwards: Vec<Arc<ForwardRule>>,
     pub(crate) allowed: Arc<NameSet>,
     pub(crate) blocked: Arc<NameSet>,
     pub(crate) default_action: DefaultAction,
@@ -276,6 +282,11 @@ impl Effective {
             Some(document) => settings.or(&document.settings),
             None => settings,
         };
+        let forwards = document.map(|d| d.forwards.as_slice()).unwrap_or_default();
+        let is_for = |rule: &&Arc<ForwardRule>| {
+            let vms = rule.vms.as_ref();
+            vms.is_none_or(|vms| vms.matches(&vm.name, &vm.labels))
+        };
         let guarded = !open && settings.dns_guard != Some(DnsGuard::Off);
         let resolvers = guarded.then(|| document.map(|d| Arc::clone(&d.resolvers)).unwrap_or_default());
         Self {
@@ -286,6 +297,7 @@ impl Effective {
             revision,
             rules,
             next_ends,
+            forwards: forwards.iter().filter(is_for).cloned().collect(),
             allowed: dns.map(|dns| Arc::clone(&dns.allowed)).unwrap_or_default(),
             blocked: dns.map(|dns| Arc::clone(&dns.blocked)).unwrap_or_default(),
             default_action,
@@ -336,6 +348,11 @@ impl Effective {
                 .filter(|(_, index)| applies.has(*index))
                 .map(|(rule, _)| rule)
         })
+    }
+
+    /// The rules of `forwards:` that are for the VM, in order.
+    pub fn forwards(&self) -> &[Arc<ForwardRule>] {
+        &self.forwards
     }
 
     /// Whether a rule has ended since it was composed, so that it is to be composed anew.

@@ -19,6 +19,7 @@ use vnet_proto::model::{
 use crate::grant::{Grant, GrantId, ReadyGrant, VmGrants, VmView};
 use crate::policy::alias::decide_alias;
 use crate::policy::answer::{Answer, default_answer, guarded, guarded_dns};
+use crate::policy::forwards::forward_overruled_by;
 use crate::policy::guard::{is_inside_private, private_ranges};
 use crate::policy::region::{Region, Sides};
 use crate::policy::synthetic;
@@ -242,13 +243,16 @@ pub fn decide_lookup(context: &Context<'_>, lookup: &LookupSubject) -> LookupDec
 /// The rule that makes a grant without effect for a VM, if one does: it refuses all that the grant
 /// would allow, before anything lets it through. A grant that denies is never overruled.
 pub fn overruled_by(context: &Context<'_>, grant: &Grant) -> Option<String> {
-    let ready = ReadyGrant::new(std::sync::Arc::new(grant.clone()));
     if grant.action == crate::grant::GrantAction::Deny {
         return None;
     }
+    if let Target::Forward(forward) = &grant.target {
+        return forward_overruled_by(context, forward);
+    }
+    let ready = ReadyGrant::new(std::sync::Arc::new(grant.clone()));
     let pattern = match &grant.target {
         Target::Name { pattern, .. } => Some(pattern),
-        Target::Address { .. } => None,
+        Target::Address { .. } | Target::Forward(_) => None,
     };
     if pattern.is_some_and(|pattern| context.policy.blocked.covers(pattern)) {
         return Some("dns.blockedDomains".to_owned());

@@ -4,6 +4,7 @@
 //! otherwise mean something else than its author thinks. Every problem is reported with its place, what
 //! was found, what was expected and the remedy; a document with any problem changes nothing.
 
+mod forwards;
 mod rules;
 mod sets;
 mod settings;
@@ -21,6 +22,7 @@ use crate::policy::resolvers::Resolvers;
 use crate::policy::yaml::{self, Node, Value};
 use crate::policy::{DefaultAction, DnsPolicy, NameGuards, Policy, PolicyErrors, RuleList, Settings, lint};
 
+pub(crate) use forwards::FORWARD_PROTOCOLS;
 pub(crate) use rules::rule_of_target;
 use sets::Sets;
 pub use sets::list_paths;
@@ -110,6 +112,10 @@ fn read_policy(reader: &mut Reader, root: &Node, lists: &Attachments, cache: &Li
         .take("rules")
         .map(|node| rules::read_rules(reader, node, &mut sets))
         .unwrap_or_default();
+    let forwards = fields
+        .take("forwards")
+        .map(|node| forwards::read_forwards(reader, node))
+        .unwrap_or_default();
     let (outbound, mut warnings) = match fields.take("outboundAllow") {
         Some(node) => rules::read_outbound(reader, node),
         None => Default::default(),
@@ -145,6 +151,7 @@ fn read_policy(reader: &mut Reader, root: &Node, lists: &Attachments, cache: &Li
         default_action,
         mode,
         rules: Arc::new(RuleList::new(rules)),
+        forwards: forwards.into_iter().map(Arc::new).collect(),
         dns,
         name_guards,
         approval_timeout,
@@ -304,7 +311,7 @@ fn read_text(reader: &mut Reader, node: &Node, key: &str) -> Option<String> {
         reader.problem(node, format!("{key} {} cannot be shown {expected}", node.value));
         return None;
     }
-    if key == "name" && text.starts_with("rules[") {
+    if key == "name" && (text.starts_with("rules[") || text.starts_with("forwards[")) {
         reader.problem(
             node,
             format!("name {text:?} is what nameless rules go by; choose another"),

@@ -2,9 +2,10 @@
 
 use vnet_proto::model::{Mode, NameDemand, Protocol};
 
+use crate::policy::file::FORWARD_PROTOCOLS;
 use crate::policy::list::ListFormat;
 use crate::policy::settings::{Denial, DnsGuard, GuardAction, PENDING_MAX, QUERIES_MAX, WidestScope};
-use crate::policy::{DefaultAction, DnsAnswer, EchGuard, QuicGuard, RuleAction};
+use crate::policy::{DefaultAction, DnsAnswer, EchGuard, ForwardAction, QuicGuard, RuleAction};
 
 /// The keys that one mapping may have.
 #[derive(Debug)]
@@ -51,6 +52,8 @@ pub(crate) enum Shape {
     Prefix,
     /// A port, or a range as text.
     Port,
+    /// Ports, an address, or both.
+    Listen,
     /// A whole number between these two.
     Count(u32, u32),
     /// A regular expression.
@@ -141,6 +144,11 @@ pub(crate) static DOCUMENT: Table = table(&[
         "rules",
         Shape::List(&Shape::Map(&RULE)),
         "Rules, in order; the first that matches decides.",
+    ),
+    key(
+        "forwards",
+        Shape::List(&Shape::Map(&FORWARD_RULE)),
+        "Which ports of the host's loopback VMs may open to ports of their own by themselves; the first that matches decides.",
     ),
     key(
         "outboundAllow",
@@ -254,6 +262,44 @@ pub(crate) static RULE: Table = Table {
             "until",
             Shape::Moment,
             "When it ends, in UTC; it matches nothing from then on.",
+        ),
+        key("comment", Shape::Text, "Its author's words, shown in reasons."),
+    ],
+};
+
+/// One of `forwards`.
+pub(crate) static FORWARD_RULE: Table = Table {
+    required: &["action"],
+    keys: &[
+        key(
+            "name",
+            Shape::Text,
+            "Its name in reasons; forwards[N] (from 0) if left out.",
+        ),
+        key(
+            "action",
+            Shape::Word(|| words(&ForwardAction::ALL)),
+            "What is done with what matches.",
+        ),
+        key(
+            "protocol",
+            Shape::Word(|| words(&FORWARD_PROTOCOLS)),
+            "tcp and udp if left out.",
+        ),
+        key(
+            "listen",
+            Shape::Some(&Shape::Listen),
+            "Where on the host, as \"127.0.0.1:8000-8999\": ports, an address of loopback, or both; any if left out.",
+        ),
+        key(
+            "guestPorts",
+            Shape::Some(&Shape::Port),
+            "Ports of the VM, and ranges as \"8000-8999\"; any if left out.",
+        ),
+        key(
+            "vm",
+            Shape::Map(&SELECTOR),
+            "Which VMs it is for; all under this policy if left out.",
         ),
         key("comment", Shape::Text, "Its author's words, shown in reasons."),
     ],

@@ -13,6 +13,7 @@ mod document;
 mod effective;
 mod eval;
 mod file;
+mod forwards;
 mod guard;
 mod index;
 mod keys;
@@ -46,6 +47,9 @@ pub use eval::{
 };
 pub(crate) use file::is_unprintable;
 pub use file::{APPROVAL_TIMEOUT_MAX, DOCUMENT_BYTES_MAX, LIST_MAX, RULES_MAX, list_paths};
+pub use forwards::{
+    FORWARD_RULES_MAX, ForwardAction, ForwardDecision, ForwardRule, ListenRange, decide_forward,
+};
 pub use guard::GuardedRanges;
 pub use index::RuleList;
 pub use list::{Attachment, Attachments, LIST_ENTRIES_MAX, LISTS_BYTES_MAX, List, ListCache, ListFormat};

@@ -67,6 +67,10 @@ fn shape(of: &Shape) -> Value {
             {"type": "integer", "minimum": 1, "maximum": 65535},
             {"type": "string", "pattern": "^[0-9]+(-[0-9]+)?$"},
         ]}),
+        Shape::Listen => json!({"oneOf": [
+            {"type": "integer", "minimum": 1, "maximum": 65535},
+            {"type": "string", "pattern": "^([0-9]+(-[0-9]+)?|[0-9A-Fa-f:.]+|\\[[0-9A-Fa-f:.]+\\]|([0-9.]+|\\[[0-9A-Fa-f:.]+\\]):[0-9]+(-[0-9]+)?)$"},
+        ]}),
         Shape::Count(least, most) => json!({"type": "integer", "minimum": least, "maximum": most}),
         Shape::Pattern => json!({"type": "string", "format": "regex", "minLength": 1}),
         Shape::NameOrPrefix => json!({"anyOf": [shape(&Shape::Name), shape(&Shape::Prefix)]}),

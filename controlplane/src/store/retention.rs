@@ -56,6 +56,7 @@ impl Class {
             | Kind::FlowDenied
             | Kind::DnsAllowed
             | Kind::DnsDenied
+            | Kind::ForwardDenied
             | Kind::PendingOpened
             | Kind::PendingClosed
             | Kind::LimitReached

@@ -10,7 +10,7 @@ use super::render::{quoted, write_probes};
 use super::{SOURCE, SuggestError, load, passes};
 use crate::clock::Now;
 use crate::grant::{Grant, GrantAction, Lifetime};
-use crate::policy::{Outcome, RULES_MAX};
+use crate::policy::{FORWARD_RULES_MAX, Outcome, RULES_MAX};
 
 /// A policy that says what these grants say, for good. Of those that are alike the first counts. What a person
 /// denied comes first, as it does among grants.
@@ -47,7 +47,24 @@ pub fn from_answers(grants: &[Grant], now: Now) -> Result<String, SuggestError> 
             "# A file has no budgets: what was allowed up to so many connections or bytes is allowed without end here.\n",
         );
     }
-    text.push_str("version: 1\ndefaultAction: deny\nrules:\n");
+    text.push_str("version: 1\ndefaultAction: deny\n");
+    let (forwards, grants): (Vec<&Grant>, Vec<&Grant>) = grants
+        .into_iter()
+        .partition(|grant| matches!(grant.target, Target::Forward(_)));
+    if forwards.len() > FORWARD_RULES_MAX {
+        return Err(SuggestError::TooMany { found });
+    }
+    if !forwards.is_empty() {
+        text.push_str("forwards:\n");
+        for grant in forwards {
+            write_rule(&mut text, grant);
+        }
+    }
+    text.push_str(if grants.is_empty() {
+        "rules: []\n"
+    } else {
+        "rules:\n"
+    });
     let (lookups, others): (Vec<&Grant>, Vec<&Grant>) =
         grants.iter().partition(|grant| lookup_allowed(grant).is_some());
     for grant in others {
@@ -78,7 +95,7 @@ fn lookup_allowed(grant: &Grant) -> Option<&NamePattern> {
             lookup_only: true,
             ..
         } if grant.action == GrantAction::Allow => Some(pattern),
-        Target::Name { .. } | Target::Address { .. } => None,
+        Target::Name { .. } | Target::Address { .. } | Target::Forward(_) => None,
     }
 }
 
@@ -131,6 +148,16 @@ fn write_rule(text: &mut String, grant: &Grant) {
         Target::Name { pattern, ports, .. } => {
             let _ = writeln!(text, "    domains: [{}]", quoted(&pattern.to_string()));
             ports
+        }
+        Target::Forward(forward) => {
+            let _ = write!(
+                text,
+                "    protocol: {}\n    listen: {}\n    guestPorts: [{}]\n",
+                forward.protocol(),
+                quoted(&forward.listen().to_string()),
+                forward.guest_port(),
+            );
+            &None
         }
     };
     if let Some(ports) = ports {
@@ -234,7 +261,7 @@ fn probe(grant: &Grant) -> Option<Probe> {
             pattern: NamePattern::Exact(name),
             ..
         } => format!("domain {name}"),
-        Target::Address { .. } | Target::Name { .. } => return None,
+        Target::Address { .. } | Target::Name { .. } | Target::Forward(_) => return None,
     };
     Some(Probe { vm, text, expected })
 }

@@ -540,6 +540,38 @@ mod answers {
     }
 
     #[test]
+    fn forwards_that_were_answered_are_rules_of_their_own() {
+        let forward = grant(
+            GrantAction::Allow,
+            "forward 127.0.0.1:8080:80/tcp",
+            VmSelector::named("web"),
+        );
+        let no = grant(GrantAction::Deny, "forward [::1]:53:53/udp", VmSelector::all());
+        let flow = grant(GrantAction::Allow, "tcp 192.0.2.7:443", VmSelector::all());
+        for (grants, rules) in [
+            (vec![forward.clone(), no.clone()], 0),
+            (vec![forward, flow, no], 1),
+        ] {
+            let document = from_answers(&grants, now()).unwrap();
+            let policy = Policy::parse("again", &document).unwrap_or_else(|e| panic!("{e}\n{document}"));
+            let [denied, allowed] = &policy.forwards[..] else {
+                panic!("{document}")
+            };
+            assert_eq!(policy.rules.as_slice().len(), rules, "{document}");
+            assert!(denied.matches(&"[::1]:53:53/udp".parse().unwrap()), "{document}");
+            assert!(
+                allowed.matches(&"127.0.0.1:8080:80/tcp".parse().unwrap()),
+                "{document}"
+            );
+            assert!(
+                !allowed.matches(&"127.0.0.1:8080:80/udp".parse().unwrap()),
+                "{document}"
+            );
+            assert_eq!(allowed.vms, Some(VmSelector::named("web")), "{document}");
+        }
+    }
+
+    #[test]
     fn a_budget_that_a_file_cannot_keep_is_told() {
         let plain = grant(GrantAction::Allow, "tcp 192.0.2.7:443", VmSelector::all());
         let document = from_answers(std::slice::from_ref(&plain), now()).unwrap();

@@ -33,6 +33,8 @@ impl ForwardSpec {
             listen: self.listen.clone(),
             target: SocketAddr::new(self.guest.unwrap_or(first_guest), self.guest_port),
             keep_client: self.keep_client,
+            asked_by: String::new(),
+            grant_id: String::new(),
         }
     }
 

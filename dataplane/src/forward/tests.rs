@@ -101,6 +101,8 @@ fn at(protocol: Protocol, listen: &str) -> Forward {
         listen: listen.parse().unwrap(),
         target: SocketAddr::new(GUEST.parse().unwrap(), 80),
         keep_client: false,
+        asked_by: String::new(),
+        grant_id: String::new(),
     }
 }
 

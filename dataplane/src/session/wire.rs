@@ -358,6 +358,8 @@ pub(super) fn forward_to_wire(forward: &Forward, network: &str) -> v1::Forward {
         listen: forward.listen.to_string(),
         target: forward.target.to_string(),
         keep_client_address: forward.keep_client,
+        asked_by: forward.asked_by.clone(),
+        grant_id: forward.grant_id.clone(),
     }
 }
 
@@ -378,6 +380,8 @@ pub(super) fn forward_from_wire(message: &v1::Forward) -> Result<Forward, Refusa
         listen,
         target,
         keep_client: message.keep_client_address,
+        asked_by: message.asked_by.clone(),
+        grant_id: message.grant_id.clone(),
     })
 }
 

@@ -172,6 +172,104 @@ impl fmt::Display for ForwardListen {
     }
 }
 
+/// A forward that a VM asks for itself: a port of the host's loopback that leads to a port of its own. Its text is
+/// that of `-p`: `127.0.0.1:8080:80/tcp`, `[::1]:53:5353/udp`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct ForwardTarget {
+    protocol: Protocol,
+    listen: SocketAddr,
+    guest_port: u16,
+}
+
+/// Why something is no forward that a VM may ask for.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum ForwardTargetError {
+    /// Not of the form at all.
+    #[error("{0:?} is not a forward (expected ADDRESS:PORT:PORT/PROTOCOL, as 127.0.0.1:8080:80/tcp)")]
+    Form(String),
+    /// Neither TCP nor UDP.
+    #[error("{0} cannot be forwarded (expected tcp or udp)")]
+    Protocol(Protocol),
+    /// An address that others than the host reach, or none of the host's.
+    #[error(
+        "{0} is not an address of loopback, where alone a VM may open a port (expected 127.0.0.1 or [::1])"
+    )]
+    NotLoopback(IpAddr),
+    /// Port 0, which stands for any.
+    #[error("port 0 stands for any port (expected 1 to 65535)")]
+    NoPort,
+}
+
+impl ForwardTarget {
+    /// Checks one.
+    ///
+    /// # Errors
+    /// [`ForwardTargetError`]; an IPv6 spelling of an IPv4 address is that address.
+    pub fn new(protocol: Protocol, listen: SocketAddr, guest_port: u16) -> Result<Self, ForwardTargetError> {
+        let address = listen.ip().to_canonical();
+        if !protocol.has_ports() {
+            return Err(ForwardTargetError::Protocol(protocol));
+        }
+        if !address.is_loopback() {
+            return Err(ForwardTargetError::NotLoopback(address));
+        }
+        if listen.port() == 0 || guest_port == 0 {
+            return Err(ForwardTargetError::NoPort);
+        }
+        Ok(Self {
+            protocol,
+            listen: SocketAddr::new(address, listen.port()),
+            guest_port,
+        })
+    }
+
+    /// TCP or UDP.
+    pub fn protocol(&self) -> Protocol {
+        self.protocol
+    }
+
+    /// Where on the host: an address of loopback, and a port that is not 0.
+    pub fn listen(&self) -> SocketAddr {
+        self.listen
+    }
+
+    /// The VM's port; not 0.
+    pub fn guest_port(&self) -> u16 {
+        self.guest_port
+    }
+
+    /// What a VM asks, in words: `to open tcp 127.0.0.1:8080 to its port 80`.
+    pub fn in_words(&self) -> String {
+        let Self {
+            protocol,
+            listen,
+            guest_port,
+        } = self;
+        format!("to open {protocol} {listen} to its port {guest_port}")
+    }
+}
+
+impl fmt::Display for ForwardTarget {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}:{}/{}", self.listen, self.guest_port, self.protocol)
+    }
+}
+
+impl FromStr for ForwardTarget {
+    type Err = ForwardTargetError;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        let form = || ForwardTargetError::Form(text.to_owned());
+        let (ports, protocol) = text.split_once('/').unwrap_or((text, "tcp"));
+        let (listen, guest_port) = ports.rsplit_once(':').ok_or_else(form)?;
+        Self::new(
+            protocol.parse().map_err(|_| form())?,
+            listen.parse().map_err(|_| form())?,
+            guest_port.parse().map_err(|_| form())?,
+        )
+    }
+}
+
 /// Percent-encoded text, decoded; `None` where a `%` has no two hex digits, or the bytes are not UTF-8 or hold a
 /// zero.
 pub fn percent_decode(text: &str) -> Option<String> {
@@ -262,6 +360,46 @@ mod tests {
         assert_eq!(read("127.0.0.1:0").further(1), None);
         assert_eq!(read("unix:///a").further(1), None);
         assert_eq!(read("unix:///a").further(0), Some(read("unix:///a")));
+    }
+
+    #[test]
+    fn a_forward_that_a_vm_asks_for_is_one_of_loopback_and_reads_back() {
+        for text in [
+            "127.0.0.1:8080:80/tcp",
+            "[::1]:53:5353/udp",
+            "127.9.9.9:1:65535/tcp",
+        ] {
+            assert_eq!(text.parse::<ForwardTarget>().unwrap().to_string(), text);
+        }
+        let read = |text: &str| text.parse::<ForwardTarget>();
+        assert_eq!(
+            read("[::ffff:127.0.0.1]:8080:80").unwrap().to_string(),
+            "127.0.0.1:8080:80/tcp"
+        );
+        assert_eq!(
+            read("127.0.0.1:8080:80/tcp").unwrap().in_words(),
+            "to open tcp 127.0.0.1:8080 to its port 80"
+        );
+        for (text, message) in [
+            ("", "is not a forward (expected ADDRESS:PORT:PORT/PROTOCOL"),
+            ("8080:80", "is not a forward"),
+            ("::1:8080:80", "is not a forward"),
+            ("127.0.0.1:8080:99999", "is not a forward"),
+            ("127.0.0.1:8080:80/sctp", "is not a forward"),
+            ("127.0.0.1:8080:80/icmp", "icmp cannot be forwarded"),
+            ("0.0.0.0:8080:80", "0.0.0.0 is not an address of loopback"),
+            ("192.0.2.1:8080:80", "is not an address of loopback"),
+            ("[::]:8080:80", "is not an address of loopback"),
+            (
+                "[::ffff:10.0.0.1]:8080:80",
+                "10.0.0.1 is not an address of loopback",
+            ),
+            ("127.0.0.1:0:80", "port 0 stands for any"),
+            ("127.0.0.1:80:0", "port 0 stands for any"),
+        ] {
+            let error = read(text).unwrap_err().to_string();
+            assert!(error.contains(message), "{text}: {error}");
+        }
     }
 
     #[test]

@@ -25,7 +25,10 @@ pub use addr::{address_from_bytes, address_to_bytes, parse_prefix};
 pub use flow::{
     FlowKey, FlowSubject, Guard, GuardSet, LookupSubject, Miss, Mode, Protocol, Subject, names_from_wire,
 };
-pub use forward::{ForwardListen, ForwardListenError, NotOverUnix, SOCKET_PATH_BYTES_MAX, percent_decode};
+pub use forward::{
+    ForwardListen, ForwardListenError, ForwardTarget, ForwardTargetError, NotOverUnix, SOCKET_PATH_BYTES_MAX,
+    percent_decode,
+};
 pub use id::{CommandId, Epoch, FlowId, MissId, VmId};
 pub use label::{label_key_problem, label_problem};
 pub use matching::{FlowMatch, LookupMatch, PortRange};

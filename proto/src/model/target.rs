@@ -2,7 +2,7 @@
 //!
 //! The text is what `vnetctl allow`, `--allow` and every list show: `tcp 192.0.2.7:443`,
 //! `udp 10.0.0.0/8:53`, `tcp [2001:db8::]/32:443`, `icmp 192.0.2.7`, `any 10.0.0.0/8`,
-//! `domain *.example.com:443`, `lookup example.com`. [`Target`]'s `Display` writes what its `FromStr` reads.
+//! `domain *.example.com:443`, `lookup example.com`, `forward 127.0.0.1:8080:80/tcp`. [`Target`]'s `Display` writes what its `FromStr` reads.
 
 use std::fmt;
 use std::net::IpAddr;
@@ -11,7 +11,8 @@ use std::str::FromStr;
 use ipnet::IpNet;
 
 use crate::model::{
-    FlowKey, FlowSubject, Guard, Malformed, Name, NameError, NamePattern, PortRange, Protocol, parse_prefix,
+    FlowKey, FlowSubject, ForwardTarget, ForwardTargetError, Guard, Malformed, Name, NameError, NamePattern,
+    PortRange, Protocol, parse_prefix,
 };
 use crate::v1;
 
@@ -36,6 +37,8 @@ pub enum Target {
         /// Only the lookup, no connections.
         lookup_only: bool,
     },
+    /// A forward that a VM asks for itself, into that VM.
+    Forward(ForwardTarget),
 }
 
 impl Target {
@@ -106,7 +109,9 @@ pub enum TargetError {
     #[error("{0:?} is one word too many (expected two, as in \"tcp 192.0.2.7:443\")")]
     Extra(String),
     /// The first word is nothing known.
-    #[error("{0:?} is not a kind of destination (expected tcp, udp, icmp, icmpv6, any, domain or lookup)")]
+    #[error(
+        "{0:?} is not a kind of destination (expected tcp, udp, icmp, icmpv6, any, domain, lookup or forward)"
+    )]
     Kind(String),
     /// The address or prefix.
     #[error("{0}")]
@@ -136,6 +141,9 @@ pub enum TargetError {
     /// The name.
     #[error(transparent)]
     Name(#[from] crate::model::NameError),
+    /// The forward.
+    #[error(transparent)]
+    Forward(#[from] ForwardTargetError),
 }
 
 impl FromStr for Target {
@@ -172,6 +180,7 @@ fn parse(kind: &str, rest: &str) -> Result<Target, TargetError> {
                 lookup_only,
             })
         }
+        "forward" => Ok(Target::Forward(rest.parse()?)),
         "any" => address(None, kind, rest),
         _ => {
             let protocol = kind
@@ -289,6 +298,7 @@ impl fmt::Display for Target {
                     None => Ok(()),
                 }
             }
+            Self::Forward(forward) => write!(f, "forward {forward}"),
         }
     }
 }
@@ -381,6 +391,25 @@ impl TryFrom<v1::Target> for Target {
                     lookup_only: name.lookup_only,
                 })
             }
+            v1::target::Kind::Forward(forward) => {
+                let refused = |text: String| Malformed::Text {
+                    field: "target.forward",
+                    text,
+                };
+                let listen = forward.listen.parse().map_err(|_| {
+                    refused(format!(
+                        "{:?} is not an address and port (expected one as 127.0.0.1:8080)",
+                        forward.listen
+                    ))
+                })?;
+                let protocol = forward.protocol().try_into()?;
+                let port = forward.guest_port;
+                let guest_port = u16::try_from(port)
+                    .map_err(|_| refused(format!("guest_port is {port} (expected 1 to 65535)")))?;
+                ForwardTarget::new(protocol, listen, guest_port)
+                    .map(Self::Forward)
+                    .map_err(|error| refused(error.to_string()))
+            }
         }
     }
 }
@@ -424,6 +453,11 @@ impl From<&Target> for v1::Target {
                 ports: ports(range),
                 lookup_only: *lookup_only,
             }),
+            Target::Forward(forward) => v1::target::Kind::Forward(v1::ForwardTarget {
+                protocol: v1::Protocol::from(forward.protocol()).into(),
+                listen: forward.listen().to_string(),
+                guest_port: forward.guest_port().into(),
+            }),
         };
         Self { kind: Some(kind) }
     }
@@ -463,6 +497,8 @@ mod tests {
             "tcp 192.0.2.7:443",
             "udp 10.0.0.0/8:53",
             "tcp 10.0.0.0/8:8000-8999",
+            "forward 127.0.0.1:8080:80/tcp",
+            "forward [::1]:53:5353/udp",
             "icmp 192.0.2.7",
             "icmpv6 2001:db8::1",
             "any 10.0.0.0/8",

@@ -358,7 +358,9 @@ fn request_id() -> Result<String, Failure> {
 
 /// The `google.rpc.ErrorInfo` reason of a request that needs a VM when there is none.
 const NO_VM: &str = "NO_VM";
-const DESTINATION_KINDS: [&str; 7] = ["tcp", "udp", "icmp", "icmpv6", "any", "domain", "lookup"];
+const DESTINATION_KINDS: [&str; 8] = [
+    "tcp", "udp", "icmp", "icmpv6", "any", "domain", "lookup", "forward",
+];
 
 #[cfg(test)]
 mod tests {

@@ -205,7 +205,7 @@ mod tests {
         assert_eq!(kind("flow-denied"), Ok(v1::EventKind::FlowDenied));
         let error = kind("unspecified").unwrap_err();
         assert!(
-            error.contains("one of vm-attached, ") && error.ends_with("history-cut-off)"),
+            error.contains("one of vm-attached, ") && error.ends_with("history-cut-off, forward-denied)"),
             "{error}"
         );
     }

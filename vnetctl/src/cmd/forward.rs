@@ -104,6 +104,7 @@ impl ForwardCommand {
                     listen: first.listen.to_string(),
                     target: first.target.to_string(),
                     keep_client_address: first.keep_client,
+                    ..Default::default()
                 };
                 let request = v1::CreateForwardRequest {
                     forward: Some(forward),

@@ -333,12 +333,14 @@ fn question(request: &v1::PendingRequest) -> String {
     } else {
         format!(" [guarded: {}]", guards.join(", "))
     };
-    safe(&format!(
-        "{} asks for {}{names}{guards}",
-        request.vm,
-        asks(request)
-    ))
-    .into_owned()
+    let kind = request.target.as_ref();
+    let kind = kind.and_then(|target| target.kind.as_ref());
+    let word = match kind {
+        // As "to open tcp 127.0.0.1:8080 to its port 80".
+        Some(v1::target::Kind::Forward(_)) => "asks",
+        _ => "asks for",
+    };
+    safe(&format!("{} {word} {}{names}{guards}", request.vm, asks(request))).into_owned()
 }
 
 fn why_ended(request: &v1::PendingRequest) -> String {

@@ -24,10 +24,9 @@ use super::flags::Flags;
 use super::load::{Loaded, load};
 use super::own::{self, Own};
 use super::services::Token;
-use super::ssh::told;
 use crate::client::{Connection, Server};
 use crate::cmd::attend::dataplane_name;
-use crate::failure::{EXIT_FAILED, Failure};
+use crate::failure::{EXIT_FAILED, Failure, with_causes};
 use crate::launch::{DataplaneLog, Settings, session_url};
 use crate::output::text::safe;
 use plan::Plan;
@@ -117,7 +116,7 @@ fn prepare(flags: &Flags) -> Result<Prepared, Failure> {
     let token = match &own.guest_api_token_file {
         Some(given) if plan.args.guest_api => {
             let token = Token::read(&given.value);
-            Some(token.map_err(|error| Failure::Failed(format!("{}: {}", given.from, told(&error))))?)
+            Some(token.map_err(|error| Failure::Failed(format!("{}: {}", given.from, with_causes(&error))))?)
         }
         _ => None,
     };

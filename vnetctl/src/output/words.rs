@@ -10,9 +10,11 @@ use vnet_proto::v1;
 
 use super::text;
 
-/// What a grant or a question is about, as `vnetctl allow` takes it.
+/// What a grant or a question is about, as `vnetctl allow` takes it; a forward that a VM asks for in words, as
+/// `to open tcp 127.0.0.1:8080 to its port 80`.
 pub fn target(target: Option<&v1::Target>) -> String {
     match target.cloned().map(Target::try_from) {
+        Some(Ok(Target::Forward(forward))) => forward.in_words(),
         Some(Ok(target)) => target.to_string(),
         Some(Err(error)) => format!("unreadable ({error})"),
         None => text::NONE.to_owned(),
@@ -308,6 +310,17 @@ mod tests {
         for (message, expected) in cases {
             assert_eq!(target(Some(&message)), expected);
         }
+        let forward = v1::Target {
+            kind: Some(v1::target::Kind::Forward(v1::ForwardTarget {
+                protocol: v1::Protocol::Tcp.into(),
+                listen: "127.0.0.1:8080".to_owned(),
+                guest_port: 80,
+            })),
+        };
+        assert_eq!(
+            target(Some(&forward)),
+            "to open tcp 127.0.0.1:8080 to its port 80"
+        );
         assert_eq!(target(None), "-");
     }
 

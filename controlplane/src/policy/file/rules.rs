@@ -122,7 +122,9 @@ fn read_rule(reader: &mut Reader, node: &Node, index: usize, sets: &mut Sets) ->
     let protocols = fields
         .take("protocol")
         .map(|node| (node, read_protocols(reader, node)));
-    let ports = fields.take("ports").map(|node| (node, read_ports(reader, node)));
+    let ports = fields
+        .take("ports")
+        .map(|node| (node, read_ports(reader, node, "ports")));
     let names = fields.take("domains").map(|node| {
         let nodes = reader.list_of_some(node, "domains", LIST_MAX);
         (node, sets.names(reader, nodes, "domains"))
@@ -222,9 +224,9 @@ fn read_protocols(reader: &mut Reader, node: &Node) -> ProtocolSet {
     set.into_iter().collect()
 }
 
-fn read_ports(reader: &mut Reader, node: &Node) -> PortSet {
+pub(super) fn read_ports(reader: &mut Reader, node: &Node, key: &str) -> PortSet {
     let mut ports = Vec::new();
-    for node in reader.list_of_some(node, "ports", LIST_MAX) {
+    for node in reader.list_of_some(node, key, LIST_MAX) {
         let parsed = match &node.value {
             Value::Int(port) => PortRange::from_str(&port.to_string()),
             Value::Text(text) if text != "*" && !has_leading_zero(text) => PortRange::from_str(text),
@@ -234,14 +236,14 @@ fn read_ports(reader: &mut Reader, node: &Node) -> PortSet {
         };
         match parsed {
             Ok(range) => ports.push(range),
-            Err(text) => reader.problem(node, format!("ports: {text}")),
+            Err(text) => reader.problem(node, format!("{key}: {text}")),
         }
     }
     ports.into_iter().collect()
 }
 
 /// Whether a port is written as an octal number would be.
-fn has_leading_zero(range: &str) -> bool {
+pub(super) fn has_leading_zero(range: &str) -> bool {
     range
         .split('-')
         .any(|port| port.len() > 1 && port.starts_with('0'))
@@ -267,8 +269,8 @@ fn read_until(reader: &mut Reader, node: &Node) -> Option<SystemTime> {
     parsed
 }
 
-/// The rule that an inline rule's target stands for.
-pub(crate) fn rule_of_target(action: RuleAction, target: &Target) -> Rule {
+/// The rule that an inline rule's target stands for; `None` for a forward, which no rule of `rules:` is about.
+pub(crate) fn rule_of_target(action: RuleAction, target: &Target) -> Option<Rule> {
     let unset = |ports: bool| {
         if ports {
             ProtocolSet::TCP_UDP
@@ -312,8 +314,9 @@ pub(crate) fn rule_of_target(action: RuleAction, target: &Target) -> Rule {
                 *lookup_only,
             )
         }
+        Target::Forward(_) => return None,
     };
-    Rule {
+    Some(Rule {
         label: format!("--{action} {target}"),
         action,
         test,
@@ -324,5 +327,5 @@ pub(crate) fn rule_of_target(action: RuleAction, target: &Target) -> Rule {
         comment: String::new(),
         line: 0,
         column: 0,
-    }
+    })
 }

@@ -3,6 +3,7 @@
 mod aliases;
 mod defaults;
 mod documentation;
+mod forwards;
 mod guests;
 mod host;
 mod language;

@@ -566,6 +566,8 @@ async fn a_closed_forward_is_acknowledged_when_every_guest_has_cut_what_came_thr
         protocol: v1::Protocol::Tcp.into(),
         listen: "127.0.0.1:0".into(),
         target: "192.168.127.2:80".into(),
+        asked_by: "web".into(),
+        grant_id: "g1".into(),
         ..Default::default()
     };
     given.hears(command(4, Command::Expose(asked))).unwrap();
@@ -576,6 +578,8 @@ async fn a_closed_forward_is_acknowledged_when_every_guest_has_cut_what_came_thr
     else {
         panic!("it is opened")
     };
+    let whose = (opened.asked_by.as_str(), opened.grant_id.as_str());
+    assert_eq!(whose, ("web", "g1"), "kept for the controlplane");
 
     given
         .hears(command(5, Command::Unexpose(opened.clone())))

@@ -510,6 +510,7 @@ async fn a_range_is_asked_for_at_once_and_said_as_one() {
         listen: "0.0.0.0:8000".to_owned(),
         target: "192.168.127.5:9000".to_owned(),
         keep_client_address: true,
+        ..Default::default()
     };
     let forwards = vec![first.clone(); 11];
     server.answer(

@@ -425,6 +425,7 @@ async fn forward_list() {
         listen: listen.to_owned(),
         target: "192.168.127.2:80".to_owned(),
         keep_client_address,
+        ..Default::default()
     };
     let forwards = vec![
         forward("127.0.0.1:8080", true),

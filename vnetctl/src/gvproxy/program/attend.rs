@@ -260,6 +260,17 @@ fn asked(request: &v1::PendingRequest, details: Details) -> Details {
             name: name.name.clone(),
             ..details
         },
+        // By where the port would be opened.
+        Some(Target::Forward(forward)) => {
+            let listen: Option<std::net::SocketAddr> = forward.listen.parse().ok();
+            Details {
+                protocol: protocol(forward.protocol()).to_owned(),
+                ip: listen.map(|at| at.ip().to_string()).unwrap_or_default(),
+                port: listen.map(|at| at.port().into()),
+                name: format!("expose to port {}", forward.guest_port),
+                ..details
+            }
+        }
         None => details,
     }
 }

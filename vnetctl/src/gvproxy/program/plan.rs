@@ -172,9 +172,8 @@ pub fn plan(
         warnings: Vec::new(),
     };
     let zones = stack.zone_settings();
-    // As under the peer, unless somebody restricts what guests do.
-    let is_free = treatment.document.is_none() && treatment.mode.is_none();
-    args.guest_api = own.guest_api.as_ref().map_or(is_free, |given| given.value);
+    // As under the peer. Where a policy or a mode is in force, it decides what guests expose.
+    args.guest_api = own.guest_api.as_ref().is_none_or(|given| given.value);
     if problems.is_empty() {
         Ok(Plan {
             args,
@@ -351,6 +350,29 @@ mod tests {
             problem.unwrap_err(),
             ["tcp://nowhere:80: \"nowhere\" cannot be looked up: entity not found (write an address)"]
         );
+    }
+
+    #[test]
+    fn guests_are_served_under_a_policy_too_unless_ones_own_file_says_otherwise() {
+        let off = Own {
+            guest_api: Some(Given {
+                value: false,
+                from: Origin::Variable("VNET_GUEST_API"),
+            }),
+            ..Own::default()
+        };
+        for (line, own, is_served) in [
+            ("", &Own::default(), true),
+            ("-secure-mode", &Own::default(), true),
+            ("", &off, false),
+            ("-secure-mode", &off, false),
+        ] {
+            assert_eq!(
+                planned(line, "", own).unwrap().args.guest_api,
+                is_served,
+                "{line}"
+            );
+        }
     }
 
     #[test]

@@ -14,9 +14,9 @@ use super::pid::PidFile;
 use super::plan::Opened;
 use super::{Prepared, fatal, log, version};
 use crate::cmd::attend::command_line;
-use crate::failure::Failure;
+use crate::failure::{Failure, with_causes};
 use crate::gvproxy;
-use crate::gvproxy::services::{Closed, GuestApi, Services, ServicesConfig, policy_in_force};
+use crate::gvproxy::services::{GuestApi, Services, ServicesConfig, policy_in_force};
 use crate::gvproxy::ssh::{self, Timing};
 use crate::launch::{Dataplane, DataplaneError};
 
@@ -84,10 +84,7 @@ async fn run(prepared: Prepared, started_as: &mut Option<Dataplane>) -> Result<(
     let config = loaded.config;
     let name = settings.args.name.clone().unwrap_or_default();
     let is_restricted = settings.treatment.document.is_some() || settings.treatment.mode.is_some();
-    let guests = settings.args.guest_api.then(|| GuestApi {
-        token,
-        decide: Arc::new(Closed),
-    });
+    let guests = settings.args.guest_api.then_some(GuestApi { token });
     // Before the dataplane, which has to know what is closed to guests.
     let socket = match (&plan.services, &config.services) {
         (Some(at), Some(shown)) => {
@@ -142,7 +139,7 @@ async fn run(prepared: Prepared, started_as: &mut Option<Dataplane>) -> Result<(
     for forward in &config.forwards {
         let tunnels = Arc::clone(&tunnels);
         let bound = ssh::Forward::bind(forward, sshd, tunnels, Timing::default());
-        let bound = bound.map_err(|error| Failure::Failed(ssh::told(&error)))?;
+        let bound = bound.map_err(|error| Failure::Failed(with_causes(&error)))?;
         over_ssh.spawn(bound.run());
     }
     let serving = front::serve(services, requests, socket);
@@ -160,7 +157,7 @@ async fn run(prepared: Prepared, started_as: &mut Option<Dataplane>) -> Result<(
         },
         Err(error) = serving => Err(Failure::Failed(format!("the channel to the dataplane failed: {error}"))),
         Some(ended) = over_ssh.join_next() => Err(Failure::Failed(match ended {
-            Ok(Err(error)) => ssh::told(&error),
+            Ok(Err(error)) => with_causes(&error),
             Ok(Ok(never)) => match never {},
             Err(error) => error.to_string(),
         })),

@@ -187,16 +187,22 @@ impl From<tonic::Status> for Answer {
     }
 }
 
+/// The reason of a status of whom a person was asked for, and who did not answer.
+pub(super) const UNANSWERED: &str = "UNANSWERED";
+
+/// The constant word that says why, if a status has one.
+pub(super) fn reason(status: &tonic::Status) -> Option<String> {
+    let details = status.get_error_details();
+    details.error_info().map(|info| info.reason.clone())
+}
+
 /// Whether a status says that no controlplane or no dataplane answers, rather than what one answered.
 pub(super) fn is_away(status: &tonic::Status) -> bool {
     let source = std::error::Error::source(status);
     if source.is_some_and(|source| source.is::<NoAnswer>()) {
         return true;
     }
-    let refused = status
-        .get_error_details()
-        .error_info()
-        .is_some_and(|info| info.reason == "DATAPLANE_REFUSED");
+    let refused = reason(status).is_some_and(|reason| reason == "DATAPLANE_REFUSED" || reason == UNANSWERED);
     !refused
         && matches!(
             status.code(),

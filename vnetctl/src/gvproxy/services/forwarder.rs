@@ -12,15 +12,15 @@ use serde::Serialize;
 use tonic::Code;
 use vnet_proto::v1;
 
-use super::address::{self, Listen};
-use super::answer::{Answer, is_away};
+use super::address;
+use super::answer::{Answer, UNANSWERED, is_away, reason};
 use super::control::CallError;
 use super::exposed::{Closing, GUEST_FORWARDS_MAX, Row, TakeError, Taken};
-use super::guest::{Decision, Guest, GuestForward};
+use super::guest::Guest;
 use super::json::{Json, Object};
 use super::remote::{self, UnixRemote};
 use super::{Origin, Services};
-use crate::client::unary;
+use crate::client::{asking, unary};
 use crate::failure::describe;
 use crate::gvproxy::ssh::redacted;
 
@@ -211,11 +211,14 @@ impl Services {
         let listen = address::listen(kind, local, guest.is_none())
             .await
             .map_err(Answer::failed)?;
-        if let Some(guest) = guest {
-            self.may_guest(guest, kind, &listen, target).await?;
+        if let Some(guest) = guest.filter(|guest| guest.address != target.ip()) {
+            let text = format!(
+                "a guest can expose its own address alone, which is {}",
+                guest.address
+            );
+            return Err(Answer::forbidden(text).with_remedy("leave the remote's host out, as :8080"));
         }
-        let at = listen.at.to_string();
-        let opened = match self.create(kind, at, target).await {
+        let opened = match self.open(guest, kind, listen.at, target).await {
             Ok(opened) => opened,
             Err(error) => return Err(self.refused(kind, local, &listen.shown, error).await),
         };
@@ -225,7 +228,7 @@ impl Services {
             if let Ok(first) = forwards[0].1.parse::<SocketAddr>() {
                 also.set_port(first.port());
             }
-            match self.create(kind, also.to_string(), target).await {
+            match self.open(guest, kind, also, target).await {
                 Ok(opened) => forwards.push((kind.protocol(), opened)),
                 Err(error) => {
                     // Half of it is none.
@@ -240,28 +243,39 @@ impl Services {
         Ok(())
     }
 
-    async fn may_guest(
+    /// Opens a port: for a guest if what it is under allows it, which may take as long as a person does.
+    async fn open(
         &self,
-        guest: &Guest,
+        guest: Option<&Guest>,
         kind: Kind,
-        listen: &Listen,
+        listen: SocketAddr,
         target: SocketAddr,
-    ) -> Result<(), Answer> {
-        if target.ip() != guest.address {
-            let text = format!(
-                "a guest can expose its own address alone, which is {}",
-                guest.address
-            );
-            return Err(Answer::forbidden(text).with_remedy("leave the remote's host out, as :8080"));
-        }
-        let forward = GuestForward {
-            is_udp: kind == Kind::Udp,
-            listen: listen.at,
-            target,
+    ) -> Result<String, CallError> {
+        let Some(guest) = guest else {
+            return self.create(kind, listen.to_string(), target).await;
         };
-        match self.decide(guest, &forward).await? {
-            Decision::Allow => Ok(()),
-            Decision::Refuse(why) => Err(Answer::forbidden(why)),
+        let mut request = v1::RequestForwardRequest {
+            vm_id: guest.vm.0,
+            ..Default::default()
+        };
+        request
+            .forward
+            .replace(self.forward(kind, listen.to_string(), target));
+        let answer = self
+            .control
+            .call(|client| async move { client.forwards().request_forward(asking(request)).await })
+            .await?;
+        let opened = answer.forward.map(|forward| forward.listen);
+        Ok(opened.unwrap_or_else(|| listen.to_string()))
+    }
+
+    fn forward(&self, kind: Kind, listen: String, target: SocketAddr) -> v1::Forward {
+        v1::Forward {
+            network: self.control.network().to_owned(),
+            protocol: kind.protocol().into(),
+            listen,
+            target: target.to_string(),
+            ..Default::default()
         }
     }
 
@@ -323,7 +337,6 @@ impl Services {
             })
     }
 
-    /// Opens a forward; gives where it listens.
     /// Closes a forward; `false` where someone else has.
     async fn close(&self, protocol: v1::Protocol, listen: String) -> Result<bool, CallError> {
         let mut request = v1::DeleteForwardRequest {
@@ -343,17 +356,11 @@ impl Services {
         }
     }
 
+    /// Opens a forward; gives where it listens.
     async fn create(&self, kind: Kind, listen: String, target: SocketAddr) -> Result<String, CallError> {
         let asked = listen.clone();
-        let mut forward = v1::Forward {
-            protocol: kind.protocol().into(),
-            listen,
-            target: target.to_string(),
-            ..Default::default()
-        };
-        self.control.network().clone_into(&mut forward.network);
         let mut request = v1::CreateForwardRequest::default();
-        request.forward.replace(forward);
+        request.forward.replace(self.forward(kind, listen, target));
         let answer = self
             .control
             .call(|client| async move { client.forwards().create_forward(unary(request)).await })
@@ -371,6 +378,15 @@ impl Services {
             return (*status).into();
         }
         let told = describe(&status);
+        // What the VM is under does not allow it, or nobody answered.
+        let own = match reason(&status).as_deref() {
+            Some("DENIED") => Some(StatusCode::FORBIDDEN),
+            Some(UNANSWERED) => Some(StatusCode::GATEWAY_TIMEOUT),
+            _ => None,
+        };
+        if let Some(code) = own {
+            return Answer::lines(code, &told);
+        }
         let network = kind.word();
         let bind = |why: &str| Answer::failed(format!("listen {network} {shown}: bind: {why}"));
         let answer = match status.code() {

@@ -1,12 +1,12 @@
 //! The guest's side: what a process inside of a VM may ask of the gateway's port 80. It exposes ports of the host that
 //! lead to its own address, lists those, ends those, and nothing else.
 //!
-//! Where no policy and no mode is in force it is as free as gvproxy's in which addresses of the host it listens at.
-//! Where one is, [`Decide`] is asked.
+//! Whether a port is opened is the controlplane's to decide, in the step in which it opens it (`RequestForward`): where
+//! no policy and no mode is in force it is as free as gvproxy's in which addresses of the host it listens at.
 
 use std::collections::HashMap;
 use std::io::{self, Read as _};
-use std::net::{IpAddr, SocketAddr};
+use std::net::IpAddr;
 use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -37,60 +37,11 @@ pub struct Guest {
 }
 
 /// What guests may do.
-#[derive(Clone)]
+#[derive(Debug, Clone, Default)]
 pub struct GuestApi {
     /// What each request must carry, as `Authorization: Bearer TOKEN`; `None`: nothing.
     pub token: Option<Token>,
-    /// Who is asked where a policy or a mode is in force.
-    pub decide: Arc<dyn Decide>,
 }
-
-/// A port that a guest wants to be exposed.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct GuestForward {
-    /// UDP rather than TCP.
-    pub is_udp: bool,
-    /// Where on the host; an unspecified address of IPv4 stands for both families.
-    pub listen: SocketAddr,
-    /// The guest's own address, and its port.
-    pub target: SocketAddr,
-}
-
-/// What is answered to a guest.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Decision {
-    /// It is exposed.
-    Allow,
-    /// It is not, and why, in one line for the guest.
-    Refuse(String),
-}
-
-/// Decides what a guest may expose where a policy or a mode is in force.
-#[tonic::async_trait]
-pub trait Decide: Send + Sync {
-    /// Whether anything can be exposed at all. Where not, guests can neither list nor end what they exposed before.
-    fn is_open(&self) -> bool;
-
-    /// Decides; may take as long as a person does. A guest that gives up meanwhile is exposed all the same.
-    async fn decide(&self, guest: &Guest, forward: &GuestForward) -> Decision;
-}
-
-/// Nobody is asked, and nothing is exposed.
-#[derive(Debug, Clone, Copy)]
-pub struct Closed;
-
-#[tonic::async_trait]
-impl Decide for Closed {
-    fn is_open(&self) -> bool {
-        false
-    }
-
-    async fn decide(&self, _: &Guest, _: &GuestForward) -> Decision {
-        Decision::Refuse(UNDER_POLICY.to_owned())
-    }
-}
-
-const UNDER_POLICY: &str = "a policy or mode is in force for this VM, and so it exposes nothing itself";
 
 /// A secret that guests must know.
 #[derive(Clone)]
@@ -176,7 +127,7 @@ const BEARER: &[u8] = b"Bearer ";
 
 impl Services {
     /// Whether this guest is served at all.
-    pub(super) async fn admit(&self, headers: &HeaderMap) -> Result<(), Answer> {
+    pub(super) fn admit(&self, headers: &HeaderMap) -> Result<(), Answer> {
         let Some(api) = &self.guests else {
             return Err(Answer::forbidden("guests expose nothing here")
                 .with_remedy("the host's side: expose it at the socket of -services"));
@@ -187,23 +138,7 @@ impl Services {
             let text = "a token is needed: Authorization: Bearer TOKEN";
             return Err(Answer::error(StatusCode::UNAUTHORIZED, text));
         }
-        if !api.decide.is_open() && self.is_policy_in_force().await? {
-            return Err(Answer::forbidden(UNDER_POLICY)
-                .with_remedy("the host's side: expose it at the socket of -services"));
-        }
         Ok(())
-    }
-
-    /// Decides what a guest that is served asks for.
-    pub(super) async fn decide(&self, guest: &Guest, forward: &GuestForward) -> Result<Decision, Answer> {
-        let Some(api) = &self.guests else {
-            return Ok(Decision::Refuse(UNDER_POLICY.to_owned()));
-        };
-        if self.is_policy_in_force().await? {
-            Ok(api.decide.decide(guest, forward).await)
-        } else {
-            Ok(Decision::Allow)
-        }
     }
 }
 

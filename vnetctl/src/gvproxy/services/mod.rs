@@ -39,8 +39,7 @@ pub use self::address::has_ipv6;
 pub use self::control::{Question, policy_in_force};
 pub use self::exposed::GUEST_FORWARDS_MAX;
 pub use self::guest::{
-    ALL_GUESTS_CONNECTIONS_MAX, Closed, Decide, Decision, GUEST_CONNECTIONS_MAX, Guest, GuestApi,
-    GuestForward, Token, TokenError,
+    ALL_GUESTS_CONNECTIONS_MAX, GUEST_CONNECTIONS_MAX, Guest, GuestApi, Token, TokenError,
 };
 pub use self::tunnel::{NoTunnels, SshTunnels};
 

@@ -420,7 +420,7 @@ fn place(target: Option<&v1::Target>) -> Option<(&'static str, String, u32)> {
         v1::target::Kind::Name(name) if !name.lookup_only => {
             Some(("tcp", name.name.clone(), one(name.ports.as_ref())?))
         }
-        v1::target::Kind::Name(_) => None,
+        v1::target::Kind::Name(_) | v1::target::Kind::Forward(_) => None,
     }
 }
 

@@ -174,7 +174,7 @@ async fn may_ask(
 ) -> Result<(), Answer> {
     let family = path.family();
     match origin {
-        Origin::Guest(_) if family == Family::Forwarder => return services.admit(headers).await,
+        Origin::Guest(_) if family == Family::Forwarder => return services.admit(headers),
         Origin::Guest(_) => return Err(Answer::no_path()),
         Origin::Services | Origin::Listen => from_no_site(headers)?,
     }

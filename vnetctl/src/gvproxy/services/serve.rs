@@ -66,19 +66,25 @@ where
         let services = Arc::clone(services);
         async move { Ok::<_, Infallible>(route::answer(services, origin, request).await) }
     });
-    let served = http1::Builder::new()
-        .timer(TokioTimer::new())
-        .header_read_timeout(READ_PATIENCE)
-        .max_buf_size(HEAD_BYTES_MAX)
-        .max_headers(HEADERS_MAX)
-        .half_close(true)
-        .title_case_headers(true)
+    let served = http()
         .serve_connection(TokioIo::new(Replay { read, at: 0, stream }), service)
         .await;
     if let Err(error) = served {
         tracing::debug!(%error, "a connection of the services API ended");
     }
     drop(permit);
+}
+
+/// HTTP/1.1 within the limits of this module, and a response for as long as it takes.
+pub(super) fn http() -> http1::Builder {
+    let mut http = http1::Builder::new();
+    http.timer(TokioTimer::new())
+        .header_read_timeout(READ_PATIENCE)
+        .max_buf_size(HEAD_BYTES_MAX)
+        .max_headers(HEADERS_MAX)
+        .half_close(true)
+        .title_case_headers(true);
+    http
 }
 
 fn limits<'a>(services: &'a Services, origin: &Origin) -> Option<&'a Limits> {

@@ -4,7 +4,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use vnet_proto::v1;
 
-use super::world::{World, always, as_set, config, nowhere};
+use super::world::{World, as_set, config, nowhere};
 use super::*;
 
 const ALL: &str = "/services/forwarder/all";
@@ -66,10 +66,7 @@ fn is_approval(path: &str) -> bool {
 }
 
 fn api() -> Option<GuestApi> {
-    Some(GuestApi {
-        token: None,
-        decide: Arc::new(Closed),
-    })
+    Some(GuestApi::default())
 }
 
 fn open(connection: Connection) -> Arc<Services> {
@@ -149,8 +146,9 @@ async fn where_it_cannot_be_known_whether_a_policy_is_in_force_nothing_is_served
         guests: api(),
         ..config(nowhere(), "one")
     });
+    let wanted = r#"{"local":"127.0.0.1:8080","remote":"192.168.127.2:80"}"#;
     for origin in [Origin::Listen, GUEST] {
-        let (status, body) = post(&services, origin, EXPOSE, "{}").await;
+        let (status, body) = post(&services, origin, EXPOSE, wanted).await;
         assert_eq!(status, 503, "{body}");
         assert_eq!(body, "no controlplane answers at unix:///nonexistent/vnet.sock\n");
     }
@@ -244,27 +242,14 @@ async fn what_a_guest_may_not_expose_is_refused_and_touches_no_file() {
 }
 
 #[tokio::test]
-async fn guests_are_not_served_unless_they_are_to_be_and_not_under_a_policy() {
-    let off = Services::new(config(nowhere(), "one"));
-    let under_policy = Services::new(ServicesConfig {
-        guests: api(),
-        policy_in_force: always(true),
-        ..config(nowhere(), "one")
-    });
-    for (services, text) in [
-        (off, "guests expose nothing here"),
-        (
-            under_policy,
-            "a policy or mode is in force for this VM, and so it exposes nothing itself",
-        ),
-    ] {
-        for path in [ALL, EXPOSE, UNEXPOSE] {
-            assert_eq!(
-                post(&services, GUEST, path, "{}").await,
-                refused(403, text),
-                "{path}"
-            );
-        }
+async fn guests_are_not_served_unless_they_are_to_be() {
+    let services = Services::new(config(nowhere(), "one"));
+    for path in [ALL, EXPOSE, UNEXPOSE] {
+        assert_eq!(
+            post(&services, GUEST, path, "{}").await,
+            refused(403, "guests expose nothing here"),
+            "{path}"
+        );
     }
 }
 
@@ -279,7 +264,7 @@ async fn a_mode_of_the_networks_vm_is_a_policy_in_force_and_another_networks_is_
             ..world.config(network)
         });
         assert_eq!(get(&services, Origin::Listen, ALL).await.0, status, "{network}");
-        assert_eq!(get(&services, GUEST, ALL).await.0, status, "{network}");
+        assert_eq!(get(&services, GUEST, ALL).await.0, 200, "{network}: its own");
         assert_eq!(get(&services, Origin::Services, ALL).await.0, 200, "{network}");
     }
     let given = policy_in_force(world.connection(), "not there yet".to_owned(), true);
@@ -293,7 +278,6 @@ async fn a_guest_without_the_token_is_told_what_is_needed() {
     let services = Services::new(ServicesConfig {
         guests: Some(GuestApi {
             token: Some(Token::read(&path).unwrap()),
-            decide: Arc::new(Closed),
         }),
         ..config(nowhere(), "one")
     });
@@ -325,65 +309,128 @@ async fn a_guest_without_the_token_is_told_what_is_needed() {
     assert!(right.ends_with("post only\n"), "{right}");
 }
 
-/// Allows what leads to port 80, and keeps what it was asked.
-#[derive(Default)]
-struct Eighty(std::sync::Mutex<Vec<GuestForward>>);
+fn of(world: &World, network: &str) -> Arc<Services> {
+    Services::new(ServicesConfig {
+        guests: api(),
+        ..world.config(network)
+    })
+}
 
-#[tonic::async_trait]
-impl Decide for Eighty {
-    fn is_open(&self) -> bool {
-        true
-    }
+const WANTED: &str = r#"{"local":"127.0.0.1:8080","remote":":80"}"#;
 
-    async fn decide(&self, _: &Guest, forward: &GuestForward) -> Decision {
-        self.0.lock().unwrap().push(forward.clone());
-        if forward.target.port() == 80 {
-            Decision::Allow
-        } else {
-            Decision::Refuse("only port 80".to_owned())
+/// The one open request, once it is there.
+async fn the_request(world: &World) -> v1::PendingRequest {
+    let client = world.connection().open().await.unwrap();
+    for _ in 0..500 {
+        let request = crate::client::unary(v1::ListPendingRequest::default());
+        let open = client
+            .pending()
+            .list_pending(request)
+            .await
+            .unwrap()
+            .into_inner()
+            .requests;
+        if let [one] = &open[..] {
+            return one.clone();
         }
+        assert!(open.is_empty(), "{open:?}");
+        tokio::time::sleep(std::time::Duration::from_millis(20)).await;
+    }
+    panic!("nobody asked")
+}
+
+#[tokio::test]
+async fn what_a_guest_exposes_in_mode_ask_waits_for_a_person_and_then_is_open() {
+    let world = World::start().await;
+    let _dataplane = world.dataplane("one", v1::Mode::Ask).await;
+    let services = of(&world, "one");
+    let waiting = {
+        let services = Arc::clone(&services);
+        tokio::spawn(async move { post(&services, GUEST, EXPOSE, WANTED).await })
+    };
+
+    let request = the_request(&world).await;
+    assert_eq!(
+        crate::output::words::target(request.target.as_ref()),
+        "to open tcp 127.0.0.1:8080 to its port 80"
+    );
+    assert_eq!(get(&services, GUEST, ALL).await.1, "[]\n", "not yet");
+    let client = world.connection().open().await.unwrap();
+    let approve = v1::ApproveRequest {
+        id: request.id,
+        ..Default::default()
+    };
+    let approve = crate::client::unary(approve);
+    let grant = client
+        .pending()
+        .approve(approve)
+        .await
+        .unwrap()
+        .into_inner()
+        .grant
+        .unwrap();
+
+    assert_eq!(waiting.await.unwrap(), done());
+    let all = get(&services, GUEST, ALL).await.1;
+    assert_eq!(
+        all,
+        "[{\"local\":\"127.0.0.1:8080\",\"remote\":\"192.168.127.2:80\",\"protocol\":\"tcp\"}]\n"
+    );
+    let revoke = crate::client::unary(v1::RevokeGrantRequest { id: grant.id });
+    client.grants().revoke_grant(revoke).await.unwrap();
+    assert_eq!(
+        get(&services, GUEST, ALL).await.1,
+        "[]\n",
+        "closed with its grant"
+    );
+}
+
+#[tokio::test]
+async fn a_guest_that_is_refused_is_told_why_with_403() {
+    let world = World::start().await;
+    let _strict = world.dataplane("strict", v1::Mode::Enforce).await;
+    let _asks = world.dataplane("asks", v1::Mode::Ask).await;
+    for (network, body, told) in [
+        ("strict", WANTED, "no rule of forwards: allows it"),
+        (
+            "asks",
+            r#"{"local":":8080","remote":":80"}"#,
+            "0.0.0.0 is not an address of loopback",
+        ),
+        (
+            "asks",
+            r#"{"local":"127.0.0.1:0","remote":":80"}"#,
+            "port 0 stands for any port",
+        ),
+    ] {
+        let (status, text) = post(&of(&world, network), GUEST, EXPOSE, body).await;
+        assert_eq!(status, 403, "{text}");
+        assert!(text.contains(told), "{text}");
     }
 }
 
 #[tokio::test]
-async fn under_a_policy_what_a_guest_wants_to_expose_is_decided_by_who_is_to_decide() {
+async fn a_no_is_told_to_the_guest_and_the_next_attempt_asks_nobody() {
     let world = World::start().await;
     let _dataplane = world.dataplane("one", v1::Mode::Ask).await;
-    let decide = Arc::new(Eighty::default());
-    let services = Services::new(ServicesConfig {
-        guests: Some(GuestApi {
-            token: None,
-            decide: Arc::clone(&decide) as Arc<dyn Decide>,
-        }),
-        ..world.config("one")
+    let services = of(&world, "one");
+    let waiting = {
+        let services = Arc::clone(&services);
+        tokio::spawn(async move { post(&services, GUEST, EXPOSE, WANTED).await })
+    };
+    let request = the_request(&world).await;
+    let client = world.connection().open().await.unwrap();
+    let deny = crate::client::unary(v1::DenyRequest {
+        id: request.id,
+        ..Default::default()
     });
+    client.pending().deny(deny).await.unwrap();
 
-    let yes = post(
-        &services,
-        GUEST,
-        EXPOSE,
-        r#"{"local":"127.0.0.1:8080","remote":":80"}"#,
-    )
-    .await;
-    let no = post(
-        &services,
-        GUEST,
-        EXPOSE,
-        r#"{"local":"127.0.0.1:8081","remote":":81"}"#,
-    )
-    .await;
-
-    assert_eq!((yes, no), (done(), refused(403, "only port 80")));
-    let asked = decide.0.lock().unwrap().clone();
-    assert_eq!(asked.len(), 2);
-    assert_eq!(
-        asked[0],
-        GuestForward {
-            is_udp: false,
-            listen: "127.0.0.1:8080".parse().unwrap(),
-            target: "192.168.127.2:80".parse().unwrap(),
-        }
-    );
-    let all = get(&services, GUEST, ALL).await.1;
-    assert!(all.contains("8080") && !all.contains("8081"), "{all}");
+    for answer in [
+        waiting.await.unwrap(),
+        post(&services, GUEST, EXPOSE, WANTED).await,
+    ] {
+        assert_eq!(answer.0, 403, "{answer:?}");
+        assert!(answer.1.contains("denies it"), "{answer:?}");
+    }
 }

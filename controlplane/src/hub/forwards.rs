@@ -1,0 +1,339 @@
+//! Forwards that VMs ask for themselves: decided and opened in one step, asked of a person where the policy says so,
+//! judged anew at each change, and closed where they are no longer allowed.
+//!
+//! Which VM asked, and on which grant a forward rests, travels with the forward, so that it is known after a
+//! reconnect and after a restart of either side.
+
+use std::net::SocketAddr;
+use std::time::Duration;
+
+use tokio::sync::oneshot;
+use tokio::time::Instant;
+use vnet_proto::model::{ForwardListen, ForwardTarget, Mode, Protocol, Reason, VmId};
+use vnet_proto::v1;
+use vnet_proto::v1::command::Command;
+
+use super::decide::context;
+use super::events::about;
+use super::repeats::Key;
+use super::{Hub, State, ids};
+use crate::approval::{AskForward, AskOutcome, OPEN_PER_VM_MAX, PendingId};
+use crate::clock::Now;
+use crate::fleet::{DataplaneNo, Fleet, Outstanding, Vm};
+use crate::grant::{GrantId, Use};
+use crate::policy::{ForwardDecision, Outcome, decide_forward};
+use crate::refusal::Refusal;
+
+/// Calls that wait for the answer to one request at once; one more is answered at once that nobody answered.
+pub const WAITS_PER_REQUEST_MAX: usize = 64;
+
+/// A forward that a VM asks for.
+#[derive(Debug, Clone)]
+pub struct ForwardWish {
+    /// The network; empty where there is only one.
+    pub network: String,
+    /// The VM's name; empty: its handle says which.
+    pub vm: String,
+    /// Its dataplane's handle of it.
+    pub handle: VmId,
+    /// TCP or UDP.
+    pub protocol: Protocol,
+    /// Where on the host.
+    pub listen: SocketAddr,
+    /// One of the VM's addresses, and its port.
+    pub target: SocketAddr,
+}
+
+/// What comes next for a wish.
+enum Step {
+    /// The dataplane is opening it.
+    Opening(oneshot::Receiver<Result<v1::Ack, Refusal>>, v1::Forward),
+    /// A person is asked.
+    Asking {
+        id: PendingId,
+        /// What is asked, for a message.
+        what: String,
+        hold: Duration,
+        /// Its sender is dropped when the request ends; `None`: too many wait.
+        ended: Option<oneshot::Receiver<()>>,
+    },
+}
+
+impl Hub {
+    /// Decides a forward that a VM asks for, and opens it. Where a person is to be asked it waits, for as long as the
+    /// policy's `approvalTimeout` says.
+    ///
+    /// # Errors
+    /// [`Refusal`]: it is not open. After [`Refusal::Unanswered`] the request is still open.
+    pub async fn request_forward(&self, wish: &ForwardWish) -> Result<v1::Forward, Refusal> {
+        let mut deadline = None;
+        loop {
+            match self.read(|state, now| state.try_forward(now, wish))? {
+                Step::Opening(wait, asked) => {
+                    let ack = Self::acknowledged(wait).await?;
+                    return Ok(ack.forward.unwrap_or(asked));
+                }
+                Step::Asking {
+                    id,
+                    what,
+                    hold,
+                    ended,
+                } => {
+                    let until = *deadline.get_or_insert_with(|| Instant::now() + hold);
+                    let is_over = match ended {
+                        Some(ended) => tokio::time::timeout_at(until, ended).await.is_err(),
+                        None => true,
+                    };
+                    if is_over {
+                        return Err(Refusal::Unanswered(format!(
+                            "{what}, and nobody answered; the request is still open: answer with vnetctl approve \
+                             {id} (or deny), and ask again"
+                        )));
+                    }
+                }
+            }
+        }
+    }
+}
+
+impl State {
+    fn try_forward(&mut self, now: Now, wish: &ForwardWish) -> Result<Step, Refusal> {
+        let (number, name) = self.asker(wish)?;
+        self.refresh_grants(&name);
+        let (Some(vm), Some(dataplane)) = (self.fleet.vms.get(&name), self.fleet.dataplanes.get(&number))
+        else {
+            return Err(no_vm(&name));
+        };
+        let target = wish.target.ip().to_canonical().to_string();
+        if !vm.addresses.is_empty() && !vm.addresses.contains(&target) {
+            let text =
+                format!("{target} is not an address of VM {name}, and a VM opens ports to itself alone");
+            return Err(Refusal::field("forward.target", text));
+        }
+        let context = context(vm, &dataplane.guarded, None);
+        let decision = decide_forward(&context, wish.protocol, wish.listen, wish.target.port());
+        match decision.outcome {
+            Outcome::Allow => {
+                let forward = v1::Forward {
+                    network: dataplane.network.clone(),
+                    protocol: v1::Protocol::from(wish.protocol).into(),
+                    listen: wish.listen.to_string(),
+                    target: wish.target.to_string(),
+                    asked_by: name,
+                    grant_id: decision.grant.map(|grant| grant.id.0.clone()).unwrap_or_default(),
+                    ..Default::default()
+                };
+                let asked = forward.clone();
+                let wait = self.send_command(number, None, |_| Command::Expose(forward))?;
+                Ok(Step::Opening(wait, asked))
+            }
+            Outcome::Ask => match decision.target {
+                Some(target) => self.ask_forward(now, &name, target, decision.reason),
+                // What cannot be asked for is never asked.
+                None => Err(self.refuse_forward(now, &name, wish, decision)),
+            },
+            Outcome::Deny | Outcome::Drop => Err(self.refuse_forward(now, &name, wish, decision)),
+        }
+    }
+
+    /// Who asks, and on which dataplane.
+    fn asker(&self, wish: &ForwardWish) -> Result<(DataplaneNo, String), Refusal> {
+        if wish.vm.is_empty() {
+            let number = self.fleet.dataplane_of_network(&wish.network)?;
+            let vm = self.fleet.vm_of(number, wish.handle).ok_or_else(|| {
+                let handle = wish.handle.0;
+                Refusal::NotFound(format!("the network has no VM with handle {handle}"))
+            })?;
+            return Ok((number, vm.view.name.clone()));
+        }
+        let vm = self.fleet.vms.get(&wish.vm).ok_or_else(|| no_vm(&wish.vm))?;
+        let network = self.fleet.dataplanes.get(&vm.dataplane).map(|d| &d.network);
+        if !wish.network.is_empty() && network != Some(&wish.network) {
+            let text = format!("VM {} is not on network {:?}", wish.vm, wish.network);
+            return Err(Refusal::NotFound(text));
+        }
+        Ok((vm.dataplane, wish.vm.clone()))
+    }
+
+    fn ask_forward(
+        &mut self,
+        now: Now,
+        name: &str,
+        forward: ForwardTarget,
+        reason: Reason,
+    ) -> Result<Step, Refusal> {
+        self.last_request = self.last_request.wrapping_add(1);
+        let vm = self.fleet.vms.get(name).ok_or_else(|| no_vm(name))?;
+        let said = vm.effective.settings();
+        let hold = vm.effective.approval_timeout();
+        let ask = AskForward {
+            id: PendingId(ids::spread(self.last_request)),
+            vm: &vm.view,
+            forward,
+            reason,
+            hold,
+            open_max: said.max_pending.map_or(OPEN_PER_VM_MAX, |most| most as usize),
+            per_minute_max: said.max_per_minute.map(|most| most as usize),
+        };
+        let what = format!("{name} asks {}", forward.in_words());
+        let (outcome, changes) = self.pending.ask_forward(now.steady, ask);
+        self.take_up(now, changes);
+        match outcome {
+            AskOutcome::Opened(id) | AskOutcome::Joined(id) => {
+                let waits = self.forward_waits.entry(id.clone()).or_default();
+                waits.retain(|wait| !wait.is_closed());
+                let ended = (waits.len() < WAITS_PER_REQUEST_MAX).then(|| {
+                    let (sender, ended) = oneshot::channel();
+                    waits.push(sender);
+                    ended
+                });
+                Ok(Step::Asking {
+                    id,
+                    what,
+                    hold,
+                    ended,
+                })
+            }
+            AskOutcome::Refused {
+                limit: _,
+                count,
+                reason,
+            } => {
+                self.metrics.pending_refused.add(1);
+                if count == 1 {
+                    let event = about(
+                        v1::EventKind::LimitReached,
+                        name,
+                        format!("{what}: {}", reason.text),
+                    );
+                    self.repeated_event(now, Key::limit(&reason.text), 1, event);
+                }
+                Err(Refusal::Limit(reason.text))
+            }
+        }
+    }
+
+    /// Records that a forward was refused, and says so.
+    fn refuse_forward(
+        &mut self,
+        now: Now,
+        name: &str,
+        wish: &ForwardWish,
+        decision: ForwardDecision,
+    ) -> Refusal {
+        if let Some(grant) = &decision.grant {
+            self.use_grant(now, &grant.id.clone(), Use::Flow);
+        }
+        let (protocol, listen, port) = (wish.protocol, wish.listen, wish.target.port());
+        let reason = decision.reason;
+        let text = format!(
+            "{name} asked to open {protocol} {listen} to its port {port}: {}",
+            reason.text
+        );
+        let event = v1::Event {
+            action: v1::Action::Deny.into(),
+            reason: Some((&reason).into()),
+            ..about(v1::EventKind::ForwardDenied, name, text)
+        };
+        self.repeated_event(now, Key::forward(protocol, listen, port, &reason), 1, event);
+        Refusal::Denied(format!("{protocol} {listen} is not opened: {}", reason.text))
+    }
+
+    /// A dataplane opened a forward: what it rests on is used, and may be gone by now.
+    pub(super) fn forward_opened(&mut self, now: Now, forward: &v1::Forward) {
+        if forward.asked_by.is_empty() {
+            return;
+        }
+        if !forward.grant_id.is_empty() {
+            self.use_grant(now, &GrantId(forward.grant_id.clone()), Use::Flow);
+        }
+        let asker = forward.asked_by.clone();
+        self.refresh_grants(&asker);
+        self.close_forwards(None, |name| name == asker);
+    }
+
+    /// Closes forwards that these VMs asked for, and that are no longer allowed. Those of VMs that are gone are
+    /// judged as well.
+    pub(super) fn close_forwards(&mut self, change: Option<u64>, concerns: impl Fn(&str) -> bool) {
+        let mut closing: Vec<(DataplaneNo, v1::Forward)> = Vec::new();
+        for (number, dataplane) in &self.fleet.dataplanes {
+            let judged = dataplane.forwards.iter().filter(|forward| {
+                let asker = forward.asked_by.as_str();
+                !asker.is_empty() && (concerns(asker) || !self.fleet.vms.contains_key(asker))
+            });
+            // One that is being closed needs not be told again.
+            let is_closing = |forward: &v1::Forward| {
+                dataplane.outstanding.values().any(|outstanding| {
+                    matches!(outstanding, Outstanding::Command { command: Command::Unexpose(other), .. }
+                        if other.protocol == forward.protocol && other.listen == forward.listen)
+                })
+            };
+            let over = judged.filter(|forward| !self.may_stay(*number, forward) && !is_closing(forward));
+            closing.extend(over.map(|forward| (*number, forward.clone())));
+        }
+        for (number, forward) in closing {
+            let listen = forward.listen.clone();
+            // Nobody waits for the answer itself. One that is lost is closed when it is back.
+            match self.send_command(number, change, |_| Command::Unexpose(forward)) {
+                Ok(_) => tracing::info!(listen, "a forward is closed, as it is no longer allowed"),
+                Err(refusal) => tracing::debug!(listen, %refusal, "a forward could not be closed"),
+            }
+        }
+    }
+
+    fn may_stay(&self, number: DataplaneNo, forward: &v1::Forward) -> bool {
+        let grant = GrantId(forward.grant_id.clone());
+        let rests = forward.grant_id.is_empty()
+            || self.grants.get(&grant).is_some()
+            || self.is_spent(&forward.grant_id);
+        let vm = self.fleet.vms.get(&forward.asked_by);
+        let Some(vm) = vm.filter(|vm| vm.dataplane == number) else {
+            return rests;
+        };
+        let Some(decision) = self.judge_forward(vm, forward) else {
+            return false;
+        };
+        match decision.outcome {
+            Outcome::Allow => true,
+            // Its grant was for this once: only what outranks any grant takes it back.
+            _ => {
+                let blocked = matches!(vm.effective.mode(), Some(Mode::Block | Mode::Quarantine));
+                let step = decision.reason.step.as_str();
+                let is_told = decision.outcome != Outcome::Ask && matches!(step, "mode" | "rule" | "grant");
+                self.is_spent(&forward.grant_id) && !blocked && !is_told
+            }
+        }
+    }
+
+    fn judge_forward(&self, vm: &Vm, forward: &v1::Forward) -> Option<ForwardDecision> {
+        let dataplane = self.fleet.dataplanes.get(&vm.dataplane)?;
+        let protocol = Protocol::try_from(forward.protocol()).ok()?;
+        let ForwardListen::Address(listen) = forward.listen.parse().ok()? else {
+            return None;
+        };
+        let target: SocketAddr = forward.target.parse().ok()?;
+        let context = context(vm, &dataplane.guarded, None);
+        Some(decide_forward(&context, protocol, listen, target.port()))
+    }
+}
+
+/// Whether a person is still to be asked about a forward. Of a VM that is not there, nothing is known to say otherwise.
+pub(super) fn still_asks(fleet: &Fleet, name: &str, forward: &ForwardTarget) -> bool {
+    let vm = fleet.vms.get(name);
+    let place = vm.and_then(|vm| Some((vm, fleet.dataplanes.get(&vm.dataplane)?)));
+    let Some((vm, dataplane)) = place else { return true };
+    let context = context(vm, &dataplane.guarded, None);
+    let decision = decide_forward(
+        &context,
+        forward.protocol(),
+        forward.listen(),
+        forward.guest_port(),
+    );
+    decision.outcome == Outcome::Ask
+}
+
+fn no_vm(name: &str) -> Refusal {
+    Refusal::NotFound(format!(
+        "there is no VM {name:?}; list them with: vnetctl vm list"
+    ))
+}

@@ -1,0 +1,400 @@
+//! Forwards that VMs ask for themselves, from the wish to the end.
+
+use tokio::task::JoinHandle;
+use vnet_proto::model::{Protocol, VmId};
+use vnet_proto::v1::command::Command;
+
+use super::*;
+
+const TARGET: &str = "forward 127.0.0.1:8080:80/tcp";
+
+fn wish(listen: &str) -> ForwardWish {
+    ForwardWish {
+        network: String::new(),
+        vm: "web".to_owned(),
+        handle: VmId(0),
+        protocol: Protocol::Tcp,
+        listen: listen.parse().unwrap(),
+        target: "192.168.127.2:80".parse().unwrap(),
+    }
+}
+
+type Call = JoinHandle<Result<v1::Forward, Refusal>>;
+
+fn ask(rig: &Rig, listen: &str) -> Call {
+    let (hub, wish) = (Arc::clone(&rig.hub), wish(listen));
+    tokio::spawn(async move { hub.request_forward(&wish).await })
+}
+
+/// The next command that the dataplane is told.
+async fn commanded(dp: &mut FakeDataplane) -> (u64, Command) {
+    for _ in 0..1_000 {
+        tokio::task::yield_now().await;
+        let told = dp.told();
+        dp.acknowledge(&told);
+        for one in told {
+            if let Told::Command(command) = one {
+                return (command.command_id, command.command.unwrap());
+            }
+        }
+    }
+    panic!("nothing was told")
+}
+
+/// Opens or closes what it is told to.
+async fn obeys(dp: &mut FakeDataplane, cut_flows: u64) -> Command {
+    let (command_id, command) = commanded(dp).await;
+    let (Command::Expose(forward) | Command::Unexpose(forward)) = &command else {
+        panic!("{command:?}")
+    };
+    dp.say(Message::Ack(v1::Ack {
+        command_id,
+        cut_flows,
+        forward: Some(forward.clone()),
+        ..Default::default()
+    }));
+    command
+}
+
+async fn the_request(rig: &Rig) -> v1::PendingRequest {
+    for _ in 0..1_000 {
+        tokio::task::yield_now().await;
+        if let [one] = &rig.hub.pending(None)[..] {
+            return one.clone();
+        }
+    }
+    panic!("nobody asks")
+}
+
+async fn approve(rig: &Rig) -> String {
+    let id = the_request(rig).await.id;
+    rig.hub.reply(&reply(&id, Answer::Approve)).unwrap().1.id
+}
+
+async fn is_denied(call: Call, why: &str) {
+    match call.await.unwrap() {
+        Err(Refusal::Denied(text)) => assert!(text.contains(why), "{text}"),
+        other => panic!("{other:?}"),
+    }
+}
+
+#[tokio::test]
+async fn in_mode_ask_a_yes_opens_it_while_the_call_waits() {
+    let rig = Rig::secure();
+    let mut dp = rig.dataplane("web");
+    let events = rig.hub.watch_events(EventFilter::default()).unwrap();
+    let call = ask(&rig, "127.0.0.1:8080");
+    let request = the_request(&rig).await;
+    assert_eq!(
+        Target::try_from(request.target.unwrap()).unwrap().to_string(),
+        TARGET
+    );
+    assert_eq!(request.scopes, [i32::from(v1::Scope::HostPort)]);
+    let mut events = events.0;
+    let Next::Change(event) = events.next().await else {
+        panic!("no event")
+    };
+    assert_eq!(event.text, "web asks to open tcp 127.0.0.1:8080 to its port 80");
+    assert!(rig.hub.forwards("").is_empty());
+    let grant = approve(&rig).await;
+
+    let Command::Expose(told) = obeys(&mut dp, 0).await else {
+        panic!("to open it")
+    };
+    assert_eq!(
+        (told.listen.as_str(), told.target.as_str()),
+        ("127.0.0.1:8080", "192.168.127.2:80")
+    );
+    assert_eq!(
+        (told.asked_by.as_str(), told.grant_id.as_str()),
+        ("web", grant.as_str())
+    );
+    assert_eq!(call.await.unwrap().unwrap(), told);
+    assert_eq!(rig.hub.forwards(""), [told]);
+    assert_eq!(rig.hub.grants("").unwrap()[0].hits, 1);
+}
+
+#[tokio::test]
+async fn revoking_its_grant_closes_it_and_counts_what_it_cut() {
+    let rig = Rig::secure();
+    let mut dp = rig.dataplane("web");
+    let call = ask(&rig, "127.0.0.1:8080");
+    let grant = approve(&rig).await;
+    obeys(&mut dp, 0).await;
+    call.await.unwrap().unwrap();
+
+    let (_, ticket, _) = rig.hub.revoke_grant(&grant, "tester").unwrap();
+    let hub = Arc::clone(&rig.hub);
+    let report = tokio::spawn(async move { hub.report(ticket).await });
+    let told = obeys(&mut dp, 3).await;
+    assert!(matches!(told, Command::Unexpose(f) if f.listen == "127.0.0.1:8080"));
+    let report = report.await.unwrap();
+    assert_eq!((report.flows, report.dataplanes_silent.len()), (3, 0));
+    assert!(rig.hub.forwards("").is_empty());
+}
+
+#[tokio::test]
+async fn a_no_ends_the_call_and_the_next_one_asks_nobody() {
+    let rig = Rig::secure();
+    let _dp = rig.dataplane("web");
+    let call = ask(&rig, "127.0.0.1:8080");
+    let id = the_request(&rig).await.id;
+    rig.hub.reply(&reply(&id, Answer::Deny)).unwrap();
+    is_denied(call, "denies it").await;
+    is_denied(ask(&rig, "127.0.0.1:8080"), "denies it").await;
+    assert!(rig.hub.pending(None).is_empty());
+}
+
+#[tokio::test]
+async fn a_call_that_nobody_answers_ends_with_its_hold_and_a_late_yes_serves_the_next() {
+    let rig = Rig::open();
+    rig.apply("version: 1\nmode: ask\napprovalTimeout: 50ms\n");
+    let mut dp = rig.dataplane("web");
+    let refusal = ask(&rig, "127.0.0.1:8080").await.unwrap().unwrap_err();
+    let id = the_request(&rig).await.id;
+    let Refusal::Unanswered(text) = &refusal else {
+        panic!("{refusal:?}")
+    };
+    assert!(text.contains(&id) && text.contains("still open"), "{text}");
+    assert_eq!(tonic::Status::from(refusal).code(), tonic::Code::DeadlineExceeded);
+    // Asked again it is the same request.
+    ask(&rig, "127.0.0.1:8080").await.unwrap().unwrap_err();
+    assert_eq!(the_request(&rig).await.count, 2);
+    approve(&rig).await;
+    let call = ask(&rig, "127.0.0.1:8080");
+    obeys(&mut dp, 0).await;
+    call.await.unwrap().unwrap();
+}
+
+#[tokio::test]
+async fn with_no_hold_it_is_asked_and_refused_at_once() {
+    let rig = Rig::open();
+    rig.apply("version: 1\nmode: ask\napprovalTimeout: 0\n");
+    let _dp = rig.dataplane("web");
+    let refusal = ask(&rig, "127.0.0.1:8080").await.unwrap().unwrap_err();
+    assert!(matches!(refusal, Refusal::Unanswered(_)), "{refusal:?}");
+    assert_eq!(rig.hub.pending(None).len(), 1);
+}
+
+#[tokio::test]
+async fn rules_decide_without_anybody_and_a_change_of_them_closes_what_they_opened() {
+    let rig = Rig::open();
+    rig.apply("version: 1\nforwards:\n  - {action: allow, listen: \"8000-8999\", name: dev}\n");
+    let mut dp = rig.dataplane("web");
+    let call = ask(&rig, "127.0.0.1:8080");
+    obeys(&mut dp, 0).await;
+    assert_eq!(call.await.unwrap().unwrap().grant_id, "");
+    is_denied(ask(&rig, "127.0.0.1:9000"), "no rule of forwards: allows it").await;
+    is_denied(ask(&rig, "0.0.0.0:8080"), "not an address of loopback").await;
+    assert!(rig.hub.pending(None).is_empty());
+
+    rig.apply("version: 1\n");
+    assert!(matches!(obeys(&mut dp, 0).await, Command::Unexpose(_)));
+    assert!(rig.hub.forwards("").is_empty());
+}
+
+#[tokio::test]
+async fn without_a_policy_anything_goes_and_a_mode_closes_it() {
+    let rig = Rig::open();
+    let mut dp = rig.dataplane("web");
+    let call = ask(&rig, "0.0.0.0:8080");
+    obeys(&mut dp, 0).await;
+    call.await.unwrap().unwrap();
+    let open = v1::Forward {
+        listen: "127.0.0.1:9999".to_owned(),
+        ..rig.hub.forwards("")[0].clone()
+    };
+    let by_hand = v1::Forward {
+        asked_by: String::new(),
+        ..open
+    };
+    let hub = Arc::clone(&rig.hub);
+    let made = by_hand.clone();
+    let call = tokio::spawn(async move { hub.command("", |_| Command::Expose(made)).await });
+    obeys(&mut dp, 0).await;
+    call.await.unwrap().unwrap();
+    rig.hub.update_vm(set_mode("web", Mode::Ask)).unwrap();
+    assert!(matches!(obeys(&mut dp, 0).await, Command::Unexpose(f) if f.listen == "0.0.0.0:8080"));
+    assert_eq!(rig.hub.forwards(""), [by_hand], "what a person opened stays");
+}
+
+#[tokio::test]
+async fn a_yes_for_once_opens_one_that_stays_until_a_no() {
+    let rig = Rig::secure();
+    let mut dp = rig.dataplane("web");
+    let call = ask(&rig, "127.0.0.1:8080");
+    let id = the_request(&rig).await.id;
+    let once = Reply {
+        lifetime: Some(Lifetime::Once),
+        ..reply(&id, Answer::Approve)
+    };
+    rig.hub.reply(&once).unwrap();
+    obeys(&mut dp, 0).await;
+    call.await.unwrap().unwrap();
+    assert!(rig.hub.grants("").unwrap().is_empty(), "it is used up");
+    rig.pass(Duration::from_secs(3_600));
+    assert_eq!(rig.hub.forwards("").len(), 1);
+    let no = grant(GrantAction::Deny, TARGET, Some("web"), Lifetime::Forever);
+    rig.hub.create_grant(no).unwrap();
+    assert!(matches!(obeys(&mut dp, 0).await, Command::Unexpose(_)));
+}
+
+#[tokio::test]
+async fn a_yes_for_a_time_ends_with_it_and_one_taken_back_while_it_opens_closes_it() {
+    let rig = Rig::secure();
+    let mut dp = rig.dataplane("web");
+    let hour = Lifetime::For(Duration::from_secs(3_600));
+    rig.hub
+        .create_grant(grant(GrantAction::Allow, TARGET, Some("web"), hour))
+        .unwrap();
+    let call = ask(&rig, "127.0.0.1:8080");
+    obeys(&mut dp, 0).await;
+    call.await.unwrap().unwrap();
+    rig.pass(Duration::from_secs(3_601));
+    assert!(matches!(obeys(&mut dp, 0).await, Command::Unexpose(_)));
+
+    let made = rig
+        .hub
+        .create_grant(grant(GrantAction::Allow, TARGET, Some("web"), Lifetime::Forever))
+        .unwrap();
+    let call = ask(&rig, "127.0.0.1:8080");
+    let (command_id, command) = commanded(&mut dp).await;
+    rig.hub.revoke_grant(&made.0.id, "tester").unwrap();
+    let Command::Expose(forward) = command else {
+        panic!("{command:?}")
+    };
+    dp.say(Message::Ack(v1::Ack {
+        command_id,
+        forward: Some(forward),
+        ..Default::default()
+    }));
+    call.await.unwrap().unwrap();
+    assert!(matches!(obeys(&mut dp, 0).await, Command::Unexpose(_)));
+    assert!(rig.hub.forwards("").is_empty());
+}
+
+#[tokio::test]
+async fn after_a_restart_what_its_grant_is_gone_of_is_closed_and_the_rest_is_kept() {
+    let rig = Rig::secure();
+    let kept = rig
+        .hub
+        .create_grant(NewGrant {
+            vms: Some(VmSelector::named("web")),
+            ..grant(GrantAction::Allow, TARGET, None, Lifetime::Forever)
+        })
+        .unwrap();
+    let forward = |listen: &str, asked_by: &str, grant_id: &str| v1::Forward {
+        network: "net1".to_owned(),
+        protocol: v1::Protocol::Tcp.into(),
+        listen: listen.to_owned(),
+        target: "192.168.127.2:80".to_owned(),
+        asked_by: asked_by.to_owned(),
+        grant_id: grant_id.to_owned(),
+        ..Default::default()
+    };
+    let mut dp = rig.dataplane_with(v1::Hello {
+        forwards: vec![
+            forward("127.0.0.1:8080", "web", &kept.0.id),
+            forward("127.0.0.1:8081", "web", "gone"),
+            forward("127.0.0.1:8082", "", ""),
+            forward("127.0.0.1:8083", "away", "gone"),
+        ],
+        ..hello(1, vec![vm_up(1, "web")])
+    });
+    // `told` was drained for the welcome: look at what is outstanding by closing it.
+    let left = |rig: &Rig| {
+        let mut listens: Vec<String> = rig.hub.forwards("").into_iter().map(|f| f.listen).collect();
+        listens.sort();
+        listens
+    };
+    for command_id in 1..=2 {
+        let closed = ["127.0.0.1:8081", "127.0.0.1:8083"][command_id as usize - 1];
+        dp.say(Message::Ack(v1::Ack {
+            command_id,
+            forward: Some(forward(closed, "", "")),
+            ..Default::default()
+        }));
+    }
+    assert_eq!(left(&rig), ["127.0.0.1:8080", "127.0.0.1:8082"]);
+    assert!(dp.told().is_empty());
+}
+
+#[tokio::test]
+async fn what_names_no_vm_or_an_address_of_another_is_refused() {
+    let rig = Rig::open();
+    let _dp = rig.dataplane_with(hello(
+        1,
+        vec![v1::VmUp {
+            addresses: vec!["192.168.127.2".to_owned()],
+            ..vm_up(1, "web")
+        }],
+    ));
+    let refused = async |wish: ForwardWish| rig.hub.request_forward(&wish).await.unwrap_err();
+    let base = wish("127.0.0.1:8080");
+    for other in [
+        ForwardWish {
+            vm: "db".to_owned(),
+            ..base.clone()
+        },
+        ForwardWish {
+            network: "net2".to_owned(),
+            ..base.clone()
+        },
+        ForwardWish {
+            vm: String::new(),
+            handle: VmId(7),
+            ..base.clone()
+        },
+    ] {
+        assert!(matches!(refused(other).await, Refusal::NotFound(_)));
+    }
+    let other = ForwardWish {
+        target: "192.168.127.3:80".parse().unwrap(),
+        ..base
+    };
+    let text = refused(other).await.to_string();
+    assert!(
+        text.contains("192.168.127.3 is not an address of VM web"),
+        "{text}"
+    );
+}
+
+#[tokio::test]
+async fn at_the_limit_of_open_requests_nobody_is_asked() {
+    let rig = Rig::open();
+    rig.apply("version: 1\nmode: ask\napprovalTimeout: 0\napprovals: {maxPendingPerVm: 2}\n");
+    let mut dp = rig.dataplane("web");
+    dp.miss(flow(WEB, &[]));
+    ask(&rig, "127.0.0.1:1").await.unwrap().unwrap_err();
+    let refusal = ask(&rig, "127.0.0.1:2").await.unwrap().unwrap_err();
+    assert!(matches!(refusal, Refusal::Limit(_)), "{refusal:?}");
+    assert_eq!(rig.hub.pending(None).len(), 2);
+}
+
+#[tokio::test]
+async fn so_many_calls_wait_for_one_answer_and_no_more() {
+    let rig = Rig::secure();
+    let _dp = rig.dataplane("web");
+    let calls: Vec<Call> = (0..WAITS_PER_REQUEST_MAX)
+        .map(|_| ask(&rig, "127.0.0.1:8080"))
+        .collect();
+    while rig.hub.pending(None).first().map_or(0, |r| r.count) < WAITS_PER_REQUEST_MAX as u64 {
+        tokio::task::yield_now().await;
+    }
+    let more = ask(&rig, "127.0.0.1:8080").await.unwrap().unwrap_err();
+    assert!(matches!(more, Refusal::Unanswered(_)), "{more:?}");
+    let id = the_request(&rig).await.id;
+    rig.hub.reply(&reply(&id, Answer::Deny)).unwrap();
+    for call in calls {
+        is_denied(call, "denies it").await;
+    }
+}
+
+#[test]
+fn explain_says_what_would_be_decided() {
+    let rig = Rig::secure();
+    let _dp = rig.dataplane("web");
+    let said = rig.hub.explain("web", &TARGET.parse().unwrap()).unwrap();
+    assert_eq!(said.action(), v1::Action::Ask);
+    assert_eq!(said.r#match, TARGET);
+}
