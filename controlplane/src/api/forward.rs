@@ -94,12 +94,17 @@ impl ForwardService for Api {
         if target.port() == 0 {
             return Err(Refusal::field("forward.target", "port 0 leads nowhere").into());
         }
+        if request.any_address && !listen.ip().is_unspecified() {
+            let text = format!("{listen} says at which address (expected 0.0.0.0 or [::] with any_address)");
+            return Err(Refusal::field("any_address", text).into());
+        }
         let wish = ForwardWish {
             network: forward.network,
             vm: request.vm,
             handle: VmId(request.vm_id),
             protocol,
             listen,
+            any_address: request.any_address,
             target,
         };
         let ports = Ports::check("count", protocol, listen.into(), 1)?;

@@ -1102,6 +1102,15 @@ async fn a_forward_that_a_vm_asks_for_is_refused_with_its_reason_and_code() {
         ),
         (
             v1::RequestForwardRequest {
+                any_address: true,
+                ..wish("127.0.0.1:8080", own)
+            },
+            Code::InvalidArgument,
+            "INVALID_FIELD",
+            "any_address: 127.0.0.1:8080 says at which address",
+        ),
+        (
+            v1::RequestForwardRequest {
                 vm: "db".to_owned(),
                 ..wish("127.0.0.1:8080", own)
             },

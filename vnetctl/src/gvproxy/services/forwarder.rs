@@ -140,19 +140,22 @@ impl Services {
             );
         }
         match kind {
-            Some(kind @ (Kind::Unix | Kind::Npipe)) => self.expose_unix(kind, &request).await?,
+            Some(kind @ (Kind::Unix | Kind::Npipe)) => {
+                self.expose_unix(kind, &request).await?;
+                Ok(Answer::done())
+            }
             Some(kind) => {
                 let caller = guest.map(|guest| guest.address);
                 let remote = remote::with_caller(&request.remote, caller)?;
-                self.expose_port(kind, &request.local, &remote, guest).await?;
+                let only_at = self.expose_port(kind, &request.local, &remote, guest).await?;
+                Ok(Answer::done().with_listen(only_at.unwrap_or_default()))
             }
             None => {
                 remote::with_caller(&request.remote, guest.map(|guest| guest.address))?;
-                return Err(Answer::failed(format!("unknown protocol {}", request.protocol))
-                    .with_remedy("tcp, udp and unix are known"));
+                Err(Answer::failed(format!("unknown protocol {}", request.protocol))
+                    .with_remedy("tcp, udp and unix are known"))
             }
         }
-        Ok(Answer::done())
     }
 
     /// Ends what is exposed.
@@ -198,15 +201,16 @@ impl Services {
         }
     }
 
+    /// Opens ports; gives where, if that is less than was asked for.
     async fn expose_port(
         &self,
         kind: Kind,
         local: &str,
         remote: &str,
         guest: Option<&Guest>,
-    ) -> Result<(), Answer> {
+    ) -> Result<Option<String>, Answer> {
         let owner = guest.map(|guest| guest.address);
-        let taken = self.take(kind, local, remote, owner)?;
+        let taken = self.take(kind, local, remote, owner).await?;
         let target = remote::address(remote)?;
         let listen = address::listen(kind, local, guest.is_none())
             .await
@@ -218,17 +222,24 @@ impl Services {
             );
             return Err(Answer::forbidden(text).with_remedy("leave the remote's host out, as :8080"));
         }
-        let opened = match self.open(guest, kind, listen.at, target).await {
+        let is_any = listen.is_any_address;
+        let opened = match self.open(guest, kind, listen.at, is_any, target).await {
             Ok(opened) => opened,
             Err(error) => return Err(self.refused(kind, local, &listen.shown, error).await),
         };
+        let first: Option<SocketAddr> = opened.parse().ok();
+        if is_any && first.is_some_and(|at| at.ip().is_loopback()) {
+            taken.opened(vec![(kind.protocol(), opened.clone())]);
+            return Ok(Some(opened));
+        }
         let mut forwards = vec![(kind.protocol(), opened)];
         if let Some(mut also) = listen.also {
             // The port that the first was given, where any would do.
-            if let Ok(first) = forwards[0].1.parse::<SocketAddr>() {
+            if let Some(first) = first {
                 also.set_port(first.port());
             }
-            match self.open(guest, kind, also, target).await {
+            // Where a policy came meanwhile, half of what it would open is not asked for: it closes the first.
+            match self.open(guest, kind, also, false, target).await {
                 Ok(opened) => forwards.push((kind.protocol(), opened)),
                 Err(error) => {
                     // Half of it is none.
@@ -240,7 +251,7 @@ impl Services {
             }
         }
         taken.opened(forwards);
-        Ok(())
+        Ok(None)
     }
 
     /// Opens a port: for a guest if what it is under allows it, which may take as long as a person does.
@@ -249,6 +260,7 @@ impl Services {
         guest: Option<&Guest>,
         kind: Kind,
         listen: SocketAddr,
+        is_any_address: bool,
         target: SocketAddr,
     ) -> Result<String, CallError> {
         let Some(guest) = guest else {
@@ -256,6 +268,7 @@ impl Services {
         };
         let mut request = v1::RequestForwardRequest {
             vm_id: guest.vm.0,
+            any_address: is_any_address,
             ..Default::default()
         };
         request
@@ -281,7 +294,7 @@ impl Services {
 
     async fn expose_unix(&self, kind: Kind, request: &Request) -> Result<(), Answer> {
         let Request { local, remote, .. } = request;
-        let taken = self.take(kind, local, remote, None)?;
+        let taken = self.take(kind, local, remote, None).await?;
         let leads = remote::of_unix(remote)?;
         if kind == Kind::Npipe {
             return Err(Answer::failed("named pipes are not supported by this platform"));
@@ -321,20 +334,32 @@ impl Services {
         }
     }
 
-    fn take(&self, kind: Kind, local: &str, remote: &str, guest: Option<IpAddr>) -> Result<Taken, Answer> {
-        self.exposed
-            .take(kind, local, remote, guest)
-            .map_err(|error| match error {
-                TakeError::Running => running(kind, local),
-                TakeError::GuestLimit => {
-                    let text =
-                        format!("this guest has exposed {GUEST_FORWARDS_MAX} ports, which is the most");
-                    Answer::error(StatusCode::TOO_MANY_REQUESTS, text).with_remedy("unexpose one first")
-                }
-                TakeError::Full => {
-                    Answer::failed("too many are exposed already").with_remedy("unexpose one first")
-                }
-            })
+    async fn take(
+        &self,
+        kind: Kind,
+        local: &str,
+        remote: &str,
+        guest: Option<IpAddr>,
+    ) -> Result<Taken, Answer> {
+        let mut taken = self.exposed.take(kind, local, remote, guest);
+        // What is in the way may be closed since, by a person or by what the guest is under.
+        if taken.is_err() {
+            let mark = self.exposed.mark();
+            if let Ok(forwards) = self.control.list_forwards().await {
+                self.exposed.forget(mark, &forwards);
+                taken = self.exposed.take(kind, local, remote, guest);
+            }
+        }
+        taken.map_err(|error| match error {
+            TakeError::Running => running(kind, local),
+            TakeError::GuestLimit => {
+                let text = format!("this guest has exposed {GUEST_FORWARDS_MAX} ports, which is the most");
+                Answer::error(StatusCode::TOO_MANY_REQUESTS, text).with_remedy("unexpose one first")
+            }
+            TakeError::Full => {
+                Answer::failed("too many are exposed already").with_remedy("unexpose one first")
+            }
+        })
     }
 
     /// Closes a forward; `false` where someone else has.
