@@ -648,9 +648,9 @@ impl session::Zones for Network {
     fn delete_zone(&self, name: Option<&vnet_proto::model::Name>) -> Result<(), session::Refusal> {
         self.change_zones(|zones| zones.remove(name))
             .map(drop)
-            .ok_or_else(|| session::Refusal {
-                code: tonic::Code::NotFound,
-                text: format!("there is no zone {}", vnet_proto::model::zone_text(name)),
+            .ok_or_else(|| {
+                let text = format!("there is no zone {}", vnet_proto::model::zone_text(name));
+                session::Refusal::new(tonic::Code::NotFound, text)
             })
     }
 }
@@ -663,10 +663,7 @@ impl From<ZoneError> for session::Refusal {
             }
             ZoneError::NoZone(_) | ZoneError::NoRecord(_) => tonic::Code::NotFound,
         };
-        Self {
-            code,
-            text: error.to_string(),
-        }
+        Self::new(code, error.to_string())
     }
 }
 

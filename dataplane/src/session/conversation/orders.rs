@@ -118,10 +118,10 @@ impl Conversation {
             Some(Command::ExposeRange(range)) => {
                 self.expose(&range.first.unwrap_or_default(), Some(range.count))
             }
-            None => Err(Refusal {
-                code: tonic::Code::Unimplemented,
-                text: "the command is none that this version knows".to_owned(),
-            }),
+            None => Err(Refusal::new(
+                tonic::Code::Unimplemented,
+                "the command is none that this version knows",
+            )),
         };
         let (forwards, error) = match answer {
             Ok(forwards) => (forwards, None),
@@ -171,10 +171,7 @@ impl Conversation {
             .router
             .send(vm, Input::Order(Order::ReportVerdicts { command }))
         {
-            let gone = Refusal {
-                code: tonic::Code::NotFound,
-                text: "there is no guest of this handle".to_owned(),
-            };
+            let gone = Refusal::new(tonic::Code::NotFound, "there is no guest of this handle");
             return self.acknowledge(id, 0, Forwards::Nothing, Some(gone));
         }
         self.wait_for(command, id, vec![vm]);
@@ -295,10 +292,7 @@ impl Conversation {
             Forwards::One(forward) => (Some(forward), Vec::new()),
             Forwards::Range(forwards) => (None, forwards),
         };
-        let error = error.map(|refusal| v1::CommandError {
-            code: (refusal.code as i32).cast_unsigned(),
-            text: refusal.text,
-        });
+        let error = error.map(wire::command_error);
         self.outbox.push_back(Message::Ack(v1::Ack {
             command_id,
             error,
@@ -341,10 +335,10 @@ fn listens(
 }
 
 fn busy() -> Refusal {
-    Refusal {
-        code: tonic::Code::ResourceExhausted,
-        text: format!("{COMMANDS_MAX} commands wait for guests already; try again"),
-    }
+    Refusal::new(
+        tonic::Code::ResourceExhausted,
+        format!("{COMMANDS_MAX} commands wait for guests already; try again"),
+    )
 }
 
 /// Commands that may wait for guests at once.

@@ -210,6 +210,12 @@ pub(super) fn reason(status: &tonic::Status) -> Option<String> {
     details.error_info().map(|info| info.reason.clone())
 }
 
+/// What is wrong with a place to listen, as a constant word, if a status says that.
+pub(super) fn listen_problem(status: &tonic::Status) -> Option<String> {
+    let details = status.get_error_details();
+    details.error_info()?.metadata.get("listen_problem").cloned()
+}
+
 /// Whether a status says that no controlplane or no dataplane answers, rather than what one answered.
 pub(super) fn is_away(status: &tonic::Status) -> bool {
     let source = std::error::Error::source(status);

@@ -13,7 +13,7 @@ use tonic::Code;
 use vnet_proto::v1;
 
 use super::address;
-use super::answer::{Answer, UNANSWERED, is_away, reason};
+use super::answer::{Answer, UNANSWERED, is_away, listen_problem, reason};
 use super::control::CallError;
 use super::exposed::{Closing, GUEST_FORWARDS_MAX, Row, TakeError, Taken};
 use super::guest::Guest;
@@ -427,13 +427,12 @@ impl Services {
                     in_use(network, shown)
                 }
             }
-            Code::PermissionDenied => bind("permission denied"),
-            // Of a socket whose directory is not there.
-            Code::FailedPrecondition if kind == Kind::Unix => bind("no such file or directory"),
-            Code::InvalidArgument if told.contains("is not an address of this host") => {
-                bind("cannot assign requested address")
-            }
-            _ => Answer::failed(told.lines().next().unwrap_or_default()),
+            _ => match listen_problem(&status).as_deref() {
+                Some("NOT_PERMITTED") => bind("permission denied"),
+                Some("NO_SUCH_DIRECTORY") => bind("no such file or directory"),
+                Some("NO_SUCH_ADDRESS") => bind("cannot assign requested address"),
+                _ => Answer::failed(told.lines().next().unwrap_or_default()),
+            },
         };
         answer.with_remedy(told.lines().map(str::trim).collect::<Vec<_>>().join("; "))
     }
