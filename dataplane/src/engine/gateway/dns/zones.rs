@@ -7,6 +7,7 @@
 //! no local name leaks. The exceptions are records without an address, which say so: with them a zone, even
 //! the root's, is a list of the names in it that exist at all. Compared without regard to case.
 
+use std::collections::HashSet;
 use std::net::IpAddr;
 
 use hickory_proto::op::ResponseCode;
@@ -87,12 +88,9 @@ impl Zones {
     /// [`ZoneError`] at a limit; nothing is changed then.
     pub fn merge(&mut self, mut zone: Zone) -> Result<Zone, ZoneError> {
         if let Some(known) = self.zones.iter().find(|z| z.name == zone.name) {
-            let more: Vec<ZoneRecord> = known
-                .records
-                .iter()
-                .filter(|r| !zone.records.contains(r))
-                .cloned()
-                .collect();
+            let new: HashSet<&ZoneRecord> = zone.records.iter().collect();
+            let more = known.records.iter().filter(|record| !new.contains(record));
+            let more: Vec<ZoneRecord> = more.cloned().collect();
             zone.records.extend(more);
         }
         self.set(zone.clone())?;
@@ -108,11 +106,10 @@ impl Zones {
         let text = || zone_text(name).to_owned();
         let zone = self.zones.iter_mut().find(|z| z.name.as_ref() == name);
         let zone = zone.ok_or_else(|| ZoneError::NoZone(text()))?;
+        let meant: HashSet<(&Owner, Option<IpAddr>)> =
+            records.iter().map(|r| (&r.owner, r.address)).collect();
         let is_meant = |known: &ZoneRecord| {
-            let is = |r: &ZoneRecord| {
-                r.owner == known.owner && (r.address.is_none() || r.address == known.address)
-            };
-            records.iter().any(is)
+            meant.contains(&(&known.owner, None)) || meant.contains(&(&known.owner, known.address))
         };
         let before = zone.records.len();
         zone.records.retain(|record| !is_meant(record));
