@@ -305,12 +305,12 @@ const ANSWER: &str = r#"{"protocol":"tcp","ip":"203.0.113.10","port":80}"#;
 /// it; and one of loopback, by the host's alias.
 const WAYS: [&str; 3] = ["gateway", "listen", "alias"];
 
-/// The statuses of what a guest posts, by way and path.
-fn posted(world: &World, flags: &[&str]) -> BTreeMap<(String, String), u16> {
+/// The statuses of what a guest posts, by way and path; and the gvproxy, which still runs.
+fn posted(world: &World, flags: &[&str]) -> (BTreeMap<(String, String), u16>, Running) {
     let listen = world.runtime_dir().join("listen.sock").display().to_string();
     let on_listen = format!("unix://{listen}");
     let sockets = ["-listen", &on_listen, "-listen", "tcp://127.0.0.1:7790"];
-    let (_gvproxy, socket) = gvproxy(world, &[&sockets, flags].concat(), &[]);
+    let (gvproxy, socket) = gvproxy(world, &[&sockets, flags].concat(), &[]);
     let posts: String = POSTS
         .iter()
         .map(|(path, body)| format!("{path} {body}\n"))
@@ -345,7 +345,7 @@ done < ../posts"#
     assert_eq!(statuses.len(), POSTS.len() * WAYS.len(), "{ended:?}");
     // Nobody was answered for, whoever asked.
     assert!(world.list(&["grants", "list"]).is_empty());
-    statuses
+    (statuses, gvproxy)
 }
 
 /// What each is answered: 404 by the gateway, but for its three verbs; 403 where a VM can come by, but for `of_listen`
@@ -369,7 +369,7 @@ fn are_answered(statuses: &BTreeMap<(String, String), u16>, of_gateway: [u16; 3]
 fn a_guest_that_posts_each_path_without_a_policy_answers_nobodys_question() {
     staged(
         a_guest_that_posts_each_path_without_a_policy_answers_nobodys_question,
-        |world| are_answered(&posted(world, &[]), [200, 200, 200], 200),
+        |world| are_answered(&posted(world, &[]).0, [200, 200, 200], 200),
     );
 }
 
@@ -379,7 +379,7 @@ fn a_guest_that_posts_each_path_under_a_policy_changes_nothing() {
         a_guest_that_posts_each_path_under_a_policy_changes_nothing,
         |world| {
             let policy = world.file("policy.yaml", "version: 1\n").display().to_string();
-            let statuses = posted(world, &["-network-policy", &policy]);
+            let (statuses, _gvproxy) = posted(world, &["-network-policy", &policy]);
             are_answered(&statuses, [200, 403, 500], 403);
             changed_nothing(world);
             assert!(world.pending().is_empty(), "nobody is asked");
@@ -394,7 +394,7 @@ fn a_guest_that_posts_each_path_in_secure_mode_asks_for_one_port_and_changes_not
         |world| {
             let policy = "version: 1\napprovalTimeout: 1s\n";
             let policy = world.file("policy.yaml", policy).display().to_string();
-            let statuses = posted(world, &["-secure-mode", "-network-policy", &policy]);
+            let (statuses, _gvproxy) = posted(world, &["-secure-mode", "-network-policy", &policy]);
             are_answered(&statuses, [200, 504, 500], 403);
             changed_nothing(world);
             let pending = world.vnetctl(&["pending", "list"]);
