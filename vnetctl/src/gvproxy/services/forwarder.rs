@@ -141,13 +141,13 @@ impl Services {
         }
         match kind {
             Some(kind @ (Kind::Unix | Kind::Npipe)) => {
-                self.expose_unix(kind, &request).await?;
+                self.expose_unix(kind, &request, &origin).await?;
                 Ok(Answer::done())
             }
             Some(kind) => {
                 let caller = guest.map(|guest| guest.address);
                 let remote = remote::with_caller(&request.remote, caller)?;
-                let only_at = self.expose_port(kind, &request.local, &remote, guest).await?;
+                let only_at = self.expose_port(kind, &request.local, &remote, &origin).await?;
                 Ok(Answer::done().with_listen(only_at.unwrap_or_default()))
             }
             None => {
@@ -207,8 +207,9 @@ impl Services {
         kind: Kind,
         local: &str,
         remote: &str,
-        guest: Option<&Guest>,
+        origin: &Origin,
     ) -> Result<Option<String>, Answer> {
+        let guest = origin.guest();
         let owner = guest.map(|guest| guest.address);
         let taken = self.take(kind, local, remote, owner).await?;
         let target = remote::address(remote)?;
@@ -225,7 +226,7 @@ impl Services {
         let is_any = listen.is_any_address;
         let opened = match self.open(guest, kind, listen.at, is_any, target).await {
             Ok(opened) => opened,
-            Err(error) => return Err(self.refused(kind, local, &listen.shown, error).await),
+            Err(error) => return Err(self.refused(origin, kind, local, &listen.shown, error).await),
         };
         let first: Option<SocketAddr> = opened.parse().ok();
         if is_any && first.is_some_and(|at| at.ip().is_loopback()) {
@@ -246,7 +247,7 @@ impl Services {
                     for (protocol, opened) in forwards {
                         self.close(protocol, opened).await?;
                     }
-                    return Err(self.refused(kind, local, &listen.shown, error).await);
+                    return Err(self.refused(origin, kind, local, &listen.shown, error).await);
                 }
             }
         }
@@ -292,7 +293,7 @@ impl Services {
         }
     }
 
-    async fn expose_unix(&self, kind: Kind, request: &Request) -> Result<(), Answer> {
+    async fn expose_unix(&self, kind: Kind, request: &Request, origin: &Origin) -> Result<(), Answer> {
         let Request { local, remote, .. } = request;
         let taken = self.take(kind, local, remote, None).await?;
         let leads = remote::of_unix(remote)?;
@@ -328,7 +329,7 @@ impl Services {
                         taken.opened(vec![(kind.protocol(), opened)]);
                         Ok(())
                     }
-                    Err(error) => Err(self.refused(kind, local, local, error).await),
+                    Err(error) => Err(self.refused(origin, kind, local, local, error).await),
                 }
             }
         }
@@ -394,8 +395,15 @@ impl Services {
         Ok(opened.filter(|listen| !listen.is_empty()).unwrap_or(asked))
     }
 
-    /// What gvproxy says where a forward is refused.
-    async fn refused(&self, kind: Kind, local: &str, shown: &str, error: CallError) -> Answer {
+    /// What gvproxy says where a forward is refused. What has a place is no affair of who may be in a VM.
+    async fn refused(
+        &self,
+        origin: &Origin,
+        kind: Kind,
+        local: &str,
+        shown: &str,
+        error: CallError,
+    ) -> Answer {
         let CallError::Refused(status) = error else {
             return error.into();
         };
@@ -421,11 +429,15 @@ impl Services {
                     .iter()
                     .map(row)
                     .any(|row| row.protocol == kind && row.local == local);
-                if is_forward {
+                let answer = if is_forward {
                     running(kind, local)
                 } else {
-                    in_use(network, shown)
+                    in_use(network, shown).with_remedy("expose another port")
+                };
+                if *origin != Origin::Services {
+                    return answer;
                 }
+                answer
             }
             _ => match listen_problem(&status).as_deref() {
                 Some("NOT_PERMITTED") => bind("permission denied"),

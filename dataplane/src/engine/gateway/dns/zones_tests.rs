@@ -284,7 +284,7 @@ fn reverse_lookups_find_local_records_only() {
     assert_eq!(data(&answer), ["host.containers.internal."]);
 }
 
-/// Where each record was compared with each, eight times as many took 64 times as long.
+/// Where each record is compared with each, 64 times as many take thousands of times as long.
 #[test]
 fn adding_and_removing_many_records_takes_as_long_as_they_are_many() {
     let records = |what: &str, count: usize| {
@@ -308,8 +308,8 @@ fn adding_and_removing_many_records_takes_as_long_as_they_are_many() {
         };
         (0..7).map(run).min().unwrap()
     };
-    let (few, many) = (takes(ZONE_RECORDS_MAX / 16), takes(ZONE_RECORDS_MAX / 2));
-    assert!(many < 28 * few, "{many:?}, and an eighth of it {few:?}");
+    let (few, many) = (takes(ZONE_RECORDS_MAX / 128), takes(ZONE_RECORDS_MAX / 2));
+    assert!(many < 1_000 * few, "{many:?}, and a 64th of it {few:?}");
 }
 
 #[test]

@@ -199,6 +199,38 @@ async fn a_guest_exposes_its_own_address_and_sees_and_ends_its_own_forwards_alon
 }
 
 #[tokio::test]
+async fn who_has_a_port_is_told_on_the_services_socket_alone() {
+    let world = World::start().await;
+    let dataplane = world.dataplane("one", v1::Mode::Unspecified).await;
+    dataplane.is_busy("127.0.0.1:9191");
+    let services = of(&world, "one");
+    let body = r#"{"local":"127.0.0.1:9191","remote":"192.168.127.2:80"}"#;
+    let request = format!(
+        "POST {EXPOSE} HTTP/1.1\r\nHost: gateway\r\nContent-Length: {}\r\n\r\n{body}",
+        body.len()
+    );
+    for (origin, remedy) in [
+        (GUEST, "expose another port"),
+        (Origin::Listen, "expose another port"),
+        (
+            Origin::Services,
+            "tcp 127.0.0.1:9191 is taken by nginx (pid 1234)",
+        ),
+    ] {
+        let answer = raw(&services, origin, &request).await;
+        assert!(
+            answer.ends_with("listen tcp 127.0.0.1:9191: bind: address already in use\n"),
+            "{answer}"
+        );
+        assert!(
+            answer.contains(&format!("X-Vnet-Remedy: {remedy}\r\n")),
+            "{answer}"
+        );
+        assert_eq!(answer.contains("nginx"), origin == Origin::Services, "{answer}");
+    }
+}
+
+#[tokio::test]
 async fn what_a_guest_may_not_expose_is_refused_and_touches_no_file() {
     let file = std::env::temp_dir().join(format!("vnet-gv-guest-{}", std::process::id()));
     std::fs::write(&file, "precious").unwrap();
