@@ -20,7 +20,7 @@ pub struct Zone {
 }
 
 /// A record of a zone.
-#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ZoneRecord {
     /// What it is for.
     pub owner: Owner,
@@ -30,7 +30,7 @@ pub struct ZoneRecord {
 }
 
 /// Which names below a zone a record is for.
-#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Owner {
     /// The zone itself.
     Apex,

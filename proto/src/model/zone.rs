@@ -5,7 +5,6 @@
 //! is bounded.
 
 use std::fmt;
-use std::hash::{Hash, Hasher};
 use std::sync::Arc;
 
 use regex::bytes::{Regex, RegexBuilder};
@@ -119,12 +118,6 @@ impl PartialEq for RecordPattern {
 }
 
 impl Eq for RecordPattern {}
-
-impl Hash for RecordPattern {
-    fn hash<H: Hasher>(&self, state: &mut H) {
-        self.text.hash(state);
-    }
-}
 
 impl fmt::Debug for RecordPattern {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {

@@ -88,8 +88,9 @@ impl Zones {
     /// [`ZoneError`] at a limit; nothing is changed then.
     pub fn merge(&mut self, mut zone: Zone) -> Result<Zone, ZoneError> {
         if let Some(known) = self.zones.iter().find(|z| z.name == zone.name) {
-            let new: HashSet<&ZoneRecord> = zone.records.iter().collect();
-            let more = known.records.iter().filter(|record| !new.contains(record));
+            let new: HashSet<Key<'_>> = zone.records.iter().map(|r| key(&r.owner, r.address)).collect();
+            let more = known.records.iter();
+            let more = more.filter(|r| !new.contains(&key(&r.owner, r.address)));
             let more: Vec<ZoneRecord> = more.cloned().collect();
             zone.records.extend(more);
         }
@@ -106,10 +107,10 @@ impl Zones {
         let text = || zone_text(name).to_owned();
         let zone = self.zones.iter_mut().find(|z| z.name.as_ref() == name);
         let zone = zone.ok_or_else(|| ZoneError::NoZone(text()))?;
-        let meant: HashSet<(&Owner, Option<IpAddr>)> =
-            records.iter().map(|r| (&r.owner, r.address)).collect();
+        let meant: HashSet<Key<'_>> = records.iter().map(|r| key(&r.owner, r.address)).collect();
         let is_meant = |known: &ZoneRecord| {
-            meant.contains(&(&known.owner, None)) || meant.contains(&(&known.owner, known.address))
+            let of = |address| meant.contains(&key(&known.owner, address));
+            of(None) || of(known.address)
         };
         let before = zone.records.len();
         zone.records.retain(|record| !is_meant(record));
@@ -191,6 +192,17 @@ impl Zones {
         let target = wire_of(name).append_domain(&apex).ok()?;
         let record = Record::from_rdata(owner, LOCAL_TTL, RData::PTR(PTR(target)));
         Some(question.local_answer(ResponseCode::NoError, vec![record], None))
+    }
+}
+
+/// What a record is the same as another by: name, pattern (empty for none) and address.
+type Key<'a> = (Option<&'a Name>, &'a str, Option<IpAddr>);
+
+fn key(owner: &Owner, address: Option<IpAddr>) -> Key<'_> {
+    match owner {
+        Owner::Apex => (None, "", address),
+        Owner::Name(name) => (Some(name), "", address),
+        Owner::Pattern(name, pattern) => (name.as_ref(), pattern.as_str(), address),
     }
 }
 
