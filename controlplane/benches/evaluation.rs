@@ -59,7 +59,7 @@ fn flow(peer: &str, names: &[&str]) -> FlowSubject {
 
 fn decide(bencher: Bencher, policy: &Effective, flow: &FlowSubject, expected: Outcome) {
     let (vm, grants) = (vm(), VmGrants::default());
-    let guarded = GuardedRanges::new(["192.168.127.0/24".parse().unwrap()], None, []);
+    let guarded = GuardedRanges::new(["192.168.127.0/24".parse().unwrap()], []);
     let context = Context {
         vm: &vm,
         policy,

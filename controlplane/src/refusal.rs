@@ -6,6 +6,7 @@ use std::collections::HashMap;
 use tonic::{Code, Status};
 use tonic_types::{ErrorDetails, FieldViolation, StatusExt as _};
 use vnet_proto::model::Malformed;
+use vnet_proto::v1;
 
 use crate::approval::{AnswerError, FindError};
 use crate::grant::GrantError;
@@ -63,6 +64,8 @@ pub enum Refusal {
         code: u32,
         /// One sentence.
         text: String,
+        /// Of a forward: what is wrong where it was to listen.
+        listen: Option<ListenError>,
     },
     /// What the VM is under does not allow it.
     #[error("{0}")]
@@ -79,6 +82,44 @@ pub enum Refusal {
     /// The store cannot be read.
     #[error("{0}")]
     Store(String),
+}
+
+/// What a dataplane says is wrong with a place to listen.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ListenError {
+    /// What.
+    pub problem: v1::ListenProblem,
+    /// Where.
+    pub listen: String,
+    /// Another forward of the same network has it.
+    pub by_own_forward: bool,
+}
+
+impl ListenError {
+    /// The problem's word, as `IN_USE`.
+    fn word(&self) -> &'static str {
+        let name = self.problem.as_str_name();
+        name.strip_prefix("LISTEN_PROBLEM_").unwrap_or(name)
+    }
+}
+
+/// What a dataplane refused. A problem that is not known is none.
+impl From<v1::CommandError> for Refusal {
+    fn from(error: v1::CommandError) -> Self {
+        let listen = error.listen_error.and_then(|listen| {
+            let problem = v1::ListenProblem::try_from(listen.problem).ok()?;
+            (problem != v1::ListenProblem::Unspecified).then_some(ListenError {
+                problem,
+                listen: listen.listen,
+                by_own_forward: listen.by_own_forward,
+            })
+        });
+        Self::Dataplane {
+            code: error.code,
+            text: error.text,
+            listen,
+        }
+    }
 }
 
 impl Refusal {
@@ -134,7 +175,14 @@ impl Refusal {
 impl From<Refusal> for Status {
     fn from(refusal: Refusal) -> Self {
         let text = refusal.to_string();
-        let metadata = HashMap::from([("text".to_owned(), text.clone())]);
+        let mut metadata = HashMap::from([("text".to_owned(), text.clone())]);
+        if let Refusal::Dataplane {
+            listen: Some(error), ..
+        } = &refusal
+        {
+            metadata.insert("listen_problem".to_owned(), error.word().to_owned());
+            metadata.insert("listen".to_owned(), error.listen.clone());
+        }
         let mut details = ErrorDetails::with_error_info(refusal.reason(), DOMAIN, metadata);
         match &refusal {
             Refusal::Field { field, text } => {

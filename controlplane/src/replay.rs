@@ -325,8 +325,7 @@ pub(crate) mod tests {
     pub(crate) fn guarded() -> Arc<GuardedRanges> {
         Arc::new(GuardedRanges::new(
             ["192.168.127.0/24".parse().unwrap(), "fd00::/64".parse().unwrap()],
-            Some("192.168.127.254".parse().unwrap()),
-            ["203.0.113.9".parse().unwrap()],
+            ["192.168.127.254", "203.0.113.9"].map(|address| address.parse().unwrap()),
         ))
     }
 

@@ -103,6 +103,8 @@ pub struct Network {
     leases: Mutex<Leases>,
     claims: Mutex<Claims>,
     zones: RwLock<Arc<Zones>>,
+    /// Held while the next zones are made of these.
+    zones_change: Mutex<()>,
     guards: Arc<Guards>,
     resolver: Resolver,
     runtime: tokio::runtime::Handle,
@@ -152,6 +154,7 @@ impl Network {
             leases: Mutex::new(leases),
             claims: Mutex::default(),
             zones: RwLock::new(Arc::new(zones)),
+            zones_change: Mutex::new(()),
             guards,
             resolver,
             runtime,
@@ -495,11 +498,12 @@ impl Network {
             .map_or(Err(DropReason::UnknownStation), |guest| guest.put(passed))
     }
 
+    /// Changes the zones. Lookups go on with those that there were until the next ones stand in their place.
     fn change_zones<R>(&self, change: impl FnOnce(&mut Zones) -> R) -> R {
-        let mut zones = self.zones.write().unwrap_or_else(PoisonError::into_inner);
-        let mut next = Zones::clone(&zones);
+        let _alone = self.zones_change.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut next = Zones::clone(&Surroundings::zones(self));
         let result = change(&mut next);
-        *zones = Arc::new(next);
+        *self.zones.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(next);
         result
     }
 
@@ -732,9 +736,9 @@ impl session::Zones for Network {
     fn delete_zone(&self, name: Option<&vnet_proto::model::Name>) -> Result<(), session::Refusal> {
         self.change_zones(|zones| zones.remove(name))
             .map(drop)
-            .ok_or_else(|| session::Refusal {
-                code: tonic::Code::NotFound,
-                text: format!("there is no zone {}", vnet_proto::model::zone_text(name)),
+            .ok_or_else(|| {
+                let text = format!("there is no zone {}", vnet_proto::model::zone_text(name));
+                session::Refusal::new(tonic::Code::NotFound, text)
             })
     }
 }
@@ -795,10 +799,7 @@ impl From<ZoneError> for session::Refusal {
             }
             ZoneError::NoZone(_) | ZoneError::NoRecord(_) => tonic::Code::NotFound,
         };
-        Self {
-            code,
-            text: error.to_string(),
-        }
+        Self::new(code, error.to_string())
     }
 }
 
@@ -890,6 +891,26 @@ pub(crate) mod tests {
     pub(crate) fn counter(network: &Network, wanted: &str) -> u64 {
         let counters = Surroundings::counters(network);
         counters.iter().find(|(name, _)| *name == wanted).unwrap().1
+    }
+
+    #[tokio::test]
+    async fn lookups_do_not_wait_for_a_change_of_zones() {
+        let (reports, _receiver) = tokio::sync::mpsc::channel(16);
+        let network = network(reports);
+        let zone = |name: &str| Zone::read(name, [["host", "", "10.0.0.1"]].into_iter(), "").unwrap();
+        network.change_zones(|zones| zones.set(zone("a.test"))).unwrap();
+        network.change_zones(|zones| {
+            zones.set(zone("b.test")).unwrap();
+            let (sender, seen) = std::sync::mpsc::channel();
+            let other = Arc::clone(&network);
+            std::thread::spawn(move || sender.send(Surroundings::zones(&*other).list().len()));
+            assert_eq!(
+                seen.recv_timeout(Duration::from_secs(5)),
+                Ok(1),
+                "those that there were"
+            );
+        });
+        assert_eq!(Surroundings::zones(&*network).list().len(), 2);
     }
 
     #[tokio::test]

@@ -19,6 +19,10 @@ struct Peer {
 
 impl Peer {
     fn start(world: &World, name: &str, flags: &[&str]) -> Peer {
+        Self::with(world, name, flags, &[])
+    }
+
+    fn with(world: &World, name: &str, flags: &[&str], variables: &[(&str, &str)]) -> Peer {
         let [listen, services, qemu] =
             ["listen", "api", "qemu"].map(|kind| world.runtime_dir().join(format!("{name}-{kind}.sock")));
         let url = |path: &Path| format!("unix://{}", path.display());
@@ -33,7 +37,9 @@ impl Peer {
             "-listen-qemu",
             &on_qemu,
         ];
-        let mut running = Running::start(world.gvproxy(&[&sockets[..], flags].concat()));
+        let mut command = world.gvproxy(&[&sockets[..], flags].concat());
+        command.envs(variables.iter().copied());
+        let mut running = Running::start(command);
         running.complains("what is held is listed by");
         Peer {
             running,
@@ -308,45 +314,72 @@ fn no_guest_reaches_the_services_over_the_hosts_loopback() {
 }
 
 #[test]
-fn under_a_policy_what_a_vm_can_reach_serves_no_verb_and_guests_expose_nothing() {
+fn in_secure_mode_what_a_vm_can_reach_serves_no_verb() {
+    staged(in_secure_mode_what_a_vm_can_reach_serves_no_verb, |world| {
+        let peer = Peer::start(world, "a", &["-secure-mode"]);
+        let forward = json!({"local": "127.0.0.1:8081", "remote": "192.168.127.2:80"});
+        let zone = json!({"Name": "github.com."});
+        let target = json!({"protocol": "tcp", "ip": "203.0.113.10", "port": 80});
+        for (path, body) in [
+            ("/services/forwarder/all", None),
+            ("/services/forwarder/expose", Some(&forward)),
+            ("/services/forwarder/unexpose", Some(&forward)),
+            ("/services/dns/all", None),
+            ("/services/dns/add", Some(&zone)),
+        ] {
+            let (status, said) = ask(world, &peer.listen, path, body);
+            assert_eq!(status, 403, "{path}: {said}");
+            assert!(said.contains("-services"), "{path}: {said}");
+        }
+        for (path, body) in [
+            ("/network/pending", None),
+            ("/network/allow", Some(&target)),
+            ("/services/network/allow", Some(&target)),
+            ("/network/events", None),
+            ("/dns/allow", Some(&json!({"domain": "github.com"}))),
+            ("/dns/pending", None),
+        ] {
+            let (status, said) = ask(world, &peer.listen, path, body);
+            let no_approval = "not on a socket that a VM can reach: use the one of -services\n";
+            assert_eq!((status, said.as_str()), (403, no_approval), "{path}");
+        }
+        assert_eq!(get(world, &peer.services, "/services/forwarder/all"), json!([]));
+    });
+}
+
+/// What a guest gets when it exposes a port, and the status.
+const EXPOSE: &str = "curl -sS -m 5 -w '%{http_code}' -d '{\"local\":\"127.0.0.1:8081\",\"remote\":\":80\"}' \
+                      http://192.168.127.1/services/forwarder/expose";
+
+#[test]
+fn a_guest_that_is_served_under_a_policy_exposes_nothing_that_it_does_not_allow() {
     staged(
-        under_a_policy_what_a_vm_can_reach_serves_no_verb_and_guests_expose_nothing,
+        a_guest_that_is_served_under_a_policy_exposes_nothing_that_it_does_not_allow,
         |world| {
-            let peer = Peer::start(world, "a", &["-secure-mode"]);
-            let forward = json!({"local": "127.0.0.1:8081", "remote": "192.168.127.2:80"});
-            let zone = json!({"Name": "github.com."});
-            let target = json!({"protocol": "tcp", "ip": "203.0.113.10", "port": 80});
-            for (path, body) in [
-                ("/services/forwarder/all", None),
-                ("/services/forwarder/expose", Some(&forward)),
-                ("/services/forwarder/unexpose", Some(&forward)),
-                ("/services/dns/all", None),
-                ("/services/dns/add", Some(&zone)),
-            ] {
-                let (status, said) = ask(world, &peer.listen, path, body);
-                assert_eq!(status, 403, "{path}: {said}");
-                assert!(said.contains("-services"), "{path}: {said}");
-            }
-            for (path, body) in [
-                ("/network/pending", None),
-                ("/network/allow", Some(&target)),
-                ("/services/network/allow", Some(&target)),
-                ("/network/events", None),
-                ("/dns/allow", Some(&json!({"domain": "github.com"}))),
-                ("/dns/pending", None),
-            ] {
-                let (status, said) = ask(world, &peer.listen, path, body);
-                assert!(matches!(status, 403 | 404), "{path}: {status} {said}");
-            }
+            let policy = world.file("policy.yaml", "version: 1\n").display().to_string();
+            let peer = Peer::start(world, "a", &["-network-policy", &policy]);
+            let posted = guest(world, &peer, EXPOSE).wait();
+            assert_eq!(
+                posted.stdout, "tcp 127.0.0.1:8081 is not opened: no rule of forwards: allows it\n403",
+                "{posted:?}"
+            );
             assert_eq!(get(world, &peer.services, "/services/forwarder/all"), json!([]));
-            let posted = guest(
-                world,
-                &peer,
-                "curl -sS -m 5 -w ' %{http_code}' -d '{\"local\":\"127.0.0.1:8081\",\"remote\":\":80\"}' \
-                 http://192.168.127.1/services/forwarder/expose",
-            )
-            .wait();
-            assert_eq!(posted.stdout.trim(), "000", "port 80 is closed: {posted:?}");
+        },
+    );
+}
+
+#[test]
+fn a_guest_that_is_not_served_finds_the_gateways_port_closed() {
+    staged(
+        a_guest_that_is_not_served_finds_the_gateways_port_closed,
+        |world| {
+            let peer = Peer::with(world, "a", &[], &[("VNET_GUEST_API", "off")]);
+            let posted = guest(world, &peer, EXPOSE).wait();
+            assert_eq!(posted.stdout, "000", "{posted:?}");
+            assert!(
+                posted.stderr.contains("Connection refused") || posted.stderr.contains("Couldn't connect"),
+                "{posted:?}"
+            );
             assert_eq!(get(world, &peer.services, "/services/forwarder/all"), json!([]));
         },
     );

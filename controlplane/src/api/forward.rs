@@ -3,7 +3,7 @@
 
 use std::net::SocketAddr;
 
-use tonic::{Code, Request, Response, Status};
+use tonic::{Request, Response, Status};
 use vnet_proto::model::{ForwardListen, Protocol, VmId};
 use vnet_proto::v1;
 use vnet_proto::v1::command::Command;
@@ -65,7 +65,7 @@ impl ForwardService for Api {
                 }
             })
             .await
-            .map_err(|refusal| self.named(refusal, &ports))?;
+            .map_err(|refusal| self.named(refusal, protocol))?;
         let forwards = match ack.forward {
             _ if ports.count > 1 => ack.forwards,
             forward => vec![forward.unwrap_or(asked)],
@@ -94,20 +94,24 @@ impl ForwardService for Api {
         if target.port() == 0 {
             return Err(Refusal::field("forward.target", "port 0 leads nowhere").into());
         }
+        if request.any_address && !listen.ip().is_unspecified() {
+            let text = format!("{listen} says at which address (expected 0.0.0.0 or [::] with any_address)");
+            return Err(Refusal::field("any_address", text).into());
+        }
         let wish = ForwardWish {
             network: forward.network,
             vm: request.vm,
             handle: VmId(request.vm_id),
             protocol,
             listen,
+            any_address: request.any_address,
             target,
         };
-        let ports = Ports::check("count", protocol, listen.into(), 1)?;
         let opened = self
             .hub
             .request_forward(&wish)
             .await
-            .map_err(|refusal| self.named(refusal, &ports))?;
+            .map_err(|refusal| self.named(refusal, protocol))?;
         Ok(Response::new(v1::RequestForwardResponse {
             forward: Some(opened),
         }))
@@ -168,30 +172,27 @@ impl Api {
 
     /// Names the forward of another network that has a port. Its dataplane is but a program to the one that was
     /// asked.
-    fn named(&self, refusal: Refusal, ports: &Ports) -> Refusal {
-        let Refusal::Dataplane { code, text } = refusal else {
+    fn named(&self, refusal: Refusal, protocol: Protocol) -> Refusal {
+        let (code, error) = match &refusal {
+            Refusal::Dataplane {
+                code,
+                listen: Some(error),
+                ..
+            } if error.problem == v1::ListenProblem::InUse && !error.by_own_forward => (*code, error.clone()),
+            _ => return refusal,
+        };
+        let listen = error.listen.parse().ok();
+        let Some(other) = listen.and_then(|listen| self.other_at(protocol, &listen)) else {
             return refusal;
         };
-        let in_use = |listen: &ForwardListen| format!("{} {listen} is already in use", ports.protocol);
-        let by = if code == Code::AlreadyExists as u32 && !text.contains("this network's forward") {
-            ports
-                .listens()
-                .find(|listen| text.starts_with(&in_use(listen)))
-                .and_then(|listen| Some((self.other_at(ports.protocol, &listen)?, listen)))
-        } else {
-            None
-        };
-        let text = match by {
-            None => text,
-            Some((other, listen)) => format!(
-                "{} by network {}'s forward from {} to {}; close it or forward another port",
-                in_use(&listen),
-                other.network,
-                other.listen,
-                other.target
+        Refusal::Dataplane {
+            code,
+            text: format!(
+                "{protocol} {} is already in use by network {}'s forward from {} to {}; close it or forward another port",
+                error.listen, other.network, other.listen, other.target
             ),
-        };
-        Refusal::Dataplane { code, text }
+            listen: Some(error),
+        }
     }
 
     fn other_at(&self, protocol: Protocol, listen: &ForwardListen) -> Option<v1::Forward> {

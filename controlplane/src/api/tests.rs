@@ -1104,6 +1104,15 @@ async fn a_forward_that_a_vm_asks_for_is_refused_with_its_reason_and_code() {
         ),
         (
             v1::RequestForwardRequest {
+                any_address: true,
+                ..wish("127.0.0.1:8080", own)
+            },
+            Code::InvalidArgument,
+            "INVALID_FIELD",
+            "any_address: 127.0.0.1:8080 says at which address",
+        ),
+        (
+            v1::RequestForwardRequest {
                 vm: "db".to_owned(),
                 ..wish("127.0.0.1:8080", own)
             },
@@ -1144,4 +1153,84 @@ async fn a_forward_that_a_vm_asks_for_is_refused_with_its_reason_and_code() {
     });
     let refused = grants.create_grant(budgeted).await.unwrap_err();
     assert_eq!(refused.code(), Code::InvalidArgument, "{refused}");
+}
+
+#[tokio::test]
+async fn who_has_a_port_is_known_by_what_the_dataplane_says_to_programs_whatever_its_words_are() {
+    use vnet_proto::v1::command::Command;
+    use vnet_proto::v1::forward_service_client::ForwardServiceClient;
+    let served = Served::start(false).await;
+    let _other = served.rig.dataplane_with(v1::Hello {
+        forwards: vec![v1::Forward {
+            protocol: v1::Protocol::Tcp.into(),
+            listen: "0.0.0.0:8080".to_owned(),
+            target: "192.168.127.2:80".to_owned(),
+            ..Default::default()
+        }],
+        ..hello(2, vec![vm_up(1, "db")])
+    });
+    let mut dataplane = served.rig.dataplane("web");
+    let client = ForwardServiceClient::new(served.channel("api").await);
+    let in_use = v1::ListenProblem::InUse;
+    let no_address = v1::ListenProblem::NoSuchAddress;
+    let by_network = "already in use by network net2's forward from 0.0.0.0:8080 to 192.168.127.2:80";
+    for (problem, listen, by_own_forward, word, told) in [
+        (Some(in_use), "127.0.0.1:8080", false, "IN_USE", by_network),
+        (Some(in_use), "127.0.0.1:8081", false, "IN_USE", "it is taken"),
+        (Some(in_use), "127.0.0.1:8080", true, "IN_USE", "it is taken"),
+        (
+            Some(no_address),
+            "127.0.0.1:8080",
+            false,
+            "NO_SUCH_ADDRESS",
+            "it is taken",
+        ),
+        (None, "127.0.0.1:8080", false, "", "it is taken"),
+    ] {
+        let asked = v1::CreateForwardRequest {
+            forward: Some(v1::Forward {
+                network: "net1".to_owned(),
+                protocol: v1::Protocol::Tcp.into(),
+                listen: listen.to_owned(),
+                target: "192.168.127.2:80".to_owned(),
+                ..Default::default()
+            }),
+            count: 1,
+        };
+        let mut client = client.clone();
+        let call = tokio::spawn(async move { client.create_forward(asked).await });
+        let command_id = loop {
+            tokio::time::sleep(Duration::from_millis(2)).await;
+            let mut told = dataplane.told().into_iter();
+            if let Some(id) = told.find_map(|told| match told {
+                Told::Command(v1::Command {
+                    command_id,
+                    command: Some(Command::Expose(_)),
+                }) => Some(command_id),
+                _ => None,
+            }) {
+                break id;
+            }
+        };
+        dataplane.say(Message::Ack(v1::Ack {
+            command_id,
+            error: Some(v1::CommandError {
+                code: Code::AlreadyExists as u32,
+                text: "it is taken".to_owned(),
+                listen_error: problem.map(|problem| v1::ListenError {
+                    problem: problem.into(),
+                    listen: listen.to_owned(),
+                    by_own_forward,
+                }),
+            }),
+            ..Default::default()
+        }));
+        let status = call.await.unwrap().unwrap_err();
+        assert_eq!(status.code(), Code::AlreadyExists);
+        assert!(status.message().contains(told), "{status}");
+        let metadata = status.get_error_details().error_info().unwrap().metadata.clone();
+        let said = metadata.get("listen_problem").map_or("", String::as_str);
+        assert_eq!(said, word, "{status}");
+        assert_eq!(metadata.contains_key("listen"), problem.is_some());
+    }
 }

@@ -191,10 +191,7 @@ impl State {
         ack: v1::Ack,
     ) {
         let answer = match &ack.error {
-            Some(error) => Err(Refusal::Dataplane {
-                code: error.code,
-                text: error.text.clone(),
-            }),
+            Some(error) => Err(error.clone().into()),
             None => {
                 self.command_took_effect(now, number, command, &ack);
                 Ok(ack)

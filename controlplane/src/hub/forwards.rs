@@ -21,7 +21,7 @@ use crate::approval::{AskForward, AskOutcome, OPEN_PER_VM_MAX, PendingId};
 use crate::clock::Now;
 use crate::fleet::{DataplaneNo, Fleet, Outstanding, Vm};
 use crate::grant::{GrantId, Use};
-use crate::policy::{ForwardDecision, Outcome, decide_forward};
+use crate::policy::{ForwardDecision, Outcome, decide_forward, on_loopback};
 use crate::refusal::Refusal;
 
 /// Calls that wait for the answer to one request at once; one more is answered at once that nobody answered.
@@ -40,6 +40,8 @@ pub struct ForwardWish {
     pub protocol: Protocol,
     /// Where on the host.
     pub listen: SocketAddr,
+    /// The address there was not said: under a policy or mode it is the loopback's of that family.
+    pub any_address: bool,
     /// One of the VM's addresses, and its port.
     pub target: SocketAddr,
 }
@@ -111,13 +113,18 @@ impl State {
             return Err(Refusal::field("forward.target", text));
         }
         let context = context(vm, &dataplane.guarded, None);
-        let decision = decide_forward(&context, wish.protocol, wish.listen, wish.target.port());
+        let listen = if wish.any_address && context.policy.mode().is_some() {
+            on_loopback(wish.listen)
+        } else {
+            wish.listen
+        };
+        let decision = decide_forward(&context, wish.protocol, listen, wish.target.port());
         match decision.outcome {
             Outcome::Allow => {
                 let forward = v1::Forward {
                     network: dataplane.network.clone(),
                     protocol: v1::Protocol::from(wish.protocol).into(),
-                    listen: wish.listen.to_string(),
+                    listen: listen.to_string(),
                     target: wish.target.to_string(),
                     asked_by: name,
                     grant_id: decision.grant.map(|grant| grant.id.0.clone()).unwrap_or_default(),
@@ -130,9 +137,9 @@ impl State {
             Outcome::Ask => match decision.target {
                 Some(target) => self.ask_forward(now, &name, target, decision.reason),
                 // What cannot be asked for is never asked.
-                None => Err(self.refuse_forward(now, &name, wish, decision)),
+                None => Err(self.refuse_forward(now, &name, wish, listen, decision)),
             },
-            Outcome::Deny | Outcome::Drop => Err(self.refuse_forward(now, &name, wish, decision)),
+            Outcome::Deny | Outcome::Drop => Err(self.refuse_forward(now, &name, wish, listen, decision)),
         }
     }
 
@@ -219,12 +226,13 @@ impl State {
         now: Now,
         name: &str,
         wish: &ForwardWish,
+        listen: SocketAddr,
         decision: ForwardDecision,
     ) -> Refusal {
         if let Some(grant) = &decision.grant {
             self.use_grant(now, &grant.id.clone(), Use::Flow);
         }
-        let (protocol, listen, port) = (wish.protocol, wish.listen, wish.target.port());
+        let (protocol, port) = (wish.protocol, wish.target.port());
         let reason = decision.reason;
         let text = format!(
             "{name} asked to open {protocol} {listen} to its port {port}: {}",

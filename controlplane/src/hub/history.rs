@@ -165,7 +165,7 @@ impl Hub {
             let there = state.fleet.dataplanes.values();
             let subnets = there.clone().flat_map(|d| d.subnets.iter().copied());
             let own = there.clone().flat_map(|d| d.guarded.host_addresses());
-            let elsewhere = GuardedRanges::new(default.into_iter().chain(subnets), Some(alias), own);
+            let elsewhere = GuardedRanges::new(default.into_iter().chain(subnets), own).with_moved([alias]);
             Asked {
                 vms: HashMap::new(),
                 dataplanes: state

@@ -40,5 +40,5 @@ pub(super) fn guarded(
     nat: &HashMap<IpAddr, IpAddr>,
     host_addresses: Vec<IpAddr>,
 ) -> GuardedRanges {
-    GuardedRanges::new(subnets.iter().copied(), None, host_addresses).with_moved(nat.keys().copied())
+    GuardedRanges::new(subnets.iter().copied(), host_addresses).with_moved(nat.keys().copied())
 }

@@ -5,10 +5,12 @@
 //! asks, and mode `ask`; else no. So a denial is never overruled.
 
 use std::fmt;
-use std::net::{IpAddr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::sync::Arc;
 
-use vnet_proto::model::{ForwardTarget, Mode, PortRange, Protocol, Reason, Target, VmSelector};
+use vnet_proto::model::{
+    ForwardTarget, ForwardTargetError, Mode, PortRange, Protocol, Reason, Target, VmSelector,
+};
 
 use crate::grant::Grant;
 use crate::policy::{Context, Outcome, PortSet};
@@ -172,8 +174,12 @@ pub fn decide_forward(
     let target = match checked {
         Ok(target) => target,
         Err(error) => {
-            let text =
-                format!("{error}; under a policy or mode a VM opens ports of the host's loopback alone");
+            let text = match error {
+                ForwardTargetError::NotLoopback(_) if listen.port() != 0 => {
+                    format!("{error}; under a policy or mode, ask for {}", on_loopback(listen))
+                }
+                _ => error.to_string(),
+            };
             return answer(Outcome::Deny, "forwards", "loopback".to_owned(), text);
         }
     };
@@ -205,6 +211,15 @@ pub fn decide_forward(
             "no rule of forwards: allows it".to_owned(),
         ),
     }
+}
+
+/// The same port at the loopback's address of the same family.
+pub fn on_loopback(listen: SocketAddr) -> SocketAddr {
+    let address = match listen.ip().to_canonical() {
+        IpAddr::V4(_) => Ipv4Addr::LOCALHOST.into(),
+        IpAddr::V6(_) => Ipv6Addr::LOCALHOST.into(),
+    };
+    SocketAddr::new(address, listen.port())
 }
 
 /// The rule that a grant for a forward would come too late for.

@@ -20,16 +20,15 @@ pub struct GuardedRanges {
 }
 
 impl GuardedRanges {
-    /// From what a dataplane's Hello says: its guest subnets, its host alias, the host's addresses.
+    /// From what a dataplane's Hello says: its guest subnets, the host's addresses.
     /// Loopback, unspecified, link-local and metadata addresses are always there.
     pub fn new(
         subnets: impl IntoIterator<Item = IpNet>,
-        host_alias: Option<IpAddr>,
         host_addresses: impl IntoIterator<Item = IpAddr>,
     ) -> Self {
         let mut ranges: Vec<(Guard, IpNet)> = METADATA.iter().map(|net| (Guard::Metadata, *net)).collect();
         ranges.extend(LOOPBACK.iter().map(|net| (Guard::Host, *net)));
-        let own = host_alias.into_iter().chain(host_addresses);
+        let own = host_addresses.into_iter();
         ranges.extend(own.map(|address| (Guard::Host, IpNet::from(address))));
         ranges.extend(subnets.into_iter().map(|net| (Guard::Guest, net.trunc())));
         ranges.sort_unstable_by_key(|(guard, net)| (*net, *guard));

@@ -283,7 +283,7 @@ fn stopped_by_guards(rule: &Rule, settings: &Settings) -> Option<String> {
         Guard::Host => settings.host != off,
         _ => true,
     };
-    let guarded = GuardedRanges::new([], None, []);
+    let guarded = GuardedRanges::new([], []);
     let stops = |prefix: IpNet| {
         let mut inside = guarded
             .iter_with_guards()

@@ -48,7 +48,7 @@ pub use eval::{
 pub(crate) use file::is_unprintable;
 pub use file::{APPROVAL_TIMEOUT_MAX, DOCUMENT_BYTES_MAX, LIST_MAX, RULES_MAX, list_paths};
 pub use forwards::{
-    FORWARD_RULES_MAX, ForwardAction, ForwardDecision, ForwardRule, ListenRange, decide_forward,
+    FORWARD_RULES_MAX, ForwardAction, ForwardDecision, ForwardRule, ListenRange, decide_forward, on_loopback,
 };
 pub use guard::GuardedRanges;
 pub use index::RuleList;

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::fmt;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 
-use vnet_proto::model::{FlowKey, FlowSubject, Guard, LookupSubject, Name, PortRange, Protocol, VmSelector};
+use vnet_proto::model::{FlowKey, FlowSubject, LookupSubject, Name, PortRange, Protocol, VmSelector};
 
 use crate::clock::Now;
 use crate::grant::{VmGrants, VmInstance, VmView};
@@ -198,7 +198,7 @@ pub(crate) fn vm_of(selector: Option<&VmSelector>) -> VmView {
 fn ask(effective: &Effective, vm: &VmView, destination: &Destination) -> Found {
     let subnet = ipnet::IpNet::V4(ipnet::Ipv4Net::new_assert(Ipv4Addr::new(192, 168, 127, 0), 24));
     let host_alias = IpAddr::V4(Ipv4Addr::new(192, 168, 127, 254));
-    let guarded = GuardedRanges::new([subnet], Some(host_alias), []);
+    let guarded = GuardedRanges::new([subnet], []).with_moved([host_alias]);
     let context = Context {
         vm,
         policy: effective,
@@ -215,8 +215,13 @@ fn ask(effective: &Effective, vm: &VmView, destination: &Destination) -> Found {
         }
     };
     let flow = |protocol, peer: SocketAddr, names: Vec<Name>| {
-        let alias = peer.ip() == host_alias;
-        let guards = guarded.guards_of(peer.ip(), !names.is_empty());
+        let (address, from_dns) = (peer.ip(), !names.is_empty());
+        let (dialled, guards) = if address == host_alias {
+            let dialled = Ipv4Addr::LOCALHOST.into();
+            (dialled, guarded.guards_of_moved(address, dialled, from_dns))
+        } else {
+            (address, guarded.guards_of(address, from_dns))
+        };
         let subject = FlowSubject {
             key: FlowKey {
                 protocol,
@@ -230,13 +235,9 @@ fn ask(effective: &Effective, vm: &VmView, destination: &Destination) -> Found {
                 ),
                 peer,
             },
-            dialled: if alias {
-                Ipv4Addr::LOCALHOST.into()
-            } else {
-                peer.ip()
-            },
+            dialled,
             names,
-            guards: if alias { guards.with(Guard::Host) } else { guards },
+            guards,
             peer_vm: None,
         };
         let decision = decide_flow(&context, &subject);
@@ -266,6 +267,31 @@ fn ask(effective: &Effective, vm: &VmView, destination: &Destination) -> Found {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_host_alias_is_judged_where_it_is_dialled_as_in_a_network() {
+        let outcome = |document: &str| {
+            let policy = Policy::parse("p.yaml", document).unwrap();
+            let destination = "tcp 192.168.127.254:80".parse().unwrap();
+            policy.answers(None, &destination, Now::BEFORE_ALL)
+        };
+        let rule = |guards: &str, cidr: &str| {
+            format!("version: 1\n{guards}rules: [{{action: allow, cidr: {cidr}}}]\n")
+        };
+        // It is the host, and no guest, though it lies in their subnet.
+        assert_eq!(
+            outcome(&rule("guards: {host: off}\n", "0.0.0.0/0")),
+            Outcome::Allow
+        );
+        assert_eq!(
+            outcome(&rule("guards: {guests: off}\n", "0.0.0.0/0")),
+            Outcome::Deny
+        );
+        assert_eq!(outcome(&rule("", "192.168.127.0/24")), Outcome::Deny);
+        for naming in ["192.168.127.254/32", "127.0.0.0/8"] {
+            assert_eq!(outcome(&rule("", naming)), Outcome::Allow, "{naming}");
+        }
+    }
 
     #[test]
     fn destinations_are_written_as_on_the_command_line_or_by_name() {

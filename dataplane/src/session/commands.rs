@@ -3,10 +3,11 @@
 use std::sync::Arc;
 
 use tonic::Code;
-use vnet_proto::model::{Name, VmId};
+use vnet_proto::model::{ForwardListen, Name, VmId};
+use vnet_proto::v1;
 
 use crate::capture::{Capture, CaptureSpec};
-use crate::forward::{self, ForwardError, Forwards};
+use crate::forward::{self, ForwardError, Forwards, Holder};
 use crate::message::Forward;
 use crate::zone::{Zone, ZoneRecord};
 
@@ -17,15 +18,34 @@ pub struct Refusal {
     pub code: Code,
     /// One sentence for people.
     pub text: String,
+    /// Of a forward: what is wrong where it was to listen.
+    pub listen: Option<ListenError>,
+}
+
+/// What is wrong with a place to listen, for programs.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ListenError {
+    /// What.
+    pub problem: v1::ListenProblem,
+    /// Where.
+    pub listen: ForwardListen,
+    /// Another forward of this network has it.
+    pub by_own_forward: bool,
 }
 
 impl Refusal {
+    /// One of this kind.
+    pub fn new(code: Code, text: impl Into<String>) -> Self {
+        Self {
+            code,
+            text: text.into(),
+            listen: None,
+        }
+    }
+
     /// The command is not one that could ever be done.
     pub fn invalid(text: impl Into<String>) -> Self {
-        Self {
-            code: Code::InvalidArgument,
-            text: text.into(),
-        }
+        Self::new(Code::InvalidArgument, text)
     }
 }
 
@@ -48,9 +68,47 @@ impl From<ForwardError> for Refusal {
             .map(|cause| format!(": {cause}"))
             .unwrap_or_default();
         Self {
-            code,
-            text: format!("{error}{cause}"),
+            listen: ListenError::of(&error),
+            ..Self::new(code, format!("{error}{cause}"))
         }
+    }
+}
+
+impl ListenError {
+    fn of(error: &ForwardError) -> Option<Self> {
+        use v1::ListenProblem;
+        let (problem, listen) = match error {
+            ForwardError::InUse { listen, .. } => (ListenProblem::InUse, listen.clone()),
+            ForwardError::PathTaken { listen, .. } => (ListenProblem::PathTaken, listen.clone()),
+            ForwardError::NoSuchAddress { listen } => {
+                (ListenProblem::NoSuchAddress, ForwardListen::Address(*listen))
+            }
+            ForwardError::NoSuchDirectory { listen } => (ListenProblem::NoSuchDirectory, listen.clone()),
+            ForwardError::NotPermitted { listen, .. } => (ListenProblem::NotPermitted, listen.clone()),
+            ForwardError::Privileged { listen, .. } => {
+                (ListenProblem::NotPermitted, ForwardListen::Address(*listen))
+            }
+            ForwardError::Listen { .. }
+            | ForwardError::Protocol(_)
+            | ForwardError::NotOverUnix(_)
+            | ForwardError::Target(_)
+            | ForwardError::Range { .. }
+            | ForwardError::NotFound { .. }
+            | ForwardError::Descriptors(_)
+            | ForwardError::TooMany { .. } => return None,
+        };
+        let by_own_forward = matches!(
+            error,
+            ForwardError::InUse {
+                by: Some(Holder::Forward { .. }),
+                ..
+            }
+        );
+        Some(Self {
+            problem,
+            listen,
+            by_own_forward,
+        })
     }
 }
 

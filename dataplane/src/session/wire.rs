@@ -364,6 +364,18 @@ pub(super) fn forward_to_wire(forward: &Forward, network: &str) -> v1::Forward {
 }
 
 /// Reads a forward.
+pub(super) fn command_error(refusal: Refusal) -> v1::CommandError {
+    v1::CommandError {
+        code: (refusal.code as i32).cast_unsigned(),
+        text: refusal.text,
+        listen_error: refusal.listen.map(|error| v1::ListenError {
+            problem: error.problem.into(),
+            listen: error.listen.to_string(),
+            by_own_forward: error.by_own_forward,
+        }),
+    }
+}
+
 pub(super) fn forward_from_wire(message: &v1::Forward) -> Result<Forward, Refusal> {
     let (protocol, listen) = forward_key_from_wire(message)?;
     if message.target.is_empty() {

@@ -15,6 +15,7 @@ fn wish(listen: &str) -> ForwardWish {
         handle: VmId(0),
         protocol: Protocol::Tcp,
         listen: listen.parse().unwrap(),
+        any_address: false,
         target: "192.168.127.2:80".parse().unwrap(),
     }
 }
@@ -216,6 +217,72 @@ async fn without_a_policy_anything_goes_and_a_mode_closes_it() {
     rig.hub.update_vm(set_mode("web", Mode::Ask)).unwrap();
     assert!(matches!(obeys(&mut dp, 0).await, Command::Unexpose(f) if f.listen == "0.0.0.0:8080"));
     assert_eq!(rig.hub.forwards(""), [by_hand], "what a person opened stays");
+}
+
+#[tokio::test]
+async fn a_policy_that_comes_closes_what_it_does_not_allow_and_keeps_what_it_does() {
+    let rig = Rig::open();
+    let mut dp = rig.dataplane("web");
+    for listen in ["0.0.0.0:8080", "127.0.0.1:8081", "127.0.0.1:8082"] {
+        let call = ask(&rig, listen);
+        obeys(&mut dp, 0).await;
+        call.await.unwrap().unwrap();
+    }
+    rig.apply("version: 1\nforwards: [{action: allow, listen: [8080, 8081]}]\n");
+    let told = dp.told();
+    dp.acknowledge(&told);
+    let mut closed = Vec::new();
+    for one in told {
+        let Told::Command(v1::Command {
+            command_id,
+            command: Some(Command::Unexpose(forward)),
+        }) = one
+        else {
+            continue;
+        };
+        closed.push(forward.listen.clone());
+        dp.say(Message::Ack(v1::Ack {
+            command_id,
+            forward: Some(forward),
+            ..Default::default()
+        }));
+    }
+    closed.sort();
+    assert_eq!(closed, ["0.0.0.0:8080", "127.0.0.1:8082"]);
+    let left: Vec<String> = rig.hub.forwards("").into_iter().map(|f| f.listen).collect();
+    assert_eq!(left, ["127.0.0.1:8081"]);
+}
+
+#[tokio::test]
+async fn any_address_is_every_one_without_a_policy_and_the_loopbacks_under_one() {
+    let anywhere = |rig: &Rig, listen: &str| {
+        let wish = ForwardWish {
+            any_address: true,
+            ..wish(listen)
+        };
+        let hub = Arc::clone(&rig.hub);
+        tokio::spawn(async move { hub.request_forward(&wish).await })
+    };
+    let rig = Rig::open();
+    let mut dp = rig.dataplane("web");
+    let call = anywhere(&rig, "0.0.0.0:8080");
+    obeys(&mut dp, 0).await;
+    assert_eq!(call.await.unwrap().unwrap().listen, "0.0.0.0:8080");
+
+    let rig = Rig::secure();
+    let mut dp = rig.dataplane("web");
+    let call = anywhere(&rig, "0.0.0.0:8080");
+    let target = the_request(&rig).await.target.unwrap();
+    assert_eq!(Target::try_from(target).unwrap().to_string(), TARGET);
+    approve(&rig).await;
+    obeys(&mut dp, 0).await;
+    assert_eq!(call.await.unwrap().unwrap().listen, "127.0.0.1:8080");
+
+    rig.apply("version: 1\nforwards: [{action: allow, listen: \"[::1]:8000-8999\"}]\n");
+    let call = anywhere(&rig, "[::]:8081");
+    let command = obeys(&mut dp, 0).await;
+    assert!(matches!(command, Command::Expose(f) if f.listen == "[::1]:8081"));
+    call.await.unwrap().unwrap();
 }
 
 #[tokio::test]

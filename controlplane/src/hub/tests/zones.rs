@@ -55,6 +55,7 @@ async fn a_zone_that_was_added_to_is_known_as_the_dataplane_says_and_in_its_plac
         error: Some(v1::CommandError {
             code: 5,
             text: "zone b.test has no such record".to_owned(),
+            ..Default::default()
         }),
         ..Default::default()
     };

@@ -60,7 +60,7 @@ impl<'a> Guards<'a> {
                 .clone()
                 .any(|said| said.dns_guard.is_some_and(|said| said != DnsGuard::Off));
         Self {
-            ranges: GuardedRanges::new([], None, []),
+            ranges: GuardedRanges::new([], []),
             kept: standing.map(|(guard, _)| guard).collect(),
             resolvers: dns.then_some(&*policy.resolvers),
         }

@@ -69,6 +69,25 @@ fn the_first_rule_that_matches_decides_and_what_none_allows_is_off() {
             .contains("0.0.0.0 is not an address of loopback, where alone a VM may open a port"),
         "{beyond}"
     );
+    for (text, remedy) in [
+        (
+            "0.0.0.0:8080:80/tcp",
+            "; under a policy or mode, ask for 127.0.0.1:8080",
+        ),
+        ("[::]:8080:80/tcp", "; under a policy or mode, ask for [::1]:8080"),
+        (
+            "[::ffff:1.2.3.4]:1:80/tcp",
+            "; under a policy or mode, ask for 127.0.0.1:1",
+        ),
+        ("0.0.0.0:0:80/tcp", "(expected 127.0.0.1 or [::1])"),
+        (
+            "127.0.0.1:0:80/tcp",
+            "port 0 stands for any port (expected 1 to 65535)",
+        ),
+    ] {
+        let reason = decided(&policy, &grants([]), text).reason;
+        assert!(reason.text.ends_with(remedy), "{reason}");
+    }
     let off = decided(&policy, &grants([]), "127.0.0.1:1:1/tcp");
     assert_eq!(off.reason.text, "no rule of forwards: allows it");
     assert_eq!(off.remedy, "vnetctl allow forward 127.0.0.1:1:1/tcp --vm web-1");

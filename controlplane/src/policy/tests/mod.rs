@@ -68,8 +68,8 @@ fn vm() -> VmView {
 fn guarded() -> GuardedRanges {
     GuardedRanges::new(
         ["192.168.127.0/24".parse().unwrap()],
-        Some("192.168.127.254".parse().unwrap()),
         [
+            "192.168.127.254".parse().unwrap(),
             "203.0.113.9".parse().unwrap(),
             "10.0.0.9".parse().unwrap(),
             "fd12::9".parse().unwrap(),

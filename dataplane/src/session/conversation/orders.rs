@@ -25,19 +25,21 @@ pub(super) struct Pending {
     waiting: HashSet<VmId>,
     cut: u64,
     /// The forwards that are closed.
-    forwards: Forwards,
+    about: About,
 }
 
-/// The forwards that an acknowledgement is about.
+/// What an acknowledgement tells of.
 #[derive(Default)]
-enum Forwards {
-    /// There is none.
+enum About {
+    /// Nothing.
     #[default]
     Nothing,
-    /// One, which was asked for as such.
-    One(v1::Forward),
-    /// A range.
+    /// A forward, which was asked for as such.
+    Forward(v1::Forward),
+    /// A range of them.
     Range(Vec<v1::Forward>),
+    /// A zone, as it is now.
+    Zone(v1::Zone),
 }
 
 impl Conversation {
@@ -123,16 +125,16 @@ impl Conversation {
             Some(Command::ExposeRange(range)) => {
                 self.expose(&range.first.unwrap_or_default(), Some(range.count))
             }
-            None => Err(Refusal {
-                code: tonic::Code::Unimplemented,
-                text: "the command is none that this version knows".to_owned(),
-            }),
+            None => Err(Refusal::new(
+                tonic::Code::Unimplemented,
+                "the command is none that this version knows",
+            )),
         };
-        let (forwards, error) = match answer {
-            Ok(forwards) => (forwards, None),
-            Err(refusal) => (Forwards::Nothing, Some(refusal)),
+        let (about, error) = match answer {
+            Ok(about) => (about, None),
+            Err(refusal) => (About::Nothing, Some(refusal)),
         };
-        self.acknowledge(message.command_id, 0, forwards, error);
+        self.acknowledge(message.command_id, 0, about, error);
     }
 
     fn change_zone(&mut self, command_id: u64, command: &v1::command::Command) {
@@ -158,14 +160,13 @@ impl Conversation {
             | Command::StopCapture(_)
             | Command::ReportVerdicts(_) => return,
         };
-        let (zone, refusal) = match changed {
-            Ok(zone) => (zone, None),
-            Err(refusal) => (None, Some(refusal)),
-        };
-        self.acknowledge(command_id, 0, Forwards::Nothing, refusal);
-        // Nobody has taken it from there yet.
-        if let Some(Message::Ack(ack)) = self.outbox.back_mut() {
-            ack.zone = zone.map(|zone| wire::zone_to_wire(&zone, ""));
+        match changed {
+            Ok(Some(zone)) => {
+                let about = About::Zone(wire::zone_to_wire(&zone, ""));
+                self.acknowledge(command_id, 0, about, None);
+            }
+            Ok(None) => self.acknowledge(command_id, 0, About::Nothing, None),
+            Err(refusal) => self.acknowledge(command_id, 0, About::Nothing, Some(refusal)),
         }
     }
 
@@ -191,17 +192,14 @@ impl Conversation {
     /// Asks a guest for what its cache holds.
     fn report_verdicts(&mut self, id: u64, vm: VmId) {
         let Ok(command) = self.next_command() else {
-            return self.acknowledge(id, 0, Forwards::Nothing, Some(busy()));
+            return self.acknowledge(id, 0, About::Nothing, Some(busy()));
         };
         if !self
             .router
             .send(vm, Input::Order(Order::ReportVerdicts { command }))
         {
-            let gone = Refusal {
-                code: tonic::Code::NotFound,
-                text: "there is no guest of this handle".to_owned(),
-            };
-            return self.acknowledge(id, 0, Forwards::Nothing, Some(gone));
+            let gone = Refusal::new(tonic::Code::NotFound, "there is no guest of this handle");
+            return self.acknowledge(id, 0, About::Nothing, Some(gone));
         }
         self.wait_for(command, id, vec![vm]);
     }
@@ -225,10 +223,10 @@ impl Conversation {
     }
 
     /// Opens one, or a range.
-    fn expose(&self, message: &v1::Forward, count: Option<u32>) -> Result<Forwards, Refusal> {
+    fn expose(&self, message: &v1::Forward, count: Option<u32>) -> Result<About, Refusal> {
         let first = wire::forward_from_wire(message)?;
         let opened = self.commands.expose(&first, count.unwrap_or(1))?;
-        Ok(self.forwards_for_wire(&opened, count.is_some()))
+        Ok(self.about_forwards(&opened, count.is_some()))
     }
 
     /// Closes one, or a range. It is acknowledged when every guest has cut what came through.
@@ -242,21 +240,21 @@ impl Conversation {
         });
         match closed {
             Ok((command, forwards, told)) => {
-                let forwards = self.forwards_for_wire(&forwards, count.is_some());
-                self.wait_with(command, id, told, forwards);
+                let about = self.about_forwards(&forwards, count.is_some());
+                self.wait_with(command, id, told, about);
             }
-            Err(refusal) => self.acknowledge(id, 0, Forwards::Nothing, Some(refusal)),
+            Err(refusal) => self.acknowledge(id, 0, About::Nothing, Some(refusal)),
         }
     }
 
-    fn forwards_for_wire(&self, forwards: &[Forward], is_range: bool) -> Forwards {
+    fn about_forwards(&self, forwards: &[Forward], is_range: bool) -> About {
         let mut messages = forwards
             .iter()
             .map(|f| wire::forward_to_wire(f, &self.identity.network));
         if is_range {
-            return Forwards::Range(messages.collect());
+            return About::Range(messages.collect());
         }
-        messages.next().map_or(Forwards::Nothing, Forwards::One)
+        messages.next().map_or(About::Nothing, About::Forward)
     }
 
     fn next_command(&mut self) -> Result<CommandId, Broken> {
@@ -268,17 +266,17 @@ impl Conversation {
     }
 
     fn wait_for(&mut self, command: CommandId, id: u64, told: Vec<VmId>) {
-        self.wait_with(command, id, told, Forwards::Nothing);
+        self.wait_with(command, id, told, About::Nothing);
     }
 
-    fn wait_with(&mut self, command: CommandId, id: u64, told: Vec<VmId>, forwards: Forwards) {
+    fn wait_with(&mut self, command: CommandId, id: u64, told: Vec<VmId>, about: About) {
         self.pending.insert(
             command,
             Pending {
                 id,
                 waiting: told.into_iter().collect(),
                 cut: 0,
-                forwards,
+                about,
             },
         );
         self.settle(|_| {});
@@ -294,7 +292,7 @@ impl Conversation {
         if pending.waiting.is_empty()
             && let Some(done) = self.pending.remove(&command)
         {
-            self.acknowledge(done.id, done.cut, done.forwards, None);
+            self.acknowledge(done.id, done.cut, done.about, None);
         }
     }
 
@@ -310,33 +308,29 @@ impl Conversation {
         done.sort_unstable();
         for command in done {
             if let Some(done) = self.pending.remove(&command) {
-                self.acknowledge(done.id, done.cut, done.forwards, None);
+                self.acknowledge(done.id, done.cut, done.about, None);
             }
         }
     }
 
-    fn acknowledge(&mut self, command_id: u64, cut: u64, forwards: Forwards, error: Option<Refusal>) {
-        let (forward, forwards) = match forwards {
-            Forwards::Nothing => (None, Vec::new()),
-            Forwards::One(forward) => (Some(forward), Vec::new()),
-            Forwards::Range(forwards) => (None, forwards),
-        };
-        let error = error.map(|refusal| v1::CommandError {
-            code: (refusal.code as i32).cast_unsigned(),
-            text: refusal.text,
-        });
-        self.outbox.push_back(Message::Ack(v1::Ack {
+    fn acknowledge(&mut self, command_id: u64, cut: u64, about: About, error: Option<Refusal>) {
+        let mut ack = v1::Ack {
             command_id,
-            error,
+            error: error.map(wire::command_error),
             cut_flows: cut,
-            forward,
-            forwards,
             ..Default::default()
-        }));
+        };
+        match about {
+            About::Nothing => {}
+            About::Forward(forward) => ack.forward = Some(forward),
+            About::Range(forwards) => ack.forwards = forwards,
+            About::Zone(zone) => ack.zone = Some(zone),
+        }
+        self.outbox.push_back(Message::Ack(ack));
     }
 
     fn refuse_malformed(&mut self, command_id: u64, what: &str) -> String {
-        self.acknowledge(command_id, 0, Forwards::Nothing, Some(Refusal::invalid(what)));
+        self.acknowledge(command_id, 0, About::Nothing, Some(Refusal::invalid(what)));
         what.to_owned()
     }
 
@@ -367,10 +361,10 @@ fn listens(
 }
 
 fn busy() -> Refusal {
-    Refusal {
-        code: tonic::Code::ResourceExhausted,
-        text: format!("{COMMANDS_MAX} commands wait for guests already; try again"),
-    }
+    Refusal::new(
+        tonic::Code::ResourceExhausted,
+        format!("{COMMANDS_MAX} commands wait for guests already; try again"),
+    )
 }
 
 /// Commands that may wait for guests at once.

@@ -144,10 +144,7 @@ impl Zones for ZoneList {
         let before = zones.len();
         zones.retain(|zone| zone.name.as_ref() != name);
         if zones.len() == before {
-            return Err(Refusal {
-                code: tonic::Code::NotFound,
-                text: "there is no such zone".into(),
-            });
+            return Err(Refusal::new(tonic::Code::NotFound, "there is no such zone"));
         }
         Ok(())
     }

@@ -638,6 +638,29 @@ async fn commands_are_done_or_refused_with_a_code() {
     assert_eq!(again.code, tonic::Code::AlreadyExists as u32);
     assert!(again.text.contains("is already in use"), "{}", again.text);
     assert_eq!(
+        again.listen_error,
+        Some(v1::ListenError {
+            problem: v1::ListenProblem::InUse.into(),
+            listen: opened.listen.clone(),
+            by_own_forward: true,
+        })
+    );
+    let elsewhere = ack(Command::Expose(forward("192.0.2.77:8080", "192.168.127.2:80")))
+        .error
+        .unwrap();
+    assert_eq!(
+        elsewhere.listen_error,
+        Some(v1::ListenError {
+            problem: v1::ListenProblem::NoSuchAddress.into(),
+            listen: "192.0.2.77:8080".to_owned(),
+            by_own_forward: false,
+        })
+    );
+    let nowhere = ack(Command::Expose(forward("127.0.0.1:0", "0.0.0.0:80")))
+        .error
+        .unwrap();
+    assert_eq!(nowhere.listen_error, None, "{}", nowhere.text);
+    assert_eq!(
         ack(Command::Expose(forward("127.0.0.1", ""))).error.unwrap().code,
         3
     );

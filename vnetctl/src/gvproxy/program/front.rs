@@ -72,11 +72,7 @@ impl ServicesSocket {
     /// The system's.
     pub(super) fn open(at: &ListenAt) -> io::Result<Self> {
         let (listener, file) = StreamListener::open(at)?;
-        let origin = match at {
-            // Every VM of this host.
-            ListenAt::Vsock { .. } => Origin::Listen,
-            ListenAt::Unix(_) | ListenAt::Tcp(_) | ListenAt::Fd(_) => Origin::Services,
-        };
+        let origin = origin(at);
         let tcp_address = listener.tcp_address();
         let (sender, accepted) = mpsc::channel(ACCEPTED_MAX);
         std::thread::Builder::new()
@@ -88,6 +84,15 @@ impl ServicesSocket {
             origin,
             _file: file,
         })
+    }
+}
+
+/// Who can be at the other end.
+fn origin(at: &ListenAt) -> Origin {
+    match at {
+        // Every VM of this host.
+        ListenAt::Vsock { .. } => Origin::Listen,
+        ListenAt::Unix(_) | ListenAt::Tcp(_) | ListenAt::Fd(_) => Origin::Services,
     }
 }
 
@@ -145,4 +150,19 @@ async fn next(socket: &mut Option<ServicesSocket>) -> (HostStream, Origin) {
         return (HostStream::accepted(stream), *origin);
     }
     std::future::pending().await
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn who_comes_over_vsock_may_be_a_vm() {
+        for cid in [None, Some(2)] {
+            assert_eq!(origin(&ListenAt::Vsock { cid, port: 1024 }), Origin::Listen);
+        }
+        assert_eq!(origin(&ListenAt::Unix("/run/a.sock".into())), Origin::Services);
+        let loopback = "127.0.0.1:7777".parse().unwrap();
+        assert_eq!(origin(&ListenAt::Tcp(loopback)), Origin::Services);
+    }
 }

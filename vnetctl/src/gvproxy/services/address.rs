@@ -49,6 +49,8 @@ pub(super) struct Listen {
     pub(super) at: SocketAddr,
     /// Where it listens too, where that can be: a listener without a host is one of both families.
     pub(super) also: Option<SocketAddr>,
+    /// No host was given.
+    pub(super) is_any_address: bool,
     /// As `127.0.0.1:80`, or `:80` without a host.
     pub(super) shown: String,
 }
@@ -70,6 +72,7 @@ pub(super) async fn listen(kind: Kind, local: &str, by_name: bool) -> Result<Lis
         return Ok(Listen {
             at: (Ipv4Addr::UNSPECIFIED, port).into(),
             also: has_ipv6().then_some((Ipv6Addr::UNSPECIFIED, port).into()),
+            is_any_address: true,
             shown: format!(":{port}"),
         });
     }
@@ -85,6 +88,7 @@ pub(super) async fn listen(kind: Kind, local: &str, by_name: bool) -> Result<Lis
     Ok(Listen {
         at,
         also: None,
+        is_any_address: false,
         shown: at.to_string(),
     })
 }
@@ -176,7 +180,8 @@ mod tests {
         let all = tcp(":6443").await.unwrap();
         assert_eq!(all.at, "0.0.0.0:6443".parse().unwrap());
         assert_eq!(all.also, Some("[::]:6443".parse().unwrap()));
-        assert_eq!(all.shown, ":6443");
+        assert_eq!((all.shown.as_str(), all.is_any_address), (":6443", true));
+        assert!(!tcp("0.0.0.0:6443").await.unwrap().is_any_address);
         assert_eq!(tcp("localhost:80").await.unwrap().shown, "127.0.0.1:80");
         assert_eq!(tcp("[::1]:0").await.unwrap().at, "[::1]:0".parse().unwrap());
         let wrong = [

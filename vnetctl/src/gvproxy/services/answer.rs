@@ -22,6 +22,8 @@ pub(super) type Body = UnsyncBoxBody<Bytes, Infallible>;
 
 /// The header that says what helps, as one line of visible ASCII.
 const REMEDY: HeaderName = HeaderName::from_static("x-vnet-remedy");
+/// The header that says where something listens, if that is at less than was asked for.
+const LISTEN: HeaderName = HeaderName::from_static("x-vnet-listen");
 /// What a header says at most.
 const REMEDY_BYTES_MAX: usize = 1024;
 /// What an error's text says at most.
@@ -33,6 +35,7 @@ pub(super) struct Answer {
     status: StatusCode,
     content: Content,
     remedy: String,
+    listen: String,
 }
 
 #[derive(Debug)]
@@ -116,6 +119,13 @@ impl Answer {
         self
     }
 
+    /// Adds where it listens.
+    #[must_use]
+    pub(super) fn with_listen(mut self, listen: impl Into<String>) -> Self {
+        self.listen = listen.into();
+        self
+    }
+
     /// As it goes out.
     pub(super) fn into_response(self) -> Response<Body> {
         let (kind, body) = match self.content {
@@ -143,6 +153,9 @@ impl Answer {
         if let Some(remedy) = header_value(&self.remedy) {
             headers.insert(REMEDY, remedy);
         }
+        if let Some(listen) = header_value(&self.listen) {
+            headers.insert(LISTEN, listen);
+        }
         response
     }
 
@@ -151,6 +164,7 @@ impl Answer {
             status,
             content,
             remedy: String::new(),
+            listen: String::new(),
         }
     }
 
@@ -194,6 +208,12 @@ pub(super) const UNANSWERED: &str = "UNANSWERED";
 pub(super) fn reason(status: &tonic::Status) -> Option<String> {
     let details = status.get_error_details();
     details.error_info().map(|info| info.reason.clone())
+}
+
+/// What is wrong with a place to listen, as a constant word, if a status says that.
+pub(super) fn listen_problem(status: &tonic::Status) -> Option<String> {
+    let details = status.get_error_details();
+    details.error_info()?.metadata.get("listen_problem").cloned()
 }
 
 /// Whether a status says that no controlplane or no dataplane answers, rather than what one answered.

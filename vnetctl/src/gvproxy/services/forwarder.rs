@@ -13,7 +13,7 @@ use tonic::Code;
 use vnet_proto::v1;
 
 use super::address;
-use super::answer::{Answer, UNANSWERED, is_away, reason};
+use super::answer::{Answer, UNANSWERED, is_away, listen_problem, reason};
 use super::control::CallError;
 use super::exposed::{Closing, GUEST_FORWARDS_MAX, Row, TakeError, Taken};
 use super::guest::Guest;
@@ -140,19 +140,22 @@ impl Services {
             );
         }
         match kind {
-            Some(kind @ (Kind::Unix | Kind::Npipe)) => self.expose_unix(kind, &request).await?,
+            Some(kind @ (Kind::Unix | Kind::Npipe)) => {
+                self.expose_unix(kind, &request, &origin).await?;
+                Ok(Answer::done())
+            }
             Some(kind) => {
                 let caller = guest.map(|guest| guest.address);
                 let remote = remote::with_caller(&request.remote, caller)?;
-                self.expose_port(kind, &request.local, &remote, guest).await?;
+                let only_at = self.expose_port(kind, &request.local, &remote, &origin).await?;
+                Ok(Answer::done().with_listen(only_at.unwrap_or_default()))
             }
             None => {
                 remote::with_caller(&request.remote, guest.map(|guest| guest.address))?;
-                return Err(Answer::failed(format!("unknown protocol {}", request.protocol))
-                    .with_remedy("tcp, udp and unix are known"));
+                Err(Answer::failed(format!("unknown protocol {}", request.protocol))
+                    .with_remedy("tcp, udp and unix are known"))
             }
         }
-        Ok(Answer::done())
     }
 
     /// Ends what is exposed.
@@ -198,15 +201,17 @@ impl Services {
         }
     }
 
+    /// Opens ports; gives where, if that is less than was asked for.
     async fn expose_port(
         &self,
         kind: Kind,
         local: &str,
         remote: &str,
-        guest: Option<&Guest>,
-    ) -> Result<(), Answer> {
+        origin: &Origin,
+    ) -> Result<Option<String>, Answer> {
+        let guest = origin.guest();
         let owner = guest.map(|guest| guest.address);
-        let taken = self.take(kind, local, remote, owner)?;
+        let taken = self.take(kind, local, remote, owner).await?;
         let target = remote::address(remote)?;
         let listen = address::listen(kind, local, guest.is_none())
             .await
@@ -218,29 +223,36 @@ impl Services {
             );
             return Err(Answer::forbidden(text).with_remedy("leave the remote's host out, as :8080"));
         }
-        let opened = match self.open(guest, kind, listen.at, target).await {
+        let is_any = listen.is_any_address;
+        let opened = match self.open(guest, kind, listen.at, is_any, target).await {
             Ok(opened) => opened,
-            Err(error) => return Err(self.refused(kind, local, &listen.shown, error).await),
+            Err(error) => return Err(self.refused(origin, kind, local, &listen.shown, error).await),
         };
+        let first: Option<SocketAddr> = opened.parse().ok();
+        if is_any && first.is_some_and(|at| at.ip().is_loopback()) {
+            taken.opened(vec![(kind.protocol(), opened.clone())]);
+            return Ok(Some(opened));
+        }
         let mut forwards = vec![(kind.protocol(), opened)];
         if let Some(mut also) = listen.also {
             // The port that the first was given, where any would do.
-            if let Ok(first) = forwards[0].1.parse::<SocketAddr>() {
+            if let Some(first) = first {
                 also.set_port(first.port());
             }
-            match self.open(guest, kind, also, target).await {
+            // Where a policy came meanwhile, half of what it would open is not asked for: it closes the first.
+            match self.open(guest, kind, also, false, target).await {
                 Ok(opened) => forwards.push((kind.protocol(), opened)),
                 Err(error) => {
                     // Half of it is none.
                     for (protocol, opened) in forwards {
                         self.close(protocol, opened).await?;
                     }
-                    return Err(self.refused(kind, local, &listen.shown, error).await);
+                    return Err(self.refused(origin, kind, local, &listen.shown, error).await);
                 }
             }
         }
         taken.opened(forwards);
-        Ok(())
+        Ok(None)
     }
 
     /// Opens a port: for a guest if what it is under allows it, which may take as long as a person does.
@@ -249,6 +261,7 @@ impl Services {
         guest: Option<&Guest>,
         kind: Kind,
         listen: SocketAddr,
+        is_any_address: bool,
         target: SocketAddr,
     ) -> Result<String, CallError> {
         let Some(guest) = guest else {
@@ -256,6 +269,7 @@ impl Services {
         };
         let mut request = v1::RequestForwardRequest {
             vm_id: guest.vm.0,
+            any_address: is_any_address,
             ..Default::default()
         };
         request
@@ -279,9 +293,9 @@ impl Services {
         }
     }
 
-    async fn expose_unix(&self, kind: Kind, request: &Request) -> Result<(), Answer> {
+    async fn expose_unix(&self, kind: Kind, request: &Request, origin: &Origin) -> Result<(), Answer> {
         let Request { local, remote, .. } = request;
-        let taken = self.take(kind, local, remote, None)?;
+        let taken = self.take(kind, local, remote, None).await?;
         let leads = remote::of_unix(remote)?;
         if kind == Kind::Npipe {
             return Err(Answer::failed("named pipes are not supported by this platform"));
@@ -315,26 +329,38 @@ impl Services {
                         taken.opened(vec![(kind.protocol(), opened)]);
                         Ok(())
                     }
-                    Err(error) => Err(self.refused(kind, local, local, error).await),
+                    Err(error) => Err(self.refused(origin, kind, local, local, error).await),
                 }
             }
         }
     }
 
-    fn take(&self, kind: Kind, local: &str, remote: &str, guest: Option<IpAddr>) -> Result<Taken, Answer> {
-        self.exposed
-            .take(kind, local, remote, guest)
-            .map_err(|error| match error {
-                TakeError::Running => running(kind, local),
-                TakeError::GuestLimit => {
-                    let text =
-                        format!("this guest has exposed {GUEST_FORWARDS_MAX} ports, which is the most");
-                    Answer::error(StatusCode::TOO_MANY_REQUESTS, text).with_remedy("unexpose one first")
-                }
-                TakeError::Full => {
-                    Answer::failed("too many are exposed already").with_remedy("unexpose one first")
-                }
-            })
+    async fn take(
+        &self,
+        kind: Kind,
+        local: &str,
+        remote: &str,
+        guest: Option<IpAddr>,
+    ) -> Result<Taken, Answer> {
+        let mut taken = self.exposed.take(kind, local, remote, guest);
+        // What is in the way may be closed since, by a person or by what the guest is under.
+        if taken.is_err() {
+            let mark = self.exposed.mark();
+            if let Ok(forwards) = self.control.list_forwards().await {
+                self.exposed.forget(mark, &forwards);
+                taken = self.exposed.take(kind, local, remote, guest);
+            }
+        }
+        taken.map_err(|error| match error {
+            TakeError::Running => running(kind, local),
+            TakeError::GuestLimit => {
+                let text = format!("this guest has exposed {GUEST_FORWARDS_MAX} ports, which is the most");
+                Answer::error(StatusCode::TOO_MANY_REQUESTS, text).with_remedy("unexpose one first")
+            }
+            TakeError::Full => {
+                Answer::failed("too many are exposed already").with_remedy("unexpose one first")
+            }
+        })
     }
 
     /// Closes a forward; `false` where someone else has.
@@ -369,8 +395,15 @@ impl Services {
         Ok(opened.filter(|listen| !listen.is_empty()).unwrap_or(asked))
     }
 
-    /// What gvproxy says where a forward is refused.
-    async fn refused(&self, kind: Kind, local: &str, shown: &str, error: CallError) -> Answer {
+    /// What gvproxy says where a forward is refused. What has a place is no affair of who may be in a VM.
+    async fn refused(
+        &self,
+        origin: &Origin,
+        kind: Kind,
+        local: &str,
+        shown: &str,
+        error: CallError,
+    ) -> Answer {
         let CallError::Refused(status) = error else {
             return error.into();
         };
@@ -396,19 +429,22 @@ impl Services {
                     .iter()
                     .map(row)
                     .any(|row| row.protocol == kind && row.local == local);
-                if is_forward {
+                let answer = if is_forward {
                     running(kind, local)
                 } else {
-                    in_use(network, shown)
+                    in_use(network, shown).with_remedy("expose another port")
+                };
+                if *origin != Origin::Services {
+                    return answer;
                 }
+                answer
             }
-            Code::PermissionDenied => bind("permission denied"),
-            // Of a socket whose directory is not there.
-            Code::FailedPrecondition if kind == Kind::Unix => bind("no such file or directory"),
-            Code::InvalidArgument if told.contains("is not an address of this host") => {
-                bind("cannot assign requested address")
-            }
-            _ => Answer::failed(told.lines().next().unwrap_or_default()),
+            _ => match listen_problem(&status).as_deref() {
+                Some("NOT_PERMITTED") => bind("permission denied"),
+                Some("NO_SUCH_DIRECTORY") => bind("no such file or directory"),
+                Some("NO_SUCH_ADDRESS") => bind("cannot assign requested address"),
+                _ => Answer::failed(told.lines().next().unwrap_or_default()),
+            },
         };
         answer.with_remedy(told.lines().map(str::trim).collect::<Vec<_>>().join("; "))
     }

@@ -7,6 +7,7 @@
 //! no local name leaks. The exceptions are records without an address, which say so: with them a zone, even
 //! the root's, is a list of the names in it that exist at all. Compared without regard to case.
 
+use std::collections::HashSet;
 use std::net::IpAddr;
 
 use hickory_proto::op::ResponseCode;
@@ -87,12 +88,10 @@ impl Zones {
     /// [`ZoneError`] at a limit; nothing is changed then.
     pub fn merge(&mut self, mut zone: Zone) -> Result<Zone, ZoneError> {
         if let Some(known) = self.zones.iter().find(|z| z.name == zone.name) {
-            let more: Vec<ZoneRecord> = known
-                .records
-                .iter()
-                .filter(|r| !zone.records.contains(r))
-                .cloned()
-                .collect();
+            let new: HashSet<Key<'_>> = zone.records.iter().map(|r| key(&r.owner, r.address)).collect();
+            let more = known.records.iter();
+            let more = more.filter(|r| !new.contains(&key(&r.owner, r.address)));
+            let more: Vec<ZoneRecord> = more.cloned().collect();
             zone.records.extend(more);
         }
         self.set(zone.clone())?;
@@ -108,11 +107,10 @@ impl Zones {
         let text = || zone_text(name).to_owned();
         let zone = self.zones.iter_mut().find(|z| z.name.as_ref() == name);
         let zone = zone.ok_or_else(|| ZoneError::NoZone(text()))?;
+        let meant: HashSet<Key<'_>> = records.iter().map(|r| key(&r.owner, r.address)).collect();
         let is_meant = |known: &ZoneRecord| {
-            let is = |r: &ZoneRecord| {
-                r.owner == known.owner && (r.address.is_none() || r.address == known.address)
-            };
-            records.iter().any(is)
+            let of = |address| meant.contains(&key(&known.owner, address));
+            of(None) || of(known.address)
         };
         let before = zone.records.len();
         zone.records.retain(|record| !is_meant(record));
@@ -194,6 +192,17 @@ impl Zones {
         let target = wire_of(name).append_domain(&apex).ok()?;
         let record = Record::from_rdata(owner, LOCAL_TTL, RData::PTR(PTR(target)));
         Some(question.local_answer(ResponseCode::NoError, vec![record], None))
+    }
+}
+
+/// What a record is the same as another by: name, pattern (empty for none) and address.
+type Key<'a> = (Option<&'a Name>, &'a str, Option<IpAddr>);
+
+fn key(owner: &Owner, address: Option<IpAddr>) -> Key<'_> {
+    match owner {
+        Owner::Apex => (None, "", address),
+        Owner::Name(name) => (Some(name), "", address),
+        Owner::Pattern(name, pattern) => (name.as_ref(), pattern.as_str(), address),
     }
 }
 

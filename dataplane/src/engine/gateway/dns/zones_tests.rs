@@ -284,6 +284,34 @@ fn reverse_lookups_find_local_records_only() {
     assert_eq!(data(&answer), ["host.containers.internal."]);
 }
 
+/// Where each record is compared with each, 64 times as many take thousands of times as long.
+#[test]
+fn adding_and_removing_many_records_takes_as_long_as_they_are_many() {
+    let records = |what: &str, count: usize| {
+        let names: Vec<String> = (0..count).map(|n| format!("{what}{n:05}")).collect();
+        let records: Vec<(&str, &str)> = names.iter().map(|name| (name.as_str(), "10.0.0.1")).collect();
+        zone(Some("a.test"), &records, None)
+    };
+    let takes = |count: usize| {
+        let [there, more] = ["old", "new"].map(|what| records(what, count));
+        let run = |_| {
+            let mut zones = Zones::new();
+            zones.set(there.clone()).unwrap();
+            let more = more.clone();
+            let began = std::time::Instant::now();
+            let merged = zones.merge(more).unwrap();
+            zones.remove_records(there.name.as_ref(), &there.records).unwrap();
+            let took = began.elapsed();
+            assert_eq!(merged.records.len(), 2 * count);
+            assert_eq!(zones.list()[0].records.len(), count);
+            took
+        };
+        (0..7).map(run).min().unwrap()
+    };
+    let (few, many) = (takes(ZONE_RECORDS_MAX / 128), takes(ZONE_RECORDS_MAX / 2));
+    assert!(many < 1_000 * few, "{many:?}, and a 64th of it {few:?}");
+}
+
 #[test]
 fn setting_replaces_merging_prepends_removing_removes() {
     let docker: Name = "docker.internal".parse().unwrap();

@@ -207,6 +207,12 @@ async fn refusals_have_gvproxys_status_and_text() {
         ),
         (
             EXPOSE,
+            expose("192.0.2.77:1", guest, "tcp"),
+            500,
+            "listen tcp 192.0.2.77:1: bind: cannot assign requested address",
+        ),
+        (
+            EXPOSE,
             expose("127.0.0.1:1", guest, "sctp"),
             500,
             "unknown protocol sctp",

@@ -199,6 +199,38 @@ async fn a_guest_exposes_its_own_address_and_sees_and_ends_its_own_forwards_alon
 }
 
 #[tokio::test]
+async fn who_has_a_port_is_told_on_the_services_socket_alone() {
+    let world = World::start().await;
+    let dataplane = world.dataplane("one", v1::Mode::Unspecified).await;
+    dataplane.is_busy("127.0.0.1:9191");
+    let services = of(&world, "one");
+    let body = r#"{"local":"127.0.0.1:9191","remote":"192.168.127.2:80"}"#;
+    let request = format!(
+        "POST {EXPOSE} HTTP/1.1\r\nHost: gateway\r\nContent-Length: {}\r\n\r\n{body}",
+        body.len()
+    );
+    for (origin, remedy) in [
+        (GUEST, "expose another port"),
+        (Origin::Listen, "expose another port"),
+        (
+            Origin::Services,
+            "tcp 127.0.0.1:9191 is taken by nginx (pid 1234)",
+        ),
+    ] {
+        let answer = raw(&services, origin, &request).await;
+        assert!(
+            answer.ends_with("listen tcp 127.0.0.1:9191: bind: address already in use\n"),
+            "{answer}"
+        );
+        assert!(
+            answer.contains(&format!("X-Vnet-Remedy: {remedy}\r\n")),
+            "{answer}"
+        );
+        assert_eq!(answer.contains("nginx"), origin == Origin::Services, "{answer}");
+    }
+}
+
+#[tokio::test]
 async fn what_a_guest_may_not_expose_is_refused_and_touches_no_file() {
     let file = std::env::temp_dir().join(format!("vnet-gv-guest-{}", std::process::id()));
     std::fs::write(&file, "precious").unwrap();
@@ -386,6 +418,60 @@ async fn what_a_guest_exposes_in_mode_ask_waits_for_a_person_and_then_is_open() 
 }
 
 #[tokio::test]
+async fn in_mode_ask_podmans_port_is_the_loopbacks_and_told_so_and_asked_anew_once_it_is_closed() {
+    let world = World::start().await;
+    let _dataplane = world.dataplane("one", v1::Mode::Ask).await;
+    let services = of(&world, "one");
+    let podmans = r#"{"local":":8080","remote":"192.168.127.2:80","protocol":"tcp"}"#;
+    let request = format!(
+        "POST {EXPOSE} HTTP/1.1\r\nHost: gateway\r\nContent-Length: {}\r\n\r\n{podmans}",
+        podmans.len()
+    );
+    let client = world.connection().open().await.unwrap();
+    for _ in 0..2 {
+        let waiting = {
+            let (services, request) = (Arc::clone(&services), request.clone());
+            tokio::spawn(async move { raw(&services, GUEST, &request).await })
+        };
+        let asked = the_request(&world).await;
+        assert_eq!(
+            crate::output::words::target(asked.target.as_ref()),
+            "to open tcp 127.0.0.1:8080 to its port 80"
+        );
+        let approve = crate::client::unary(v1::ApproveRequest {
+            id: asked.id,
+            ..Default::default()
+        });
+        let grant = client
+            .pending()
+            .approve(approve)
+            .await
+            .unwrap()
+            .into_inner()
+            .grant;
+        let answer = waiting.await.unwrap();
+        assert!(answer.starts_with("HTTP/1.1 200 OK\r\n"), "{answer}");
+        assert!(answer.contains("X-Vnet-Listen: 127.0.0.1:8080\r\n"), "{answer}");
+        let forwards = v1::ListForwardsRequest::default();
+        let forwards = client
+            .forwards()
+            .list_forwards(crate::client::unary(forwards))
+            .await
+            .unwrap();
+        let listens: Vec<String> = forwards
+            .into_inner()
+            .forwards
+            .into_iter()
+            .map(|f| f.listen)
+            .collect();
+        assert_eq!(listens, ["127.0.0.1:8080"]);
+        let id = grant.unwrap().id;
+        let revoke = crate::client::unary(v1::RevokeGrantRequest { id });
+        client.grants().revoke_grant(revoke).await.unwrap();
+    }
+}
+
+#[tokio::test]
 async fn a_guest_that_is_refused_is_told_why_with_403() {
     let world = World::start().await;
     let _strict = world.dataplane("strict", v1::Mode::Enforce).await;
@@ -394,8 +480,13 @@ async fn a_guest_that_is_refused_is_told_why_with_403() {
         ("strict", WANTED, "no rule of forwards: allows it"),
         (
             "asks",
+            r#"{"local":"0.0.0.0:8080","remote":":80"}"#,
+            "; under a policy or mode, ask for 127.0.0.1:8080",
+        ),
+        (
+            "strict",
             r#"{"local":":8080","remote":":80"}"#,
-            "0.0.0.0 is not an address of loopback",
+            "tcp 127.0.0.1:8080 is not opened: no rule of forwards: allows it",
         ),
         (
             "asks",

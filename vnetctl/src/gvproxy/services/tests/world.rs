@@ -288,7 +288,17 @@ fn obey(command: v1::Command, busy: &Mutex<HashSet<String>>, zones: &Mutex<Vec<v
                 forward.listen = format!("{address}:40000");
             }
             let protocol = protocol_of(&forward);
-            if busy
+            if forward.listen.starts_with("192.0.2.77:") {
+                ack.error = Some(v1::CommandError {
+                    code: 3,
+                    text: "this host is elsewhere".to_owned(),
+                    listen_error: Some(v1::ListenError {
+                        problem: v1::ListenProblem::NoSuchAddress.into(),
+                        listen: forward.listen,
+                        by_own_forward: false,
+                    }),
+                });
+            } else if busy
                 .lock()
                 .unwrap()
                 .insert(format!("{protocol} {}", forward.listen))
@@ -298,7 +308,12 @@ fn obey(command: v1::Command, busy: &Mutex<HashSet<String>>, zones: &Mutex<Vec<v
                 let listen = &forward.listen;
                 ack.error = Some(v1::CommandError {
                     code: 6,
-                    text: format!("{protocol} {listen} is already in use; close what listens there"),
+                    text: format!("{protocol} {listen} is taken by nginx (pid 1234)"),
+                    listen_error: Some(v1::ListenError {
+                        problem: v1::ListenProblem::InUse.into(),
+                        listen: listen.clone(),
+                        by_own_forward: false,
+                    }),
                 });
             }
         }
@@ -339,6 +354,7 @@ fn obey(command: v1::Command, busy: &Mutex<HashSet<String>>, zones: &Mutex<Vec<v
                 ack.error = Some(v1::CommandError {
                     code: 5,
                     text: format!("zone {} has no such record", wanted.name),
+                    ..Default::default()
                 });
             } else {
                 ack.zone = Some(there.clone());
