@@ -91,6 +91,7 @@ struct ForwardSocket {
     target: SocketAddr,
     keep_client: bool,
     unread: bool,
+    _held: Arc<()>,
 }
 
 /// Asks an upstream a query; the descriptor is given back when it has an end.
@@ -135,6 +136,9 @@ impl Driver {
         let mut taps = Taps::default();
         if let Some(tap) = parts.tap {
             taps.add(tap, &mut engine.transmit);
+        }
+        if let Some(berth) = &parts.berth {
+            berth.settle(parts.vm);
         }
         let driver = Self {
             vm: parts.vm,
@@ -326,7 +330,8 @@ impl Driver {
                     socket,
                     target,
                     keep_client,
-                } => self.take_forward(forward, socket, target, keep_client),
+                    held,
+                } => self.take_forward(forward, socket, target, keep_client, held),
                 Input::IngressClosed { command, forwards } => {
                     for forward in &*forwards {
                         self.forwards.remove(forward);
@@ -345,6 +350,7 @@ impl Driver {
                     }
                 }
                 Input::Link(link) => self.take_link(*link)?,
+                Input::TryLink => self.engine.announce_gateway(),
                 Input::Stop => return Ok(true),
             }
         }
@@ -387,8 +393,9 @@ impl Driver {
         socket: StdUdpSocket,
         target: SocketAddr,
         keep_client: bool,
+        held: Arc<()>,
     ) {
-        // A guest that renews its lease is handed the same socket again.
+        // Its address was another's in between, and it did not come to see it.
         if self.forwards.contains_key(&forward) {
             return;
         }
@@ -405,6 +412,7 @@ impl Driver {
                     target,
                     keep_client,
                     unread: false,
+                    _held: held,
                 };
                 self.forwards.insert(forward, socket);
             }
@@ -540,6 +548,19 @@ impl Driver {
     }
 
     fn read_forward(&mut self, now: Time, id: ForwardId) -> bool {
+        let Some(target) = self.forwards.get(&id).map(|forward| forward.target) else {
+            return false;
+        };
+        if self.network.guest_at(target.ip()) != Some(self.vm) {
+            // Its address is another guest's now, or nobody's: who has it reads the socket, also what comes from
+            // clients that were this guest's.
+            if let Some(mut forward) = self.forwards.remove(&id) {
+                // Its other copies keep the socket open, and the poller would go on with it.
+                let _ = self.poll.registry().deregister(&mut forward.socket);
+            }
+            self.engine.close_forwards(now, &[id]);
+            return false;
+        }
         for _ in 0..DATAGRAMS_A_TURN {
             if !self.engine.transmit.has_room(ROOM_TO_READ) {
                 return true;
@@ -549,18 +570,9 @@ impl Driver {
             };
             match forward.socket.recv_from(&mut self.scratch) {
                 Ok((length, client)) => {
-                    let target = forward.target;
                     let shown = forward.keep_client.then_some(client);
                     let at = match self.clients.get(&(id, client)) {
                         Some(at) => *at,
-                        None if self.network.guest_at(target.ip()) != Some(self.vm) => {
-                            // Its address is another guest's now, or nobody's: who has it reads the socket.
-                            if let Some(mut forward) = self.forwards.remove(&id) {
-                                // Its other copies keep the socket open, and the poller would go on with it.
-                                let _ = self.poll.registry().deregister(&mut forward.socket);
-                            }
-                            return false;
-                        }
                         None => {
                             let Some(at) = self.engine.open_ingress_udp(now, id, target, shown) else {
                                 continue;

@@ -60,6 +60,10 @@ pub trait Router: Send + Sync {
 
     /// The guest whose link an address of the network is bound to.
     fn guest_at(&self, address: IpAddr) -> Option<VmId>;
+
+    /// Whether every guest there is reaches every other: none is under a policy or a mode. One of which that is not
+    /// known yet is.
+    fn is_open(&self) -> bool;
 }
 
 /// A port or a Unix socket of the host that leads into a guest.
@@ -621,6 +625,8 @@ pub enum Input {
         target: SocketAddr,
         /// The guest is to see its clients where that can be, rather than the gateway.
         keep_client: bool,
+        /// Kept with the socket: while it is there, the guest is not handed another.
+        held: Arc<()>,
     },
     /// Forwards are closed: cut their flows. Answer with [`Report::Done`].
     IngressClosed {
@@ -646,6 +652,8 @@ pub enum Input {
     Capture(crate::capture::Tap),
     /// The guest's hypervisor is back, over this link; some of its frames may have been read already.
     Link(Box<Link>),
+    /// Send the guest something, so that a link without another side shows that it is over.
+    TryLink,
     /// End the driver; its link closes.
     Stop,
 }

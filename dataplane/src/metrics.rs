@@ -169,7 +169,7 @@ labels! {
     FrontRefusal {
         /// As many waited already as may, or its message was too long.
         Full = "full",
-        /// The other side is gone, or the system refused.
+        /// The channel or its other side is gone, or the system refused.
         Send = "send",
         /// What came was no message, or not one for this side.
         Malformed = "malformed",
@@ -201,6 +201,8 @@ labels! {
         Browser = "browser",
         /// Its tunnel has no address and port.
         Tunnel = "tunnel",
+        /// Its tunnel would pass by the policy or mode of a guest.
+        Policy = "policy",
         /// It asked for what nobody here serves.
         NotFound = "not_found",
         /// It could not be handed to the front.
@@ -249,6 +251,8 @@ labels! {
         Unnamed = "unnamed",
         /// It sent what is no frame before it was known whose it is.
         Unknown = "unknown",
+        /// A further link of a VM that has one on that socket.
+        Further = "further",
         /// The system had no descriptor, thread or memory for it.
         System = "system",
     }

@@ -125,8 +125,9 @@ struct Guests {
 }
 
 struct Guest {
-    /// Unbounded: what comes in are answers to the guest's own misses and queries, which are bounded, the
-    /// ends of its flows with other guests, of which each has one, and orders, none of which may be lost.
+    /// Unbounded: what comes in are answers to the guest's own misses and queries, which are bounded, as are
+    /// connections that wait for it, the sockets of forwards, each of which it has once, the ends of its flows with
+    /// other guests, of which each has one, and orders, none of which may be lost.
     inputs: InputSender<Input>,
     waker: Arc<Waker>,
     inbox: Arc<Inbox>,
@@ -643,6 +644,7 @@ impl Surroundings for Network {
             ("network_link_handshake", links.of(LinkRefusal::Handshake).get()),
             ("network_link_unnamed", links.of(LinkRefusal::Unnamed).get()),
             ("network_link_unknown", links.of(LinkRefusal::Unknown).get()),
+            ("network_link_further", links.of(LinkRefusal::Further).get()),
             ("network_link_system", links.of(LinkRefusal::System).get()),
             ("network_link_back", metrics.links_back.get()),
             ("network_link_given_up", metrics.links_given_up.get()),
@@ -697,6 +699,12 @@ impl Router for Network {
             IpAddr::V4(v4) => self.lock_leases().owner(v4),
             IpAddr::V6(v6) => self.lock_claims().holder(v6).map(|(vm, _)| vm),
         }
+    }
+
+    fn is_open(&self) -> bool {
+        let guests = self.read_guests();
+        let mut all = guests.by_vm.values();
+        all.all(|guest| guest.switch_open.load(Ordering::Relaxed))
     }
 }
 
@@ -872,6 +880,11 @@ pub(crate) mod tests {
             runtime,
             reports,
         )
+    }
+
+    /// Takes all addresses from a guest.
+    pub(crate) fn release(network: &Network, vm: VmId) {
+        network.lock_leases().release_vm(vm);
     }
 
     pub(crate) fn counter(network: &Network, wanted: &str) -> u64 {

@@ -174,8 +174,12 @@ fn tunnels_reach_a_server_in_the_guest_and_pass_on_that_one_side_has_finished() 
             );
             assert_eq!(outside, "OK", "only guests are reached");
 
-            world.vnetctl(&["vm", "mode", "web", "quarantine"]);
-            eventually("quarantine closes tunnels", || talk(7000, 10) == "OK");
+            for mode in ["enforce", "quarantine"] {
+                world.vnetctl(&["vm", "mode", "web", mode]);
+                eventually("a mode closes tunnels", || {
+                    talk(7000, 10).starts_with("HTTP/1.1 403 Forbidden\r\n")
+                });
+            }
         },
     );
 }

@@ -95,7 +95,11 @@ fn five_thousand_udp_ports_touched_once_stay_bounded() {
         let before_and_other = 200;
         let most = descriptors(world);
         assert!(most > 1_000, "the ports were touched: {most}");
-        assert!(most <= 4_096 + before_and_other, "{most} descriptors");
+        // Those that made way in a turn of the guest's thread are closed at its end.
+        assert!(most <= 2 * 4_096, "{most} descriptors");
+        eventually("no more are open than may be", || {
+            descriptors(world) <= 4_096 + before_and_other
+        });
         world.file("go", "");
         running.prints("this is 203.0.113.10:80 at /");
         assert_eq!(server.connections(), 1);

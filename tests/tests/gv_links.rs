@@ -355,6 +355,8 @@ fn it_ends_at_once_beside_an_idle_client_and_a_busy_one() {
         for socket in &sockets {
             assert!(!socket.exists(), "{} is left", socket.display());
         }
+        // It had sent on until the end: none came in behind those that were told to end.
+        eventually("no VM is left", || world.list(&["vm", "list"]).is_empty());
         busy.signal(Signal::SIGKILL);
     });
 }

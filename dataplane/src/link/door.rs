@@ -8,19 +8,24 @@
 //! is away that is under a policy or a mode it waits: it may be that one with another MAC address, and what holds it
 //! goes by its name.
 //!
+//! Over vsock the system says which VM it is that connects. Its guest that is away is then its own, whatever its MAC
+//! address, and nobody else's; if that address is another, the one that is away ends, and the other has its name. A
+//! further link of a VM whose guest is there is turned away.
+//!
 //! Nobody waits for who says nothing: those who have yet to speak are watched together by one thread, which is there
 //! while there are any. While nobody is away, a guest need not speak to be let in.
 
 use std::collections::BTreeMap;
 use std::io;
-use std::sync::Arc;
+use std::sync::{Arc, MutexGuard};
 use std::thread;
 use std::time::Duration;
 
 use mio::{Events, Poll, Token, Waker};
 
 use crate::engine::Time;
-use crate::link::serve::{Entrance, GUESTS_MAX};
+use crate::link::listen::Cid;
+use crate::link::serve::{Entrance, GUESTS_MAX, Occupant, Places};
 use crate::link::{First, Link, LinkError};
 use crate::metrics::LinkRefusal;
 
@@ -38,7 +43,7 @@ const EVENTS_A_TURN: usize = 64;
 /// Those who have yet to come before the door's thread.
 #[derive(Default)]
 pub(super) struct Lobby {
-    arrivals: Vec<Link>,
+    arrivals: Vec<(Link, Option<Cid>)>,
     /// Those who are before it, arrivals included.
     undecided: usize,
     /// Wakes the thread, while there is one.
@@ -55,8 +60,8 @@ impl Lobby {
     }
 }
 
-/// Brings a link before the door. At once.
-pub(super) fn enter(entrance: &Arc<Entrance>, link: Link) {
+/// Brings a link before the door, of this VM where it is known. At once.
+pub(super) fn enter(entrance: &Arc<Entrance>, link: Link, from: Option<Cid>) {
     let mut places = entrance.lock();
     let lobby = &mut places.lobby;
     if lobby.undecided >= UNDECIDED_MAX {
@@ -75,7 +80,7 @@ pub(super) fn enter(entrance: &Arc<Entrance>, link: Link) {
         }
     }
     lobby.undecided += 1;
-    lobby.arrivals.push(link);
+    lobby.arrivals.push((link, from));
     lobby.stir();
 }
 
@@ -91,8 +96,13 @@ struct Door {
 /// A link of which it is not known whose it is.
 struct Visitor {
     link: Link,
+    /// The VM, where it is known.
+    from: Option<Cid>,
+    /// The place that this VM had last.
+    wish: Option<usize>,
     readable: bool,
     first: First,
+    came: Time,
     /// When it came, or spoke.
     since: Time,
 }
@@ -103,6 +113,8 @@ enum Decision {
     Back,
     /// It is another.
     Other,
+    /// It is a further one of a VM that is there.
+    Further(Cid),
     /// Nothing yet; at the latest then.
     Stay(Option<Time>),
 }
@@ -174,7 +186,7 @@ impl Door {
             std::mem::take(&mut lobby.arrivals)
         };
         let now = self.entrance.network().now();
-        for mut link in arrivals {
+        for (mut link, from) in arrivals {
             let waker = self.entrance.lock().lobby.waker.clone();
             let registered = waker
                 .ok_or_else(|| io::ErrorKind::NotConnected.into())
@@ -186,8 +198,11 @@ impl Door {
             }
             let visitor = Visitor {
                 link,
+                from,
+                wish: None,
                 readable: true,
                 first: First::Nobody,
+                came: now,
                 since: now,
             };
             self.visitors.insert(self.next, visitor);
@@ -221,37 +236,50 @@ impl Door {
                 self.leave();
                 continue;
             }
-            let decision = self.judge(&visitor);
+            let decision = self.judge(&mut visitor);
             if let Decision::Stay(at) = decision {
                 until = [until, at].into_iter().flatten().min();
                 self.visitors.insert(token, visitor);
                 continue;
             }
             self.leave();
-            let Visitor { mut link, first, .. } = visitor;
+            if let Decision::Further(cid) = decision {
+                self.entrance.refuse_further(cid);
+                continue;
+            }
+            let Visitor {
+                mut link,
+                from,
+                wish,
+                first,
+                ..
+            } = visitor;
             if let Err(error) = link.deregister(self.poll.registry()) {
                 self.entrance.refuse(LinkRefusal::System, &error);
                 continue;
             }
             let link = match (decision, first) {
                 // Another may have been that guest meanwhile, or its time be over.
-                (Decision::Back, First::Station(mac)) => self.entrance.bring_back(mac, link),
+                (Decision::Back, First::Station(mac)) => self.entrance.bring_back(mac, from, link),
                 _ => Some(link),
             };
             if let Some(link) = link {
-                self.entrance.seat(link);
+                self.entrance.seat(link, from, wish);
             }
         }
         until
     }
 
-    fn judge(&self, visitor: &Visitor) -> Decision {
+    fn judge(&self, visitor: &mut Visitor) -> Decision {
         let network = self.entrance.network();
         let now = network.now();
         let noticed_at = visitor.since + NOTICE;
         let places = self.entrance.lock();
+        if let Some(cid) = visitor.from {
+            return self.judge_known(places, visitor, cid, now);
+        }
         match visitor.first {
-            First::Station(mac) if places.is_away(mac) => Decision::Back,
+            First::Station(mac) if places.is_away(mac, None) => Decision::Back,
             // A name is about to be free.
             _ if places.is_anybody_leaving() => Decision::Stay(None),
             First::Station(mac) if now < noticed_at && network.has_station(mac) => {
@@ -267,6 +295,39 @@ impl Door {
                 } else {
                     Decision::Other
                 }
+            }
+        }
+    }
+}
+
+impl Door {
+    /// One of which it is known whose VM it is.
+    fn judge_known(
+        &self,
+        places: MutexGuard<'_, Places>,
+        visitor: &mut Visitor,
+        cid: Cid,
+        now: Time,
+    ) -> Decision {
+        let Some((number, own)) = places.of(cid) else {
+            return Decision::Other;
+        };
+        drop(places);
+        visitor.wish = Some(number);
+        match (own, visitor.first) {
+            (Occupant::Away { mac, .. }, First::Station(own)) if own == mac => Decision::Back,
+            (Occupant::Away { .. }, First::Station(_) | First::Unknown) => {
+                self.entrance.end_away(cid);
+                Decision::Stay(None)
+            }
+            (Occupant::Away { .. }, First::Nobody) | (Occupant::Leaving, _) => Decision::Stay(None),
+            (Occupant::Arriving | Occupant::Guest, _) => {
+                let noticed_at = visitor.came + NOTICE;
+                if now >= noticed_at {
+                    return Decision::Further(cid);
+                }
+                self.entrance.try_link(cid);
+                Decision::Stay(Some(noticed_at))
             }
         }
     }

@@ -21,6 +21,7 @@ use std::time::{Duration, Instant};
 
 use crate::engine::frame::ETHERNET_BYTES;
 use crate::link::Link;
+use crate::link::listen::Cid;
 use crate::link::serve::Entrance;
 use crate::link::stream::{StreamKind, StreamLink, StreamSocket};
 use crate::mac::Mac;
@@ -78,7 +79,7 @@ impl Handshakes {
     }
 
     /// Begins one; who completes it is let in. Returns at once.
-    pub(super) fn begin(&self, entrance: &Arc<Entrance>, mut socket: StreamSocket) {
+    pub(super) fn begin(&self, entrance: &Arc<Entrance>, mut socket: StreamSocket, from: Option<Cid>) {
         let Some(place) = Place::take(&self.under_way) else {
             entrance.refuse(
                 LinkRefusal::Limit,
@@ -86,7 +87,9 @@ impl Handshakes {
             );
             return;
         };
-        let Some(admission) = entrance.admit() else { return };
+        let Some(admission) = entrance.admit(from) else {
+            return;
+        };
         let (answers, patience) = (Arc::clone(&self.answers), self.patience);
         let own = Arc::clone(entrance);
         let thread = thread::Builder::new()

@@ -7,6 +7,7 @@ use std::sync::atomic::AtomicUsize;
 use super::*;
 use crate::egress::stream::HostStream;
 use crate::link::door::UNDECIDED_MAX;
+use crate::link::listen::Cid;
 use crate::message::{FlowEnd, Ingress, Input, Order, Origin, Router as _, Settings, Waiting};
 use crate::requests::Entrance as _;
 
@@ -49,7 +50,7 @@ fn sockets(rig: &Rig) -> Vec<(&'static str, Dial, Vec<SocketFile>)> {
             // The first frame was read with the request.
             let (here, there) = UnixStream::pair().unwrap();
             let wire = Stream::new(there, StreamKind::Connect);
-            entrance.attach(HostStream::from(here), &wire.frame(first));
+            entrance.attach(HostStream::from(here), None, &wire.frame(first));
             Box::new(wire)
         }),
         Vec::new(),
@@ -103,6 +104,13 @@ fn sockets(rig: &Rig) -> Vec<(&'static str, Dial, Vec<SocketFile>)> {
 fn qemu(rig: &Rig) -> (Dial, SocketFile) {
     let (_, dial, mut files) = sockets(rig).swap_remove(0);
     (dial, files.remove(0))
+}
+
+/// A guest that has been let in, and so told of.
+fn answered(dial: &Dial, number: u8) -> Box<dyn Wire> {
+    let mut wire = dial(&asker(number).question());
+    asker(number).is_answered(&mut *wire);
+    wire
 }
 
 /// A connection from the host into a guest, and the guest's end of it.
@@ -310,10 +318,7 @@ fn another_guest_has_the_name_of_the_one_that_is_away_which_ends_first() {
 fn beside_other_guests_another_has_a_name_of_its_own_and_ends_nobody() {
     let mut rig = kept("beside", LONG);
     let (dial, _file) = qemu(&rig);
-    let mut wires: Vec<_> = [2, 3].map(|n| dial(&asker(n).question())).into();
-    for (number, wire) in (2..).zip(&mut wires) {
-        asker(number).is_answered(&mut **wire);
-    }
+    let mut wires: Vec<_> = [2, 3].map(|number| answered(&dial, number)).into();
     let mut talk = Talk::open(&rig, asker(3), &mut *wires[1]);
     assert_eq!(rig.comings(), ["up web", "up web-2"]);
     rig.open_all();
@@ -336,10 +341,7 @@ fn who_is_under_a_policy_sheds_no_name_by_coming_back_with_another_address() {
     let grace = Duration::from_millis(700);
     let mut rig = kept("shed", grace);
     let (dial, _file) = qemu(&rig);
-    let mut wires: Vec<_> = [2, 3].map(|n| dial(&asker(n).question())).into();
-    for (number, wire) in (2..).zip(&mut wires) {
-        asker(number).is_answered(&mut **wire);
-    }
+    let mut wires: Vec<_> = [2, 3].map(|number| answered(&dial, number)).into();
     assert_eq!(rig.comings(), ["up web", "up web-2"]);
     drop(wires.remove(0));
     rig.attached(false);
@@ -458,6 +460,8 @@ fn who_says_nothing_keeps_nobody_from_coming_back_nor_from_coming() {
             _ => None,
         });
     }
+    // Each tells of itself.
+    names.sort_unstable();
     assert_eq!(names, ["web-3", "web-4", "web-5"]);
 }
 
@@ -523,8 +527,11 @@ fn those_away_end_at_once_with_the_network_and_nobody_comes_in_their_place() {
     rig.network.stop();
     rig.next_down();
     assert!(began.elapsed() < MOMENT, "{:?}", began.elapsed());
-    let _late = dial(&asker(2).question());
-    std::thread::sleep(Duration::from_millis(700));
+    // Who comes now is closed at once, perhaps before it has spoken.
+    let mut late = UnixStream::connect(rig.path("qemu")).unwrap();
+    late.set_read_timeout(Some(PATIENCE)).unwrap();
+    let _ = late.write_all(&asker(2).question());
+    assert!(matches!(late.read(&mut [0; 1]), Ok(0) | Err(_)));
     assert_eq!(rig.comings(), Vec::<String>::new());
 }
 
@@ -542,4 +549,102 @@ fn a_guest_without_a_link_keeps_its_address_and_its_hardware_address() {
     let mut back = dial(&asker(2).question());
     asker(2).is_answered(&mut *back);
     assert_eq!(rig.network.guest_at(IpAddr::V4(asker(2).address)), owner);
+}
+
+/// A link over `--listen` from this VM, over which this frame has gone already.
+fn dial_from(entrance: &Arc<Entrance>, cid: u32, first: &[u8]) -> Stream {
+    let (here, there) = UnixStream::pair().unwrap();
+    let wire = Stream::new(there, StreamKind::Connect);
+    entrance.attach(HostStream::from(here), Some(Cid(cid)), &wire.frame(first));
+    wire
+}
+
+#[test]
+fn a_vm_known_by_its_number_is_one_guest_and_has_one_name() {
+    for grace in [Duration::ZERO, LONG] {
+        let mut rig = kept("one", grace);
+        let entrance = Entrance::new(&rig.network, spec());
+        let mut wire = dial_from(&entrance, 3, &asker(2).question());
+        asker(2).is_answered(&mut wire);
+        // Of another address too: it would be another name.
+        let began = Instant::now();
+        for (refused, number) in (1..).zip([2, 4]) {
+            let mut further = dial_from(&entrance, 3, &asker(number).question());
+            rig.counts("network_link_further", refused);
+            assert!(matches!(further.socket.read(&mut [0; 1]), Ok(0) | Err(_)));
+        }
+        assert!(began.elapsed() < MOMENT, "{:?}", began.elapsed());
+        if !grace.is_zero() {
+            // The first was sent something: if nobody had been there any more, it would be over.
+            assert_eq!(wire.receive()[12..22], [8, 6, 0, 1, 8, 0, 6, 4, 0, 2]);
+        }
+        asker(2).is_answered(&mut wire);
+        assert_eq!(rig.comings(), ["up web"]);
+        // Another VM is let in at once.
+        let mut other = dial_from(&entrance, 4, &asker(3).question());
+        asker(3).is_answered(&mut other);
+        assert_eq!(rig.comings(), ["up web-2"]);
+    }
+}
+
+#[test]
+fn a_network_is_open_while_nothing_is_said_of_any_guest_and_it_is_known() {
+    let rig = kept("open", LONG);
+    assert!(rig.network.is_open(), "nobody is there");
+    let (dial, _file) = qemu(&rig);
+    let _wires = [2, 3].map(|number| answered(&dial, number));
+    assert!(!rig.network.is_open());
+    rig.open_all();
+    assert!(rig.network.is_open());
+    let second = rig.network.guest_at(IpAddr::V4(asker(3).address)).unwrap();
+    let settings = Settings::unsaid("web-2".to_owned(), LONG, LONG);
+    rig.network.send(second, Input::Order(Order::Settings(settings)));
+    assert!(!rig.network.is_open());
+}
+
+#[test]
+fn of_many_links_that_a_vm_dials_at_once_one_is_let_in() {
+    let mut rig = kept("many", LONG);
+    let entrance = Entrance::new(&rig.network, spec());
+    let wires: Vec<Stream> = std::thread::scope(|scope| {
+        let dialling: Vec<_> = (0..20)
+            .map(|_| scope.spawn(|| dial_from(&entrance, 3, &asker(2).question())))
+            .collect();
+        dialling
+            .into_iter()
+            .map(|thread| thread.join().unwrap())
+            .collect()
+    });
+    rig.counts("network_link_further", 19);
+    assert_eq!(rig.comings(), ["up web"]);
+    drop(wires);
+}
+
+#[test]
+fn nobody_is_a_guest_that_is_away_but_its_own_vm() {
+    let mut rig = kept("own", LONG);
+    let entrance = Entrance::new(&rig.network, spec());
+    let mut wire = dial_from(&entrance, 3, &asker(2).question());
+    asker(2).is_answered(&mut wire);
+    let mut second = dial_from(&entrance, 4, &asker(3).question());
+    asker(3).is_answered(&mut second);
+    let mut talk = Talk::open(&rig, asker(2), &mut wire);
+    assert_eq!(rig.comings(), ["up web", "up web-2"]);
+    drop(wire);
+    rig.attached(false);
+    // It speaks as the one that is away.
+    let _thief = dial_from(&entrance, 5, &asker(2).question());
+    assert_eq!(rig.next_up().0, "web-3");
+    rig.dropped("spoofed_mac", 1);
+    let mut back = dial_from(&entrance, 3, &asker(2).question());
+    talk.say(&mut back, b"here still");
+    assert_eq!(counter(&rig.network, "network_link_back"), 1);
+    // With another address it has the same name, though it is under a policy and not alone, and nothing else.
+    drop(back);
+    rig.attached(false);
+    let mut changed = dial_from(&entrance, 3, &asker(4).question());
+    asker(4).is_answered(&mut changed);
+    talk.is_over();
+    let closed = format!("closed {:?}", FlowEnd::VmDown);
+    assert_eq!(rig.comings(), [closed.as_str(), "down", "up web"]);
 }

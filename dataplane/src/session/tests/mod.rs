@@ -103,6 +103,10 @@ impl Router for Recorder {
     fn guest_at(&self, _address: IpAddr) -> Option<VmId> {
         None
     }
+
+    fn is_open(&self) -> bool {
+        false
+    }
 }
 
 /// Zones without lookups.

@@ -153,8 +153,12 @@ async fn run(prepared: Prepared, started_as: &mut Option<Dataplane>) -> Result<(
     let notifier = Notifier::start(config.notification.clone());
     let command = command_line(&connection);
     let mut watch = Watch::start(connection, name, command.clone(), notifier.clone());
-    notifier.tell(Notification::new(Kind::Ready));
-    tracing::info!(vm, "what is held is listed by: {command} pending list");
+    let watching = async {
+        watch.begin().await;
+        notifier.tell(Notification::new(Kind::Ready));
+        tracing::info!(vm, "what is held is listed by: {command} pending list");
+        watch.follow().await
+    };
     tokio::select! {
         error = dataplane.ended() => match error {
             // The guest of standard input is gone, and no other can come.
@@ -167,7 +171,7 @@ async fn run(prepared: Prepared, started_as: &mut Option<Dataplane>) -> Result<(
             Ok(Ok(never)) => match never {},
             Err(error) => error.to_string(),
         })),
-        never = watch.follow() => match never {},
+        never = watching => match never {},
     }
 }
 

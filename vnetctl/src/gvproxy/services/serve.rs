@@ -48,7 +48,7 @@ where
     if let Some(limits) = limits(services, &origin) {
         let head = tokio::time::timeout(READ_PATIENCE, read_head(&mut stream, &mut read)).await;
         match head {
-            Ok(Ok(Some(Tunnel { target, head_bytes }))) => {
+            Ok(Ok(Some(Tunnel { target, head_bytes }))) if route::may_tunnel(services, &origin).await => {
                 drop(permit);
                 let Ok(_permit) = limits.tunnels.try_acquire() else {
                     let _ = tokio::time::timeout(READ_PATIENCE, stream.write_all(TOO_MANY)).await;
@@ -57,7 +57,8 @@ where
                 let tunnels = services.tunnels.as_ref();
                 return tunnel::serve(stream, &read[head_bytes..], target, tunnels).await;
             }
-            Ok(Ok(None)) => {}
+            // Why there is no tunnel is answered as to any request.
+            Ok(Ok(_)) => {}
             // It ended, or nothing came.
             Ok(Err(_)) | Err(_) => return,
         }
