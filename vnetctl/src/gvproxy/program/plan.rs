@@ -355,8 +355,6 @@ log-level: warning
 interfaces:
   qemu: tcp://127.0.0.1:9000
   vfkit: unixgram:///run/vfkit.sock
-  bess: unixpacket:///run/bess.sock
-  vpnkit: unix:///run/vpnkit.sock
   stdio: accept
 pid-file: /run/gv.pid
 log-file: /run/gv.log
@@ -404,7 +402,7 @@ stack:
     fn a_whole_file_becomes_what_it_says() {
         let host = Host {
             search_domains: &["lan".parse().unwrap()],
-            exists: &|_| Ok(true),
+            exists: &|_| Ok(false),
         };
         let flags = Flags::parse(["-config", "f.yaml"].map(OsString::from)).unwrap();
         let (file, _) = FileConfig::parse("f.yaml", WHOLE, true).unwrap();
@@ -439,8 +437,6 @@ stack:
             vm: some("web"),
             listen_qemu: texts(&["tcp://127.0.0.1:9000"]),
             listen_vfkit: texts(&["unixgram:///run/vfkit.sock"]),
-            listen_bess: texts(&["unixpacket:///run/bess.sock"]),
-            listen_vpnkit: texts(&["unix:///run/vpnkit.sock"]),
             listen_stdio: texts(&["accept"]),
             listen: texts(&["unix:///run/api.sock", "tcp://127.0.0.1:8080", "vsock://:1024"]),
             mtu: some("4000"),
@@ -519,6 +515,30 @@ stack:
             config.notification.as_deref(),
             Some(Path::new("/run/notices.sock"))
         );
+    }
+
+    #[test]
+    fn each_socket_is_a_flag_of_its_own() {
+        // The peer's file may name one of these three.
+        let listens = |interface: &str| {
+            let file = format!("interfaces: {{{interface}, vfkit: \"unixgram:///v\"}}");
+            let args = planned("-config f.yaml", &file, &Own::default()).unwrap().args;
+            assert_eq!(args.listen_vfkit, ["unixgram:///v"]);
+            [
+                args.listen_qemu,
+                args.listen_bess,
+                args.listen_vpnkit,
+                args.listen_stdio,
+            ]
+            .map(|flags| flags.join(" "))
+        };
+        assert_eq!(listens(r#"qemu: "unix:///q""#), ["unix:///q", "", "", ""]);
+        assert_eq!(
+            listens(r#"bess: "unixpacket:///b""#),
+            ["", "unixpacket:///b", "", ""]
+        );
+        assert_eq!(listens(r#"vpnkit: "unix:///k""#), ["", "", "unix:///k", ""]);
+        assert_eq!(listens("stdio: accept"), ["", "", "", "accept"]);
     }
 
     #[test]
