@@ -4,7 +4,7 @@
 
 use std::fmt::Write as _;
 use std::fs;
-use std::net::{Ipv4Addr, SocketAddr, TcpListener};
+use std::net::{Ipv4Addr, SocketAddr};
 use std::os::unix::fs::{PermissionsExt as _, chown};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -43,8 +43,7 @@ impl Sshd {
         } else {
             User::from_uid(getuid()).expect("users").expect("this user")
         };
-        let free = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).expect("a port");
-        let address = free.local_addr().expect("its number");
+        let address = own_address(number);
         let sshd = Self {
             directory,
             address,
@@ -97,7 +96,6 @@ impl Sshd {
         command.arg("-D").arg("-f").arg(self.path("config"));
         command.arg("-E").arg(self.path("log")).stdin(Stdio::null());
         self.running = Some(command.spawn().expect("sshd"));
-        // Its port may be open for a moment in a process that another test is just starting.
         eventually("sshd listens", || self.log().contains("Server listening on"));
     }
 
@@ -181,6 +179,16 @@ impl Sshd {
             chown(path, Some(self.user.uid.as_raw()), Some(self.user.gid.as_raw())).expect("chown");
         }
     }
+}
+
+/// An address that is nobody else's, whoever looks for a free port and whenever this sshd is started again: of loopback,
+/// all of which is Linux's own, by this process's id, with a port that no connection is given.
+fn own_address(number: u32) -> SocketAddr {
+    // An id has 22 bits at most.
+    let [_, high, middle, low] = std::process::id().to_be_bytes();
+    let port = 2_200 + u16::try_from(number).expect("a few in a process");
+    // Not 127.0, where everybody else is.
+    (Ipv4Addr::new(127, 64 + high % 64, middle, low), port).into()
 }
 
 impl Default for Sshd {

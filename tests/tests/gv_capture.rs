@@ -93,6 +93,41 @@ fn a_file_of_gvproxy_shows_what_its_guest_said_and_heard() {
 }
 
 #[test]
+fn what_guests_say_to_each_other_is_captured_at_both() {
+    staged(what_guests_say_to_each_other_is_captured_at_both, |world| {
+        let file = world.work().join("both.pcapng");
+        let other = world.runtime_dir().join("db.sock");
+        let url = format!("unix://{}?name=db", other.display());
+        let (up, socket) = world.up(&["--listen-qemu", &url, "--pcap", &file.display().to_string()]);
+        let mut db = world.load();
+        db.args(["guest", "--address", "192.168.127.3/24", "--socket"])
+            .arg(other)
+            .args(["--", "sh", "-c", "ping -c 1 -W 5 192.168.127.1; exec sleep 60"]);
+        let mut db = Running::start(db);
+        db.prints("1 received");
+        let pinged = guest(
+            world,
+            Path::new(&socket),
+            &["ping", "-c", "1", "-W", "5", "192.168.127.3"],
+        );
+        assert_eq!(pinged.wait().code, 0);
+        up.signal(Signal::SIGTERM);
+        assert_eq!(up.wait().code, 0);
+        drop(db);
+
+        let fields = ["-T", "fields", "-e", "frame.interface_name", "-e", "icmp.type"];
+        let between = [
+            "-Y",
+            "icmp && ip.addr == 192.168.127.2 && ip.addr == 192.168.127.3",
+        ];
+        let shown = tshark(world, &file, &[&between[..], &fields].concat());
+        let mut shown: Vec<&str> = shown.lines().collect();
+        shown.sort_unstable();
+        assert_eq!(shown, ["db\t0", "db\t8", "web\t0", "web\t8"]);
+    });
+}
+
+#[test]
 fn a_capture_that_nobody_reads_any_more_ends_and_the_network_goes_on() {
     staged(
         a_capture_that_nobody_reads_any_more_ends_and_the_network_goes_on,

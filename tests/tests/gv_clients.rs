@@ -1,11 +1,13 @@
-//! ssh, scp and git through `gvproxy`, each with a real sshd at its other end: into the guest by the port of
-//! `-ssh-port`, and out of it.
+//! ssh, scp, git and curl through `gvproxy`, each with a real sshd at its other end: into the guest by the port of
+//! `-ssh-port` and by `-forward-sock`, and out of it.
 #![cfg(target_os = "linux")]
 
 use std::fs;
+use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
+use nix::sys::signal::Signal;
 use vnet_tests::servers::inside;
 use vnet_tests::{Ended, Running, World, eventually, staged};
 
@@ -178,5 +180,73 @@ fn ssh_scp_and_git_of_the_guest_reach_the_internet() {
             "{ended:?}"
         );
         eventually("no flow is left", || world.list(&["flows", "list"]).is_empty());
+    });
+}
+
+/// A socket in the guest, as of podman's API.
+const API: &str = "\
+import http.server, socketserver, sys
+class Api(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        body = f'the guest has {self.path}\\n'.encode()
+        self.send_response(200)
+        self.send_header('Content-Length', str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+    def log_message(self, *_):
+        pass
+class Server(socketserver.ThreadingMixIn, socketserver.UnixStreamServer):
+    daemon_threads = True
+    request_queue_size = 64
+Server(sys.argv[1], Api).serve_forever()
+";
+
+#[test]
+fn a_socket_of_the_guest_is_one_of_the_host_for_curl() {
+    staged(a_socket_of_the_guest_is_one_of_the_host_for_curl, |world| {
+        let keys = Keys::make(world);
+        world.file("api.py", API);
+        let [vm, ours] = ["vm.sock", "ours.sock"].map(|name| world.runtime_dir().join(name));
+        let theirs = world.work().join("theirs.sock");
+        let shown = |path: &Path| path.display().to_string();
+        let mut gvproxy = Running::start(world.gvproxy(&[
+            "-ssh-port",
+            "-1",
+            "-listen-qemu",
+            &format!("unix://{}", vm.display()),
+            "-forward-sock",
+            &shown(&ours),
+            "-forward-dest",
+            &shown(&theirs),
+            "-forward-user",
+            "someone",
+            "-forward-identity",
+            &shown(&keys.own),
+        ]));
+        gvproxy.complains("waiting for clients");
+        eventually("its socket is there", || ours.exists());
+        assert_eq!(fs::metadata(&ours).unwrap().permissions().mode() & 0o777, 0o600);
+        let curl = |path: &str| {
+            let mut curl = world.program("curl");
+            curl.args(["-sS", "-m", "25", "--unix-socket"]).arg(&ours);
+            curl.arg(format!("http://d{path}"));
+            Running::start(curl)
+        };
+        let script = "ping -c 1 -W 5 192.168.127.1 >/dev/null; python3 api.py theirs.sock & exec ./sshd.sh";
+        let mut sshd = guest(world, &vm, script);
+        sshd.complains("Server listening on 0.0.0.0 port 22");
+        eventually("the guest serves", || theirs.exists());
+
+        let listed = curl("/containers/json").wait();
+        assert_eq!(listed.stdout, "the guest has /containers/json\n", "{listed:?}");
+        let many: Vec<Running> = (0..16).map(|number| curl(&format!("/{number}"))).collect();
+        for (number, one) in many.into_iter().enumerate() {
+            let ended = one.wait();
+            assert_eq!(ended.stdout, format!("the guest has /{number}\n"), "{ended:?}");
+        }
+
+        gvproxy.signal(Signal::SIGTERM);
+        assert_eq!(gvproxy.wait().code, 0);
+        assert!(!ours.exists() && theirs.exists(), "only the host's is removed");
     });
 }

@@ -312,6 +312,45 @@ fn what_podman_cannot_type_comes_from_ones_own_file_or_from_variables() {
 }
 
 #[test]
+fn debug_is_said_where_it_is_asked_for_and_nowhere_else() {
+    staged(debug_is_said_where_it_is_asked_for_and_nowhere_else, |world| {
+        let socket = world.runtime_dir().join("q.sock");
+        let url = format!("unix://{}", socket.display());
+        let config = |name: &str, more: &str| {
+            let file = format!("log-level: warning\ninterfaces: {{qemu: \"{url}\"}}\n{more}");
+            text(&world.file(name, &file))
+        };
+        let (quiet, loud) = (
+            config("quiet.yaml", ""),
+            config("loud.yaml", "stack: {debug: true}\n"),
+        );
+        let plain = ["-ssh-port", "-1", "-listen-qemu", &url];
+        for (words, is_info, is_debug) in [
+            (&plain[..], true, false),
+            (&[&plain[..], &["-debug"]].concat(), true, true),
+            (&["-config", &quiet], false, false),
+            (&["-config", &loud], true, true),
+            (&["-config", &quiet, "-debug"], true, true),
+        ] {
+            let gvproxy = Running::start(world.gvproxy(words));
+            eventually("its socket is there", || socket.exists());
+            let pinged = guest(world, &socket, &["ping", "-c", "1", "-W", "5", "192.168.127.1"]).wait();
+            assert_eq!(pinged.code, 0, "{words:?}: {pinged:?}");
+            let (ended, _) = end(gvproxy, Signal::SIGTERM);
+            let has = |level: &str| {
+                let level = format!(" level={level} ");
+                ended.stderr.lines().any(|line| line.contains(&level))
+            };
+            assert_eq!((ended.code, has("info")), (0, is_info), "{words:?}: {ended:?}");
+            assert_eq!(has("debug"), is_debug, "{words:?}: {ended:?}");
+            // What the dataplane counts is told at its end.
+            let counted = ended.stderr.contains("vnet_dataplane_");
+            assert_eq!(counted, is_debug, "{words:?}: {ended:?}");
+        }
+    });
+}
+
+#[test]
 fn a_guests_coming_lease_and_going_are_told_in_order() {
     staged(a_guests_coming_lease_and_going_are_told_in_order, |world| {
         let [socket, notices] = ["q.sock", "n.sock"].map(|name| world.runtime_dir().join(name));

@@ -441,7 +441,8 @@ fn a_key_that_lets_nobody_in_ends_the_forward_after_its_tries_with_the_reason() 
         told.starts_with(&format!("SSH forward {}", socket.display())),
         "{told}"
     );
-    assert!(told.contains("is not let in at 127.0.0.1:"), "{told}");
+    let address = stage.sshd.address();
+    assert!(told.contains(&format!("is not let in at {address} ")), "{told}");
     assert!(told.contains("authorized_keys"), "{told}");
     assert_eq!(stage.network.opened(), 4);
     assert!(!socket.exists());
@@ -677,7 +678,8 @@ fn a_host_key_is_checked_where_that_is_asked_for_and_only_there() {
     let name = local.display().to_string();
     let tunnels = stage.tunnels(quick());
     let url = stage.url(&format!("key={}&secure=true", key.display()));
-    let host = format!("[127.0.0.1]:{}", stage.sshd.address().port());
+    let address = stage.sshd.address();
+    let host = format!("[{}]:{}", address.ip(), address.port());
     let public = |name: &str| {
         let text = fs::read_to_string(stage.sshd.path(&format!("{name}.pub"))).unwrap();
         text.split_whitespace().take(2).collect::<Vec<_>>().join(" ")

@@ -67,7 +67,7 @@ pub struct Config {
 /// The network.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Stack {
-    /// Whether packets are logged.
+    /// Whether level `debug` is logged.
     pub debug: bool,
     /// Where packets are captured.
     pub capture_file: Option<PathBuf>,

@@ -15,6 +15,7 @@ use std::time::Duration;
 use tokio::io::AsyncReadExt as _;
 use tokio::net::unix::pipe;
 use tokio::process::{Child, Command};
+use tokio::task::JoinHandle;
 use vnet_dataplane::args::{Args, Cli};
 use vnet_dataplane::config::{
     Config, ListenAt, ListenConfig, OwnListSettings, OwnPolicySettings, VmSettings, ZoneSettings,
@@ -75,6 +76,8 @@ pub struct Dataplane {
     lifeline: Option<io::PipeWriter>,
     ready: pipe::Receiver,
     said: Arc<Mutex<Vec<u8>>>,
+    /// Hears what it says, until all of it is closed.
+    listening: Option<JoinHandle<()>>,
     front: Option<(FrontSender, FrontReceiver)>,
 }
 
@@ -252,14 +255,14 @@ impl Dataplane {
             let _ = writer.write_all(&document);
         });
         let said = Arc::default();
-        if let Some(stderr) = child.stderr.take() {
-            tokio::spawn(listen(stderr, Arc::clone(&said), line));
-        }
+        let stderr = child.stderr.take();
+        let listening = stderr.map(|stderr| tokio::spawn(listen(stderr, Arc::clone(&said), line)));
         Ok(Self {
             child,
             lifeline: Some(lifeline),
             ready,
             said,
+            listening,
             front,
         })
     }
@@ -298,8 +301,7 @@ impl Dataplane {
     pub async fn ended(&mut self) -> DataplaneError {
         match self.child.wait().await {
             Ok(status) => {
-                // Its last words may still be on their way through the pipe.
-                tokio::time::sleep(LAST_WORDS_PATIENCE).await;
+                self.hear_out().await;
                 DataplaneError::Ended {
                     status,
                     said: self.said(),
@@ -317,6 +319,16 @@ impl Dataplane {
             .is_err()
         {
             let _ = self.child.kill().await;
+        }
+        self.hear_out().await;
+    }
+
+    /// Waits for its last words, which may still be on their way through the pipe.
+    async fn hear_out(&mut self) {
+        if let Some(listening) = &mut self.listening {
+            // Whatever else holds the pipe is not waited for.
+            let _ = tokio::time::timeout(LAST_WORDS_PATIENCE, listening).await;
+            self.listening = None;
         }
     }
 
@@ -464,7 +476,7 @@ const READY_PATIENCE: Duration = Duration::from_secs(10);
 const END_PATIENCE: Duration = Duration::from_secs(1);
 /// How long it may take to end in good order: sockets removed, the last counts sent.
 const STOP_PATIENCE: Duration = Duration::from_secs(3);
-const LAST_WORDS_PATIENCE: Duration = Duration::from_millis(50);
+const LAST_WORDS_PATIENCE: Duration = Duration::from_millis(200);
 const SAID_BYTES_MAX: usize = 4096;
 const SAID_LINES_MAX: usize = 5;
 

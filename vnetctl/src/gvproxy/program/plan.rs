@@ -270,14 +270,16 @@ fn resolve_first(at: &HostPort, resolve: Resolve<'_>) -> Result<IpAddr, String> 
 #[cfg(test)]
 mod tests {
     use std::ffi::OsString;
+    use std::path::Path;
 
     use vnet_proto::model::Mode;
 
     use super::*;
-    use crate::gvproxy::config::Host;
+    use crate::gvproxy::config::{Host, PolicySource};
     use crate::gvproxy::flags::Flags;
     use crate::gvproxy::origin::{Given, Origin};
     use crate::gvproxy::yaml::FileConfig;
+    use crate::launch::{ZoneRecordSettings, document};
 
     fn planned(line: &str, file: &str, own: &Own) -> Result<Plan, Vec<String>> {
         let host = Host {
@@ -343,6 +345,222 @@ mod tests {
             problem.unwrap_err(),
             ["tcp://nowhere:80: \"nowhere\" cannot be looked up: entity not found (write an address)"]
         );
+    }
+
+    /// Every key that the network, its sockets and its guests' treatment have.
+    const WHOLE: &str = r#"
+listen: ["unix:///run/api.sock", "tcp://localhost:8080", "vsock://:1024"]
+services: unix:///run/services.sock
+log-level: warning
+interfaces:
+  qemu: tcp://127.0.0.1:9000
+  vfkit: unixgram:///run/vfkit.sock
+  stdio: accept
+pid-file: /run/gv.pid
+log-file: /run/gv.log
+notification: /run/notices.sock
+stack:
+  debug: true
+  capture-file: /run/all.pcapng
+  mtu: 4000
+  subnet: 10.7.0.0/16
+  gatewayIP: 10.7.0.254
+  deviceIP: 10.7.0.9
+  hostIP: 10.7.0.253
+  gatewayMacAddress: 5A-94-EF-E4-0C-01
+  dns:
+    - name: lab.internal.
+      defaultIP: 10.7.0.253
+      records:
+        - {name: db, ip: 10.7.0.10}
+        - {regexp: "^web-[0-9]+$", ip: "fd00::7"}
+        - {name: up}
+    - name: .
+      records: [{name: example.com}]
+  dnsSearchDomains: [lab.internal, host]
+  forwards:
+    ":81": 10.7.0.9:80
+    "localhost:82": "[fd00::9]:80"
+    "udp:127.0.0.1:53": 10.7.0.10:53
+  nat:
+    10.7.0.253: 127.0.0.1
+    10.7.1.1: 127.0.0.2
+    198.51.100.9: 203.0.113.10
+  gatewayVirtualIPs: [10.7.0.253, 10.7.1.1]
+  dhcpStaticLeases:
+    10.7.0.10: 5a:94:ef:e4:0c:10
+    10.7.0.9: 5A94.EFE4.0C09
+  vpnKitUUIDMacAddresses:
+    C3D68012-0208-11EA-9FD7-F2189899AB08: 5a:94:ef:e4:0c:09
+  ec2MetadataAccess: true
+  networkPolicy:
+    defaultAction: deny
+    rules: [{action: allow, cidr: 203.0.113.10/32, ports: [443], protocol: tcp}]
+"#;
+
+    #[test]
+    fn a_whole_file_becomes_what_it_says() {
+        let host = Host {
+            search_domains: &["lan".parse().unwrap()],
+            exists: &|_| Ok(false),
+        };
+        let flags = Flags::parse(["-config", "f.yaml"].map(OsString::from)).unwrap();
+        let (file, _) = FileConfig::parse("f.yaml", WHOLE, true).unwrap();
+        let (config, warnings) = Config::resolve(&flags, file, &host).unwrap();
+        assert_eq!(
+            warnings.iter().map(ToString::to_string).collect::<Vec<_>>(),
+            Vec::<String>::new()
+        );
+        let Some(PolicySource::Inline { file, text }) = &config.policy else {
+            panic!("{:?}", config.policy);
+        };
+        let policy = document(file.to_string(), text.clone(), Path::new("")).unwrap();
+
+        let resolve: Resolve<'_> = &|name| match name {
+            "localhost" => Ok(vec![[127, 0, 0, 1].into()]),
+            other => Ok(vec![other.parse().unwrap()]),
+        };
+        let plan = plan(&config, Some(policy.clone()), &Own::default(), "web", resolve).unwrap();
+
+        let texts = |texts: &[&str]| texts.iter().map(ToString::to_string).collect::<Vec<_>>();
+        let some = |text: &str| Some(text.to_owned());
+        let publish = [
+            vec!["0.0.0.0:81:10.7.0.9:80/tcp"],
+            has_ipv6()
+                .then_some("[::]:81:10.7.0.9:80/tcp")
+                .into_iter()
+                .collect(),
+            vec!["127.0.0.1:82:[fd00::9]:80/tcp", "127.0.0.1:53:10.7.0.10:53/udp"],
+        ]
+        .concat();
+        let expected = DataplaneArgs {
+            vm: some("web"),
+            listen_qemu: texts(&["tcp://127.0.0.1:9000"]),
+            listen_vfkit: texts(&["unixgram:///run/vfkit.sock"]),
+            listen_stdio: texts(&["accept"]),
+            listen: texts(&["unix:///run/api.sock", "tcp://127.0.0.1:8080", "vsock://:1024"]),
+            mtu: some("4000"),
+            subnet: some("10.7.0.0/16"),
+            gateway: some("10.7.0.254"),
+            gateway_mac: some("5a:94:ef:e4:0c:01"),
+            // Of these destinations one is the host's loopback, and so its alias.
+            host_alias: some("10.7.0.253"),
+            nat: texts(&["10.7.1.1=127.0.0.2", "198.51.100.9=203.0.113.10"]),
+            virtual_ips: texts(&["10.7.1.1"]),
+            first_guest: some("10.7.0.9"),
+            static_leases: texts(&["5a:94:ef:e4:0c:09=10.7.0.9", "5a:94:ef:e4:0c:10=10.7.0.10"]),
+            vpnkit_macs: texts(&["c3d68012-0208-11ea-9fd7-f2189899ab08=5a:94:ef:e4:0c:09"]),
+            // With their last dots, so that the second is none of the dataplane's words.
+            dns_search: texts(&["lab.internal.", "host."]),
+            publish: texts(&publish),
+            guest_api: true,
+            ..DataplaneArgs::default()
+        };
+        assert_eq!(format!("{:#?}", plan.args), format!("{expected:#?}"));
+        assert_eq!(
+            plan.treatment,
+            Treatment {
+                document: Some(policy),
+                ec2_metadata_access: true,
+                ..Treatment::default()
+            }
+        );
+        let record = |name: &str, regexp: &str, address: &str| ZoneRecordSettings {
+            name: name.to_owned(),
+            regexp: regexp.to_owned(),
+            address: address.to_owned(),
+        };
+        assert_eq!(
+            plan.zones,
+            [
+                ZoneSettings {
+                    name: "lab.internal".to_owned(),
+                    records: vec![
+                        record("db", "", "10.7.0.10"),
+                        record("", "^web-[0-9]+$", "fd00::7"),
+                        record("up", "", ""),
+                    ],
+                    default_address: "10.7.0.253".to_owned(),
+                },
+                ZoneSettings {
+                    name: ".".to_owned(),
+                    records: vec![record("example.com", "", "")],
+                    default_address: String::new(),
+                },
+            ]
+        );
+        // `stack.debug` asks for more than the file's level.
+        assert_eq!(plan.log_level, LogLevel::Debug);
+        assert_eq!(plan.services, Some(ListenAt::Unix("/run/services.sock".into())));
+        let forwards: Vec<_> = plan
+            .forwards
+            .iter()
+            .map(|f| (f.is_udp, &*f.local, &*f.remote))
+            .collect();
+        assert_eq!(
+            forwards,
+            [
+                (false, ":81", "10.7.0.9:80"),
+                (false, "localhost:82", "[fd00::9]:80"),
+                (true, "127.0.0.1:53", "10.7.0.10:53"),
+            ]
+        );
+        assert_eq!(plan.warnings, Vec::<String>::new());
+        // What the front itself does is not in the plan.
+        assert_eq!(
+            config.stack.capture_file.as_deref(),
+            Some(Path::new("/run/all.pcapng"))
+        );
+        assert_eq!(
+            config.notification.as_deref(),
+            Some(Path::new("/run/notices.sock"))
+        );
+    }
+
+    #[test]
+    fn each_socket_is_a_flag_of_its_own() {
+        // The peer's file may name one of these three.
+        let listens = |interface: &str| {
+            let file = format!("interfaces: {{{interface}, vfkit: \"unixgram:///v\"}}");
+            let args = planned("-config f.yaml", &file, &Own::default()).unwrap().args;
+            assert_eq!(args.listen_vfkit, ["unixgram:///v"]);
+            [
+                args.listen_qemu,
+                args.listen_bess,
+                args.listen_vpnkit,
+                args.listen_stdio,
+            ]
+            .map(|flags| flags.join(" "))
+        };
+        assert_eq!(listens(r#"qemu: "unix:///q""#), ["unix:///q", "", "", ""]);
+        assert_eq!(
+            listens(r#"bess: "unixpacket:///b""#),
+            ["", "unixpacket:///b", "", ""]
+        );
+        assert_eq!(listens(r#"vpnkit: "unix:///k""#), ["", "", "unix:///k", ""]);
+        assert_eq!(listens("stdio: accept"), ["", "", "", "accept"]);
+    }
+
+    #[test]
+    fn a_file_that_closes_everything_or_all_but_names_is_a_mode_or_a_policy() {
+        let mode = |file: &str| {
+            let plan = planned("-config f.yaml -listen-stdio=accept", file, &Own::default()).unwrap();
+            plan.treatment.mode
+        };
+        assert_eq!(mode("stack: {blockAllOutbound: true}"), Some(Mode::Block));
+        assert_eq!(mode("stack: {blockAllOutbound: false}"), None);
+        assert_eq!(mode("stack: {ec2MetadataAccess: true}"), None);
+    }
+
+    #[test]
+    fn a_host_that_nat_leads_elsewhere_has_no_alias() {
+        let file = "stack: {nat: {192.168.127.254: 127.0.0.2}}";
+        let args = planned("-config f.yaml -listen-stdio=accept", file, &Own::default())
+            .unwrap()
+            .args;
+        assert_eq!(args.host_alias.as_deref(), Some("none"));
+        assert_eq!(args.nat, ["192.168.127.254=127.0.0.2"]);
+        assert_eq!(args.virtual_ips, ["192.168.127.254"]);
     }
 
     #[test]
