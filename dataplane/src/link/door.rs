@@ -33,6 +33,8 @@ use crate::metrics::LinkRefusal;
 pub const GRACE: Duration = Duration::from_secs(10);
 /// Links at once of which it is not known whose they are, on one socket.
 pub const UNDECIDED_MAX: usize = GUESTS_MAX;
+/// Those of one VM that is known: it does not keep others from coming back.
+const UNDECIDED_OF_VM_MAX: usize = 4;
 /// A hypervisor may be back before it was noticed that it had gone: for so long a new link is held back, if its
 /// guest says nothing, or has the MAC address of one that is there.
 const NOTICE: Duration = Duration::from_millis(500);
@@ -44,8 +46,8 @@ const EVENTS_A_TURN: usize = 64;
 #[derive(Default)]
 pub(super) struct Lobby {
     arrivals: Vec<(Link, Option<Cid>)>,
-    /// Those who are before it, arrivals included.
-    undecided: usize,
+    /// Those who are before it, arrivals included: the VM of each, where it is known.
+    undecided: Vec<Option<Cid>>,
     /// Wakes the thread, while there is one.
     waker: Option<Arc<Waker>>,
 }
@@ -64,7 +66,14 @@ impl Lobby {
 pub(super) fn enter(entrance: &Arc<Entrance>, link: Link, from: Option<Cid>) {
     let mut places = entrance.lock();
     let lobby = &mut places.lobby;
-    if lobby.undecided >= UNDECIDED_MAX {
+    let is_same = |other: &&Option<Cid>| from.is_some() && **other == from;
+    if let Some(cid) = from
+        && lobby.undecided.iter().filter(is_same).count() >= UNDECIDED_OF_VM_MAX
+    {
+        drop(places);
+        return entrance.refuse_further(cid);
+    }
+    if lobby.undecided.len() >= UNDECIDED_MAX {
         drop(places);
         let why = format_args!("{UNDECIDED_MAX} links on one socket have yet to show whose they are");
         return entrance.refuse(LinkRefusal::Limit, &why);
@@ -79,7 +88,7 @@ pub(super) fn enter(entrance: &Arc<Entrance>, link: Link, from: Option<Cid>) {
             }
         }
     }
-    lobby.undecided += 1;
+    lobby.undecided.push(from);
     lobby.arrivals.push((link, from));
     lobby.stir();
 }
@@ -167,7 +176,7 @@ impl Door {
     fn close(self) {
         let arrivals = {
             let mut places = self.entrance.lock();
-            places.lobby.undecided = 0;
+            places.lobby.undecided.clear();
             places.lobby.waker = None;
             std::mem::take(&mut places.lobby.arrivals)
         };
@@ -192,7 +201,7 @@ impl Door {
                 .ok_or_else(|| io::ErrorKind::NotConnected.into())
                 .and_then(|waker| link.register(self.poll.registry(), Token(self.next), &waker));
             if let Err(error) = registered {
-                self.leave();
+                self.leave(from);
                 self.entrance.refuse(LinkRefusal::System, &error);
                 continue;
             }
@@ -212,8 +221,11 @@ impl Door {
     }
 
     /// One is before the door no more.
-    fn leave(&self) {
-        self.entrance.lock().lobby.undecided -= 1;
+    fn leave(&self, from: Option<Cid>) {
+        let undecided = &mut self.entrance.lock().lobby.undecided;
+        if let Some(at) = undecided.iter().position(|other| *other == from) {
+            undecided.swap_remove(at);
+        }
     }
 
     /// Decides what can be; when the next is due.
@@ -225,7 +237,7 @@ impl Door {
                 continue;
             };
             if let Err(error) = visitor.look(self.entrance.network().now()) {
-                self.leave();
+                self.leave(visitor.from);
                 // Whoever only looks whether somebody is there says nothing.
                 if !matches!(error, LinkError::Closed) {
                     self.entrance.refuse(LinkRefusal::Unknown, &error);
@@ -233,7 +245,7 @@ impl Door {
                 continue;
             }
             if self.entrance.network().is_stopped() {
-                self.leave();
+                self.leave(visitor.from);
                 continue;
             }
             let decision = self.judge(&mut visitor);
@@ -242,7 +254,7 @@ impl Door {
                 self.visitors.insert(token, visitor);
                 continue;
             }
-            self.leave();
+            self.leave(visitor.from);
             if let Decision::Further(cid) = decision {
                 self.entrance.refuse_further(cid);
                 continue;
@@ -321,7 +333,7 @@ impl Door {
                 Decision::Stay(None)
             }
             (Occupant::Away { .. }, First::Nobody) | (Occupant::Leaving, _) => Decision::Stay(None),
-            (Occupant::Arriving | Occupant::Guest, _) => {
+            (Occupant::Guest, _) => {
                 let noticed_at = visitor.came + NOTICE;
                 if now >= noticed_at {
                     return Decision::Further(cid);

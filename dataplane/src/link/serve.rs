@@ -67,8 +67,6 @@ impl Taken {
 /// Who has a place.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Occupant {
-    /// Somebody who is on the way in.
-    Arriving,
     /// A guest.
     Guest,
     /// A guest that may come back.
@@ -95,7 +93,7 @@ impl Places {
     pub(super) fn of(&self, from: Cid) -> Option<(usize, Occupant)> {
         self.taken
             .iter()
-            .find(|(_, taken)| taken.from == Some(from) && taken.by != Occupant::Arriving)
+            .find(|(_, taken)| taken.from == Some(from))
             .map(|(number, taken)| (*number, taken.by))
     }
 
@@ -127,10 +125,7 @@ impl Places {
 pub struct Admission {
     /// What is known of it.
     pub spec: GuestSpec,
-    from: Option<Cid>,
-    entrance: Arc<Entrance>,
-    /// None where all are taken, but not all of their guests are there.
-    place: Option<Place>,
+    place: Place,
 }
 
 /// Free again when this is dropped.
@@ -156,32 +151,59 @@ impl Entrance {
         })
     }
 
-    /// A place for one guest more, of this VM where it is known. `None`, counted and told, when all are taken by guests that are there, and when
-    /// guests were told to end.
-    pub fn admit(self: &Arc<Self>, from: Option<Cid>) -> Option<Admission> {
+    /// A place for one guest more. `None`, counted and told, when all are taken; and when guests were told to end.
+    pub fn admit(self: &Arc<Self>) -> Option<Admission> {
         if self.network.is_stopped() {
             return None;
         }
         let mut places = self.lock();
+        let Some(number) = places.free(None) else {
+            drop(places);
+            self.refuse_full();
+            return None;
+        };
+        places.taken.insert(number, Taken::new(None, Occupant::Guest));
+        Some(Admission {
+            spec: self.spec_of(number),
+            place: Place {
+                entrance: Arc::clone(self),
+                number,
+            },
+        })
+    }
+
+    /// Whether one more may come whose link has an end of its own ([`Self::come_in`]); what is known of it if it is
+    /// to be the next guest. It keeps no name from others meanwhile, and so gives none a further one. `None` as
+    /// [`Self::admit`], but that the place of a guest that is away may be its own.
+    pub fn foresee(&self) -> Option<GuestSpec> {
+        if self.network.is_stopped() {
+            return None;
+        }
+        let places = self.lock();
         let number = places.free(None);
         if number.is_none() && !places.is_anybody_away() {
             drop(places);
             self.refuse_full();
             return None;
         }
-        let place = number.map(|number| {
-            places.taken.insert(number, Taken::new(from, Occupant::Arriving));
-            Place {
-                entrance: Arc::clone(self),
-                number,
+        Some(self.spec_of(number.unwrap_or(GUESTS_MAX)))
+    }
+
+    /// Lets one in over a link, from this VM where it is known: as the guest that is away, if it is that, else as
+    /// another. Who it is may show later; this waits for nothing.
+    pub fn come_in(self: &Arc<Self>, link: Link, from: Option<Cid>) {
+        let is_new = {
+            let places = self.lock();
+            match from {
+                Some(cid) => places.of(cid).is_none(),
+                None => places.taken.is_empty(),
             }
-        });
-        Some(Admission {
-            spec: self.spec_of(number.unwrap_or(GUESTS_MAX)),
-            from,
-            entrance: Arc::clone(self),
-            place,
-        })
+        };
+        if is_new || self.network.grace().is_zero() {
+            self.seat(link, from, None);
+        } else {
+            door::enter(self, link, from);
+        }
     }
 
     fn spec_of(&self, number: usize) -> GuestSpec {
@@ -272,10 +294,7 @@ impl Entrance {
     /// Ends the guest that is away if it is alone on its socket. True if there is such a one.
     pub(super) fn end_lonely(&self) -> bool {
         let mut places = self.lock();
-        let mut guests = places
-            .taken
-            .iter()
-            .filter(|(_, taken)| taken.by != Occupant::Arriving);
+        let mut guests = places.taken.iter();
         let (number, vm) = match (guests.next(), guests.next()) {
             (Some((number, taken)), None) if taken.from.is_none() => match taken.by {
                 Occupant::Away { vm, .. } => (*number, vm),
@@ -345,44 +364,11 @@ impl Entrance {
 }
 
 impl Admission {
-    /// Lets the guest in: as the one that is away, if it is that, else as another. Who it is may show later; this
-    /// waits for nothing.
-    pub fn attach(self, link: Link) {
-        let Self {
-            entrance,
-            place,
-            from,
-            ..
-        } = self;
-        let is_new = {
-            let places = entrance.lock();
-            match from {
-                Some(cid) => places.of(cid).is_none(),
-                None => places.occupants().all(|by| by == Occupant::Arriving),
-            }
-        };
-        // Whoever has yet to be let in keeps no name from others.
-        drop(place);
-        if is_new || entrance.network.grace().is_zero() {
-            entrance.seat(link, from, None);
-        } else {
-            door::enter(&entrance, link, from);
-        }
-    }
-
     /// Lets in a guest that cannot come back, over a link that has no end of its own; `then` is called when it is
     /// gone, or did not get in.
     pub fn attach_then(self, link: Link, then: impl FnOnce() + Send + 'static) {
-        let Self {
-            spec,
-            entrance,
-            place,
-            ..
-        } = self;
-        let Some(place) = place else {
-            entrance.refuse_full();
-            return then();
-        };
+        let Self { spec, place } = self;
+        let entrance = Arc::clone(&place.entrance);
         entrance.let_in(link, spec, place, false, then);
     }
 }
@@ -456,11 +442,11 @@ pub fn streams(network: &Arc<Network>, listener: StreamListener, spec: GuestSpec
         Entrance::new(network, spec),
         move || listener.accept_from(),
         |entrance, (socket, from)| {
-            let Some(admission) = entrance.admit(from) else {
+            if entrance.foresee().is_none() {
                 return;
-            };
+            }
             match StreamLink::new(socket, StreamKind::Qemu, &[]) {
-                Ok(link) => admission.attach(Link::Stream(link)),
+                Ok(link) => entrance.come_in(Link::Stream(link), from),
                 Err(error) => entrance.refuse(LinkRefusal::System, &error),
             }
         },
@@ -494,11 +480,11 @@ pub fn records(network: &Arc<Network>, listener: RecordListener, spec: GuestSpec
         Entrance::new(network, spec),
         move || listener.accept(),
         |entrance, socket| {
-            let Some(admission) = entrance.admit(None) else {
+            if entrance.foresee().is_none() {
                 return;
-            };
+            }
             match PacketLink::new(socket.into(), PacketKind::Records) {
-                Ok(link) => admission.attach(Link::Packet(link)),
+                Ok(link) => entrance.come_in(Link::Packet(link), None),
                 Err(error) => entrance.refuse(LinkRefusal::System, &error),
             }
         },

@@ -183,7 +183,7 @@ impl Server {
         }
         drop(vms);
         let place = Arc::clone(&self.place);
-        let admission = place.entrance.admit(None)?;
+        let admission = place.entrance.admit()?;
         let answered = Peer::new(address).and_then(|peer| Ok((peer.way(&self.socket)?, peer)));
         let (way, peer) = match answered {
             Ok(answered) => answered,

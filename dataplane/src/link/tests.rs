@@ -527,12 +527,12 @@ fn whoever_sends_from_no_address_is_counted_and_delays_nobody() {
 fn a_socket_has_so_many_guests_and_no_more() {
     let rig = Rig::new("many");
     let entrance = Entrance::new(&rig.network, spec());
-    let mut all: Vec<_> = (0..GUESTS_MAX).map(|_| entrance.admit(None).unwrap()).collect();
-    assert!(entrance.admit(None).is_none());
+    let mut all: Vec<_> = (0..GUESTS_MAX).map(|_| entrance.admit().unwrap()).collect();
+    assert!(entrance.admit().is_none());
     assert_eq!(counter(&rig.network, "network_link_limit"), 1);
     assert_eq!(all[255].spec.name, "web-256");
     drop(all.swap_remove(0));
-    assert_eq!(entrance.admit(None).unwrap().spec.name, "web", "free again");
+    assert_eq!(entrance.admit().unwrap().spec.name, "web", "free again");
 }
 
 /// How long the slowest of so many questions is waited for.

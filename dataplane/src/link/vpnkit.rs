@@ -87,18 +87,16 @@ impl Handshakes {
             );
             return;
         };
-        let Some(admission) = entrance.admit(from) else {
-            return;
-        };
+        let Some(spec) = entrance.foresee() else { return };
         let (answers, patience) = (Arc::clone(&self.answers), self.patience);
         let own = Arc::clone(entrance);
         let thread = thread::Builder::new()
             .name("handshake".to_owned())
             .spawn(move || {
-                let done = shake(&mut socket, &answers, admission.spec.pinned_mac, patience);
+                let done = shake(&mut socket, &answers, spec.pinned_mac, patience);
                 drop(place);
                 match done.and_then(|()| link(socket)) {
-                    Ok(link) => admission.attach(link),
+                    Ok(link) => own.come_in(link, from),
                     Err(error) => own.refuse(LinkRefusal::Handshake, &error),
                 }
             });

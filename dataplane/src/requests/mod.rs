@@ -64,12 +64,12 @@ pub trait Entrance: Send + Sync {
 
 impl Entrance for Arc<serve::Entrance> {
     fn attach(&self, stream: HostStream, from: Option<Cid>, early: &[u8]) {
-        let Some(admission) = self.admit(from) else {
+        if self.foresee().is_none() {
             return;
-        };
+        }
         let socket = StreamSocket::from(socket2::Socket::from(OwnedFd::from(stream)));
         match StreamLink::new(socket, StreamKind::Connect, early) {
-            Ok(link) => admission.attach(Link::Stream(link)),
+            Ok(link) => self.come_in(Link::Stream(link), from),
             Err(error) => self.refuse(LinkRefusal::System, &error),
         }
     }

@@ -648,3 +648,25 @@ fn nobody_is_a_guest_that_is_away_but_its_own_vm() {
     let closed = format!("closed {:?}", FlowEnd::VmDown);
     assert_eq!(rig.comings(), [closed.as_str(), "down", "up web"]);
 }
+
+#[test]
+fn a_vm_that_dials_without_end_keeps_no_other_from_coming_back() {
+    let mut rig = kept("endless", LONG);
+    let entrance = Entrance::new(&rig.network, spec());
+    let mut hog = dial_from(&entrance, 3, &asker(2).question());
+    asker(2).is_answered(&mut hog);
+    let mut wire = dial_from(&entrance, 4, &asker(3).question());
+    asker(3).is_answered(&mut wire);
+    assert_eq!(rig.comings(), ["up web", "up web-2"]);
+    drop(wire);
+    rig.attached(false);
+    let further: Vec<_> = (0..2 * UNDECIDED_MAX)
+        .map(|_| dial_from(&entrance, 3, &[0; 13]))
+        .collect();
+    let mut back = dial_from(&entrance, 4, &asker(3).question());
+    asker(3).is_answered(&mut back);
+    assert_eq!(counter(&rig.network, "network_link_back"), 1);
+    rig.counts("network_link_further", further.len() as u64);
+    assert_eq!(counter(&rig.network, "network_link_limit"), 0);
+    assert_eq!(rig.comings(), Vec::<String>::new());
+}
