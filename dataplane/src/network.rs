@@ -750,14 +750,8 @@ impl session::Captures for Network {
         spec: CaptureSpec,
         wake: Box<dyn Fn() + Send + Sync>,
     ) -> Result<Arc<Capture>, session::Refusal> {
-        let limit = |text: String| session::Refusal {
-            code: tonic::Code::ResourceExhausted,
-            text,
-        };
-        let gone = || session::Refusal {
-            code: tonic::Code::NotFound,
-            text: "there is no guest of this handle".to_owned(),
-        };
+        let limit = |text: String| session::Refusal::new(tonic::Code::ResourceExhausted, text);
+        let gone = || session::Refusal::new(tonic::Code::NotFound, "there is no guest of this handle");
         let name = {
             let guests = self.guests.read().unwrap_or_else(PoisonError::into_inner);
             guests

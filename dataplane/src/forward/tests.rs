@@ -346,13 +346,7 @@ fn by_this_process() -> String {
 
 #[test]
 fn a_program_that_has_the_port_or_the_socket_is_named_where_the_system_tells() {
-    // Each with its time to look.
-    let refusal = |forward| {
-        let given = given(&[GUEST], 8);
-        let refusal = given.refusal(forward);
-        assert!(given.forwards.list().is_empty());
-        refusal
-    };
+    let given = given(&[GUEST], 8);
     let in_use = |protocol, listen: String| {
         let by = by_this_process();
         format!("{protocol} {listen} is already in use{by}; close what listens there or forward another port")
@@ -361,24 +355,25 @@ fn a_program_that_has_the_port_or_the_socket_is_named_where_the_system_tells() {
     let listen = listener.local_addr().unwrap();
     let everywhere = SocketAddr::from(([0, 0, 0, 0], listen.port()));
     for listen in [listen, everywhere] {
-        let found = refusal(forward(Protocol::Tcp, listen));
+        let found = given.refusal(forward(Protocol::Tcp, listen));
         assert_eq!(found, in_use("tcp", listen.to_string()));
     }
     let both = TcpListener::bind("[::]:0").unwrap();
     let listen = SocketAddr::from(([127, 0, 0, 1], both.local_addr().unwrap().port()));
-    let found = refusal(forward(Protocol::Tcp, listen));
+    let found = given.refusal(forward(Protocol::Tcp, listen));
     assert_eq!(found, in_use("tcp", listen.to_string()), "of both families");
     let socket = UdpSocket::bind("[::1]:0").unwrap();
     let listen = socket.local_addr().unwrap();
-    let found = refusal(forward(Protocol::Udp, listen));
+    let found = given.refusal(forward(Protocol::Udp, listen));
     assert_eq!(found, in_use("udp", listen.to_string()));
 
     let directory = Directory::new("served");
     let path = directory.path("a.sock");
     let _served = UnixListener::bind(&path).unwrap();
-    let found = refusal(directory.forward("a.sock"));
+    let found = given.refusal(directory.forward("a.sock"));
     assert_eq!(found, in_use("tcp", format!("unix://{}", path.display())));
     assert!(UnixStream::connect(&path).is_ok(), "it is served as before");
+    assert!(given.forwards.list().is_empty());
 }
 
 #[test]

@@ -248,6 +248,7 @@ async fn what_cannot_be_captured_is_refused() {
     let full = v1::CommandError {
         code: Code::ResourceExhausted as u32,
         text: "VM web has 4 captures already".to_owned(),
+        ..Default::default()
     };
     dataplane.begins(Some(full)).await;
     let refused = asking.await.unwrap().unwrap_err();

@@ -119,8 +119,8 @@ impl Conversation {
                 | Command::RemoveRecords(_)
                 | Command::DeleteZone(_)),
             ) => return self.change_zone(message.command_id, &command),
-            Some(Command::StartCapture(asked)) => self.start_capture(&asked).map(|()| Forwards::Nothing),
-            Some(Command::StopCapture(stop)) => self.stop_capture(&stop.token).map(|()| Forwards::Nothing),
+            Some(Command::StartCapture(asked)) => self.start_capture(&asked).map(|()| About::Nothing),
+            Some(Command::StopCapture(stop)) => self.stop_capture(&stop.token).map(|()| About::Nothing),
             Some(Command::Expose(forward)) => self.expose(&forward, None),
             Some(Command::ExposeRange(range)) => {
                 self.expose(&range.first.unwrap_or_default(), Some(range.count))

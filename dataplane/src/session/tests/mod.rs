@@ -168,10 +168,10 @@ impl Captures for CaptureList {
         wake: Box<dyn Fn() + Send + Sync>,
     ) -> Result<Arc<Capture>, Refusal> {
         if vm != VmId(1) {
-            return Err(Refusal {
-                code: tonic::Code::NotFound,
-                text: "there is no guest of this handle".into(),
-            });
+            return Err(Refusal::new(
+                tonic::Code::NotFound,
+                "there is no guest of this handle",
+            ));
         }
         let capture = Capture::new(spec, wake);
         self.0.lock().unwrap().push(Arc::clone(&capture));
