@@ -52,6 +52,8 @@ metrics! {
     sessions_overrun => "vnet_controlplane_sessions_overrun_total",
     /// Sessions that were ended because their dataplane fell silent.
     sessions_silent => "vnet_controlplane_sessions_silent_total",
+    /// Captured packets that their clients were too slow for.
+    capture_dropped => "vnet_controlplane_capture_dropped_total",
     /// Flows told to be cut.
     flows_cut => "vnet_controlplane_flows_cut_total",
     /// Flows, bindings or VMs that were not recorded because a limit was reached.

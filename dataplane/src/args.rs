@@ -108,6 +108,12 @@ pub struct Args {
     /// socket, and open the tunnels that it asks for.
     #[arg(long, value_name = "N", hide = true)]
     pub front_fd: Option<RawFd>,
+    /// Write a capture of all guests to this inherited file, from the start on.
+    #[arg(long, value_name = "N", hide = true)]
+    pub pcap_fd: Option<RawFd>,
+    /// Bytes that the file of --pcap-fd may have; then the capture ends.
+    #[arg(long, value_name = "BYTES", hide = true)]
+    pub pcap_limit_bytes: Option<u64>,
     /// A daemon of vnet's listens there, over TCP, and no guest reaches it; may be repeated.
     #[arg(long, value_name = "ADDRESS:PORT", hide = true)]
     pub closed: Vec<SocketAddr>,

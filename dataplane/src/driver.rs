@@ -17,6 +17,8 @@ use mio::{Events, Interest, Poll, Token, Waker};
 use tokio::sync::mpsc::Sender;
 use vnet_proto::model::{Protocol, VmId};
 
+use crate::capture::tap::now_ns;
+use crate::capture::{Tap, Taps};
 use crate::descriptors::Descriptor;
 use crate::egress::sockets::{HostSocket, Sockets};
 use crate::engine::frame::DropReason;
@@ -25,6 +27,7 @@ use crate::engine::tcp::DialError;
 use crate::engine::{Engine, Event, Outcome, Time};
 use crate::front::FrontMessage;
 use crate::inbox::Inbox;
+use crate::link::serve::Berth;
 use crate::link::{Filled, Link, LinkError};
 use crate::message::{ForwardId, Ingress, Input, Origin, Report, Router as _};
 use crate::network::Network;
@@ -44,6 +47,8 @@ const DATAGRAMS_A_TURN: usize = 64;
 const PASSED_A_TURN: usize = 512;
 /// Largest datagram, bytes.
 const DATAGRAM_BYTES_MAX: usize = 65_536;
+/// How long a link is waited for that is on its way already.
+const HAND_OVER: Duration = Duration::from_millis(10);
 /// Room that must be left towards the guest for the link to be read: answers must fit.
 const ROOM_TO_READ: usize = 192 << 10;
 
@@ -51,10 +56,16 @@ const ROOM_TO_READ: usize = 192 << 10;
 pub(crate) struct Driver {
     vm: VmId,
     poll: Poll,
-    link: Link,
+    waker: Arc<Waker>,
+    /// None while the guest's hypervisor is away.
+    link: Option<Link>,
     link_readable: bool,
     link_writable: bool,
     link_asked: Time,
+    /// Where another link may come from.
+    berth: Option<Berth>,
+    /// For how long it is waited for.
+    away_until: Time,
     engine: Engine,
     sockets: Sockets,
     forwards: HashMap<ForwardId, ForwardSocket>,
@@ -70,6 +81,8 @@ pub(crate) struct Driver {
     blocked: Vec<usize>,
     /// Datagram sockets that have more than their turn took.
     unread: Vec<usize>,
+    /// What captures this guest.
+    taps: Taps,
     scratch: Box<[u8]>,
 }
 
@@ -78,6 +91,7 @@ struct ForwardSocket {
     target: SocketAddr,
     keep_client: bool,
     unread: bool,
+    _held: Arc<()>,
 }
 
 /// Asks an upstream a query; the descriptor is given back when it has an end.
@@ -89,6 +103,8 @@ pub(crate) struct DriverParts {
     pub vm: VmId,
     /// Its link.
     pub link: Link,
+    /// Where another may come from when it is gone, if it may.
+    pub berth: Option<Berth>,
     /// Its engine.
     pub engine: Engine,
     /// From the rest of the dataplane.
@@ -99,6 +115,8 @@ pub(crate) struct DriverParts {
     pub reports: Sender<Report>,
     /// What guests share.
     pub network: Arc<Network>,
+    /// Captures this guest from its first frame on.
+    pub tap: Option<Tap>,
     /// Asks an upstream; the answer comes as [`Input::Resolved`].
     pub resolver: Ask,
 }
@@ -115,13 +133,23 @@ impl Driver {
         link.register(poll.registry(), LINK, &waker)?;
         let mut engine = parts.engine;
         engine.transmit.set_framing(link.framing());
+        let mut taps = Taps::default();
+        if let Some(tap) = parts.tap {
+            taps.add(tap, &mut engine.transmit);
+        }
+        if let Some(berth) = &parts.berth {
+            berth.settle(parts.vm);
+        }
         let driver = Self {
             vm: parts.vm,
             poll,
-            link,
+            waker: Arc::clone(&waker),
+            link: Some(link),
             link_readable: true,
             link_writable: true,
             link_asked: Time::ZERO,
+            berth: parts.berth,
+            away_until: Time::ZERO,
             engine,
             sockets: Sockets::default(),
             forwards: HashMap::default(),
@@ -134,12 +162,13 @@ impl Driver {
             dirty: Vec::new(),
             blocked: Vec::new(),
             unread: Vec::new(),
+            taps,
             scratch: vec![0; DATAGRAM_BYTES_MAX].into_boxed_slice(),
         };
         Ok((driver, waker))
     }
 
-    /// Runs until the link ends or [`Input::Stop`].
+    /// Runs until the link ends and no other comes in time, or [`Input::Stop`].
     ///
     /// # Errors
     /// Why the link ended, if not by [`Input::Stop`].
@@ -166,19 +195,64 @@ impl Driver {
             for event in &events {
                 self.handle_ready(now, event);
             }
-            if self.take_inputs(now) {
+            if self.take_inputs(now)? {
                 return Ok(());
             }
+            self.wait_for_link(now)?;
             self.take_passed(now);
-            self.read_link(now)?;
+            self.read_link(now).or_else(|error| self.lose_link(now, error))?;
             self.engine.handle_timeout(now);
             self.read_datagrams(now);
             self.service(now);
             self.act_on_events(now);
             self.tell();
-            self.write_link()?;
+            self.write_link().or_else(|error| self.lose_link(now, error))?;
             self.check_alive(now)?;
         }
+    }
+
+    /// The link is over. If the other side closed it, and can come back, and had shown who it is, everything else
+    /// goes on without: the guest's flows wait for it.
+    fn lose_link(&mut self, now: Time, error: LinkError) -> Result<(), LinkError> {
+        let (LinkError::Closed, Some(mac)) = (&error, self.engine.spoken_mac()) else {
+            return Err(error);
+        };
+        if self.berth.is_none() {
+            return Err(error);
+        }
+        // Closed before anybody else can come.
+        self.link = None;
+        self.link_readable = false;
+        self.away_until = now + self.network.grace();
+        self.engine.handle_link_lost();
+        self.act_on_events(now);
+        self.tell();
+        if let Some(berth) = &self.berth {
+            berth.leave(self.vm, mac);
+        }
+        Ok(())
+    }
+
+    /// The guest's hypervisor is back.
+    fn take_link(&mut self, mut link: Link) -> Result<(), LinkError> {
+        link.register(self.poll.registry(), LINK, &self.waker)
+            .map_err(LinkError::Io)?;
+        self.network.metrics().links_back.increment();
+        self.engine.handle_link_back(link.framing());
+        self.link = Some(link);
+        (self.link_readable, self.link_writable) = (true, true);
+        Ok(())
+    }
+
+    fn wait_for_link(&mut self, now: Time) -> Result<(), LinkError> {
+        if self.link.is_some() || now < self.away_until {
+            return Ok(());
+        }
+        if self.berth.as_ref().is_none_or(Berth::give_up) {
+            return Err(LinkError::Closed);
+        }
+        self.away_until = now + HAND_OVER;
+        Ok(())
     }
 
     fn timeout(&self) -> Option<Duration> {
@@ -193,11 +267,16 @@ impl Driver {
         let now = self.network.now();
         let mut until = self.engine.poll_timeout().map(|at| at.saturating_sub(now));
         let mut sooner = |wait: Duration| until = Some(until.map_or(wait, |u| u.min(wait)));
-        if let Some(retry) = self.link.retry_after_ms() {
-            sooner(Duration::from_millis(retry));
-        }
-        if let Some(interval) = self.link.alive_interval() {
-            sooner(interval);
+        match &self.link {
+            Some(link) => {
+                if let Some(retry) = link.retry_after_ms() {
+                    sooner(Duration::from_millis(retry));
+                }
+                if let Some(interval) = link.alive_interval() {
+                    sooner(interval);
+                }
+            }
+            None => sooner(self.away_until.saturating_sub(now)),
         }
         // Round up: a wake-up before the deadline would find nothing due.
         until.map(|u| Duration::from_millis(u64::try_from(u.as_micros().div_ceil(1000)).unwrap_or(u64::MAX)))
@@ -213,7 +292,7 @@ impl Driver {
                 self.link_readable |= event.is_readable() || event.is_read_closed() || event.is_error();
                 self.link_writable |= event.is_writable();
             }
-            WAKE => self.link_readable |= self.link.has_news(),
+            WAKE => self.link_readable |= self.link.as_ref().is_some_and(Link::has_news),
             Token(token) if token >= FORWARDS => {
                 if let Some(forward) = self.forwards.get_mut(&forward_of(token)) {
                     forward.unread = true;
@@ -240,7 +319,7 @@ impl Driver {
     }
 
     /// Takes everything from the rest of the dataplane. True when it says stop.
-    fn take_inputs(&mut self, now: Time) -> bool {
+    fn take_inputs(&mut self, now: Time) -> Result<bool, LinkError> {
         while let Ok(input) = self.inputs.try_recv() {
             match input {
                 Input::Order(order) => self.engine.handle_order(now, order),
@@ -251,7 +330,8 @@ impl Driver {
                     socket,
                     target,
                     keep_client,
-                } => self.take_forward(forward, socket, target, keep_client),
+                    held,
+                } => self.take_forward(forward, socket, target, keep_client, held),
                 Input::IngressClosed { command, forwards } => {
                     for forward in &*forwards {
                         self.forwards.remove(forward);
@@ -263,10 +343,18 @@ impl Driver {
                 Input::MakeWay(count) => self.engine.make_way(now, count),
                 Input::Turn(turn) => self.outlet.take(turn),
                 Input::GuestGone(vm) => self.engine.handle_guest_gone(now, vm),
-                Input::Stop => return true,
+                Input::Capture(tap) => {
+                    if !self.taps.add(tap, &mut self.engine.transmit) {
+                        // Who keeps count of captures hands over no more than there may be.
+                        tracing::debug!("one capture too many of this guest");
+                    }
+                }
+                Input::Link(link) => self.take_link(*link)?,
+                Input::TryLink => self.engine.announce_gateway(),
+                Input::Stop => return Ok(true),
             }
         }
-        false
+        Ok(false)
     }
 
     fn take_ingress(&mut self, now: Time, ingress: Ingress) {
@@ -305,8 +393,9 @@ impl Driver {
         socket: StdUdpSocket,
         target: SocketAddr,
         keep_client: bool,
+        held: Arc<()>,
     ) {
-        // A guest that renews its lease is handed the same socket again.
+        // Its address was another's in between, and it did not come to see it.
         if self.forwards.contains_key(&forward) {
             return;
         }
@@ -323,6 +412,7 @@ impl Driver {
                     target,
                     keep_client,
                     unread: false,
+                    _held: held,
                 };
                 self.forwards.insert(forward, socket);
             }
@@ -346,48 +436,66 @@ impl Driver {
     fn read_link(&mut self, now: Time) -> Result<(), LinkError> {
         let mut reads = 0;
         while self.link_readable && reads < READS_A_TURN && self.may_read() {
+            let Some(link) = &mut self.link else { return Ok(()) };
             reads += 1;
-            if self.link.fill()? == Filled::Nothing {
+            if link.fill()? == Filled::Nothing {
                 self.link_readable = false;
                 return Ok(());
             }
-            for (reason, count) in self.link.take_drops() {
+            for (reason, count) in link.take_drops() {
                 if count > 0 {
                     self.engine.count_drops(reason, count);
                 }
             }
-            while let Some(frame) = self.link.next_frame()? {
-                let io = &mut FrameIo {
-                    poll: &self.poll,
-                    sockets: &mut self.sockets,
-                    forwards: &self.forwards,
-                    network: &self.network,
-                };
-                let mut outcome = self.engine.handle_frame(now, frame);
-                if let Outcome::Switch(to) = outcome {
-                    outcome = match self.network.switch(self.vm, to, frame) {
-                        Ok(()) => Outcome::Done,
-                        Err(DropReason::GuestToGuest) => self.engine.handle_unswitched(now, frame),
-                        Err(reason) => {
-                            self.engine.count_drop(reason);
-                            Outcome::Done
-                        }
-                    };
-                }
-                match outcome {
-                    Outcome::Done | Outcome::Switch(_) => {}
-                    Outcome::Datagram { flow, payload } => io.send(now, &mut self.engine, flow, payload),
-                    Outcome::Echo { flow, message } => io.send(now, &mut self.engine, flow, message),
-                    Outcome::Datagrams { flow, payloads } => {
-                        for payload in &payloads {
-                            io.send(now, &mut self.engine, flow, payload);
-                        }
+            if self.taps.are_open() {
+                self.handle_frames::<true>(now)?;
+            } else {
+                self.handle_frames::<false>(now)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Hands what was read to the engine, frame by frame, and to captures where there are any.
+    fn handle_frames<const CAPTURED: bool>(&mut self, now: Time) -> Result<(), LinkError> {
+        let Some(link) = &mut self.link else { return Ok(()) };
+        let at_ns = if CAPTURED { now_ns() } else { 0 };
+        while let Some(frame) = link.next_frame()? {
+            if CAPTURED {
+                let dropped = self.taps.show_sent(at_ns, frame);
+                self.engine.capture_dropped += dropped;
+                self.network.metrics().capture_dropped.add(dropped);
+            }
+            let io = &mut FrameIo {
+                poll: &self.poll,
+                sockets: &mut self.sockets,
+                forwards: &self.forwards,
+                network: &self.network,
+            };
+            let mut outcome = self.engine.handle_frame(now, frame);
+            if let Outcome::Switch(to) = outcome {
+                outcome = match self.network.switch(self.vm, to, frame) {
+                    Ok(()) => Outcome::Done,
+                    Err(DropReason::GuestToGuest) => self.engine.handle_unswitched(now, frame),
+                    Err(reason) => {
+                        self.engine.count_drop(reason);
+                        Outcome::Done
                     }
-                    Outcome::Pass { flow, packet } => drop(io.pass(now, &mut self.engine, flow, packet)),
-                    Outcome::Assembled { flow, payload } => {
-                        if !io.pass(now, &mut self.engine, flow, &payload) {
-                            io.send(now, &mut self.engine, flow, &payload);
-                        }
+                };
+            }
+            match outcome {
+                Outcome::Done | Outcome::Switch(_) => {}
+                Outcome::Datagram { flow, payload } => io.send(now, &mut self.engine, flow, payload),
+                Outcome::Echo { flow, message } => io.send(now, &mut self.engine, flow, message),
+                Outcome::Datagrams { flow, payloads } => {
+                    for payload in &payloads {
+                        io.send(now, &mut self.engine, flow, payload);
+                    }
+                }
+                Outcome::Pass { flow, packet } => drop(io.pass(now, &mut self.engine, flow, packet)),
+                Outcome::Assembled { flow, payload } => {
+                    if !io.pass(now, &mut self.engine, flow, &payload) {
+                        io.send(now, &mut self.engine, flow, &payload);
                     }
                 }
             }
@@ -440,6 +548,19 @@ impl Driver {
     }
 
     fn read_forward(&mut self, now: Time, id: ForwardId) -> bool {
+        let Some(target) = self.forwards.get(&id).map(|forward| forward.target) else {
+            return false;
+        };
+        if self.network.guest_at(target.ip()) != Some(self.vm) {
+            // Its address is another guest's now, or nobody's: who has it reads the socket, also what comes from
+            // clients that were this guest's.
+            if let Some(mut forward) = self.forwards.remove(&id) {
+                // Its other copies keep the socket open, and the poller would go on with it.
+                let _ = self.poll.registry().deregister(&mut forward.socket);
+            }
+            self.engine.close_forwards(now, &[id]);
+            return false;
+        }
         for _ in 0..DATAGRAMS_A_TURN {
             if !self.engine.transmit.has_room(ROOM_TO_READ) {
                 return true;
@@ -449,18 +570,9 @@ impl Driver {
             };
             match forward.socket.recv_from(&mut self.scratch) {
                 Ok((length, client)) => {
-                    let target = forward.target;
                     let shown = forward.keep_client.then_some(client);
                     let at = match self.clients.get(&(id, client)) {
                         Some(at) => *at,
-                        None if self.network.guest_at(target.ip()) != Some(self.vm) => {
-                            // Its address is another guest's now, or nobody's: who has it reads the socket.
-                            if let Some(mut forward) = self.forwards.remove(&id) {
-                                // Its other copies keep the socket open, and the poller would go on with it.
-                                let _ = self.poll.registry().deregister(&mut forward.socket);
-                            }
-                            return false;
-                        }
                         None => {
                             let Some(at) = self.engine.open_ingress_udp(now, id, target, shown) else {
                                 continue;
@@ -599,19 +711,26 @@ impl Driver {
     }
 
     fn write_link(&mut self) -> Result<(), LinkError> {
-        let retry = self.link.retry_after_ms().is_some();
+        let Some(link) = &mut self.link else { return Ok(()) };
+        let retry = link.retry_after_ms().is_some();
         if (self.link_writable || retry) && !self.engine.transmit.is_empty() {
-            self.link_writable = self.link.flush(&mut self.engine.transmit)?;
+            if self.taps.are_open() {
+                let dropped = self.taps.show_queued(now_ns(), &mut self.engine.transmit);
+                self.engine.capture_dropped += dropped;
+                self.network.metrics().capture_dropped.add(dropped);
+            }
+            self.link_writable = link.flush(&mut self.engine.transmit)?;
         }
         Ok(())
     }
 
     fn check_alive(&mut self, now: Time) -> Result<(), LinkError> {
-        if let Some(interval) = self.link.alive_interval()
+        let Some(link) = &mut self.link else { return Ok(()) };
+        if let Some(interval) = link.alive_interval()
             && now >= self.link_asked + interval
         {
             self.link_asked = now;
-            if !self.link.is_alive() {
+            if !link.is_alive() {
                 return Err(LinkError::Closed);
             }
         }

@@ -1,6 +1,7 @@
 //! The dataplane: moves frames between guests and the host, and asks when it does not know.
 
 pub mod args;
+pub mod capture;
 pub mod claims;
 mod clock;
 pub mod config;

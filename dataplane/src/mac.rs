@@ -11,17 +11,6 @@ impl Mac {
     /// ff:ff:ff:ff:ff:ff.
     pub const BROADCAST: Self = Self([0xff; 6]);
 
-    /// A random one, locally administered.
-    ///
-    /// # Errors
-    /// When the system has no random numbers.
-    pub fn random() -> std::io::Result<Self> {
-        let mut bytes = [0; 6];
-        getrandom::fill(&mut bytes).map_err(|error| std::io::Error::other(error.to_string()))?;
-        bytes[0] = (bytes[0] & !1) | 2;
-        Ok(Self(bytes))
-    }
-
     /// Whether it is one station's: neither multicast nor broadcast nor all zero.
     pub fn is_unicast(self) -> bool {
         self.0[0] & 1 == 0 && self.0 != [0; 6]

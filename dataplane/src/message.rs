@@ -15,6 +15,7 @@ use vnet_proto::model::{
 };
 
 use crate::egress::stream::HostStream;
+use crate::link::Link;
 
 /// Bits of a [`MissId`] or [`FlowId`] that count within one guest; those above are its [`VmId`].
 pub const SEQUENCE_BITS: u32 = 40;
@@ -59,6 +60,10 @@ pub trait Router: Send + Sync {
 
     /// The guest whose link an address of the network is bound to.
     fn guest_at(&self, address: IpAddr) -> Option<VmId>;
+
+    /// Whether every guest there is reaches every other: none is under a policy or a mode. One of which that is not
+    /// known yet is.
+    fn is_open(&self) -> bool;
 }
 
 /// A port or a Unix socket of the host that leads into a guest.
@@ -462,6 +467,25 @@ pub struct Settings {
     pub judges_aliases: bool,
 }
 
+impl Settings {
+    /// Of a guest of which the session has said nothing yet.
+    pub fn unsaid(name: String, lookup_hold: Duration, hold: Duration) -> Self {
+        Self {
+            name,
+            switch_open: false,
+            forwards_closed: false,
+            synthetic_answers: false,
+            lookup_hold,
+            hold,
+            dns: DnsSettings::default(),
+            loss_grace: Duration::ZERO,
+            deny_ech: true,
+            deny_quic: false,
+            judges_aliases: false,
+        }
+    }
+}
+
 /// How a VM's lookups are answered and limited.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct DnsSettings {
@@ -601,6 +625,8 @@ pub enum Input {
         target: SocketAddr,
         /// The guest is to see its clients where that can be, rather than the gateway.
         keep_client: bool,
+        /// Kept with the socket: while it is there, the guest is not handed another.
+        held: Arc<()>,
     },
     /// Forwards are closed: cut their flows. Answer with [`Report::Done`].
     IngressClosed {
@@ -622,6 +648,12 @@ pub enum Input {
     GuestGone(VmId),
     /// The session's queue has the place that this guest waits for.
     Turn(Turn),
+    /// Show a capture this guest's frames from now on.
+    Capture(crate::capture::Tap),
+    /// The guest's hypervisor is back, over this link; some of its frames may have been read already.
+    Link(Box<Link>),
+    /// Send the guest something, so that a link without another side shows that it is over.
+    TryLink,
     /// End the driver; its link closes.
     Stop,
 }

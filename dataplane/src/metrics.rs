@@ -169,7 +169,7 @@ labels! {
     FrontRefusal {
         /// As many waited already as may, or its message was too long.
         Full = "full",
-        /// The other side is gone, or the system refused.
+        /// The channel or its other side is gone, or the system refused.
         Send = "send",
         /// What came was no message, or not one for this side.
         Malformed = "malformed",
@@ -201,6 +201,8 @@ labels! {
         Browser = "browser",
         /// Its tunnel has no address and port.
         Tunnel = "tunnel",
+        /// Its tunnel would pass by the policy or mode of a guest.
+        Policy = "policy",
         /// It asked for what nobody here serves.
         NotFound = "not_found",
         /// It could not be handed to the front.
@@ -247,6 +249,10 @@ labels! {
         Handshake = "handshake",
         /// Datagrams from a socket without an address to answer to.
         Unnamed = "unnamed",
+        /// It sent what is no frame before it was known whose it is.
+        Unknown = "unknown",
+        /// A further link of a VM that has one on that socket.
+        Further = "further",
         /// The system had no descriptor, thread or memory for it.
         System = "system",
     }
@@ -302,6 +308,7 @@ metrics! {
     gauge host_addresses: Gauge = "vnet_dataplane_host_addresses", "Addresses that the host owns, loopback aside.";
     counter guard_changes: Counter = "vnet_dataplane_guard_changes_total", "Changes of guarded addresses, each of which voids cached verdicts.";
     gauge forwards_open: Gauge = "vnet_dataplane_forwards_open", "Forwards that listen.";
+    counter capture_dropped: Counter = "vnet_dataplane_capture_dropped_total", "Frames that captures lost, as they were not taken out in time.";
     counter forward_connections: Counter = "vnet_dataplane_forward_connections_total", "Connections that forwards handed to guests.";
     counter tunnels: Counter = "vnet_dataplane_tunnels_total", "Connections that tunnels handed to guests.";
     by_cause tunnel_refusals: Family<TunnelRefusal> = "vnet_dataplane_tunnel_refusals_total", "Tunnels that were not opened.";
@@ -313,6 +320,8 @@ metrics! {
     counter resolver_over_tcp: Counter = "vnet_dataplane_resolver_over_tcp_total", "Questions asked again over TCP.";
     by_cause resolver_faults: Family<ResolverFault> = "vnet_dataplane_resolver_faults_total", "Questions to upstream resolvers that went wrong.";
     by_cause link_refusals: Family<LinkRefusal> = "vnet_dataplane_link_refusals_total", "Those who came to a guest socket and were not let in.";
+    counter links_back: Counter = "vnet_dataplane_links_back_total", "Guests whose hypervisor's socket came back in time.";
+    counter links_given_up: Counter = "vnet_dataplane_links_given_up_total", "Guests whose hypervisor's socket did not come back in time.";
     by_cause forward_refusals: Family<ForwardRefusal> = "vnet_dataplane_forward_refusals_total", "Connections that forwards closed at once.";
 }
 

@@ -15,6 +15,9 @@ use mio::Waker;
 use tokio::sync::mpsc::Sender;
 use vnet_proto::model::{GuardSet, Protocol, VmId};
 
+use crate::capture::{
+    CAPTURES_PER_GUEST_MAX, CAPTURES_PER_NETWORK_MAX, Capture, CaptureSpec, INTERFACES_MAX, Tap,
+};
 use crate::claims::Claims;
 use crate::clock;
 use crate::descriptors::Descriptors;
@@ -34,6 +37,7 @@ use crate::front::FrontSender;
 use crate::guards::Guards;
 use crate::inbox::Inbox;
 use crate::leases::{LeaseCounts, Leases};
+use crate::link::serve::Berth;
 use crate::link::{Link, LinkError};
 use crate::mac::Mac;
 use crate::message::{Input, Order, OwnPolicy, Report, Router, VmUp};
@@ -62,6 +66,8 @@ pub struct NetworkConfig {
     pub follow_search: Option<Arc<Mutex<ResolvConf>>>,
     /// How long a flow is held before a controlplane has said otherwise.
     pub hold: Duration,
+    /// How long a guest whose hypervisor closed its socket is kept, where it can come back.
+    pub grace: Duration,
     /// Flows of one guest at once.
     pub flows_max: usize,
     /// The host's descriptors, which guests share.
@@ -106,6 +112,9 @@ pub struct Network {
     reports: Sender<Report>,
     forwards: std::sync::OnceLock<Forwards>,
     front: std::sync::OnceLock<FrontSender>,
+    capture_file: std::sync::OnceLock<Arc<Capture>>,
+    /// Captures of one guest each.
+    captures: Mutex<Vec<(VmId, Arc<Capture>)>>,
 }
 
 #[derive(Default)]
@@ -113,15 +122,20 @@ struct Guests {
     by_vm: HashMap<VmId, Guest>,
     by_mac: HashMap<Mac, VmId>,
     next: u32,
+    /// No more are let in.
+    stopped: bool,
 }
 
 struct Guest {
-    /// Unbounded: what comes in are answers to the guest's own misses and queries, which are bounded, the
-    /// ends of its flows with other guests, of which each has one, and orders, none of which may be lost.
+    /// Unbounded: what comes in are answers to the guest's own misses and queries, which are bounded, as are
+    /// connections that wait for it, the sockets of forwards, each of which it has once, the ends of its flows with
+    /// other guests, of which each has one, and orders, none of which may be lost.
     inputs: InputSender<Input>,
     waker: Arc<Waker>,
     inbox: Arc<Inbox>,
     switch_open: AtomicBool,
+    /// As it attached.
+    name: String,
 }
 
 impl Network {
@@ -148,6 +162,8 @@ impl Network {
             reports,
             forwards: std::sync::OnceLock::new(),
             front: std::sync::OnceLock::new(),
+            capture_file: std::sync::OnceLock::new(),
+            captures: Mutex::default(),
         })
     }
 
@@ -155,6 +171,12 @@ impl Network {
     pub fn set_forwards(&self, forwards: Forwards) {
         // A second call would be a mistake at start; the first stays.
         let _ = self.forwards.set(forwards);
+    }
+
+    /// Captures guests that attach from now on, all of them and for as long as they are there. Once.
+    pub fn capture_all(&self, capture: Arc<Capture>) {
+        // As above.
+        let _ = self.capture_file.set(capture);
     }
 
     /// Offers guests that attach from now on the gateway's port 80, which this front serves. Once.
@@ -173,6 +195,28 @@ impl Network {
         &self.config.metrics
     }
 
+    /// How long a guest whose link is gone is kept.
+    pub(crate) fn grace(&self) -> Duration {
+        self.config.grace
+    }
+
+    /// Whether a guest that is there has this MAC address.
+    pub(crate) fn has_station(&self, mac: Mac) -> bool {
+        self.read_guests().by_mac.contains_key(&mac)
+    }
+
+    /// Whether a guest is under neither policy nor mode, so that all others reach it. Not known yet is no.
+    pub(crate) fn is_switch_open(&self, vm: VmId) -> bool {
+        let guests = self.read_guests();
+        let guest = guests.by_vm.get(&vm);
+        guest.is_some_and(|guest| guest.switch_open.load(Ordering::Relaxed))
+    }
+
+    /// Whether guests were told to end.
+    pub(crate) fn is_stopped(&self) -> bool {
+        self.read_guests().stopped
+    }
+
     /// Time since the process started, counting time suspended.
     pub fn now(&self) -> Time {
         clock::now()
@@ -184,17 +228,19 @@ impl Network {
     /// # Errors
     /// The system's: no thread, no poller.
     pub fn attach(self: &Arc<Self>, link: Link, spec: GuestSpec) -> io::Result<thread::JoinHandle<()>> {
-        self.attach_then(link, spec, || {})
+        self.attach_then(link, spec, None, || {})
     }
 
-    /// As [`Self::attach`]; `then` is called when the guest is gone.
+    /// As [`Self::attach`]. With a `berth`, a guest whose hypervisor closes the link is kept for a while, and may
+    /// come back over another. `then` is called when the guest is gone.
     ///
     /// # Errors
-    /// The system's: no thread, no poller.
+    /// The system's: no thread, no poller; and when guests were told to end.
     pub fn attach_then(
         self: &Arc<Self>,
         link: Link,
         spec: GuestSpec,
+        berth: Option<Berth>,
         then: impl FnOnce() + Send + 'static,
     ) -> io::Result<thread::JoinHandle<()>> {
         let vm = {
@@ -236,8 +282,10 @@ impl Network {
             engine,
             inputs: receiver,
             inbox: Arc::clone(&inbox),
+            berth,
             reports: self.reports.clone(),
             network: Arc::clone(self),
+            tap: self.tap_of_file(&spec.name),
             resolver: self.resolve_for(vm),
         })?;
         if let Some(address) = spec.pinned_address
@@ -250,8 +298,15 @@ impl Network {
             waker,
             inbox,
             switch_open: AtomicBool::new(false),
+            name: spec.name.clone(),
         };
-        self.write_guests().by_vm.insert(vm, guest);
+        {
+            let mut guests = self.write_guests();
+            if guests.stopped {
+                return Err(io::Error::other("the dataplane is ending"));
+            }
+            guests.by_vm.insert(vm, guest);
+        }
         let name = spec.name.clone();
         let up = VmUp {
             vm,
@@ -297,6 +352,20 @@ impl Network {
                 then();
             })?;
         Ok(thread)
+    }
+
+    /// A guest's part in the capture of all.
+    fn tap_of_file(&self, name: &str) -> Option<Tap> {
+        let capture = self.capture_file.get()?;
+        let tap = capture.tap(name);
+        if tap.is_none() {
+            tracing::warn!(
+                vm = name,
+                limit = INTERFACES_MAX,
+                "not captured: the file has as many VMs as it may"
+            );
+        }
+        tap
     }
 
     /// How a guest's engine asks upstream; the answer comes back as an input of its driver.
@@ -375,8 +444,9 @@ impl Network {
         }
     }
 
-    /// Ends every guest.
+    /// Ends every guest, those included whose link is gone; no more are let in.
     pub fn stop(&self) {
+        self.write_guests().stopped = true;
         for vm in self.vms() {
             self.send(vm, Input::Stop);
         }
@@ -388,7 +458,7 @@ impl Network {
     /// # Errors
     /// Why it was not passed on, to one that should have had it.
     pub fn switch(&self, from: VmId, to: Mac, frame: &[u8]) -> Result<(), DropReason> {
-        let guests = self.guests.read().unwrap_or_else(PoisonError::into_inner);
+        let guests = self.read_guests();
         let pass = |guest: &Guest| {
             if !guest.switch_open.load(Ordering::Relaxed) {
                 return Err(DropReason::GuestToGuest);
@@ -421,7 +491,7 @@ impl Network {
     /// # Errors
     /// Why it was not taken.
     pub(crate) fn pass(&self, to: VmId, passed: Passed) -> Result<(), DropReason> {
-        let guests = self.guests.read().unwrap_or_else(PoisonError::into_inner);
+        let guests = self.read_guests();
         guests
             .by_vm
             .get(&to)
@@ -443,6 +513,10 @@ impl Network {
 
     fn lock_claims(&self) -> std::sync::MutexGuard<'_, Claims> {
         self.claims.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn read_guests(&self) -> std::sync::RwLockReadGuard<'_, Guests> {
+        self.guests.read().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn write_guests(&self) -> std::sync::RwLockWriteGuard<'_, Guests> {
@@ -532,7 +606,7 @@ impl Surroundings for Network {
             IpAddr::V4(v4) => self.lock_leases().holder(v4)?,
             IpAddr::V6(v6) => self.lock_claims().holder(v6)?,
         };
-        let guests = self.guests.read().unwrap_or_else(PoisonError::into_inner);
+        let guests = self.read_guests();
         let open = guests.by_vm.get(&vm)?.switch_open.load(Ordering::Relaxed);
         Some(Neighbour { vm, mac, open })
     }
@@ -573,7 +647,11 @@ impl Surroundings for Network {
             ("network_link_limit", links.of(LinkRefusal::Limit).get()),
             ("network_link_handshake", links.of(LinkRefusal::Handshake).get()),
             ("network_link_unnamed", links.of(LinkRefusal::Unnamed).get()),
+            ("network_link_unknown", links.of(LinkRefusal::Unknown).get()),
+            ("network_link_further", links.of(LinkRefusal::Further).get()),
             ("network_link_system", links.of(LinkRefusal::System).get()),
+            ("network_link_back", metrics.links_back.get()),
+            ("network_link_given_up", metrics.links_given_up.get()),
             ("network_resolver_questions", metrics.resolver_questions.get()),
             ("network_resolver_over_tcp", metrics.resolver_over_tcp.get()),
             ("network_resolver_busy", faults.of(ResolverFault::Busy).get()),
@@ -591,7 +669,7 @@ impl Surroundings for Network {
 
 impl Router for Network {
     fn send(&self, vm: VmId, input: Input) -> bool {
-        let guests = self.guests.read().unwrap_or_else(PoisonError::into_inner);
+        let guests = self.read_guests();
         let Some(guest) = guests.by_vm.get(&vm) else {
             return false;
         };
@@ -626,6 +704,12 @@ impl Router for Network {
             IpAddr::V6(v6) => self.lock_claims().holder(v6).map(|(vm, _)| vm),
         }
     }
+
+    fn is_open(&self) -> bool {
+        let guests = self.read_guests();
+        let mut all = guests.by_vm.values();
+        all.all(|guest| guest.switch_open.load(Ordering::Relaxed))
+    }
 }
 
 impl session::Zones for Network {
@@ -656,6 +740,48 @@ impl session::Zones for Network {
                 let text = format!("there is no zone {}", vnet_proto::model::zone_text(name));
                 session::Refusal::new(tonic::Code::NotFound, text)
             })
+    }
+}
+
+impl session::Captures for Network {
+    fn start_capture(
+        &self,
+        vm: VmId,
+        spec: CaptureSpec,
+        wake: Box<dyn Fn() + Send + Sync>,
+    ) -> Result<Arc<Capture>, session::Refusal> {
+        let limit = |text: String| session::Refusal::new(tonic::Code::ResourceExhausted, text);
+        let gone = || session::Refusal::new(tonic::Code::NotFound, "there is no guest of this handle");
+        let name = {
+            let guests = self.guests.read().unwrap_or_else(PoisonError::into_inner);
+            guests
+                .by_vm
+                .get(&vm)
+                .map(|guest| guest.name.clone())
+                .ok_or_else(gone)?
+        };
+        // Held to the end, so that two at once do not both find the last place.
+        let mut captures = self.captures.lock().unwrap_or_else(PoisonError::into_inner);
+        captures.retain(|(_, capture)| capture.end().is_none());
+        let of_all = usize::from(self.capture_file.get().is_some_and(|file| file.end().is_none()));
+        if captures.len() + of_all >= CAPTURES_PER_NETWORK_MAX {
+            return Err(limit(format!(
+                "the network has {CAPTURES_PER_NETWORK_MAX} captures already; end one of them"
+            )));
+        }
+        let of_guest = captures.iter().filter(|(captured, _)| *captured == vm).count();
+        if of_guest + of_all >= CAPTURES_PER_GUEST_MAX {
+            return Err(limit(format!(
+                "VM {name} has {CAPTURES_PER_GUEST_MAX} captures already; end one of them"
+            )));
+        }
+        let capture = Capture::new(spec, wake);
+        let tap = capture.tap(&name).ok_or_else(gone)?;
+        if !self.send(vm, Input::Capture(tap)) {
+            return Err(gone());
+        }
+        captures.push((vm, Arc::clone(&capture)));
+        Ok(capture)
     }
 }
 
@@ -696,11 +822,11 @@ pub(crate) mod tests {
 
     /// A network without guests, for tests.
     pub(crate) fn network(reports: Sender<Report>) -> Arc<Network> {
-        network_of(reports, 1500)
+        network_of(reports, 1500, Duration::ZERO)
     }
 
-    /// One with another MTU.
-    pub(crate) fn network_of(reports: Sender<Report>, mtu_bytes: u16) -> Arc<Network> {
+    /// One with another MTU, and another time for which a guest without a link is kept.
+    pub(crate) fn network_of(reports: Sender<Report>, mtu_bytes: u16, grace: Duration) -> Arc<Network> {
         let subnet: Ipv4Net = "192.168.127.0/29".parse().unwrap();
         let lease_time = Duration::from_secs(3600);
         let config = NetworkConfig {
@@ -720,6 +846,7 @@ pub(crate) mod tests {
             },
             follow_search: None,
             hold: Duration::from_secs(30),
+            grace,
             flows_max: 16,
             descriptors: Descriptors::new(1_024),
             metrics: Arc::default(),
@@ -748,6 +875,11 @@ pub(crate) mod tests {
             runtime,
             reports,
         )
+    }
+
+    /// Takes all addresses from a guest.
+    pub(crate) fn release(network: &Network, vm: VmId) {
+        network.lock_leases().release_vm(vm);
     }
 
     pub(crate) fn counter(network: &Network, wanted: &str) -> u64 {

@@ -1,5 +1,6 @@
 //! A running dataplane: from a checked configuration to its end.
 
+use std::fs::File;
 use std::io::{self, IsTerminal as _, Write as _};
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
@@ -10,6 +11,7 @@ use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::mpsc;
 
 use crate::args::Args;
+use crate::capture::file::CaptureFile;
 use crate::config::{
     Config, ControlplaneUrl, ListenAt, ListenConfig, SearchDomains, Transport, VmConfig, VmSettings,
     default_name,
@@ -29,6 +31,7 @@ use crate::guards::{Guards, HostAddresses, Watcher, follow};
 use crate::inherit;
 use crate::leases::{LEASE_TIME, LeaseConfig, Leases};
 use crate::link::Link;
+use crate::link::door::GRACE;
 use crate::link::listen::{RecordListener, SocketFile, StreamListener};
 use crate::link::packet::{PacketKind, PacketLink};
 use crate::link::stream::{StreamKind, StreamLink, StreamSocket};
@@ -219,6 +222,15 @@ pub async fn run(config: Config) -> Result<(), RunError> {
         Arc::clone(&metrics),
         reports.clone(),
     );
+    let capture_file = match config.pcap_fd {
+        None => None,
+        Some(fd) => {
+            let file = File::from(take("--pcap-fd", fd)?);
+            let file = CaptureFile::start(file, config.pcap_limit_bytes).map_err(RunError::System)?;
+            network.capture_all(Arc::clone(file.capture()));
+            Some(file)
+        }
+    };
     let tunnels = Tunnels::new(
         Arc::clone(&network) as Arc<dyn Router>,
         Arc::clone(&metrics),
@@ -263,6 +275,7 @@ pub async fn run(config: Config) -> Result<(), RunError> {
         Commands {
             forwards: forwards.clone(),
             zones: Arc::clone(&network) as Arc<dyn session::Zones>,
+            captures: Arc::clone(&network) as Arc<dyn session::Captures>,
         },
     );
     let follow = follow(
@@ -328,6 +341,10 @@ pub async fn run(config: Config) -> Result<(), RunError> {
             }
         }
     };
+    // Behind the guests' last frames.
+    if let Some(file) = capture_file {
+        file.finish().await;
+    }
     for line in metrics.render().lines().filter(|line| !line.starts_with('#')) {
         tracing::debug!(metric = line, "counted");
     }
@@ -435,6 +452,7 @@ fn make_network(
         },
         follow_search,
         hold: HOLD,
+        grace: GRACE,
         flows_max: FLOWS_MAX,
         descriptors,
         metrics,
@@ -509,6 +527,7 @@ fn open_listener(
                     let answers = Answers {
                         macs: config.vpnkit_macs.clone(),
                         mtu_bytes: config.network.mtu_bytes,
+                        ..Answers::default()
                     };
                     serve::vpnkit(network, stream, spec, answers)?;
                 }
@@ -565,7 +584,7 @@ fn open_links(
             let _ = gone.send(end);
         };
         network
-            .attach_then(link, guest_spec(vm), then)
+            .attach_then(link, guest_spec(vm), None, then)
             .map(drop)
             .map_err(RunError::System)
     };

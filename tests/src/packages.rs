@@ -23,6 +23,7 @@ const PROGRAMS: &[(&str, &str)] = &[
     ("ssh", "openssh-client"),
     ("ssh-keygen", "openssh-client"),
     ("sshd", "openssh-server"),
+    ("tshark", "tshark"),
 ];
 
 /// Fails with one message if anything is missing.

@@ -1,4 +1,4 @@
-//! Real virtual machines: QEMU's two socket backends against `vnetctl up`, with a Linux that finds its
+//! Real virtual machines: QEMU's two socket backends against `vnetctl up` and `gvproxy`, with a Linux that finds its
 //! way by DHCP. The guest is built by `guest/make` out of Debian packages, once for a target directory.
 #![cfg(all(target_os = "linux", target_arch = "x86_64"))]
 
@@ -7,6 +7,8 @@ use std::io::{Read as _, Write as _};
 use std::net::Shutdown;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use vnet_tests::{Answer, Dns, PATIENCE, Running, World, http, staged, tcp};
@@ -24,10 +26,7 @@ fn a_guest_over_a_stream_socket_is_served_and_asked_about() {
     build_guest();
     staged(a_guest_over_a_stream_socket_is_served_and_asked_about, |world| {
         let socket = world.runtime_dir().join("qemu.sock");
-        let netdev = format!(
-            "stream,id=n0,server=off,addr.type=unix,addr.path={}",
-            socket.display()
-        );
+        let netdev = stream(&socket);
         let url = format!("unix://{}", socket.display());
         story(world, &["--listen-qemu", &url], &socket, &netdev);
     });
@@ -40,18 +39,134 @@ fn a_guest_over_a_datagram_socket_is_served_and_asked_about() {
         a_guest_over_a_datagram_socket_is_served_and_asked_about,
         |world| {
             let socket = world.runtime_dir().join("vfkit.sock");
-            let own = world.runtime_dir().join("guest.sock");
-            let netdev = format!(
-                "dgram,id=n0,local.type=unix,local.path={},remote.type=unix,remote.path={}",
-                own.display(),
-                socket.display()
-            );
+            let (netdev, own) = datagrams(world, &socket);
             let url = format!("unixgram://{}", socket.display());
             story(world, &["--listen-vfkit", &url], &socket, &netdev);
             // QEMU leaves its end behind.
             let _ = fs::remove_file(own);
         },
     );
+}
+
+#[test]
+fn gvproxy_serves_a_machine_over_a_stream_socket_as_podman_uses_it() {
+    build_guest();
+    staged(
+        gvproxy_serves_a_machine_over_a_stream_socket_as_podman_uses_it,
+        |world| {
+            let socket = world.runtime_dir().join("qemu.sock");
+            let netdev = stream(&socket);
+            let url = format!("unix://{}", socket.display());
+            machine(world, &["-listen-qemu", &url], &socket, &netdev);
+        },
+    );
+}
+
+#[test]
+fn gvproxy_serves_a_machine_over_a_datagram_socket_as_podman_uses_it() {
+    build_guest();
+    staged(
+        gvproxy_serves_a_machine_over_a_datagram_socket_as_podman_uses_it,
+        |world| {
+            let socket = world.runtime_dir().join("vfkit.sock");
+            let (netdev, own) = datagrams(world, &socket);
+            let url = format!("unixgram://{}", socket.display());
+            machine(world, &["-listen-vfkit", &url], &socket, &netdev);
+            let _ = fs::remove_file(own);
+        },
+    );
+}
+
+/// QEMU's end of a stream.
+fn stream(socket: &Path) -> String {
+    format!(
+        "stream,id=n0,server=off,addr.type=unix,addr.path={}",
+        socket.display()
+    )
+}
+
+/// QEMU's end of datagrams, and where it is bound.
+fn datagrams(world: &World, socket: &Path) -> (String, PathBuf) {
+    let own = world.runtime_dir().join("guest.sock");
+    let netdev = format!(
+        "dgram,id=n0,local.type=unix,local.path={},remote.type=unix,remote.path={}",
+        own.display(),
+        socket.display()
+    );
+    (netdev, own)
+}
+
+/// A machine of podman's: it has the address that is kept for it, serves at a port which it exposes by asking the
+/// gateway, looks up the gateway's names, and fetches from the internet and from the host.
+const MACHINE: &str = "
+echo address $(ip -4 -o addr show eth0 | awk '{print $4}')
+echo host $(nslookup host.containers.internal 192.168.127.1 | awk '/^Address: / {print $2}')
+echo internet $(wget -qO- http://203.0.113.10/out)
+echo loopback $(wget -qO- http://192.168.127.254:8099/own)
+mkdir www && echo of the guest > www/page && httpd -p 80 -h www
+expose() { wget -qO- --post-data \"$2\" http://192.168.127.1/services/forwarder/$1 && echo $1 done; }
+expose expose '{\"local\":\"127.0.0.1:8080\",\"remote\":\"192.168.127.2:80\",\"protocol\":\"tcp\"}'
+until wget -qO- http://192.168.127.254:8099/done | grep -q fetched; do sleep 0.1; done
+expose unexpose '{\"local\":\"127.0.0.1:8080\",\"protocol\":\"tcp\"}'
+echo listed $(wget -qO- http://192.168.127.1/services/forwarder/all)
+";
+
+fn machine(world: &World, listen: &[&str], socket: &Path, netdev: &str) {
+    let _internet = http(world.internet(), "203.0.113.10:80");
+    let fetched = Arc::new(AtomicBool::new(false));
+    let told = Arc::clone(&fetched);
+    let _own = tcp(world.host(), "127.0.0.1:8099", move |mut stream, _| {
+        let mut request = [0; 4096];
+        let _ = stream.read(&mut request);
+        let body = if request.starts_with(b"GET /own") {
+            "the host's own"
+        } else if told.load(Ordering::SeqCst) {
+            "fetched"
+        } else {
+            "not yet"
+        };
+        let _ = write!(
+            stream,
+            "HTTP/1.0 200 OK\r\nContent-Length: {}\r\n\r\n{body}",
+            body.len()
+        );
+    });
+    let mut gvproxy = Running::start(world.gvproxy(&[&["-ssh-port", "40222"], listen].concat()));
+    gvproxy.complains("waiting for clients");
+    let qemu = Qemu::boot(world, netdev, "5a:94:ef:e4:0c:ee", MACHINE);
+    let said = || fs::read_to_string(world.work().join("output")).unwrap_or_default();
+    let began = Instant::now();
+    while !said().contains("expose done") {
+        assert!(
+            began.elapsed() < GUEST_PATIENCE,
+            "{} and {}",
+            said(),
+            gvproxy.stderr()
+        );
+        std::thread::sleep(Duration::from_millis(50));
+    }
+    let mut curl = world.program("curl");
+    curl.args(["-sS", "-m", "20", "http://127.0.0.1:8080/page"]);
+    assert_eq!(Running::start(curl).wait().stdout, "of the guest\n");
+    fetched.store(true, Ordering::SeqCst);
+    let said = qemu.wait(world);
+    for line in [
+        "address 192.168.127.2/24",
+        "host 192.168.127.254",
+        "internet this is 203.0.113.10:80 at /out",
+        "loopback the host's own",
+        "unexpose done",
+        // Its own alone: what leads to its SSH is the host's.
+        "listed []",
+    ] {
+        assert!(said.lines().any(|known| known == line), "no {line:?} in {said}");
+    }
+    assert!(std::net::TcpStream::connect("127.0.0.1:8080").is_err(), "{said}");
+
+    gvproxy.signal(nix::sys::signal::Signal::SIGTERM);
+    let ended = gvproxy.wait();
+    assert_eq!(ended.code, 0, "{ended:?}");
+    assert!(!socket.exists(), "its socket is gone");
 }
 
 /// What the guest does, in order; each line that it prints is checked below.
@@ -120,7 +235,7 @@ fn story(world: &World, listen: &[&str], socket: &Path, netdev: &str) {
     up.complains("serving VM machine");
     assert!(socket.exists(), "{}", socket.display());
 
-    let qemu = Qemu::boot(world, netdev, SCRIPT);
+    let qemu = Qemu::boot(world, netdev, "52:54:00:12:34:56", SCRIPT);
     let id = first_pending_for(world, 80);
     assert_eq!(held.connections(), 0, "nothing goes out before the yes");
     world.vnetctl(&["approve", &id]);
@@ -183,7 +298,7 @@ struct Qemu {
 
 impl Qemu {
     /// Boots a guest with one NIC, which runs a script and powers off.
-    fn boot(world: &World, netdev: &str, script: &str) -> Qemu {
+    fn boot(world: &World, netdev: &str, mac: &str, script: &str) -> Qemu {
         let guest = guest_directory();
         let directory = world.work();
         let mut command = world.program("qemu-system-x86_64");
@@ -205,7 +320,8 @@ impl Qemu {
             .args(["-chardev", "file,id=output,path=output", "-device", "virtserialport,chardev=output,nr=1"])
             .args(["-chardev", "file,id=status,path=status", "-device", "virtserialport,chardev=status,nr=2"])
             .args(["-netdev", netdev])
-            .args(["-device", "virtio-net-pci,netdev=n0,romfile=,mac=52:54:00:12:34:56"]);
+            .arg("-device")
+            .arg(format!("virtio-net-pci,netdev=n0,romfile=,mac={mac}"));
         Qemu {
             process: Running::start(command),
             directory,

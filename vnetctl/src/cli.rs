@@ -10,6 +10,7 @@ use clap::{CommandFactory as _, Parser, Subcommand};
 
 use crate::client::{Connection, Server};
 use crate::cmd::answer::{AllowArgs, ApproveArgs, DenyArgs};
+use crate::cmd::capture::CaptureArgs;
 use crate::cmd::dataplane::DataplaneCommand;
 use crate::cmd::demo::DemoArgs;
 use crate::cmd::dns::DnsCommand;
@@ -93,6 +94,16 @@ pub enum Command {
     /// The VMs, and how each is treated
     #[command(subcommand)]
     Vm(VmCommand),
+    /// Write a VM's packets, live, as pcapng
+    #[command(
+        long_about = "Write a VM's packets, live, as pcapng.\n\n\
+            From now on until it is interrupted, the VM is gone, or --count or --for is reached. Nothing is kept of \
+            them elsewhere. Who takes them too slowly loses some, which are counted, and delays nobody.",
+        after_help = "Examples:\n  vnetctl capture web -w web.pcapng\n  \
+            vnetctl capture web --filter 'tcp port 80' -w - | tshark -r -\n  \
+            vnetctl capture web --filter 'host 192.0.2.0/24 not arp' --for 10s -w - | wireshark -k -i -"
+    )]
+    Capture(CaptureArgs),
     /// Live connections
     #[command(subcommand)]
     Flows(FlowsCommand),
@@ -234,6 +245,16 @@ fn execute(cli: Cli) -> Result<u8, Failure> {
             let script = String::from_utf8_lossy(&script).into_owned();
             Output::stdout(Format::Table).write(&script).map(|()| 0)
         }
+        Command::Capture(args) => {
+            without_data("capture")?;
+            let context = Context {
+                connection,
+                output: Output::stdout(Format::Table),
+            };
+            runtime()?
+                .block_on(client_command(Command::Capture(args), context))
+                .map(|()| 0)
+        }
         command => {
             let context = Context {
                 connection,
@@ -253,6 +274,7 @@ async fn client_command(command: Command, mut context: Context) -> Result<(), Fa
         Command::Allow(args) => args.execute(context).await,
         Command::Grants(command) => command.execute(context).await,
         Command::Vm(command) => command.execute(context).await,
+        Command::Capture(args) => args.execute(context).await,
         Command::Flows(command) => command.execute(context).await,
         Command::Events(command) => command.execute(context).await,
         Command::Policy(command) => command.execute(context).await,

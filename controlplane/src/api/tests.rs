@@ -1,3 +1,5 @@
+mod capture;
+
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;

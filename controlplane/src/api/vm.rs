@@ -1,5 +1,6 @@
 //! `VmService`: lists VMs and changes how they are treated.
 
+use futures_util::StreamExt as _;
 use tonic::{Request, Response, Status};
 use vnet_proto::model::{Malformed, Mode};
 use vnet_proto::v1;
@@ -63,6 +64,36 @@ impl VmService for Api {
         saved(durable).await?;
         let cut = Some(self.hub.report(ticket).await);
         Ok(Response::new(v1::UpdateVmResponse { vm: Some(vm), cut }))
+    }
+
+    type CaptureVmStream = Changes<v1::CaptureVmResponse>;
+
+    async fn capture_vm(
+        &self,
+        request: Request<v1::CaptureVmRequest>,
+    ) -> Result<Response<Self::CaptureVmStream>, Status> {
+        let actor = actor(&request);
+        let request = request.into_inner();
+        let (vm, filter) = (request.vm.clone(), request.filter.clone());
+        let capture = self.hub.capture(request).await?;
+        tracing::info!(vm, filter, actor, "packets of a VM are captured");
+        // At once, so that the client knows that it has begun.
+        let begun = futures_util::stream::once(async { Ok(v1::CaptureVmResponse::default()) });
+        let rest = futures_util::stream::unfold(Some(capture), |capture| async move {
+            let mut capture = capture?;
+            match capture.next().await {
+                Some(message) if message.end != i32::from(v1::CaptureEnd::Unspecified) => {
+                    Some((Ok(message), None))
+                }
+                Some(message) => Some((Ok(message), Some(capture))),
+                None => {
+                    let lost =
+                        Refusal::Unavailable("the dataplane was lost, and the capture with it".to_owned());
+                    Some((Err(lost.into()), None))
+                }
+            }
+        });
+        Ok(Response::new(Box::pin(begun.chain(rest))))
     }
 
     type WatchVmsStream = Changes<v1::WatchVmsResponse>;

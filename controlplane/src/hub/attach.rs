@@ -62,7 +62,10 @@ impl Hub {
         let ups = ups
             .map(|up| VmFacts::read(up, &self.lists, &mut read))
             .collect::<Result<Vec<_>, _>>()?;
-        self.read(|state, now| state.attach(now, hello, ups))
+        let attachment = self.read(|state, now| state.attach(now, hello, ups))?;
+        // What an earlier session was asked for it does not know of.
+        self.captures.end_of(attachment.key.dataplane);
+        Ok(attachment)
     }
 
     /// A dataplane says something else.
@@ -98,6 +101,7 @@ impl Hub {
         self.read(|state, now| {
             if state.is_current(key) {
                 state.session_lost(now, key.dataplane);
+                self.captures.end_of(key.dataplane);
             }
         });
     }

@@ -36,6 +36,14 @@ impl Hub {
         Self::acknowledged(wait).await
     }
 
+    /// As [`Self::command`], to one dataplane.
+    ///
+    /// # Errors
+    /// [`Refusal`] if it is lost, refuses or does not answer.
+    pub(super) async fn command_to(&self, number: DataplaneNo, command: Command) -> Result<v1::Ack, Refusal> {
+        Self::acknowledged(self.read(|state, _| state.send_command(number, None, |_| command))?).await
+    }
+
     /// Waits for what a dataplane says to a command.
     pub(super) async fn acknowledged(
         wait: oneshot::Receiver<Result<v1::Ack, Refusal>>,
@@ -238,7 +246,7 @@ impl State {
                 dataplane.zones.retain(|z| z.name != zone.name);
                 return;
             }
-            Command::ReportVerdicts(_) => return,
+            Command::StartCapture(_) | Command::StopCapture(_) | Command::ReportVerdicts(_) => return,
         };
         let network = self.fleet.dataplanes.get(&number).map(|d| d.network.clone());
         let event = v1::Event {

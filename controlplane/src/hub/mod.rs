@@ -8,6 +8,7 @@
 //! - `decide`: a miss becomes a verdict or a question.
 //! - `traffic`: what dataplanes report of flows, lookups and bindings.
 //! - `budgets`: what is used of grants that have one.
+//! - `captures`: packets on their way to who asked for them.
 //! - `change`: what can alter a decision: the epoch, revocations, cuts.
 //! - `verify`: what dataplanes have cached, decided anew.
 //! - `confirm`: policies that go by themselves unless they are confirmed.
@@ -22,6 +23,7 @@ mod answers;
 mod attach;
 mod bounds;
 mod budgets;
+mod captures;
 mod change;
 mod claims;
 mod commands;
@@ -69,6 +71,8 @@ pub use answers::{NewGrant, Reply};
 #[cfg(test)]
 pub(crate) use attach::Attachment;
 pub use attach::SessionKey;
+pub use captures::CAPTURES_MAX;
+pub(crate) use captures::{MESSAGE_PACKETS_BYTES_MAX, MESSAGE_PACKETS_MAX};
 pub use change::Ticket;
 pub(crate) use confirm::confirm_within;
 pub use events::EventFilter;
@@ -81,6 +85,7 @@ pub use reach::{BINDINGS_COUNTED_MAX, LABELS_OFFERED_MAX, Offers, PAST_FLOWS_MAX
 pub use vms::VmUpdate;
 
 use budgets::Budgets;
+use captures::Captures;
 use change::Change;
 use events::EventLog;
 use policies::NamedPolicy;
@@ -110,6 +115,8 @@ pub struct Hub {
     metrics: Arc<Metrics>,
     /// Lists in use, shared by policies, their revisions and VMs.
     lists: ListCache,
+    /// Packets on their way.
+    captures: Captures,
 }
 
 #[derive(Debug)]
@@ -212,6 +219,7 @@ impl Hub {
             clock,
             metrics,
             lists,
+            captures: Captures::default(),
         })
     }
 
@@ -237,6 +245,7 @@ impl Hub {
 
     /// Ends every watch and session: the controlplane ends.
     pub fn close(&self) {
+        self.captures.close();
         self.with(|state, now| {
             state.tell_repeats(now);
             state.save_spent();

@@ -18,7 +18,7 @@ use vnet_proto::v1;
 use vnet_proto::v1::dataplane_service_server::DataplaneService;
 use vnet_proto::v1::session_request::Message;
 
-use crate::hub::{HEARTBEAT, Hub, SessionKey};
+use crate::hub::{HEARTBEAT, Hub, MESSAGE_PACKETS_BYTES_MAX, MESSAGE_PACKETS_MAX, SessionKey};
 use crate::refusal::Refusal;
 
 /// How long a dataplane may take to say Hello.
@@ -57,10 +57,21 @@ impl DataplaneService for NoSessions {
     type SessionStream = Outbound;
 
     async fn session(&self, _: Request<Streaming<v1::SessionRequest>>) -> Result<Response<Outbound>, Status> {
-        let text = "sessions are not served on the API's socket (expected the session's: session.sock beside it, \
-                    or where --session-listen says)";
-        Err(Refusal::Elsewhere(text.to_owned()).into())
+        Err(elsewhere())
     }
+
+    async fn send_capture(
+        &self,
+        _: Request<Streaming<v1::SendCaptureRequest>>,
+    ) -> Result<Response<v1::SendCaptureResponse>, Status> {
+        Err(elsewhere())
+    }
+}
+
+fn elsewhere() -> Status {
+    let text = "sessions are not served on the API's socket (expected the session's: session.sock beside it, \
+                or where --session-listen says)";
+    Refusal::Elsewhere(text.to_owned()).into()
 }
 
 #[tonic::async_trait]
@@ -88,6 +99,48 @@ impl DataplaneService for Sessions {
             outbox: None,
             failure,
         }))
+    }
+
+    async fn send_capture(
+        &self,
+        request: Request<Streaming<v1::SendCaptureRequest>>,
+    ) -> Result<Response<v1::SendCaptureResponse>, Status> {
+        let mut inbound = request.into_inner();
+        let first = tokio::time::timeout(HELLO_WAIT, inbound.message()).await;
+        let mut next = match first {
+            Err(_) => return Err(Status::deadline_exceeded("no token came")),
+            Ok(message) => message?,
+        };
+        let token = next
+            .as_ref()
+            .map(|message| message.token.clone())
+            .unwrap_or_default();
+        let mut sink = self.hub.capture_sink(&token).ok_or_else(|| {
+            self.hub.metrics().stray.add(1);
+            Status::not_found("no such capture was asked for, or it is over")
+        })?;
+        // Read at all times, whether the client reads or not.
+        while let Some(message) = next {
+            let bytes: usize = message.packets.iter().map(|packet| packet.data.len()).sum();
+            let count = message.packets.len();
+            if bytes > MESSAGE_PACKETS_BYTES_MAX || count > MESSAGE_PACKETS_MAX {
+                self.hub.metrics().malformed.add(1);
+                return Err(Status::invalid_argument(format!(
+                    "a message has {count} packets of {bytes} bytes (expected at most {MESSAGE_PACKETS_MAX} of \
+                     {MESSAGE_PACKETS_BYTES_MAX})"
+                )));
+            }
+            let (is_last, lost) = sink.put(message).await;
+            self.hub.metrics().capture_dropped.add(lost);
+            if is_last {
+                break;
+            }
+            next = tokio::select! {
+                message = inbound.message() => message?,
+                () = sink.closed() => break,
+            };
+        }
+        Ok(Response::new(v1::SendCaptureResponse {}))
     }
 }
 

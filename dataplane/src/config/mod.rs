@@ -88,6 +88,10 @@ pub struct Config {
     pub front_fd: Option<RawFd>,
     /// Guests are offered what the front serves on the gateway's port 80.
     pub guest_api: bool,
+    /// A file to which all guests are captured.
+    pub pcap_fd: Option<RawFd>,
+    /// Bytes that it may have.
+    pub pcap_limit_bytes: Option<u64>,
     /// Where daemons of vnet's listen over TCP beside those that the controlplane tells of: closed to guests.
     pub closed: Vec<SocketAddr>,
     /// The dataplane ends when the other end of this descriptor is closed.
@@ -317,6 +321,8 @@ impl Config {
                 forwards,
                 front_fd: args.front_fd,
                 guest_api: args.guest_api,
+                pcap_fd: args.pcap_fd,
+                pcap_limit_bytes: args.pcap_limit_bytes,
                 closed: args.closed.clone(),
                 exit_with_fd: args.exit_with_fd,
                 ready_fd: args.ready_fd,
@@ -588,6 +594,7 @@ fn descriptors(
         ("--controlplane", stream),
         ("--link-fd", args.link_fd),
         ("--front-fd", args.front_fd),
+        ("--pcap-fd", args.pcap_fd),
         ("--vm-settings-fd", args.vm_settings_fd),
         ("--exit-with-fd", args.exit_with_fd),
         ("--ready-fd", args.ready_fd),

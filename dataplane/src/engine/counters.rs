@@ -36,6 +36,7 @@ impl Engine {
             ("forward_client_refused", self.ingress_refused),
             ("ring_growth_refused", self.rings.refused()),
             ("guest_api_refused", self.guest_api.refused),
+            ("capture_dropped", self.capture_dropped),
         ];
         let dhcp = DhcpIgnored::ALL.map(|why| (why.word(), self.dhcp.0[why as usize]));
         let names = InspectRefusal::WORDS.into_iter().zip(self.name_refusals);

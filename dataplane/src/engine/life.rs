@@ -20,6 +20,10 @@ const CLOSING_IDLE: Duration = Duration::from_secs(60);
 pub(super) const OPENING_PATIENCE: Duration = Duration::from_secs(60);
 /// The least time ahead that a flow's timer is set.
 const TIMER_STEP: Duration = Duration::from_millis(1);
+/// The same of what is overdue while the guest has no link: it waits for that.
+const AWAY_STEP: Duration = Duration::from_millis(100);
+/// How much longer a guest without a link may go without repeating its SYN: the pauses between them double.
+const AWAY_PATIENCE: Duration = Duration::from_secs(20);
 /// When rings of a quiet connection give memory back.
 const SHRINK_IDLE: Duration = Duration::from_secs(10);
 
@@ -283,7 +287,12 @@ impl Engine {
         };
         // What is overdue waits for room or for service, both of which come by themselves; a timer that is
         // due at once would fire for ever.
-        let deadline = deadline.max(now + TIMER_STEP);
+        let step = if self.transmit.is_closed() && deadline <= now {
+            AWAY_STEP
+        } else {
+            TIMER_STEP
+        };
+        let deadline = deadline.max(now + step);
         let Some(flow) = self.flows.get_mut(at) else {
             return;
         };
@@ -317,6 +326,11 @@ impl Engine {
         match &mut flow.state {
             State::Held(waiting) => {
                 if waiting.gives_up_at.is_some_and(|g| g <= now) && waiting.deadline > now {
+                    if self.transmit.is_closed() {
+                        waiting.gives_up_at = Some(now + AWAY_PATIENCE);
+                        self.schedule(now, at);
+                        return;
+                    }
                     self.end_flow(at, FlowEnd::GuestReset);
                 } else if waiting.deadline <= now {
                     self.refuse_held(now, at, FlowEnd::Idle);

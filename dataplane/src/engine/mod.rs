@@ -91,7 +91,7 @@ use crate::engine::tally::Tally;
 use crate::engine::timer::{Timer, Timers};
 use crate::engine::transmit::Transmit;
 use crate::mac::Mac;
-use crate::message::{DnsSettings, FlowEnd, Report, Settings};
+use crate::message::{FlowEnd, Report, Settings};
 
 /// Time since the engine started, on a clock that counts suspended time.
 pub type Time = Duration;
@@ -335,6 +335,8 @@ pub struct Engine {
     descriptors_refused: u64,
     /// Flows that ended for the same reason, to make way for other guests'.
     made_way: u64,
+    /// Frames that captures of this guest lost, counted by the driver.
+    pub capture_dropped: u64,
     /// Dials that the host itself refused.
     dials_failed: u64,
     /// Clients of forwards that could not be shown to the guest, which has a flow of theirs already.
@@ -346,19 +348,7 @@ pub struct Engine {
 impl Engine {
     /// A guest that has said nothing yet.
     pub fn new(config: EngineConfig, surroundings: Arc<dyn Surroundings>, name: String) -> Self {
-        let settings = Settings {
-            name,
-            switch_open: false,
-            forwards_closed: false,
-            synthetic_answers: false,
-            lookup_hold: config.lookup_hold,
-            hold: config.hold,
-            dns: DnsSettings::default(),
-            loss_grace: Duration::ZERO,
-            deny_ech: true,
-            deny_quic: false,
-            judges_aliases: false,
-        };
+        let settings = Settings::unsaid(name, config.lookup_hold, config.hold);
         Self {
             transmit: Transmit::new(config.gateway_mac),
             events: VecDeque::new(),
@@ -399,6 +389,7 @@ impl Engine {
             unopened: 0,
             descriptors_refused: 0,
             made_way: 0,
+            capture_dropped: 0,
             dials_failed: 0,
             ingress_refused: 0,
             name_refusals: [0; InspectRefusal::WORDS.len()],
@@ -491,9 +482,14 @@ impl Engine {
         }
     }
 
-    /// The guest's MAC address, once it has shown one.
+    /// The guest's MAC address: the one that it must have, or has shown.
     pub fn mac(&self) -> Option<Mac> {
         self.mac
+    }
+
+    /// The guest's MAC address, once it has spoken.
+    pub fn spoken_mac(&self) -> Option<Mac> {
+        self.mac.filter(|mac| *mac == self.transmit.guest)
     }
 
     /// Whether other guests' frames may come in.

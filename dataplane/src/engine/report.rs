@@ -11,6 +11,7 @@ use crate::engine::cache::Decision;
 use crate::engine::frame::DropReason;
 use crate::engine::judge::Wanted;
 use crate::engine::timer::Timer;
+use crate::engine::transmit::Framing;
 use crate::engine::{Engine, Event, Time};
 use crate::message::{Report, VmStatus};
 
@@ -91,8 +92,27 @@ impl Engine {
             leased_address: self.leased,
             dropped_frames,
             counters,
-            attached: true,
+            attached: !self.transmit.is_closed(),
         }));
+    }
+
+    /// The link is gone, and the guest is expected back over another. Everything else goes on: clocks, verdicts, the
+    /// host's side of its flows. The session is told at once.
+    pub fn handle_link_lost(&mut self) {
+        self.transmit.close();
+        self.tell_status();
+    }
+
+    /// The guest is back, over a link whose frames have this framing.
+    pub fn handle_link_back(&mut self, framing: Framing) {
+        self.transmit.set_framing(framing);
+        self.tell_status();
+    }
+
+    fn tell_status(&mut self) {
+        self.status_changed = false;
+        let counters = self.counters();
+        self.report_status(counters);
     }
 
     /// Counts a frame that was not delivered.

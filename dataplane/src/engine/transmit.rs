@@ -58,7 +58,11 @@ pub struct Transmit {
     buffer: Box<[u8]>,
     start: usize,
     end: usize,
+    /// Where the frames begin that captures have not been shown; of no meaning while nothing is captured.
+    seen: usize,
     framing: Framing,
+    /// There is no link, and no room.
+    closed: bool,
     /// Ethernet addresses put in front of every packet: to the guest, from the gateway.
     pub guest: Mac,
     gateway: Mac,
@@ -72,7 +76,9 @@ impl Transmit {
             buffer: vec![0; QUEUE_BYTES].into_boxed_slice(),
             start: 0,
             end: 0,
+            seen: 0,
             framing: Framing::Be32,
+            closed: false,
             guest: Mac::BROADCAST,
             gateway,
             identification: 0,
@@ -84,6 +90,20 @@ impl Transmit {
     pub fn set_framing(&mut self, framing: Framing) {
         self.clear();
         self.framing = framing;
+        self.closed = false;
+    }
+
+    /// The link is gone: forgets what was queued, and has no room until there is another
+    /// ([`Self::set_framing`]). So TCP waits, rather than sends and loses; it repeats what was lost as soon as it may
+    /// send again.
+    pub fn close(&mut self) {
+        self.clear();
+        self.closed = true;
+    }
+
+    /// Whether there is no link.
+    pub fn is_closed(&self) -> bool {
+        self.closed
     }
 
     /// The longest frame that can be queued, bytes.
@@ -93,7 +113,7 @@ impl Transmit {
 
     /// Whether a packet of so many bytes (without its Ethernet header) fits.
     pub fn has_room(&self, packet_bytes: usize) -> bool {
-        self.buffer.len() - self.end >= PREFIX_BYTES + ETHERNET_BYTES + packet_bytes
+        !self.closed && self.buffer.len() - self.end >= PREFIX_BYTES + ETHERNET_BYTES + packet_bytes
     }
 
     /// Queues a packet to the guest's own MAC, written in place by `fill`. `None` when there is no room.
@@ -171,7 +191,7 @@ impl Transmit {
         let next = self
             .end
             .checked_add(N + frame_bytes)
-            .filter(|n| *n <= self.buffer.len())?;
+            .filter(|n| !self.closed && *n <= self.buffer.len())?;
         let (prefix, room) = self.buffer[self.end..next].split_first_chunk_mut()?;
         *prefix = length;
         self.end = next;
@@ -205,16 +225,36 @@ impl Transmit {
     pub fn consume(&mut self, bytes: usize) {
         self.start = (self.start + bytes).min(self.end);
         if self.start == self.end {
-            (self.start, self.end) = (0, 0);
+            (self.start, self.end, self.seen) = (0, 0, 0);
         } else if self.start > self.buffer.len() / 2 {
             self.buffer.copy_within(self.start..self.end, 0);
+            self.seen = self.seen.saturating_sub(self.start);
             (self.start, self.end) = (0, self.end - self.start);
         }
     }
 
     /// Forgets everything queued: the link it was for is gone.
     pub fn clear(&mut self) {
-        (self.start, self.end) = (0, 0);
+        (self.start, self.end, self.seen) = (0, 0, 0);
+    }
+
+    /// Shows each frame that was queued since this was last called, without its length. To be called before what is
+    /// queued is consumed.
+    pub fn see(&mut self, mut show: impl FnMut(&[u8])) {
+        let mut unseen = self.buffer.get(self.seen..self.end).unwrap_or_default();
+        while let Some((length, rest)) = self.framing.split_length(unseen) {
+            let Some((frame, rest)) = rest.split_at_checked(length) else {
+                break;
+            };
+            show(frame);
+            unseen = rest;
+        }
+        self.seen = self.end;
+    }
+
+    /// What is queued now is not shown by [`Self::see`].
+    pub fn skip_unseen(&mut self) {
+        self.seen = self.end;
     }
 }
 

@@ -97,9 +97,9 @@ impl Accepting {
             origin: Origin::Forward(self.forward),
             waiting,
         };
-        if self.router.send(vm, Input::Ingress(ingress)) {
-            self.metrics.forward_connections.increment();
-        } else {
+        // Before the guest could have it. One that was gone in that moment is counted both ways.
+        self.metrics.forward_connections.increment();
+        if !self.router.send(vm, Input::Ingress(ingress)) {
             self.metrics
                 .forward_refusals
                 .of(ForwardRefusal::NoGuest)

@@ -2,12 +2,53 @@
 //!
 //! On Linux, the kernel's tables of sockets (proc(5)) give the number of the one that listens, and the processes
 //! that this user may look at give their descriptors. A process of another user is not told, and then nothing is
-//! said: no guess is made.
+//! said: no guess is made. Looking costs the one thread that does everything but packets: it has an [`Allowance`].
 
 use std::fmt;
 use std::net::SocketAddr;
+use std::sync::{Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
 use vnet_proto::model::{ForwardListen, Protocol};
+
+/// How long may be looked at once, and after a while without: whoever opens a forward waits so long.
+const LOOKING_MAX: Duration = Duration::from_millis(300);
+/// What may be looked for is this part of all time.
+const LOOKING_PART: u32 = 20;
+
+/// Time to look for who has a place; used up by whoever has forwards refused without end.
+pub(super) struct Allowance(Mutex<Left>);
+
+#[derive(Clone, Copy)]
+struct Left {
+    time: Duration,
+    as_of: Instant,
+}
+
+impl Allowance {
+    pub(super) fn new() -> Self {
+        Self(Mutex::new(Left {
+            time: LOOKING_MAX,
+            as_of: Instant::now(),
+        }))
+    }
+
+    /// What is left now; `None` when nothing is.
+    fn left(&self, now: Instant) -> Option<Duration> {
+        let mut left = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let more = now.saturating_duration_since(left.as_of) / LOOKING_PART;
+        *left = Left {
+            time: LOOKING_MAX.min(left.time + more),
+            as_of: now,
+        };
+        (!left.time.is_zero()).then_some(left.time)
+    }
+
+    fn spend(&self, time: Duration) {
+        let mut left = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        left.time = left.time.saturating_sub(time);
+    }
+}
 
 /// What has a place to listen.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -40,48 +81,53 @@ impl fmt::Display for Holder {
 }
 
 /// The process that listens there. `None` where the system does not tell, or not in time.
-pub(super) fn process(protocol: Protocol, listen: &ForwardListen) -> Option<Holder> {
+pub(super) fn process(protocol: Protocol, listen: &ForwardListen, looking: &Allowance) -> Option<Holder> {
+    let began = Instant::now();
+    let until = began + looking.left(began)?;
     #[cfg(target_os = "linux")]
-    return linux::process(protocol, listen);
+    let found = linux::process(protocol, listen, until);
     #[cfg(not(target_os = "linux"))]
-    {
-        let _ = (protocol, listen);
+    let found = {
+        let _ = (protocol, listen, until);
         None
-    }
+    };
+    looking.spend(began.elapsed());
+    found
 }
 
 #[cfg(target_os = "linux")]
 mod linux {
     use std::net::Ipv6Addr;
-    use std::time::{Duration, Instant};
+    use std::time::Instant;
 
     use procfs::net::TcpState;
     use procfs::process::{FDTarget, all_processes};
 
     use super::{ForwardListen, Holder, Protocol};
 
-    /// How long processes are looked through: whoever opens a forward waits so long.
-    const PATIENCE: Duration = Duration::from_millis(300);
     /// Characters of a process's name that are shown; Linux keeps 15 bytes (proc(5)).
     const NAME_CHARS_MAX: usize = 15;
 
-    pub(super) fn process(protocol: Protocol, listen: &ForwardListen) -> Option<Holder> {
+    pub(super) fn process(protocol: Protocol, listen: &ForwardListen, until: Instant) -> Option<Holder> {
         let inodes = inodes(protocol, listen);
         if inodes.is_empty() {
             return None;
         }
-        let until = Instant::now() + PATIENCE;
         for process in all_processes().ok()?.flatten() {
-            if Instant::now() > until {
-                return None;
-            }
             // One of another user, or one that is gone.
-            let Ok(mut descriptors) = process.fd() else {
+            let Ok(descriptors) = process.fd() else {
                 continue;
             };
-            let has_it = descriptors.any(|descriptor| {
-                matches!(descriptor.map(|d| d.target), Ok(FDTarget::Socket(inode)) if inodes.contains(&inode))
-            });
+            let mut has_it = false;
+            for descriptor in descriptors {
+                if Instant::now() > until {
+                    return None;
+                }
+                has_it = matches!(descriptor.map(|d| d.target), Ok(FDTarget::Socket(inode)) if inodes.contains(&inode));
+                if has_it {
+                    break;
+                }
+            }
             if has_it {
                 let name = process.stat().ok()?.comm;
                 return Some(Holder::Process {
@@ -153,5 +199,39 @@ mod linux {
             assert_eq!(shown("a\u{1b}[31m\u{202e}b"), "a?[31m?b");
             assert_eq!(shown(&"x".repeat(100)).len(), NAME_CHARS_MAX);
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn looking_takes_a_twentieth_of_the_time_at_most() {
+        let allowance = Allowance::new();
+        let began = Instant::now();
+        let second = Duration::from_secs(1);
+        assert_eq!(allowance.left(began), Some(LOOKING_MAX));
+        // Once it took longer than it may.
+        allowance.spend(LOOKING_MAX + second);
+        assert_eq!(allowance.left(began), None);
+        assert_eq!(allowance.left(began + second), Some(second / LOOKING_PART));
+        allowance.spend(second / LOOKING_PART);
+        assert_eq!(allowance.left(began + second), None);
+        assert_eq!(allowance.left(began + second * 60), Some(LOOKING_MAX));
+    }
+
+    #[cfg(target_os = "linux")]
+    #[test]
+    fn without_time_to_look_nobody_is_named() {
+        let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let listen = listener.local_addr().unwrap().into();
+        let allowance = Allowance::new();
+        assert!(process(Protocol::Tcp, &listen, &allowance).is_some());
+        assert!(allowance.left(Instant::now()) < Some(LOOKING_MAX), "it took time");
+        let tomorrow = Instant::now() + Duration::from_secs(86_400);
+        allowance.left(tomorrow);
+        allowance.spend(LOOKING_MAX);
+        assert_eq!(process(Protocol::Tcp, &listen, &allowance), None);
     }
 }

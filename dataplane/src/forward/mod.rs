@@ -20,8 +20,8 @@ mod tests;
 use std::collections::BTreeMap;
 use std::io;
 use std::net::{IpAddr, SocketAddr, UdpSocket};
-use std::sync::atomic::AtomicUsize;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 use tokio::task::AbortHandle;
 use vnet_proto::model::{CommandId, ForwardListen, Protocol, VmId};
@@ -51,13 +51,26 @@ struct Shared {
     /// Connections that wait for a guest's driver, of all forwards.
     waiting: Arc<AtomicUsize>,
     limit: usize,
+    /// Forwards that are open, or being opened.
+    taken: Arc<AtomicUsize>,
+    last: AtomicU64,
+    looking: holder::Allowance,
+    /// Drivers wait for it: held for what is done at once, and for no bind.
     table: Mutex<Table>,
 }
 
 #[derive(Default)]
 struct Table {
     open: BTreeMap<Key, Open>,
-    last: u64,
+}
+
+/// One of the forwards that may be, free again when this is dropped.
+struct Place(Arc<AtomicUsize>);
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::Relaxed);
+    }
 }
 
 /// Protocol (UDP is `true`) and where it listens.
@@ -69,6 +82,7 @@ struct Open {
     listener: Listener,
     /// Of the two sockets at most; given back after they are closed.
     _descriptors: Kept,
+    _place: Place,
 }
 
 enum Listener {
@@ -80,7 +94,11 @@ enum Listener {
         _file: Option<SocketFile>,
     },
     /// Kept to be handed over again.
-    Udp(UdpSocket),
+    Udp {
+        socket: UdpSocket,
+        /// Who was handed it last, and whether that one has it still.
+        holder: Option<(VmId, Weak<()>)>,
+    },
 }
 
 impl Forwards {
@@ -109,6 +127,9 @@ impl Forwards {
                 descriptors,
                 waiting: Arc::default(),
                 limit,
+                taken: Arc::default(),
+                last: AtomicU64::new(0),
+                looking: holder::Allowance::new(),
                 table: Mutex::default(),
             }),
         }
@@ -123,31 +144,28 @@ impl Forwards {
         for forward in &wanted {
             check(forward)?;
         }
-        let mut table = self.shared.lock();
-        let open = table.open.len();
-        if open + wanted.len() > self.shared.limit {
-            let limit = self.shared.limit;
-            return Err(ForwardError::TooMany { open, limit });
-        }
+        let places = self.shared.take_places(wanted.len())?;
         // Everything that can fail comes first. What is bound is closed again when it is dropped.
         let mut made = Vec::with_capacity(wanted.len());
-        for forward in wanted {
-            match self.shared.make(&mut table, forward) {
+        for (forward, place) in wanted.into_iter().zip(places) {
+            match self.shared.make(forward, place) {
                 Ok(opened) => made.push(opened),
                 Err(error) => {
+                    let table = self.shared.lock();
                     let forwards = table.open.values().chain(&made);
                     let named = named_by_forwards(error, forwards.map(|open| &open.forward));
                     drop(table);
-                    return Err(named_by_system(named));
+                    return Err(named_by_system(named, &self.shared.looking));
                 }
             }
         }
+        let mut table = self.shared.lock();
         let mut answer = Vec::with_capacity(made.len());
         for mut opened in made {
             self.shared.accept_from(&mut opened);
             let forward = opened.forward.clone();
             if let Some(vm) = self.shared.router.guest_at(forward.target.ip()) {
-                self.shared.hand_over(vm, &opened);
+                self.shared.hand_over(vm, &mut opened);
             }
             let Forward { protocol, target, .. } = forward;
             tracing::info!(%protocol, listen = %forward.listen, %target, "forward opened");
@@ -215,10 +233,10 @@ impl Forwards {
         table.open.values().map(|open| open.forward.clone()).collect()
     }
 
-    /// A guest has an address now: hands it the sockets of the UDP forwards that lead there. TCP needs
-    /// nothing; each connection looks the guest up.
+    /// A guest has an address now: hands it the sockets of the UDP forwards that lead there, but for those that it
+    /// has already. TCP needs nothing; each connection looks the guest up.
     pub fn guest_attached(&self, vm: VmId, address: IpAddr) {
-        for open in self.shared.lock().open.values() {
+        for open in self.shared.lock().open.values_mut() {
             if open.forward.target.ip() == address {
                 self.shared.hand_over(vm, open);
             }
@@ -231,8 +249,21 @@ impl Shared {
         self.table.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// Places for so many more, or for none.
+    fn take_places(&self, count: usize) -> Result<Vec<Place>, ForwardError> {
+        let limit = self.limit;
+        let more = |taken: usize| taken.checked_add(count).filter(|sum| *sum <= limit);
+        match self
+            .taken
+            .fetch_update(Ordering::Relaxed, Ordering::Relaxed, more)
+        {
+            Ok(_) => Ok((0..count).map(|_| Place(Arc::clone(&self.taken))).collect()),
+            Err(open) => Err(ForwardError::TooMany { open, limit }),
+        }
+    }
+
     /// Binds one. What comes to it waits.
-    fn make(&self, table: &mut Table, forward: Forward) -> Result<Open, ForwardError> {
+    fn make(&self, forward: Forward, place: Place) -> Result<Open, ForwardError> {
         let descriptors = self
             .descriptors
             .keep_forward()
@@ -240,28 +271,36 @@ impl Shared {
         let refused = |error| ForwardError::of(forward.protocol, &forward.listen, error);
         let bound = Bound::new(forward.protocol, &forward.listen)?;
         let listen = bound.listens().map_err(refused)?;
-        table.last += 1;
-        let id = ForwardId(table.last);
+        let id = ForwardId(self.last.fetch_add(1, Ordering::Relaxed) + 1);
         let listener = self.listener(bound).map_err(refused)?;
         Ok(Open {
             id,
             forward: Forward { listen, ..forward },
             listener,
             _descriptors: descriptors,
+            _place: place,
         })
     }
 
-    fn hand_over(&self, vm: VmId, open: &Open) {
-        let Listener::Udp(socket) = &open.listener else {
+    fn hand_over(&self, vm: VmId, open: &mut Open) {
+        let Listener::Udp { socket, holder } = &mut open.listener else {
             return;
         };
+        // A guest may ask for its address as often as it likes, and its driver may be behind.
+        let has_it = |(to, held): &(VmId, Weak<()>)| *to == vm && held.strong_count() > 0;
+        if holder.as_ref().is_some_and(has_it) {
+            return;
+        }
         match socket.try_clone() {
             Ok(socket) => {
+                let held = Arc::new(());
+                *holder = Some((vm, Arc::downgrade(&held)));
                 let socket = Input::IngressUdp {
                     forward: open.id,
                     socket,
                     target: open.forward.target,
                     keep_client: open.forward.keep_client,
+                    held,
                 };
                 self.router.send(vm, socket);
             }
@@ -286,7 +325,7 @@ impl Shared {
                 let socket = tokio::net::UnixListener::from_std(socket)?;
                 (StreamListener::Unix(socket), Some(file))
             }
-            Bound::Udp(socket) => return Ok(Listener::Udp(socket)),
+            Bound::Udp(socket) => return Ok(Listener::Udp { socket, holder: None }),
         };
         Ok(Listener::Stream {
             socket: Arc::new(Mutex::new(Some(socket))),
@@ -358,7 +397,7 @@ fn named_by_forwards<'a>(
 }
 
 /// Names the program that is in the way, if nothing is named and the system tells.
-fn named_by_system(error: ForwardError) -> ForwardError {
+fn named_by_system(error: ForwardError, looking: &holder::Allowance) -> ForwardError {
     match error {
         ForwardError::InUse {
             protocol,
@@ -366,7 +405,7 @@ fn named_by_system(error: ForwardError) -> ForwardError {
             by: None,
         } => ForwardError::InUse {
             protocol,
-            by: holder::process(protocol, &listen),
+            by: holder::process(protocol, &listen, looking),
             listen,
         },
         other => other,

@@ -36,6 +36,10 @@ impl Router for Recorder {
     fn guest_at(&self, address: IpAddr) -> Option<VmId> {
         self.guests.lock().unwrap().get(&address).copied()
     }
+
+    fn is_open(&self) -> bool {
+        false
+    }
 }
 
 struct Given {
@@ -198,11 +202,6 @@ fn a_tcp_connection_reaches_the_guest_at_the_target() {
     let mut buffer = [0; 5];
     stream.read_exact(&mut buffer).unwrap();
     assert_eq!(&buffer, b"hello");
-    // Counted by another thread, once it has handed the connection over.
-    let until = std::time::Instant::now() + PATIENCE;
-    while given.metrics.forward_connections.get() != 1 && std::time::Instant::now() < until {
-        std::thread::yield_now();
-    }
     assert_eq!(given.metrics.forward_connections.get(), 1);
 }
 
@@ -267,11 +266,17 @@ fn a_udp_socket_is_handed_over_and_again_when_the_guest_comes_back() {
             socket,
             target,
             keep_client: false,
+            held,
         } = input
         else {
             panic!("{input:?}")
         };
         assert_eq!((to, forward, target.port()), (vm, ForwardId(1), 80));
+        // However often it asks for its address.
+        for _ in 0..10 {
+            given.forwards.guest_attached(vm, GUEST.parse().unwrap());
+        }
+        assert!(given.sent.try_recv().is_err(), "it has the socket");
         let client = UdpSocket::bind(any_port()).unwrap();
         client.send_to(b"ping", listen).unwrap();
         socket.set_nonblocking(false).unwrap();
@@ -281,6 +286,10 @@ fn a_udp_socket_is_handed_over_and_again_when_the_guest_comes_back() {
             socket.recv_from(&mut buffer).unwrap(),
             (4, client.local_addr().unwrap())
         );
+        drop(held);
+        given.forwards.guest_attached(vm, GUEST.parse().unwrap());
+        let (to, _) = given.sent.recv_timeout(PATIENCE).unwrap();
+        assert_eq!(to, vm, "it has it no more");
     }
 }
 
@@ -588,6 +597,25 @@ fn closing_tells_every_guest_to_cut_its_flows() {
         given.shut(&forward(Protocol::Tcp, listen)),
         Err(ForwardError::NotFound { .. })
     ));
+}
+
+#[test]
+fn a_guest_is_not_waited_with_while_a_forward_is_bound() {
+    let given = given(&[GUEST], 8);
+    let directory = Directory::new("binds");
+    let (wanted, path) = (directory.forward("web.sock"), directory.path("web.sock"));
+    // Whoever has the table, as a driver whose guest has an address now.
+    let table = given.forwards.shared.lock();
+    std::thread::scope(|scope| {
+        let opening = scope.spawn(|| given.forwards.expose(vec![wanted.clone()]));
+        let until = std::time::Instant::now() + PATIENCE;
+        while !path.exists() {
+            assert!(std::time::Instant::now() < until, "it waits for the table");
+            std::thread::yield_now();
+        }
+        drop(table);
+        assert_eq!(opening.join().unwrap().unwrap(), std::slice::from_ref(&wanted));
+    });
 }
 
 #[test]

@@ -8,8 +8,8 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixDatagram as StdUnixDatagram;
 use std::sync::Arc;
+use std::time::Duration;
 
-use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
 use socket2::{SockRef, Type};
 use tokio::io::Interest;
 use tokio::net::UnixDatagram;
@@ -24,6 +24,8 @@ use crate::metrics::{FrontRefusal, Metrics};
 pub(super) const WAITING_MAX: usize = 64;
 /// Asked of the system for each direction, bytes: several of the longest messages.
 const BUFFER_BYTES: usize = 4 * MESSAGE_BYTES_MAX;
+/// How long a full queue is left alone where the system does not say when there is room.
+const FULL_REST: Duration = Duration::from_millis(5);
 
 /// Why a connection was not handed over. It is closed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
@@ -59,12 +61,9 @@ pub struct FrontReceiver {
 /// # Errors
 /// The system's: no descriptors.
 pub fn pair() -> io::Result<(OwnedFd, OwnedFd)> {
-    let (one, other) = socketpair(AddressFamily::Unix, SockType::Datagram, None, SockFlag::empty())?;
-    for end in [&one, &other] {
-        let flags = nix::fcntl::FdFlag::FD_CLOEXEC;
-        nix::fcntl::fcntl(end, nix::fcntl::FcntlArg::F_SETFD(flags))?;
-    }
-    Ok((one, other))
+    // In one step where the system can: another thread may start a child meanwhile.
+    let (one, other) = StdUnixDatagram::pair()?;
+    Ok((one.into(), other.into()))
 }
 
 /// Opens one end, within a runtime. What is not handed over is counted in `metrics`.
@@ -115,8 +114,12 @@ impl FrontSender {
                     mpsc::error::TrySendError::Closed(_) => NotSent::Closed,
                 }),
         };
-        if sent.is_err() {
-            self.metrics.front_refusals.of(FrontRefusal::Full).increment();
+        if let Err(error) = &sent {
+            let cause = match error {
+                NotSent::Full | NotSent::TooLong => FrontRefusal::Full,
+                NotSent::Closed => FrontRefusal::Send,
+            };
+            self.metrics.front_refusals.of(cause).increment();
         }
         sent
     }
@@ -148,6 +151,16 @@ impl FrontReceiver {
     }
 }
 
+/// Sends, again as long as the other side's queue is full by macOS's word for it, behind which no readiness comes.
+async fn when_there_is_room<F: Future<Output = io::Result<()>>>(send: impl Fn() -> F) -> io::Result<()> {
+    loop {
+        match send().await {
+            Err(error) if error.raw_os_error() == Some(libc::ENOBUFS) => tokio::time::sleep(FULL_REST).await,
+            sent => return sent,
+        }
+    }
+}
+
 /// Writes what waits, until nobody can send any more.
 async fn write(
     socket: Arc<UnixDatagram>,
@@ -156,9 +169,32 @@ async fn write(
 ) {
     while let Some((bytes, descriptor)) = waiting.recv().await {
         let send = || codec::send(&*socket, &bytes, &[&descriptor]);
-        if let Err(error) = socket.async_io(Interest::WRITABLE, send).await {
+        let sent = when_there_is_room(|| socket.async_io(Interest::WRITABLE, send)).await;
+        if let Err(error) = sent {
             metrics.front_refusals.of(FrontRefusal::Send).increment();
             tracing::debug!(%error, "a connection cannot be handed over");
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::{AtomicU32, Ordering};
+
+    use super::*;
+
+    #[tokio::test]
+    async fn a_queue_that_is_full_by_another_word_is_waited_for_and_what_fails_is_not() {
+        let tries = AtomicU32::new(0);
+        let full_twice = || async {
+            match tries.fetch_add(1, Ordering::Relaxed) {
+                0 | 1 => Err(io::Error::from_raw_os_error(libc::ENOBUFS)),
+                _ => Ok(()),
+            }
+        };
+        when_there_is_room(full_twice).await.unwrap();
+        assert_eq!(tries.load(Ordering::Relaxed), 3);
+        let gone = || async { Err(io::ErrorKind::ConnectionReset.into()) };
+        assert!(when_there_is_room(gone).await.is_err());
     }
 }

@@ -208,6 +208,10 @@ mod tests {
         fn guest_at(&self, _address: IpAddr) -> Option<VmId> {
             None
         }
+
+        fn is_open(&self) -> bool {
+            false
+        }
     }
 
     /// Follows the host's addresses in whatever network namespace this thread is in.

@@ -126,13 +126,38 @@ impl StreamListener {
     /// # Errors
     /// The system's, as too many descriptors.
     pub fn accept(&self) -> io::Result<StreamSocket> {
-        self.0.accept().map(|(socket, _)| socket.into())
+        self.accept_from().map(|(socket, _)| socket)
+    }
+
+    /// The same, and which VM it is, where the system tells.
+    ///
+    /// # Errors
+    /// As [`Self::accept`].
+    pub fn accept_from(&self) -> io::Result<(StreamSocket, Option<Cid>)> {
+        let (socket, address) = self.0.accept()?;
+        Ok((socket.into(), cid_of(&address)))
     }
 
     /// Where it really listens, port 0 replaced, if over TCP.
     pub fn tcp_address(&self) -> Option<SocketAddr> {
         self.0.local_addr().ok()?.as_socket()
     }
+}
+
+/// A VM by its number in vsock, which its hypervisor gives it (vsock(7)): no guest can speak as another.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Cid(pub u32);
+
+/// Of the host's own programs, below the first VM's number, none: one may speak for several VMs.
+#[cfg(target_os = "linux")]
+fn cid_of(address: &SockAddr) -> Option<Cid> {
+    let (cid, _port) = address.as_vsock_address()?;
+    (cid > libc::VMADDR_CID_HOST && cid != libc::VMADDR_CID_ANY).then_some(Cid(cid))
+}
+
+#[cfg(not(target_os = "linux"))]
+fn cid_of(_address: &SockAddr) -> Option<Cid> {
+    None
 }
 
 impl From<StreamListener> for OwnedFd {
@@ -332,6 +357,11 @@ mod tests {
             opened => opened.unwrap(),
         };
         assert!(file.is_none() && listener.tcp_address().is_none());
+        let vm = |cid| cid_of(&SockAddr::vsock(cid, port));
+        assert_eq!((vm(3), vm(u32::MAX - 1)), (Some(Cid(3)), Some(Cid(u32::MAX - 1))));
+        for host in [0, libc::VMADDR_CID_LOCAL, libc::VMADDR_CID_HOST, u32::MAX] {
+            assert_eq!(vm(host), None);
+        }
         let local = listener.0.local_addr().unwrap().as_vsock_address().unwrap();
         assert_eq!(local, (libc::VMADDR_CID_ANY, port));
         let taken = StreamListener::open(&ListenAt::Vsock { cid: None, port }).unwrap_err();

@@ -8,9 +8,10 @@
 //! | [`packet`] (`tap`, `bess`, `vfkit`) | TAP or packet socket, records, one VM's own datagrams | one frame a read or write |
 //!
 //! [`listen`] opens sockets, [`serve`] lets those in who connect to them ([`vpnkit`] after a handshake), and
-//! [`shared`] those who send datagrams.
+//! [`shared`] those who send datagrams. Behind the [`door`] it shows whether who connects is a guest that comes back.
 
 pub mod datagram;
+pub mod door;
 pub mod listen;
 mod mailbox;
 pub mod packet;
@@ -27,8 +28,9 @@ use std::time::Duration;
 
 use mio::{Interest, Registry, Token, Waker};
 
-use crate::engine::frame::DropReason;
+use crate::engine::frame::{DropReason, ETHERNET_BYTES};
 use crate::engine::transmit::{Framing, Transmit};
+use crate::mac::Mac;
 
 /// Largest frame taken from a guest, bytes. Larger than any MTU: offloading hypervisors hand over
 /// super-frames.
@@ -61,6 +63,34 @@ pub enum Link {
     Packet(packet::PacketLink),
 }
 
+impl std::fmt::Debug for Link {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_tuple("Link").field(&self.transport()).finish()
+    }
+}
+
+/// Who speaks first on a link.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum First {
+    /// Nobody yet: no frame that is more than a runt.
+    Nobody,
+    /// The station with this address.
+    Station(Mac),
+    /// Somebody whose address is no station's.
+    Unknown,
+}
+
+/// Who sent a frame of which at least the addresses are there. `None` of a runt.
+fn first_of(length: usize, frame: &[u8]) -> Option<First> {
+    let source: &[u8; 6] = frame.get(6..)?.first_chunk()?;
+    let source = Mac(*source);
+    (length >= ETHERNET_BYTES).then_some(if source.is_unicast() {
+        First::Station(source)
+    } else {
+        First::Unknown
+    })
+}
+
 /// What a read brought.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Filled {
@@ -82,6 +112,31 @@ impl Link {
             Self::Stream(link) => link.register(registry, token, interest),
             Self::Datagram(link) => link.register(registry, token, waker),
             Self::Packet(link) => link.register(registry, token, interest),
+        }
+    }
+
+    /// Takes the link's descriptors out of a poller, so that another may have them.
+    ///
+    /// # Errors
+    /// Those of the system's poller.
+    pub fn deregister(&mut self, registry: &Registry) -> io::Result<()> {
+        match self {
+            Self::Stream(link) => link.deregister(registry),
+            Self::Datagram(_) => Ok(()),
+            Self::Packet(link) => link.deregister(registry),
+        }
+    }
+
+    /// Reads until it shows who speaks, or nothing more is there. What was read is [`Self::fill`]'s and
+    /// [`Self::next_frame`]'s still.
+    ///
+    /// # Errors
+    /// [`LinkError`]: the link is over, and nobody has spoken.
+    pub fn look(&mut self) -> Result<First, LinkError> {
+        match self {
+            Self::Stream(link) => link.look(),
+            Self::Datagram(_) => Ok(First::Unknown),
+            Self::Packet(link) => link.look(),
         }
     }
 
@@ -134,7 +189,7 @@ impl Link {
     pub fn take_drops(&mut self) -> [(DropReason, u64); 2] {
         match self {
             Self::Datagram(link) => link.take_drops(),
-            Self::Packet(link) => [link.take_drops(), NO_DROPS],
+            Self::Packet(link) => link.take_drops(),
             Self::Stream(_) => [NO_DROPS; 2],
         }
     }

@@ -14,10 +14,12 @@ use crate::engine::frame::DropReason;
 use crate::engine::transmit::{PREFIX_BYTES, Transmit};
 use crate::inherit::set_nonblocking;
 use crate::link::stream::widen;
-use crate::link::{FRAME_BYTES_MAX, Filled, LinkError, is_gone, would_block};
+use crate::link::{FRAME_BYTES_MAX, Filled, First, LinkError, first_of, is_gone, would_block};
 
 /// Room for the longest frame, and to see that one is longer.
 const BUFFER_BYTES: usize = FRAME_BYTES_MAX + 1;
+/// Who has sent so many runts shows no address any more.
+const RUNTS_MAX: usize = 64;
 /// Where no readiness event comes for a peer's full queue.
 const RETRY_MS: u64 = 1;
 
@@ -55,6 +57,8 @@ pub struct PacketLink {
     /// The length of the frame in the buffer, if there is one.
     frame: Option<usize>,
     oversize: u64,
+    /// Runts that were read to look whose link it is.
+    runts: u64,
     retry: bool,
 }
 
@@ -74,6 +78,7 @@ impl PacketLink {
             buffer: vec![0; BUFFER_BYTES].into_boxed_slice(),
             frame: None,
             oversize: 0,
+            runts: 0,
             retry: false,
         })
     }
@@ -95,7 +100,30 @@ impl PacketLink {
         SourceFd(&self.descriptor.as_raw_fd()).register(registry, token, interest)
     }
 
+    pub(super) fn deregister(&mut self, registry: &Registry) -> io::Result<()> {
+        SourceFd(&self.descriptor.as_raw_fd()).deregister(registry)
+    }
+
+    pub(super) fn look(&mut self) -> Result<First, LinkError> {
+        for _ in 0..RUNTS_MAX {
+            if self.fill()? == Filled::Nothing {
+                return Ok(First::Nobody);
+            }
+            let Some(length) = self.frame else { continue };
+            if let Some(first) = first_of(length, &self.buffer[..length]) {
+                return Ok(first);
+            }
+            self.frame = None;
+            self.runts += 1;
+        }
+        Ok(First::Unknown)
+    }
+
     pub(super) fn fill(&mut self) -> Result<Filled, LinkError> {
+        if self.frame.is_some() {
+            // It was read to look whose link it is.
+            return Ok(Filled::Some);
+        }
         match nix::unistd::read(&self.descriptor, &mut self.buffer).map_err(io::Error::from) {
             // Only a device has no empty frames: of others, this may be one, and nothing of the rest.
             Ok(0) if self.kind == PacketKind::Tap || self.is_hung_up() => Err(LinkError::Closed),
@@ -129,8 +157,11 @@ impl PacketLink {
         self.frame.take().map(|length| &self.buffer[..length])
     }
 
-    pub(super) fn take_drops(&mut self) -> (DropReason, u64) {
-        (DropReason::Oversize, std::mem::take(&mut self.oversize))
+    pub(super) fn take_drops(&mut self) -> [(DropReason, u64); 2] {
+        [
+            (DropReason::Oversize, std::mem::take(&mut self.oversize)),
+            (DropReason::Malformed, std::mem::take(&mut self.runts)),
+        ]
     }
 
     pub(super) fn flush(&mut self, queue: &mut Transmit) -> Result<bool, LinkError> {

@@ -1,20 +1,27 @@
 //! Serves those who connect: each becomes a guest of the network, in a thread of its own.
 //!
 //! The first guest on a socket goes by the socket's name, further ones by NAME-2, NAME-3; a name is
-//! free again when its guest is gone. [`Entrance`] hands them out.
+//! free again when its guest is gone, and not while it is kept since it may come back. [`Entrance`] hands them out.
+//! A VM that is known by its number in vsock has one place at a time: it cannot have a further name, and be rid of
+//! what goes by its own.
 
-use std::collections::BTreeSet;
+use std::collections::BTreeMap;
 use std::io;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 use std::time::Duration;
 
+use vnet_proto::model::VmId;
+
 use crate::link::Link;
-use crate::link::listen::{RecordListener, StreamListener};
+use crate::link::door::{self, Lobby};
+use crate::link::listen::{Cid, RecordListener, StreamListener};
 use crate::link::packet::{PacketKind, PacketLink};
 use crate::link::stream::{StreamKind, StreamLink};
 use crate::link::vpnkit::{self, Answers};
+use crate::mac::Mac;
+use crate::message::{Input, Router as _};
 use crate::metrics::LinkRefusal;
 use crate::network::{GuestSpec, Network};
 
@@ -22,27 +29,118 @@ use crate::network::{GuestSpec, Network};
 const REST: Duration = Duration::from_millis(100);
 /// Guests on one socket at once.
 pub const GUESTS_MAX: usize = 256;
-/// What guests of one socket are refused for is told so often at most.
+/// Of one socket it is told so often at most why somebody was turned away.
 const SAY_INTERVAL: Duration = Duration::from_millis(200);
 
 /// Where guests of one socket come in: it names them, and knows how many there are.
 pub struct Entrance {
     network: Arc<Network>,
     spec: GuestSpec,
-    taken: Mutex<BTreeSet<usize>>,
-    /// When something was last told of it, in milliseconds of the network's clock, and one more.
+    places: Mutex<Places>,
+    /// When something was last told of it, in milliseconds of the network's clock; 0 for never.
     said: AtomicU64,
+}
+
+/// The places of a socket, by number, and who stands before its door.
+#[derive(Default)]
+pub(super) struct Places {
+    taken: BTreeMap<usize, Taken>,
+    pub(super) lobby: Lobby,
+}
+
+/// A place that is taken.
+#[derive(Debug, Clone, Copy)]
+struct Taken {
+    /// The VM, where it is known.
+    from: Option<Cid>,
+    by: Occupant,
+    /// Its guest's handle, once it has one.
+    vm: Option<VmId>,
+}
+
+impl Taken {
+    fn new(from: Option<Cid>, by: Occupant) -> Self {
+        Self { from, by, vm: None }
+    }
+}
+
+/// Who has a place.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Occupant {
+    /// Somebody who is on the way in.
+    Arriving,
+    /// A guest.
+    Guest,
+    /// A guest that may come back.
+    Away { vm: VmId, mac: Mac },
+    /// A guest that ends; its name is free in a moment.
+    Leaving,
+}
+
+impl Places {
+    pub(super) fn is_anybody_away(&self) -> bool {
+        self.occupants().any(|by| matches!(by, Occupant::Away { .. }))
+    }
+
+    pub(super) fn is_anybody_leaving(&self) -> bool {
+        self.occupants().any(|by| by == Occupant::Leaving)
+    }
+
+    /// Whether a guest with this MAC address is away that is not known to be another VM's.
+    pub(super) fn is_away(&self, wanted: Mac, from: Option<Cid>) -> bool {
+        self.away(wanted, from).is_some()
+    }
+
+    /// The place of a VM's guest, if it has one.
+    pub(super) fn of(&self, from: Cid) -> Option<(usize, Occupant)> {
+        self.taken
+            .iter()
+            .find(|(_, taken)| taken.from == Some(from) && taken.by != Occupant::Arriving)
+            .map(|(number, taken)| (*number, taken.by))
+    }
+
+    fn away(&self, wanted: Mac, from: Option<Cid>) -> Option<(usize, VmId)> {
+        self.taken.iter().find_map(|(number, taken)| match taken.by {
+            Occupant::Away { vm, mac } if mac == wanted && taken.from == from => Some((*number, vm)),
+            _ => None,
+        })
+    }
+
+    fn occupants(&self) -> impl Iterator<Item = Occupant> {
+        self.taken.values().map(|taken| taken.by)
+    }
+
+    fn set(&mut self, number: usize, by: Occupant) {
+        if let Some(taken) = self.taken.get_mut(&number) {
+            taken.by = by;
+        }
+    }
+
+    /// The lowest that is free, or the one that is wished for.
+    fn free(&self, wish: Option<usize>) -> Option<usize> {
+        let is_free = |number: &usize| !self.taken.contains_key(number);
+        wish.filter(is_free).or_else(|| (1..=GUESTS_MAX).find(is_free))
+    }
 }
 
 /// A place for one guest, and how it is called.
 pub struct Admission {
     /// What is known of it.
     pub spec: GuestSpec,
-    place: Place,
+    from: Option<Cid>,
+    entrance: Arc<Entrance>,
+    /// None where all are taken, but not all of their guests are there.
+    place: Option<Place>,
 }
 
 /// Free again when this is dropped.
 struct Place {
+    entrance: Arc<Entrance>,
+    number: usize,
+}
+
+/// Where a guest's driver says that its link is gone, and waits for another. Dropped with the driver.
+pub struct Berth {
     entrance: Arc<Entrance>,
     number: usize,
 }
@@ -53,34 +151,179 @@ impl Entrance {
         Arc::new(Self {
             network: Arc::clone(network),
             spec,
-            taken: Mutex::default(),
+            places: Mutex::default(),
             said: AtomicU64::new(0),
         })
     }
 
-    /// A place for one guest more. `None`, counted and told, when all are taken.
-    pub fn admit(self: &Arc<Self>) -> Option<Admission> {
-        let mut taken = self.lock();
-        let Some(number) = (1..=GUESTS_MAX).find(|n| !taken.contains(n)) else {
-            drop(taken);
-            self.refuse(
-                LinkRefusal::Limit,
-                &format_args!("{GUESTS_MAX} guests are on one socket"),
-            );
+    /// A place for one guest more, of this VM where it is known. `None`, counted and told, when all are taken by guests that are there, and when
+    /// guests were told to end.
+    pub fn admit(self: &Arc<Self>, from: Option<Cid>) -> Option<Admission> {
+        if self.network.is_stopped() {
             return None;
-        };
-        taken.insert(number);
+        }
+        let mut places = self.lock();
+        let number = places.free(None);
+        if number.is_none() && !places.is_anybody_away() {
+            drop(places);
+            self.refuse_full();
+            return None;
+        }
+        let place = number.map(|number| {
+            places.taken.insert(number, Taken::new(from, Occupant::Arriving));
+            Place {
+                entrance: Arc::clone(self),
+                number,
+            }
+        });
+        Some(Admission {
+            spec: self.spec_of(number.unwrap_or(GUESTS_MAX)),
+            from,
+            entrance: Arc::clone(self),
+            place,
+        })
+    }
+
+    fn spec_of(&self, number: usize) -> GuestSpec {
         let mut spec = self.spec.clone();
         if number > 1 {
             spec.name = format!("{}-{number}", spec.name);
             // What pins one guest cannot pin another.
             (spec.pinned_mac, spec.pinned_address) = (None, None);
         }
+        spec
+    }
+
+    fn refuse_full(&self) {
+        self.refuse(
+            LinkRefusal::Limit,
+            &format_args!("{GUESTS_MAX} guests are on one socket"),
+        );
+    }
+
+    /// Counts a further link of a VM that has one.
+    pub(super) fn refuse_further(&self, Cid(cid): Cid) {
+        let why = format_args!("the VM with CID {cid} is on this socket already, and is one guest");
+        self.refuse(LinkRefusal::Further, &why);
+    }
+
+    /// Lets a guest in, of this VM where it is known: by the name that it wishes for, if that is free, else by the
+    /// first free one.
+    pub(super) fn seat(self: &Arc<Self>, link: Link, from: Option<Cid>, wish: Option<usize>) {
+        let mut places = self.lock();
+        if let Some(cid) = from.filter(|cid| places.of(*cid).is_some()) {
+            drop(places);
+            return self.refuse_further(cid);
+        }
+        let Some(number) = places.free(wish) else {
+            drop(places);
+            return self.refuse_full();
+        };
+        places.taken.insert(number, Taken::new(from, Occupant::Guest));
+        drop(places);
         let place = Place {
             entrance: Arc::clone(self),
             number,
         };
-        Some(Admission { spec, place })
+        self.let_in(link, self.spec_of(number), place, true, || {});
+    }
+
+    fn let_in(
+        self: &Arc<Self>,
+        link: Link,
+        spec: GuestSpec,
+        place: Place,
+        may_return: bool,
+        then: impl FnOnce() + Send + 'static,
+    ) {
+        let berth = (may_return && !self.network.grace().is_zero()).then(|| Berth {
+            entrance: Arc::clone(self),
+            number: place.number,
+        });
+        let leave = Leave(Some(move || {
+            then();
+            drop(place);
+        }));
+        if let Err(error) = self.network.attach_then(link, spec, berth, move || drop(leave))
+            && !self.network.is_stopped()
+        {
+            self.refuse(LinkRefusal::System, &error);
+        }
+    }
+
+    /// Hands a link to the guest that is away and has this MAC address, and is of the VM that it comes from where
+    /// that is known. The link comes back if there is none (any more).
+    pub(super) fn bring_back(&self, mac: Mac, from: Option<Cid>, link: Link) -> Option<Link> {
+        let mut places = self.lock();
+        let Some((number, vm)) = places.away(mac, from) else {
+            return Some(link);
+        };
+        places.set(number, Occupant::Guest);
+        // While its driver cannot look: whoever finds that it is not away any more has the link already. One that
+        // has ended just now needs none; its hypervisor dials again.
+        if self.network.send(vm, Input::Link(Box::new(link))) {
+            tracing::info!(vm = %self.spec_of(number).name, "the guest is back");
+        }
+        // Those who waited for it, and were looked at before it.
+        places.lobby.stir();
+        None
+    }
+
+    /// Ends the guest that is away if it is alone on its socket. True if there is such a one.
+    pub(super) fn end_lonely(&self) -> bool {
+        let mut places = self.lock();
+        let mut guests = places
+            .taken
+            .iter()
+            .filter(|(_, taken)| taken.by != Occupant::Arriving);
+        let (number, vm) = match (guests.next(), guests.next()) {
+            (Some((number, taken)), None) if taken.from.is_none() => match taken.by {
+                Occupant::Away { vm, .. } => (*number, vm),
+                _ => return false,
+            },
+            _ => return false,
+        };
+        self.end(&mut places, number, vm);
+        true
+    }
+
+    /// Ends the guest of a VM, if it is away.
+    pub(super) fn end_away(&self, from: Cid) {
+        let mut places = self.lock();
+        if let Some((number, Occupant::Away { vm, .. })) = places.of(from) {
+            self.end(&mut places, number, vm);
+        }
+    }
+
+    fn end(&self, places: &mut Places, number: usize, vm: VmId) {
+        places.set(number, Occupant::Leaving);
+        self.network.send(vm, Input::Stop);
+    }
+
+    /// Has the guest of a VM sent something, so that a link which has no other side any more ends, as of a VM that
+    /// was reset.
+    pub(super) fn try_link(&self, from: Cid) {
+        let places = self.lock();
+        let mut own = places.taken.values().filter(|taken| taken.from == Some(from));
+        if let Some(vm) = own.find_map(|taken| taken.vm) {
+            self.network.send(vm, Input::TryLink);
+        }
+    }
+
+    /// Whether a guest is away that another name would free of something: it is not open to all others, as are those
+    /// that are under neither policy nor mode.
+    pub(super) fn is_one_under_policy_away(&self) -> bool {
+        let places = self.lock();
+        let mut away = places.taken.values().filter_map(|taken| match taken.by {
+            // Another VM is known not to be this one.
+            Occupant::Away { vm, .. } if taken.from.is_none() => Some(vm),
+            _ => None,
+        });
+        away.any(|vm| !self.network.is_switch_open(vm))
+    }
+
+    pub(super) fn network(&self) -> &Network {
+        &self.network
     }
 
     /// Counts one who was not let in, and tells of it unless something was told just now: whoever connects
@@ -96,28 +339,92 @@ impl Entrance {
         }
     }
 
-    fn lock(&self) -> std::sync::MutexGuard<'_, BTreeSet<usize>> {
-        self.taken.lock().unwrap_or_else(PoisonError::into_inner)
+    pub(super) fn lock(&self) -> std::sync::MutexGuard<'_, Places> {
+        self.places.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 impl Admission {
-    /// Lets the guest in.
+    /// Lets the guest in: as the one that is away, if it is that, else as another. Who it is may show later; this
+    /// waits for nothing.
     pub fn attach(self, link: Link) {
-        self.attach_then(link, || {});
+        let Self {
+            entrance,
+            place,
+            from,
+            ..
+        } = self;
+        let is_new = {
+            let places = entrance.lock();
+            match from {
+                Some(cid) => places.of(cid).is_none(),
+                None => places.occupants().all(|by| by == Occupant::Arriving),
+            }
+        };
+        // Whoever has yet to be let in keeps no name from others.
+        drop(place);
+        if is_new || entrance.network.grace().is_zero() {
+            entrance.seat(link, from, None);
+        } else {
+            door::enter(&entrance, link, from);
+        }
     }
 
-    /// As [`Self::attach`]; `then` is called when the guest is gone, or did not get in.
+    /// Lets in a guest that cannot come back, over a link that has no end of its own; `then` is called when it is
+    /// gone, or did not get in.
     pub fn attach_then(self, link: Link, then: impl FnOnce() + Send + 'static) {
-        let Self { spec, place } = self;
-        let entrance = Arc::clone(&place.entrance);
-        let leave = Leave(Some(move || {
-            then();
-            drop(place);
-        }));
-        if let Err(error) = entrance.network.attach_then(link, spec, move || drop(leave)) {
-            entrance.refuse(LinkRefusal::System, &error);
+        let Self {
+            spec,
+            entrance,
+            place,
+            ..
+        } = self;
+        let Some(place) = place else {
+            entrance.refuse_full();
+            return then();
+        };
+        entrance.let_in(link, spec, place, false, then);
+    }
+}
+
+impl Berth {
+    /// The guest's handle is this.
+    pub(crate) fn settle(&self, vm: VmId) {
+        if let Some(taken) = self.entrance.lock().taken.get_mut(&self.number) {
+            taken.vm = Some(vm);
         }
+    }
+
+    /// The guest's link is gone; from now on another may come, as an input of its driver.
+    pub(crate) fn leave(&self, vm: VmId, mac: Mac) {
+        let mut places = self.entrance.lock();
+        places.set(self.number, Occupant::Away { vm, mac });
+        places.lobby.stir();
+        drop(places);
+        tracing::info!(vm = %self.name(), "the hypervisor closed the connection; it may come back");
+    }
+
+    /// The guest has waited long enough. False when a link is among its driver's inputs already.
+    pub(crate) fn give_up(&self) -> bool {
+        let mut places = self.entrance.lock();
+        let taken = places.taken.get(&self.number);
+        if !taken.is_some_and(|taken| matches!(taken.by, Occupant::Away { .. })) {
+            return false;
+        }
+        places.set(self.number, Occupant::Leaving);
+        drop(places);
+        self.entrance.network.metrics().links_given_up.increment();
+        true
+    }
+
+    fn name(&self) -> String {
+        self.entrance.spec_of(self.number).name
+    }
+}
+
+impl Drop for Berth {
+    fn drop(&mut self) {
+        self.entrance.lock().set(self.number, Occupant::Leaving);
     }
 }
 
@@ -134,7 +441,9 @@ impl<F: FnOnce()> Drop for Leave<F> {
 
 impl Drop for Place {
     fn drop(&mut self) {
-        self.entrance.lock().remove(&self.number);
+        let mut places = self.entrance.lock();
+        places.taken.remove(&self.number);
+        places.lobby.stir();
     }
 }
 
@@ -145,9 +454,11 @@ impl Drop for Place {
 pub fn streams(network: &Arc<Network>, listener: StreamListener, spec: GuestSpec) -> io::Result<()> {
     accept_loop(
         Entrance::new(network, spec),
-        move || listener.accept(),
-        |entrance, socket| {
-            let Some(admission) = entrance.admit() else { return };
+        move || listener.accept_from(),
+        |entrance, (socket, from)| {
+            let Some(admission) = entrance.admit(from) else {
+                return;
+            };
             match StreamLink::new(socket, StreamKind::Qemu, &[]) {
                 Ok(link) => admission.attach(Link::Stream(link)),
                 Err(error) => entrance.refuse(LinkRefusal::System, &error),
@@ -169,8 +480,8 @@ pub fn vpnkit(
     let handshakes = vpnkit::Handshakes::new(answers);
     accept_loop(
         Entrance::new(network, spec),
-        move || listener.accept(),
-        move |entrance, socket| handshakes.begin(entrance, socket),
+        move || listener.accept_from(),
+        move |entrance, (socket, from)| handshakes.begin(entrance, socket, from),
     )
 }
 
@@ -183,7 +494,9 @@ pub fn records(network: &Arc<Network>, listener: RecordListener, spec: GuestSpec
         Entrance::new(network, spec),
         move || listener.accept(),
         |entrance, socket| {
-            let Some(admission) = entrance.admit() else { return };
+            let Some(admission) = entrance.admit(None) else {
+                return;
+            };
             match PacketLink::new(socket.into(), PacketKind::Records) {
                 Ok(link) => admission.attach(Link::Packet(link)),
                 Err(error) => entrance.refuse(LinkRefusal::System, &error),

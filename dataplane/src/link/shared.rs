@@ -13,6 +13,7 @@ use std::collections::HashMap;
 use std::io;
 use std::os::fd::AsRawFd as _;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::Duration;
@@ -120,8 +121,13 @@ impl Server {
 
 /// A socket that takes over a path in one step, so that nobody ever finds nothing there.
 fn bind_over(path: &Path) -> io::Result<Socket> {
-    let beside = path.with_file_name(format!(".{}", std::process::id()));
-    let _ = std::fs::remove_file(&beside);
+    static NEXT: AtomicU32 = AtomicU32::new(0);
+    let mut random = [0; 4];
+    getrandom::fill(&mut random).map_err(|error| io::Error::other(error.to_string()))?;
+    let (pid, number) = (std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed));
+    // Nobody else's: short, as an address has little room, and not to be foreseen.
+    let name = format!(".{pid:x}-{number:x}-{:08x}", u32::from_ne_bytes(random));
+    let beside = path.with_file_name(name);
     // The file is gone from there by the time that it would be removed.
     let (socket, _file) = bind_private(&beside, Type::DGRAM)?;
     std::fs::rename(&beside, path)?;
@@ -177,7 +183,7 @@ impl Server {
         }
         drop(vms);
         let place = Arc::clone(&self.place);
-        let admission = place.entrance.admit()?;
+        let admission = place.entrance.admit(None)?;
         let answered = Peer::new(address).and_then(|peer| Ok((peer.way(&self.socket)?, peer)));
         let (way, peer) = match answered {
             Ok(answered) => answered,
@@ -346,9 +352,41 @@ unsafe fn receive(socket: &Socket, headers: &mut [Header; BATCH]) -> io::Result<
 
 #[cfg(test)]
 mod tests {
+    use std::io::Read as _;
     use std::os::unix::net::UnixDatagram;
 
     use super::*;
+
+    #[test]
+    fn a_path_is_taken_over_beside_whatever_else_is_in_its_directory() {
+        let directory = std::env::temp_dir().join(format!("vnet-over{}", std::process::id()));
+        let _ = std::fs::remove_dir_all(&directory);
+        std::fs::create_dir_all(&directory).unwrap();
+        let (ours, theirs) = (directory.join("ours"), directory.join("theirs"));
+        let precious = directory.join(format!(".{}", std::process::id()));
+        std::fs::write(&precious, "precious").unwrap();
+        // Two at the same moment too, as of two networks of one process.
+        std::thread::scope(|scope| {
+            for path in [&ours, &theirs] {
+                scope.spawn(move || {
+                    let (_first, file) = bind_private(path, Type::DGRAM).unwrap();
+                    for _ in 0..100 {
+                        let next = bind_over(path).unwrap();
+                        UnixDatagram::unbound().unwrap().send_to(b"x", path).unwrap();
+                        assert_eq!((&next).read(&mut [0; 2]).unwrap(), 1);
+                    }
+                    std::mem::forget(file);
+                });
+            }
+        });
+        assert_eq!(std::fs::read_to_string(&precious).unwrap(), "precious");
+        assert_eq!(
+            std::fs::read_dir(&directory).unwrap().count(),
+            3,
+            "nothing is left"
+        );
+        std::fs::remove_dir_all(&directory).unwrap();
+    }
 
     #[test]
     fn datagrams_come_in_batches_with_who_sent_them_and_how_long_they_were() {

@@ -11,11 +11,13 @@ use mio::{Interest, Registry, Token};
 
 use crate::engine::transmit::{Framing, PREFIX_BYTES, Transmit};
 use crate::inherit::set_nonblocking;
-use crate::link::{FRAME_BYTES_MAX, Filled, LinkError, is_gone, would_block};
+use crate::link::{FRAME_BYTES_MAX, Filled, First, LinkError, first_of, is_gone, would_block};
 
 /// What one read takes at most, bytes: hundreds of frames a system call.
 const READ_BYTES: usize = 1 << 20;
 const BUFFER_BYTES: usize = READ_BYTES + FRAME_BYTES_MAX + PREFIX_BYTES;
+/// Who has sent so many bytes of runts shows no address any more.
+const RUNTS_BYTES_MAX: usize = 64 << 10;
 
 /// Who speaks on a stream.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -121,7 +123,8 @@ pub struct StreamLink {
     buffer: Box<[u8]>,
     start: usize,
     end: usize,
-    /// The buffer has bytes that were read before there was a link, and nobody has looked yet.
+    /// The buffer has bytes that nobody took yet, and the next [`Self::fill`] is to say so: they were read before
+    /// there was a link, or to look whose it is.
     read_before: bool,
 }
 
@@ -194,6 +197,52 @@ impl StreamLink {
             SourceFd(&output.as_raw_fd()).register(registry, token, Interest::WRITABLE)?;
         }
         Ok(())
+    }
+
+    pub(super) fn deregister(&mut self, registry: &Registry) -> io::Result<()> {
+        SourceFd(&self.input.as_raw_fd()).deregister(registry)?;
+        if let Some(output) = &self.output {
+            SourceFd(&output.as_raw_fd()).deregister(registry)?;
+        }
+        Ok(())
+    }
+
+    pub(super) fn look(&mut self) -> Result<First, LinkError> {
+        loop {
+            let first = self.first()?;
+            self.read_before = self.start < self.end;
+            if first != First::Nobody {
+                return Ok(first);
+            }
+            if self.end - self.start >= RUNTS_BYTES_MAX {
+                return Ok(First::Unknown);
+            }
+            // What is there was seen.
+            self.read_before = false;
+            let filled = self.fill();
+            self.read_before = self.start < self.end;
+            if filled? == Filled::Nothing {
+                return Ok(First::Nobody);
+            }
+        }
+    }
+
+    fn first(&self) -> Result<First, LinkError> {
+        let framing = self.kind.framing();
+        let mut read = &self.buffer[self.start..self.end];
+        while let Some((length, rest)) = framing.split_length(read) {
+            if length > FRAME_BYTES_MAX {
+                return Err(LinkError::Oversize(length));
+            }
+            if let Some(first) = first_of(length, &rest[..length.min(rest.len())]) {
+                return Ok(first);
+            }
+            match rest.get(length..) {
+                Some(next) => read = next,
+                None => break,
+            }
+        }
+        Ok(First::Nobody)
     }
 
     pub(super) fn fill(&mut self) -> Result<Filled, LinkError> {

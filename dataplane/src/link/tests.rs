@@ -1,11 +1,15 @@
 //! Guests that come by every kind of link to a real network: what they are answered, what of theirs is dropped
 //! and counted, and that none keeps another from its answers.
 
+mod forward;
+mod grace;
+
 use std::io::{Read as _, Write as _};
 use std::net::Ipv4Addr;
 use std::os::unix::net::{UnixDatagram, UnixStream};
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use socket2::{Domain, SockAddr, Socket, Type};
@@ -40,6 +44,11 @@ impl Rig {
     }
 
     fn with_mtu(name: &str, mtu_bytes: u16) -> Self {
+        Self::with(name, mtu_bytes, Duration::ZERO)
+    }
+
+    /// Guests without a link are kept so long, where they can come back.
+    fn with(name: &str, mtu_bytes: u16, grace: Duration) -> Self {
         let directory = std::env::temp_dir().join(format!("vnet-link{}-{name}", std::process::id()));
         let _ = std::fs::remove_dir_all(&directory);
         std::fs::create_dir_all(&directory).unwrap();
@@ -47,7 +56,7 @@ impl Rig {
         let (reports, receiver) = mpsc::channel(4_096);
         let network = {
             let _context = runtime.enter();
-            network_of(reports, mtu_bytes)
+            network_of(reports, mtu_bytes, grace)
         };
         Self {
             network,
@@ -82,7 +91,7 @@ impl Rig {
     }
 
     /// The next report of which `pick` makes something.
-    fn report<T>(&mut self, pick: impl Fn(Report) -> Option<T>) -> T {
+    fn report<T>(&mut self, mut pick: impl FnMut(Report) -> Option<T>) -> T {
         let until = Instant::now() + PATIENCE;
         loop {
             match self.reports.try_recv() {
@@ -389,6 +398,31 @@ fn vms_on_one_datagram_socket_are_told_apart_and_each_is_answered_at_its_own_add
 }
 
 #[test]
+fn behind_the_stop_nobody_is_let_in() {
+    let mut rig = Rig::new("late");
+    let (_file, _streams) = (rig.shared_socket(), rig.streams("s"));
+    let mut vm = rig.vm("vm");
+    asker(2).is_answered(&mut vm);
+    assert_eq!(rig.next_up().0, "web");
+    rig.network.stop();
+    rig.next_down();
+    // It has noticed nothing, and sends on; others come.
+    let late = rig.vm("late");
+    for _ in 0..100 {
+        let _ = vm.socket.send_to(&asker(2).question(), &vm.to);
+        let _ = late.socket.send_to(&asker(3).question(), &late.to);
+    }
+    let mut stream = UnixStream::connect(rig.path("s")).unwrap();
+    stream.set_read_timeout(Some(PATIENCE)).unwrap();
+    assert!(matches!(stream.read(&mut [0; 1]), Ok(0) | Err(_)));
+    while let Ok(report) = rig.reports.try_recv() {
+        assert!(!matches!(report, Report::VmUp(_)), "{report:?}");
+    }
+    let refused = &rig.network.metrics().link_refusals;
+    assert_eq!(refused.of(crate::metrics::LinkRefusal::System).get(), 0);
+}
+
+#[test]
 fn a_vm_that_is_connected_to_us_is_alive_and_one_that_vanished_is_noticed_and_its_path_used_again() {
     let mut rig = Rig::new("again");
     let _file = rig.shared_socket();
@@ -493,12 +527,12 @@ fn whoever_sends_from_no_address_is_counted_and_delays_nobody() {
 fn a_socket_has_so_many_guests_and_no_more() {
     let rig = Rig::new("many");
     let entrance = Entrance::new(&rig.network, spec());
-    let mut all: Vec<_> = (0..GUESTS_MAX).map(|_| entrance.admit().unwrap()).collect();
-    assert!(entrance.admit().is_none());
+    let mut all: Vec<_> = (0..GUESTS_MAX).map(|_| entrance.admit(None).unwrap()).collect();
+    assert!(entrance.admit(None).is_none());
     assert_eq!(counter(&rig.network, "network_link_limit"), 1);
     assert_eq!(all[255].spec.name, "web-256");
     drop(all.swap_remove(0));
-    assert_eq!(entrance.admit().unwrap().spec.name, "web", "free again");
+    assert_eq!(entrance.admit(None).unwrap().spec.name, "web", "free again");
 }
 
 /// How long the slowest of so many questions is waited for.
@@ -518,24 +552,27 @@ fn a_vm_that_never_reads_delays_no_other_on_its_socket() {
     let (mut reads, deaf) = (rig.vm("reads"), rig.vm("deaf"));
     asker(2).is_answered(&mut reads);
     deaf.socket.set_nonblocking(true).unwrap();
-    let stop = Arc::new(std::sync::atomic::AtomicBool::new(false));
-    let (stopped, to) = (Arc::clone(&stop), rig.path("ours"));
+    let stop = Arc::new(AtomicBool::new(false));
+    let sent = Arc::new(AtomicU64::new(0));
+    let (stopped, counted, to) = (Arc::clone(&stop), Arc::clone(&sent), rig.path("ours"));
     let flood = std::thread::spawn(move || {
         let question = asker(3).question();
-        let mut sent = 0;
-        while !stopped.load(std::sync::atomic::Ordering::Relaxed) {
-            sent += u64::from(deaf.socket.send_to(&question, &to).is_ok());
+        while !stopped.load(Ordering::Relaxed) {
+            if deaf.socket.send_to(&question, &to).is_ok() {
+                counted.fetch_add(1, Ordering::Relaxed);
+            }
             std::thread::sleep(Duration::from_micros(50));
         }
-        sent
     });
-    std::thread::sleep(Duration::from_millis(300));
+    // There is something to be delayed by.
+    let until = Instant::now() + PATIENCE;
+    while sent.load(Ordering::Relaxed) < 1_000 {
+        assert!(Instant::now() < until, "{}", sent.load(Ordering::Relaxed));
+        std::thread::sleep(Duration::from_millis(5));
+    }
     let slowest = slowest(&mut reads, asker(2));
-    stop.store(true, std::sync::atomic::Ordering::Relaxed);
-    assert!(
-        flood.join().unwrap() > 1_000,
-        "there was something to be delayed by"
-    );
+    stop.store(true, Ordering::Relaxed);
+    flood.join().unwrap();
     assert!(slowest < Duration::from_secs(1), "{slowest:?}");
 }
 
@@ -628,6 +665,7 @@ fn vpnkit_guests_come_and_go_and_a_bad_handshake_delays_nobody() {
     let answers = Answers {
         macs: [(uuid.to_owned(), Mac([2, 0, 0, 0, 0, 2]))].into(),
         mtu_bytes: 1500,
+        ..Answers::default()
     };
     serve::vpnkit(&rig.network, listener, spec(), answers).unwrap();
     let path = rig.path("s");

@@ -8,9 +8,11 @@
 //! | we | 258 | 1, the MTU and the longest frame (16 bits each, little-endian), its MAC address, zeros |
 //!
 //! Frames follow at once, behind short lengths. The address is the one that the configuration has for the
-//! UUID, or the one that the socket's first guest must have, or a random one; nothing holds the guest to it.
+//! UUID, or the one that the socket's first guest must have, or a random one, which is the same for a UUID that comes
+//! again; nothing holds the guest to it.
 
 use std::collections::HashMap;
+use std::hash::{BuildHasher as _, RandomState};
 use std::io::{self, Read as _, Write as _};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -19,6 +21,7 @@ use std::time::{Duration, Instant};
 
 use crate::engine::frame::ETHERNET_BYTES;
 use crate::link::Link;
+use crate::link::listen::Cid;
 use crate::link::serve::Entrance;
 use crate::link::stream::{StreamKind, StreamLink, StreamSocket};
 use crate::mac::Mac;
@@ -55,6 +58,8 @@ pub struct Answers {
     pub macs: HashMap<String, Mac>,
     /// MTU of guests' links, bytes.
     pub mtu_bytes: u16,
+    /// What addresses of other UUIDs are made with.
+    pub seed: RandomState,
 }
 
 /// The handshakes of one socket.
@@ -74,7 +79,7 @@ impl Handshakes {
     }
 
     /// Begins one; who completes it is let in. Returns at once.
-    pub(super) fn begin(&self, entrance: &Arc<Entrance>, mut socket: StreamSocket) {
+    pub(super) fn begin(&self, entrance: &Arc<Entrance>, mut socket: StreamSocket, from: Option<Cid>) {
         let Some(place) = Place::take(&self.under_way) else {
             entrance.refuse(
                 LinkRefusal::Limit,
@@ -82,7 +87,9 @@ impl Handshakes {
             );
             return;
         };
-        let Some(admission) = entrance.admit() else { return };
+        let Some(admission) = entrance.admit(from) else {
+            return;
+        };
         let (answers, patience) = (Arc::clone(&self.answers), self.patience);
         let own = Arc::clone(entrance);
         let thread = thread::Builder::new()
@@ -145,9 +152,7 @@ fn shake(
     socket.write_all(&init).map_err(|error| failed(error, late))?;
     let mut command = [0; COMMAND_BYTES];
     read(socket, &mut command, until, late)?;
-    let answer = answers
-        .answer(&command[UUID], pinned)
-        .map_err(HandshakeError::Io)?;
+    let answer = answers.answer(&command[UUID], pinned);
     socket.write_all(&answer).map_err(|error| failed(error, late))
 }
 
@@ -187,22 +192,26 @@ fn failed(error: io::Error, late: impl Fn() -> HandshakeError) -> HandshakeError
 }
 
 impl Answers {
-    fn answer(&self, uuid: &[u8], pinned: Option<Mac>) -> io::Result<[u8; ANSWER_BYTES]> {
+    fn answer(&self, uuid: &[u8], pinned: Option<Mac>) -> [u8; ANSWER_BYTES] {
         let uuid = uuid.to_ascii_lowercase();
         let known = std::str::from_utf8(&uuid)
             .ok()
             .and_then(|uuid| self.macs.get(uuid));
-        let mac = match known.copied().or(pinned) {
-            Some(mac) => mac,
-            None => Mac::random()?,
-        };
+        let mac = known.copied().or(pinned).unwrap_or_else(|| self.made_for(&uuid));
         let mut answer = [0; ANSWER_BYTES];
         let frame_bytes = self.mtu_bytes.saturating_add(ETHERNET_BYTES as u16);
         answer[0] = 1;
         answer[1..3].copy_from_slice(&self.mtu_bytes.to_le_bytes());
         answer[3..5].copy_from_slice(&frame_bytes.to_le_bytes());
         answer[5..11].copy_from_slice(&mac.0);
-        Ok(answer)
+        answer
+    }
+
+    /// So that one that dials again is told what it was told before, and nobody else is.
+    fn made_for(&self, uuid: &[u8]) -> Mac {
+        let [a, b, c, d, e, f, ..] = self.seed.hash_one(uuid).to_be_bytes();
+        // Locally administered, and one station's.
+        Mac([(a & 0xfc) | 2, b, c, d, e, f])
     }
 }
 
@@ -219,6 +228,7 @@ mod tests {
         Answers {
             macs: HashMap::from([(UUID.to_owned(), KNOWN)]),
             mtu_bytes: 1500,
+            seed: RandomState::new(),
         }
     }
 
@@ -266,21 +276,23 @@ mod tests {
     }
 
     #[test]
-    fn an_unknown_uuid_has_the_pinned_address_or_a_random_one() {
+    fn an_unknown_uuid_has_the_pinned_address_or_one_of_its_own_that_cannot_be_foreseen() {
         let pinned = Mac([2, 0, 0, 0, 0, 9]);
-        let of = |pinned| {
-            let answer = answers()
-                .answer(b"nothing that is known, not even text\xff", pinned)
-                .unwrap();
+        let of = |answers: &Answers, uuid, pinned| {
+            let answer = answers.answer(uuid, pinned);
             Mac(answer[5..11].try_into().unwrap())
         };
-        assert_eq!(of(Some(pinned)), pinned);
-        let (one, other) = (of(None), of(None));
+        let (first, second) = (answers(), answers());
+        let uuid = &b"nothing that is known, not even text\xff"[..];
+        assert_eq!(of(&first, uuid, Some(pinned)), pinned);
+        let one = of(&first, uuid, None);
         assert!(
             one.is_unicast() && one.0[0] & 2 == 2,
             "locally administered: {one}"
         );
-        assert_ne!(one, other);
+        assert_eq!(of(&first, uuid, None), one, "as it was told before");
+        assert_ne!(of(&first, b"another", None), one);
+        assert_ne!(of(&second, uuid, None), one);
     }
 
     #[test]
@@ -289,7 +301,7 @@ mod tests {
             mtu_bytes: crate::config::MTU_BYTES_MAX,
             ..Answers::default()
         };
-        let answer = answers.answer(b"", Some(KNOWN)).unwrap();
+        let answer = answers.answer(b"", Some(KNOWN));
         assert_eq!(answer[1..5], [0xf0, 0xff, 0xfe, 0xff]);
     }
 

@@ -48,6 +48,11 @@ impl Answer {
         "a page in a browser may neither connect to the network nor open tunnels",
         RequestRefusal::Browser,
     );
+    pub(super) const POLICY: Self = Self::fixed(
+        "403 Forbidden",
+        "a policy or mode is in force, so no tunnel on a socket that a VM can reach: use a forward, or -services",
+        RequestRefusal::Policy,
+    );
     pub(super) const TOO_LONG: Self = Self::fixed(
         "431 Request Header Fields Too Large",
         "431 Request Header Fields Too Large: the request's head is longer than 32768 bytes or 100 headers",

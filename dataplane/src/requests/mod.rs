@@ -3,7 +3,7 @@
 //! | path | what becomes of the connection |
 //! |---|---|
 //! | `/connect` | a guest's link: frames with short lengths follow, both ways, and no answer is written |
-//! | `/tunnel?ip=&port=` | a pipe to that place in the network, behind the two bytes `OK` |
+//! | `/tunnel?ip=&port=` | a pipe to that place in the network, behind the two bytes `OK`; 403 where a guest is under a policy or a mode |
 //! | any other | the front's, with what was read of it; 404 where there is no front |
 //!
 //! As in gvproxy (pkg/virtualnetwork/mux.go), but that bytes which arrive with a request are kept. A request's head
@@ -28,7 +28,7 @@ use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use crate::descriptors::Descriptors;
 use crate::egress::stream::{AsyncStream, HostStream};
 use crate::front::{FrontMessage, FrontSender, Tunnels};
-use crate::link::listen::StreamListener;
+use crate::link::listen::{Cid, StreamListener};
 use crate::link::stream::{StreamKind, StreamLink, StreamSocket};
 use crate::link::{Link, serve};
 use crate::metrics::{LinkRefusal, Metrics, RequestRefusal};
@@ -57,13 +57,16 @@ const REST: Duration = Duration::from_millis(100);
 
 /// Where those who ask for `/connect` become guests.
 pub trait Entrance: Send + Sync {
-    /// Lets one in, or counts why not and closes the stream. `early` was read from it already.
-    fn attach(&self, stream: HostStream, early: &[u8]);
+    /// Lets one in, of this VM where it is known, or counts why not and closes the stream. `early` was read from it
+    /// already.
+    fn attach(&self, stream: HostStream, from: Option<Cid>, early: &[u8]);
 }
 
 impl Entrance for Arc<serve::Entrance> {
-    fn attach(&self, stream: HostStream, early: &[u8]) {
-        let Some(admission) = self.admit() else { return };
+    fn attach(&self, stream: HostStream, from: Option<Cid>, early: &[u8]) {
+        let Some(admission) = self.admit(from) else {
+            return;
+        };
         let socket = StreamSocket::from(socket2::Socket::from(OwnedFd::from(stream)));
         match StreamLink::new(socket, StreamKind::Connect, early) {
             Ok(link) => admission.attach(Link::Stream(link)),
@@ -119,8 +122,8 @@ impl Requests {
     pub fn serve(self, listener: StreamListener) -> io::Result<()> {
         thread::Builder::new().name("accept".to_owned()).spawn(move || {
             loop {
-                match listener.accept() {
-                    Ok(socket) => self.begin(HostStream::accepted(socket.into())),
+                match listener.accept_from() {
+                    Ok((socket, from)) => self.begin(HostStream::accepted(socket.into()), from),
                     Err(error) => {
                         self.0.refused(RequestRefusal::Accept);
                         tracing::debug!(%error, "a connection cannot be accepted");
@@ -133,7 +136,7 @@ impl Requests {
     }
 
     /// Serves one connection; at once.
-    fn begin(&self, stream: HostStream) {
+    fn begin(&self, stream: HostStream, from: Option<Cid>) {
         self.0.metrics.requests.increment();
         let Some(place) = self.0.heads.enter() else {
             // Those that were asked to make way have not got to it yet.
@@ -143,7 +146,7 @@ impl Requests {
         let shared = Arc::clone(&self.0);
         self.0.runtime.spawn(async move {
             match AsyncStream::new(stream) {
-                Ok(stream) => shared.serve(stream, place).await,
+                Ok(stream) => shared.serve(stream, from, place).await,
                 Err(error) => {
                     shared.refused(RequestRefusal::Accept);
                     tracing::debug!(%error, "a connection cannot be followed");
@@ -158,7 +161,7 @@ impl Shared {
         self.metrics.request_refusals.of(cause).increment();
     }
 
-    async fn serve(self: Arc<Self>, mut stream: AsyncStream, mut place: Place) {
+    async fn serve(self: Arc<Self>, mut stream: AsyncStream, from: Option<Cid>, mut place: Place) {
         let mut read = Vec::new();
         let result = tokio::select! {
             // Whoever has said everything already is not asked to make way.
@@ -176,8 +179,12 @@ impl Shared {
         match request {
             Request::Connect => {
                 if let Some(stream) = self.take_out(stream) {
-                    self.entrance.attach(stream, &read[length..]);
+                    self.entrance.attach(stream, from, &read[length..]);
                 }
+            }
+            // Whoever asks may be a guest, of this network or of another, and would reach what it may not.
+            Request::Tunnel(_) if !self.tunnels.may_pass() => {
+                return self.refuse(stream, place, &Answer::POLICY).await;
             }
             Request::Tunnel(target) => {
                 // It is said before there is a way, as the peer does; a way that fails is an end.

@@ -3,9 +3,10 @@
 use std::sync::Arc;
 
 use tonic::Code;
-use vnet_proto::model::{ForwardListen, Name};
+use vnet_proto::model::{ForwardListen, Name, VmId};
 use vnet_proto::v1;
 
+use crate::capture::{Capture, CaptureSpec};
 use crate::forward::{self, ForwardError, Forwards, Holder};
 use crate::message::Forward;
 use crate::zone::{Zone, ZoneRecord};
@@ -143,6 +144,21 @@ pub trait Zones: Send + Sync {
     fn delete_zone(&self, name: Option<&Name>) -> Result<(), Refusal>;
 }
 
+/// The captures of a network. Implemented by what knows its guests.
+pub trait Captures: Send + Sync {
+    /// Captures a guest from now on, until the capture is stopped. `wake` is called when something waits to be taken
+    /// out.
+    ///
+    /// # Errors
+    /// [`Refusal`] at a limit, and when there is no such guest.
+    fn start_capture(
+        &self,
+        vm: VmId,
+        spec: CaptureSpec,
+        wake: Box<dyn Fn() + Send + Sync>,
+    ) -> Result<Arc<Capture>, Refusal>;
+}
+
 /// What commands act on.
 #[derive(Clone)]
 pub struct Commands {
@@ -150,6 +166,8 @@ pub struct Commands {
     pub forwards: Forwards,
     /// Zones of the network.
     pub zones: Arc<dyn Zones>,
+    /// Captures of the network.
+    pub captures: Arc<dyn Captures>,
 }
 
 impl Commands {

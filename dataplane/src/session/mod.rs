@@ -11,6 +11,7 @@
 //! Source: the conversation above `Session` in `vnet/v1/dataplane.proto`.
 
 mod backoff;
+mod capture;
 mod commands;
 mod conversation;
 mod dial;
@@ -27,7 +28,9 @@ use std::time::{Duration, Instant};
 
 use ipnet::{Ipv4Net, Ipv6Net};
 use tokio::sync::mpsc;
+use tokio::task::JoinSet;
 use tokio_stream::wrappers::ReceiverStream;
+use tonic::transport::Channel;
 use tonic::{Code, Status, Streaming};
 use vnet_proto::v1;
 use vnet_proto::v1::dataplane_service_client::DataplaneServiceClient;
@@ -39,7 +42,7 @@ use backoff::Backoff;
 use conversation::{Broken, Conversation};
 use dial::{DialError, Dialler};
 
-pub use commands::{Commands, Refusal, Zones};
+pub use commands::{Captures, Commands, Refusal, Zones};
 pub use dial::Controlplane;
 
 /// Who this dataplane is.
@@ -219,12 +222,13 @@ impl Runner {
             return Ended::Closed(None);
         }
         let mut client = DataplaneServiceClient::new(channel).max_decoding_message_size(MESSAGE_BYTES_MAX);
+        let captures = client.clone();
         let calling = client.session(ReceiverStream::new(outgoing));
         let inbound = match self.greeted(calling).await {
             Ok(response) => response.into_inner(),
             Err(ended) => return ended,
         };
-        self.converse(requests, inbound).await
+        self.converse(requests, inbound, captures).await
     }
 
     /// Waits for the controlplane to take the call, within the time for a Welcome.
@@ -245,11 +249,17 @@ impl Runner {
         &mut self,
         requests: mpsc::Sender<v1::SessionRequest>,
         mut inbound: Streaming<v1::SessionResponse>,
+        client: DataplaneServiceClient<Channel>,
     ) -> Ended {
+        // They end with the session.
+        let mut captures = JoinSet::new();
         let mut batch = Vec::with_capacity(REPORTS_BATCH);
         loop {
             self.flush(&requests);
             if self.reports.finished && !self.conversation.has_transmit() {
+                // Who looks on is told that the guests are gone.
+                let told = async { while captures.join_next().await.is_some() {} };
+                let _ = tokio::time::timeout(CAPTURES_PATIENCE, told).await;
                 return take_leave(requests, inbound).await;
             }
             let deadline = self.conversation.poll_timeout().unwrap_or_else(Instant::now);
@@ -276,6 +286,7 @@ impl Runner {
                     }
                     Ok(())
                 }
+                Some(_) = captures.join_next(), if !captures.is_empty() => Ok(()),
                 () = until(self.reports.ending), if !self.reports.finished => {
                     self.reports.finished = true;
                     Ok(())
@@ -285,6 +296,9 @@ impl Runner {
                 }
             };
             self.conversation.publish();
+            for asked in self.conversation.take_captures() {
+                captures.spawn(asked.send(client.clone()));
+            }
             if let Err(broken) = done {
                 return Ended::Broken(broken);
             }
@@ -424,5 +438,7 @@ const REPORTS_BATCH: usize = 256;
 const STREAM_QUEUE: usize = 1024;
 /// The longest message taken from the controlplane, in bytes.
 const MESSAGE_BYTES_MAX: usize = 16 << 20;
+/// How long the last packets of captures may take.
+const CAPTURES_PATIENCE: Duration = Duration::from_millis(200);
 /// How long the end of a stream may take.
 const LEAVE_PATIENCE: Duration = Duration::from_millis(500);

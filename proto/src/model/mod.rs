@@ -6,6 +6,7 @@
 use std::time::Duration;
 
 mod addr;
+mod capture;
 mod flow;
 mod forward;
 mod id;
@@ -22,6 +23,9 @@ mod zone;
 mod tests;
 
 pub use addr::{address_from_bytes, address_to_bytes, parse_prefix};
+pub use capture::{
+    CAPTURE_FILTER_BYTES_MAX, CAPTURE_TERMS_MAX, CaptureFilter, CaptureFilterError, CaptureTerm, CaptureWord,
+};
 pub use flow::{
     FlowKey, FlowSubject, Guard, GuardSet, LookupSubject, Miss, Mode, Protocol, Subject, names_from_wire,
 };

@@ -164,6 +164,9 @@ mod linux {
         /// For so long
         #[arg(long, default_value_t = 3.0)]
         secs: f64,
+        /// And no more than so many
+        #[arg(long, default_value_t = usize::MAX)]
+        count: usize,
     }
 
     #[derive(Debug, Args)]
@@ -730,7 +733,11 @@ mod linux {
                 tokio::spawn(async move {
                     let (mut took, mut failures, mut last) = (Vec::new(), 0_u64, None);
                     while Instant::now() < until {
-                        let to = target.number(next.fetch_add(1, Ordering::Relaxed));
+                        let number = next.fetch_add(1, Ordering::Relaxed);
+                        if number >= args.count {
+                            break;
+                        }
+                        let to = target.number(number);
                         let began = Instant::now();
                         match exchange(to).await {
                             Ok(_) => took.push(began.elapsed().as_micros()),

@@ -2,6 +2,7 @@
 
 pub mod answer;
 pub mod attend;
+pub mod capture;
 pub mod dataplane;
 pub mod demo;
 pub mod dns;

@@ -1,18 +1,19 @@
 //! `up`: a dataplane for VMs, in the foreground, and the user's controlplane if none answers.
 
 use clap::Args;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use tokio::signal::unix::{SignalKind, signal};
 
 use super::attend::{Attendant, Seen, command_line, dataplane_name, say};
 use super::forward::ports;
 use super::questions::Questions;
+use super::select::size;
 use super::treat::{Problems, TreatArgs};
 use crate::client::Connection;
 use crate::failure::Failure;
 use crate::launch::{
     Dataplane, DataplaneArgs, DataplaneConfig, DataplaneError, DataplaneLog, Forward, ListenAt, ListenConfig,
-    Settings, session_url,
+    Settings, open_pcap, session_url,
 };
 use crate::output::{self, text::safe};
 
@@ -25,11 +26,18 @@ use crate::output::{self, text::safe};
         interrupted, then removes its sockets.",
     after_help = "Examples:\n  vnetctl up --listen-qemu unix:///tmp/qemu.sock --secure-mode\n  \
         vnetctl up --listen-vfkit unixgram:///tmp/vfkit.sock --vm mac -p 2222:22\n  \
-        vnetctl up --listen-qemu 'unix:///tmp/a.sock?name=a' --listen-qemu 'unix:///tmp/b.sock?name=b' --allow 'tcp 192.0.2.7:443'\n\n\
+        vnetctl up --listen-qemu 'unix:///tmp/a.sock?name=a' --listen-qemu 'unix:///tmp/b.sock?name=b' --allow 'tcp 192.0.2.7:443'\n  \
+        vnetctl up --listen-qemu unix:///tmp/qemu.sock --pcap /tmp/vm.pcapng\n\n\
         QEMU connects with: -netdev stream,id=n0,addr.type=unix,addr.path=/tmp/qemu.sock -device virtio-net,netdev=n0",
     mut_arg("controlplane", |arg| arg.hide(true))
 )]
 pub struct UpArgs {
+    /// Capture all packets of the VMs to this file, in pcapng: a file, which is emptied, a named pipe, or /dev/stdout.
+    #[arg(long, value_name = "FILE")]
+    pub pcap: Option<PathBuf>,
+    /// End the capture, and nothing else, before its file has more than SIZE bytes, as 500MB or 1GiB [default: no limit]
+    #[arg(long, value_name = "SIZE", value_parser = size, requires = "pcap")]
+    pub pcap_limit: Option<u64>,
     /// How the guests are treated.
     #[command(flatten)]
     pub treat: TreatArgs,
@@ -45,9 +53,12 @@ pub struct UpArgs {
 pub fn execute(args: UpArgs, connection: Connection) -> Result<(), Failure> {
     let mut problems = Problems::default();
     let UpArgs {
+        pcap,
+        pcap_limit,
         treat,
         dataplane: mut flags,
     } = args;
+    flags.pcap_limit_bytes = pcap_limit;
     if flags.controlplane.is_some() {
         problems
             .usage
@@ -77,11 +88,12 @@ pub fn execute(args: UpArgs, connection: Connection) -> Result<(), Failure> {
         output::say(warning);
     }
     let Some(config) = config else { return Ok(()) };
-    crate::cli::runtime()?.block_on(serve(settings, &config, name, connection))
+    crate::cli::runtime()?.block_on(serve(settings, pcap, &config, name, connection))
 }
 
 async fn serve(
-    settings: Settings,
+    mut settings: Settings,
+    pcap: Option<PathBuf>,
     config: &DataplaneConfig,
     name: String,
     connection: Connection,
@@ -90,6 +102,18 @@ async fn serve(
     let mut interrupt = signal(SignalKind::interrupt()).map_err(unavailable)?;
     let mut terminate = signal(SignalKind::terminate()).map_err(unavailable)?;
     let mut hangup = signal(SignalKind::hangup()).map_err(unavailable)?;
+    if let Some(path) = pcap {
+        let waiting = || output::say(safe(&format!("vnet: waiting for a reader of {}", path.display())));
+        let opened = open_pcap(&path, config.stdio.is_some(), waiting);
+        settings.pcap = tokio::select! {
+            _ = interrupt.recv() => return Ok(()),
+            _ = terminate.recv() => return Ok(()),
+            _ = hangup.recv() => return Ok(()),
+            opened = opened => Some(opened.map_err(|error| {
+                Failure::Failed(safe(&format!("--pcap {} {error}", path.display())).into_owned())
+            })?),
+        };
+    }
     // The dataplane needs its sessions' listener from the start on.
     connection.open().await?;
     let mut dataplane = Dataplane::start(settings).map_err(|e| Failure::Failed(e.to_string()))?;

@@ -1,8 +1,8 @@
 //! This binary as `gvproxy`: found by the name that it is called by, and run in the order of start-up that gvproxy has.
 //!
 //! First the command line, then `-version`; the configuration, whole; the log, and the version in it; the pid file; the
-//! controlplane, if none answers, and the dataplane, which opens forwards and sockets; the services' socket; forwards over
-//! SSH; the notification `ready`, when all of it listens (the peer sends it before). It ends at SIGTERM, SIGINT or SIGHUP
+//! capture's file; the services' socket; the controlplane, if none answers, and the dataplane, which opens forwards and
+//! sockets; forwards over SSH; the notification `ready`, when all of it listens (the peer sends it before). It ends at SIGTERM, SIGINT or SIGHUP
 //! with status 0, at whatever fails with 1, and at a wrong command line with 2.
 
 mod attend;
@@ -24,10 +24,9 @@ use super::flags::Flags;
 use super::load::{Loaded, load};
 use super::own::{self, Own};
 use super::services::Token;
-use super::ssh::told;
 use crate::client::{Connection, Server};
 use crate::cmd::attend::dataplane_name;
-use crate::failure::{EXIT_FAILED, Failure};
+use crate::failure::{EXIT_FAILED, Failure, with_causes};
 use crate::launch::{DataplaneLog, Settings, session_url};
 use crate::output::text::safe;
 use plan::Plan;
@@ -117,7 +116,7 @@ fn prepare(flags: &Flags) -> Result<Prepared, Failure> {
     let token = match &own.guest_api_token_file {
         Some(given) if plan.args.guest_api => {
             let token = Token::read(&given.value);
-            Some(token.map_err(|error| Failure::Failed(format!("{}: {}", given.from, told(&error))))?)
+            Some(token.map_err(|error| Failure::Failed(format!("{}: {}", given.from, with_causes(&error))))?)
         }
         _ => None,
     };

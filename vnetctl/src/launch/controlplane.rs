@@ -18,7 +18,7 @@ use vnet_controlplane::paths;
 
 use super::descriptors::{inherit_only, own_session};
 use crate::client::{Client, ConnectError, Server};
-use crate::failure::Failure;
+use crate::failure::{Failure, with_causes};
 use crate::output::text::safe;
 
 /// Where the user's own controlplane serves its API.
@@ -208,13 +208,7 @@ fn url(path: &Path) -> OsString {
 }
 
 fn failed(error: impl std::error::Error) -> Failure {
-    let mut text = error.to_string();
-    let mut source = error.source();
-    while let Some(cause) = source {
-        text.push_str(&format!(": {cause}"));
-        source = cause.source();
-    }
-    Failure::Failed(safe(&text).into_owned())
+    Failure::Failed(safe(&with_causes(&error)).into_owned())
 }
 
 const LOCK_FILE: &str = "start.lock";

@@ -41,6 +41,8 @@ pub struct Settings {
     pub resolver_patience: Option<Duration>,
     /// The link of its one guest, where it serves no socket.
     pub link: Option<OwnedFd>,
+    /// Where its guests are captured, all of them.
+    pub pcap: Option<OwnedFd>,
     /// Whether this process is its front: it hands over requests on its `--listen` sockets that are not its own,
     /// and opens tunnels ([`Dataplane::take_front`]).
     pub front: bool,
@@ -198,6 +200,7 @@ impl Dataplane {
             vm_settings_fd: Some(settings_end.as_raw_fd()),
             exit_with_fd: Some(lifeline_end.as_raw_fd()),
             ready_fd: Some(ready_end.as_raw_fd()),
+            pcap_fd: settings.pcap.as_ref().map(|fd| fd.as_raw_fd()),
             front_fd: front_end.as_ref().map(|fd| fd.as_raw_fd()),
             ..settings.args
         };
@@ -238,6 +241,7 @@ impl Dataplane {
             .iter()
             .chain([&lifeline_end, &settings_end, &ready_end])
             .chain(&front_end)
+            .chain(&settings.pcap)
             .chain(&sockets)
             .collect();
         inherit_only(&mut command, &keep);
@@ -385,6 +389,8 @@ fn flags(args: &Args) -> Vec<OsString> {
         publish,
         guest_api,
         front_fd,
+        pcap_fd,
+        pcap_limit_bytes,
         closed,
         vm_settings_fd,
         exit_with_fd,
@@ -404,6 +410,11 @@ fn flags(args: &Args) -> Vec<OsString> {
         ("first-guest", first_guest.clone()),
         ("ipv6-prefix", ipv6_prefix.clone()),
         ("front-fd", number(front_fd)),
+        ("pcap-fd", number(pcap_fd)),
+        (
+            "pcap-limit-bytes",
+            pcap_limit_bytes.map(|bytes| bytes.to_string()),
+        ),
         ("vm-settings-fd", number(vm_settings_fd)),
         ("exit-with-fd", number(exit_with_fd)),
         ("ready-fd", number(ready_fd)),
@@ -497,6 +508,8 @@ mod tests {
             "--publish=8080:80",
             "--front-fd=10",
             "--guest-api",
+            "--pcap-fd=11",
+            "--pcap-limit-bytes=1000",
             "--closed=127.0.0.1:8080",
             "--closed=[::1]:8081",
             "--vm-settings-fd=8",

@@ -9,6 +9,7 @@ mod controlplane;
 mod dataplane;
 mod descriptors;
 mod documents;
+mod pcap;
 pub mod presets;
 
 use std::ffi::OsString;
@@ -20,6 +21,10 @@ use vnet_controlplane::paths;
 pub use vnet_controlplane::paths::SESSION_SOCKET;
 pub use vnet_controlplane::policy::{nearest, yaml};
 pub use vnet_dataplane::args::Args as DataplaneArgs;
+pub use vnet_dataplane::capture::pcapng::{
+    Direction as CaptureDirection, PacketBlock, Pcapng, SNAP_BYTES_DEFAULT as CAPTURE_SNAP_BYTES_MAX,
+    STATISTICS_BYTES as CAPTURE_STATISTICS_BYTES,
+};
 pub use vnet_dataplane::config::{
     Config as DataplaneConfig, GATEWAY_MAC_DEFAULT, ListenAt, ListenConfig, MTU_BYTES_DEFAULT, MTU_BYTES_MAX,
     MTU_BYTES_MIN, SEARCH_DOMAINS_MAX, SUBNET_DEFAULT, SUBNET_PREFIX_MAX, SUBNET_PREFIX_MIN, Transport,
@@ -38,6 +43,7 @@ pub use self::dataplane::{Dataplane, DataplaneError, DataplaneLog, Settings};
 pub use self::documents::{
     Document, check_document, check_own, document, policy_schema, read_document, test_document, warning_lines,
 };
+pub use self::pcap::{PcapError, open_pcap};
 
 use crate::failure::{EXIT_USAGE, Failure};
 

@@ -20,7 +20,7 @@ mod receiving;
 mod sending;
 mod track;
 
-use std::net::IpAddr;
+use std::net::{IpAddr, Ipv4Addr};
 use std::sync::Arc;
 
 use vnet_proto::model::VmId;
@@ -148,6 +148,20 @@ impl Engine {
             .transmit
             .packet_from(mac, EtherType::Arp, Arp::BYTES, |out| arp.write_reply(mac, out));
         Some(sent.is_some())
+    }
+
+    /// Tells the guest the gateway's hardware address, unasked.
+    pub fn announce_gateway(&mut self) {
+        let mac = self.config.gateway_mac;
+        let arp = Arp {
+            is_request: true,
+            sender_mac: self.transmit.guest,
+            sender: self.addresses.first().copied().unwrap_or(Ipv4Addr::UNSPECIFIED),
+            target: self.config.gateway,
+        };
+        let write = |out: &mut [u8]| arp.write_reply(mac, out);
+        // Without room, more is on its way to the guest already.
+        let _ = self.transmit.packet_from(mac, EtherType::Arp, Arp::BYTES, write);
     }
 
     /// The other guest that has an address, unless the switch between the two is open.

@@ -18,7 +18,7 @@ use crate::engine::nat::Nat;
 use crate::engine::switch::Neighbour;
 use crate::engine::{Engine, EngineConfig, Event, Outcome, Surroundings, Time};
 use crate::mac::Mac;
-use crate::message::{DnsSettings, Order, Report, Settings};
+use crate::message::{Order, Report, Settings};
 
 pub(super) const GUEST_MAC: Mac = Mac([2, 0, 0, 0, 0, 2]);
 pub(super) const NEIGHBOUR_MAC: Mac = Mac([2, 0, 0, 0, 0, 3]);
@@ -436,19 +436,7 @@ pub(super) fn every_lookup(miss: &Miss) -> Verdict {
 
 /// How a guest is treated of which nothing is said.
 pub(super) fn settings() -> Settings {
-    Settings {
-        name: "vm".into(),
-        switch_open: false,
-        forwards_closed: false,
-        synthetic_answers: false,
-        deny_ech: true,
-        deny_quic: false,
-        judges_aliases: false,
-        lookup_hold: Duration::from_secs(4),
-        hold: HOLD,
-        dns: DnsSettings::default(),
-        loss_grace: Duration::ZERO,
-    }
+    Settings::unsaid("vm".into(), Duration::from_secs(4), HOLD)
 }
 
 pub(super) fn ended(reports: &[Report]) -> Vec<(MissId, crate::message::MissEnd)> {

@@ -2,6 +2,7 @@
 //! other.
 
 mod aliases;
+mod away;
 mod budget;
 mod cost;
 mod counters;

@@ -20,9 +20,11 @@ use vnet_proto::v1;
 use vnet_proto::v1::session_request::Message;
 use vnet_proto::v1::session_response::Message as Response;
 
+use crate::capture::{Capture, CaptureEnd};
 use crate::guards::Guards;
 use crate::message::{Input, Order, Report, Router};
 use crate::metrics::{Metrics, MirrorTable, RefusedMessage};
+use crate::session::capture::{Asked, Token};
 use crate::session::commands::Commands;
 use crate::session::mirror::{Full, Limits, Mirror};
 use crate::session::{Identity, wire};
@@ -83,6 +85,10 @@ pub(super) struct Conversation {
     refusals: VecDeque<Message>,
     pending: HashMap<CommandId, Pending>,
     last_command: u64,
+    /// Captures that this session asked for.
+    captures: HashMap<Token, Arc<Capture>>,
+    /// Those of them that have yet to be sent.
+    to_send: Vec<Asked>,
 }
 
 impl Conversation {
@@ -110,6 +116,8 @@ impl Conversation {
             refusals: VecDeque::new(),
             pending: HashMap::new(),
             last_command: 0,
+            captures: HashMap::new(),
+            to_send: Vec::new(),
         }
     }
 
@@ -137,6 +145,10 @@ impl Conversation {
     pub(super) fn lost(&mut self) {
         self.link = Link::Offline;
         self.pending.clear();
+        for (_, capture) in self.captures.drain() {
+            capture.stop(CaptureEnd::Stopped);
+        }
+        self.to_send.clear();
         self.metrics.session_up.set(0);
         for message in std::mem::take(&mut self.outbox) {
             self.keep_refusal(message);
@@ -158,6 +170,11 @@ impl Conversation {
     /// Whether [`Self::poll_transmit`] has something.
     pub(super) fn has_transmit(&self) -> bool {
         self.is_open() && !self.outbox.is_empty()
+    }
+
+    /// Captures that are to be sent from now on.
+    pub(super) fn take_captures(&mut self) -> Vec<Asked> {
+        std::mem::take(&mut self.to_send)
     }
 
     /// When [`Self::handle_timeout`] has something to do.

@@ -4,13 +4,16 @@
 //! of them is done, or gone.
 
 use std::collections::{BTreeMap, HashSet};
+use std::sync::Arc;
 
 use vnet_proto::model::{CommandId, Epoch, FlowId, ForwardListen, Protocol, VmId, zone_name};
 use vnet_proto::v1;
 use vnet_proto::v1::session_request::Message;
 
 use super::{Broken, Conversation};
+use crate::capture::CaptureEnd;
 use crate::message::{CachedVerdict, Forward, Input, Order, vm_of_flow};
+use crate::session::capture::{self, Asked};
 use crate::session::commands::Refusal;
 use crate::session::wire;
 
@@ -116,6 +119,8 @@ impl Conversation {
                 | Command::RemoveRecords(_)
                 | Command::DeleteZone(_)),
             ) => return self.change_zone(message.command_id, &command),
+            Some(Command::StartCapture(asked)) => self.start_capture(&asked).map(|()| About::Nothing),
+            Some(Command::StopCapture(stop)) => self.stop_capture(&stop.token).map(|()| About::Nothing),
             Some(Command::Expose(forward)) => self.expose(&forward, None),
             Some(Command::ExposeRange(range)) => {
                 self.expose(&range.first.unwrap_or_default(), Some(range.count))
@@ -151,6 +156,8 @@ impl Conversation {
             | Command::ExposeRange(_)
             | Command::Unexpose(_)
             | Command::UnexposeRange(_)
+            | Command::StartCapture(_)
+            | Command::StopCapture(_)
             | Command::ReportVerdicts(_) => return,
         };
         match changed {
@@ -161,6 +168,25 @@ impl Conversation {
             Ok(None) => self.acknowledge(command_id, 0, About::Nothing, None),
             Err(refusal) => self.acknowledge(command_id, 0, About::Nothing, Some(refusal)),
         }
+    }
+
+    fn start_capture(&mut self, asked: &v1::StartCapture) -> Result<(), Refusal> {
+        self.captures.retain(|_, capture| capture.end().is_none());
+        if capture::token(&asked.token).is_ok_and(|token| self.captures.contains_key(&token)) {
+            return Err(Refusal::invalid("token is another capture's"));
+        }
+        let asked = Asked::begin(asked, &*self.commands.captures)?;
+        self.captures.insert(asked.token(), Arc::clone(asked.capture()));
+        self.to_send.push(asked);
+        Ok(())
+    }
+
+    /// One that is over already is as good as stopped.
+    fn stop_capture(&mut self, token: &[u8]) -> Result<(), Refusal> {
+        if let Some(capture) = self.captures.remove(&capture::token(token)?) {
+            capture.stop(CaptureEnd::Stopped);
+        }
+        Ok(())
     }
 
     /// Asks a guest for what its cache holds.

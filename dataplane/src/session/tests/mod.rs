@@ -1,5 +1,6 @@
 //! What the session's tests share: a router that records, zones that remember, messages of both sides.
 
+mod capture;
 mod rules;
 mod stream;
 
@@ -15,12 +16,13 @@ use vnet_proto::model::{
 use vnet_proto::v1;
 use vnet_proto::v1::session_response::Message as Response;
 
+use crate::capture::{Capture, CaptureSpec};
 use crate::descriptors::Descriptors;
 use crate::forward::Forwards;
 use crate::guards::{Guards, HostAddresses};
 use crate::message::{FlowOpened, Input, Order, Report, Router, VmUp, flow_id, miss_id};
 use crate::metrics::Metrics;
-use crate::session::{Commands, Identity, Refusal, Zones};
+use crate::session::{Captures, Commands, Identity, Refusal, Zones};
 use crate::zone::{Zone, ZoneRecord};
 
 /// Guests that can be added and removed, and every order that they were handed.
@@ -101,6 +103,10 @@ impl Router for Recorder {
     fn guest_at(&self, _address: IpAddr) -> Option<VmId> {
         None
     }
+
+    fn is_open(&self) -> bool {
+        false
+    }
 }
 
 /// Zones without lookups.
@@ -144,6 +150,35 @@ impl Zones for ZoneList {
     }
 }
 
+/// Captures of guest 1, without guests.
+#[derive(Default)]
+pub(super) struct CaptureList(Mutex<Vec<Arc<Capture>>>);
+
+impl CaptureList {
+    fn all(&self) -> Vec<Arc<Capture>> {
+        self.0.lock().unwrap().clone()
+    }
+}
+
+impl Captures for CaptureList {
+    fn start_capture(
+        &self,
+        vm: VmId,
+        spec: CaptureSpec,
+        wake: Box<dyn Fn() + Send + Sync>,
+    ) -> Result<Arc<Capture>, Refusal> {
+        if vm != VmId(1) {
+            return Err(Refusal::new(
+                tonic::Code::NotFound,
+                "there is no guest of this handle",
+            ));
+        }
+        let capture = Capture::new(spec, wake);
+        self.0.lock().unwrap().push(Arc::clone(&capture));
+        Ok(capture)
+    }
+}
+
 fn identity() -> Identity {
     Identity {
         dataplane: "dp".into(),
@@ -170,6 +205,7 @@ fn commands(router: &Arc<Recorder>, metrics: &Arc<Metrics>) -> Commands {
     Commands {
         forwards: Forwards::new(router, Arc::clone(metrics), Descriptors::new(1 << 20), runtime),
         zones: Arc::<ZoneList>::default(),
+        captures: Arc::<CaptureList>::default(),
     }
 }
 

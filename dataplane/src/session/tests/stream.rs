@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use tokio::net::UnixListener;
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, oneshot};
 use tokio::task::JoinHandle;
 use tokio_stream::wrappers::{ReceiverStream, UnixListenerStream};
 use tonic::{Request, Response as Answer, Status, Streaming};
@@ -16,36 +16,43 @@ use crate::metrics::SessionEndCause;
 use crate::session::{Controlplane, SessionConfig, SessionEnd, run};
 
 /// One stream, as the controlplane sees it.
-struct Stream {
+pub(super) struct Stream {
     requests: Streaming<v1::SessionRequest>,
-    responses: mpsc::Sender<Result<v1::SessionResponse, Status>>,
+    pub(super) responses: mpsc::Sender<Result<v1::SessionResponse, Status>>,
+}
+
+/// The packets of one capture, as the controlplane sees them.
+pub(super) struct Captured {
+    pub(super) requests: Streaming<v1::SendCaptureRequest>,
+    /// The controlplane wants no more.
+    pub(super) answer: super::capture::Answer,
 }
 
 impl Stream {
-    async fn next(&mut self) -> Option<Message> {
+    pub(super) async fn next(&mut self) -> Option<Message> {
         let next = tokio::time::timeout(PATIENCE, self.requests.message())
             .await
             .expect("a message in time");
         next.ok().flatten().and_then(|request| request.message)
     }
 
-    async fn hello(&mut self) -> v1::Hello {
+    pub(super) async fn hello(&mut self) -> v1::Hello {
         match self.next().await {
             Some(Message::Hello(hello)) => hello,
             other => panic!("{other:?}"),
         }
     }
 
-    async fn say(&self, response: v1::SessionResponse) {
+    pub(super) async fn say(&self, response: v1::SessionResponse) {
         self.responses.send(Ok(response)).await.unwrap();
     }
 
-    async fn welcome(&self, epoch: Epoch) {
+    pub(super) async fn welcome(&self, epoch: Epoch) {
         self.say(welcome(epoch, Duration::from_secs(5))).await;
     }
 }
 
-struct Sessions(mpsc::Sender<Stream>);
+struct Sessions(mpsc::Sender<Stream>, mpsc::Sender<Captured>);
 
 #[tonic::async_trait]
 impl DataplaneService for Sessions {
@@ -66,23 +73,40 @@ impl DataplaneService for Sessions {
             .map_err(|_| Status::unavailable("the test is over"))?;
         Ok(Answer::new(ReceiverStream::new(outgoing)))
     }
+
+    async fn send_capture(
+        &self,
+        request: Request<Streaming<v1::SendCaptureRequest>>,
+    ) -> Result<Answer<v1::SendCaptureResponse>, Status> {
+        let (answer, answered) = oneshot::channel();
+        let requests = request.into_inner();
+        let captured = Captured { requests, answer };
+        self.1
+            .send(captured)
+            .await
+            .map_err(|_| Status::unavailable("the test is over"))?;
+        // A test that lets go of it answers too.
+        let _ = answered.await;
+        Ok(Answer::new(v1::SendCaptureResponse {}))
+    }
 }
 
-struct Fake {
-    path: PathBuf,
+pub(super) struct Fake {
+    pub(super) path: PathBuf,
     streams: mpsc::Receiver<Stream>,
+    captures: mpsc::Receiver<Captured>,
     server: JoinHandle<()>,
 }
 
 impl Fake {
-    fn path() -> PathBuf {
+    pub(super) fn path() -> PathBuf {
         use std::sync::atomic::{AtomicU32, Ordering};
         static NEXT: AtomicU32 = AtomicU32::new(0);
         let next = NEXT.fetch_add(1, Ordering::Relaxed);
         std::env::temp_dir().join(format!("vnet-session-{}-{next}.sock", std::process::id()))
     }
 
-    fn listen(path: PathBuf) -> Self {
+    pub(super) fn listen(path: PathBuf) -> Self {
         let listener = UnixListener::bind(&path).unwrap();
         Self::serve(path, UnixListenerStream::new(listener))
     }
@@ -92,7 +116,8 @@ impl Fake {
         S: tokio_stream::Stream<Item = std::io::Result<tokio::net::UnixStream>> + Send + 'static,
     {
         let (sender, streams) = mpsc::channel(4);
-        let service = DataplaneServiceServer::new(Sessions(sender));
+        let (captured, captures) = mpsc::channel(4);
+        let service = DataplaneServiceServer::new(Sessions(sender, captured));
         let server = tokio::spawn(async move {
             // It ends with the test, by whatever end.
             let _ = tonic::transport::Server::builder()
@@ -103,11 +128,19 @@ impl Fake {
         Self {
             path,
             streams,
+            captures,
             server,
         }
     }
 
-    async fn accept(&mut self) -> Stream {
+    pub(super) async fn capture(&mut self) -> Captured {
+        tokio::time::timeout(PATIENCE, self.captures.recv())
+            .await
+            .expect("a capture in time")
+            .unwrap()
+    }
+
+    pub(super) async fn accept(&mut self) -> Stream {
         tokio::time::timeout(PATIENCE, self.streams.recv())
             .await
             .expect("a stream in time")
@@ -123,14 +156,15 @@ impl Drop for Fake {
     }
 }
 
-struct Dataplane {
+pub(super) struct Dataplane {
+    pub(super) captures: Arc<CaptureList>,
     reports: mpsc::Sender<Report>,
     router: Arc<Recorder>,
     metrics: Arc<Metrics>,
     session: JoinHandle<SessionEnd>,
 }
 
-fn start(controlplane: Controlplane) -> Dataplane {
+pub(super) fn start(controlplane: Controlplane) -> Dataplane {
     let (reports, receiver) = mpsc::channel(64);
     let (router, metrics) = (Recorder::with(&[1]), Arc::<Metrics>::default());
     let config = SessionConfig {
@@ -139,7 +173,11 @@ fn start(controlplane: Controlplane) -> Dataplane {
         guards: guards(),
         metrics: Arc::clone(&metrics),
     };
-    let commands = commands(&router, &metrics);
+    let captures = Arc::<CaptureList>::default();
+    let commands = Commands {
+        captures: Arc::clone(&captures) as Arc<dyn Captures>,
+        ..commands(&router, &metrics)
+    };
     let session = tokio::spawn(run(
         config,
         receiver,
@@ -147,6 +185,7 @@ fn start(controlplane: Controlplane) -> Dataplane {
         commands,
     ));
     Dataplane {
+        captures,
         reports,
         router,
         metrics,

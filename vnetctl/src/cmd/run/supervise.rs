@@ -22,7 +22,7 @@ use super::{Plan, named_sockets, not_filtered};
 use crate::client::{Connection, INSIDE_RUN};
 use crate::cmd::attend::{Attendant, Seen, command_line, look, send_answer};
 use crate::cmd::questions::{Act, Questions};
-use crate::failure::Failure;
+use crate::failure::{Failure, with_causes};
 use crate::launch::{Dataplane, own_directories, own_programs};
 use crate::output::{self, text::safe};
 use crate::sandbox::{self, Event, Exit, Remote, Sandbox, Spec};
@@ -452,16 +452,6 @@ impl Signals {
             }
         }
     }
-}
-
-fn with_causes(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut source = error.source();
-    while let Some(cause) = source {
-        text.push_str(&format!(": {cause}"));
-        source = cause.source();
-    }
-    text
 }
 
 const DNS_PORT: u16 = 53;

@@ -40,6 +40,8 @@ struct Vm {
     leased: String,
     /// Not told since the watch began anew.
     is_stale: bool,
+    /// Its hypervisor closed the connection, which was told, and may come back.
+    is_away: bool,
 }
 
 impl Watch {
@@ -62,53 +64,63 @@ impl Watch {
         }
     }
 
+    /// Returns when the watch has begun, so that whatever comes from now on will be told, or when there is no
+    /// controlplane to tell it. Nothing is told before.
+    pub(super) async fn begin(&mut self) {
+        let first = self.attendant.next().await;
+        self.see(first);
+    }
+
     /// Tells of what happens, for ever. Cancel safe.
     pub(super) async fn follow(&mut self) -> Infallible {
         loop {
-            let acts = match self.attendant.next().await {
-                Seen::Began => {
-                    self.told.begin_again();
-                    self.questions.begin_again()
+            let seen = self.attendant.next().await;
+            self.see(seen);
+        }
+    }
+
+    fn see(&mut self, seen: Seen) {
+        let acts = match seen {
+            Seen::Began => {
+                self.told.begin_again();
+                self.questions.begin_again()
+            }
+            Seen::Vm(vm) => {
+                let news = self.told.vm(&vm);
+                self.tell(news);
+                Vec::new()
+            }
+            Seen::Gone(vm) => {
+                let news = self.told.gone(&vm.name, &vm.link_error);
+                self.tell(news);
+                Vec::new()
+            }
+            Seen::Synced => {
+                let news = self.told.synced();
+                self.tell(news);
+                Vec::new()
+            }
+            Seen::Pending(change) => {
+                if let Some(news) = self.told.change(&change) {
+                    self.notifier.tell(news);
                 }
-                Seen::Vm(vm) => {
-                    let news = self.told.vm(&vm);
-                    self.tell(news);
-                    Vec::new()
-                }
-                Seen::Gone(vm) => {
-                    let news = self.told.gone(&vm.name, &vm.link_error);
-                    self.tell(news);
-                    Vec::new()
-                }
-                Seen::Synced => {
-                    let news = self.told.synced();
-                    self.tell(news);
-                    Vec::new()
-                }
-                Seen::Pending(change) => {
-                    if let Some(news) = self.told.change(&change) {
-                        self.notifier.tell(news);
-                    }
-                    self.questions.change(&change)
-                }
-                Seen::Lost(why) => {
-                    tracing::warn!(
-                        "no controlplane, so nothing new is let out; trying again ({})",
-                        safe(&why)
-                    );
-                    Vec::new()
-                }
-            };
-            for act in acts {
-                if let Act::Say(line) = act {
-                    tracing::warn!("{}", line.strip_prefix("vnet: ").unwrap_or(&line));
-                }
+                self.questions.change(&change)
+            }
+            Seen::Lost(why) => {
+                tracing::warn!(
+                    "no controlplane, so nothing new is let out; trying again ({})",
+                    safe(&why)
+                );
+                Vec::new()
+            }
+        };
+        for act in acts {
+            if let Act::Say(line) = act {
+                tracing::warn!("{}", line.strip_prefix("vnet: ").unwrap_or(&line));
             }
         }
     }
-}
 
-impl Watch {
     fn tell(&self, notifications: Vec<Notification>) {
         for notification in notifications {
             let Notification { vm, mac_address, .. } = &notification;
@@ -143,7 +155,7 @@ impl Told {
         if known.is_none() && link_error.is_empty() {
             return Vec::new();
         }
-        let was_told = known.is_some();
+        let is_there = known.as_ref().is_some_and(|vm| !vm.is_away);
         let mac = known.unwrap_or_default().mac;
         let of = |kind| Notification {
             mac_address: mac.clone(),
@@ -157,7 +169,7 @@ impl Told {
                 ..of(Kind::HypervisorError)
             });
         }
-        if was_told {
+        if is_there {
             news.push(of(Kind::ConnectionClosed));
         }
         news
@@ -170,9 +182,9 @@ impl Told {
             vm: vm.name.clone(),
             ..Notification::new(kind)
         };
-        match vm.state() {
-            v1::VmState::Attached => {}
-            v1::VmState::Detached => return self.gone(&vm.name, &vm.link_error),
+        let is_away = match vm.state() {
+            v1::VmState::Attached => false,
+            v1::VmState::Detached => true,
             // What became of it is told when its dataplane is back.
             v1::VmState::Lost | v1::VmState::Unspecified => {
                 if let Some(known) = self.vms.get_mut(&vm.name) {
@@ -180,15 +192,20 @@ impl Told {
                 }
                 return Vec::new();
             }
-        }
+        };
         if vm.mac.is_empty() || (!self.vms.contains_key(&vm.name) && self.vms.len() >= VMS_MAX) {
             return Vec::new();
         }
         let known = self.vms.entry(vm.name.clone()).or_default();
         known.is_stale = false;
         let mut news = Vec::new();
-        if known.mac.is_empty() {
+        let was_away = std::mem::replace(&mut known.is_away, is_away);
+        if is_away && was_away {
+            return news;
+        }
+        if known.mac.is_empty() || was_away {
             known.mac.clone_from(&vm.mac);
+            known.leased.clear();
             news.push(of(Kind::ConnectionEstablished));
         }
         if vm.leased_address != known.leased {
@@ -199,6 +216,10 @@ impl Told {
                     ..of(Kind::DhcpAssigned)
                 });
             }
+        }
+        // One that came and went faster than it was told of has come all the same.
+        if is_away {
+            news.push(of(Kind::ConnectionClosed));
         }
         news
     }
@@ -351,6 +372,22 @@ mod tests {
                 .iter()
                 .all(|n| n.mac_address == "02:00:00:00:00:01" && n.vm == "a")
         );
+    }
+
+    #[test]
+    fn who_is_away_is_told_of_once_and_again_when_it_is_back() {
+        let mut told = told();
+        let there = vm("a", v1::VmState::Attached, "192.168.127.2");
+        let away = vm("a", v1::VmState::Detached, "192.168.127.2");
+        let came = [Kind::ConnectionEstablished, Kind::DhcpAssigned];
+        assert_eq!(kinds(&told.vm(&there)), came);
+        assert_eq!(kinds(&told.vm(&away)), [Kind::ConnectionClosed]);
+        assert_eq!(told.vm(&away), []);
+        assert_eq!(kinds(&told.vm(&there)), came);
+        assert_eq!(kinds(&told.vm(&away)), [Kind::ConnectionClosed]);
+        assert_eq!(told.gone("a", ""), [], "it was told");
+        let quick = [&came[..], &[Kind::ConnectionClosed]].concat();
+        assert_eq!(kinds(&told.vm(&away)), quick, "in less than a report's time");
     }
 
     #[test]

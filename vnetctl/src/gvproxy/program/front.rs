@@ -11,6 +11,7 @@ use tokio::net::UnixStream;
 use tokio::sync::mpsc;
 use vnet_proto::model::VmId;
 
+use crate::failure::with_causes;
 use crate::gvproxy;
 use crate::gvproxy::services::{self, Guest, Origin, Services};
 use crate::gvproxy::ssh;
@@ -45,7 +46,7 @@ pub(super) struct SshTunnels(pub(super) ssh::SshTunnels);
 impl services::SshTunnels for SshTunnels {
     async fn expose(&self, local: &str, remote: &str) -> Result<(), String> {
         let exposed = self.0.expose(local, remote).await;
-        exposed.map_err(|error| ssh::told(&error))
+        exposed.map_err(|error| with_causes(&error))
     }
 
     fn unexpose(&self, local: &str) {

@@ -1,5 +1,5 @@
-//! The file of `-pid-file`: this process's id in digits, without a line's end, as gvproxy writes it. Removed at a clean
-//! end, if it is still this process's.
+//! The file of `-pid-file`: this process's id in digits, without a line's end, as gvproxy writes it. Removed at the
+//! end, also at one by an error, if it is still this process's.
 
 use std::fs;
 use std::io;

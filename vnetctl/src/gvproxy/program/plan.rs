@@ -153,13 +153,6 @@ pub fn plan(
             listens,
         });
     }
-    if let Some(file) = &stack.capture_file {
-        // One that is asked for and does not come would be missed when it is too late.
-        problems.push(format!(
-            "{}: packets cannot be captured yet (leave out -pcap and stack.capture-file)",
-            file.display()
-        ));
-    }
     let services = config.services.as_ref().map(|at| listen_at(at, resolve));
     let services = services.and_then(|at| at.map_err(|problem| problems.push(problem)).ok());
     let mut warnings = Vec::new();
@@ -373,14 +366,6 @@ mod tests {
                 "{line}"
             );
         }
-    }
-
-    #[test]
-    fn a_capture_that_cannot_be_is_refused() {
-        assert_eq!(
-            planned("-pcap /tmp/a.pcap", "", &Own::default()).unwrap_err(),
-            ["/tmp/a.pcap: packets cannot be captured yet (leave out -pcap and stack.capture-file)"]
-        );
     }
 
     #[test]

@@ -14,11 +14,11 @@ use super::pid::PidFile;
 use super::plan::Opened;
 use super::{Prepared, fatal, log, version};
 use crate::cmd::attend::command_line;
-use crate::failure::Failure;
+use crate::failure::{Failure, with_causes};
 use crate::gvproxy;
 use crate::gvproxy::services::{GuestApi, Services, ServicesConfig, policy_in_force};
 use crate::gvproxy::ssh::{self, Timing};
-use crate::launch::{Dataplane, DataplaneError};
+use crate::launch::{Dataplane, DataplaneError, open_pcap};
 
 /// Runs it.
 pub(super) fn main(prepared: Prepared) -> ExitCode {
@@ -85,6 +85,12 @@ async fn run(prepared: Prepared, started_as: &mut Option<Dataplane>) -> Result<(
     let name = settings.args.name.clone().unwrap_or_default();
     let is_restricted = settings.treatment.document.is_some() || settings.treatment.mode.is_some();
     let guests = settings.args.guest_api.then_some(GuestApi { token });
+    if let Some(path) = &config.stack.capture_file {
+        let shown = path.display();
+        let waiting = || tracing::info!("waiting for a reader of {shown}");
+        let opened = open_pcap(path, config.interfaces.stdio, waiting).await;
+        settings.pcap = Some(opened.map_err(|error| Failure::Failed(format!("-pcap {shown} {error}")))?);
+    }
     // Before the dataplane, which has to know what is closed to guests.
     let socket = match (&plan.services, &config.services) {
         (Some(at), Some(shown)) => {
@@ -139,7 +145,7 @@ async fn run(prepared: Prepared, started_as: &mut Option<Dataplane>) -> Result<(
     for forward in &config.forwards {
         let tunnels = Arc::clone(&tunnels);
         let bound = ssh::Forward::bind(forward, sshd, tunnels, Timing::default());
-        let bound = bound.map_err(|error| Failure::Failed(ssh::told(&error)))?;
+        let bound = bound.map_err(|error| Failure::Failed(with_causes(&error)))?;
         over_ssh.spawn(bound.run());
     }
     let serving = front::serve(services, requests, socket);
@@ -147,8 +153,12 @@ async fn run(prepared: Prepared, started_as: &mut Option<Dataplane>) -> Result<(
     let notifier = Notifier::start(config.notification.clone());
     let command = command_line(&connection);
     let mut watch = Watch::start(connection, name, command.clone(), notifier.clone());
-    notifier.tell(Notification::new(Kind::Ready));
-    tracing::info!(vm, "what is held is listed by: {command} pending list");
+    let watching = async {
+        watch.begin().await;
+        notifier.tell(Notification::new(Kind::Ready));
+        tracing::info!(vm, "what is held is listed by: {command} pending list");
+        watch.follow().await
+    };
     tokio::select! {
         error = dataplane.ended() => match error {
             // The guest of standard input is gone, and no other can come.
@@ -157,11 +167,11 @@ async fn run(prepared: Prepared, started_as: &mut Option<Dataplane>) -> Result<(
         },
         Err(error) = serving => Err(Failure::Failed(format!("the channel to the dataplane failed: {error}"))),
         Some(ended) = over_ssh.join_next() => Err(Failure::Failed(match ended {
-            Ok(Err(error)) => ssh::told(&error),
+            Ok(Err(error)) => with_causes(&error),
             Ok(Ok(never)) => match never {},
             Err(error) => error.to_string(),
         })),
-        never = watch.follow() => match never {},
+        never = watching => match never {},
     }
 }
 

@@ -185,11 +185,19 @@ async fn may_ask(
         |text| Err(Answer::forbidden(text).with_remedy("add -services URL, and ask at that socket"));
     match family {
         Family::Approval => elsewhere("not on a socket that a VM can reach: use the one of -services"),
-        Family::Forwarder | Family::Zones if services.is_policy_in_force().await? => elsewhere(
-            "a policy or mode is in force, so not on a socket that a VM can reach: use the one of -services",
-        ),
+        Family::Forwarder | Family::Zones | Family::Tunnel if services.is_policy_in_force().await? => {
+            elsewhere(
+                "a policy or mode is in force, so not on a socket that a VM can reach: use the one of -services",
+            )
+        }
         Family::Forwarder | Family::Zones | Family::Inventory | Family::Tunnel => Ok(()),
     }
+}
+
+/// Whether tunnels are opened for who comes from here: a VM's would pass by what is in force. Where that cannot be known,
+/// none is.
+pub(super) async fn may_tunnel(services: &Services, origin: &Origin) -> bool {
+    *origin == Origin::Services || matches!(services.is_policy_in_force().await, Ok(false))
 }
 
 /// Refuses what a page from somewhere sends through the user's browser, to a port of this host. What is from a page of

@@ -48,7 +48,7 @@ where
     if let Some(limits) = limits(services, &origin) {
         let head = tokio::time::timeout(READ_PATIENCE, read_head(&mut stream, &mut read)).await;
         match head {
-            Ok(Ok(Some(Tunnel { target, head_bytes }))) => {
+            Ok(Ok(Some(Tunnel { target, head_bytes }))) if route::may_tunnel(services, &origin).await => {
                 drop(permit);
                 let Ok(_permit) = limits.tunnels.try_acquire() else {
                     let _ = tokio::time::timeout(READ_PATIENCE, stream.write_all(TOO_MANY)).await;
@@ -57,7 +57,8 @@ where
                 let tunnels = services.tunnels.as_ref();
                 return tunnel::serve(stream, &read[head_bytes..], target, tunnels).await;
             }
-            Ok(Ok(None)) => {}
+            // Why there is no tunnel is answered as to any request.
+            Ok(Ok(_)) => {}
             // It ended, or nothing came.
             Ok(Err(_)) | Err(_) => return,
         }
@@ -66,19 +67,25 @@ where
         let services = Arc::clone(services);
         async move { Ok::<_, Infallible>(route::answer(services, origin, request).await) }
     });
-    let served = http1::Builder::new()
-        .timer(TokioTimer::new())
-        .header_read_timeout(READ_PATIENCE)
-        .max_buf_size(HEAD_BYTES_MAX)
-        .max_headers(HEADERS_MAX)
-        .half_close(true)
-        .title_case_headers(true)
+    let served = http()
         .serve_connection(TokioIo::new(Replay { read, at: 0, stream }), service)
         .await;
     if let Err(error) = served {
         tracing::debug!(%error, "a connection of the services API ended");
     }
     drop(permit);
+}
+
+/// HTTP/1.1 within the limits of this module, and a response for as long as it takes.
+pub(super) fn http() -> http1::Builder {
+    let mut http = http1::Builder::new();
+    http.timer(TokioTimer::new())
+        .header_read_timeout(READ_PATIENCE)
+        .max_buf_size(HEAD_BYTES_MAX)
+        .max_headers(HEADERS_MAX)
+        .half_close(true)
+        .title_case_headers(true);
+    http
 }
 
 fn limits<'a>(services: &'a Services, origin: &Origin) -> Option<&'a Limits> {

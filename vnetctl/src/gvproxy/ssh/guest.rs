@@ -9,6 +9,7 @@ use tokio::sync::OnceCell;
 use tokio::time::{sleep, timeout};
 
 use super::connection::{ChannelError, ConnectError, Connection, Dialer};
+use crate::failure::with_causes;
 
 /// Connections that are kept while nobody uses them.
 const IDLE_MAX: usize = 4;
@@ -57,7 +58,7 @@ impl Guest {
                     return Ok(());
                 }
                 Err(error) if left == 0 || error.is_final() => return Err(error),
-                Err(error) => tracing::debug!(error = super::told(&error), left, "waiting for sshd"),
+                Err(error) => tracing::debug!(error = with_causes(&error), left, "waiting for sshd"),
             }
             sleep(pause).await;
             pause = (pause * 2).min(timing.first_pause_max);
@@ -122,7 +123,7 @@ impl Guest {
             match self.dialer.connect().await {
                 Ok(connection) => return Ok(connection),
                 Err(error) if left == 0 || error.is_final() => return Err(error),
-                Err(error) => tracing::debug!(error = super::told(&error), left, "connecting again"),
+                Err(error) => tracing::debug!(error = with_causes(&error), left, "connecting again"),
             }
             sleep(self.dialer.timing.pause).await;
         }

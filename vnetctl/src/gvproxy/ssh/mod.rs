@@ -26,7 +26,6 @@ mod serve;
 mod socket;
 mod tunnels;
 
-use std::error::Error;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -187,18 +186,6 @@ pub enum ForwardCause {
     /// The guest, after every try.
     #[error(transparent)]
     Connect(#[from] ConnectError),
-}
-
-/// An error and its causes, in one line.
-pub(super) fn told(error: &dyn Error) -> String {
-    let mut line = error.to_string();
-    let mut cause = error.source();
-    while let Some(error) = cause {
-        line.push_str(": ");
-        line.push_str(&error.to_string());
-        cause = error.source();
-    }
-    line
 }
 
 #[cfg(test)]

@@ -33,11 +33,6 @@ pub struct Remote {
 }
 
 impl Remote {
-    /// Whether a URL is one of these.
-    pub fn is(text: &str) -> bool {
-        split_scheme(text).is_some_and(|(scheme, _)| scheme.eq_ignore_ascii_case(SCHEME))
-    }
-
     /// Reads a URL.
     ///
     /// # Errors

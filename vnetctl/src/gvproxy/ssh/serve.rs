@@ -11,6 +11,7 @@ use tokio::task::JoinSet;
 
 use super::guest::Guest;
 use super::relay::relay;
+use crate::failure::with_causes;
 
 /// Clients of one socket at once. One more is hung up on.
 pub const CLIENTS_MAX: usize = 256;
@@ -103,7 +104,7 @@ async fn client_of(client: UnixStream, guest: Arc<Guest>, present: Present, gone
         }
         Err(error) => {
             Counts::add(&present.0.failed);
-            tracing::error!(error = super::told(&error), "no way to the guest's socket");
+            tracing::error!(error = with_causes(&error), "no way to the guest's socket");
         }
     }
 }

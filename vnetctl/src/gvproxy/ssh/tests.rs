@@ -13,6 +13,7 @@ use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::UnixStream;
 
 use super::*;
+use crate::failure::with_causes;
 
 mod hostile;
 mod urls;
@@ -114,7 +115,7 @@ async fn a_guest_that_is_never_there_is_tried_sixty_times_and_then_the_forward_f
     assert!(forward.socket.exists());
     let error = bound.run().await.unwrap_err();
     assert_eq!(nowhere.0.load(Ordering::SeqCst), 60);
-    let told = told(&error);
+    let told = with_causes(&error);
     let expected = format!(
         "SSH forward {}: there is no stream to 192.168.127.2:22: host unreachable",
         forward.socket.display()
@@ -162,7 +163,7 @@ async fn a_guest_that_says_nothing_or_something_else_than_ssh_costs_a_handshakes
         };
         let forward = directory.forward();
         let bound = Forward::bind(&forward, TARGET.parse().unwrap(), silent.clone(), timing).unwrap();
-        let told = told(&bound.run().await.unwrap_err());
+        let told = with_causes(&bound.run().await.unwrap_err());
         assert!(told.contains("is sshd running in the guest?"), "{told}");
         // Every stream was shut down, though the guest has not ended one.
         let streams = std::mem::take(&mut *silent.streams.lock().unwrap());
@@ -359,7 +360,7 @@ async fn a_forward_whose_key_is_none_leaves_no_socket() {
         Arc::new(Nowhere::default()),
         quick(),
     );
-    let told = told(&bound.unwrap_err());
+    let told = with_causes(&bound.unwrap_err());
     let expected = format!(
         "SSH forward {}: identity {}: cannot be read: No such file or directory (os error 2)",
         forward.socket.display(),

@@ -1,11 +1,12 @@
 //! Connections: tunnels, limits, what is slow, half written, or not for us.
 
 use std::net::SocketAddr;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use tokio::net::UnixStream;
 
-use super::world::{config, nowhere};
+use super::world::{as_set, config, nowhere};
 use super::*;
 
 /// Streams whose other end a test has.
@@ -100,6 +101,32 @@ async fn what_has_been_read_of_a_connection_is_part_of_it() {
     tokio::spawn(async move { services.serve_stream(theirs, read, Origin::Listen).await });
     client.write_all(b"P/1.1\r\nHost: x\r\n\r\n").await.unwrap();
     exactly(&mut client, b"HTTP/1.1 404 Not Found\r\n").await;
+}
+
+#[tokio::test]
+async fn under_a_policy_a_socket_that_a_vm_can_reach_opens_no_tunnel() {
+    let is_in_force = Arc::new(AtomicBool::new(true));
+    let inside = Arc::new(Inside::default());
+    let services = |policy_in_force| {
+        Services::new(ServicesConfig {
+            tunnels: Arc::clone(&inside) as Arc<dyn Tunnels>,
+            policy_in_force,
+            ..config(nowhere(), "one")
+        })
+    };
+    let known = services(as_set(&is_in_force));
+    let refused = raw(&known, Origin::Listen, TUNNEL).await;
+    assert!(refused.starts_with("HTTP/1.1 403 Forbidden\r\n"), "{refused}");
+    assert!(refused.ends_with("use the one of -services\n"), "{refused}");
+    let unknown = services(policy_in_force(nowhere(), "one".to_owned(), false));
+    let refused = raw(&unknown, Origin::Listen, TUNNEL).await;
+    assert!(refused.starts_with("HTTP/1.1 503 "), "{refused}");
+    assert!(inside.0.lock().unwrap().is_empty());
+    // The host's own socket is no VM's.
+    let to_nowhere = TUNNEL.replace("port=22", "port=1");
+    assert_eq!(raw(&known, Origin::Services, &to_nowhere).await, "OK");
+    is_in_force.store(false, Ordering::SeqCst);
+    assert_eq!(raw(&known, Origin::Listen, &to_nowhere).await, "OK");
 }
 
 #[tokio::test]

@@ -1,0 +1,346 @@
+//! The door of a socket: whether who connects is a guest that comes back, or another.
+//!
+//! A guest whose hypervisor closed its socket is kept for [`GRACE`], and its connections with it: QEMU's
+//! `reconnect-ms`, gvforwarder and others dial again by themselves. The first frame on a new link tells: if it comes
+//! from the MAC address of a guest that is away, the link is that guest's, from that frame on. If not, it is another
+//! guest's. Where the one that is away was alone on its socket, the other is its successor and has its name, and the
+//! one that is away ends first; where there are more guests it has a name of its own, and ends nobody. But while one
+//! is away that is under a policy or a mode it waits: it may be that one with another MAC address, and what holds it
+//! goes by its name.
+//!
+//! Over vsock the system says which VM it is that connects. Its guest that is away is then its own, whatever its MAC
+//! address, and nobody else's; if that address is another, the one that is away ends, and the other has its name. A
+//! further link of a VM whose guest is there is turned away.
+//!
+//! Nobody waits for who says nothing: those who have yet to speak are watched together by one thread, which is there
+//! while there are any. While nobody is away, a guest need not speak to be let in.
+
+use std::collections::BTreeMap;
+use std::io;
+use std::sync::{Arc, MutexGuard};
+use std::thread;
+use std::time::Duration;
+
+use mio::{Events, Poll, Token, Waker};
+
+use crate::engine::Time;
+use crate::link::listen::Cid;
+use crate::link::serve::{Entrance, GUESTS_MAX, Occupant, Places};
+use crate::link::{First, Link, LinkError};
+use crate::metrics::LinkRefusal;
+
+/// How long a guest whose hypervisor closed its socket is kept.
+pub const GRACE: Duration = Duration::from_secs(10);
+/// Links at once of which it is not known whose they are, on one socket.
+pub const UNDECIDED_MAX: usize = GUESTS_MAX;
+/// A hypervisor may be back before it was noticed that it had gone: for so long a new link is held back, if its
+/// guest says nothing, or has the MAC address of one that is there.
+const NOTICE: Duration = Duration::from_millis(500);
+
+const WAKE: Token = Token(usize::MAX);
+const EVENTS_A_TURN: usize = 64;
+
+/// Those who have yet to come before the door's thread.
+#[derive(Default)]
+pub(super) struct Lobby {
+    arrivals: Vec<(Link, Option<Cid>)>,
+    /// Those who are before it, arrivals included.
+    undecided: usize,
+    /// Wakes the thread, while there is one.
+    waker: Option<Arc<Waker>>,
+}
+
+impl Lobby {
+    /// Who is away has changed: those before the door may be decided anew.
+    pub(super) fn stir(&self) {
+        if let Some(waker) = &self.waker {
+            // A poller that cannot be woken comes round by itself, at the latest when the next is due.
+            let _ = waker.wake();
+        }
+    }
+}
+
+/// Brings a link before the door, of this VM where it is known. At once.
+pub(super) fn enter(entrance: &Arc<Entrance>, link: Link, from: Option<Cid>) {
+    let mut places = entrance.lock();
+    let lobby = &mut places.lobby;
+    if lobby.undecided >= UNDECIDED_MAX {
+        drop(places);
+        let why = format_args!("{UNDECIDED_MAX} links on one socket have yet to show whose they are");
+        return entrance.refuse(LinkRefusal::Limit, &why);
+    }
+    if lobby.waker.is_none() {
+        // Its thread looks for arrivals when the places are free again.
+        match Door::open(entrance) {
+            Ok(waker) => lobby.waker = Some(waker),
+            Err(error) => {
+                drop(places);
+                return entrance.refuse(LinkRefusal::System, &error);
+            }
+        }
+    }
+    lobby.undecided += 1;
+    lobby.arrivals.push((link, from));
+    lobby.stir();
+}
+
+/// The thread before a socket.
+struct Door {
+    entrance: Arc<Entrance>,
+    poll: Poll,
+    /// Who stands before it, in the order in which they came.
+    visitors: BTreeMap<usize, Visitor>,
+    next: usize,
+}
+
+/// A link of which it is not known whose it is.
+struct Visitor {
+    link: Link,
+    /// The VM, where it is known.
+    from: Option<Cid>,
+    /// The place that this VM had last.
+    wish: Option<usize>,
+    readable: bool,
+    first: First,
+    came: Time,
+    /// When it came, or spoke.
+    since: Time,
+}
+
+/// What becomes of a visitor.
+enum Decision {
+    /// It is the guest that is away.
+    Back,
+    /// It is another.
+    Other,
+    /// It is a further one of a VM that is there.
+    Further(Cid),
+    /// Nothing yet; at the latest then.
+    Stay(Option<Time>),
+}
+
+impl Door {
+    fn open(entrance: &Arc<Entrance>) -> io::Result<Arc<Waker>> {
+        let poll = Poll::new()?;
+        let waker = Arc::new(Waker::new(poll.registry(), WAKE)?);
+        let door = Self {
+            entrance: Arc::clone(entrance),
+            poll,
+            visitors: BTreeMap::new(),
+            next: 0,
+        };
+        thread::Builder::new()
+            .name("door".to_owned())
+            .spawn(move || door.run())?;
+        Ok(waker)
+    }
+
+    /// While there is anybody.
+    fn run(mut self) {
+        let mut events = Events::with_capacity(EVENTS_A_TURN);
+        while self.take_arrivals() {
+            let until = self.decide();
+            let wait = if self.visitors.is_empty() {
+                Some(Duration::ZERO)
+            } else {
+                // Round up: before its time nothing is decided.
+                until.map(|at| at.saturating_sub(self.entrance.network().now()) + Duration::from_millis(1))
+            };
+            match self.poll.poll(&mut events, wait) {
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+                Err(error) => {
+                    self.entrance.refuse(LinkRefusal::System, &error);
+                    self.close();
+                    return;
+                }
+                Ok(()) => {}
+            }
+            for event in &events {
+                if let Some(visitor) = self.visitors.get_mut(&event.token().0) {
+                    visitor.readable = true;
+                }
+            }
+        }
+    }
+
+    /// Sends everybody away.
+    fn close(self) {
+        let arrivals = {
+            let mut places = self.entrance.lock();
+            places.lobby.undecided = 0;
+            places.lobby.waker = None;
+            std::mem::take(&mut places.lobby.arrivals)
+        };
+        drop(arrivals);
+    }
+
+    /// False when nobody is there.
+    fn take_arrivals(&mut self) -> bool {
+        let arrivals = {
+            let mut places = self.entrance.lock();
+            let lobby = &mut places.lobby;
+            if lobby.arrivals.is_empty() && self.visitors.is_empty() {
+                lobby.waker = None;
+                return false;
+            }
+            std::mem::take(&mut lobby.arrivals)
+        };
+        let now = self.entrance.network().now();
+        for (mut link, from) in arrivals {
+            let waker = self.entrance.lock().lobby.waker.clone();
+            let registered = waker
+                .ok_or_else(|| io::ErrorKind::NotConnected.into())
+                .and_then(|waker| link.register(self.poll.registry(), Token(self.next), &waker));
+            if let Err(error) = registered {
+                self.leave();
+                self.entrance.refuse(LinkRefusal::System, &error);
+                continue;
+            }
+            let visitor = Visitor {
+                link,
+                from,
+                wish: None,
+                readable: true,
+                first: First::Nobody,
+                came: now,
+                since: now,
+            };
+            self.visitors.insert(self.next, visitor);
+            self.next = (self.next + 1) % WAKE.0;
+        }
+        true
+    }
+
+    /// One is before the door no more.
+    fn leave(&self) {
+        self.entrance.lock().lobby.undecided -= 1;
+    }
+
+    /// Decides what can be; when the next is due.
+    fn decide(&mut self) -> Option<Time> {
+        let mut until: Option<Time> = None;
+        let tokens: Vec<usize> = self.visitors.keys().copied().collect();
+        for token in tokens {
+            let Some(mut visitor) = self.visitors.remove(&token) else {
+                continue;
+            };
+            if let Err(error) = visitor.look(self.entrance.network().now()) {
+                self.leave();
+                // Whoever only looks whether somebody is there says nothing.
+                if !matches!(error, LinkError::Closed) {
+                    self.entrance.refuse(LinkRefusal::Unknown, &error);
+                }
+                continue;
+            }
+            if self.entrance.network().is_stopped() {
+                self.leave();
+                continue;
+            }
+            let decision = self.judge(&mut visitor);
+            if let Decision::Stay(at) = decision {
+                until = [until, at].into_iter().flatten().min();
+                self.visitors.insert(token, visitor);
+                continue;
+            }
+            self.leave();
+            if let Decision::Further(cid) = decision {
+                self.entrance.refuse_further(cid);
+                continue;
+            }
+            let Visitor {
+                mut link,
+                from,
+                wish,
+                first,
+                ..
+            } = visitor;
+            if let Err(error) = link.deregister(self.poll.registry()) {
+                self.entrance.refuse(LinkRefusal::System, &error);
+                continue;
+            }
+            let link = match (decision, first) {
+                // Another may have been that guest meanwhile, or its time be over.
+                (Decision::Back, First::Station(mac)) => self.entrance.bring_back(mac, from, link),
+                _ => Some(link),
+            };
+            if let Some(link) = link {
+                self.entrance.seat(link, from, wish);
+            }
+        }
+        until
+    }
+
+    fn judge(&self, visitor: &mut Visitor) -> Decision {
+        let network = self.entrance.network();
+        let now = network.now();
+        let noticed_at = visitor.since + NOTICE;
+        let places = self.entrance.lock();
+        if let Some(cid) = visitor.from {
+            return self.judge_known(places, visitor, cid, now);
+        }
+        match visitor.first {
+            First::Station(mac) if places.is_away(mac, None) => Decision::Back,
+            // A name is about to be free.
+            _ if places.is_anybody_leaving() => Decision::Stay(None),
+            First::Station(mac) if now < noticed_at && network.has_station(mac) => {
+                Decision::Stay(Some(noticed_at))
+            }
+            First::Nobody if places.is_anybody_away() => Decision::Stay(None),
+            First::Nobody if now < noticed_at => Decision::Stay(Some(noticed_at)),
+            First::Nobody => Decision::Other,
+            First::Station(_) | First::Unknown => {
+                drop(places);
+                if self.entrance.end_lonely() || self.entrance.is_one_under_policy_away() {
+                    Decision::Stay(None)
+                } else {
+                    Decision::Other
+                }
+            }
+        }
+    }
+}
+
+impl Door {
+    /// One of which it is known whose VM it is.
+    fn judge_known(
+        &self,
+        places: MutexGuard<'_, Places>,
+        visitor: &mut Visitor,
+        cid: Cid,
+        now: Time,
+    ) -> Decision {
+        let Some((number, own)) = places.of(cid) else {
+            return Decision::Other;
+        };
+        drop(places);
+        visitor.wish = Some(number);
+        match (own, visitor.first) {
+            (Occupant::Away { mac, .. }, First::Station(own)) if own == mac => Decision::Back,
+            (Occupant::Away { .. }, First::Station(_) | First::Unknown) => {
+                self.entrance.end_away(cid);
+                Decision::Stay(None)
+            }
+            (Occupant::Away { .. }, First::Nobody) | (Occupant::Leaving, _) => Decision::Stay(None),
+            (Occupant::Arriving | Occupant::Guest, _) => {
+                let noticed_at = visitor.came + NOTICE;
+                if now >= noticed_at {
+                    return Decision::Further(cid);
+                }
+                self.entrance.try_link(cid);
+                Decision::Stay(Some(noticed_at))
+            }
+        }
+    }
+}
+
+impl Visitor {
+    fn look(&mut self, now: Time) -> Result<(), LinkError> {
+        if self.first == First::Nobody && std::mem::take(&mut self.readable) {
+            self.first = self.link.look()?;
+            if self.first != First::Nobody {
+                self.since = now;
+            }
+        }
+        Ok(())
+    }
+}
