@@ -350,32 +350,44 @@ async fn what_the_host_refuses_is_told_in_its_words_and_what_vnet_says_is_the_re
     let cases = [
         (
             tonic::Code::PermissionDenied,
+            "NOT_PERMITTED",
             "not by this user",
             500,
             "listen tcp 127.0.0.1:80: bind: permission denied",
         ),
         (
             tonic::Code::InvalidArgument,
-            "127.0.0.1:80 is not an address of this host",
+            "NO_SUCH_ADDRESS",
+            "the host is elsewhere",
             500,
             "listen tcp 127.0.0.1:80: bind: cannot assign requested address",
         ),
         (
             tonic::Code::ResourceExhausted,
+            "",
             "1024 forwards are open already; close one first",
             500,
             "1024 forwards are open already; close one first",
         ),
         (
             tonic::Code::Unavailable,
+            "",
             "the dataplane does not answer",
             503,
             "the dataplane does not answer",
         ),
     ];
-    for (code, said, status, text) in cases {
+    for (code, problem, said, status, text) in cases {
         let server = Scripted::start();
-        server.refuse("ForwardService/CreateForward", tonic::Status::new(code, said));
+        let refusal = if problem.is_empty() {
+            tonic::Status::new(code, said)
+        } else {
+            let metadata = [("listen_problem".to_owned(), problem.to_owned())];
+            let reason = "DATAPLANE_REFUSED";
+            let details = tonic_types::ErrorDetails::with_error_info(reason, "vnet.v1", metadata);
+            tonic_types::StatusExt::with_error_details(code, said, details)
+        };
+        server.refuse("ForwardService/CreateForward", refusal);
         let services = Services::new(config(server.connection(), "one"));
         let body = r#"{"local":"127.0.0.1:80","remote":"192.168.127.2:80"}"#;
         let request = format!(
