@@ -385,7 +385,7 @@ async fn what_the_host_refuses_is_told_in_its_words_and_what_vnet_says_is_the_re
             let metadata = [("listen_problem".to_owned(), problem.to_owned())];
             let reason = "DATAPLANE_REFUSED";
             let details = tonic_types::ErrorDetails::with_error_info(reason, "vnet.v1", metadata);
-            tonic_types::StatusExt::with_error_details(code, said, details)
+            <tonic::Status as tonic_types::StatusExt>::with_error_details(code, said, details)
         };
         server.refuse("ForwardService/CreateForward", refusal);
         let services = Services::new(config(server.connection(), "one"));
