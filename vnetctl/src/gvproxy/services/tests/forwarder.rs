@@ -1,6 +1,5 @@
 //! `/services/forwarder`, as gvproxy answers it.
 
-use tonic_types::StatusExt as _;
 use vnet_proto::v1;
 
 use super::world::{World, config};
@@ -359,7 +358,7 @@ async fn what_the_host_refuses_is_told_in_its_words_and_what_vnet_says_is_the_re
         (
             tonic::Code::InvalidArgument,
             "NO_SUCH_ADDRESS",
-            "127.0.0.1:80 is not an address of this host",
+            "the host is elsewhere",
             500,
             "listen tcp 127.0.0.1:80: bind: cannot assign requested address",
         ),
@@ -383,9 +382,10 @@ async fn what_the_host_refuses_is_told_in_its_words_and_what_vnet_says_is_the_re
         let refusal = if problem.is_empty() {
             tonic::Status::new(code, said)
         } else {
-            let problem = [("listen_problem".to_owned(), problem.to_owned())];
-            let details = tonic_types::ErrorDetails::with_error_info("DATAPLANE_REFUSED", "vnet", problem);
-            tonic::Status::with_error_details(code, said, details)
+            let metadata = [("listen_problem".to_owned(), problem.to_owned())];
+            let reason = "DATAPLANE_REFUSED";
+            let details = tonic_types::ErrorDetails::with_error_info(reason, "vnet.v1", metadata);
+            <tonic::Status as tonic_types::StatusExt>::with_error_details(code, said, details)
         };
         server.refuse("ForwardService/CreateForward", refusal);
         let services = Services::new(config(server.connection(), "one"));
