@@ -3,6 +3,8 @@
 use std::fmt::Display;
 use std::fs::File;
 use std::io::{self, Read};
+use std::os::fd::AsRawFd as _;
+use std::os::unix::fs::FileTypeExt as _;
 use std::path::Path;
 
 use vnet_proto::model::Name;
@@ -43,7 +45,7 @@ pub fn load(flags: &Flags, search_domains: &[Name]) -> Result<Loaded, Failure> {
     };
     let host = Host {
         search_domains,
-        exists: &Path::try_exists,
+        exists: &is_taken,
     };
     let (config, warnings) =
         Config::resolve(flags, file, &host).map_err(|problems| failed(problems.to_string().lines()))?;
@@ -103,6 +105,27 @@ fn failed(lines: impl IntoIterator<Item = impl Display>) -> Failure {
 
 fn line(text: &str) -> String {
     safe(text).into_owned()
+}
+
+/// Whether a path is taken for a socket: by whatever is there, unless it is a socket that nobody serves, as one whose
+/// process was killed leaves it. The dataplane replaces such a one.
+fn is_taken(path: &Path) -> io::Result<bool> {
+    use nix::errno::Errno;
+    use nix::sys::socket::{AddressFamily, SockFlag, SockType, UnixAddr, connect, socket};
+    let found = match std::fs::symlink_metadata(path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(false),
+        found => found?,
+    };
+    if !found.file_type().is_socket() {
+        return Ok(true);
+    }
+    // One whose queue is full is served, and is not waited for.
+    let asking = socket(AddressFamily::Unix, SockType::Stream, SockFlag::empty(), None)?;
+    nix::fcntl::fcntl(
+        &asking,
+        nix::fcntl::FcntlArg::F_SETFL(nix::fcntl::OFlag::O_NONBLOCK),
+    )?;
+    Ok(connect(asking.as_raw_fd(), &UnixAddr::new(path)?) != Err(Errno::ECONNREFUSED))
 }
 
 #[cfg(test)]
@@ -269,6 +292,12 @@ mod tests {
     #[test]
     fn sockets_and_identities_are_looked_for_on_the_host() {
         let directory = Directory::new("host", &[("there", "")]);
+        // Of a process that was killed, and of one that serves.
+        drop(std::os::unix::net::UnixListener::bind(directory.0.join("dead")).unwrap());
+        let _served = std::os::unix::net::UnixListener::bind(directory.0.join("served")).unwrap();
+        assert!(directory.load(&["-listen-qemu=unix://DIR/dead"]).is_ok());
+        let refused = directory.load(&["-listen-qemu=unix://DIR/served"]).unwrap_err();
+        assert!(refused.contains("DIR/served\" already exists"), "{refused}");
 
         let refused = directory
             .load(&[

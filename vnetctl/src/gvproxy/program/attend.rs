@@ -281,11 +281,12 @@ fn asked(request: &v1::PendingRequest, details: Details) -> Details {
             name: name.name.clone(),
             ..details
         },
-        // By where the port would be opened.
+        // By where the port would be opened. Its protocol is none that `/network/allow` takes: a yes to a connection to
+        // that place would be one to something else.
         Some(Target::Forward(forward)) => {
             let listen: Option<std::net::SocketAddr> = forward.listen.parse().ok();
             Details {
-                protocol: protocol(forward.protocol()).to_owned(),
+                protocol: format!("expose/{}", protocol(forward.protocol())),
                 ip: listen.map(|at| at.ip().to_string()).unwrap_or_default(),
                 port: listen.map(|at| at.port().into()),
                 name: format!("expose to port {}", forward.guest_port),

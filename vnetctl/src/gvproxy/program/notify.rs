@@ -4,6 +4,8 @@
 //! keeps nothing else waiting.
 
 use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use serde::Serialize;
@@ -15,6 +17,8 @@ use tokio::sync::mpsc;
 const QUEUE_MAX: usize = 100;
 /// How long a listener may take for one.
 const PATIENCE: Duration = Duration::from_secs(5);
+/// How long until a listener with no room for a connection is tried again.
+const RETRY: Duration = Duration::from_millis(20);
 
 /// What is told. The names and fields are gvproxy's where it has them.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
@@ -60,9 +64,9 @@ pub enum Kind {
 /// What is held.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct Details {
-    /// `tcp`, `udp`, `icmp` or `dns`.
+    /// `tcp`, `udp`, `icmp` or `dns`; `expose/tcp` or `expose/udp` of a port that a guest asks to open.
     pub protocol: String,
-    /// The destination; empty of a lookup.
+    /// The destination; empty of a lookup. Of a port to open, where.
     #[serde(skip_serializing_if = "String::is_empty")]
     pub ip: String,
     /// Its port; none where it has none.
@@ -95,6 +99,8 @@ impl Notification {
 #[derive(Debug, Clone, Default)]
 pub struct Notifier {
     queue: Option<mpsc::Sender<Notification>>,
+    /// Those that found no room since this was told of.
+    dropped: Arc<AtomicU64>,
 }
 
 impl Notifier {
@@ -104,24 +110,51 @@ impl Notifier {
             return Self::default();
         };
         let (queue, mut events) = mpsc::channel(QUEUE_MAX);
+        let dropped = Arc::<AtomicU64>::default();
+        let of_queue = Arc::clone(&dropped);
         tokio::spawn(async move {
+            // A line when it begins and one when it is over, however many are lost between.
+            let mut lost = 0_u64;
             while let Some(event) = events.recv().await {
                 let sent = tokio::time::timeout(PATIENCE, send(&path, &event)).await;
                 let error = match sent {
-                    Ok(Ok(())) => continue,
-                    Ok(Err(error)) => error.to_string(),
-                    Err(_) => format!("nothing was taken within {} s", PATIENCE.as_secs()),
+                    Ok(Ok(())) => None,
+                    Ok(Err(error)) => Some(error.to_string()),
+                    Err(_) => Some(format!("nothing was taken within {} s", PATIENCE.as_secs())),
                 };
-                tracing::warn!(socket = %path.display(), error, "a notification could not be sent");
+                let socket = path.display();
+                match error {
+                    Some(error) => {
+                        if lost == 0 {
+                            tracing::warn!(%socket, error, "a notification could not be sent");
+                        }
+                        lost += 1;
+                    }
+                    None if lost > 0 => {
+                        tracing::warn!(%socket, "notifications are taken again; {lost} could not be sent");
+                        lost = 0;
+                    }
+                    None => {}
+                }
+                if events.is_empty() {
+                    let dropped = of_queue.swap(0, Ordering::Relaxed);
+                    if dropped > 1 {
+                        tracing::warn!(%socket, "{dropped} notifications were dropped, as {QUEUE_MAX} waited");
+                    }
+                }
             }
         });
-        Self { queue: Some(queue) }
+        Self {
+            queue: Some(queue),
+            dropped,
+        }
     }
 
     /// Tells of an event. Never waits.
     pub fn tell(&self, event: Notification) {
         if let Some(queue) = &self.queue
             && let Err(error) = queue.try_send(event)
+            && self.dropped.fetch_add(1, Ordering::Relaxed) == 0
         {
             let kind = error.into_inner().kind;
             tracing::warn!(?kind, "{QUEUE_MAX} notifications wait already; one was dropped");
@@ -132,7 +165,13 @@ impl Notifier {
 async fn send(path: &std::path::Path, event: &Notification) -> std::io::Result<()> {
     let mut line = serde_json::to_vec(event)?;
     line.push(b'\n');
-    let mut socket = UnixStream::connect(path).await?;
+    let mut socket = loop {
+        match UnixStream::connect(path).await {
+            // Its backlog is full.
+            Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => tokio::time::sleep(RETRY).await,
+            connected => break connected?,
+        }
+    };
     socket.write_all(&line).await?;
     socket.shutdown().await
 }
@@ -176,9 +215,35 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn a_listener_that_is_busy_is_waited_for() {
+        const EVENTS: usize = 8;
+        let path = std::env::temp_dir().join(format!("vnetctl-notify-busy-{}", std::process::id()));
+        let _ = std::fs::remove_file(&path);
+        let socket = tokio::net::UnixSocket::new_stream().unwrap();
+        socket.bind(&path).unwrap();
+        let listener = socket.listen(0).unwrap();
+        let notifier = Notifier::start(Some(path.clone()));
+        for _ in 0..EVENTS {
+            notifier.tell(Notification::new(Kind::Ready));
+        }
+        // It takes none before its backlog is full.
+        tokio::time::sleep(10 * RETRY).await;
+        for _ in 0..EVENTS {
+            let (mut socket, _) = listener.accept().await.unwrap();
+            let mut line = String::new();
+            socket.read_to_string(&mut line).await.unwrap();
+            assert_eq!(line, "{\"notification_type\":\"ready\"}\n");
+        }
+        std::fs::remove_file(&path).unwrap();
+    }
+
+    #[tokio::test]
     async fn one_too_many_is_dropped_and_nobody_waits() {
         let (queue, mut events) = mpsc::channel(QUEUE_MAX);
-        let notifier = Notifier { queue: Some(queue) };
+        let notifier = Notifier {
+            queue: Some(queue),
+            dropped: Arc::default(),
+        };
         for _ in 0..=QUEUE_MAX {
             notifier.tell(Notification::new(Kind::Ready));
         }

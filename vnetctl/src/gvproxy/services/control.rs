@@ -220,13 +220,29 @@ impl Control {
     }
 }
 
-/// Who is of the network, by name, with labels.
-pub(super) struct Members(BTreeMap<String, BTreeMap<String, String>>);
+/// Who is of the network, by name.
+pub(super) struct Members(BTreeMap<String, Member>);
+
+struct Member {
+    labels: BTreeMap<String, String>,
+    /// Since when, in seconds and nanoseconds.
+    since: (i64, i32),
+}
 
 impl Members {
     pub(super) fn of(vms: &[v1::Vm]) -> Self {
-        let labels = |vm: &v1::Vm| vm.labels.clone().into_iter().collect();
-        Self(vms.iter().map(|vm| (vm.name.clone(), labels(vm))).collect())
+        let member = |vm: &v1::Vm| Member {
+            labels: vm.labels.clone().into_iter().collect(),
+            since: vm.attached_at.map_or((0, 0), |at| (at.seconds, at.nanos)),
+        };
+        Self(vms.iter().map(|vm| (vm.name.clone(), member(vm))).collect())
+    }
+
+    /// Whether what happened then to a VM of this name happened to one of them, rather than to another that had its
+    /// name before.
+    pub(super) fn had(&self, vm: &str, at: Option<&prost_types::Timestamp>) -> bool {
+        let at = at.map_or((0, 0), |at| (at.seconds, at.nanos));
+        self.0.get(vm).is_some_and(|vm| vm.since <= at)
     }
 
     /// Whether this VM is.
@@ -248,6 +264,6 @@ impl Members {
         let name = Some(selector.name.clone());
         let labels = selector.labels.clone().into_iter().collect();
         VmSelector::new(name, labels)
-            .is_some_and(|selector| self.0.iter().any(|(name, labels)| selector.matches(name, labels)))
+            .is_some_and(|selector| self.0.iter().any(|(name, vm)| selector.matches(name, &vm.labels)))
     }
 }

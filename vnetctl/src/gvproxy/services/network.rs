@@ -91,7 +91,7 @@ impl Services {
         let mut all = Connections::default();
         // What is told later says how it stands.
         for event in self.denied_events().await? {
-            if members.has(&event.vm) {
+            if members.had(&event.vm, event.time.as_ref()) {
                 all.extend(of_event(&event, DENIED));
             }
         }
@@ -126,7 +126,11 @@ impl Services {
             .call(|client| async move { client.dns().list_denied(unary(request)).await })
             .await?;
         let mut all = Domains::default();
-        for denied in list.denied.iter().filter(|denied| members.has(&denied.vm)) {
+        for denied in list
+            .denied
+            .iter()
+            .filter(|denied| members.had(&denied.vm, denied.last_at.as_ref()))
+        {
             let at = when(denied.last_at.as_ref());
             all.add(Domain {
                 domain: denied.name.clone(),
