@@ -205,6 +205,21 @@ impl Network {
         self.read_guests().by_mac.contains_key(&mac)
     }
 
+    /// The gateway's hardware address, and its IPv4 address.
+    pub(crate) fn gateway(&self) -> (Mac, Ipv4Addr) {
+        (self.config.gateway_mac, self.config.gateway)
+    }
+
+    /// The IPv4 addresses of these guests, with their hardware addresses.
+    pub(crate) fn addresses_of(&self, vms: &[VmId]) -> Vec<(Ipv4Addr, Mac)> {
+        if vms.is_empty() {
+            return Vec::new();
+        }
+        let leases = self.lock_leases();
+        let own = leases.in_use().filter(|(_, _, vm)| vms.contains(vm));
+        own.map(|(address, mac, _)| (address, mac)).collect()
+    }
+
     /// Whether a guest is under neither policy nor mode, so that all others reach it. Not known yet is no.
     pub(crate) fn is_switch_open(&self, vm: VmId) -> bool {
         let guests = self.read_guests();

@@ -248,3 +248,49 @@ fn while_its_guest_is_away_it_ends_at_once() {
         assert!(!Path::new(&socket).exists());
     });
 }
+
+/// Only receives, and prints how far it is.
+const RECEIVE: &str = r#"
+import os, socket
+with socket.create_connection(('203.0.113.10', 9001), 30) as s:
+    got = 0
+    while not os.path.exists('enough'):
+        more = s.recv(65536)
+        if not more: raise SystemExit('it was closed')
+        got += len(more)
+        with open('far', 'w') as f: f.write(str(got))
+print('whole')
+"#;
+
+#[test]
+fn a_guest_that_only_receives_lives_through_a_cut_too() {
+    staged(a_guest_that_only_receives_lives_through_a_cut_too, |world| {
+        let _source = vnet_tests::tcp(world.internet(), "203.0.113.10:9001", |mut stream, _| {
+            while stream.write_all(&[7; 20_000]).is_ok() {
+                std::thread::sleep(Duration::from_millis(5));
+            }
+        });
+        let (_up, socket) = world.up(&[]);
+        let own = world.runtime_dir().join("hypervisor.sock");
+        let listener = UnixListener::bind(&own).expect("a path of its own");
+        let script = world.file("receive.py", RECEIVE);
+        let mut load = world.load();
+        load.args(["guest", "--framing", "qemu", "--socket"]).arg(&own);
+        load.args(["--", "python3"]).arg(&script).stdin(Stdio::null());
+        let guest = Running::start(load);
+        let hypervisor = Hypervisor::start(Path::new(&socket), listener, Framing::Qemu);
+        eventually("it is at work", || far(world) > 100_000);
+        for _ in 0..2 {
+            hypervisor.cut();
+            is_there(world, false);
+            std::thread::sleep(Duration::from_secs(2));
+            let before = far(world);
+            hypervisor.dial();
+            eventually("it goes on", || far(world) > before + 100_000);
+            is_there(world, true);
+        }
+        world.file("enough", "");
+        let ended = guest.wait();
+        assert_eq!((ended.code, ended.stdout.as_str()), (0, "whole\n"), "{ended:?}");
+    });
+}

@@ -232,6 +232,15 @@ impl Arp {
         })
     }
 
+    /// Writes this as a request.
+    pub fn write_request(&self, out: &mut [u8]) {
+        out[..8].copy_from_slice(&[0, 1, 8, 0, 6, 4, 0, 1]);
+        out[8..14].copy_from_slice(&self.sender_mac.0);
+        out[14..18].copy_from_slice(&self.sender.octets());
+        out[18..24].fill(0);
+        out[24..28].copy_from_slice(&self.target.octets());
+    }
+
     /// Writes the reply that `mac` has the requested address.
     pub fn write_reply(&self, mac: Mac, out: &mut [u8]) {
         out[..8].copy_from_slice(&[0, 1, 8, 0, 6, 4, 0, 2]);

@@ -8,6 +8,10 @@
 //! is away that is under a policy or a mode it waits: it may be that one with another MAC address, and what holds it
 //! goes by its name.
 //!
+//! A guest that only receives sends nothing by itself until it is sent something, and nothing is sent to who is not
+//! known. So whoever is silent before the door is asked, once a second, whether it has the address of one that is
+//! away (ARP, RFC 826): the answer is its first frame.
+//!
 //! Over vsock the system says which VM it is that connects. Its guest that is away is then its own, whatever its MAC
 //! address, and nobody else's; if that address is another, the one that is away ends, and the other has its name. A
 //! further link of a VM whose guest is there is turned away.
@@ -24,6 +28,8 @@ use std::time::Duration;
 use mio::{Events, Poll, Token, Waker};
 
 use crate::engine::Time;
+use crate::engine::frame::{Arp, EtherType};
+use crate::engine::transmit::Transmit;
 use crate::link::listen::Cid;
 use crate::link::serve::{Entrance, GUESTS_MAX, Occupant, Places};
 use crate::link::{First, Link, LinkError};
@@ -38,6 +44,11 @@ const UNDECIDED_OF_VM_MAX: usize = 4;
 /// A hypervisor may be back before it was noticed that it had gone: for so long a new link is held back, if its
 /// guest says nothing, or has the MAC address of one that is there.
 const NOTICE: Duration = Duration::from_millis(500);
+
+/// How often who is silent is asked whether it is one that is away.
+const ASK_INTERVAL: Duration = Duration::from_secs(1);
+/// Addresses that it is asked for at once; those of more guests that are away are told by what they send.
+const ASKED_MAX: usize = 64;
 
 const WAKE: Token = Token(usize::MAX);
 const EVENTS_A_TURN: usize = 64;
@@ -114,6 +125,8 @@ struct Visitor {
     came: Time,
     /// When it came, or spoke.
     since: Time,
+    /// When it was last asked who it is.
+    asked: Option<Time>,
 }
 
 /// What becomes of a visitor.
@@ -213,6 +226,7 @@ impl Door {
                 first: First::Nobody,
                 came: now,
                 since: now,
+                asked: None,
             };
             self.visitors.insert(self.next, visitor);
             self.next = (self.next + 1) % WAKE.0;
@@ -236,7 +250,8 @@ impl Door {
             let Some(mut visitor) = self.visitors.remove(&token) else {
                 continue;
             };
-            if let Err(error) = visitor.look(self.entrance.network().now()) {
+            let now = self.entrance.network().now();
+            if let Err(error) = visitor.look(now).and_then(|()| self.ask(&mut visitor, now)) {
                 self.leave(visitor.from);
                 // Whoever only looks whether somebody is there says nothing.
                 if !matches!(error, LinkError::Closed) {
@@ -297,7 +312,7 @@ impl Door {
             First::Station(mac) if now < noticed_at && network.has_station(mac) => {
                 Decision::Stay(Some(noticed_at))
             }
-            First::Nobody if places.is_anybody_away() => Decision::Stay(None),
+            First::Nobody if places.is_anybody_away() => Decision::Stay(visitor.ask_again()),
             First::Nobody if now < noticed_at => Decision::Stay(Some(noticed_at)),
             First::Nobody => Decision::Other,
             First::Station(_) | First::Unknown => {
@@ -332,7 +347,8 @@ impl Door {
                 self.entrance.end_away(cid);
                 Decision::Stay(None)
             }
-            (Occupant::Away { .. }, First::Nobody) | (Occupant::Leaving, _) => Decision::Stay(None),
+            (Occupant::Away { .. }, First::Nobody) => Decision::Stay(visitor.ask_again()),
+            (Occupant::Leaving, _) => Decision::Stay(None),
             (Occupant::Guest, _) => {
                 let noticed_at = visitor.came + NOTICE;
                 if now >= noticed_at {
@@ -345,7 +361,48 @@ impl Door {
     }
 }
 
+impl Door {
+    /// Asks a visitor that is silent whether it has the address of a guest that is away.
+    fn ask(&self, visitor: &mut Visitor, now: Time) -> Result<(), LinkError> {
+        if visitor.first != First::Nobody || visitor.asked.is_some_and(|asked| now < asked + ASK_INTERVAL) {
+            return Ok(());
+        }
+        let network = self.entrance.network();
+        let away = self.entrance.lock().all_away(visitor.from);
+        let addresses = network.addresses_of(&away);
+        if addresses.is_empty() {
+            return Ok(());
+        }
+        visitor.asked = Some(now);
+        let (gateway_mac, gateway) = network.gateway();
+        let mut queue = Transmit::new(gateway_mac);
+        queue.set_framing(visitor.link.framing());
+        for (target, mac) in addresses.into_iter().take(ASKED_MAX) {
+            let asks = Arp {
+                is_request: true,
+                sender_mac: gateway_mac,
+                sender: gateway,
+                target,
+            };
+            let write = |out: &mut [u8]| asks.write_request(out);
+            let _ = queue.packet_between(gateway_mac, mac, EtherType::Arp, Arp::BYTES, write);
+        }
+        visitor.link.flush(&mut queue)?;
+        // What is left is part of a frame, perhaps, and would be behind no other.
+        if queue.is_empty() {
+            Ok(())
+        } else {
+            Err(LinkError::Closed)
+        }
+    }
+}
+
 impl Visitor {
+    /// When it is asked again; never, if there is nothing to ask it for.
+    fn ask_again(&self) -> Option<Time> {
+        self.asked.map(|asked| asked + ASK_INTERVAL)
+    }
+
     fn look(&mut self, now: Time) -> Result<(), LinkError> {
         if self.first == First::Nobody && std::mem::take(&mut self.readable) {
             self.first = self.link.look()?;

@@ -89,6 +89,15 @@ impl Places {
         self.away(wanted, from).is_some()
     }
 
+    /// The guests that are away and may be who comes from there.
+    pub(super) fn all_away(&self, from: Option<Cid>) -> Vec<VmId> {
+        let away = self.taken.values().filter_map(|taken| match taken.by {
+            Occupant::Away { vm, .. } if taken.from == from => Some(vm),
+            _ => None,
+        });
+        away.collect()
+    }
+
     /// The place of a VM's guest, if it has one.
     pub(super) fn of(&self, from: Cid) -> Option<(usize, Occupant)> {
         self.taken
