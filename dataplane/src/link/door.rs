@@ -367,13 +367,14 @@ impl Door {
         if visitor.first != First::Nobody || visitor.asked.is_some_and(|asked| now < asked + ASK_INTERVAL) {
             return Ok(());
         }
+        // Also where there is nothing to ask for: its next time is then not over already.
+        visitor.asked = Some(now);
         let network = self.entrance.network();
         let away = self.entrance.lock().all_away(visitor.from);
         let addresses = network.addresses_of(&away);
         if addresses.is_empty() {
             return Ok(());
         }
-        visitor.asked = Some(now);
         let (gateway_mac, gateway) = network.gateway();
         let mut queue = Transmit::new(gateway_mac);
         queue.set_framing(visitor.link.framing());
