@@ -208,6 +208,28 @@ impl World {
         self.program(binaries::binary("vnet-load"))
     }
 
+    /// A guest behind QEMU's framing that runs a command. Its MAC address is the one whose address gvproxy keeps.
+    pub fn guest(&self, socket: &Path, command: &[&str]) -> Running {
+        let mut guest = self.load();
+        guest.args(["guest", "--mac", FIRST_MAC, "--socket"]).arg(socket);
+        guest.arg("--").args(command);
+        Running::start(guest)
+    }
+
+    /// The same, with a script for bash.
+    pub fn guest_script(&self, socket: &Path, script: &str) -> Running {
+        self.guest(socket, &["bash", "-c", script])
+    }
+
+    /// `gvproxy` with these flags and a socket for QEMU, which is there.
+    pub fn gvproxy_for_qemu(&self, flags: &[&str]) -> (Running, PathBuf) {
+        let socket = self.runtime_dir().join("vm.sock");
+        let url = format!("unix://{}", socket.display());
+        let mut gvproxy = Running::start(self.gvproxy(&[flags, &["-listen-qemu", &url]].concat()));
+        gvproxy.complains("waiting for clients");
+        (gvproxy, socket)
+    }
+
     /// Serves VMs, the first of which is `web`: `vnetctl up` with these flags, and the socket for guests.
     pub fn up(&self, flags: &[&str]) -> (Running, String) {
         let socket = self.runtime_dir().join("vm.sock").display().to_string();
@@ -331,6 +353,9 @@ pub fn id(item: &Value) -> String {
         .unwrap_or_else(|| panic!("{item} has no id"))
         .to_owned()
 }
+
+/// The MAC address that gvproxy keeps its first guest's address for.
+pub const FIRST_MAC: &str = "5a:94:ef:e4:0c:ee";
 
 /// What a controlplane keeps.
 const STATE: [&str; 5] = [

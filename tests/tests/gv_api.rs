@@ -73,22 +73,13 @@ fn get(world: &World, socket: &Path, path: &str) -> Value {
     serde_json::from_str(&body).unwrap_or_else(|_| panic!("{path}: {body}"))
 }
 
-fn guest(world: &World, peer: &Peer, script: &str) -> Running {
-    let mut guest = world.load();
-    guest
-        .args(["guest", "--mac", "5a:94:ef:e4:0c:ee", "--socket"])
-        .arg(&peer.qemu);
-    guest.args(["--", "sh", "-c", script]);
-    Running::start(guest)
-}
-
 const SERVE: &str = "ping -c 1 -W 5 192.168.127.1 >/dev/null; exec socat tcp-listen:80,fork,reuseaddr 'system:echo from the guest'";
 
 #[test]
 fn forwards_are_exposed_listed_and_ended_by_curl() {
     staged(forwards_are_exposed_listed_and_ended_by_curl, |world| {
         let peer = Peer::start(world, "a", &[]);
-        let _guest = guest(world, &peer, SERVE);
+        let _guest = world.guest_script(&peer.qemu, SERVE);
         let all = || get(world, &peer.services, "/services/forwarder/all");
         assert_eq!(all(), json!([]));
 
@@ -165,9 +156,8 @@ fn a_unix_forward_serves_curl_and_deletes_no_file() {
         let peer = Peer::start(world, "a", &[]);
         let page = "#!/bin/sh\nread request\nprintf 'HTTP/1.0 200 OK\\r\\n\\r\\nhello'\n";
         world.open_to_all(&world.file("page", page));
-        let _guest = guest(
-            world,
-            &peer,
+        let _guest = world.guest_script(
+            &peer.qemu,
             "ping -c 1 -W 5 192.168.127.1 >/dev/null; exec socat tcp-listen:80,fork,reuseaddr exec:./page",
         );
         let file = world.file("precious", "do not delete");
@@ -199,7 +189,7 @@ fn what_the_network_has_is_listed_and_names_are_added() {
         let peer = Peer::start(world, "a", &[]);
         let script = "ping -c 1 -W 5 192.168.127.1 >/dev/null; until [ -e go ]; do sleep 0.05; done; \
                       dig +short @192.168.127.1 X.TEST.internal; dig +short @192.168.127.1 other.test.internal";
-        let mut running = guest(world, &peer, script);
+        let mut running = world.guest_script(&peer.qemu, script);
         let leases = || get(world, &peer.listen, "/services/dhcp/leases");
         eventually("the guest is there", || {
             get(world, &peer.services, "/cam") != json!({})
@@ -236,9 +226,8 @@ fn what_the_network_has_is_listed_and_names_are_added() {
 fn each_socket_is_of_its_own_network() {
     staged(each_socket_is_of_its_own_network, |world| {
         let [one, other] = ["a", "b"].map(|name| Peer::start(world, name, &[]));
-        let _guest = guest(
-            world,
-            &one,
+        let _guest = world.guest_script(
+            &one.qemu,
             "ping -c 1 -W 5 192.168.127.1 >/dev/null; exec sleep 60",
         );
         eventually("the guest is there", || {
@@ -279,9 +268,8 @@ fn each_socket_is_of_its_own_network() {
 fn a_tunnel_leads_to_the_guest_on_either_socket() {
     staged(a_tunnel_leads_to_the_guest_on_either_socket, |world| {
         let peer = Peer::start(world, "a", &[]);
-        let _guest = guest(
-            world,
-            &peer,
+        let _guest = world.guest_script(
+            &peer.qemu,
             "ping -c 1 -W 5 192.168.127.1 >/dev/null; exec socat tcp-listen:7,fork,reuseaddr exec:cat",
         );
         for socket in [&peer.listen, &peer.services] {
@@ -308,7 +296,7 @@ fn no_guest_reaches_the_services_over_the_hosts_loopback() {
         assert_eq!(Running::start(curl).wait().stdout.trim(), "[]");
         let fetch = "ping -c 1 -W 5 192.168.127.1 >/dev/null
             for port in 7778 7777; do curl -sS -m 5 -o /dev/null -w '%{http_code} ' http://192.168.127.254:$port/; done";
-        let fetched = guest(world, &peer, fetch).wait();
+        let fetched = world.guest_script(&peer.qemu, fetch).wait();
         assert_eq!(fetched.stdout.trim(), "200 000", "{fetched:?}");
     });
 }
@@ -358,7 +346,7 @@ fn a_guest_that_is_served_under_a_policy_exposes_nothing_that_it_does_not_allow(
         |world| {
             let policy = world.file("policy.yaml", "version: 1\n").display().to_string();
             let peer = Peer::start(world, "a", &["-network-policy", &policy]);
-            let posted = guest(world, &peer, EXPOSE).wait();
+            let posted = world.guest_script(&peer.qemu, EXPOSE).wait();
             assert_eq!(
                 posted.stdout, "tcp 127.0.0.1:8081 is not opened: no rule of forwards: allows it\n403",
                 "{posted:?}"
@@ -374,7 +362,7 @@ fn a_guest_that_is_not_served_finds_the_gateways_port_closed() {
         a_guest_that_is_not_served_finds_the_gateways_port_closed,
         |world| {
             let peer = Peer::with(world, "a", &[], &[("VNET_GUEST_API", "off")]);
-            let posted = guest(world, &peer, EXPOSE).wait();
+            let posted = world.guest_script(&peer.qemu, EXPOSE).wait();
             assert_eq!(posted.stdout, "000", "{posted:?}");
             assert!(
                 posted.stderr.contains("Connection refused") || posted.stderr.contains("Couldn't connect"),
@@ -395,7 +383,7 @@ fn a_question_is_answered_and_followed_by_curl() {
         events.arg("http://vnet/network/events");
         let mut events = Running::start(events);
         events.prints("event: init");
-        let fetching = guest(world, &peer, "curl -sS -m 25 http://203.0.113.10/");
+        let fetching = world.guest_script(&peer.qemu, "curl -sS -m 25 http://203.0.113.10/");
         events.prints("event: network_pending");
         let pending = get(world, &peer.services, "/network/pending");
         assert_eq!(

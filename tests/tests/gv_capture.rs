@@ -8,19 +8,6 @@ use std::time::{Duration, Instant};
 use nix::sys::signal::Signal;
 use vnet_tests::{Running, World, eventually, http, staged};
 
-const MAC: &str = "5a:94:ef:e4:0c:ee";
-
-/// A guest behind QEMU's framing that runs a command.
-fn guest(world: &World, socket: &Path, command: &[&str]) -> Running {
-    let mut guest = world.load();
-    guest
-        .args(["guest", "--mac", MAC, "--socket"])
-        .arg(socket)
-        .arg("--")
-        .args(command);
-    Running::start(guest)
-}
-
 /// What tshark prints of a file with these words.
 fn tshark(world: &World, file: &Path, words: &[&str]) -> String {
     let mut command = world.program("tshark");
@@ -45,7 +32,7 @@ fn a_file_of_gvproxy_shows_what_its_guest_said_and_heard() {
         eventually("its socket is there", || socket.exists());
         assert_eq!(file.metadata().unwrap().permissions().mode() & 0o777, 0o600);
         let script = "dig +short @192.168.127.1 gateway.containers.internal; curl -sS http://203.0.113.10/";
-        let fetched = guest(world, &socket, &["sh", "-c", script]).wait();
+        let fetched = world.guest(&socket, &["sh", "-c", script]).wait();
         assert!(fetched.stdout.contains("this is 203.0.113.10:80"), "{fetched:?}");
         // What there is can be read while it grows, a second behind at most.
         eventually("the payload is in the file", || {
@@ -105,8 +92,7 @@ fn what_guests_say_to_each_other_is_captured_at_both() {
             .args(["--", "sh", "-c", "ping -c 1 -W 5 192.168.127.1; exec sleep 60"]);
         let mut db = Running::start(db);
         db.prints("1 received");
-        let pinged = guest(
-            world,
+        let pinged = world.guest(
             Path::new(&socket),
             &["ping", "-c", "1", "-W", "5", "192.168.127.3"],
         );
@@ -150,7 +136,9 @@ fn a_capture_that_nobody_reads_any_more_ends_and_the_network_goes_on() {
             assert_eq!(head.code, 0, "{head:?}");
             eventually("its socket is there", || socket.exists());
             for _ in 0..2 {
-                let fetched = guest(world, &socket, &["curl", "-sS", "http://203.0.113.10/"]).wait();
+                let fetched = world
+                    .guest(&socket, &["curl", "-sS", "http://203.0.113.10/"])
+                    .wait();
                 assert_eq!(fetched.stdout, "this is 203.0.113.10:80 at /\n", "{fetched:?}");
             }
             up.complains("the capture has ended");
@@ -169,7 +157,7 @@ fn a_capture_ends_with_its_limit_and_the_network_goes_on() {
         let (mut up, socket) = world.up(&["--pcap", &file.display().to_string(), "--pcap-limit", "20kB"]);
         let script =
             "ping -c 30 -i 0.01 -s 1000 -W 5 192.168.127.1 > /dev/null; curl -sS http://203.0.113.10/";
-        let fetched = guest(world, Path::new(&socket), &["sh", "-c", script]).wait();
+        let fetched = world.guest(Path::new(&socket), &["sh", "-c", script]).wait();
         assert_eq!(fetched.stdout, "this is 203.0.113.10:80 at /\n", "{fetched:?}");
         up.complains("its file is as large as it may be");
         let length = file.metadata().unwrap().len();
@@ -201,7 +189,7 @@ fn readers_that_hang_cost_packets_and_delay_neither_guest_nor_signal() {
             nix::unistd::mkfifo(&go, nix::sys::stat::Mode::from_bits_retain(0o600)).unwrap();
             let script = "ping -c 1 -W 5 192.168.127.1; read go < go; \
                           head -c 30000000 /dev/zero | socat -u - tcp:203.0.113.10:9; echo sent; exec sleep 60";
-            let mut guest = guest(world, Path::new(&socket), &["sh", "-c", script]);
+            let mut guest = world.guest(Path::new(&socket), &["sh", "-c", script]);
             eventually("the guest is there", || !world.list(&["vm", "list"]).is_empty());
             let capture =
                 Running::start(world.command(&["capture", "web", "-w", &live.display().to_string()]));
@@ -240,7 +228,7 @@ fn a_live_capture_has_what_its_filter_wants_and_nothing_else() {
                       curl -sS http://203.0.113.10/; sleep 60";
             let go = world.work().join("go");
             nix::unistd::mkfifo(&go, nix::sys::stat::Mode::from_bits_retain(0o600)).unwrap();
-            let guest = guest(world, Path::new(&socket), &["sh", "-c", script]);
+            let guest = world.guest(Path::new(&socket), &["sh", "-c", script]);
             eventually("the guest is there", || !world.list(&["vm", "list"]).is_empty());
 
             let file = world.work().join("live.pcapng");

@@ -11,8 +11,6 @@ use nix::sys::signal::Signal;
 use vnet_tests::servers::inside;
 use vnet_tests::{Ended, Running, World, eventually, staged};
 
-/// What the first guest's address is kept for.
-const MAC: &str = "5a:94:ef:e4:0c:ee";
 const BYTES: usize = 8_000_000;
 
 /// Starts sshd on port 22 of the namespace where it runs. Where root is the only user there is, sshd can
@@ -84,32 +82,13 @@ fn ran(mut command: Command, words: &[&str]) -> Ended {
     ended
 }
 
-fn gvproxy(world: &World) -> (Running, PathBuf) {
-    let socket = world.runtime_dir().join("vm.sock");
-    let url = format!("unix://{}", socket.display());
-    let mut gvproxy = Running::start(world.gvproxy(&["-ssh-port", "40222", "-listen-qemu", &url]));
-    gvproxy.complains("waiting for clients");
-    (gvproxy, socket)
-}
-
-fn guest(world: &World, socket: &Path, script: &str) -> Running {
-    let mut guest = world.load();
-    guest.args(["guest", "--mac", MAC, "--socket"]).arg(socket);
-    guest.args(["--", "bash", "-c", script]);
-    Running::start(guest)
-}
-
 #[test]
 fn ssh_and_scp_reach_the_guest_by_the_ssh_port() {
     staged(ssh_and_scp_reach_the_guest_by_the_ssh_port, |world| {
         let keys = Keys::make(world);
         let config = keys.config().display().to_string();
-        let (_gvproxy, socket) = gvproxy(world);
-        let mut sshd = guest(
-            world,
-            &socket,
-            "ping -c 1 -W 5 192.168.127.1 >/dev/null; exec ./sshd.sh",
-        );
+        let (_gvproxy, socket) = world.gvproxy_for_qemu(&["-ssh-port", "40222"]);
+        let mut sshd = world.guest_script(&socket, "ping -c 1 -W 5 192.168.127.1 >/dev/null; exec ./sshd.sh");
         sshd.complains("Server listening on 0.0.0.0 port 22");
 
         let ssh = ["-F", &config, "-p", "40222", "127.0.0.1"];
@@ -172,8 +151,8 @@ fn ssh_scp_and_git_of_the_guest_reach_the_internet() {
              GIT_SSH_COMMAND=\"$ssh\" git clone -q ssh://203.0.113.10/~/repo clone
              cat clone/file"
         );
-        let (_gvproxy, socket) = gvproxy(world);
-        let ended = guest(world, &socket, &script).wait();
+        let (_gvproxy, socket) = world.gvproxy_for_qemu(&["-ssh-port", "40222"]);
+        let ended = world.guest_script(&socket, &script).wait();
         assert_eq!(
             (ended.code, &*ended.stdout),
             (0, format!("{sum}  -\n{sum}  back\ntext\n").as_str()),
@@ -233,7 +212,7 @@ fn a_socket_of_the_guest_is_one_of_the_host_for_curl() {
             Running::start(curl)
         };
         let script = "ping -c 1 -W 5 192.168.127.1 >/dev/null; python3 api.py theirs.sock & exec ./sshd.sh";
-        let mut sshd = guest(world, &vm, script);
+        let mut sshd = world.guest_script(&vm, script);
         sshd.complains("Server listening on 0.0.0.0 port 22");
         eventually("the guest serves", || theirs.exists());
 

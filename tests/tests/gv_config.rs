@@ -2,14 +2,10 @@
 #![cfg(target_os = "linux")]
 
 use std::fs;
-use std::io::Read as _;
-use std::os::unix::net::UnixListener;
-use std::path::Path;
-use std::sync::{Arc, Mutex};
 
 use nix::sys::signal::Signal;
 use serde_json::Value;
-use vnet_tests::{Running, World, eventually, http, staged};
+use vnet_tests::{Running, World, eventually, http, notices, staged};
 
 /// A guest whose address the file keeps; it is not the first one's.
 const MAC: &str = "5a:94:ef:e4:0c:77";
@@ -81,24 +77,6 @@ until [ -e end ]; do sleep 0.05; done
 kill $(cat pid) %1 %2
 "#;
 
-/// What a listener was told, an object a connection.
-fn listen(path: &Path) -> Arc<Mutex<Vec<Value>>> {
-    let listener = UnixListener::bind(path).unwrap();
-    let told = Arc::new(Mutex::new(Vec::new()));
-    let into = Arc::clone(&told);
-    std::thread::spawn(move || {
-        for socket in listener.incoming() {
-            let mut line = String::new();
-            if socket.is_ok_and(|mut socket| socket.read_to_string(&mut line).is_ok()) {
-                into.lock()
-                    .unwrap()
-                    .push(serde_json::from_str(&line).unwrap_or(Value::Null));
-            }
-        }
-    });
-    told
-}
-
 fn printed(world: &World, program: &str, words: &[&str]) -> String {
     let mut command = world.program(program);
     command.args(words);
@@ -117,7 +95,7 @@ fn each_key_of_a_file_is_seen_where_it_matters() {
             http(world.host(), "127.0.0.1:8099"),
             http(world.host(), "127.0.0.2:8098"),
         ];
-        let told = listen(&run.join("notices.sock"));
+        let told = notices::listen(&run.join("notices.sock"));
         let script = world.file("script", SCRIPT);
         world.open_to_all(&script);
         let file = FILE

@@ -27,24 +27,6 @@ fn black_hole(world: &World) {
     );
 }
 
-/// `gvproxy` without a forward, and its socket for QEMU.
-fn gvproxy(world: &World) -> (Running, std::path::PathBuf) {
-    let socket = world.runtime_dir().join("vm.sock");
-    let url = format!("unix://{}", socket.display());
-    let mut gvproxy = Running::start(world.gvproxy(&["-ssh-port", "-1", "-listen-qemu", &url]));
-    gvproxy.complains("waiting for clients");
-    (gvproxy, socket)
-}
-
-fn guest(world: &World, socket: &Path, script: &str) -> Running {
-    let mut guest = world.load();
-    guest
-        .args(["guest", "--mac", "5a:94:ef:e4:0c:ee", "--socket"])
-        .arg(socket);
-    guest.args(["--", "bash", "-c", script]);
-    Running::start(guest)
-}
-
 /// Open descriptors of the dataplane.
 fn descriptors(world: &World) -> usize {
     let [pid] = world.processes("__dataplane")[..] else {
@@ -58,12 +40,12 @@ fn twelve_black_holed_connects_do_not_delay_a_good_one() {
     staged(twelve_black_holed_connects_do_not_delay_a_good_one, |world| {
         black_hole(world);
         let server = http(world.internet(), "203.0.113.10:80");
-        let (_gvproxy, socket) = gvproxy(world);
+        let (_gvproxy, socket) = world.gvproxy_for_qemu(&["-ssh-port", "-1"]);
         let script = format!(
             "for p in $(seq 81 92); do curl -sS -m 20 http://{BLACK_HOLE}:$p/ 2>/dev/null & done; \
              until [ -e go ]; do sleep 0.05; done; curl -sS -m 3 http://203.0.113.10/"
         );
-        let running = guest(world, &socket, &script);
+        let running = world.guest_script(&socket, &script);
         let dialling = format!("dst {BLACK_HOLE}");
         eventually("twelve connects wait for an answer", || {
             let mut ss = world.program("ss");
@@ -82,9 +64,8 @@ fn five_thousand_udp_ports_touched_once_stay_bounded() {
     staged(five_thousand_udp_ports_touched_once_stay_bounded, |world| {
         black_hole(world);
         let server = http(world.internet(), "203.0.113.10:80");
-        let (_gvproxy, socket) = gvproxy(world);
-        let mut running = guest(
-            world,
+        let (_gvproxy, socket) = world.gvproxy_for_qemu(&["-ssh-port", "-1"]);
+        let mut running = world.guest_script(
             &socket,
             &format!(
                 "for p in $(seq 10001 15000); do echo x > /dev/udp/{BLACK_HOLE}/$p; done; echo sent; \
@@ -130,9 +111,7 @@ fn a_host_that_lets_nobody_ping_is_told_of() {
             .args(command.get_args());
         let mut gvproxy = Running::start(apart);
         gvproxy.complains("waiting for clients");
-        let ended = guest(
-            world,
-            &socket,
+        let ended = world.guest_script(&socket,
             "ping -c 1 -W 5 192.168.127.1 >/dev/null && echo gateway; ping -c 2 -W 1 203.0.113.10 >/dev/null || echo none",
         )
         .wait();
@@ -185,11 +164,9 @@ fn ready_is_told_when_every_socket_is_there() {
 fn a_change_of_the_hosts_network_under_load_wedges_nothing() {
     staged(a_change_of_the_hosts_network_under_load_wedges_nothing, |world| {
         let server = http(world.internet(), "203.0.113.10:80");
-        let (_gvproxy, socket) = gvproxy(world);
+        let (_gvproxy, socket) = world.gvproxy_for_qemu(&["-ssh-port", "-1"]);
         // Connections and lookups all the while, of which those in the gap fail.
-        let mut running = guest(
-            world,
-            &socket,
+        let mut running = world.guest_script(&socket,
             "while :; do curl -sS -m 2 -o /dev/null http://203.0.113.10/ 2>/dev/null && echo ok || echo failed; \
              echo x > /dev/udp/203.0.113.10/9; done",
         );
@@ -300,14 +277,14 @@ fn closing_is_what_it_was_right_after_many_connections() {
         serve.args(["serve", "--bind", "203.0.113.10", "--ports", "64"]);
         let _serving = vnet_tests::servers::inside(world.internet(), move || Running::start(serve));
 
-        let (_gvproxy, socket) = gvproxy(world);
+        let (_gvproxy, socket) = world.gvproxy_for_qemu(&["-ssh-port", "-1"]);
         world.file("ends.py", ENDS);
         let load = world.load().get_program().display().to_string();
         let script = format!(
             "python3 ends.py && echo many && \
              {load} connect --to 203.0.113.10 --ports 64 --parallel 64 --secs 900 --count {count} && python3 ends.py"
         );
-        let mut running = guest(world, &socket, &script);
+        let mut running = world.guest_script(&socket, &script);
         running.prints("many\n");
         let (before, memory) = (descriptors(world), resident(world));
         let ended = running.wait_for(std::time::Duration::from_secs(900));

@@ -1,53 +1,19 @@
 //! `gvproxy` as its callers start it: the order of what it does, its files, its log and notifications, and how it ends.
 
 use std::fs;
-use std::io::Read as _;
 use std::os::unix::fs::PermissionsExt as _;
-use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use nix::sys::signal::Signal;
 use serde_json::Value;
-use vnet_tests::{Running, World, eventually, http, staged};
+use vnet_tests::{FIRST_MAC, Running, eventually, http, notices, staged};
 
-/// What the first guest's address is kept for.
-const MAC: &str = "5a:94:ef:e4:0c:ee";
 /// What a clean end may take, with some room for a busy machine.
 const END: Duration = Duration::from_secs(1);
 
 fn text(path: &Path) -> String {
     path.display().to_string()
-}
-
-/// A guest behind QEMU's framing that runs a command.
-fn guest(world: &World, socket: &Path, command: &[&str]) -> Running {
-    let mut guest = world.load();
-    guest
-        .args(["guest", "--mac", MAC, "--socket"])
-        .arg(socket)
-        .arg("--")
-        .args(command);
-    Running::start(guest)
-}
-
-/// What a listener was told, an object a connection.
-fn listen(path: &Path) -> Arc<Mutex<Vec<Value>>> {
-    let listener = UnixListener::bind(path).unwrap();
-    let told = Arc::new(Mutex::new(Vec::new()));
-    let into = Arc::clone(&told);
-    std::thread::spawn(move || {
-        for socket in listener.incoming() {
-            let mut line = String::new();
-            if socket.is_ok_and(|mut socket| socket.read_to_string(&mut line).is_ok()) {
-                into.lock()
-                    .unwrap()
-                    .push(serde_json::from_str(&line).unwrap_or(Value::Null));
-            }
-        }
-    });
-    told
 }
 
 /// Ends it, and how long that took.
@@ -85,18 +51,21 @@ fn what_podman_types_serves_its_guest_and_ends_without_a_trace() {
             assert_eq!(fs::read_to_string(&pid).unwrap(), gvproxy.pid().to_string());
             assert_eq!(fs::metadata(&socket).unwrap().permissions().mode() & 0o777, 0o600);
 
-            let fetched = guest(world, &socket, &["curl", "-sS", "http://203.0.113.10/"]).wait();
+            let fetched = world
+                .guest(&socket, &["curl", "-sS", "http://203.0.113.10/"])
+                .wait();
             assert_eq!(fetched.stdout, "this is 203.0.113.10:80 at /\n", "{fetched:?}");
             assert_eq!(server.connections(), 1);
             // The host's own loopback, as under gvproxy.
             let own = http(world.host(), "127.0.0.1:8099");
-            let fetched = guest(world, &socket, &["curl", "-sS", "http://192.168.127.254:8099/"]).wait();
+            let fetched = world
+                .guest(&socket, &["curl", "-sS", "http://192.168.127.254:8099/"])
+                .wait();
             assert_eq!(fetched.code, 0, "{fetched:?}");
             assert_eq!(own.connections(), 1);
 
             // An idle guest is there when it ends.
-            let _idle = guest(
-                world,
+            let _idle = world.guest(
                 &socket,
                 &["sh", "-c", "ping -c 1 -W 5 192.168.127.1; exec sleep 60"],
             );
@@ -136,8 +105,7 @@ fn a_busy_guest_keeps_it_no_longer_than_an_idle_one() {
             &format!("unix://{}", socket.display()),
         ]));
         eventually("its socket is there", || socket.exists());
-        let _guest = guest(
-            world,
+        let _guest = world.guest(
             &socket,
             &["sh", "-c", "cat /dev/zero | socat - tcp:203.0.113.10:9"],
         );
@@ -236,7 +204,7 @@ fn what_podman_cannot_type_comes_from_ones_own_file_or_from_variables() {
             let server = http(world.internet(), "203.0.113.10:80");
             let [socket, notices] =
                 ["podman-machine-default-gvproxy.sock", "n.sock"].map(|name| world.runtime_dir().join(name));
-            let told = listen(&notices);
+            let told = notices::listen(&notices);
             let config = world.work().join("config/vnet");
             fs::create_dir_all(&config).unwrap();
             let file = "vms: {podman-machine-default: {mode: ask, labels: {team: web}}}\n";
@@ -257,11 +225,7 @@ fn what_podman_cannot_type_comes_from_ones_own_file_or_from_variables() {
 
             let mut gvproxy = start(&[]);
             gvproxy.complains("waiting for clients");
-            let fetching = guest(
-                world,
-                &socket,
-                &["curl", "-sS", "-m", "25", "http://203.0.113.10/"],
-            );
+            let fetching = world.guest(&socket, &["curl", "-sS", "-m", "25", "http://203.0.113.10/"]);
             let said = gvproxy.complains("vnetctl approve ");
             assert!(said.contains("podman-machine-default"), "{said}");
             let pending = world.first_pending();
@@ -293,12 +257,9 @@ fn what_podman_cannot_type_comes_from_ones_own_file_or_from_variables() {
             // A variable wins over the file.
             let mut gvproxy = start(&[("VNET_MODE", "block"), ("VNET_VM", "other")]);
             gvproxy.complains("waiting for clients");
-            let fetched = guest(
-                world,
-                &socket,
-                &["curl", "-sS", "-m", "5", "http://203.0.113.10/"],
-            )
-            .wait();
+            let fetched = world
+                .guest(&socket, &["curl", "-sS", "-m", "5", "http://203.0.113.10/"])
+                .wait();
             assert_eq!((fetched.code, server.connections()), (7, 1), "{fetched:?}");
             end(gvproxy, Signal::SIGTERM);
             let wrong = start(&[("VNET_MODE", "loud")]).wait();
@@ -334,7 +295,9 @@ fn debug_is_said_where_it_is_asked_for_and_nowhere_else() {
         ] {
             let gvproxy = Running::start(world.gvproxy(words));
             eventually("its socket is there", || socket.exists());
-            let pinged = guest(world, &socket, &["ping", "-c", "1", "-W", "5", "192.168.127.1"]).wait();
+            let pinged = world
+                .guest(&socket, &["ping", "-c", "1", "-W", "5", "192.168.127.1"])
+                .wait();
             assert_eq!(pinged.code, 0, "{words:?}: {pinged:?}");
             let (ended, _) = end(gvproxy, Signal::SIGTERM);
             let has = |level: &str| {
@@ -354,7 +317,7 @@ fn debug_is_said_where_it_is_asked_for_and_nowhere_else() {
 fn a_guests_coming_lease_and_going_are_told_in_order() {
     staged(a_guests_coming_lease_and_going_are_told_in_order, |world| {
         let [socket, notices] = ["q.sock", "n.sock"].map(|name| world.runtime_dir().join(name));
-        let told = listen(&notices);
+        let told = notices::listen(&notices);
         let mut gvproxy = Running::start(world.gvproxy(&[
             "-ssh-port",
             "-1",
@@ -384,7 +347,7 @@ fn a_guests_coming_lease_and_going_are_told_in_order() {
         world.open_to_all(&script);
         let mut client = world.load();
         client
-            .args(["guest", "--mac", MAC, "--no-address", "--socket"])
+            .args(["guest", "--mac", FIRST_MAC, "--no-address", "--socket"])
             .arg(&socket);
         client.args(["--", "sh", "-c"]);
         client.arg("touch leases && dhclient -1 -sf ./script -lf leases -pf pid tap0; until [ -s pid ]; do sleep 0.05; done; kill $(cat pid)");
@@ -406,7 +369,10 @@ fn a_guests_coming_lease_and_going_are_told_in_order() {
         );
         let told = told.lock().unwrap();
         assert_eq!(told[3]["ip_address"], "192.168.127.2", "{told:?}");
-        assert!(told[2..].iter().all(|n| n["mac_address"] == MAC), "{told:?}");
+        assert!(
+            told[2..].iter().all(|n| n["mac_address"] == FIRST_MAC),
+            "{told:?}"
+        );
 
         drop(told);
         let (ended, _) = end(gvproxy, Signal::SIGHUP);
@@ -434,7 +400,7 @@ fn two_of_one_user_stand_side_by_side() {
         for socket in &sockets {
             eventually("its socket is there", || socket.exists());
         }
-        let fetch = |socket: &Path| guest(world, socket, &["curl", "-sS", "http://203.0.113.10/"]);
+        let fetch = |socket: &Path| world.guest(socket, &["curl", "-sS", "http://203.0.113.10/"]);
         let asking = fetch(&sockets[1]);
         assert_eq!(world.first_pending()["vm"], "b", "the other asks");
         assert_eq!(fetch(&sockets[0]).wait().code, 0);

@@ -263,7 +263,7 @@ impl<'a> Fields<'a> {
     }
 }
 
-fn choices(words: &[&str]) -> String {
+pub(crate) fn choices(words: &[&str]) -> String {
     match words {
         [] => String::new(),
         [one] => (*one).to_owned(),

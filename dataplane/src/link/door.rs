@@ -111,6 +111,8 @@ struct Door {
     /// Who stands before it, in the order in which they came.
     visitors: BTreeMap<usize, Visitor>,
     next: usize,
+    /// Questions on their way to one of them; empty between.
+    questions: Transmit,
 }
 
 /// A link of which it is not known whose it is.
@@ -150,6 +152,7 @@ impl Door {
             poll,
             visitors: BTreeMap::new(),
             next: 0,
+            questions: Transmit::new(entrance.network().gateway().0),
         };
         thread::Builder::new()
             .name("door".to_owned())
@@ -363,7 +366,7 @@ impl Door {
 
 impl Door {
     /// Asks a visitor that is silent whether it has the address of a guest that is away.
-    fn ask(&self, visitor: &mut Visitor, now: Time) -> Result<(), LinkError> {
+    fn ask(&mut self, visitor: &mut Visitor, now: Time) -> Result<(), LinkError> {
         if visitor.first != First::Nobody || visitor.asked.is_some_and(|asked| now < asked + ASK_INTERVAL) {
             return Ok(());
         }
@@ -376,7 +379,7 @@ impl Door {
             return Ok(());
         }
         let (gateway_mac, gateway) = network.gateway();
-        let mut queue = Transmit::new(gateway_mac);
+        let queue = &mut self.questions;
         queue.set_framing(visitor.link.framing());
         for (target, mac) in addresses.into_iter().take(ASKED_MAX) {
             let asks = Arp {
@@ -388,7 +391,7 @@ impl Door {
             let write = |out: &mut [u8]| asks.write_request(out);
             let _ = queue.packet_between(gateway_mac, mac, EtherType::Arp, Arp::BYTES, write);
         }
-        visitor.link.flush(&mut queue)?;
+        visitor.link.flush(queue)?;
         // What is left is part of a frame, perhaps, and would be behind no other.
         if queue.is_empty() {
             Ok(())

@@ -6,8 +6,8 @@ use std::str::FromStr;
 
 use vnet_proto::model::{PortRange, Protocol};
 
-use super::rules::{has_leading_zero, read_ports};
-use super::{LIST_MAX, read_selector, read_text};
+use super::rules::{Head, has_leading_zero, read_head, read_ports};
+use super::{LIST_MAX, read_selector};
 use crate::policy::keys;
 use crate::policy::reader::Reader;
 use crate::policy::yaml::{Node, Value};
@@ -45,20 +45,11 @@ fn read_forward(reader: &mut Reader, node: &Node, index: usize) -> Option<Forwar
     if !fields.are_a_mapping() {
         return None;
     }
-    let label = fields
-        .take("name")
-        .and_then(|node| read_text(reader, node, "name"));
-    let comment = fields
-        .take("comment")
-        .and_then(|node| read_text(reader, node, "comment"));
-    let action = match fields.take("action") {
-        Some(node) => reader.one_of(node, "action", &ForwardAction::ALL),
-        None => {
-            let text = format!("{what} has no action (expected allow, deny or ask)");
-            reader.problem(node, text);
-            None
-        }
-    };
+    let Head {
+        label,
+        comment,
+        action,
+    } = read_head(reader, &mut fields, node, &what, &ForwardAction::ALL);
     let protocol = fields
         .take("protocol")
         .and_then(|node| reader.one_of(node, "protocol", &FORWARD_PROTOCOLS));

@@ -1,6 +1,7 @@
 //! `rules`: from the file's nodes to [`Rule`]s, and inline rules from their targets.
 
 use std::collections::HashMap;
+use std::fmt::Display;
 use std::str::FromStr;
 use std::sync::Arc;
 use std::time::SystemTime;
@@ -13,7 +14,7 @@ use super::{LIST_MAX, RULES_MAX, read_selector, read_text};
 use crate::policy::effective::omitted_protocols;
 use crate::policy::keys;
 use crate::policy::patterns::{self, NamePatterns, PATTERNS_MAX};
-use crate::policy::reader::{Fields, Reader};
+use crate::policy::reader::{Fields, Reader, choices};
 use crate::policy::yaml::{Node, Value};
 use crate::policy::{FlowTest, NameSet, PolicyWarning, PortSet, PrefixSet, ProtocolSet, Rule, RuleAction};
 
@@ -96,12 +97,21 @@ pub(super) fn read_outbound(reader: &mut Reader, node: &Node) -> (Option<Arc<Rul
     (Some(Arc::new(rule)), warnings)
 }
 
-fn read_rule(reader: &mut Reader, node: &Node, index: usize, sets: &mut Sets) -> Option<Rule> {
-    let what = format!("rules[{index}]");
-    let mut fields = reader.fields(node, &what, &keys::RULE);
-    if !fields.are_a_mapping() {
-        return None;
-    }
+/// What a rule of `rules` and one of `forwards` begin with.
+pub(super) struct Head<A> {
+    pub(super) label: Option<String>,
+    pub(super) comment: Option<String>,
+    pub(super) action: Option<A>,
+}
+
+/// Reads it; a rule without an action is a problem.
+pub(super) fn read_head<A: Copy + Display>(
+    reader: &mut Reader,
+    fields: &mut Fields<'_>,
+    node: &Node,
+    what: &str,
+    actions: &[A],
+) -> Head<A> {
     let label = fields
         .take("name")
         .and_then(|node| read_text(reader, node, "name"));
@@ -109,15 +119,35 @@ fn read_rule(reader: &mut Reader, node: &Node, index: usize, sets: &mut Sets) ->
         .take("comment")
         .and_then(|node| read_text(reader, node, "comment"));
     let action = match fields.take("action") {
-        Some(node) => reader.one_of(node, "action", &RuleAction::ALL),
+        Some(node) => reader.one_of(node, "action", actions),
         None => {
+            let words: Vec<String> = actions.iter().map(ToString::to_string).collect();
+            let words: Vec<&str> = words.iter().map(String::as_str).collect();
             reader.problem(
                 node,
-                format!("{what} has no action (expected allow, deny, drop or ask)"),
+                format!("{what} has no action (expected {})", choices(&words)),
             );
             None
         }
     };
+    Head {
+        label,
+        comment,
+        action,
+    }
+}
+
+fn read_rule(reader: &mut Reader, node: &Node, index: usize, sets: &mut Sets) -> Option<Rule> {
+    let what = format!("rules[{index}]");
+    let mut fields = reader.fields(node, &what, &keys::RULE);
+    if !fields.are_a_mapping() {
+        return None;
+    }
+    let Head {
+        label,
+        comment,
+        action,
+    } = read_head(reader, &mut fields, node, &what, &RuleAction::ALL);
     let prefixes = read_prefixes(reader, &mut fields, sets);
     let protocols = fields
         .take("protocol")
