@@ -22,7 +22,7 @@ impl DnsService for Api {
         &self,
         request: Request<v1::ListZonesRequest>,
     ) -> Result<Response<v1::ListZonesResponse>, Status> {
-        let zones = self.hub.zones(&request.into_inner().network);
+        let zones = self.hub.zones(&request.into_inner().network)?;
         Ok(Response::new(v1::ListZonesResponse { zones }))
     }
 
@@ -49,7 +49,7 @@ impl DnsService for Api {
         let name = check_zone_name("name", &request.name)?;
         let zone = self
             .hub
-            .zones(&request.network)
+            .zones(&request.network)?
             .into_iter()
             .find(|zone| zone.name == name);
         let zone = zone.ok_or_else(|| Refusal::NotFound(format!("there is no zone {name}")))?;

@@ -19,7 +19,7 @@ impl ForwardService for Api {
         &self,
         request: Request<v1::ListForwardsRequest>,
     ) -> Result<Response<v1::ListForwardsResponse>, Status> {
-        let forwards = self.hub.forwards(&request.into_inner().network);
+        let forwards = self.hub.forwards(&request.into_inner().network)?;
         Ok(Response::new(v1::ListForwardsResponse { forwards }))
     }
 
@@ -155,7 +155,7 @@ impl ForwardService for Api {
 impl Api {
     /// The forwards of a range, all of one network.
     fn open_at(&self, network: &str, ports: &Ports) -> Result<Vec<v1::Forward>, Refusal> {
-        let open = self.hub.forwards(network);
+        let open = self.hub.forwards(network)?;
         let mut found: Vec<v1::Forward> = Vec::new();
         for listen in ports.listens() {
             let text = listen.to_string();
@@ -197,7 +197,7 @@ impl Api {
 
     fn other_at(&self, protocol: Protocol, listen: &ForwardListen) -> Option<v1::Forward> {
         let protocol = i32::from(v1::Protocol::from(protocol));
-        self.hub.forwards("").into_iter().find(|other| {
+        self.hub.forwards("").ok()?.into_iter().find(|other| {
             other.protocol == protocol
                 && other
                     .listen

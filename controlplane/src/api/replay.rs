@@ -161,7 +161,7 @@ impl From<SuggestError> for Refusal {
                 reason: "NOTHING_RECORDED",
                 text,
             },
-            SuggestError::TooMany { .. } => Self::Limit(text),
+            SuggestError::TooMany { .. } | SuggestError::TooManyAnswers { .. } => Self::Limit(text),
             SuggestError::Refused(_) => Self::Unavailable(text),
         }
     }

@@ -1199,7 +1199,9 @@ async fn who_has_a_port_is_known_by_what_the_dataplane_says_to_programs_whatever
         };
         let mut client = client.clone();
         let call = tokio::spawn(async move { client.create_forward(asked).await });
+        let until = std::time::Instant::now() + Duration::from_secs(20);
         let command_id = loop {
+            assert!(std::time::Instant::now() < until, "the dataplane is asked");
             tokio::time::sleep(Duration::from_millis(2)).await;
             let mut told = dataplane.told().into_iter();
             if let Some(id) = told.find_map(|told| match told {

@@ -62,10 +62,12 @@ impl Hub {
         let ups = ups
             .map(|up| VmFacts::read(up, &self.lists, &mut read))
             .collect::<Result<Vec<_>, _>>()?;
-        let attachment = self.read(|state, now| state.attach(now, hello, ups))?;
-        // What an earlier session was asked for it does not know of.
-        self.captures.end_of(attachment.key.dataplane);
-        Ok(attachment)
+        self.read(|state, now| {
+            let attachment = state.attach(now, hello, ups)?;
+            // What an earlier session was asked for it does not know of. Before anybody can ask this one.
+            self.captures.end_of(attachment.key.dataplane);
+            Ok(attachment)
+        })
     }
 
     /// A dataplane says something else.

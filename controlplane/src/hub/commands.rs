@@ -58,10 +58,13 @@ impl Hub {
     }
 
     /// The forwards of a network, or of all.
-    pub fn forwards(&self, network: &str) -> Vec<v1::Forward> {
+    ///
+    /// # Errors
+    /// [`Refusal::Unavailable`]: the network is not connected.
+    pub fn forwards(&self, network: &str) -> Result<Vec<v1::Forward>, Refusal> {
         self.read(|state, _| {
             let mut forwards: Vec<v1::Forward> = state
-                .networks(network)
+                .networks(network)?
                 .flat_map(|d| {
                     d.forwards.iter().map(|f| v1::Forward {
                         network: d.network.clone(),
@@ -72,22 +75,26 @@ impl Hub {
             forwards.sort_by(|a, b| {
                 (&a.network, a.protocol, &a.listen).cmp(&(&b.network, b.protocol, &b.listen))
             });
-            forwards
+            Ok(forwards)
         })
     }
 
     /// The zones of a network, or of all, in order of precedence.
-    pub fn zones(&self, network: &str) -> Vec<v1::Zone> {
+    ///
+    /// # Errors
+    /// [`Refusal::Unavailable`]: the network is not connected.
+    pub fn zones(&self, network: &str) -> Result<Vec<v1::Zone>, Refusal> {
         self.read(|state, _| {
-            state
-                .networks(network)
+            let zones = state
+                .networks(network)?
                 .flat_map(|d| {
                     d.zones.iter().map(|z| v1::Zone {
                         network: d.network.clone(),
                         ..z.clone()
                     })
                 })
-                .collect()
+                .collect();
+            Ok(zones)
         })
     }
 
@@ -135,13 +142,20 @@ impl Hub {
 }
 
 impl State {
-    fn networks<'a>(&'a self, network: &'a str) -> impl Iterator<Item = &'a crate::fleet::Dataplane> {
-        let fits = move |d: &&crate::fleet::Dataplane| network.is_empty() || d.network == network;
-        self.fleet
+    /// The dataplanes of a network, or of all. One that is away is not one that has nothing.
+    fn networks(&self, network: &str) -> Result<impl Iterator<Item = &crate::fleet::Dataplane>, Refusal> {
+        let mut fitting = self
+            .fleet
             .dataplanes
             .values()
-            .filter(|d| d.link.is_some())
-            .filter(fits)
+            .filter(move |d| d.link.is_some() && (network.is_empty() || d.network == network))
+            .peekable();
+        if fitting.peek().is_none() && !network.is_empty() {
+            return Err(Refusal::Unavailable(format!(
+                "no connected dataplane has a network {network:?}; if it was only cut off, it is back in a moment"
+            )));
+        }
+        Ok(fitting)
     }
 
     fn selected(&self, filter: Option<&VmSelector>) -> impl Iterator<Item = &Vm> {

@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use tokio::sync::oneshot;
 use tokio::time::Instant;
-use vnet_proto::model::{ForwardListen, ForwardTarget, Mode, Protocol, Reason, VmId};
+use vnet_proto::model::{ForwardListen, ForwardTarget, Protocol, Reason, VmId};
 use vnet_proto::v1;
 use vnet_proto::v1::command::Command;
 
@@ -290,13 +290,12 @@ impl State {
     }
 
     fn may_stay(&self, number: DataplaneNo, forward: &v1::Forward) -> bool {
-        let grant = GrantId(forward.grant_id.clone());
-        let rests = forward.grant_id.is_empty()
-            || self.grants.get(&grant).is_some()
-            || self.is_spent(&forward.grant_id);
         let vm = self.fleet.vms.get(&forward.asked_by);
         let Some(vm) = vm.filter(|vm| vm.dataplane == number) else {
-            return rests;
+            let grant = &forward.grant_id;
+            return grant.is_empty()
+                || self.grants.get(&GrantId(grant.clone())).is_some()
+                || self.is_spent(grant);
         };
         let Some(decision) = self.judge_forward(vm, forward) else {
             return false;
@@ -305,10 +304,9 @@ impl State {
             Outcome::Allow => true,
             // Its grant was for this once: only what outranks any grant takes it back.
             _ => {
-                let blocked = matches!(vm.effective.mode(), Some(Mode::Block | Mode::Quarantine));
                 let step = decision.reason.step.as_str();
                 let is_told = decision.outcome != Outcome::Ask && matches!(step, "mode" | "rule" | "grant");
-                self.is_spent(&forward.grant_id) && !blocked && !is_told
+                !is_told && self.is_spent(&forward.grant_id)
             }
         }
     }

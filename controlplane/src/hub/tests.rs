@@ -1223,7 +1223,17 @@ async fn commands_are_acknowledged_or_refused_by_the_dataplane() {
         ..Default::default()
     }));
     assert_eq!(call.await.unwrap().unwrap().forward, Some(opened.clone()));
-    assert_eq!(rig.hub.forwards(""), [opened]);
+    for network in ["", "net1"] {
+        let listed = rig.hub.forwards(network).unwrap();
+        assert_eq!(listed, std::slice::from_ref(&opened));
+    }
+
+    // While it is cut off it is not a network without forwards, of which another may be told that it is closed.
+    dp.lose();
+    let asked = rig.hub.forwards("net1").unwrap_err();
+    assert!(matches!(asked, Refusal::Unavailable(_)), "{asked:?}");
+    assert!(matches!(rig.hub.zones("net1"), Err(Refusal::Unavailable(_))));
+    assert!(rig.hub.forwards("").unwrap().is_empty());
 }
 
 #[tokio::test]
@@ -1269,9 +1279,9 @@ async fn ranges_of_forwards_come_and_go_whole() {
         };
         dp.say(Message::Ack(ack));
         assert_eq!(call.await.unwrap().unwrap().forwards, forwards);
-        assert_eq!(rig.hub.forwards("").len(), left);
+        assert_eq!(rig.hub.forwards("").unwrap().len(), left);
     }
-    assert_eq!(rig.hub.forwards(""), [forward(8000)]);
+    assert_eq!(rig.hub.forwards("").unwrap(), [forward(8000)]);
 }
 
 const LISTED: &str = "version: 1\nsets:\n  web: {file: lists/web.txt}\nrules:\n  - {action: allow, cidrs: \"@web\", ports: [443]}\n";

@@ -36,7 +36,11 @@ pub fn from_answers(grants: &[Grant], now: Now) -> Result<String, SuggestError> 
     }
     // One more closes the ports of names that are only looked up.
     if found >= RULES_MAX {
-        return Err(SuggestError::TooMany { found });
+        return Err(SuggestError::TooManyAnswers {
+            about: "what may be reached",
+            found,
+            most: RULES_MAX - 1,
+        });
     }
     let grants: Vec<&Grant> = denying.into_iter().chain(allowing).collect();
     let mut text = String::from(
@@ -52,7 +56,11 @@ pub fn from_answers(grants: &[Grant], now: Now) -> Result<String, SuggestError> 
         .into_iter()
         .partition(|grant| matches!(grant.target, Target::Forward(_)));
     if forwards.len() > FORWARD_RULES_MAX {
-        return Err(SuggestError::TooMany { found });
+        return Err(SuggestError::TooManyAnswers {
+            about: "forwards",
+            found: forwards.len(),
+            most: FORWARD_RULES_MAX,
+        });
     }
     if !forwards.is_empty() {
         text.push_str("forwards:\n");

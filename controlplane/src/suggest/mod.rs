@@ -54,6 +54,18 @@ pub enum SuggestError {
         /// How many.
         found: usize,
     },
+    /// People gave more answers than a document has room for.
+    #[error(
+        "people gave {found} different answers about {about}, more than a policy may have rules for them ({most}); narrow it with --vm or --since"
+    )]
+    TooManyAnswers {
+        /// Connections and lookups, or forwards.
+        about: &'static str,
+        /// How many.
+        found: usize,
+        /// The most.
+        most: usize,
+    },
     /// What was made does not load, or fails its own tests.
     #[error("the suggestion does not load, which is an error of vnet's: {0}")]
     Refused(PolicyErrors),

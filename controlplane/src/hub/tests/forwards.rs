@@ -96,7 +96,7 @@ async fn in_mode_ask_a_yes_opens_it_while_the_call_waits() {
         panic!("no event")
     };
     assert_eq!(event.text, "web asks to open tcp 127.0.0.1:8080 to its port 80");
-    assert!(rig.hub.forwards("").is_empty());
+    assert!(rig.hub.forwards("").unwrap().is_empty());
     let grant = approve(&rig).await;
 
     let Command::Expose(told) = obeys(&mut dp, 0).await else {
@@ -111,7 +111,7 @@ async fn in_mode_ask_a_yes_opens_it_while_the_call_waits() {
         ("web", grant.as_str())
     );
     assert_eq!(call.await.unwrap().unwrap(), told);
-    assert_eq!(rig.hub.forwards(""), [told]);
+    assert_eq!(rig.hub.forwards("").unwrap(), [told]);
     assert_eq!(rig.hub.grants("").unwrap()[0].hits, 1);
 }
 
@@ -131,7 +131,7 @@ async fn revoking_its_grant_closes_it_and_counts_what_it_cut() {
     assert!(matches!(told, Command::Unexpose(f) if f.listen == "127.0.0.1:8080"));
     let report = report.await.unwrap();
     assert_eq!((report.flows, report.dataplanes_silent.len()), (3, 0));
-    assert!(rig.hub.forwards("").is_empty());
+    assert!(rig.hub.forwards("").unwrap().is_empty());
 }
 
 #[tokio::test]
@@ -191,7 +191,7 @@ async fn rules_decide_without_anybody_and_a_change_of_them_closes_what_they_open
 
     rig.apply("version: 1\n");
     assert!(matches!(obeys(&mut dp, 0).await, Command::Unexpose(_)));
-    assert!(rig.hub.forwards("").is_empty());
+    assert!(rig.hub.forwards("").unwrap().is_empty());
 }
 
 #[tokio::test]
@@ -203,7 +203,7 @@ async fn without_a_policy_anything_goes_and_a_mode_closes_it() {
     call.await.unwrap().unwrap();
     let open = v1::Forward {
         listen: "127.0.0.1:9999".to_owned(),
-        ..rig.hub.forwards("")[0].clone()
+        ..rig.hub.forwards("").unwrap()[0].clone()
     };
     let by_hand = v1::Forward {
         asked_by: String::new(),
@@ -216,7 +216,11 @@ async fn without_a_policy_anything_goes_and_a_mode_closes_it() {
     call.await.unwrap().unwrap();
     rig.hub.update_vm(set_mode("web", Mode::Ask)).unwrap();
     assert!(matches!(obeys(&mut dp, 0).await, Command::Unexpose(f) if f.listen == "0.0.0.0:8080"));
-    assert_eq!(rig.hub.forwards(""), [by_hand], "what a person opened stays");
+    assert_eq!(
+        rig.hub.forwards("").unwrap(),
+        [by_hand],
+        "what a person opened stays"
+    );
 }
 
 #[tokio::test]
@@ -249,7 +253,13 @@ async fn a_policy_that_comes_closes_what_it_does_not_allow_and_keeps_what_it_doe
     }
     closed.sort();
     assert_eq!(closed, ["0.0.0.0:8080", "127.0.0.1:8082"]);
-    let left: Vec<String> = rig.hub.forwards("").into_iter().map(|f| f.listen).collect();
+    let left: Vec<String> = rig
+        .hub
+        .forwards("")
+        .unwrap()
+        .into_iter()
+        .map(|f| f.listen)
+        .collect();
     assert_eq!(left, ["127.0.0.1:8081"]);
 }
 
@@ -300,7 +310,7 @@ async fn a_yes_for_once_opens_one_that_stays_until_a_no() {
     call.await.unwrap().unwrap();
     assert!(rig.hub.grants("").unwrap().is_empty(), "it is used up");
     rig.pass(Duration::from_secs(3_600));
-    assert_eq!(rig.hub.forwards("").len(), 1);
+    assert_eq!(rig.hub.forwards("").unwrap().len(), 1);
     let no = grant(GrantAction::Deny, TARGET, Some("web"), Lifetime::Forever);
     rig.hub.create_grant(no).unwrap();
     assert!(matches!(obeys(&mut dp, 0).await, Command::Unexpose(_)));
@@ -337,7 +347,7 @@ async fn a_yes_for_a_time_ends_with_it_and_one_taken_back_while_it_opens_closes_
     }));
     call.await.unwrap().unwrap();
     assert!(matches!(obeys(&mut dp, 0).await, Command::Unexpose(_)));
-    assert!(rig.hub.forwards("").is_empty());
+    assert!(rig.hub.forwards("").unwrap().is_empty());
 }
 
 #[tokio::test]
@@ -370,7 +380,13 @@ async fn after_a_restart_what_its_grant_is_gone_of_is_closed_and_the_rest_is_kep
     });
     // `told` was drained for the welcome: look at what is outstanding by closing it.
     let left = |rig: &Rig| {
-        let mut listens: Vec<String> = rig.hub.forwards("").into_iter().map(|f| f.listen).collect();
+        let mut listens: Vec<String> = rig
+            .hub
+            .forwards("")
+            .unwrap()
+            .into_iter()
+            .map(|f| f.listen)
+            .collect();
         listens.sort();
         listens
     };
