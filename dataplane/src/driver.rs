@@ -463,8 +463,10 @@ impl Driver {
         while let Some(frame) = link.next_frame()? {
             if CAPTURED {
                 let dropped = self.taps.show_sent(at_ns, frame);
-                self.engine.capture_dropped += dropped;
-                self.network.metrics().capture_dropped.add(dropped);
+                if dropped > 0 {
+                    self.engine.capture_dropped += dropped;
+                    self.network.metrics().capture_dropped.add(dropped);
+                }
             }
             let io = &mut FrameIo {
                 poll: &self.poll,

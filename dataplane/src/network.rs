@@ -129,7 +129,8 @@ struct Guests {
 struct Guest {
     /// Unbounded: what comes in are answers to the guest's own misses and queries, which are bounded, as are
     /// connections that wait for it, the sockets of forwards, each of which it has once, the ends of its flows with
-    /// other guests, of which each has one, and orders, none of which may be lost.
+    /// other guests, of which each has one, captures, links that come and are tried, of a few at a time, and orders,
+    /// none of which may be lost.
     inputs: InputSender<Input>,
     waker: Arc<Waker>,
     inbox: Arc<Inbox>,

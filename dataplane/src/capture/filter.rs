@@ -11,8 +11,7 @@ use smoltcp::wire::{
 };
 use vnet_proto::model::{CaptureFilter, CaptureWord};
 
-/// Extension headers of a packet that are gone through, as the engine's.
-const EXTENSION_HEADERS_MAX: usize = 8;
+use crate::engine::ip::EXTENSIONS_MAX;
 
 /// What could be read of a frame.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -101,7 +100,7 @@ impl Headers {
         headers.addresses = Some((packet.src_addr().into(), packet.dst_addr().into()));
         let (mut next, mut rest) = (packet.next_header(), packet.payload());
         let mut is_first = true;
-        for _ in 0..EXTENSION_HEADERS_MAX {
+        for _ in 0..EXTENSIONS_MAX {
             let length = match next {
                 IpProtocol::HopByHop | IpProtocol::Ipv6Route | IpProtocol::Ipv6Opts => {
                     let Ok(extension) = Ipv6ExtHeader::new_checked(rest) else {

@@ -482,11 +482,6 @@ impl Engine {
         }
     }
 
-    /// The guest's MAC address: the one that it must have, or has shown.
-    pub fn mac(&self) -> Option<Mac> {
-        self.mac
-    }
-
     /// The guest's MAC address, once it has spoken.
     pub fn spoken_mac(&self) -> Option<Mac> {
         self.mac.filter(|mac| *mac == self.transmit.guest)

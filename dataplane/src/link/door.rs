@@ -129,6 +129,8 @@ struct Visitor {
     since: Time,
     /// When it was last asked who it is.
     asked: Option<Time>,
+    /// The link that its VM has was tried.
+    tried: bool,
 }
 
 /// What becomes of a visitor.
@@ -230,6 +232,7 @@ impl Door {
                 came: now,
                 since: now,
                 asked: None,
+                tried: false,
             };
             self.visitors.insert(self.next, visitor);
             self.next = (self.next + 1) % WAKE.0;
@@ -357,7 +360,10 @@ impl Door {
                 if now >= noticed_at {
                     return Decision::Further(cid);
                 }
-                self.entrance.try_link(cid);
+                // Once: whatever it sends meanwhile is looked at again and again.
+                if !std::mem::replace(&mut visitor.tried, true) {
+                    self.entrance.try_link(cid);
+                }
                 Decision::Stay(Some(noticed_at))
             }
         }

@@ -236,8 +236,8 @@ pub(crate) fn bind_private(path: &Path, kind: Type) -> io::Result<(Socket, Socke
     Ok((socket, file))
 }
 
-/// Whether a path is a socket that nobody serves.
-fn is_stale(path: &Path) -> bool {
+/// Whether a path is a socket that nobody serves, as a process leaves it that was killed.
+pub fn is_stale(path: &Path) -> bool {
     if !std::fs::symlink_metadata(path).is_ok_and(|m| m.file_type().is_socket()) {
         return false;
     }

@@ -25,6 +25,8 @@ const BATCH_PACKETS: usize = 256;
 const BATCH_BYTES: usize = 256 << 10;
 /// Messages between a capture and the stream's encoder.
 const MESSAGES: usize = 2;
+/// How long the answer to a capture that is over is waited for.
+const PATIENCE: Duration = Duration::from_secs(10);
 const NANOSECONDS: u64 = 1_000_000_000;
 
 /// A capture that the controlplane asked for, to be sent.
@@ -80,19 +82,17 @@ impl Asked {
         // However this ends, the guest's driver copies nothing any more.
         let _stopped = Stopped(Arc::clone(&self.capture));
         let (messages, outgoing) = mpsc::channel(MESSAGES);
-        let mut producing = true;
-        let mut produce = std::pin::pin!(self.produce(messages));
+        let produce = std::pin::pin!(self.produce(messages));
         let mut call = std::pin::pin!(client.send_capture(ReceiverStream::new(outgoing)));
-        loop {
-            tokio::select! {
-                () = &mut produce, if producing => producing = false,
-                answer = &mut call => {
-                    if let Err(status) = answer {
-                        tracing::debug!(why = status.message(), "a capture is not taken any more");
-                    }
-                    return;
-                }
-            }
+        let answer = tokio::select! {
+            () = produce => match tokio::time::timeout(PATIENCE, call).await {
+                Ok(answer) => answer,
+                Err(_) => return,
+            },
+            answer = &mut call => answer,
+        };
+        if let Err(status) = answer {
+            tracing::debug!(why = status.message(), "a capture is not taken any more");
         }
     }
 

@@ -363,7 +363,6 @@ pub(super) fn forward_to_wire(forward: &Forward, network: &str) -> v1::Forward {
     }
 }
 
-/// Reads a forward.
 pub(super) fn command_error(refusal: Refusal) -> v1::CommandError {
     v1::CommandError {
         code: (refusal.code as i32).cast_unsigned(),
@@ -376,6 +375,7 @@ pub(super) fn command_error(refusal: Refusal) -> v1::CommandError {
     }
 }
 
+/// Reads a forward.
 pub(super) fn forward_from_wire(message: &v1::Forward) -> Result<Forward, Refusal> {
     let (protocol, listen) = forward_key_from_wire(message)?;
     if message.target.is_empty() {

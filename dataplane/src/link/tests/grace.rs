@@ -216,7 +216,7 @@ impl Talk {
     }
 
     fn is_over(&mut self) {
-        assert!(matches!(self.host.read(&mut [0; 64]), Ok(0) | Err(_)));
+        assert!(is_closed(&mut self.host));
     }
 }
 
@@ -343,12 +343,12 @@ fn who_is_under_a_policy_sheds_no_name_by_coming_back_with_another_address() {
     let (dial, _file) = qemu(&rig);
     let mut wires: Vec<_> = [2, 3].map(|number| answered(&dial, number)).into();
     assert_eq!(rig.comings(), ["up web", "up web-2"]);
+    let began = Instant::now();
     drop(wires.remove(0));
     rig.attached(false);
-    let began = Instant::now();
     let mut changed = dial(&asker(4).question());
     asker(4).is_answered(&mut *changed);
-    assert!(began.elapsed() > grace / 2, "{:?}", began.elapsed());
+    assert!(began.elapsed() >= grace, "{:?}", began.elapsed());
     assert_eq!(rig.comings(), ["down", "up web"]);
 }
 
@@ -361,15 +361,15 @@ fn when_its_time_is_over_a_guest_ends_and_the_next_begins_anew() {
     asker(2).is_answered(&mut *wire);
     let mut talk = Talk::open(&rig, asker(2), &mut *wire);
     rig.next_up();
+    let began = Instant::now();
     drop(wire);
     rig.attached(false);
-    let began = Instant::now();
     // One that says nothing waits for it, and then has its name.
     let silent = UnixStream::connect(rig.path("qemu")).unwrap();
     talk.is_over();
     rig.next_down();
     assert!(
-        (grace / 2..MOMENT).contains(&began.elapsed()),
+        (grace..MOMENT).contains(&began.elapsed()),
         "{:?}",
         began.elapsed()
     );
@@ -410,9 +410,10 @@ fn a_guest_that_never_spoke_and_one_whose_link_failed_are_not_kept() {
     drop(wire);
     rig.attached(false);
     let mut absurd = UnixStream::connect(rig.path("qemu")).unwrap();
+    absurd.set_read_timeout(Some(PATIENCE)).unwrap();
     absurd.write_all(&[0xff; 8]).unwrap();
     rig.counts("network_link_unknown", 1);
-    assert!(matches!(absurd.read(&mut [0; 1]), Ok(0) | Err(_)));
+    assert!(is_closed(&mut absurd));
     let mut wire = dial(&asker(2).question());
     rig.attached(true);
     asker(2).is_answered(&mut *wire);
@@ -478,7 +479,8 @@ fn so_many_may_have_yet_to_show_who_they_are_and_no_more() {
         .collect();
     let mut late = UnixStream::connect(rig.path("qemu")).unwrap();
     rig.counts("network_link_limit", 1);
-    assert!(matches!(late.read(&mut [0; 1]), Ok(0) | Err(_)));
+    late.set_read_timeout(Some(PATIENCE)).unwrap();
+    assert!(is_closed(&mut late));
     assert_eq!(rig.comings(), Vec::<String>::new());
     drop(silent);
     let until = Instant::now() + PATIENCE;
@@ -531,7 +533,7 @@ fn those_away_end_at_once_with_the_network_and_nobody_comes_in_their_place() {
     let mut late = UnixStream::connect(rig.path("qemu")).unwrap();
     late.set_read_timeout(Some(PATIENCE)).unwrap();
     let _ = late.write_all(&asker(2).question());
-    assert!(matches!(late.read(&mut [0; 1]), Ok(0) | Err(_)));
+    assert!(is_closed(&mut late));
     assert_eq!(rig.comings(), Vec::<String>::new());
 }
 
@@ -571,7 +573,7 @@ fn a_vm_known_by_its_number_is_one_guest_and_has_one_name() {
         for (refused, number) in (1..).zip([2, 4]) {
             let mut further = dial_from(&entrance, 3, &asker(number).question());
             rig.counts("network_link_further", refused);
-            assert!(matches!(further.socket.read(&mut [0; 1]), Ok(0) | Err(_)));
+            assert!(is_closed(&mut further.socket));
         }
         assert!(began.elapsed() < MOMENT, "{:?}", began.elapsed());
         if !grace.is_zero() {

@@ -24,7 +24,7 @@ pub(super) struct Pending {
     id: u64,
     waiting: HashSet<VmId>,
     cut: u64,
-    /// The forwards that are closed.
+    /// What its acknowledgement tells of.
     about: About,
 }
 
