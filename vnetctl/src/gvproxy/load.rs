@@ -3,8 +3,6 @@
 use std::fmt::Display;
 use std::fs::File;
 use std::io::{self, Read};
-use std::os::fd::AsRawFd as _;
-use std::os::unix::fs::FileTypeExt as _;
 use std::path::Path;
 
 use vnet_proto::model::Name;
@@ -107,25 +105,12 @@ fn line(text: &str) -> String {
     safe(text).into_owned()
 }
 
-/// Whether a path is taken for a socket: by whatever is there, unless it is a socket that nobody serves, as one whose
-/// process was killed leaves it. The dataplane replaces such a one.
+/// Whether a path is taken for a socket: by whatever is there, but for a socket that the dataplane will replace.
 fn is_taken(path: &Path) -> io::Result<bool> {
-    use nix::errno::Errno;
-    use nix::sys::socket::{AddressFamily, SockFlag, SockType, UnixAddr, connect, socket};
-    let found = match std::fs::symlink_metadata(path) {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(false),
-        found => found?,
-    };
-    if !found.file_type().is_socket() {
-        return Ok(true);
+    match std::fs::symlink_metadata(path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
+        found => found.map(|_| !launch::is_stale_socket(path)),
     }
-    // One whose queue is full is served, and is not waited for.
-    let asking = socket(AddressFamily::Unix, SockType::Stream, SockFlag::empty(), None)?;
-    nix::fcntl::fcntl(
-        &asking,
-        nix::fcntl::FcntlArg::F_SETFL(nix::fcntl::OFlag::O_NONBLOCK),
-    )?;
-    Ok(connect(asking.as_raw_fd(), &UnixAddr::new(path)?) != Err(Errno::ECONNREFUSED))
 }
 
 #[cfg(test)]

@@ -34,6 +34,7 @@ pub use vnet_dataplane::egress::resolver::host::{HostResolver, RESOLV_CONF};
 pub use vnet_dataplane::egress::stream::{AsyncStream, HostStream};
 pub use vnet_dataplane::forward::{FORWARDS_MAX, ForwardSpec};
 pub use vnet_dataplane::front::{self, FrontMessage, FrontReceiver, FrontSender, NotSent};
+pub use vnet_dataplane::link::listen::is_stale as is_stale_socket;
 pub use vnet_dataplane::link::listen::{SocketFile, StreamListener};
 pub use vnet_dataplane::mac::Mac;
 pub use vnet_dataplane::message::Forward;

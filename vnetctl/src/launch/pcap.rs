@@ -18,7 +18,7 @@ pub enum PcapError {
     /// It is a terminal.
     #[error("is a terminal, which a capture would garble (name a file, or pipe it to tshark -r -)")]
     Terminal,
-    /// It is a directory, a block device or a socket.
+    /// It is a directory or a block device.
     #[error("is {0} (expected a file, a named pipe, or /dev/stdout)")]
     Kind(&'static str),
     /// Frames of a guest go there.

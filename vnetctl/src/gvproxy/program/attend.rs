@@ -141,7 +141,8 @@ impl Told {
         for vm in self.vms.values_mut() {
             vm.is_stale = true;
         }
-        self.earlier.extend(self.pending.drain());
+        let room = PENDING_MAX.saturating_sub(self.earlier.len());
+        self.earlier.extend(self.pending.drain().take(room));
     }
 
     fn synced(&mut self) -> Vec<Notification> {
@@ -237,7 +238,9 @@ impl Told {
                 (!was_told).then(|| self.pending(request))
             }
             v1::PendingChange::Removed => {
-                self.pending.remove(&request?.id);
+                let id = &request?.id;
+                self.pending.remove(id);
+                self.earlier.remove(id);
                 None
             }
             // What has not been listed by now went meanwhile.

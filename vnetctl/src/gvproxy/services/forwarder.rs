@@ -432,10 +432,13 @@ impl Services {
                 let answer = if is_forward {
                     running(kind, local)
                 } else {
-                    in_use(network, shown).with_remedy("expose another port")
+                    in_use(network, shown)
                 };
                 if *origin != Origin::Services {
-                    return answer;
+                    return answer.with_remedy(match kind {
+                        Kind::Unix | Kind::Npipe => "expose at another path",
+                        Kind::Tcp | Kind::Udp => "expose another port",
+                    });
                 }
                 answer
             }
