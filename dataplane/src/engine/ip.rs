@@ -103,8 +103,8 @@ impl<'a> Ip<'a> {
         let total = usize::from(u16::from_be_bytes([header[2], header[3]]));
         // A super-frame of an offloading hypervisor may leave the length zero.
         let total = length.of(if total == 0 { bytes.len() } else { total }, bytes);
-        if header[0] >> 4 != 4 || usize::from(header_bytes) < IPV4_BYTES || total < usize::from(header_bytes)
-        {
+        let has_length = (usize::from(header_bytes)..=usize::from(u16::MAX)).contains(&total);
+        if header[0] >> 4 != 4 || usize::from(header_bytes) < IPV4_BYTES || !has_length {
             return Err(DropReason::Malformed);
         }
         let packet = bytes.get(..total).ok_or(DropReason::Malformed)?;

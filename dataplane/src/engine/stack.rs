@@ -153,6 +153,8 @@ impl Connection {
     /// here; everything else leaves with [`Self::poll_transmit`], once for a whole batch. `payload_bytes`: how many
     /// bytes of the stream it carries.
     pub fn handle_packet(&mut self, now: Time, packet: &[u8], payload_bytes: u32, out: &mut Transmit) {
+        let with_length = self.with_length(packet);
+        let packet = with_length.as_deref().unwrap_or(packet);
         let mut port = Port {
             ether_type: self.ether_type,
             mtu_bytes: self.mtu_bytes,
@@ -166,6 +168,19 @@ impl Connection {
         if watched.is_some_and(|before| before == readable(&self.sockets)) {
             self.has_gaps = true;
         }
+    }
+
+    /// An IPv4 packet that came without its length ([`crate::engine::ip`]), with it: smoltcp demands one.
+    #[inline]
+    fn with_length(&self, packet: &[u8]) -> Option<Vec<u8>> {
+        const LENGTH: std::ops::Range<usize> = 2..4;
+        if self.ether_type != EtherType::Ipv4 || packet.get(LENGTH) != Some(&[0, 0]) {
+            return None;
+        }
+        let mut packet = packet.to_vec();
+        let length = u16::try_from(packet.len()).ok()?;
+        packet[LENGTH].copy_from_slice(&length.to_be_bytes());
+        Some(packet)
     }
 
     /// Queues what the connection has to send. False when the queue ran out of room first.

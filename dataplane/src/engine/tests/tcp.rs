@@ -354,6 +354,36 @@ fn a_window_filled_beyond_its_scale_does_not_panic() {
     assert_eq!(got, 262_140);
 }
 
+/// A hypervisor that offloads hands over whole runs of bytes, far above the MTU, and leaves their checksums to a card
+/// that is not there, and the length where 16 bits cannot hold it.
+#[test]
+fn a_frame_above_the_mtu_with_unfinished_checksums_is_taken_whole() {
+    let mut rig = Rig::new();
+    let (at, sequence) = rig.connect(WEB);
+    let mut at_once = segment(WEB, 0x10, 1001, sequence, &[7; 40_000]);
+    // Of the IP header, and what a stack puts where TCP's is to be: the sum of the pseudo-header alone.
+    at_once[10..12].copy_from_slice(&[0xde, 0xad]);
+    at_once[36..38].copy_from_slice(&[0xbe, 0xef]);
+    rig.ip(&at_once);
+    let mut rest = segment(WEB, 0x10, 41_001, sequence, &[7; 20_000]);
+    rest[2..4].copy_from_slice(&[0, 0]);
+    rig.ip(&rest);
+    let (mut got, mut all_sevens) = (0, true);
+    while let Ok(length @ 1..) = rig.engine.connection(at).unwrap().lend_received(|bytes| {
+        all_sevens &= bytes.iter().all(|byte| *byte == 7);
+        Ok::<_, Infallible>(bytes.len())
+    }) {
+        got += length;
+    }
+    assert_eq!((got, all_sevens), (60_000, true));
+    assert_eq!(rig.engine.dropped(DropReason::Malformed), 0);
+    // More than the length could say is no packet of IPv4.
+    let mut beyond = segment(WEB, 0x10, 61_001, sequence, &[7; 66_000]);
+    beyond[2..4].copy_from_slice(&[0, 0]);
+    rig.ip(&beyond);
+    assert_eq!(rig.engine.dropped(DropReason::Malformed), 1);
+}
+
 #[test]
 fn a_silent_connection_ends_at_last() {
     let mut rig = Rig::new();
