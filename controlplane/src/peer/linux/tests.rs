@@ -162,6 +162,28 @@ fn answers_of_the_kernel_are_read() {
     assert!(read_answer(&answer[..18]).is_err());
 }
 
+/// Without unix_diag the kernel answers of every socket that there is none such.
+#[test]
+fn a_kernel_that_knows_no_socket_at_all_says_nothing_of_a_peer() {
+    assert_eq!(known_apart(Place::Here).unwrap(), Place::Elsewhere);
+    let nothing = known_apart(Place::Elsewhere);
+    assert_eq!(nothing.as_ref().unwrap_err().kind(), io::ErrorKind::Unsupported);
+    // Its process tells, where its number is held.
+    let here = |held| {
+        Ok(Process {
+            place: Place::Here,
+            held,
+        })
+    };
+    assert!(judge(7, true, known_apart(Place::Elsewhere), here(true)).is_ok());
+    assert!(matches!(
+        judge(7, true, nothing, here(false)),
+        Err(PeerError::Unsure { pid: 7, .. })
+    ));
+    let (own, _other) = StdStream::pair().unwrap();
+    assert_eq!(ask(&own).unwrap(), Place::Here);
+}
+
 #[test]
 fn releases_and_maps_are_read() {
     assert_eq!(version("6.1.0-18-amd64"), Some((6, 1)));
