@@ -52,6 +52,8 @@ pub mod notices;
 pub mod packages;
 pub mod person;
 pub mod process;
+#[cfg(target_arch = "x86_64")]
+pub mod qemu;
 pub mod servers;
 pub mod sshd;
 pub mod stage;

@@ -51,6 +51,8 @@ impl Person {
         let mut session = Command::new("setsid");
         session
             .args(["--ctty", "--wait"])
+            // Who runs the tests in the background has them ignore what a terminal sends.
+            .args(["env", "--default-signal=INT,QUIT"])
             .arg(command.get_program())
             .args(command.get_args())
             .env_clear();

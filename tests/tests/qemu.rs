@@ -11,13 +11,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
+use vnet_tests::qemu::{GUEST_PATIENCE, Qemu, build_guest};
 use vnet_tests::{Answer, Dns, PATIENCE, Running, World, http, staged, tcp};
-use vnetctl::sandbox::stage;
-
-/// Names a directory with `vmlinuz` and `initramfs.cpio`, for a machine that cannot download.
-const GUEST: &str = "VNET_TEST_GUEST";
-/// Emulation boots in three seconds on an idle machine.
-const GUEST_PATIENCE: Duration = Duration::from_secs(90);
 
 const TRANSFER_BYTES: usize = 10_000_000;
 
@@ -290,96 +285,6 @@ fn first_pending_for(world: &World, port: u16) -> String {
     }
 }
 
-/// A running machine.
-struct Qemu {
-    process: Running,
-    directory: PathBuf,
-}
-
-impl Qemu {
-    /// Boots a guest with one NIC, which runs a script and powers off.
-    fn boot(world: &World, netdev: &str, mac: &str, script: &str) -> Qemu {
-        let guest = guest_directory();
-        let directory = world.work();
-        let mut command = world.program("qemu-system-x86_64");
-        command
-            .args(["-no-user-config", "-nodefaults", "-display", "none", "-no-reboot"])
-            .args(["-machine", "q35", "-smp", "1", "-m", "256"])
-            // A /dev/kvm that opens need not run this kernel, and a test is not to depend on it.
-            .args(["-accel", "tcg", "-cpu", "max"])
-            .arg("-kernel")
-            .arg(guest.join("vmlinuz"))
-            .arg("-initrd")
-            .arg(guest.join("initramfs.cpio"))
-            .arg("-append")
-            .arg(format!(
-                "console=ttyS0 quiet panic=-1 reboot=t random.trust_cpu=on mitigations=off rootfstype=ramfs guest.cmd={}",
-                base64(script.as_bytes())
-            ))
-            .args(["-serial", "file:console", "-device", "virtio-serial-pci"])
-            .args(["-chardev", "file,id=output,path=output", "-device", "virtserialport,chardev=output,nr=1"])
-            .args(["-chardev", "file,id=status,path=status", "-device", "virtserialport,chardev=status,nr=2"])
-            .args(["-netdev", netdev])
-            .arg("-device")
-            .arg(format!("virtio-net-pci,netdev=n0,romfile=,mac={mac}"));
-        Qemu {
-            process: Running::start(command),
-            directory,
-        }
-    }
-
-    /// Waits until it has powered off; gives what the script printed.
-    fn wait(self, world: &World) -> String {
-        let read = |name: &str| {
-            String::from_utf8_lossy(&fs::read(self.directory.join(name)).unwrap_or_default()).into_owned()
-        };
-        let (mut process, began) = (self.process, Instant::now());
-        while !process.has_ended() && began.elapsed() < GUEST_PATIENCE {
-            std::thread::sleep(Duration::from_millis(20));
-        }
-        let ended = process.has_ended();
-        let (status, output) = (read("status"), read("output"));
-        assert!(
-            status.starts_with("exit "),
-            "the guest: {status:?}, QEMU ended: {ended}, {}\noutput: {output}\nconsole: {}\npending: {:?}",
-            process.stderr(),
-            read("console"),
-            world.pending()
-        );
-        output
-    }
-}
-
-/// Makes the guest where there is a network to download from: not on a stage.
-fn build_guest() {
-    if stage::inside() || std::env::var_os(GUEST).is_some() {
-        return;
-    }
-    let made = Command::new(Path::new(env!("CARGO_MANIFEST_DIR")).join("guest/make"))
-        .arg(guest_directory())
-        .output()
-        .expect("bash runs guest/make");
-    assert!(
-        made.status.success(),
-        "{} (or name a directory with a guest in {GUEST})",
-        String::from_utf8_lossy(&made.stderr)
-    );
-}
-
-fn guest_directory() -> PathBuf {
-    std::env::var_os(GUEST).map_or_else(
-        || {
-            // TARGET/PROFILE/deps/TEST
-            let own = std::env::current_exe().expect("a test knows its file");
-            own.ancestors()
-                .nth(3)
-                .expect("a test lies in a target directory")
-                .join("guest")
-        },
-        PathBuf::from,
-    )
-}
-
 fn random_bytes(length: usize) -> Vec<u8> {
     let mut bytes = vec![0; length];
     fs::File::open("/dev/urandom")
@@ -398,23 +303,4 @@ fn md5(file: &Path) -> String {
         .next()
         .unwrap_or_default()
         .to_owned()
-}
-
-/// RFC 4648 §4.
-fn base64(bytes: &[u8]) -> String {
-    const ALPHABET: &[u8; 64] = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
-    let mut text = String::new();
-    for chunk in bytes.chunks(3) {
-        let group = [chunk[0], *chunk.get(1).unwrap_or(&0), *chunk.get(2).unwrap_or(&0)];
-        let bits = u32::from_be_bytes([0, group[0], group[1], group[2]]);
-        for position in 0..4 {
-            let index = (bits >> (18 - 6 * position)) & 63;
-            text.push(if position <= chunk.len() {
-                ALPHABET[index as usize] as char
-            } else {
-                '='
-            });
-        }
-    }
-    text
 }
