@@ -3,8 +3,9 @@
 //! Sockets: `$XDG_RUNTIME_DIR/vnet` (XDG Base Directory Specification), else `/run/user/UID/vnet`
 //! where the system made that directory, else a directory of the user's own under the temporary
 //! directory. Each must belong to the user and to nobody else. State: `$XDG_STATE_HOME/vnet`, else
-//! `~/.local/state/vnet`.
+//! `~/.local/state/vnet`. Where no HOME is set, as in a service of the system's, it is what the account says.
 
+use std::ffi::OsString;
 use std::fs::{self, DirBuilder};
 use std::io;
 use std::os::unix::fs::{DirBuilderExt as _, MetadataExt as _};
@@ -56,9 +57,10 @@ pub enum PathError {
     #[error("socket path {} is {} bytes long (at most {SOCKET_PATH_BYTES_MAX}); choose a shorter one",
         .0.display(), .0.as_os_str().len())]
     TooLong(PathBuf),
-    /// Neither XDG_STATE_HOME nor HOME is set.
+    /// Neither XDG_STATE_HOME nor HOME is set, and the user has no account here.
     #[error(
-        "there is no place for state: neither XDG_STATE_HOME nor HOME is set to an absolute path; set one of them"
+        "there is no place for state: neither XDG_STATE_HOME nor HOME is set to an absolute path, and this user has \
+         no home directory; set one of them"
     )]
     NoHome,
 }
@@ -106,15 +108,26 @@ fn choose_runtime_dir(
 /// # Errors
 /// [`PathError::NoHome`].
 pub fn state_dir() -> Result<PathBuf, PathError> {
-    let absolute = |name: &str| {
-        std::env::var_os(name)
-            .map(PathBuf::from)
-            .filter(|p| p.is_absolute())
-    };
-    absolute("XDG_STATE_HOME")
-        .or_else(|| absolute("HOME").map(|home| home.join(".local/state")))
+    let variable = |name: &str| std::env::var_os(name);
+    absolute(variable, "XDG_STATE_HOME")
+        .or_else(|| home_dir(nix::unistd::geteuid().as_raw(), variable).map(|home| home.join(".local/state")))
         .map(|dir| dir.join("vnet"))
         .ok_or(PathError::NoHome)
+}
+
+/// A user's home directory: `HOME`, else what the account says.
+pub fn home_dir(uid: u32, variable: impl Fn(&str) -> Option<OsString>) -> Option<PathBuf> {
+    absolute(variable, "HOME").or_else(|| {
+        let account = nix::unistd::User::from_uid(nix::unistd::Uid::from_raw(uid));
+        Some(account.ok()??.dir).filter(|home| home.is_absolute())
+    })
+}
+
+/// A variable that names a place. What is no absolute path counts as unset (XDG Base Directory Specification).
+pub fn absolute(variable: impl Fn(&str) -> Option<OsString>, name: &str) -> Option<PathBuf> {
+    variable(name)
+        .map(PathBuf::from)
+        .filter(|path| path.is_absolute())
 }
 
 /// Makes a directory that only this user may enter, or checks that an existing one is such.

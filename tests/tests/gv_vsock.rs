@@ -9,7 +9,7 @@ use vnet_tests::qemu::{Qemu, build_guest};
 use vnet_tests::{binaries, http, staged};
 
 /// What the VM does, in order; each line that it prints is checked below. `socat` leads what speaks to a Unix socket to
-/// a port of vsock.
+/// a port of vsock. gvproxy has no HOME, as a service of the system's has none.
 const SCRIPT: &str = r#"
 for driver in unix_diag vsock vmw_vsock_virtio_transport_common vsock_loopback tun; do
     insmod /lib/modules/$driver.ko 2> /dev/null
@@ -21,7 +21,7 @@ for port in 1024 1025 1026; do
 done
 start() {
     : > /tmp/log
-    gvproxy -ssh-port -1 "$@" 2> /tmp/log &
+    env -u HOME gvproxy -ssh-port -1 "$@" 2> /tmp/log &
     gvproxy=$!
     until grep -q 'waiting for clients' /tmp/log; do
         kill -0 $gvproxy || { cat /tmp/log; exit 1; }

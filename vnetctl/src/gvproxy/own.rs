@@ -12,6 +12,7 @@ use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
+use vnet_controlplane::paths;
 use vnet_proto::model::{Mode, label_problem};
 
 use super::config::Config;
@@ -76,13 +77,11 @@ pub struct Own {
 
 /// Where the file is, if this user has a place for it.
 pub fn path(variable: impl Fn(&str) -> Option<OsString>) -> Option<PathBuf> {
-    let absolute = |name| {
-        variable(name)
-            .map(PathBuf::from)
-            .filter(|path| path.is_absolute())
-    };
     // XDG Base Directory Specification.
-    let directory = absolute("XDG_CONFIG_HOME").or_else(|| Some(absolute("HOME")?.join(".config")))?;
+    let directory = paths::absolute(&variable, "XDG_CONFIG_HOME").or_else(|| {
+        let home = paths::home_dir(nix::unistd::geteuid().as_raw(), &variable)?;
+        Some(home.join(".config"))
+    })?;
     Some(directory.join("vnet/gvproxy.yaml"))
 }
 
