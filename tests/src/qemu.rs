@@ -14,8 +14,8 @@ use crate::world::World;
 
 /// Names a directory with `vmlinuz` and `initramfs.cpio`, for a machine that cannot download.
 const GUEST: &str = "VNET_TEST_GUEST";
-/// Emulation boots in three seconds on an idle machine.
-pub const GUEST_PATIENCE: Duration = Duration::from_secs(90);
+/// Emulation boots in three seconds on an idle machine, and runs ten to twenty times slower than this one.
+pub const GUEST_PATIENCE: Duration = Duration::from_secs(180);
 
 /// A running machine.
 #[derive(Debug)]
@@ -106,6 +106,14 @@ impl Qemu {
         );
         output
     }
+}
+
+/// QEMU's end of a stream.
+pub fn stream(socket: &Path) -> String {
+    format!(
+        "stream,id=n0,server=off,addr.type=unix,addr.path={}",
+        socket.display()
+    )
 }
 
 /// A raw disk that is an archive: a script, programs by their names in `bin`, and the libraries that they load, in

@@ -11,7 +11,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use vnet_tests::qemu::{GUEST_PATIENCE, Qemu, build_guest};
+use vnet_tests::qemu::{GUEST_PATIENCE, Qemu, build_guest, stream};
 use vnet_tests::{Answer, Dns, PATIENCE, Running, World, http, staged, tcp};
 
 const TRANSFER_BYTES: usize = 10_000_000;
@@ -70,14 +70,6 @@ fn gvproxy_serves_a_machine_over_a_datagram_socket_as_podman_uses_it() {
             let _ = fs::remove_file(own);
         },
     );
-}
-
-/// QEMU's end of a stream.
-fn stream(socket: &Path) -> String {
-    format!(
-        "stream,id=n0,server=off,addr.type=unix,addr.path={}",
-        socket.display()
-    )
 }
 
 /// QEMU's end of datagrams, and where it is bound.
