@@ -351,6 +351,7 @@ impl Driver {
                 }
                 Input::Link(link) => self.take_link(*link)?,
                 Input::TryLink => self.engine.announce_gateway(),
+                Input::Seek(address) => self.engine.seek(address),
                 Input::Stop => return Ok(true),
             }
         }

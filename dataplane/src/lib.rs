@@ -1,5 +1,6 @@
 //! The dataplane: moves frames between guests and the host, and asks when it does not know.
 
+mod admission;
 pub mod args;
 pub mod capture;
 pub mod claims;

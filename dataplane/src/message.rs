@@ -61,6 +61,9 @@ pub trait Router: Send + Sync {
     /// The guest whose link an address of the network is bound to.
     fn guest_at(&self, address: IpAddr) -> Option<VmId>;
 
+    /// Asks the guests that there are whose an address is; false where it can be none's, or there is nobody to ask.
+    fn seek(&self, address: IpAddr) -> bool;
+
     /// Whether every guest there is reaches every other: none is under a policy or a mode. One of which that is not
     /// known yet is.
     fn is_open(&self) -> bool;
@@ -654,6 +657,8 @@ pub enum Input {
     Link(Box<Link>),
     /// Send the guest something, so that a link without another side shows that it is over.
     TryLink,
+    /// Ask the guest whether an address of the subnet is its own.
+    Seek(Ipv4Addr),
     /// End the driver; its link closes.
     Stop,
 }

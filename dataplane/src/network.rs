@@ -721,6 +721,16 @@ impl Router for Network {
         }
     }
 
+    fn seek(&self, address: IpAddr) -> bool {
+        let IpAddr::V4(v4) = address else { return false };
+        if !self.config.subnet.contains(&v4) || v4 == self.config.gateway {
+            return false;
+        }
+        let asked = self.vms().into_iter().map(|vm| self.send(vm, Input::Seek(v4)));
+        // Each of them, not only the first.
+        asked.fold(false, |any, one| any | one)
+    }
+
     fn is_open(&self) -> bool {
         let guests = self.read_guests();
         let mut all = guests.by_vm.values();

@@ -252,6 +252,35 @@ fn dual() -> StageSpec {
     }
 }
 
+/// Its address was set by hand, and it only serves: nothing of it was ever sent that shows the address.
+#[test]
+fn a_guest_that_never_spoke_is_found_by_who_connects() {
+    staged(a_guest_that_never_spoke_is_found_by_who_connects, |world| {
+        let (_up, socket) = world.up(&[]);
+        let add = |port: &str, to: &str| {
+            let listen = format!("127.0.0.1:{port}");
+            world.vnetctl(&["forward", "add", &format!("{listen}:{to}")]);
+            listen.parse::<SocketAddr>().unwrap()
+        };
+        let there = add("18080", "192.168.127.7:80");
+        let nobody = add("18081", "192.168.127.8:80");
+        let mut guest = world.load();
+        guest.args([
+            "guest",
+            "--address",
+            "192.168.127.7/24",
+            "--socket",
+            &socket,
+            "--",
+        ]);
+        guest.args(["python3", "-c", SAYS_WHO, "192.168.127.7 80"]);
+        let mut guest = Running::start(guest);
+        guest.prints("ready");
+        assert_eq!(hear(there), "192.168.127.1 80");
+        assert_eq!(hear(nobody), "");
+    });
+}
+
 #[test]
 fn a_guest_sees_who_connects_where_that_is_asked_for() {
     staged_with(

@@ -2,15 +2,15 @@
 
 use std::io;
 use std::net::SocketAddr;
-use std::sync::atomic::AtomicUsize;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::task::{Context, Poll};
 use std::time::Duration;
 
 use tokio::net::{TcpListener, UnixListener};
 
+use crate::admission::Admission;
 use crate::egress::stream::HostStream;
-use crate::message::{ForwardId, Ingress, Input, Origin, Router, Waiting};
+use crate::message::{ForwardId, Ingress, Origin, Waiting};
 use crate::metrics::{ForwardRefusal, Metrics};
 
 /// How long accepting pauses when the host has no descriptor left.
@@ -30,10 +30,8 @@ type Accepted = (HostStream, Option<SocketAddr>);
 pub(super) struct Accepting {
     pub(super) forward: ForwardId,
     pub(super) socket: Shared,
-    pub(super) router: Arc<dyn Router>,
+    pub(super) admission: Admission,
     pub(super) metrics: Arc<Metrics>,
-    pub(super) waiting: Arc<AtomicUsize>,
-    pub(super) waiting_max: usize,
     pub(super) target: SocketAddr,
     pub(super) keep_client: bool,
 }
@@ -83,33 +81,14 @@ impl Accepting {
     }
 
     fn admit(&self, stream: HostStream, client: Option<SocketAddr>) {
-        let Some(vm) = self.router.guest_at(self.target.ip()) else {
-            return self.refuse(&stream, ForwardRefusal::NoGuest);
-        };
-        let Some(waiting) = Waiting::enter(&self.waiting, self.waiting_max) else {
-            return self.refuse(&stream, ForwardRefusal::Backlog);
-        };
-        let ingress = Ingress {
+        self.admission.admit(Ingress {
             stream,
             early: Vec::new(),
             target: self.target,
             client: client.filter(|_| self.keep_client),
             origin: Origin::Forward(self.forward),
-            waiting,
-        };
-        // Before the guest could have it. One that was gone in that moment is counted both ways.
-        self.metrics.forward_connections.increment();
-        if !self.router.send(vm, Input::Ingress(ingress)) {
-            self.metrics
-                .forward_refusals
-                .of(ForwardRefusal::NoGuest)
-                .increment();
-        }
-    }
-
-    fn refuse(&self, stream: &HostStream, why: ForwardRefusal) {
-        self.metrics.forward_refusals.of(why).increment();
-        stream.set_reset();
+            waiting: Waiting::default(),
+        });
     }
 }
 

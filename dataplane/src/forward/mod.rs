@@ -1,7 +1,7 @@
 //! Forwards: ports and Unix sockets of the host that lead into guests.
 //!
 //! Owns the listening sockets. An accepted connection is handed to the guest that has the target's
-//! address now; where none has it, the client sees a reset. A UDP forward's socket is handed to the
+//! address now, or shows that it has when it is asked; where none has it, the client sees a reset. A UDP forward's socket is handed to the
 //! guest whole, and again when the guest comes back. The bytes are the driver's affair, and so is
 //! refusing them for a guest under quarantine.
 //!
@@ -26,6 +26,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use tokio::task::AbortHandle;
 use vnet_proto::model::{CommandId, ForwardListen, Protocol, VmId};
 
+use crate::admission::Admission;
 use crate::descriptors::{Descriptors, Kept};
 use crate::forward::accept::{Accepting, StreamListener};
 use crate::forward::bind::Bound;
@@ -48,8 +49,8 @@ struct Shared {
     metrics: Arc<Metrics>,
     runtime: tokio::runtime::Handle,
     descriptors: Descriptors,
-    /// Connections that wait for a guest's driver, of all forwards.
-    waiting: Arc<AtomicUsize>,
+    /// Of the connections of all forwards.
+    admission: Admission,
     limit: usize,
     /// Forwards that are open, or being opened.
     taken: Arc<AtomicUsize>,
@@ -119,13 +120,14 @@ impl Forwards {
         runtime: tokio::runtime::Handle,
         limit: usize,
     ) -> Self {
+        let waiting_max = CONNECTIONS_WAITING_MAX.min(descriptors.reserve() / WAITING_PART);
         Self {
             shared: Arc::new(Shared {
+                admission: Admission::new(Arc::clone(&router), Arc::clone(&metrics), waiting_max),
                 router,
                 metrics,
                 runtime,
                 descriptors,
-                waiting: Arc::default(),
                 limit,
                 taken: Arc::default(),
                 last: AtomicU64::new(0),
@@ -164,8 +166,13 @@ impl Forwards {
         for mut opened in made {
             self.shared.accept_from(&mut opened);
             let forward = opened.forward.clone();
-            if let Some(vm) = self.shared.router.guest_at(forward.target.ip()) {
-                self.shared.hand_over(vm, &mut opened);
+            match self.shared.router.guest_at(forward.target.ip()) {
+                Some(vm) => self.shared.hand_over(vm, &mut opened),
+                // Datagrams wait in the socket for a guest that shows the address.
+                None if forward.protocol == Protocol::Udp => {
+                    self.shared.router.seek(forward.target.ip());
+                }
+                None => {}
             }
             let Forward { protocol, target, .. } = forward;
             tracing::info!(%protocol, listen = %forward.listen, %target, "forward opened");
@@ -341,10 +348,8 @@ impl Shared {
         let accepting = Accepting {
             forward: open.id,
             socket: Arc::clone(socket),
-            router: Arc::clone(&self.router),
+            admission: self.admission.clone(),
             metrics: Arc::clone(&self.metrics),
-            waiting: Arc::clone(&self.waiting),
-            waiting_max: CONNECTIONS_WAITING_MAX.min(self.descriptors.reserve() / WAITING_PART),
             target: open.forward.target,
             keep_client: open.forward.keep_client,
         };

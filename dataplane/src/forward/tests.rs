@@ -16,6 +16,8 @@ use crate::message::{Ingress, Order, Origin};
 
 /// One guest may live at each address; everything sent is recorded.
 struct Recorder {
+    /// Has the address that is asked for, and says so when it is.
+    shy: Mutex<Option<VmId>>,
     guests: Mutex<HashMap<IpAddr, VmId>>,
     sent: Mutex<mpsc::Sender<(VmId, Input)>>,
 }
@@ -35,6 +37,11 @@ impl Router for Recorder {
 
     fn guest_at(&self, address: IpAddr) -> Option<VmId> {
         self.guests.lock().unwrap().get(&address).copied()
+    }
+
+    fn seek(&self, address: IpAddr) -> bool {
+        let answer = self.shy.lock().unwrap().take();
+        answer.is_some_and(|vm| self.guests.lock().unwrap().insert(address, vm).is_none())
     }
 
     fn is_open(&self) -> bool {
@@ -72,6 +79,7 @@ fn given_with(guests: &[&str], limit: usize, descriptors: Descriptors) -> Given 
         .collect();
     let router = Arc::new(Recorder {
         guests: Mutex::new(guests),
+        shy: Mutex::default(),
         sent: Mutex::new(sender),
     });
     let metrics = Arc::new(Metrics::default());
@@ -203,6 +211,21 @@ fn a_tcp_connection_reaches_the_guest_at_the_target() {
     stream.read_exact(&mut buffer).unwrap();
     assert_eq!(&buffer, b"hello");
     assert_eq!(given.metrics.forward_connections.get(), 1);
+}
+
+#[test]
+fn a_guest_that_never_showed_its_address_is_asked_for_it_and_then_served() {
+    let given = given(&[], 8);
+    *given.router.shy.lock().unwrap() = Some(VmId(7));
+    let listen = given.open(forward(Protocol::Tcp, any_port()));
+    let _client = TcpStream::connect(listen).unwrap();
+    let (vm, ingress) = given.ingress();
+    assert_eq!((vm, ingress.target.ip()), (VmId(7), GUEST.parse().unwrap()));
+    assert_eq!(given.metrics.forward_connections.get(), 1);
+    assert_eq!(
+        given.metrics.forward_refusals.of(ForwardRefusal::NoGuest).get(),
+        0
+    );
 }
 
 #[test]

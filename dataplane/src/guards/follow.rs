@@ -209,6 +209,10 @@ mod tests {
             None
         }
 
+        fn seek(&self, _address: IpAddr) -> bool {
+            false
+        }
+
         fn is_open(&self) -> bool {
             false
         }

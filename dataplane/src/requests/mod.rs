@@ -194,9 +194,7 @@ impl Shared {
                 }
                 if let Some(stream) = self.take_out(stream) {
                     read.drain(..length);
-                    if let Err(error) = self.tunnels.open(stream, read, target) {
-                        tracing::debug!(%error, "no tunnel");
-                    }
+                    self.tunnels.open(stream, read, target);
                 }
             }
             Request::Other { is_head } => {

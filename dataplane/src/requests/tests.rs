@@ -48,6 +48,10 @@ impl Router for OneGuest {
         (address == GUEST).then_some(VmId(1))
     }
 
+    fn seek(&self, _address: IpAddr) -> bool {
+        false
+    }
+
     fn is_open(&self) -> bool {
         self.1.load(Ordering::Relaxed)
     }

@@ -164,6 +164,24 @@ impl Engine {
         let _ = self.transmit.packet_from(mac, EtherType::Arp, Arp::BYTES, write);
     }
 
+    /// Asks the guest whether an address is its own (RFC 826). The answer shows it, as any frame of it would.
+    pub fn seek(&mut self, address: Ipv4Addr) {
+        if !self.is_guest_address(address.into()) {
+            return;
+        }
+        let arp = Arp {
+            is_request: true,
+            sender_mac: self.config.gateway_mac,
+            sender: self.config.gateway,
+            target: address,
+        };
+        let (from, write) = (self.config.gateway_mac, |out: &mut [u8]| arp.write_request(out));
+        // Without room, more is on its way to the guest already, and it will be asked again.
+        let _ = self
+            .transmit
+            .packet_between(from, Mac::BROADCAST, EtherType::Arp, Arp::BYTES, write);
+    }
+
     /// The other guest that has an address, unless the switch between the two is open.
     pub(super) fn closed_neighbour(&self, address: IpAddr) -> Option<Neighbour> {
         if !self.is_guest_address(address) || self.has_address(address) {

@@ -104,6 +104,10 @@ impl Router for Recorder {
         None
     }
 
+    fn seek(&self, _address: IpAddr) -> bool {
+        false
+    }
+
     fn is_open(&self) -> bool {
         false
     }
