@@ -12,14 +12,13 @@ use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
-use vnet_controlplane::paths;
 use vnet_proto::model::{Mode, label_problem};
 
 use super::config::Config;
 use super::origin::{Finding, Given, Origin};
 use super::yaml::{Fields, Node, Reader, load_tree};
 use crate::client::Server;
-use crate::launch::is_name;
+use crate::launch::{absolute, home_dir, is_name};
 
 /// Bytes that the file may have.
 const FILE_BYTES_MAX: usize = 1 << 20;
@@ -78,8 +77,8 @@ pub struct Own {
 /// Where the file is, if this user has a place for it.
 pub fn path(variable: impl Fn(&str) -> Option<OsString>) -> Option<PathBuf> {
     // XDG Base Directory Specification.
-    let directory = paths::absolute(&variable, "XDG_CONFIG_HOME").or_else(|| {
-        let home = paths::home_dir(nix::unistd::geteuid().as_raw(), &variable)?;
+    let directory = absolute(&variable, "XDG_CONFIG_HOME").or_else(|| {
+        let home = home_dir(nix::unistd::geteuid().as_raw(), &variable)?;
         Some(home.join(".config"))
     })?;
     Some(directory.join("vnet/gvproxy.yaml"))

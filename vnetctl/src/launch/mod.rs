@@ -18,7 +18,7 @@ use std::process::ExitCode;
 
 use vnet_controlplane::paths;
 
-pub use vnet_controlplane::paths::SESSION_SOCKET;
+pub use vnet_controlplane::paths::{SESSION_SOCKET, absolute, home_dir};
 pub use vnet_controlplane::policy::{nearest, yaml};
 pub use vnet_dataplane::args::Args as DataplaneArgs;
 pub use vnet_dataplane::capture::pcapng::{

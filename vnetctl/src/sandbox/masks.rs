@@ -12,7 +12,7 @@
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 
-use vnet_controlplane::paths;
+use crate::launch::{absolute, home_dir};
 
 /// Directories that hold sockets, hidden wherever they are.
 const SYSTEM: &[&str] = &[
@@ -128,11 +128,11 @@ pub(crate) struct Places {
 
 /// The built-in places and the caller's, by user and environment.
 pub(crate) fn places(uid: u32, variable: impl Fn(&str) -> Option<OsString>, callers: Vec<PathBuf>) -> Places {
-    let absolute = |name: &str| paths::absolute(&variable, name);
+    let absolute = |name: &str| absolute(&variable, name);
     let standard = PathBuf::from(format!("/run/user/{uid}"));
     let mut runtime_directories = vec![standard.clone()];
     runtime_directories.extend(absolute("XDG_RUNTIME_DIR").filter(|directory| *directory != standard));
-    let home = paths::home_dir(uid, &variable);
+    let home = home_dir(uid, &variable);
 
     let mut hidden: Vec<PathBuf> = SYSTEM.iter().map(PathBuf::from).collect();
     for directory in &runtime_directories {

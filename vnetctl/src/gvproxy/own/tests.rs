@@ -149,7 +149,7 @@ fn the_file_is_where_the_users_configuration_is() {
         Some("/h/.config/vnet/gvproxy.yaml")
     );
     // As a service of the system's has it: no variable, but an account.
-    let account = paths::home_dir(nix::unistd::geteuid().as_raw(), |_| None);
+    let account = home_dir(nix::unistd::geteuid().as_raw(), |_| None);
     let its_own = account.map(|home| home.join(".config/vnet/gvproxy.yaml").display().to_string());
     assert_eq!(at(&[]), its_own);
 }
