@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use nix::sys::signal::Signal;
 use serde_json::Value;
-use vnet_tests::{FIRST_MAC, Running, eventually, http, notices, staged};
+use vnet_tests::{FIRST_MAC, Running, World, eventually, http, notices, staged};
 
 /// What a clean end may take, with some room for a busy machine.
 const END: Duration = Duration::from_secs(1);
@@ -87,6 +87,74 @@ fn what_podman_types_serves_its_guest_and_ends_without_a_trace() {
             .map(|what| log.find(what).unwrap_or_else(|| panic!("no {what}: {log}")));
             assert!(order.is_sorted(), "{log}");
             assert!(log.lines().all(|line| line.starts_with("time=\"")), "{log}");
+        },
+    );
+}
+
+/// Names of VMs that have spoken.
+fn names(world: &World) -> Vec<String> {
+    let vms = world.list(&["vm", "list"]);
+    let spoken = vms
+        .iter()
+        .filter(|vm| vm["mac"].as_str().is_some_and(|mac| !mac.is_empty()));
+    let mut names: Vec<_> = spoken
+        .filter_map(|vm| Some(vm["name"].as_str()?.to_owned()))
+        .collect();
+    names.sort();
+    names
+}
+
+#[test]
+fn no_guest_has_the_place_of_another_sockets_and_who_is_called_otherwise_is_told() {
+    staged(
+        no_guest_has_the_place_of_another_sockets_and_who_is_called_otherwise_is_told,
+        |world| {
+            const STAY: [&str; 3] = ["sh", "-c", "ping -c 1 -W 5 192.168.127.1; exec sleep 60"];
+            let start = |number: usize, flags: &[&str]| {
+                let socket = world.runtime_dir().join(format!("qemu{number}.sock"));
+                let qemu = format!("unix://{}", socket.display());
+                let mut gvproxy =
+                    world.gvproxy(&[&["-ssh-port", "-1", "-listen-qemu", &qemu], flags].concat());
+                gvproxy.env("VNET_VM", "web");
+                let mut gvproxy = Running::start(gvproxy);
+                gvproxy.complains("waiting for clients");
+                (gvproxy, socket)
+            };
+            let listen = world.runtime_dir().join("listen.sock");
+            let (first, socket) = start(1, &["-listen", &format!("unix://{}", listen.display())]);
+            let mut load = world.load();
+            load.args(["guest", "--framing", "connect", "--socket"])
+                .arg(&listen);
+            load.arg("--").args(STAY);
+            // Whoever comes to the other socket first does not have the hypervisor's name, which is free.
+            let _other = Running::start(load);
+            eventually("the one at -listen is there", || names(world) == ["web-listen"]);
+            let _guest = world.guest(&socket, &STAY);
+            eventually("both are there", || names(world) == ["web", "web-listen"]);
+
+            // Another one's, by the same name.
+            let (mut second, socket) = start(2, &[]);
+            let _guest = world.guest(&socket, &STAY);
+            let log = second.complains("level=warning msg=\"another VM is called web, so this one is web-2");
+            assert!(
+                log.contains("name it with VNET_VM=NAME, or with vm: NAME in /"),
+                "{log}"
+            );
+            // Of this one's, a further guest has what its place is called.
+            let mac = ["--mac", "02:00:00:00:00:07"];
+            let mut load = world.load();
+            load.arg("guest")
+                .args(mac)
+                .arg("--socket")
+                .arg(world.runtime_dir().join("qemu1.sock"));
+            load.arg("--").args(STAY);
+            let _further = Running::start(load);
+            eventually("all are there", || names(world).len() == 4);
+            assert!(
+                !first.stderr().contains("another VM is called web,"),
+                "{}",
+                first.stderr()
+            );
         },
     );
 }

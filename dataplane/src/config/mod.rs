@@ -640,6 +640,6 @@ fn canonical(address: IpAddr) -> IpAddr {
 }
 
 /// Characters of a name.
-const NAME_CHARACTERS_MAX: usize = 63;
+pub const NAME_CHARACTERS_MAX: usize = 63;
 /// Below are standard input, output and error.
 const FIRST_INHERITED: RawFd = 3;
