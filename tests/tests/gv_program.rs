@@ -1,13 +1,15 @@
 //! `gvproxy` as its callers start it: the order of what it does, its files, its log and notifications, and how it ends.
 
 use std::fs;
-use std::os::unix::fs::PermissionsExt as _;
+use std::os::unix::fs::{PermissionsExt as _, symlink};
+use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::time::{Duration, Instant};
 
 use nix::sys::signal::Signal;
 use serde_json::Value;
-use vnet_tests::{FIRST_MAC, Running, World, eventually, http, notices, staged};
+use vnet_tests::{Controlplane, Ended, FIRST_MAC, Running, World, eventually, http, notices, staged};
 
 /// What a clean end may take, with some room for a busy machine.
 const END: Duration = Duration::from_secs(1);
@@ -157,6 +159,81 @@ fn no_guest_has_the_place_of_another_sockets_and_who_is_called_otherwise_is_told
             );
         },
     );
+}
+
+/// A program, in a network namespace of its own.
+fn apart(world: &World, command: &Command) -> Ended {
+    let mut apart = world.program("unshare");
+    apart
+        .arg("-n")
+        .arg(command.get_program())
+        .args(command.get_args());
+    Running::start(apart).wait()
+}
+
+#[test]
+fn in_another_network_namespace_than_the_controlplane_it_says_so_and_ends() {
+    staged(
+        in_another_network_namespace_than_the_controlplane_it_says_so_and_ends,
+        |world| {
+            let controlplane = Controlplane::start(world, Signal::SIGTERM);
+            let why = "this process is in another network namespace than the controlplane";
+            let [notices, socket] = ["n.sock", "qemu.sock"].map(|name| world.runtime_dir().join(name));
+            let listener = UnixListener::bind(&notices).unwrap();
+            let url = |path: &Path| format!("unix://{}", path.display());
+            let words = ["-listen-qemu", &url(&socket), "-notification", &url(&notices)];
+            let ended = apart(world, &world.gvproxy(&words));
+            assert_eq!(ended.code, 1, "{ended:?}");
+            assert!(
+                ended.stderr.contains(why) && ended.stderr.contains("XDG_RUNTIME_DIR"),
+                "{ended:?}"
+            );
+            listener.set_nonblocking(true).unwrap();
+            assert!(listener.accept().is_err(), "it was not ready");
+
+            let listed = apart(world, &world.command(&["vm", "list"]));
+            assert!(listed.code == 1 && listed.stderr.contains(why), "{listed:?}");
+            // And a dataplane, which no gvproxy asked before.
+            let mut dataplane = world.program("vnet-dataplane");
+            dataplane.args([
+                "--controlplane",
+                controlplane.session_url(),
+                "--listen-qemu",
+                &url(&socket),
+            ]);
+            let refused = apart(world, &dataplane);
+            assert!(refused.code != 0 && refused.stderr.contains(why), "{refused:?}");
+            // Its own are served all the while.
+            world.vnetctl(&["vm", "list"]);
+        },
+    );
+}
+
+#[test]
+fn ready_is_not_told_before_the_dataplane_has_its_session() {
+    staged(ready_is_not_told_before_the_dataplane_has_its_session, |world| {
+        let at = |name: &str| world.runtime_dir().join(name);
+        let url = |path: &Path| format!("unix://{}", path.display());
+        let _controlplane = Controlplane::start(world, Signal::SIGTERM);
+        // The API is where a session is not.
+        let [notices, control, session] = ["n.sock", "control.sock", "session.sock"].map(at);
+        symlink(world.control_socket(), &control).unwrap();
+        let listener = UnixListener::bind(&notices).unwrap();
+        listener.set_nonblocking(true).unwrap();
+        let words = [
+            "-listen-qemu",
+            &url(&at("qemu.sock")),
+            "-notification",
+            &url(&notices),
+        ];
+        let mut gvproxy = world.gvproxy(&words);
+        gvproxy.env("VNET_SERVER", url(&control));
+        let mut gvproxy = Running::start(gvproxy);
+        gvproxy.complains("the dataplane has no session with the controlplane");
+        assert!(listener.accept().is_err(), "nobody is told");
+        symlink(world.control_socket().with_file_name("session.sock"), session).unwrap();
+        eventually("it is ready", || listener.accept().is_ok());
+    });
 }
 
 #[test]

@@ -70,11 +70,17 @@ impl Watch {
         }
     }
 
-    /// Returns when the watch has begun, so that whatever comes from now on will be told, or when there is no
-    /// controlplane to tell it. Nothing is told before.
+    /// Returns when the watch has begun, so that whatever comes from now on will be told. Nothing is told before, but
+    /// that there is no controlplane.
     pub(super) async fn begin(&mut self) {
-        let first = self.attendant.next().await;
-        self.see(first);
+        loop {
+            let seen = self.attendant.next().await;
+            let has_begun = matches!(seen, Seen::Began);
+            self.see(seen);
+            if has_begun {
+                return;
+            }
+        }
     }
 
     /// Tells of what happens, for ever. Cancel safe.

@@ -6,6 +6,7 @@ use std::sync::Arc;
 
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::task::JoinSet;
+use vnet_proto::v1;
 
 use super::attend::Watch;
 use super::front::{self, ServicesSocket, SshTunnels, Tunnels};
@@ -13,12 +14,14 @@ use super::notify::{Kind, Notification, Notifier};
 use super::pid::PidFile;
 use super::plan::Opened;
 use super::{Prepared, fatal, log, version};
-use crate::cmd::attend::command_line;
-use crate::failure::{Failure, with_causes};
+use crate::client::unary;
+use crate::cmd::attend::{command_line, has_session};
+use crate::failure::{Failure, describe, with_causes};
 use crate::gvproxy;
 use crate::gvproxy::services::{GuestApi, Services, ServicesConfig, policy_in_force};
 use crate::gvproxy::ssh::{self, Timing};
 use crate::launch::{Dataplane, DataplaneError, open_pcap};
+use crate::output::text::safe;
 
 /// Runs it.
 pub(super) fn main(prepared: Prepared) -> ExitCode {
@@ -102,7 +105,21 @@ async fn run(prepared: Prepared, started_as: &mut Option<Dataplane>) -> Result<(
     };
     settings.args.closed = socket.iter().filter_map(|socket| socket.tcp_address).collect();
     // The dataplane needs its sessions' listener from the start on.
-    connection.open().await?;
+    let client = connection.open().await?;
+    let asked = v1::ListVmsRequest {
+        page_size: 1,
+        ..Default::default()
+    };
+    // One that does not answer now may do so later. One that refuses will refuse the dataplane, too.
+    if let Err(status) = client.vms().list_vms(unary(asked)).await
+        && status.code() == tonic::Code::PermissionDenied
+    {
+        let server = connection.server()?;
+        let why = describe(&status);
+        return Err(Failure::Failed(format!(
+            "the controlplane at {server} refuses: {why}"
+        )));
+    }
     let dataplane = Dataplane::start(settings).map_err(|e| Failure::Failed(e.to_string()))?;
     let dataplane = started_as.insert(dataplane);
     dataplane.listens().await?;
@@ -152,8 +169,21 @@ async fn run(prepared: Prepared, started_as: &mut Option<Dataplane>) -> Result<(
 
     let notifier = Notifier::start(config.notification.clone());
     let command = command_line(&connection);
-    let mut watch = Watch::start(connection, name, command.clone(), notifier.clone());
+    let mut watch = Watch::start(
+        connection.clone(),
+        name.clone(),
+        command.clone(),
+        notifier.clone(),
+    );
     let watching = async {
+        // Without a session nothing of a guest's would get out.
+        has_session(&connection, &name, |why| {
+            tracing::warn!(
+                "the dataplane has no session with the controlplane, so nothing is let out: {}",
+                safe(why)
+            );
+        })
+        .await;
         watch.begin().await;
         notifier.tell(Notification::new(Kind::Ready));
         tracing::info!(vm, "what is held is listed by: {command} pending list");
