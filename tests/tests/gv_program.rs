@@ -305,7 +305,11 @@ fn what_cannot_be_is_said_and_the_status_tells() {
             &text(&pid),
         ]);
         assert_eq!(busy.code, 1, "{busy:?}");
-        assert!(busy.stderr.contains("127.0.0.1:2222"), "{busy:?}");
+        // Once, and in the words of who typed it.
+        let said = "-ssh-port: tcp 127.0.0.1:2222 is already in use by ";
+        assert!(busy.stderr.contains(said), "{busy:?}");
+        assert_eq!(busy.stderr.matches("127.0.0.1:2222").count(), 1, "{busy:?}");
+        assert!(!busy.stderr.contains("--publish"), "{busy:?}");
         assert!(!socket.exists() && !pid.exists(), "nothing is left");
 
         let nowhere = run(&[
@@ -320,7 +324,7 @@ fn what_cannot_be_is_said_and_the_status_tells() {
         assert!(
             nowhere
                 .stderr
-                .contains("cannot open the log file /nonexistent/gv.log: No such file"),
+                .contains("-log-file: /nonexistent/gv.log cannot be made, as its directory is not there; run: mkdir -p /nonexistent"),
             "{nowhere:?}"
         );
         let nowhere = run(&[
@@ -335,9 +339,55 @@ fn what_cannot_be_is_said_and_the_status_tells() {
         assert!(
             nowhere
                 .stderr
-                .contains("cannot write the pid file /nonexistent/p"),
+                .contains("-pid-file: /nonexistent/p cannot be made, as its directory is not there; run: mkdir -p /nonexistent"),
             "{nowhere:?}"
         );
+
+        let link = world.runtime_dir().join("link.pcap");
+        symlink("nothing", &link).unwrap();
+        let services = "tcp://127.0.0.1:2222";
+        for (flags, told) in [
+            (
+                ["-pcap", &text(&link)],
+                format!("-pcap {} is a link that leads to nothing", link.display()),
+            ),
+            (
+                ["-services", services],
+                format!(
+                    "(pid {}) listens there; end it, or give another place",
+                    std::process::id()
+                ),
+            ),
+        ] {
+            let url = format!("unix://{}", socket.display());
+            let refused = run(&[&["-ssh-port", "-1", "-listen-qemu", &url], &flags[..]].concat());
+            assert_eq!(refused.code, 1, "{refused:?}");
+            assert_eq!(refused.stderr.matches("level=fatal").count(), 1, "{refused:?}");
+            assert!(refused.stderr.contains(&told), "{told}: {refused:?}");
+        }
+    });
+}
+
+#[test]
+fn the_services_are_served_where_no_guest_can_come() {
+    staged(the_services_are_served_where_no_guest_can_come, |world| {
+        let socket = world.runtime_dir().join("services.sock");
+        let url = format!("unix://{}", socket.display());
+        let mut gvproxy = Running::start(world.gvproxy(&["-ssh-port", "-1", "-services", &url]));
+        let log = gvproxy.complains("msg=ready");
+        assert!(log.contains("level=warning msg=\"no guest can attach"), "{log}");
+        assert!(!log.contains("what is held"), "nothing ever is: {log}");
+        let mut curl = world.program("curl");
+        curl.args([
+            "-sS",
+            "--unix-socket",
+            &text(&socket),
+            "http://gvproxy/services/forwarder/all",
+        ]);
+        assert_eq!(Running::start(curl).wait().stdout, "[]\n");
+        let (ended, _) = end(gvproxy, Signal::SIGTERM);
+        assert_eq!(ended.code, 0, "{ended:?}");
+        assert!(!socket.exists());
     });
 }
 

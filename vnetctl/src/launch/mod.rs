@@ -32,7 +32,9 @@ pub use vnet_dataplane::config::{
 };
 pub use vnet_dataplane::egress::resolver::host::{HostResolver, RESOLV_CONF};
 pub use vnet_dataplane::egress::stream::{AsyncStream, HostStream};
-pub use vnet_dataplane::forward::{FORWARDS_MAX, ForwardSpec};
+pub use vnet_dataplane::forward::{
+    FORWARDS_MAX, ForwardSpec, Holder, holder_of as holder_of_port, look as look_at_forward,
+};
 pub use vnet_dataplane::front::{self, FrontMessage, FrontReceiver, FrontSender, NotSent};
 pub use vnet_dataplane::link::listen::is_stale as is_stale_socket;
 pub use vnet_dataplane::link::listen::{SocketFile, StreamListener};

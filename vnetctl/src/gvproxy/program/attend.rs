@@ -31,6 +31,8 @@ struct Told {
     /// Where what the command line cannot say stands.
     own_file: String,
     vms: HashMap<String, Vm>,
+    /// Something can be held, which was told.
+    holds: bool,
     /// Ids of pending requests.
     pending: HashSet<String>,
     /// Those from before the watch began anew, which have not been listed again.
@@ -63,6 +65,7 @@ impl Watch {
                 command,
                 own_file,
                 vms: HashMap::new(),
+                holds: false,
                 pending: HashSet::new(),
                 earlier: HashSet::new(),
             },
@@ -98,6 +101,10 @@ impl Watch {
                 self.questions.begin_again()
             }
             Seen::Vm(vm) => {
+                if self.told.may_hold(&vm) {
+                    let command = &self.told.command;
+                    tracing::info!(vm = vm.name, "what is held is listed by: {command} pending list");
+                }
                 if let Some(line) = self.told.other_name(&vm) {
                     tracing::warn!(vm = vm.name, mac = vm.mac, "{line}");
                 }
@@ -189,6 +196,14 @@ impl Told {
             news.push(of(Kind::ConnectionClosed));
         }
         news
+    }
+
+    /// Whether this is the first VM of which something can be held: in the open nothing is, nor where all is decided.
+    fn may_hold(&mut self, vm: &v1::Vm) -> bool {
+        let holds = matches!(vm.mode(), v1::Mode::Ask | v1::Mode::Enforce);
+        let is_first = holds && !self.holds;
+        self.holds |= holds;
+        is_first
     }
 
     /// What a person should know of a VM that is new, and has not the name that its socket has for it.
@@ -359,6 +374,7 @@ mod tests {
             command: "vnetctl".to_owned(),
             own_file: "/home/u/.config/vnet/gvproxy.yaml".to_owned(),
             vms: HashMap::new(),
+            holds: false,
             pending: HashSet::new(),
             earlier: HashSet::new(),
         }
@@ -430,6 +446,27 @@ mod tests {
         assert_eq!(told.other_name(&other).as_deref(), Some(line));
         told.vm(&other);
         assert_eq!(told.other_name(&other), None);
+    }
+
+    #[test]
+    fn where_what_is_held_is_listed_is_told_once_something_can_be() {
+        let mut told = told();
+        let mut may_hold = |mode: v1::Mode| {
+            told.may_hold(&v1::Vm {
+                mode: mode.into(),
+                ..vm("a", v1::VmState::Attached, "")
+            })
+        };
+        for never in [
+            v1::Mode::Open,
+            v1::Mode::Block,
+            v1::Mode::Observe,
+            v1::Mode::Quarantine,
+        ] {
+            assert!(!may_hold(never), "{never:?}");
+        }
+        assert!(may_hold(v1::Mode::Ask));
+        assert!(!may_hold(v1::Mode::Ask) && !may_hold(v1::Mode::Enforce), "once");
     }
 
     #[test]

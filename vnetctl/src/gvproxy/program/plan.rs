@@ -9,17 +9,13 @@ use crate::cmd::treat::Treatment;
 use crate::gvproxy::config::{Config, Endpoint, HostPort, LogLevel};
 use crate::gvproxy::own::Own;
 use crate::gvproxy::services::has_ipv6;
-use crate::launch::{DataplaneArgs, Document, ListenAt, NAME_CHARACTERS_MAX, ZoneSettings};
+use crate::launch::{DataplaneArgs, Document, ListenAt, NAME_CHARACTERS_MAX, Settings};
 
 /// What is to be started.
-#[derive(Debug, Clone)]
+#[derive(Debug)]
 pub struct Plan {
-    /// The dataplane's flags.
-    pub args: DataplaneArgs,
-    /// How its VMs are treated.
-    pub treatment: Treatment,
-    /// Its local zones, and no other.
-    pub zones: Vec<ZoneSettings>,
+    /// The dataplane: its flags, how its VMs are treated, and its local zones, and no other.
+    pub settings: Settings,
     /// What is logged: also what `stack.debug` asks for.
     pub log_level: LogLevel,
     /// Where the services API listens beside the sockets that carry `/connect`.
@@ -170,9 +166,12 @@ pub fn plan(
     args.guest_api = own.guest_api.as_ref().is_none_or(|given| given.value);
     if problems.is_empty() {
         Ok(Plan {
-            args,
-            treatment,
-            zones,
+            settings: Settings {
+                args,
+                treatment,
+                zones: Some(zones),
+                ..Settings::default()
+            },
             log_level: if stack.debug {
                 config.log_level.max(LogLevel::Debug)
             } else {
@@ -322,7 +321,7 @@ mod tests {
     use crate::gvproxy::flags::Flags;
     use crate::gvproxy::origin::{Given, Origin};
     use crate::gvproxy::yaml::FileConfig;
-    use crate::launch::{ZoneRecordSettings, document, is_name};
+    use crate::launch::{ZoneRecordSettings, ZoneSettings, document, is_name};
 
     fn planned(line: &str, file: &str, own: &Own) -> Result<Plan, Vec<String>> {
         planned_as(line, file, own, "web")
@@ -332,6 +331,7 @@ mod tests {
         let host = Host {
             search_domains: &["lan".parse().unwrap()],
             exists: &|_| Ok(false),
+            is_no_directory: &|_| false,
         };
         let flags = Flags::parse(line.split_whitespace().map(OsString::from)).unwrap();
         let (file, _) = FileConfig::parse("f.yaml", file, true).unwrap();
@@ -349,7 +349,7 @@ mod tests {
     fn what_podman_types_becomes_flags() {
         let line = "-debug -mtu 1500 -ssh-port 4022 -listen-qemu unix:///run/a%20b%3F.sock -listen unix:///run/api.sock";
 
-        let args = planned(line, "", &Own::default()).unwrap().args;
+        let args = planned(line, "", &Own::default()).unwrap().settings.args;
 
         assert_eq!(args.listen_qemu, ["unix:///run/a b%3F.sock?name=web"]);
         assert_eq!(args.listen, ["unix:///run/api.sock?name=web-listen"]);
@@ -374,7 +374,10 @@ mod tests {
     fn forwards_of_the_file_listen_where_it_says() {
         let file = "stack:\n  forwards:\n    \"localhost:80\": 192.168.127.2:8080\n    \"udp:[::1]:53\": 192.168.127.3:53\n    \":81\": 192.168.127.2:81\n";
 
-        let args = planned("-config f.yaml", file, &Own::default()).unwrap().args;
+        let args = planned("-config f.yaml", file, &Own::default())
+            .unwrap()
+            .settings
+            .args;
 
         let mut expected = vec![
             "127.0.0.1:80:192.168.127.2:8080/tcp",
@@ -450,6 +453,7 @@ stack:
         let host = Host {
             search_domains: &["lan".parse().unwrap()],
             exists: &|_| Ok(false),
+            is_no_directory: &|_| false,
         };
         let flags = Flags::parse(["-config", "f.yaml"].map(OsString::from)).unwrap();
         let (file, _) = FileConfig::parse("f.yaml", WHOLE, true).unwrap();
@@ -508,9 +512,9 @@ stack:
             guest_api: true,
             ..DataplaneArgs::default()
         };
-        assert_eq!(format!("{:#?}", plan.args), format!("{expected:#?}"));
+        assert_eq!(format!("{:#?}", plan.settings.args), format!("{expected:#?}"));
         assert_eq!(
-            plan.treatment,
+            plan.settings.treatment,
             Treatment {
                 document: Some(policy),
                 ec2_metadata_access: true,
@@ -523,7 +527,7 @@ stack:
             address: address.to_owned(),
         };
         assert_eq!(
-            plan.zones,
+            plan.settings.zones.unwrap(),
             [
                 ZoneSettings {
                     name: "lab.internal".to_owned(),
@@ -574,7 +578,10 @@ stack:
         // The peer's file may name one of these three.
         let listens = |interface: &str| {
             let file = format!("interfaces: {{{interface}, vfkit: \"unixgram:///v\"}}");
-            let args = planned("-config f.yaml", &file, &Own::default()).unwrap().args;
+            let args = planned("-config f.yaml", &file, &Own::default())
+                .unwrap()
+                .settings
+                .args;
             [
                 args.listen_qemu,
                 args.listen_vfkit,
@@ -605,7 +612,7 @@ stack:
     #[test]
     fn each_of_several_sockets_has_a_name_of_its_own() {
         let names = |line: &str, vm: &str| {
-            let args = planned_as(line, "", &Own::default(), vm).unwrap().args;
+            let args = planned_as(line, "", &Own::default(), vm).unwrap().settings.args;
             let urls = [
                 &args.listen_qemu,
                 &args.listen_vfkit,
@@ -649,7 +656,7 @@ stack:
     fn a_file_that_closes_everything_or_all_but_names_is_a_mode_or_a_policy() {
         let mode = |file: &str| {
             let plan = planned("-config f.yaml -listen-stdio=accept", file, &Own::default()).unwrap();
-            plan.treatment.mode
+            plan.settings.treatment.mode
         };
         assert_eq!(mode("stack: {blockAllOutbound: true}"), Some(Mode::Block));
         assert_eq!(mode("stack: {blockAllOutbound: false}"), None);
@@ -661,6 +668,7 @@ stack:
         let file = "stack: {nat: {192.168.127.254: 127.0.0.2}}";
         let args = planned("-config f.yaml -listen-stdio=accept", file, &Own::default())
             .unwrap()
+            .settings
             .args;
         assert_eq!(args.host_alias.as_deref(), Some("none"));
         assert_eq!(args.nat, ["192.168.127.254=127.0.0.2"]);
@@ -683,7 +691,7 @@ stack:
             ("-secure-mode", &off, false),
         ] {
             assert_eq!(
-                planned(line, "", own).unwrap().args.guest_api,
+                planned(line, "", own).unwrap().settings.args.guest_api,
                 is_served,
                 "{line}"
             );
@@ -704,9 +712,9 @@ stack:
         let alone = planned("", "", &own).unwrap();
         let both = planned("-secure-mode", "", &own).unwrap();
 
-        assert_eq!(alone.treatment.mode, Some(Mode::Observe));
-        assert_eq!(alone.args.labels, ["team=a"]);
-        assert_eq!(both.treatment.mode, Some(Mode::Ask));
+        assert_eq!(alone.settings.treatment.mode, Some(Mode::Observe));
+        assert_eq!(alone.settings.args.labels, ["team=a"]);
+        assert_eq!(both.settings.treatment.mode, Some(Mode::Ask));
         assert_eq!(
             both.warnings,
             ["VNET_MODE: mode observe is not used, as the command line or its file says ask"]

@@ -6,6 +6,7 @@ use std::sync::Arc;
 
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::task::JoinSet;
+use vnet_proto::model::{ForwardListen, Protocol};
 use vnet_proto::v1;
 
 use super::attend::Watch;
@@ -20,7 +21,7 @@ use crate::failure::{Failure, describe, with_causes};
 use crate::gvproxy;
 use crate::gvproxy::services::{GuestApi, Services, ServicesConfig, policy_in_force};
 use crate::gvproxy::ssh::{self, Timing};
-use crate::launch::{Dataplane, DataplaneError, open_pcap};
+use crate::launch::{Dataplane, DataplaneError, look_at_forward, open_pcap};
 use crate::output::text::safe;
 
 /// Runs it.
@@ -80,11 +81,12 @@ async fn run(prepared: Prepared, started_as: &mut Option<Dataplane>) -> Result<(
         loaded,
         vm,
         plan,
-        mut settings,
+        forwards_by,
         token,
         connection,
     } = prepared;
     let config = loaded.config;
+    let mut settings = plan.settings;
     let name = settings.args.name.clone().unwrap_or_default();
     let is_restricted = settings.treatment.document.is_some() || settings.treatment.mode.is_some();
     let guests = settings.args.guest_api.then_some(GuestApi { token });
@@ -93,6 +95,18 @@ async fn run(prepared: Prepared, started_as: &mut Option<Dataplane>) -> Result<(
         let waiting = || tracing::info!("waiting for a reader of {shown}");
         let opened = open_pcap(path, config.interfaces.stdio, waiting).await;
         settings.pcap = Some(opened.map_err(|error| Failure::Failed(format!("-pcap {shown} {error}")))?);
+    }
+    // What cannot be is told in the words that it was asked for in. What takes a port from here on, the dataplane tells.
+    for forward in &plan.forwards {
+        let protocol = if forward.is_udp {
+            Protocol::Udp
+        } else {
+            Protocol::Tcp
+        };
+        for at in &forward.listens {
+            look_at_forward(protocol, &ForwardListen::Address(*at))
+                .map_err(|error| Failure::Failed(format!("{forwards_by}: {}", with_causes(&error))))?;
+        }
     }
     // Before the dataplane, which has to know what is closed to guests.
     let socket = match (&plan.services, &config.services) {
@@ -186,7 +200,7 @@ async fn run(prepared: Prepared, started_as: &mut Option<Dataplane>) -> Result<(
         .await;
         watch.begin().await;
         notifier.tell(Notification::new(Kind::Ready));
-        tracing::info!(vm, "what is held is listed by: {command} pending list");
+        tracing::info!(vm, "ready");
         watch.follow().await
     };
     tokio::select! {
