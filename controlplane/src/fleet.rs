@@ -170,6 +170,8 @@ pub struct Denied {
 pub struct Vm {
     /// What decisions read of it.
     pub view: VmView,
+    /// The name that it asked for, where another VM had it; else empty.
+    pub wanted_name: String,
     /// Its handle.
     pub handle: VmId,
     /// Its dataplane.

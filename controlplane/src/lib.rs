@@ -30,6 +30,7 @@ pub mod store;
 pub mod suggest;
 #[cfg(test)]
 mod testing;
+mod turned_away;
 pub mod watch;
 
 pub use config::{Args, Config, ConfigError};

@@ -20,7 +20,8 @@ use tonic::transport::server::Connected;
 use crate::config::Endpoint;
 use crate::metrics::Metrics;
 use crate::paths::{self, PathError};
-use crate::peer::{self, Peer};
+use crate::peer::{self, Peer, PeerError};
+use crate::turned_away::TurnedAway;
 
 /// Why nothing can listen somewhere.
 #[derive(Debug, thiserror::Error)]
@@ -148,6 +149,7 @@ pub struct Listener {
     kind: Kind,
     attached: Attached,
     metrics: Arc<Metrics>,
+    turned_away: TurnedAway,
 }
 
 #[derive(Debug)]
@@ -191,6 +193,7 @@ impl Listener {
             kind,
             attached: attached.clone(),
             metrics: Arc::clone(metrics),
+            turned_away: TurnedAway::new(),
         })
     }
 
@@ -241,6 +244,9 @@ impl Stream for Listener {
                         .map(ToString::to_string)
                         .unwrap_or_default();
                     tracing::warn!(error = %e, cause, "connection refused");
+                    if let PeerError::OtherNamespace { .. } = e {
+                        this.turned_away.answer(stream);
+                    }
                 }
             }
         }

@@ -74,7 +74,7 @@ pub enum PeerError {
 /// Checks the peer of an accepted connection.
 ///
 /// # Errors
-/// [`PeerError`]: the connection is to be closed without a word.
+/// [`PeerError`]: nothing that the peer says may be heard. One in another namespace may be told that it is refused.
 pub fn check(stream: &UnixStream) -> Result<Peer, PeerError> {
     let credentials = stream.peer_cred().map_err(PeerError::Unknown)?;
     let (found, expected) = (credentials.uid(), nix::unistd::geteuid().as_raw());

@@ -40,7 +40,7 @@ impl Peer {
         let mut command = world.gvproxy(&[&sockets[..], flags].concat());
         command.envs(variables.iter().copied());
         let mut running = Running::start(command);
-        running.complains("what is held is listed by");
+        running.complains("msg=ready");
         Peer {
             running,
             listen,

@@ -1,13 +1,15 @@
 //! `gvproxy` as its callers start it: the order of what it does, its files, its log and notifications, and how it ends.
 
 use std::fs;
-use std::os::unix::fs::PermissionsExt as _;
+use std::os::unix::fs::{PermissionsExt as _, symlink};
+use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::time::{Duration, Instant};
 
 use nix::sys::signal::Signal;
 use serde_json::Value;
-use vnet_tests::{FIRST_MAC, Running, eventually, http, notices, staged};
+use vnet_tests::{Controlplane, Ended, FIRST_MAC, Running, World, eventually, http, notices, staged};
 
 /// What a clean end may take, with some room for a busy machine.
 const END: Duration = Duration::from_secs(1);
@@ -91,6 +93,149 @@ fn what_podman_types_serves_its_guest_and_ends_without_a_trace() {
     );
 }
 
+/// Names of VMs that have spoken.
+fn names(world: &World) -> Vec<String> {
+    let vms = world.list(&["vm", "list"]);
+    let spoken = vms
+        .iter()
+        .filter(|vm| vm["mac"].as_str().is_some_and(|mac| !mac.is_empty()));
+    let mut names: Vec<_> = spoken
+        .filter_map(|vm| Some(vm["name"].as_str()?.to_owned()))
+        .collect();
+    names.sort();
+    names
+}
+
+#[test]
+fn no_guest_has_the_place_of_another_sockets_and_who_is_called_otherwise_is_told() {
+    staged(
+        no_guest_has_the_place_of_another_sockets_and_who_is_called_otherwise_is_told,
+        |world| {
+            const STAY: [&str; 3] = ["sh", "-c", "ping -c 1 -W 5 192.168.127.1; exec sleep 60"];
+            let start = |number: usize, flags: &[&str]| {
+                let socket = world.runtime_dir().join(format!("qemu{number}.sock"));
+                let qemu = format!("unix://{}", socket.display());
+                let mut gvproxy =
+                    world.gvproxy(&[&["-ssh-port", "-1", "-listen-qemu", &qemu], flags].concat());
+                gvproxy.env("VNET_VM", "web");
+                let mut gvproxy = Running::start(gvproxy);
+                gvproxy.complains("waiting for clients");
+                (gvproxy, socket)
+            };
+            let listen = world.runtime_dir().join("listen.sock");
+            let (first, socket) = start(1, &["-listen", &format!("unix://{}", listen.display())]);
+            let mut load = world.load();
+            load.args(["guest", "--framing", "connect", "--socket"])
+                .arg(&listen);
+            load.arg("--").args(STAY);
+            // Whoever comes to the other socket first does not have the hypervisor's name, which is free.
+            let _other = Running::start(load);
+            eventually("the one at -listen is there", || names(world) == ["web-listen"]);
+            let _guest = world.guest(&socket, &STAY);
+            eventually("both are there", || names(world) == ["web", "web-listen"]);
+
+            // Another one's, by the same name.
+            let (mut second, socket) = start(2, &[]);
+            let _guest = world.guest(&socket, &STAY);
+            let log = second.complains("level=warning msg=\"another VM is called web, so this one is web-2");
+            assert!(
+                log.contains("name it with VNET_VM=NAME, or with vm: NAME in /"),
+                "{log}"
+            );
+            // Of this one's, a further guest has what its place is called.
+            let mac = ["--mac", "02:00:00:00:00:07"];
+            let mut load = world.load();
+            load.arg("guest")
+                .args(mac)
+                .arg("--socket")
+                .arg(world.runtime_dir().join("qemu1.sock"));
+            load.arg("--").args(STAY);
+            let _further = Running::start(load);
+            eventually("all are there", || names(world).len() == 4);
+            assert!(
+                !first.stderr().contains("another VM is called web,"),
+                "{}",
+                first.stderr()
+            );
+        },
+    );
+}
+
+/// A program, in a network namespace of its own.
+fn apart(world: &World, command: &Command) -> Ended {
+    let mut apart = world.program("unshare");
+    apart
+        .arg("-n")
+        .arg(command.get_program())
+        .args(command.get_args());
+    Running::start(apart).wait()
+}
+
+#[test]
+fn in_another_network_namespace_than_the_controlplane_it_says_so_and_ends() {
+    staged(
+        in_another_network_namespace_than_the_controlplane_it_says_so_and_ends,
+        |world| {
+            let controlplane = Controlplane::start(world, Signal::SIGTERM);
+            let why = "this process is in another network namespace than the controlplane";
+            let [notices, socket] = ["n.sock", "qemu.sock"].map(|name| world.runtime_dir().join(name));
+            let listener = UnixListener::bind(&notices).unwrap();
+            let url = |path: &Path| format!("unix://{}", path.display());
+            let words = ["-listen-qemu", &url(&socket), "-notification", &url(&notices)];
+            let ended = apart(world, &world.gvproxy(&words));
+            assert_eq!(ended.code, 1, "{ended:?}");
+            assert!(
+                ended.stderr.contains(why) && ended.stderr.contains("XDG_RUNTIME_DIR"),
+                "{ended:?}"
+            );
+            listener.set_nonblocking(true).unwrap();
+            assert!(listener.accept().is_err(), "it was not ready");
+
+            let listed = apart(world, &world.command(&["vm", "list"]));
+            assert!(listed.code == 1 && listed.stderr.contains(why), "{listed:?}");
+            // And a dataplane, which no gvproxy asked before.
+            let mut dataplane = world.program("vnet-dataplane");
+            dataplane.args([
+                "--controlplane",
+                controlplane.session_url(),
+                "--listen-qemu",
+                &url(&socket),
+            ]);
+            let refused = apart(world, &dataplane);
+            assert!(refused.code != 0 && refused.stderr.contains(why), "{refused:?}");
+            // Its own are served all the while.
+            world.vnetctl(&["vm", "list"]);
+        },
+    );
+}
+
+#[test]
+fn ready_is_not_told_before_the_dataplane_has_its_session() {
+    staged(ready_is_not_told_before_the_dataplane_has_its_session, |world| {
+        let at = |name: &str| world.runtime_dir().join(name);
+        let url = |path: &Path| format!("unix://{}", path.display());
+        let _controlplane = Controlplane::start(world, Signal::SIGTERM);
+        // The API is where a session is not.
+        let [notices, control, session] = ["n.sock", "control.sock", "session.sock"].map(at);
+        symlink(world.control_socket(), &control).unwrap();
+        let listener = UnixListener::bind(&notices).unwrap();
+        listener.set_nonblocking(true).unwrap();
+        let words = [
+            "-listen-qemu",
+            &url(&at("qemu.sock")),
+            "-notification",
+            &url(&notices),
+        ];
+        let mut gvproxy = world.gvproxy(&words);
+        gvproxy.env("VNET_SERVER", url(&control));
+        let mut gvproxy = Running::start(gvproxy);
+        gvproxy.complains("the dataplane has no session with the controlplane");
+        assert!(listener.accept().is_err(), "nobody is told");
+        symlink(world.control_socket().with_file_name("session.sock"), session).unwrap();
+        eventually("it is ready", || listener.accept().is_ok());
+    });
+}
+
 #[test]
 fn a_busy_guest_keeps_it_no_longer_than_an_idle_one() {
     staged(a_busy_guest_keeps_it_no_longer_than_an_idle_one, |world| {
@@ -160,7 +305,11 @@ fn what_cannot_be_is_said_and_the_status_tells() {
             &text(&pid),
         ]);
         assert_eq!(busy.code, 1, "{busy:?}");
-        assert!(busy.stderr.contains("127.0.0.1:2222"), "{busy:?}");
+        // Once, and in the words of who typed it.
+        let said = "-ssh-port: tcp 127.0.0.1:2222 is already in use by ";
+        assert!(busy.stderr.contains(said), "{busy:?}");
+        assert_eq!(busy.stderr.matches("127.0.0.1:2222").count(), 1, "{busy:?}");
+        assert!(!busy.stderr.contains("--publish"), "{busy:?}");
         assert!(!socket.exists() && !pid.exists(), "nothing is left");
 
         let nowhere = run(&[
@@ -175,7 +324,7 @@ fn what_cannot_be_is_said_and_the_status_tells() {
         assert!(
             nowhere
                 .stderr
-                .contains("cannot open the log file /nonexistent/gv.log: No such file"),
+                .contains("-log-file: /nonexistent/gv.log cannot be made, as its directory is not there; run: mkdir -p /nonexistent"),
             "{nowhere:?}"
         );
         let nowhere = run(&[
@@ -190,9 +339,55 @@ fn what_cannot_be_is_said_and_the_status_tells() {
         assert!(
             nowhere
                 .stderr
-                .contains("cannot write the pid file /nonexistent/p"),
+                .contains("-pid-file: /nonexistent/p cannot be made, as its directory is not there; run: mkdir -p /nonexistent"),
             "{nowhere:?}"
         );
+
+        let link = world.runtime_dir().join("link.pcap");
+        symlink("nothing", &link).unwrap();
+        let services = "tcp://127.0.0.1:2222";
+        for (flags, told) in [
+            (
+                ["-pcap", &text(&link)],
+                format!("-pcap {} is a link that leads to nothing", link.display()),
+            ),
+            (
+                ["-services", services],
+                format!(
+                    "(pid {}) listens there; end it, or give another place",
+                    std::process::id()
+                ),
+            ),
+        ] {
+            let url = format!("unix://{}", socket.display());
+            let refused = run(&[&["-ssh-port", "-1", "-listen-qemu", &url], &flags[..]].concat());
+            assert_eq!(refused.code, 1, "{refused:?}");
+            assert_eq!(refused.stderr.matches("level=fatal").count(), 1, "{refused:?}");
+            assert!(refused.stderr.contains(&told), "{told}: {refused:?}");
+        }
+    });
+}
+
+#[test]
+fn the_services_are_served_where_no_guest_can_come() {
+    staged(the_services_are_served_where_no_guest_can_come, |world| {
+        let socket = world.runtime_dir().join("services.sock");
+        let url = format!("unix://{}", socket.display());
+        let mut gvproxy = Running::start(world.gvproxy(&["-ssh-port", "-1", "-services", &url]));
+        let log = gvproxy.complains("msg=ready");
+        assert!(log.contains("level=warning msg=\"no guest can attach"), "{log}");
+        assert!(!log.contains("what is held"), "nothing ever is: {log}");
+        let mut curl = world.program("curl");
+        curl.args([
+            "-sS",
+            "--unix-socket",
+            &text(&socket),
+            "http://gvproxy/services/forwarder/all",
+        ]);
+        assert_eq!(Running::start(curl).wait().stdout, "[]\n");
+        let (ended, _) = end(gvproxy, Signal::SIGTERM);
+        assert_eq!(ended.code, 0, "{ended:?}");
+        assert!(!socket.exists());
     });
 }
 

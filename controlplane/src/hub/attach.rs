@@ -423,6 +423,7 @@ impl State {
             .unwrap_or_default();
         let effective = Arc::new(Effective::compose(now, &view, None, None, Modes::default()));
         let vm = Vm {
+            wanted_name: if name == up.name { String::new() } else { up.name },
             view,
             handle: up.handle,
             dataplane: number,

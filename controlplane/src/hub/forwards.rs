@@ -110,7 +110,7 @@ impl State {
         if !vm.addresses.is_empty() && !vm.addresses.contains(&target) {
             let text =
                 format!("{target} is not an address of VM {name}, and a VM opens ports to itself alone");
-            return Err(Refusal::field("forward.target", text));
+            return Err(Refusal::Denied(text));
         }
         let context = context(vm, &dataplane.guarded, None);
         let listen = if wish.any_address && context.policy.mode().is_some() {

@@ -454,8 +454,13 @@ fn a_taken_name_gets_a_number_and_a_bad_one_is_refused() {
     let rig = Rig::open();
     let dp = rig.dataplane_with(hello(1, vec![vm_up(1, "web"), vm_up(2, "web")]));
     dp.say(Message::VmUp(vm_up(3, "web")));
-    let names: Vec<String> = rig.hub.vms(None).into_iter().map(|vm| vm.name).collect();
-    assert_eq!(names, ["web", "web-2", "web-3"]);
+    let vms = rig.hub.vms(None).into_iter();
+    let names: Vec<_> = vms.map(|vm| (vm.name, vm.wanted_name)).collect();
+    let named = [("web", ""), ("web-2", "web"), ("web-3", "web")];
+    assert_eq!(
+        names,
+        named.map(|(name, wanted)| (name.to_owned(), wanted.to_owned()))
+    );
     assert!(dp.try_say(Message::VmUp(vm_up(4, "a b"))).is_err());
     assert!(
         dp.try_say(Message::Hello(hello(1, vec![]))).is_err(),

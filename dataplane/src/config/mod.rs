@@ -300,7 +300,8 @@ impl Config {
             + args.listen_bess.len()
             + args.listen_vpnkit.len()
             + args.listen_stdio.len();
-        if asked_for_a_link == 0 && args.link_fd.is_none() {
+        // One with a front serves what that asks for, guests or not.
+        if asked_for_a_link == 0 && args.link_fd.is_none() && args.front_fd.is_none() {
             problems.push(Problem::NoLink);
         }
         let forwards = network::forwards(args, &network, &mut problems);
@@ -640,6 +641,6 @@ fn canonical(address: IpAddr) -> IpAddr {
 }
 
 /// Characters of a name.
-const NAME_CHARACTERS_MAX: usize = 63;
+pub const NAME_CHARACTERS_MAX: usize = 63;
 /// Below are standard input, output and error.
 const FIRST_INHERITED: RawFd = 3;

@@ -60,6 +60,20 @@ impl Bound {
     }
 }
 
+/// Whether a place can be bound now, without listening there. A Unix socket's is looked at when it is made.
+pub(super) fn look(protocol: Protocol, listen: &ForwardListen) -> Result<(), ForwardError> {
+    let ForwardListen::Address(address) = listen else {
+        return Ok(());
+    };
+    let kind = match protocol {
+        Protocol::Udp => Type::DGRAM,
+        _ => Type::STREAM,
+    };
+    open(*address, kind)
+        .map(drop)
+        .map_err(|error| ForwardError::of(protocol, listen, error))
+}
+
 /// A socket that is bound. One of IPv6 has IPv6 alone, so that `[::]` and `0.0.0.0` are two places.
 fn open(address: SocketAddr, kind: Type) -> io::Result<Socket> {
     let socket = Socket::new(Domain::for_address(address), kind, None)?;

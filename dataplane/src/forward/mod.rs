@@ -379,6 +379,21 @@ fn check(forward: &Forward) -> Result<(), ForwardError> {
     Ok(())
 }
 
+/// What would stand in the way of a forward that listens there, for whoever wants to say so in words of its own before
+/// it starts a dataplane. What takes the place later is told by that.
+///
+/// # Errors
+/// Why it could not listen.
+pub fn look(protocol: Protocol, listen: &ForwardListen) -> Result<(), ForwardError> {
+    let looking = holder::Allowance::new();
+    bind::look(protocol, listen).map_err(|error| named_by_system(error, &looking))
+}
+
+/// What has a place, as far as the system tells.
+pub fn holder_of(protocol: Protocol, listen: &ForwardListen) -> Option<Holder> {
+    holder::process(protocol, listen, &holder::Allowance::new())
+}
+
 /// Names the forward that is in the way of another, if one is.
 fn named_by_forwards<'a>(
     error: ForwardError,

@@ -75,10 +75,13 @@ impl FromStr for PortRange {
             return Ok(Self::ALL);
         }
         let port = |part: &str| -> Result<u16, String> {
-            part.parse::<u16>()
-                .ok()
-                .filter(|p| *p != 0 && part.bytes().all(|b| b.is_ascii_digit()))
-                .ok_or_else(|| format!("port {part:?} is out of range (expected 1 to 65535)"))
+            if part.is_empty() || !part.bytes().all(|b| b.is_ascii_digit()) {
+                return Err(format!(
+                    "{text:?} is not a port (expected one as 443 or a range as 8000-8999)"
+                ));
+            }
+            let port = part.parse().ok().filter(|port| *port != 0);
+            port.ok_or_else(|| format!("port {part} is out of range (expected 1 to 65535)"))
         };
         let (first, last) = match text.split_once('-') {
             Some((first, last)) => (port(first)?, port(last)?),

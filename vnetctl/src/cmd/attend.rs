@@ -5,7 +5,7 @@
 //! still holds, so the questions come back.
 
 use std::collections::HashMap;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use tokio::sync::mpsc;
 use tokio::task::AbortHandle;
@@ -229,6 +229,36 @@ pub async fn look(connection: &Connection, id: &str) -> Result<v1::PendingReques
         .ok_or_else(|| Failure::Failed(format!("the controlplane said nothing of request {id}")))
 }
 
+/// Returns once the dataplane that serves this network has a session with the controlplane. What stands in the way is
+/// told once, `late` in a while.
+pub async fn has_session(connection: &Connection, network: &str, late: impl Fn(&str)) {
+    let began = Instant::now();
+    let mut is_told = false;
+    loop {
+        let why = match session(connection, network).await {
+            Ok(()) => return,
+            Err(why) => why,
+        };
+        if !is_told && began.elapsed() >= SESSION_PATIENCE {
+            is_told = true;
+            late(&why);
+        }
+        tokio::time::sleep(SESSION_INTERVAL).await;
+    }
+}
+
+/// Whether it has one; else why not. Zones of a network are listed while its dataplane is connected.
+async fn session(connection: &Connection, network: &str) -> Result<(), String> {
+    let client = connection.open().await.map_err(|failure| failure.to_string())?;
+    let request = v1::ListZonesRequest {
+        network: network.to_owned(),
+    };
+    match client.dns().list_zones(unary(request)).await {
+        Ok(_) => Ok(()),
+        Err(status) => Err(describe(&status)),
+    }
+}
+
 /// How `vnetctl` is to be called so that it reaches the same controlplane.
 pub fn command_line(connection: &Connection) -> String {
     match &connection.named {
@@ -260,6 +290,9 @@ pub fn say(acts: Vec<Act>) -> Vec<Act> {
 /// Changes on the way to the one who shows them; more make the watch wait, and then tell of a gap.
 const SEEN_MAX: usize = 64;
 const RETRY_INTERVAL: Duration = Duration::from_millis(500);
+/// How often it is asked whether a dataplane has its session, and after how long it is told that it has none yet.
+const SESSION_INTERVAL: Duration = Duration::from_millis(20);
+const SESSION_PATIENCE: Duration = Duration::from_secs(3);
 
 #[cfg(test)]
 mod tests {

@@ -204,6 +204,8 @@ pub struct Host<'a> {
     pub search_domains: &'a [Name],
     /// Whether there is a file at a path.
     pub exists: &'a dyn Fn(&Path) -> io::Result<bool>,
+    /// Whether there is surely no directory at a path.
+    pub is_no_directory: &'a dyn Fn(&Path) -> bool,
 }
 
 impl Config {
@@ -265,17 +267,22 @@ impl Config {
         if listen.is_empty() && interfaces == Interfaces::default() {
             check.warnings.push(Warning::NoLink);
         }
-        let path = |flag: &Option<PathBuf>, key: Option<Given<String>>| {
-            flag.clone().or_else(|| key.map(|key| key.value.into()))
+        let mut path = |name, flag: &Option<PathBuf>, key: Option<Given<String>>| {
+            let flag = flag.clone().map(|value| Given::flag(name, value));
+            let given = flag.or_else(|| key.map(|key| key.map(PathBuf::from)))?;
+            check.directory(given.from, &given.value);
+            Some(given.value)
         };
+        let pid_file = path("pid-file", &flags.pid_file, file.pid_file);
+        let log_file = path("log-file", &flags.log_file, file.log_file);
         let config = Self {
             listen,
             services,
             log_level,
             interfaces,
             forwards: check.ssh_forwards(flags, file.forwards),
-            pid_file: path(&flags.pid_file, file.pid_file),
-            log_file: path(&flags.log_file, file.log_file),
+            pid_file,
+            log_file,
             notification: check.notification(flags, file.notification),
             mode,
             policy,
@@ -363,6 +370,21 @@ impl Check<'_> {
         (mode, policy)
     }
 
+    /// What is to be made at a path needs its directory.
+    fn directory(&mut self, from: Origin, path: &Path) {
+        if let Some(directory) = path.parent()
+            && !directory.as_os_str().is_empty()
+            && (self.host.is_no_directory)(directory)
+        {
+            let (path, directory) = (path.to_owned(), directory.to_owned());
+            self.problems.push(Problem::NoDirectory {
+                from,
+                path,
+                directory,
+            });
+        }
+    }
+
     /// A socket, which nothing else may listen at.
     fn listener(&mut self, given: Given<String>, schemes: Schemes) -> Option<Endpoint> {
         let from = given.from;
@@ -374,6 +396,9 @@ impl Check<'_> {
                 return None;
             }
         };
+        if let Some(path) = endpoint.path() {
+            self.directory(from.clone(), path);
+        }
         if endpoint.is_open() {
             self.warnings.push(Warning::Open {
                 from: from.clone(),

@@ -56,6 +56,7 @@ mod tests {
         let host = super::super::config::Host {
             search_domains: &["corp.example".parse().unwrap()],
             exists: &|_| Ok(false),
+            is_no_directory: &|_| false,
         };
         Config::resolve(&flags, file, &host).unwrap().0.stack
     }

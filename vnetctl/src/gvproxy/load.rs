@@ -44,6 +44,7 @@ pub fn load(flags: &Flags, search_domains: &[Name]) -> Result<Loaded, Failure> {
     let host = Host {
         search_domains,
         exists: &is_taken,
+        is_no_directory: &is_no_directory,
     };
     let (config, warnings) =
         Config::resolve(flags, file, &host).map_err(|problems| failed(problems.to_string().lines()))?;
@@ -75,6 +76,12 @@ impl Loaded {
         self.policy = Some(policy);
         Ok(())
     }
+}
+
+fn is_no_directory(path: &Path) -> bool {
+    // One that cannot be looked at is told when something is made in it.
+    path.metadata()
+        .is_err_and(|error| error.kind() == io::ErrorKind::NotFound)
 }
 
 fn read_policy(source: &PolicySource) -> Result<Document, Failure> {

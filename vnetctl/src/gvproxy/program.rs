@@ -27,7 +27,7 @@ use super::services::Token;
 use crate::client::{Connection, Server};
 use crate::cmd::attend::dataplane_name;
 use crate::failure::{EXIT_FAILED, Failure, with_causes};
-use crate::launch::{DataplaneLog, Settings, session_url};
+use crate::launch::{DataplaneLog, session_url};
 use crate::output::text::safe;
 use plan::Plan;
 
@@ -84,9 +84,10 @@ fn version() -> String {
 struct Prepared {
     loaded: Loaded,
     vm: String,
+    /// With the dataplane's settings whole, and checked.
     plan: Plan,
-    /// The dataplane's, checked.
-    settings: Settings,
+    /// What asks for the forwards among them.
+    forwards_by: &'static str,
     /// What guests must show for the gateway's API.
     token: Option<Token>,
     connection: Connection,
@@ -111,10 +112,10 @@ fn prepare(flags: &Flags) -> Result<Prepared, Failure> {
                 .push(format!("warning: {}: not used, as {text}", given.from));
         }
     }
-    let plan = plan::plan(&loaded.config, loaded.policy.clone(), &own, &vm, &look_up)
+    let mut plan = plan::plan(&loaded.config, loaded.policy.clone(), &own, &vm, &look_up)
         .map_err(|problems| Failure::Failed(lines(&problems)))?;
     let token = match &own.guest_api_token_file {
-        Some(given) if plan.args.guest_api => {
+        Some(given) if plan.settings.args.guest_api => {
             let token = Token::read(&given.value);
             Some(token.map_err(|error| Failure::Failed(format!("{}: {}", given.from, with_causes(&error))))?)
         }
@@ -123,19 +124,13 @@ fn prepare(flags: &Flags) -> Result<Prepared, Failure> {
     let connection = Connection {
         named: own.server.as_ref().map(|given| -> Server { given.value.clone() }),
     };
-    let mut args = plan.args.clone();
-    args.name = Some(dataplane_name(NAME)?);
-    args.controlplane = Some(session_url(&connection.server()?));
-    let settings = Settings {
-        args,
-        treatment: plan.treatment.clone(),
-        zones: Some(plan.zones.clone()),
-        front: true,
-        log: DataplaneLog::Lines {
-            directive: log::directive(plan.log_level),
-            line: log::relay,
-        },
-        ..Settings::default()
+    let settings = &mut plan.settings;
+    settings.args.name = Some(dataplane_name(NAME)?);
+    settings.args.controlplane = Some(session_url(&connection.server()?));
+    settings.front = true;
+    settings.log = DataplaneLog::Lines {
+        directive: log::directive(plan.log_level),
+        line: log::relay,
     };
     let mut problems = Vec::new();
     if settings.check(false, &mut problems).is_none() {
@@ -145,7 +140,10 @@ fn prepare(flags: &Flags) -> Result<Prepared, Failure> {
         loaded,
         vm,
         plan,
-        settings,
+        forwards_by: match flags.config {
+            Some(_) => "stack.forwards",
+            None => "-ssh-port",
+        },
         token,
         connection,
     })

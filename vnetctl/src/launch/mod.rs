@@ -27,12 +27,14 @@ pub use vnet_dataplane::capture::pcapng::{
 };
 pub use vnet_dataplane::config::{
     Config as DataplaneConfig, GATEWAY_MAC_DEFAULT, ListenAt, ListenConfig, MTU_BYTES_DEFAULT, MTU_BYTES_MAX,
-    MTU_BYTES_MIN, SEARCH_DOMAINS_MAX, SUBNET_DEFAULT, SUBNET_PREFIX_MAX, SUBNET_PREFIX_MIN, Transport,
-    ZONES_DEFAULT, ZoneRecordSettings, ZoneSettings, is_name, write_lines,
+    MTU_BYTES_MIN, NAME_CHARACTERS_MAX, SEARCH_DOMAINS_MAX, SUBNET_DEFAULT, SUBNET_PREFIX_MAX,
+    SUBNET_PREFIX_MIN, Transport, ZONES_DEFAULT, ZoneRecordSettings, ZoneSettings, is_name, write_lines,
 };
 pub use vnet_dataplane::egress::resolver::host::{HostResolver, RESOLV_CONF};
 pub use vnet_dataplane::egress::stream::{AsyncStream, HostStream};
-pub use vnet_dataplane::forward::{FORWARDS_MAX, ForwardSpec};
+pub use vnet_dataplane::forward::{
+    FORWARDS_MAX, ForwardSpec, Holder, holder_of as holder_of_port, look as look_at_forward,
+};
 pub use vnet_dataplane::front::{self, FrontMessage, FrontReceiver, FrontSender, NotSent};
 pub use vnet_dataplane::link::listen::is_stale as is_stale_socket;
 pub use vnet_dataplane::link::listen::{SocketFile, StreamListener};

@@ -15,6 +15,11 @@ pub enum PcapError {
     /// The system refuses it.
     #[error("cannot be opened: {}{}", .0, remedy(.0))]
     Open(#[source] io::Error),
+    /// It is a link, and there is nothing where it leads.
+    #[error(
+        "is a link that leads to nothing, and nothing is made where a link leads (remove it, or make what it leads to)"
+    )]
+    Dangling,
     /// It is a terminal.
     #[error("is a terminal, which a capture would garble (name a file, or pipe it to tshark -r -)")]
     Terminal,
@@ -49,6 +54,9 @@ pub async fn open_pcap(path: &Path, has_stdio: bool, waiting: impl FnOnce()) -> 
                     waiting();
                 }
                 tokio::time::sleep(READER_INTERVAL).await;
+            }
+            Err(error) if error.kind() == io::ErrorKind::NotFound && path.is_symlink() => {
+                return Err(PcapError::Dangling);
             }
             Err(_) if path.is_dir() => return Err(PcapError::Kind("a directory")),
             Err(error) => return Err(PcapError::Open(error)),
@@ -145,9 +153,9 @@ mod tests {
         let [link, target] = ["link", "target"].map(path);
         std::os::unix::fs::symlink(&target, &link).unwrap();
         let refused = open_pcap(&link, false, || unreachable!()).await.unwrap_err();
-        assert!(
-            matches!(&refused, PcapError::Open(error) if error.kind() == io::ErrorKind::NotFound),
-            "{refused:?}"
+        assert_eq!(
+            refused.to_string(),
+            "is a link that leads to nothing, and nothing is made where a link leads (remove it, or make what it leads to)"
         );
         assert!(!target.exists());
         std::fs::write(&target, "of the last time").unwrap();

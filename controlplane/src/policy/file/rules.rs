@@ -258,7 +258,11 @@ pub(super) fn read_ports(reader: &mut Reader, node: &Node, key: &str) -> PortSet
     let mut ports = Vec::new();
     for node in reader.list_of_some(node, key, LIST_MAX) {
         let parsed = match &node.value {
-            Value::Int(port) => PortRange::from_str(&port.to_string()),
+            Value::Int(port) => u16::try_from(*port)
+                .ok()
+                .filter(|port| *port != 0)
+                .map(PortRange::one)
+                .ok_or_else(|| format!("port {port} is out of range (expected 1 to 65535)")),
             Value::Text(text) if text != "*" && !has_leading_zero(text) => PortRange::from_str(text),
             other => Err(format!(
                 "{other} is not a port (expected one as 443 or a range as \"8000-8999\")"

@@ -276,7 +276,22 @@ fn what_is_wrong_in_forwards_is_told_with_its_place() {
         ("{action: allow, listen: 0}", "listen: "),
         ("{action: allow, listen: 70000}", "listen: "),
         ("{action: allow, listen: \"90-80\"}", "listen: "),
-        ("{action: allow, guestPorts: [0]}", "guestPorts: "),
+        (
+            "{action: allow, guestPorts: [0]}",
+            "guestPorts: port 0 is out of range (expected 1 to 65535)",
+        ),
+        (
+            "{action: allow, guestPorts: [-1]}",
+            "guestPorts: port -1 is out of range (expected 1 to 65535)",
+        ),
+        (
+            "{action: allow, guestPorts: x}",
+            "guestPorts: \"x\" is not a port (expected one as 443 or a range as 8000-8999)",
+        ),
+        (
+            "{action: allow, guestPorts: [\"80-\"]}",
+            "guestPorts: \"80-\" is not a port (expected one as 443 or a range as 8000-8999)",
+        ),
         (
             "{action: allow, name: \"forwards[9]\"}",
             "is what nameless rules go by",

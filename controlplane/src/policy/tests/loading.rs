@@ -142,7 +142,7 @@ fn bad_addresses_and_ports_say_what_is_expected() {
         );
     }
     let ports = |text: &str| format!("rules:\n  - action: deny\n    ports: {text}");
-    refused(&ports("[0]"), "3:13", &["port \"0\"", "1 to 65535"]);
+    refused(&ports("[0]"), "3:13", &["port 0 is out of range", "1 to 65535"]);
     refused(&ports("[443, 65536]"), "3:18", &["65536"]);
     refused(&ports("[-1]"), "3:13", &["1 to 65535"]);
     refused(&ports("[\"9000-8000\"]"), "3:13", &["ends before it begins"]);

@@ -36,6 +36,16 @@ pub enum Problem {
         "{from}: {path:?} already exists; remove it if nothing listens there any more, or listen elsewhere"
     )]
     Exists { from: Origin, path: PathBuf },
+    #[error(
+        "{from}: {} cannot be made, as its directory is not there; run: mkdir -p {}",
+        path.display(),
+        directory.display()
+    )]
+    NoDirectory {
+        from: Origin,
+        path: PathBuf,
+        directory: PathBuf,
+    },
     #[error("{first} and {second} cannot be used at the same time; leave one of them out")]
     Exclusive { first: Origin, second: Origin },
     #[error("{from} {found} is out of range (expected 576 to 65520, or 0 for 1500)")]

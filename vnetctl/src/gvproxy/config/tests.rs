@@ -33,6 +33,7 @@ impl Files {
         let host = Host {
             search_domains: search,
             exists: &|path: &Path| Ok(self.0.iter().any(|file| file == path)),
+            is_no_directory: &|path: &Path| path.starts_with("/gone"),
         };
         let (config, warnings) = Config::resolve(&flags, file, &host).map_err(|problems| {
             problems
@@ -238,6 +239,36 @@ fn what_is_told_is_bounded_and_a_large_file_is_read_at_once() {
     assert_eq!(warnings[TOLD_MAX], "2900 more warnings are not shown");
     assert_eq!(problems.len(), TOLD_MAX + 1);
     assert_eq!(problems[TOLD_MAX], "2900 more problems are not shown");
+}
+
+#[test]
+fn a_directory_that_is_not_there_is_named_with_what_makes_it() {
+    let file = "interfaces: {vfkit: \"unixgram:///gone/v.sock\"}\nlog-file: /gone/c/gv.log\n";
+    let words = "-pid-file /gone/a/gv.pid -services unix:///gone/s.sock -listen unix:///gone/b/l.sock";
+    let arguments: Vec<String> = ["-config", FILE]
+        .into_iter()
+        .chain(words.split(' '))
+        .map(str::to_owned)
+        .collect();
+
+    let problems = Files(vec![]).resolve(&arguments, file, &[]).unwrap_err();
+
+    let told = |from: &str, path: &str, directory: &str| {
+        format!("{from}: {path} cannot be made, as its directory is not there; run: mkdir -p {directory}")
+    };
+    assert_eq!(
+        problems,
+        [
+            told("-listen", "/gone/b/l.sock", "/gone/b"),
+            told("-services", "/gone/s.sock", "/gone"),
+            told(&format!("{FILE}:1:21: interfaces.vfkit"), "/gone/v.sock", "/gone"),
+            told("-pid-file", "/gone/a/gv.pid", "/gone/a"),
+            told(&format!("{FILE}:2:11: log-file"), "/gone/c/gv.log", "/gone/c"),
+        ]
+    );
+    // Here is a directory.
+    let arguments = ["-pid-file", "gv.pid", "-listen-stdio=accept"].map(str::to_owned);
+    assert!(Files(vec![]).resolve(&arguments, "", &[]).is_ok());
 }
 
 #[test]

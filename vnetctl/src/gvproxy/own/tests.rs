@@ -160,6 +160,7 @@ fn a_vm_is_named_after_its_socket_or_pid_file() {
         let host = Host {
             search_domains: &[],
             exists: &|_| Ok(false),
+            is_no_directory: &|_| false,
         };
         let (mut config, _) = Config::resolve(&Flags::default(), FileConfig::default(), &host).unwrap();
         config.interfaces.qemu = qemu.map(|path| Endpoint::Unix(path.into()));

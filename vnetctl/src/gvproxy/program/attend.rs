@@ -9,6 +9,7 @@ use super::notify::{Details, Kind, Notification, Notifier};
 use crate::client::Connection;
 use crate::cmd::attend::{Attendant, Seen};
 use crate::cmd::questions::{Act, Questions};
+use crate::gvproxy::own;
 use crate::output::text::safe;
 
 /// VMs whose state is remembered.
@@ -27,7 +28,11 @@ pub(super) struct Watch {
 /// What was told of each VM.
 struct Told {
     command: String,
+    /// Where what the command line cannot say stands.
+    own_file: String,
     vms: HashMap<String, Vm>,
+    /// Something can be held, which was told.
+    holds: bool,
     /// Ids of pending requests.
     pending: HashSet<String>,
     /// Those from before the watch began anew, which have not been listed again.
@@ -51,12 +56,16 @@ impl Watch {
         command: String,
         notifier: Notifier,
     ) -> Self {
+        let own_file = own::path(|name| std::env::var_os(name));
+        let own_file = own_file.map_or("vnet/gvproxy.yaml".to_owned(), |path| path.display().to_string());
         Self {
             attendant: Attendant::start(connection, dataplane),
             questions: Questions::new(false, command.clone()),
             told: Told {
                 command,
+                own_file,
                 vms: HashMap::new(),
+                holds: false,
                 pending: HashSet::new(),
                 earlier: HashSet::new(),
             },
@@ -64,11 +73,17 @@ impl Watch {
         }
     }
 
-    /// Returns when the watch has begun, so that whatever comes from now on will be told, or when there is no
-    /// controlplane to tell it. Nothing is told before.
+    /// Returns when the watch has begun, so that whatever comes from now on will be told. Nothing is told before, but
+    /// that there is no controlplane.
     pub(super) async fn begin(&mut self) {
-        let first = self.attendant.next().await;
-        self.see(first);
+        loop {
+            let seen = self.attendant.next().await;
+            let has_begun = matches!(seen, Seen::Began);
+            self.see(seen);
+            if has_begun {
+                return;
+            }
+        }
     }
 
     /// Tells of what happens, for ever. Cancel safe.
@@ -86,6 +101,13 @@ impl Watch {
                 self.questions.begin_again()
             }
             Seen::Vm(vm) => {
+                if self.told.may_hold(&vm) {
+                    let command = &self.told.command;
+                    tracing::info!(vm = vm.name, "what is held is listed by: {command} pending list");
+                }
+                if let Some(line) = self.told.other_name(&vm) {
+                    tracing::warn!(vm = vm.name, mac = vm.mac, "{line}");
+                }
                 let news = self.told.vm(&vm);
                 self.tell(news);
                 Vec::new()
@@ -174,6 +196,30 @@ impl Told {
             news.push(of(Kind::ConnectionClosed));
         }
         news
+    }
+
+    /// Whether this is the first VM of which something can be held: in the open nothing is, nor where all is decided.
+    fn may_hold(&mut self, vm: &v1::Vm) -> bool {
+        let holds = matches!(vm.mode(), v1::Mode::Ask | v1::Mode::Enforce);
+        let is_first = holds && !self.holds;
+        self.holds |= holds;
+        is_first
+    }
+
+    /// What a person should know of a VM that is new, and has not the name that its socket has for it.
+    fn other_name(&self, vm: &v1::Vm) -> Option<String> {
+        let v1::Vm {
+            name, wanted_name, ..
+        } = vm;
+        let is_here = matches!(vm.state(), v1::VmState::Attached | v1::VmState::Detached);
+        let is_new = is_here && !vm.mac.is_empty() && !self.vms.contains_key(name);
+        (is_new && !wanted_name.is_empty()).then(|| {
+            format!(
+                "another VM is called {wanted_name}, so this one is {name}: what is said of {wanted_name}, as grants \
+                 by its name, does not hold for it (name it with VNET_VM=NAME, or with vm: NAME in {})",
+                self.own_file
+            )
+        })
     }
 
     /// What is new of a VM.
@@ -326,7 +372,9 @@ mod tests {
     fn told() -> Told {
         Told {
             command: "vnetctl".to_owned(),
+            own_file: "/home/u/.config/vnet/gvproxy.yaml".to_owned(),
             vms: HashMap::new(),
+            holds: false,
             pending: HashSet::new(),
             earlier: HashSet::new(),
         }
@@ -376,6 +424,49 @@ mod tests {
                 .iter()
                 .all(|n| n.mac_address == "02:00:00:00:00:01" && n.vm == "a")
         );
+    }
+
+    #[test]
+    fn a_vm_whose_name_another_one_has_is_told_of_once_it_is_there() {
+        let mut told = told();
+        let other = v1::Vm {
+            wanted_name: "web".to_owned(),
+            ..vm("web-2", v1::VmState::Attached, "")
+        };
+        let silent = v1::Vm {
+            mac: String::new(),
+            ..other.clone()
+        };
+        let further = vm("web-3", v1::VmState::Attached, "");
+        let line = "another VM is called web, so this one is web-2: what is said of web, as grants by its name, does \
+                    not hold for it (name it with VNET_VM=NAME, or with vm: NAME in \
+                    /home/u/.config/vnet/gvproxy.yaml)";
+        assert_eq!(told.other_name(&silent), None);
+        assert_eq!(told.other_name(&further), None, "it has what it asked for");
+        assert_eq!(told.other_name(&other).as_deref(), Some(line));
+        told.vm(&other);
+        assert_eq!(told.other_name(&other), None);
+    }
+
+    #[test]
+    fn where_what_is_held_is_listed_is_told_once_something_can_be() {
+        let mut told = told();
+        let mut may_hold = |mode: v1::Mode| {
+            told.may_hold(&v1::Vm {
+                mode: mode.into(),
+                ..vm("a", v1::VmState::Attached, "")
+            })
+        };
+        for never in [
+            v1::Mode::Open,
+            v1::Mode::Block,
+            v1::Mode::Observe,
+            v1::Mode::Quarantine,
+        ] {
+            assert!(!may_hold(never), "{never:?}");
+        }
+        assert!(may_hold(v1::Mode::Ask));
+        assert!(!may_hold(v1::Mode::Ask) && !may_hold(v1::Mode::Enforce), "once");
     }
 
     #[test]

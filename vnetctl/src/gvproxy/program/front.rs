@@ -9,14 +9,15 @@ use std::time::Duration;
 
 use tokio::net::UnixStream;
 use tokio::sync::mpsc;
-use vnet_proto::model::VmId;
+use vnet_proto::model::{ForwardListen, Protocol, VmId};
 
 use crate::failure::with_causes;
 use crate::gvproxy;
 use crate::gvproxy::services::{self, Guest, Origin, Services};
 use crate::gvproxy::ssh;
 use crate::launch::{
-    AsyncStream, FrontMessage, FrontReceiver, FrontSender, HostStream, ListenAt, SocketFile, StreamListener,
+    AsyncStream, FrontMessage, FrontReceiver, FrontSender, Holder, HostStream, ListenAt, SocketFile,
+    StreamListener, holder_of_port,
 };
 
 /// Connections of the services' socket that were accepted and wait to be served.
@@ -66,12 +67,18 @@ pub(super) struct ServicesSocket {
 }
 
 impl ServicesSocket {
-    /// Binds it. `origin` says who can reach it.
+    /// Binds it.
     ///
     /// # Errors
-    /// The system's.
+    /// The system's; where something has the place, with what that is, if the system tells.
     pub(super) fn open(at: &ListenAt) -> io::Result<Self> {
-        let (listener, file) = StreamListener::open(at)?;
+        let (listener, file) = StreamListener::open(at).map_err(|error| match held(at) {
+            Some(holder) if error.kind() == io::ErrorKind::AddrInUse => {
+                let text = format!("{holder} listens there; end it, or give another place");
+                io::Error::new(error.kind(), text)
+            }
+            _ => error,
+        })?;
         let origin = origin(at);
         let tcp_address = listener.tcp_address();
         let (sender, accepted) = mpsc::channel(ACCEPTED_MAX);
@@ -85,6 +92,16 @@ impl ServicesSocket {
             _file: file,
         })
     }
+}
+
+/// What has a place.
+fn held(at: &ListenAt) -> Option<Holder> {
+    let listen = match at {
+        ListenAt::Unix(path) => ForwardListen::Unix(path.clone()),
+        ListenAt::Tcp(address) => ForwardListen::Address(*address),
+        ListenAt::Vsock { .. } | ListenAt::Fd(_) => return None,
+    };
+    holder_of_port(Protocol::Tcp, &listen)
 }
 
 /// Who can be at the other end.
@@ -155,6 +172,27 @@ async fn next(socket: &mut Option<ServicesSocket>) -> (HostStream, Origin) {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[cfg(target_os = "linux")]
+    #[tokio::test]
+    async fn who_has_the_place_is_told() {
+        let path = std::env::temp_dir().join(format!("vnetctl-services-{}", std::process::id()));
+        let _ = std::fs::remove_file(&path);
+        let tcp = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let _unix = std::os::unix::net::UnixListener::bind(&path).unwrap();
+        for at in [
+            ListenAt::Tcp(tcp.local_addr().unwrap()),
+            ListenAt::Unix(path.clone()),
+        ] {
+            let refused = ServicesSocket::open(&at).err().unwrap().to_string();
+            let own = format!(
+                "(pid {}) listens there; end it, or give another place",
+                std::process::id()
+            );
+            assert!(refused.ends_with(&own), "{refused}");
+        }
+        std::fs::remove_file(&path).unwrap();
+    }
 
     #[test]
     fn who_comes_over_vsock_may_be_a_vm() {

@@ -9,17 +9,13 @@ use crate::cmd::treat::Treatment;
 use crate::gvproxy::config::{Config, Endpoint, HostPort, LogLevel};
 use crate::gvproxy::own::Own;
 use crate::gvproxy::services::has_ipv6;
-use crate::launch::{DataplaneArgs, Document, ListenAt, ZoneSettings};
+use crate::launch::{DataplaneArgs, Document, ListenAt, NAME_CHARACTERS_MAX, Settings};
 
 /// What is to be started.
-#[derive(Debug, Clone)]
+#[derive(Debug)]
 pub struct Plan {
-    /// The dataplane's flags.
-    pub args: DataplaneArgs,
-    /// How its VMs are treated.
-    pub treatment: Treatment,
-    /// Its local zones, and no other.
-    pub zones: Vec<ZoneSettings>,
+    /// The dataplane: its flags, how its VMs are treated, and its local zones, and no other.
+    pub settings: Settings,
     /// What is logged: also what `stack.debug` asks for.
     pub log_level: LogLevel,
     /// Where the services API listens beside the sockets that carry `/connect`.
@@ -128,6 +124,7 @@ pub fn plan(
             .collect(),
         ..DataplaneArgs::default()
     };
+    name_apart(&mut args, vm);
     let mut forwards = Vec::new();
     for forward in &stack.forwards {
         let listens = match published(&forward.listen, resolve) {
@@ -169,9 +166,12 @@ pub fn plan(
     args.guest_api = own.guest_api.as_ref().is_none_or(|given| given.value);
     if problems.is_empty() {
         Ok(Plan {
-            args,
-            treatment,
-            zones,
+            settings: Settings {
+                args,
+                treatment,
+                zones: Some(zones),
+                ..Settings::default()
+            },
             log_level: if stack.debug {
                 config.log_level.max(LogLevel::Debug)
             } else {
@@ -183,6 +183,48 @@ pub fn plan(
         })
     } else {
         Err(problems)
+    }
+}
+
+/// Gives each of several sockets a name of its own, so that nobody who comes at one has what is said of another's guest.
+/// The VM's is the first's: of QEMU's, vfkit's, BESS's, vpnkit's, standard input, `-listen`. The others have their kind
+/// behind it, and then their number without a dash: further guests of one socket have a dash before theirs.
+fn name_apart(args: &mut DataplaneArgs, vm: &str) {
+    let hypervisors = [
+        ("qemu", &mut args.listen_qemu),
+        ("vfkit", &mut args.listen_vfkit),
+        ("bess", &mut args.listen_bess),
+        ("vpnkit", &mut args.listen_vpnkit),
+    ];
+    let has_stdio = !args.listen_stdio.is_empty();
+    let of_hypervisors: usize = hypervisors.iter().map(|(_, urls)| urls.len()).sum();
+    if of_hypervisors + usize::from(has_stdio) + args.listen.len() < 2 {
+        return;
+    }
+    let mut is_first = true;
+    let mut next = |kind: &str, index: usize| {
+        if std::mem::take(&mut is_first) {
+            return vm.to_owned();
+        }
+        let suffix = match index {
+            0 => format!("-{kind}"),
+            _ => format!("-{kind}{}", index + 1),
+        };
+        // Names are ASCII.
+        let room = NAME_CHARACTERS_MAX.saturating_sub(suffix.len());
+        vm.chars().take(room).chain(suffix.chars()).collect()
+    };
+    for (kind, urls) in hypervisors {
+        for (index, url) in urls.iter_mut().enumerate() {
+            let _ = write!(url, "?name={}", next(kind, index));
+        }
+    }
+    // It has no URL; the others do not need the flag any more.
+    if has_stdio {
+        args.vm = Some(next("stdio", 0));
+    }
+    for (index, url) in args.listen.iter_mut().enumerate() {
+        let _ = write!(url, "?name={}", next("listen", index));
     }
 }
 
@@ -279,17 +321,22 @@ mod tests {
     use crate::gvproxy::flags::Flags;
     use crate::gvproxy::origin::{Given, Origin};
     use crate::gvproxy::yaml::FileConfig;
-    use crate::launch::{ZoneRecordSettings, document};
+    use crate::launch::{ZoneRecordSettings, ZoneSettings, document, is_name};
 
     fn planned(line: &str, file: &str, own: &Own) -> Result<Plan, Vec<String>> {
+        planned_as(line, file, own, "web")
+    }
+
+    fn planned_as(line: &str, file: &str, own: &Own, vm: &str) -> Result<Plan, Vec<String>> {
         let host = Host {
             search_domains: &["lan".parse().unwrap()],
             exists: &|_| Ok(false),
+            is_no_directory: &|_| false,
         };
         let flags = Flags::parse(line.split_whitespace().map(OsString::from)).unwrap();
         let (file, _) = FileConfig::parse("f.yaml", file, true).unwrap();
         let (config, _) = Config::resolve(&flags, file, &host).unwrap();
-        plan(&config, None, own, "web", &|name| match name {
+        plan(&config, None, own, vm, &|name| match name {
             "localhost" => Ok(vec!["::1".parse().unwrap(), "127.0.0.1".parse().unwrap()]),
             other => other
                 .parse()
@@ -302,10 +349,10 @@ mod tests {
     fn what_podman_types_becomes_flags() {
         let line = "-debug -mtu 1500 -ssh-port 4022 -listen-qemu unix:///run/a%20b%3F.sock -listen unix:///run/api.sock";
 
-        let args = planned(line, "", &Own::default()).unwrap().args;
+        let args = planned(line, "", &Own::default()).unwrap().settings.args;
 
-        assert_eq!(args.listen_qemu, ["unix:///run/a b%3F.sock"]);
-        assert_eq!(args.listen, ["unix:///run/api.sock"]);
+        assert_eq!(args.listen_qemu, ["unix:///run/a b%3F.sock?name=web"]);
+        assert_eq!(args.listen, ["unix:///run/api.sock?name=web-listen"]);
         assert_eq!(args.publish, ["127.0.0.1:4022:192.168.127.2:22/tcp"]);
         assert_eq!(args.static_leases, ["5a:94:ef:e4:0c:ee=192.168.127.2"]);
         assert_eq!(args.dns_search, ["host"]);
@@ -327,7 +374,10 @@ mod tests {
     fn forwards_of_the_file_listen_where_it_says() {
         let file = "stack:\n  forwards:\n    \"localhost:80\": 192.168.127.2:8080\n    \"udp:[::1]:53\": 192.168.127.3:53\n    \":81\": 192.168.127.2:81\n";
 
-        let args = planned("-config f.yaml", file, &Own::default()).unwrap().args;
+        let args = planned("-config f.yaml", file, &Own::default())
+            .unwrap()
+            .settings
+            .args;
 
         let mut expected = vec![
             "127.0.0.1:80:192.168.127.2:8080/tcp",
@@ -403,6 +453,7 @@ stack:
         let host = Host {
             search_domains: &["lan".parse().unwrap()],
             exists: &|_| Ok(false),
+            is_no_directory: &|_| false,
         };
         let flags = Flags::parse(["-config", "f.yaml"].map(OsString::from)).unwrap();
         let (file, _) = FileConfig::parse("f.yaml", WHOLE, true).unwrap();
@@ -434,11 +485,16 @@ stack:
         ]
         .concat();
         let expected = DataplaneArgs {
-            vm: some("web"),
-            listen_qemu: texts(&["tcp://127.0.0.1:9000"]),
-            listen_vfkit: texts(&["unixgram:///run/vfkit.sock"]),
+            // Standard input's, which has no URL to say it.
+            vm: some("web-stdio"),
+            listen_qemu: texts(&["tcp://127.0.0.1:9000?name=web"]),
+            listen_vfkit: texts(&["unixgram:///run/vfkit.sock?name=web-vfkit"]),
             listen_stdio: texts(&["accept"]),
-            listen: texts(&["unix:///run/api.sock", "tcp://127.0.0.1:8080", "vsock://:1024"]),
+            listen: texts(&[
+                "unix:///run/api.sock?name=web-listen",
+                "tcp://127.0.0.1:8080?name=web-listen2",
+                "vsock://:1024?name=web-listen3",
+            ]),
             mtu: some("4000"),
             subnet: some("10.7.0.0/16"),
             gateway: some("10.7.0.254"),
@@ -456,9 +512,9 @@ stack:
             guest_api: true,
             ..DataplaneArgs::default()
         };
-        assert_eq!(format!("{:#?}", plan.args), format!("{expected:#?}"));
+        assert_eq!(format!("{:#?}", plan.settings.args), format!("{expected:#?}"));
         assert_eq!(
-            plan.treatment,
+            plan.settings.treatment,
             Treatment {
                 document: Some(policy),
                 ec2_metadata_access: true,
@@ -471,7 +527,7 @@ stack:
             address: address.to_owned(),
         };
         assert_eq!(
-            plan.zones,
+            plan.settings.zones.unwrap(),
             [
                 ZoneSettings {
                     name: "lab.internal".to_owned(),
@@ -522,30 +578,85 @@ stack:
         // The peer's file may name one of these three.
         let listens = |interface: &str| {
             let file = format!("interfaces: {{{interface}, vfkit: \"unixgram:///v\"}}");
-            let args = planned("-config f.yaml", &file, &Own::default()).unwrap().args;
-            assert_eq!(args.listen_vfkit, ["unixgram:///v"]);
+            let args = planned("-config f.yaml", &file, &Own::default())
+                .unwrap()
+                .settings
+                .args;
             [
                 args.listen_qemu,
+                args.listen_vfkit,
                 args.listen_bess,
                 args.listen_vpnkit,
                 args.listen_stdio,
             ]
             .map(|flags| flags.join(" "))
         };
-        assert_eq!(listens(r#"qemu: "unix:///q""#), ["unix:///q", "", "", ""]);
+        let (first, other) = ("unixgram:///v?name=web", "unixgram:///v?name=web-vfkit");
+        assert_eq!(
+            listens(r#"qemu: "unix:///q""#),
+            ["unix:///q?name=web", other, "", "", ""]
+        );
         assert_eq!(
             listens(r#"bess: "unixpacket:///b""#),
-            ["", "unixpacket:///b", "", ""]
+            ["", first, "unixpacket:///b?name=web-bess", "", ""]
         );
-        assert_eq!(listens(r#"vpnkit: "unix:///k""#), ["", "", "unix:///k", ""]);
-        assert_eq!(listens("stdio: accept"), ["", "", "", "accept"]);
+        assert_eq!(
+            listens(r#"vpnkit: "unix:///k""#),
+            ["", first, "", "unix:///k?name=web-vpnkit", ""]
+        );
+        assert_eq!(listens("stdio: accept"), ["", first, "", "", "accept"]);
+    }
+
+    /// What sockets are called by the dataplane, in the order of its flags: VMs' names are unlike those of all further
+    /// guests, NAME-2 to NAME-256, of any of them.
+    #[test]
+    fn each_of_several_sockets_has_a_name_of_its_own() {
+        let names = |line: &str, vm: &str| {
+            let args = planned_as(line, "", &Own::default(), vm).unwrap().settings.args;
+            let urls = [
+                &args.listen_qemu,
+                &args.listen_vfkit,
+                &args.listen_bess,
+                &args.listen_vpnkit,
+            ];
+            let urls = urls.into_iter().chain([&args.listen]).flatten();
+            let named = urls.map(|url| url.split_once("?name=").map(|(_, name)| name.to_owned()));
+            (
+                args.vm.unwrap(),
+                named.map(Option::unwrap_or_default).collect::<Vec<_>>(),
+            )
+        };
+        let expected = |vm: &str, urls: &[&str]| {
+            let urls: Vec<_> = urls.iter().map(ToString::to_string).collect();
+            (vm.to_owned(), urls)
+        };
+        let (qemu, two) = ("-listen-qemu unix:///q", "-listen unix:///a -listen unix:///b");
+        assert_eq!(names(qemu, "web"), expected("web", &[""]));
+        assert_eq!(names("-listen unix:///a", "web"), expected("web", &[""]));
+        assert_eq!(names("-listen-stdio accept", "web"), expected("web", &[]));
+        assert_eq!(names(two, "web"), expected("web", &["web", "web-listen2"]));
+        assert_eq!(
+            names(&format!("{qemu} {two}"), "web"),
+            expected("web", &["web", "web-listen", "web-listen2"])
+        );
+        let line = format!("-listen-stdio accept {two}");
+        assert_eq!(
+            names(&line, "web"),
+            expected("web", &["web-listen", "web-listen2"])
+        );
+
+        let longest = "n".repeat(63);
+        let (_, long) = names(&format!("{qemu} {two}"), &longest);
+        assert_eq!(long[0], longest);
+        assert_eq!(long[2], format!("{}-listen2", "n".repeat(55)));
+        assert!(long.iter().all(|name| is_name(name)), "{long:?}");
     }
 
     #[test]
     fn a_file_that_closes_everything_or_all_but_names_is_a_mode_or_a_policy() {
         let mode = |file: &str| {
             let plan = planned("-config f.yaml -listen-stdio=accept", file, &Own::default()).unwrap();
-            plan.treatment.mode
+            plan.settings.treatment.mode
         };
         assert_eq!(mode("stack: {blockAllOutbound: true}"), Some(Mode::Block));
         assert_eq!(mode("stack: {blockAllOutbound: false}"), None);
@@ -557,6 +668,7 @@ stack:
         let file = "stack: {nat: {192.168.127.254: 127.0.0.2}}";
         let args = planned("-config f.yaml -listen-stdio=accept", file, &Own::default())
             .unwrap()
+            .settings
             .args;
         assert_eq!(args.host_alias.as_deref(), Some("none"));
         assert_eq!(args.nat, ["192.168.127.254=127.0.0.2"]);
@@ -579,7 +691,7 @@ stack:
             ("-secure-mode", &off, false),
         ] {
             assert_eq!(
-                planned(line, "", own).unwrap().args.guest_api,
+                planned(line, "", own).unwrap().settings.args.guest_api,
                 is_served,
                 "{line}"
             );
@@ -600,9 +712,9 @@ stack:
         let alone = planned("", "", &own).unwrap();
         let both = planned("-secure-mode", "", &own).unwrap();
 
-        assert_eq!(alone.treatment.mode, Some(Mode::Observe));
-        assert_eq!(alone.args.labels, ["team=a"]);
-        assert_eq!(both.treatment.mode, Some(Mode::Ask));
+        assert_eq!(alone.settings.treatment.mode, Some(Mode::Observe));
+        assert_eq!(alone.settings.args.labels, ["team=a"]);
+        assert_eq!(both.settings.treatment.mode, Some(Mode::Ask));
         assert_eq!(
             both.warnings,
             ["VNET_MODE: mode observe is not used, as the command line or its file says ask"]

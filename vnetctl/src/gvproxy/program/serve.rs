@@ -6,6 +6,8 @@ use std::sync::Arc;
 
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::task::JoinSet;
+use vnet_proto::model::{ForwardListen, Protocol};
+use vnet_proto::v1;
 
 use super::attend::Watch;
 use super::front::{self, ServicesSocket, SshTunnels, Tunnels};
@@ -13,12 +15,14 @@ use super::notify::{Kind, Notification, Notifier};
 use super::pid::PidFile;
 use super::plan::Opened;
 use super::{Prepared, fatal, log, version};
-use crate::cmd::attend::command_line;
-use crate::failure::{Failure, with_causes};
+use crate::client::unary;
+use crate::cmd::attend::{command_line, has_session};
+use crate::failure::{Failure, describe, with_causes};
 use crate::gvproxy;
 use crate::gvproxy::services::{GuestApi, Services, ServicesConfig, policy_in_force};
 use crate::gvproxy::ssh::{self, Timing};
-use crate::launch::{Dataplane, DataplaneError, open_pcap};
+use crate::launch::{Dataplane, DataplaneError, look_at_forward, open_pcap};
+use crate::output::text::safe;
 
 /// Runs it.
 pub(super) fn main(prepared: Prepared) -> ExitCode {
@@ -77,11 +81,12 @@ async fn run(prepared: Prepared, started_as: &mut Option<Dataplane>) -> Result<(
         loaded,
         vm,
         plan,
-        mut settings,
+        forwards_by,
         token,
         connection,
     } = prepared;
     let config = loaded.config;
+    let mut settings = plan.settings;
     let name = settings.args.name.clone().unwrap_or_default();
     let is_restricted = settings.treatment.document.is_some() || settings.treatment.mode.is_some();
     let guests = settings.args.guest_api.then_some(GuestApi { token });
@@ -90,6 +95,18 @@ async fn run(prepared: Prepared, started_as: &mut Option<Dataplane>) -> Result<(
         let waiting = || tracing::info!("waiting for a reader of {shown}");
         let opened = open_pcap(path, config.interfaces.stdio, waiting).await;
         settings.pcap = Some(opened.map_err(|error| Failure::Failed(format!("-pcap {shown} {error}")))?);
+    }
+    // What cannot be is told in the words that it was asked for in. What takes a port from here on, the dataplane tells.
+    for forward in &plan.forwards {
+        let protocol = if forward.is_udp {
+            Protocol::Udp
+        } else {
+            Protocol::Tcp
+        };
+        for at in &forward.listens {
+            look_at_forward(protocol, &ForwardListen::Address(*at))
+                .map_err(|error| Failure::Failed(format!("{forwards_by}: {}", with_causes(&error))))?;
+        }
     }
     // Before the dataplane, which has to know what is closed to guests.
     let socket = match (&plan.services, &config.services) {
@@ -102,7 +119,21 @@ async fn run(prepared: Prepared, started_as: &mut Option<Dataplane>) -> Result<(
     };
     settings.args.closed = socket.iter().filter_map(|socket| socket.tcp_address).collect();
     // The dataplane needs its sessions' listener from the start on.
-    connection.open().await?;
+    let client = connection.open().await?;
+    let asked = v1::ListVmsRequest {
+        page_size: 1,
+        ..Default::default()
+    };
+    // One that does not answer now may do so later. One that refuses will refuse the dataplane, too.
+    if let Err(status) = client.vms().list_vms(unary(asked)).await
+        && status.code() == tonic::Code::PermissionDenied
+    {
+        let server = connection.server()?;
+        let why = describe(&status);
+        return Err(Failure::Failed(format!(
+            "the controlplane at {server} refuses: {why}"
+        )));
+    }
     let dataplane = Dataplane::start(settings).map_err(|e| Failure::Failed(e.to_string()))?;
     let dataplane = started_as.insert(dataplane);
     dataplane.listens().await?;
@@ -152,11 +183,24 @@ async fn run(prepared: Prepared, started_as: &mut Option<Dataplane>) -> Result<(
 
     let notifier = Notifier::start(config.notification.clone());
     let command = command_line(&connection);
-    let mut watch = Watch::start(connection, name, command.clone(), notifier.clone());
+    let mut watch = Watch::start(
+        connection.clone(),
+        name.clone(),
+        command.clone(),
+        notifier.clone(),
+    );
     let watching = async {
+        // Without a session nothing of a guest's would get out.
+        has_session(&connection, &name, |why| {
+            tracing::warn!(
+                "the dataplane has no session with the controlplane, so nothing is let out: {}",
+                safe(why)
+            );
+        })
+        .await;
         watch.begin().await;
         notifier.tell(Notification::new(Kind::Ready));
-        tracing::info!(vm, "what is held is listed by: {command} pending list");
+        tracing::info!(vm, "ready");
         watch.follow().await
     };
     tokio::select! {

@@ -168,7 +168,7 @@ impl Answer {
         }
     }
 
-    #[cfg(test)]
+    /// What it says.
     pub(super) fn text(&self) -> &str {
         match &self.content {
             Content::Error(text) | Content::Json(_, text) => text,
@@ -214,6 +214,12 @@ pub(super) fn reason(status: &tonic::Status) -> Option<String> {
 pub(super) fn listen_problem(status: &tonic::Status) -> Option<String> {
     let details = status.get_error_details();
     details.error_info()?.metadata.get("listen_problem").cloned()
+}
+
+/// The place to listen that something is wrong with, if a status says that.
+pub(super) fn listen_of(status: &tonic::Status) -> Option<String> {
+    let details = status.get_error_details();
+    details.error_info()?.metadata.get("listen").cloned()
 }
 
 /// Whether a status says that no controlplane or no dataplane answers, rather than what one answered.

@@ -9,6 +9,7 @@ use std::collections::{BTreeMap, HashSet};
 use std::net::IpAddr;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use vnet_proto::model::ForwardListen;
 use vnet_proto::v1;
 
 use super::forwarder::Kind;
@@ -163,6 +164,26 @@ impl Exposed {
             }
         }
         all
+    }
+
+    /// What is exposed and has a place, in the words that it was asked for by; for a guest, of its own alone.
+    pub(super) fn in_the_way(
+        &self,
+        protocol: v1::Protocol,
+        taken: &ForwardListen,
+        guest: Option<IpAddr>,
+    ) -> Option<String> {
+        let is_there = |(of, listen): &(v1::Protocol, String)| {
+            let listen = listen.parse::<ForwardListen>();
+            *of == protocol && listen.is_ok_and(|listen| listen.overlaps(taken))
+        };
+        let table = self.table();
+        let mut entries = table.entries.iter();
+        let found = entries.find(|(_, entry)| match &entry.state {
+            State::Forwards(own) if guest.is_none() || entry.guest == guest => own.iter().any(is_there),
+            _ => false,
+        });
+        found.map(|((local, _), _)| local.clone())
     }
 
     /// What a place stands for, to be closed; nothing where it is not open, or another's than this guest's. It stays in

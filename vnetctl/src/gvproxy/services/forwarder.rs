@@ -10,10 +10,11 @@ use hyper::StatusCode;
 use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, percent_decode_str, utf8_percent_encode};
 use serde::Serialize;
 use tonic::Code;
+use vnet_proto::model::ForwardListen;
 use vnet_proto::v1;
 
 use super::address;
-use super::answer::{Answer, UNANSWERED, is_away, listen_problem, reason};
+use super::answer::{Answer, UNANSWERED, is_away, listen_of, listen_problem, reason};
 use super::control::CallError;
 use super::exposed::{Closing, GUEST_FORWARDS_MAX, Row, TakeError, Taken};
 use super::guest::Guest;
@@ -233,7 +234,7 @@ impl Services {
             taken.opened(vec![(kind.protocol(), opened.clone())]);
             return Ok(Some(opened));
         }
-        let mut forwards = vec![(kind.protocol(), opened)];
+        let mut forwards = vec![(kind.protocol(), opened.clone())];
         if let Some(mut also) = listen.also {
             // The port that the first was given, where any would do.
             if let Some(first) = first {
@@ -243,11 +244,13 @@ impl Services {
             match self.open(guest, kind, also, false, target).await {
                 Ok(opened) => forwards.push((kind.protocol(), opened)),
                 Err(error) => {
+                    let refused = self.refused(origin, kind, local, &listen.shown, error).await;
                     // Half of it is none.
-                    for (protocol, opened) in forwards {
-                        self.close(protocol, opened).await?;
+                    if let Err(error) = self.close(kind.protocol(), opened.clone()).await {
+                        let why = Answer::from(error);
+                        tracing::warn!(at = opened, "half of what was refused stays open: {}", why.text());
                     }
-                    return Err(self.refused(origin, kind, local, &listen.shown, error).await);
+                    return Err(refused);
                 }
             }
         }
@@ -424,23 +427,23 @@ impl Services {
         let bind = |why: &str| Answer::failed(format!("listen {network} {shown}: bind: {why}"));
         let answer = match status.code() {
             Code::AlreadyExists => {
-                let forwards = self.control.list_forwards().await.unwrap_or_default();
-                let is_forward = forwards
-                    .iter()
-                    .map(row)
-                    .any(|row| row.protocol == kind && row.local == local);
-                let answer = if is_forward {
-                    running(kind, local)
-                } else {
-                    in_use(network, shown)
+                let elsewhere = match kind {
+                    Kind::Unix | Kind::Npipe => "expose at another path",
+                    Kind::Tcp | Kind::Udp => "expose another port",
                 };
-                if *origin != Origin::Services {
-                    return answer.with_remedy(match kind {
-                        Kind::Unix | Kind::Npipe => "expose at another path",
-                        Kind::Tcp | Kind::Udp => "expose another port",
-                    });
+                match self.in_the_way(origin, kind, &status).await {
+                    // It is the same one.
+                    Some(other) if other == local => return running(kind, local),
+                    Some(other) => {
+                        let remedy =
+                            format!("{other} is exposed already, and has it: unexpose that, or {elsewhere}");
+                        return in_use(network, shown).with_remedy(remedy);
+                    }
+                    None if *origin != Origin::Services => {
+                        return in_use(network, shown).with_remedy(elsewhere);
+                    }
+                    None => in_use(network, shown),
                 }
-                answer
             }
             _ => match listen_problem(&status).as_deref() {
                 Some("NOT_PERMITTED") => bind("permission denied"),
@@ -450,6 +453,22 @@ impl Services {
             },
         };
         answer.with_remedy(told.lines().map(str::trim).collect::<Vec<_>>().join("; "))
+    }
+
+    /// What has the place that a status speaks of, in the words by which it is listed to who asks.
+    async fn in_the_way(&self, origin: &Origin, kind: Kind, status: &tonic::Status) -> Option<String> {
+        let taken: ForwardListen = listen_of(status)?.parse().ok()?;
+        let guest = origin.guest().map(|guest| guest.address);
+        let exposed = self.exposed.in_the_way(kind.protocol(), &taken, guest);
+        if exposed.is_some() || guest.is_some() {
+            return exposed;
+        }
+        let forwards = self.control.list_forwards().await.ok()?;
+        let other = forwards.iter().find(|forward| {
+            let listen = forward.listen.parse::<ForwardListen>();
+            forward.protocol() == kind.protocol() && listen.is_ok_and(|listen| listen.overlaps(&taken))
+        });
+        other.map(|forward| row(forward).local)
     }
 
     /// The forwards that a place stands for, of those that were not exposed here.

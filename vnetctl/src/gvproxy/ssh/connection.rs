@@ -15,7 +15,7 @@ use tokio::net::UnixStream;
 use tokio::sync::Semaphore;
 use tokio::time::timeout;
 
-use super::host::{HostKeyError, HostKeys};
+use super::host::{HostKeyError, HostKeys, Taken};
 use super::identity::Identity;
 use super::{Timing, Tunnels};
 
@@ -80,17 +80,16 @@ impl Dialer {
     async fn handshake(&self, stream: UnixStream) -> Result<Connection, ConnectError> {
         let target = self.target;
         let failed = |source| ConnectError::Ssh { target, source };
+        let taken = self.host_keys.read()?;
         let config = client::Config {
             client_id: SshId::Standard(concat!("SSH-2.0-vnet_", env!("CARGO_PKG_VERSION")).into()),
-            preferred: self.host_keys.preferred()?,
+            preferred: taken.preferred(),
             keepalive_interval: Some(self.timing.keepalive),
             channel_buffer_size: CHANNEL_MESSAGES,
             ..client::Config::default()
         };
         let end = ShutOnDrop::of(&stream).map_err(|source| ConnectError::Tunnel { target, source })?;
-        let judge = Judge {
-            host_keys: self.host_keys.clone(),
-        };
+        let judge = Judge { taken };
         let mut handle = client::connect_stream(Arc::new(config), stream, judge)
             .await
             .map_err(|error| match error {
@@ -207,7 +206,7 @@ impl Drop for ShutOnDrop {
 
 /// Hears what the server says. It takes no channel that a server opens, which a client by its default would.
 struct Judge {
-    host_keys: HostKeys,
+    taken: Taken,
 }
 
 #[derive(Debug, thiserror::Error)]
@@ -222,7 +221,7 @@ impl client::Handler for Judge {
     type Error = JudgeError;
 
     async fn check_server_key(&mut self, found: &PublicKeyOrCertificate) -> Result<bool, JudgeError> {
-        self.host_keys.check(found).map_err(JudgeError::HostKey)?;
+        self.taken.check(found).map_err(JudgeError::HostKey)?;
         Ok(true)
     }
 

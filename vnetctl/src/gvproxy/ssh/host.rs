@@ -9,7 +9,7 @@ use std::path::PathBuf;
 
 use russh::Preferred;
 use russh::keys::known_hosts::known_host_keys_path;
-use russh::keys::{Algorithm, PublicKeyOrCertificate};
+use russh::keys::{Algorithm, PublicKey, PublicKeyOrCertificate};
 
 /// Which host keys are taken.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -27,27 +27,59 @@ pub(super) enum HostKeys {
     },
 }
 
+/// Which host keys are taken on one connection: those that there were when it began.
+#[derive(Debug)]
+pub(super) enum Taken {
+    /// Any.
+    Any,
+    /// These.
+    These {
+        /// With their lines; at least one.
+        known: Vec<(usize, PublicKey)>,
+        /// Whose.
+        host: String,
+        /// Where they stand.
+        file: PathBuf,
+    },
+}
+
 impl HostKeys {
+    /// Reads the file, where there is one.
+    pub(super) fn read(&self) -> Result<Taken, HostKeyError> {
+        let Self::Known { file, host, port } = self else {
+            return Ok(Taken::Any);
+        };
+        let (host, file) = (host.clone(), file.clone());
+        match known_host_keys_path(&host, *port, &file) {
+            Ok(known) if known.is_empty() => Err(HostKeyError::Unknown { host, file }),
+            Ok(known) => Ok(Taken::These { known, host, file }),
+            Err(source) => Err(HostKeyError::File {
+                file,
+                source: Box::new(source),
+            }),
+        }
+    }
+}
+
+impl Taken {
     /// What is offered to the host: of its key's kinds only those that can be recognised.
-    pub(super) fn preferred(&self) -> Result<Preferred, HostKeyError> {
+    pub(super) fn preferred(&self) -> Preferred {
         let mut preferred = Preferred::DEFAULT;
-        if let Self::Known { .. } = self {
-            let known = self.known()?;
+        if let Self::These { known, .. } = self {
             let kinds = preferred
                 .key
                 .iter()
                 .filter(|kind| known.iter().any(|(_, key)| is_same_kind(kind, &key.algorithm())));
             preferred.key = Cow::Owned(kinds.cloned().collect());
         }
-        Ok(preferred)
+        preferred
     }
 
     /// Whether a key is taken.
     pub(super) fn check(&self, found: &PublicKeyOrCertificate) -> Result<(), HostKeyError> {
-        let Self::Known { file, host, .. } = self else {
+        let Self::These { known, host, file } = self else {
             return Ok(());
         };
-        let known = self.known()?;
         if let PublicKeyOrCertificate::PublicKey { key, .. } = found
             && known.iter().any(|(_, known)| known.key_data() == key.key_data())
         {
@@ -58,24 +90,6 @@ impl HostKeys {
             file: file.clone(),
             line: known.first().map_or(0, |(line, _)| *line),
         })
-    }
-
-    /// The keys that the file has, with their lines; at least one.
-    fn known(&self) -> Result<Vec<(usize, russh::keys::PublicKey)>, HostKeyError> {
-        let Self::Known { file, host, port } = self else {
-            return Ok(Vec::new());
-        };
-        let known = known_host_keys_path(host, *port, file).map_err(|source| HostKeyError::File {
-            file: file.clone(),
-            source: Box::new(source),
-        })?;
-        if known.is_empty() {
-            return Err(HostKeyError::Unknown {
-                host: host.clone(),
-                file: file.clone(),
-            });
-        }
-        Ok(known)
     }
 }
 
@@ -128,4 +142,36 @@ pub enum HostKeyError {
     /// There is no file.
     #[error("there is no home directory, and so no known_hosts; set HOME, or leave secure=true out")]
     NoHome,
+}
+
+#[cfg(test)]
+mod tests {
+    use russh::keys::parse_public_key_base64;
+
+    use super::*;
+
+    const KEY: &str = "AAAAC3NzaC1lZDI1NTE5AAAAIOdJjOe/BCumzNWO4TdqzyUGrmomen9wiX1eu3beq9DL";
+    const OTHER: &str = "AAAAC3NzaC1lZDI1NTE5AAAAIOn2iLRTTQrDJkEQ0uafWHo8b17nYChK/KUzGg2Q6Ccy";
+
+    #[test]
+    fn a_connection_goes_by_what_the_file_had_when_it_began() {
+        let file = std::env::temp_dir().join(format!("vnetctl-known-hosts-{}", std::process::id()));
+        std::fs::write(&file, format!("192.168.127.2 ssh-ed25519 {KEY}\n")).unwrap();
+        let keys = HostKeys::Known {
+            file: file.clone(),
+            host: "192.168.127.2".to_owned(),
+            port: 22,
+        };
+        let taken = keys.read().unwrap();
+        std::fs::remove_file(&file).unwrap();
+
+        let check = |key: &str| {
+            let key = parse_public_key_base64(key).unwrap();
+            taken.check(&PublicKeyOrCertificate::PublicKey { key, hash_alg: None })
+        };
+        assert_eq!(*taken.preferred().key, [Algorithm::Ed25519]);
+        assert!(check(KEY).is_ok());
+        assert!(matches!(check(OTHER), Err(HostKeyError::Changed { line: 1, .. })));
+        assert!(keys.read().is_err(), "the next one has another");
+    }
 }

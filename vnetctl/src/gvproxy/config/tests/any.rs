@@ -88,6 +88,7 @@ fn any_words_are_read_or_refused() {
         let host = Host {
             search_domains: &[],
             exists: &|_| Ok(true),
+            is_no_directory: &|_| true,
         };
         if let Err(problems) = Config::resolve(&flags, FileConfig::default(), &host) {
             assert!(!problems.to_string().is_empty());

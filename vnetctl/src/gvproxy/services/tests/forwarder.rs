@@ -10,6 +10,10 @@ const ALL: &str = "/services/forwarder/all";
 const EXPOSE: &str = "/services/forwarder/expose";
 const UNEXPOSE: &str = "/services/forwarder/unexpose";
 const SERVICES: Origin = Origin::Services;
+const GUEST: Origin = Origin::Guest(Guest {
+    vm: vnet_proto::model::VmId(1),
+    address: std::net::IpAddr::V4(Ipv4Addr::new(192, 168, 127, 2)),
+});
 
 #[tokio::test]
 async fn what_is_exposed_is_answered_byte_for_byte_as_gvproxy_does() {
@@ -115,6 +119,53 @@ async fn a_listener_without_a_host_has_both_families_and_both_end_with_it() {
         done(),
         "and may be exposed again"
     );
+}
+
+#[tokio::test]
+async fn what_is_exposed_in_other_words_is_in_use_and_named_and_half_of_it_is_closed() {
+    let world = World::start().await;
+    let dataplane = world.dataplane("one", v1::Mode::Unspecified).await;
+    let services = Services::new(ServicesConfig {
+        guests: Some(GuestApi::default()),
+        ..world.config("one")
+    });
+    let expose = async |origin, local: &str| {
+        let body = format!(r#"{{"local":"{local}","remote":"192.168.127.2:80"}}"#);
+        let request = format!(
+            "POST {EXPOSE} HTTP/1.1\r\nHost: gateway\r\nContent-Length: {}\r\n\r\n{body}",
+            body.len()
+        );
+        raw(&services, origin, &request).await
+    };
+    assert!(expose(SERVICES, ":8080").await.starts_with("HTTP/1.1 200 "));
+    let named =
+        "X-Vnet-Remedy: :8080 is exposed already, and has it: unexpose that, or expose another port\r\n";
+    let any = "\nlisten tcp 0.0.0.0:8080: bind: address already in use\n";
+    for origin in [SERVICES, Origin::Listen] {
+        let answer = expose(origin, "0.0.0.0:8080").await;
+        assert!(answer.contains(named) && answer.ends_with(any), "{answer}");
+    }
+    // A guest is told of its own alone.
+    let answer = expose(GUEST, "0.0.0.0:8080").await;
+    assert!(
+        answer.contains("X-Vnet-Remedy: expose another port\r\n") && answer.ends_with(any),
+        "{answer}"
+    );
+    // The same one it is by the same words.
+    let answer = expose(SERVICES, ":8080").await;
+    assert!(
+        answer.ends_with("\nproxy already running for tcp on :8080\n"),
+        "{answer}"
+    );
+
+    // Where one family is taken nothing stays of the other, and the refusal is told.
+    dataplane.is_busy("[::]:8081");
+    let answer = expose(SERVICES, ":8081").await;
+    assert!(
+        answer.ends_with("\nlisten tcp :8081: bind: address already in use\n"),
+        "{answer}"
+    );
+    assert!(!get(&services, SERVICES, ALL).await.1.contains("8081"));
 }
 
 #[tokio::test]

@@ -187,6 +187,14 @@ async fn a_guest_exposes_its_own_address_and_sees_and_ends_its_own_forwards_alon
         post(&services, guest(3), EXPOSE, body).await,
         refused(500, "proxy already running for tcp on :8080")
     );
+    // The VM is not known by the address that this one speaks from.
+    assert_eq!(
+        post(&services, guest(3), EXPOSE, r#"{"local":":8081","remote":":80"}"#).await,
+        refused(
+            403,
+            "192.168.127.3 is not an address of VM one, and a VM opens ports to itself alone"
+        )
+    );
     assert_eq!(
         post(&services, GUEST, UNEXPOSE, r#"{"local":":8080"}"#).await,
         done()
