@@ -418,12 +418,13 @@ impl State {
             instance,
         };
         let old = self.fleet.vms.remove(&name);
-        let (live_flows, bindings, denied) = old
-            .map(|vm| (vm.live_flows, vm.bindings, vm.denied))
+        let (live_flows, bindings, denied, wanted_before) = old
+            .map(|vm| (vm.live_flows, vm.bindings, vm.denied, vm.wanted_name))
             .unwrap_or_default();
         let effective = Arc::new(Effective::compose(now, &view, None, None, Modes::default()));
         let vm = Vm {
-            wanted_name: if name == up.name { String::new() } else { up.name },
+            // One that comes again says the name that it was given.
+            wanted_name: if name == up.name { wanted_before } else { up.name },
             view,
             handle: up.handle,
             dataplane: number,

@@ -454,12 +454,25 @@ fn a_taken_name_gets_a_number_and_a_bad_one_is_refused() {
     let rig = Rig::open();
     let dp = rig.dataplane_with(hello(1, vec![vm_up(1, "web"), vm_up(2, "web")]));
     dp.say(Message::VmUp(vm_up(3, "web")));
-    let vms = rig.hub.vms(None).into_iter();
-    let names: Vec<_> = vms.map(|vm| (vm.name, vm.wanted_name)).collect();
     let named = [("web", ""), ("web-2", "web"), ("web-3", "web")];
+    let named = named.map(|(name, wanted)| (name.to_owned(), wanted.to_owned()));
+    let names = |rig: &Rig| -> Vec<_> {
+        let vms = rig.hub.vms(None).into_iter();
+        vms.map(|vm| (vm.name, vm.wanted_name)).collect()
+    };
+    assert_eq!(names(&rig), named);
+    // They come again, and say what they were given.
+    let again = || hello(1, vec![vm_up(3, "web-3"), vm_up(2, "web-2"), vm_up(1, "web")]);
+    let dp = {
+        drop(dp);
+        rig.dataplane_with(again())
+    };
+    assert_eq!(names(&rig), named);
+    let anew = Rig::open();
+    let _dp = anew.dataplane_with(again());
     assert_eq!(
-        names,
-        named.map(|(name, wanted)| (name.to_owned(), wanted.to_owned()))
+        names(&anew).into_iter().map(|(name, _)| name).collect::<Vec<_>>(),
+        ["web", "web-2", "web-3"]
     );
     assert!(dp.try_say(Message::VmUp(vm_up(4, "a b"))).is_err());
     assert!(

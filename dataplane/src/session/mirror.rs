@@ -97,6 +97,14 @@ impl Mirror {
         self.vms.insert(up.vm, Vm { up, status: None });
     }
 
+    /// A guest goes by this name. Said again, it is the one: to a controlplane that was started anew, whoever asked for
+    /// the same name and came first would otherwise have what holds for the other.
+    pub(super) fn named(&mut self, vm: VmId, name: &str) {
+        if let Some(vm) = self.vms.get_mut(&vm).filter(|_| !name.is_empty()) {
+            name.clone_into(&mut vm.up.name);
+        }
+    }
+
     pub(super) fn vm_status(&mut self, status: VmStatus) {
         if let Some(vm) = self.vms.get_mut(&status.vm) {
             vm.status = Some(status);

@@ -123,6 +123,7 @@ impl Conversation {
             .map(wire::dns_settings)
             .transpose()?
             .unwrap_or_default();
+        self.mirror.named(vm, &message.name);
         let settings = Settings {
             name: message.name,
             switch_open: message.switch_open,

@@ -197,6 +197,23 @@ async fn hello_says_who_is_there() {
     );
 }
 
+/// A controlplane that was started anew knows nobody's name: what holds for one VM is not to hold for another that asked
+/// for the same and comes first now.
+#[tokio::test]
+async fn a_guest_comes_back_by_the_name_that_it_was_given() {
+    let mut given = given(&[1, 2]).welcomed();
+    given
+        .hears(Response::VmSettings(v1::VmSettings {
+            vm: 1,
+            name: "vm1-2".into(),
+            ..Default::default()
+        }))
+        .unwrap();
+    given.conversation.lost();
+    let names: Vec<String> = given.hello().vms.into_iter().map(|vm| vm.name).collect();
+    assert_eq!(names, ["vm1-2", "vm2"]);
+}
+
 #[tokio::test]
 async fn welcome_voids_renews_and_sets_in_this_order() {
     let mut given = given(&[1]);
