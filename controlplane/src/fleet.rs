@@ -247,6 +247,21 @@ impl Fleet {
         }
     }
 
+    /// The network that a VM is on.
+    pub fn network_of(&self, vm: &str) -> Option<&str> {
+        let dataplane = self.dataplanes.get(&self.vms.get(vm)?.dataplane)?;
+        Some(&dataplane.network)
+    }
+
+    /// The VMs that are on a network.
+    pub fn on_network<'a>(&'a self, network: &'a str) -> impl Iterator<Item = &'a Vm> {
+        self.dataplanes
+            .values()
+            .filter(move |dataplane| dataplane.network == network)
+            .flat_map(|dataplane| dataplane.vms.values())
+            .filter_map(|name| self.vms.get(name))
+    }
+
     /// The dataplane of a network; without a name, the only one.
     ///
     /// # Errors

@@ -7,7 +7,7 @@ use vnet_proto::model::{
 use vnet_proto::v1;
 
 use super::budgets::Issued;
-use super::events::{about, on_subject, outcome_of};
+use super::events::{about, about_grant, on_subject, outcome_of};
 use super::repeats::Key;
 use super::{State, ids};
 use crate::approval::{Ask, AskOutcome, MissRef, OPEN_PER_VM_MAX, PendingId, Released};
@@ -394,16 +394,14 @@ impl State {
     pub(super) fn grant_ended(&mut self, now: Now, grant: &Grant, why: &str, actor: &str) {
         self.writes
             .push(crate::store::Write::DeleteGrant(grant.id.0.clone()));
-        let vm = grant.vms.name().unwrap_or_default();
         let text = format!(
             "grant {} ({} {}) ended: {why}",
             grant.id, grant.action, grant.target
         );
-        let event = about(v1::EventKind::GrantEnded, vm, text);
+        let event = about_grant(v1::EventKind::GrantEnded, grant, &self.fleet, text);
         self.event(
             now,
             v1::Event {
-                subject: grant.id.0.clone(),
                 actor: actor.to_owned(),
                 ..event
             },

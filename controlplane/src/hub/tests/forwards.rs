@@ -60,7 +60,7 @@ async fn obeys(dp: &mut FakeDataplane, cut_flows: u64) -> Command {
 async fn the_request(rig: &Rig) -> v1::PendingRequest {
     for _ in 0..1_000 {
         tokio::task::yield_now().await;
-        if let [one] = &rig.hub.pending(None)[..] {
+        if let [one] = &rig.hub.pending(Which::default())[..] {
             return one.clone();
         }
     }
@@ -112,7 +112,7 @@ async fn in_mode_ask_a_yes_opens_it_while_the_call_waits() {
     );
     assert_eq!(call.await.unwrap().unwrap(), told);
     assert_eq!(rig.hub.forwards("").unwrap(), [told]);
-    assert_eq!(rig.hub.grants("").unwrap()[0].hits, 1);
+    assert_eq!(rig.hub.grants("", "").unwrap()[0].hits, 1);
 }
 
 #[tokio::test]
@@ -143,7 +143,7 @@ async fn a_no_ends_the_call_and_the_next_one_asks_nobody() {
     rig.hub.reply(&reply(&id, Answer::Deny)).unwrap();
     is_denied(call, "denies it").await;
     is_denied(ask(&rig, "127.0.0.1:8080"), "denies it").await;
-    assert!(rig.hub.pending(None).is_empty());
+    assert!(rig.hub.pending(Which::default()).is_empty());
 }
 
 #[tokio::test]
@@ -174,7 +174,7 @@ async fn with_no_hold_it_is_asked_and_refused_at_once() {
     let _dp = rig.dataplane("web");
     let refusal = ask(&rig, "127.0.0.1:8080").await.unwrap().unwrap_err();
     assert!(matches!(refusal, Refusal::Unanswered(_)), "{refusal:?}");
-    assert_eq!(rig.hub.pending(None).len(), 1);
+    assert_eq!(rig.hub.pending(Which::default()).len(), 1);
 }
 
 #[tokio::test]
@@ -187,7 +187,7 @@ async fn rules_decide_without_anybody_and_a_change_of_them_closes_what_they_open
     assert_eq!(call.await.unwrap().unwrap().grant_id, "");
     is_denied(ask(&rig, "127.0.0.1:9000"), "no rule of forwards: allows it").await;
     is_denied(ask(&rig, "0.0.0.0:8080"), "not an address of loopback").await;
-    assert!(rig.hub.pending(None).is_empty());
+    assert!(rig.hub.pending(Which::default()).is_empty());
 
     rig.apply("version: 1\n");
     assert!(matches!(obeys(&mut dp, 0).await, Command::Unexpose(_)));
@@ -308,7 +308,7 @@ async fn a_yes_for_once_opens_one_that_stays_until_a_no() {
     rig.hub.reply(&once).unwrap();
     obeys(&mut dp, 0).await;
     call.await.unwrap().unwrap();
-    assert!(rig.hub.grants("").unwrap().is_empty(), "it is used up");
+    assert!(rig.hub.grants("", "").unwrap().is_empty(), "it is used up");
     rig.pass(Duration::from_secs(3_600));
     assert_eq!(rig.hub.forwards("").unwrap().len(), 1);
     let no = grant(GrantAction::Deny, TARGET, Some("web"), Lifetime::Forever);
@@ -451,7 +451,7 @@ async fn at_the_limit_of_open_requests_nobody_is_asked() {
     ask(&rig, "127.0.0.1:1").await.unwrap().unwrap_err();
     let refusal = ask(&rig, "127.0.0.1:2").await.unwrap().unwrap_err();
     assert!(matches!(refusal, Refusal::Limit(_)), "{refusal:?}");
-    assert_eq!(rig.hub.pending(None).len(), 2);
+    assert_eq!(rig.hub.pending(Which::default()).len(), 2);
 }
 
 #[tokio::test]
@@ -461,7 +461,7 @@ async fn so_many_calls_wait_for_one_answer_and_no_more() {
     let calls: Vec<Call> = (0..WAITS_PER_REQUEST_MAX)
         .map(|_| ask(&rig, "127.0.0.1:8080"))
         .collect();
-    while rig.hub.pending(None).first().map_or(0, |r| r.count) < WAITS_PER_REQUEST_MAX as u64 {
+    while rig.hub.pending(Which::default()).first().map_or(0, |r| r.count) < WAITS_PER_REQUEST_MAX as u64 {
         tokio::task::yield_now().await;
     }
     let more = ask(&rig, "127.0.0.1:8080").await.unwrap().unwrap_err();
