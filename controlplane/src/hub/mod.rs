@@ -76,7 +76,7 @@ pub(crate) use captures::{MESSAGE_PACKETS_BYTES_MAX, MESSAGE_PACKETS_MAX};
 pub use change::Ticket;
 pub(crate) use confirm::confirm_within;
 pub use events::EventFilter;
-pub use forwards::{ForwardWish, WAITS_PER_REQUEST_MAX};
+pub use forwards::{ForwardWish, WAITS_PER_VM_MAX};
 pub use history::{Recalled, Span};
 pub(crate) use policies::DEFAULT;
 pub(crate) use policies::without_content;

@@ -455,19 +455,71 @@ async fn at_the_limit_of_open_requests_nobody_is_asked() {
 }
 
 #[tokio::test]
-async fn so_many_calls_wait_for_one_answer_and_no_more() {
-    let rig = Rig::secure();
-    let _dp = rig.dataplane("web");
-    let calls: Vec<Call> = (0..WAITS_PER_REQUEST_MAX)
-        .map(|_| ask(&rig, "127.0.0.1:8080"))
+async fn so_many_calls_of_a_vm_wait_for_answers_and_whoever_is_not_asked_about_is_not_kept_out() {
+    let rig = Rig::open();
+    rig.apply("version: 1\nmode: ask\nforwards: [{action: allow, listen: \"9000\"}]\n");
+    let mut dp = rig.dataplane("web");
+    // Two for each of half as many.
+    let mut calls: Vec<Call> = (0..WAITS_PER_VM_MAX)
+        .map(|n| ask(&rig, &format!("127.0.0.1:{}", 8080 + n / 2)))
         .collect();
-    while rig.hub.pending(Which::default()).first().map_or(0, |r| r.count) < WAITS_PER_REQUEST_MAX as u64 {
+    let waiting = || {
+        rig.hub
+            .pending(Which::default())
+            .iter()
+            .map(|r| r.count)
+            .sum::<u64>()
+    };
+    while waiting() < WAITS_PER_VM_MAX as u64 {
         tokio::task::yield_now().await;
     }
-    let more = ask(&rig, "127.0.0.1:8080").await.unwrap().unwrap_err();
-    assert!(matches!(more, Refusal::Unanswered(_)), "{more:?}");
-    let id = the_request(&rig).await.id;
-    rig.hub.reply(&reply(&id, Answer::Deny)).unwrap();
+    let mut events = rig.hub.watch_events(EventFilter::default()).unwrap().0;
+    for place in ["127.0.0.1:8080", "127.0.0.1:7070"] {
+        let more = ask(&rig, place).await.unwrap().unwrap_err();
+        let Refusal::Waiting(text) = &more else {
+            panic!("{more:?}")
+        };
+        assert!(
+            text.starts_with("VM web waits for answers about 12 forwards"),
+            "{text}"
+        );
+        assert!(text.ends_with("vnetctl pending list"), "{text}");
+        assert_eq!(tonic::Status::from(more).code(), tonic::Code::ResourceExhausted);
+    }
+    let Some(Next::Change(event)) = events.try_next() else {
+        panic!("no event")
+    };
+    assert_eq!(event.kind(), v1::EventKind::LimitReached);
+    assert!(events.try_next().is_none(), "told once, and not asked");
+    assert_eq!(rig.metrics.forward_waits_refused.get(), 2);
+    let allowed = ask(&rig, "127.0.0.1:9000");
+    obeys(&mut dp, 0).await;
+    allowed.await.unwrap().unwrap();
+    let mut other = rig.dataplane_with(hello(2, vec![vm_up(1, "db")]));
+    let of_other = ForwardWish {
+        vm: "db".to_owned(),
+        ..wish("127.0.0.1:8080")
+    };
+    let hub = Arc::clone(&rig.hub);
+    let of_other = tokio::spawn(async move { hub.request_forward(&of_other).await });
+    while rig.hub.pending(Which::default()).iter().all(|r| r.vm != "db") {
+        tokio::task::yield_now().await;
+    }
+    other.told();
+    of_other.abort();
+
+    // Who does not wait any longer makes room, and so does an answer.
+    let gone = calls.pop().unwrap();
+    gone.abort();
+    assert!(gone.await.is_err());
+    calls.push(ask(&rig, "127.0.0.1:7070"));
+    let open = rig.hub.pending(Which::default()).len();
+    while rig.hub.pending(Which::default()).len() == open {
+        tokio::task::yield_now().await;
+    }
+    for request in rig.hub.pending(Which::default()).iter().filter(|r| r.vm == "web") {
+        rig.hub.reply(&reply(&request.id, Answer::Deny)).unwrap();
+    }
     for call in calls {
         is_denied(call, "denies it").await;
     }
