@@ -19,7 +19,7 @@ use super::listen::{SocketFile, StreamListener};
 use super::packet::{PacketKind, PacketLink};
 use super::serve::{Entrance, GUESTS_MAX};
 use super::stream::{StreamKind, StreamLink};
-use super::vpnkit::Answers;
+use super::vpnkit::{Answers, HANDSHAKES_MAX};
 use super::{FRAME_BYTES_MAX, Link, serve, shared};
 use crate::config::{ListenAt, MTU_BYTES_MAX};
 use crate::mac::Mac;
@@ -709,4 +709,43 @@ fn vpnkit_guests_come_and_go_and_a_bad_handshake_delays_nobody() {
         rig.next_down();
     }
     assert_eq!(silent.write(b"T").unwrap(), 1, "it has its time still");
+}
+
+#[test]
+fn at_the_limit_of_handshakes_the_one_that_stalls_longest_makes_way() {
+    let mut rig = Rig::new("vpnkit");
+    let (listener, _file) = StreamListener::open(&ListenAt::Unix(rig.path("s"))).unwrap();
+    let answers = Answers {
+        mtu_bytes: 1500,
+        ..Answers::default()
+    };
+    serve::vpnkit(&rig.network, listener, spec(), answers).unwrap();
+    let path = rig.path("s");
+    let connect = || UnixStream::connect(&path).unwrap();
+    let mut stalled: Vec<UnixStream> = (0..HANDSHAKES_MAX)
+        .map(|_| {
+            let mut client = connect();
+            client.write_all(&handshake("")[..49]).unwrap();
+            // It is under way once it is answered.
+            client.read_exact(&mut [0; 49]).unwrap();
+            client
+        })
+        .collect();
+    let uuid = "c3d68012-0208-11ea-9fd7-f2189899ab08";
+    let mut client = connect();
+    client.write_all(&handshake(uuid)).unwrap();
+    let mut answer = [0; 49 + 258];
+    client.read_exact(&mut answer).unwrap();
+    let mut client = Stream::new(client, StreamKind::Vpnkit);
+    asker(2).is_answered(&mut client);
+    assert_eq!(rig.next_up().1, "vpnkit");
+
+    assert!(is_closed(&mut stalled[0]));
+    rig.counts("network_link_limit", 1);
+    // All others have their time still: whoever says the rest is let in.
+    let rest = &handshake(uuid)[49..];
+    stalled[1].write_all(rest).unwrap();
+    stalled[1].read_exact(&mut [0; 258]).unwrap();
+    rig.counts("network_link_limit", 1);
+    assert_eq!(counter(&rig.network, "network_link_handshake"), 0);
 }
