@@ -104,18 +104,7 @@ impl Hub {
         self.read(|state, _| {
             let view = match vm {
                 "" => None,
-                name => Some(
-                    state
-                        .fleet
-                        .vms
-                        .get(name)
-                        .map(|vm| vm.view.clone())
-                        .ok_or_else(|| {
-                            Refusal::NotFound(format!(
-                                "there is no VM {name:?}; list them with: vnetctl vm list"
-                            ))
-                        })?,
-                ),
+                name => Some(state.fleet.vm(name)?.view.clone()),
             };
             let on_network = |grant: &&Arc<Grant>| {
                 let mut there = state.fleet.on_network(network);

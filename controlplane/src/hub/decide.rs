@@ -241,18 +241,22 @@ impl State {
                 count,
                 reason,
             } => {
-                self.metrics.pending_refused.add(1);
-                if count == 1 {
-                    let peer = self.peer_name(name, &subject);
-                    let text = outcome_of(&subject, &peer, &reason);
-                    let event = about(v1::EventKind::LimitReached, name, text);
-                    let event = on_subject(event, &subject, &peer);
-                    self.repeated_event(now, Key::limit(&reason.text), 1, event);
-                }
+                let peer = self.peer_name(name, &subject);
+                let text = outcome_of(&subject, &peer, &reason);
+                let event = about(v1::EventKind::LimitReached, name, text);
+                self.ask_refused(now, count, &reason, on_subject(event, &subject, &peer));
                 self.deny_once(now, name, miss, &subject, reason);
             }
         }
         self.take_up(now, changes);
+    }
+
+    /// Nobody is asked, as a limit of requests is reached: counted, and told with the first of those in a row.
+    pub(super) fn ask_refused(&mut self, now: Now, count: u64, reason: &Reason, event: v1::Event) {
+        self.metrics.pending_refused.add(1);
+        if count == 1 {
+            self.repeated_event(now, Key::limit(&reason.text), 1, event);
+        }
     }
 
     /// Denies a miss, and it alone: there may be room, or an answer, for the next.

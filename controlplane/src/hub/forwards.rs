@@ -19,7 +19,7 @@ use super::repeats::Key;
 use super::{Hub, State, ids};
 use crate::approval::{AskForward, AskOutcome, OPEN_PER_VM_MAX, PendingId};
 use crate::clock::Now;
-use crate::fleet::{DataplaneNo, Fleet, Outstanding, Vm};
+use crate::fleet::{DataplaneNo, Fleet, Outstanding, Vm, no_vm};
 use crate::grant::{GrantId, Use, VmInstance};
 use crate::policy::{ForwardDecision, Outcome, decide_forward, on_loopback};
 use crate::refusal::Refusal;
@@ -150,7 +150,7 @@ impl State {
             })?;
             return Ok((number, vm.view.name.clone()));
         }
-        let vm = self.fleet.vms.get(&wish.vm).ok_or_else(|| no_vm(&wish.vm))?;
+        let vm = self.fleet.vm(&wish.vm)?;
         let network = self.fleet.dataplanes.get(&vm.dataplane).map(|d| &d.network);
         if !wish.network.is_empty() && network != Some(&wish.network) {
             let text = format!("VM {} is not on network {:?}", wish.vm, wish.network);
@@ -167,7 +167,7 @@ impl State {
         reason: Reason,
     ) -> Result<Step, Refusal> {
         self.last_request = self.last_request.wrapping_add(1);
-        let vm = self.fleet.vms.get(name).ok_or_else(|| no_vm(name))?;
+        let vm = self.fleet.vm(name)?;
         let what = format!("{name} asks {}", forward.in_words());
         if self.forward_waits_of(&vm.view.instance) >= WAITS_PER_VM_MAX {
             self.metrics.forward_waits_refused.add(1);
@@ -210,15 +210,9 @@ impl State {
                 count,
                 reason,
             } => {
-                self.metrics.pending_refused.add(1);
-                if count == 1 {
-                    let event = about(
-                        v1::EventKind::LimitReached,
-                        name,
-                        format!("{what}: {}", reason.text),
-                    );
-                    self.repeated_event(now, Key::limit(&reason.text), 1, event);
-                }
+                let text = format!("{what}: {}", reason.text);
+                let event = about(v1::EventKind::LimitReached, name, text);
+                self.ask_refused(now, count, &reason, event);
                 Err(Refusal::Limit(reason.text))
             }
         }
@@ -350,10 +344,4 @@ pub(super) fn still_asks(fleet: &Fleet, name: &str, forward: &ForwardTarget) -> 
         forward.guest_port(),
     );
     decision.outcome == Outcome::Ask
-}
-
-fn no_vm(name: &str) -> Refusal {
-    Refusal::NotFound(format!(
-        "there is no VM {name:?}; list them with: vnetctl vm list"
-    ))
 }

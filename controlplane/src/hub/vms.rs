@@ -10,7 +10,7 @@ use super::events::about;
 use super::{Hub, State, Ticket};
 use crate::clock::Now;
 use crate::convert;
-use crate::fleet::{Fleet, Vm};
+use crate::fleet::{Fleet, Vm, no_vm};
 use crate::refusal::Refusal;
 use crate::store::{Durable, StoredVm, Write};
 use crate::watch::Watch;
@@ -136,12 +136,7 @@ impl State {
     }
 
     fn update_vm(&mut self, now: Now, update: VmUpdate<'_>) -> Result<(v1::Vm, Ticket), Refusal> {
-        let missing = || {
-            Refusal::NotFound(format!(
-                "there is no VM {:?}; list them with: vnetctl vm list",
-                update.name
-            ))
-        };
+        let missing = || no_vm(update.name);
         let Some(vm) = self.fleet.vms.get(update.name) else {
             return self.lift_quarantine(now, &update).ok_or_else(missing);
         };
