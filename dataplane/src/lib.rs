@@ -2,6 +2,7 @@
 
 pub mod args;
 pub mod capture;
+mod causes;
 pub mod claims;
 mod clock;
 pub mod config;

@@ -385,6 +385,34 @@ fn an_absurd_length_ends_its_own_link_alone() {
 }
 
 #[test]
+fn a_capture_that_is_over_is_kept_by_nobody() {
+    use crate::capture::{CaptureEnd, CaptureSpec};
+    use crate::session::Captures as _;
+    let mut rig = Rig::new("capture");
+    let _file = rig.shared_socket();
+    let mut vm = rig.vm("vm");
+    asker(2).is_answered(&mut vm);
+    let handle = rig.report(|report| match report {
+        Report::VmUp(up) => Some(up.vm),
+        _ => None,
+    });
+    let spec = CaptureSpec {
+        ends_with_guest: true,
+        ..CaptureSpec::default()
+    };
+    let capture = rig.network.start_capture(handle, spec, Box::new(|| {})).unwrap();
+    let kept = Arc::downgrade(&capture);
+    capture.stop(CaptureEnd::Stopped);
+    drop(capture);
+    // Its driver lets go of it with what it is shown next.
+    let until = Instant::now() + PATIENCE;
+    while kept.strong_count() > 0 {
+        assert!(Instant::now() < until, "it is still there");
+        asker(2).is_answered(&mut vm);
+    }
+}
+
+#[test]
 fn a_record_longer_than_any_frame_is_dropped_and_counted() {
     let mut rig = Rig::new("long");
     let (mut there, here) = Packets::pair(Type::SEQPACKET);
