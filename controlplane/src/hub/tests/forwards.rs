@@ -146,10 +146,11 @@ async fn a_no_ends_the_call_and_the_next_one_asks_nobody() {
     assert!(rig.hub.pending(Which::default()).is_empty());
 }
 
-#[tokio::test]
+/// In driven time.
+#[tokio::test(start_paused = true)]
 async fn a_call_that_nobody_answers_ends_with_its_hold_and_a_late_yes_serves_the_next() {
     let rig = Rig::open();
-    rig.apply("version: 1\nmode: ask\napprovalTimeout: 50ms\n");
+    rig.apply("version: 1\nmode: ask\napprovalTimeout: 30s\n");
     let mut dp = rig.dataplane("web");
     let refusal = ask(&rig, "127.0.0.1:8080").await.unwrap().unwrap_err();
     let id = the_request(&rig).await.id;
