@@ -249,6 +249,29 @@ impl Fleet {
         }
     }
 
+    /// A VM by its name.
+    ///
+    /// # Errors
+    /// [`Refusal::NotFound`].
+    pub fn vm(&self, name: &str) -> Result<&Vm, Refusal> {
+        self.vms.get(name).ok_or_else(|| no_vm(name))
+    }
+
+    /// The network that a VM is on.
+    pub fn network_of(&self, vm: &str) -> Option<&str> {
+        let dataplane = self.dataplanes.get(&self.vms.get(vm)?.dataplane)?;
+        Some(&dataplane.network)
+    }
+
+    /// The VMs that are on a network.
+    pub fn on_network<'a>(&'a self, network: &'a str) -> impl Iterator<Item = &'a Vm> {
+        self.dataplanes
+            .values()
+            .filter(move |dataplane| dataplane.network == network)
+            .flat_map(|dataplane| dataplane.vms.values())
+            .filter_map(|name| self.vms.get(name))
+    }
+
     /// The dataplane of a network; without a name, the only one.
     ///
     /// # Errors
@@ -281,6 +304,13 @@ impl Fleet {
             ))),
         }
     }
+}
+
+/// There is no VM of this name.
+pub fn no_vm(name: &str) -> Refusal {
+    Refusal::NotFound(format!(
+        "there is no VM {name:?}; list them with: vnetctl vm list"
+    ))
 }
 
 /// The wanted name, or if it is taken the first of NAME-2, NAME-3 and so on that is not. An empty name stays empty.

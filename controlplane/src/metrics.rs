@@ -44,6 +44,8 @@ metrics! {
     held => "vnet_controlplane_held_total",
     /// Misses denied because a limit of pending requests was reached.
     pending_refused => "vnet_controlplane_pending_refused_total",
+    /// Forwards that nobody was asked about because as many of their VM waited for answers as may.
+    forward_waits_refused => "vnet_controlplane_forward_waits_refused_total",
     /// Messages of dataplanes that were refused.
     malformed => "vnet_controlplane_malformed_messages_total",
     /// Messages of dataplanes that named a VM or flow that is not there.

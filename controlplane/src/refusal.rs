@@ -73,6 +73,9 @@ pub enum Refusal {
     /// A person was asked, and did not answer in time.
     #[error("{0}")]
     Unanswered(String),
+    /// As many wait for a person as may.
+    #[error("{0}")]
+    Waiting(String),
     /// It is served, and not here.
     #[error("{0}")]
     Elsewhere(String),
@@ -138,7 +141,7 @@ impl Refusal {
             Self::Changed(_) => Code::Aborted,
             Self::Exists(_) => Code::AlreadyExists,
             Self::Precondition { .. } => Code::FailedPrecondition,
-            Self::Limit(_) => Code::ResourceExhausted,
+            Self::Limit(_) | Self::Waiting(_) => Code::ResourceExhausted,
             Self::Unavailable(_) => Code::Unavailable,
             Self::Dataplane { code, .. } => match Code::from(i32::try_from(*code).unwrap_or(2)) {
                 Code::Ok => Code::Unknown,
@@ -165,6 +168,7 @@ impl Refusal {
             Self::Dataplane { .. } => "DATAPLANE_REFUSED",
             Self::Denied(_) => "DENIED",
             Self::Unanswered(_) => "UNANSWERED",
+            Self::Waiting(_) => "TOO_MANY_WAIT",
             Self::Elsewhere(_) => "SERVED_ELSEWHERE",
             Self::NotSaved(_) => "NOT_SAVED",
             Self::Store(_) => "STORE_FAILED",

@@ -1,12 +1,12 @@
 //! What guests of one network share, off the fast path: leases, zones, guards, the switch's inboxes,
 //! and who is there.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc::Sender as InputSender;
-use std::sync::{Arc, Mutex, PoisonError, RwLock};
+use std::sync::{Arc, Mutex, PoisonError, RwLock, Weak};
 use std::thread;
 use std::time::{Duration, SystemTime};
 
@@ -18,6 +18,7 @@ use vnet_proto::model::{GuardSet, Protocol, VmId};
 use crate::capture::{
     CAPTURES_PER_GUEST_MAX, CAPTURES_PER_NETWORK_MAX, Capture, CaptureSpec, INTERFACES_MAX, Tap,
 };
+use crate::causes::WithCauses;
 use crate::claims::Claims;
 use crate::clock;
 use crate::descriptors::Descriptors;
@@ -114,7 +115,7 @@ pub struct Network {
     front: std::sync::OnceLock<FrontSender>,
     capture_file: std::sync::OnceLock<Arc<Capture>>,
     /// Captures of one guest each.
-    captures: Mutex<Vec<(VmId, Arc<Capture>)>>,
+    captures: Mutex<Vec<(VmId, Weak<Capture>)>>,
 }
 
 #[derive(Default)]
@@ -216,6 +217,7 @@ impl Network {
         if vms.is_empty() {
             return Vec::new();
         }
+        let vms: HashSet<VmId> = vms.iter().copied().collect();
         let leases = self.lock_leases();
         let own = leases.in_use().filter(|(_, _, vm)| vms.contains(vm));
         own.map(|(address, mac, _)| (address, mac)).collect()
@@ -354,7 +356,7 @@ impl Network {
                         None
                     }
                     Ok(Err(error)) => {
-                        let why = DisplayChain(&error).to_string();
+                        let why = WithCauses(&error).to_string();
                         tracing::warn!(vm = %name, reason = why, "guest detached");
                         Some(why)
                     }
@@ -788,7 +790,7 @@ impl session::Captures for Network {
         };
         // Held to the end, so that two at once do not both find the last place.
         let mut captures = self.captures.lock().unwrap_or_else(PoisonError::into_inner);
-        captures.retain(|(_, capture)| capture.end().is_none());
+        captures.retain(|(_, capture)| capture.upgrade().is_some_and(|capture| capture.end().is_none()));
         let of_all = usize::from(self.capture_file.get().is_some_and(|file| file.end().is_none()));
         if captures.len() + of_all >= CAPTURES_PER_NETWORK_MAX {
             return Err(limit(format!(
@@ -806,7 +808,7 @@ impl session::Captures for Network {
         if !self.send(vm, Input::Capture(tap)) {
             return Err(gone());
         }
-        captures.push((vm, Arc::clone(&capture)));
+        captures.push((vm, Arc::downgrade(&capture)));
         Ok(capture)
     }
 }
@@ -820,21 +822,6 @@ impl From<ZoneError> for session::Refusal {
             ZoneError::NoZone(_) | ZoneError::NoRecord(_) => tonic::Code::NotFound,
         };
         Self::new(code, error.to_string())
-    }
-}
-
-/// An error with its causes, for one line.
-struct DisplayChain<'a>(&'a dyn std::error::Error);
-
-impl std::fmt::Display for DisplayChain<'_> {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "{}", self.0)?;
-        let mut cause = self.0.source();
-        while let Some(error) = cause {
-            write!(f, ": {error}")?;
-            cause = error.source();
-        }
-        Ok(())
     }
 }
 

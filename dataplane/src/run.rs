@@ -12,6 +12,7 @@ use tokio::sync::mpsc;
 
 use crate::args::Args;
 use crate::capture::file::CaptureFile;
+use crate::causes::WithCauses;
 use crate::config::{
     Config, ControlplaneUrl, ListenAt, ListenConfig, SearchDomains, Transport, VmConfig, VmSettings,
     default_name,
@@ -155,13 +156,7 @@ fn settings(args: &Args) -> Result<VmSettings, Box<dyn std::error::Error>> {
 }
 
 fn fail(error: &dyn std::error::Error, status: u8) -> ExitCode {
-    let mut text = error.to_string();
-    let mut cause = error.source();
-    while let Some(error) = cause {
-        text.push_str(&format!(": {error}"));
-        cause = error.source();
-    }
-    say(&format!("vnet-dataplane: {text}"));
+    say(&format!("vnet-dataplane: {}", WithCauses(error)));
     ExitCode::from(status)
 }
 

@@ -11,6 +11,7 @@ use vnet_proto::v1::command::Command;
 use vnet_proto::v1::dns_service_server::DnsService;
 
 use super::{Api, selector};
+use crate::hub::Which;
 use crate::refusal::Refusal;
 
 /// How the root's zone is named.
@@ -83,7 +84,10 @@ impl DnsService for Api {
         &self,
         request: Request<v1::ListBindingsRequest>,
     ) -> Result<Response<v1::ListBindingsResponse>, Status> {
-        let bindings = self.hub.bindings(selector(request.into_inner().vms)?.as_ref());
+        let bindings = self.hub.bindings(Which {
+            vms: selector(request.into_inner().vms)?.as_ref(),
+            network: "",
+        });
         Ok(Response::new(v1::ListBindingsResponse { bindings }))
     }
 
@@ -91,7 +95,11 @@ impl DnsService for Api {
         &self,
         request: Request<v1::ListDeniedRequest>,
     ) -> Result<Response<v1::ListDeniedResponse>, Status> {
-        let denied = self.hub.denied(selector(request.into_inner().vms)?.as_ref());
+        let request = request.into_inner();
+        let denied = self.hub.denied(Which {
+            vms: selector(request.vms)?.as_ref(),
+            network: &request.network,
+        });
         Ok(Response::new(v1::ListDeniedResponse { denied }))
     }
 }

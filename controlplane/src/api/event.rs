@@ -28,6 +28,7 @@ impl EventService for Api {
         let filter = EventFilter {
             vms: selector(request.vms)?,
             kinds: kinds(request.kinds)?,
+            network: request.network,
         };
         // The watch first: what happens while the history is read waits in its queue.
         let (watch, last) = self.hub.watch_events(filter.clone())?;
@@ -54,6 +55,7 @@ impl EventService for Api {
         let filter = EventFilter {
             vms: selector(request.vms)?,
             kinds: kinds(request.kinds)?,
+            network: request.network,
         };
         if request.page_token.is_empty() {
             self.hub.bring_history_up_to_date();

@@ -5,6 +5,7 @@ use vnet_proto::v1;
 use vnet_proto::v1::flow_service_server::FlowService;
 
 use super::{Api, Changes, Keys, actor, is_number, page, selector, stream};
+use crate::hub::Which;
 
 /// Keys of the list's pages.
 const KEYS: Keys = Keys {
@@ -19,7 +20,10 @@ impl FlowService for Api {
         request: Request<v1::ListFlowsRequest>,
     ) -> Result<Response<v1::ListFlowsResponse>, Status> {
         let request = request.into_inner();
-        let flows = self.hub.flows(selector(request.vms)?.as_ref());
+        let flows = self.hub.flows(Which {
+            vms: selector(request.vms)?.as_ref(),
+            network: &request.network,
+        });
         let key = |(number, _): &(u64, v1::Flow)| format!("{:020}", u64::MAX - number);
         let (flows, next_page_token) = page(flows, request.page_size, &request.page_token, KEYS, key)?;
         let flows = flows.into_iter().map(|(_, flow)| flow).collect();

@@ -24,7 +24,7 @@ impl GrantService for Api {
         request: Request<v1::ListGrantsRequest>,
     ) -> Result<Response<v1::ListGrantsResponse>, Status> {
         let request = request.into_inner();
-        let mut grants = self.hub.grants(&request.vm)?;
+        let mut grants = self.hub.grants(&request.vm, &request.network)?;
         // Newest first, as keys that grow.
         let key = |g: &v1::Grant| {
             let made = g.created_at.unwrap_or_default();

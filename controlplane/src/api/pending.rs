@@ -8,7 +8,7 @@ use vnet_proto::v1::pending_service_server::PendingService;
 use super::{Api, Changes, Keys, actor, is_time_and_id, page, saved, selector, stream};
 use crate::approval::Answer;
 use crate::convert;
-use crate::hub::{PAST_FLOWS_MAX, Reply};
+use crate::hub::{PAST_FLOWS_MAX, Reply, Which};
 use crate::refusal::Refusal;
 use crate::store::EventQuery;
 
@@ -25,7 +25,10 @@ impl PendingService for Api {
         request: Request<v1::ListPendingRequest>,
     ) -> Result<Response<v1::ListPendingResponse>, Status> {
         let request = request.into_inner();
-        let requests = self.hub.pending(selector(request.vms)?.as_ref());
+        let requests = self.hub.pending(Which {
+            vms: selector(request.vms)?.as_ref(),
+            network: &request.network,
+        });
         let key = |r: &v1::PendingRequest| {
             let created = r.created_at.unwrap_or_default();
             format!("{:020}.{:09}.{}", created.seconds, created.nanos, r.id)

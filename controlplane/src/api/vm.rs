@@ -7,7 +7,7 @@ use vnet_proto::v1;
 use vnet_proto::v1::vm_service_server::VmService;
 
 use super::{Api, Changes, Keys, actor, page, saved, selector, stream};
-use crate::hub::VmUpdate;
+use crate::hub::{VmUpdate, Which};
 use crate::refusal::Refusal;
 
 /// Keys of the list's pages.
@@ -23,7 +23,10 @@ impl VmService for Api {
         request: Request<v1::ListVmsRequest>,
     ) -> Result<Response<v1::ListVmsResponse>, Status> {
         let request = request.into_inner();
-        let vms = self.hub.vms(selector(request.vms)?.as_ref());
+        let vms = self.hub.vms(Which {
+            vms: selector(request.vms)?.as_ref(),
+            network: &request.network,
+        });
         let (vms, next_page_token) = page(vms, request.page_size, &request.page_token, KEYS, |vm| {
             vm.name.clone()
         })?;

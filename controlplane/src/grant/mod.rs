@@ -281,11 +281,13 @@ impl Grants {
 
     /// A VM's link is gone for good: what was bound to it alone ends, and is returned.
     pub fn vm_stopped(&mut self, instance: &VmInstance) -> Vec<Arc<Grant>> {
+        let is_last = |g: &Grant| g.instances.iter().all(|one| one == instance);
+        let ended = self.remove_where(|g| g.lifetime == Lifetime::UntilVmStops && is_last(g));
         for grant in self.by_id.values_mut().filter(|g| g.instances.contains(instance)) {
             Arc::make_mut(grant).instances.remove(instance);
             self.generation += 1;
         }
-        self.remove_where(|g| g.lifetime == Lifetime::UntilVmStops && g.instances.is_empty())
+        ended
     }
 
     /// Records a use. Returns the grant if that was its last (it is then no longer in force).

@@ -1,11 +1,13 @@
 //! People's answers: approvals, denials, and grants made and revoked by themselves.
 
+use std::sync::Arc;
+
 use vnet_proto::model::{Budget, Target, VmSelector};
 use vnet_proto::v1;
 
 use super::decide::context;
-use super::events::about;
-use super::{Hub, REQUEST_IDS_MAX, State, Ticket, budgets, ids};
+use super::events::about_grant;
+use super::{Hub, REQUEST_IDS_MAX, State, Ticket, Which, budgets, ids};
 use crate::approval::{Answer, Scope};
 use crate::clock::Now;
 use crate::convert;
@@ -65,10 +67,10 @@ pub struct NewGrant<'a> {
 
 impl Hub {
     /// The open requests of these VMs, oldest first.
-    pub fn pending(&self, filter: Option<&VmSelector>) -> Vec<v1::PendingRequest> {
+    pub fn pending(&self, which: Which<'_>) -> Vec<v1::PendingRequest> {
         self.read(|state, _| {
             let open = state.pending.open().into_iter();
-            open.filter(|r| filter.is_none_or(|f| f.matches(&r.vm.name, &r.vm.labels)))
+            open.filter(|r| which.has(&state.fleet, &r.vm.name, &r.vm.labels))
                 .map(convert::request)
                 .collect()
         })
@@ -94,30 +96,24 @@ impl Hub {
         result.map(|(request, grant, ticket)| (request, grant, ticket, durable))
     }
 
-    /// Grants in force, newest first, perhaps only those that reach one VM.
+    /// Grants in force, newest first, perhaps only those that reach one VM, or any that is on a network.
     ///
     /// # Errors
     /// [`Refusal::NotFound`] if that VM is not there.
-    pub fn grants(&self, vm: &str) -> Result<Vec<v1::Grant>, Refusal> {
+    pub fn grants(&self, vm: &str, network: &str) -> Result<Vec<v1::Grant>, Refusal> {
         self.read(|state, _| {
             let view = match vm {
                 "" => None,
-                name => Some(
-                    state
-                        .fleet
-                        .vms
-                        .get(name)
-                        .map(|vm| vm.view.clone())
-                        .ok_or_else(|| {
-                            Refusal::NotFound(format!(
-                                "there is no VM {name:?}; list them with: vnetctl vm list"
-                            ))
-                        })?,
-                ),
+                name => Some(state.fleet.vm(name)?.view.clone()),
+            };
+            let on_network = |grant: &&Arc<Grant>| {
+                let mut there = state.fleet.on_network(network);
+                network.is_empty() || there.any(|vm| grant.reaches(&vm.view))
             };
             let all = state.grants.newest_first().into_iter();
             Ok(all
                 .filter(|g| view.as_ref().is_none_or(|v| g.reaches(v)))
+                .filter(on_network)
                 .map(|g| state.grant_message(g))
                 .collect())
         })
@@ -344,16 +340,14 @@ impl State {
             self.writes
                 .push(Write::PutGrant(Box::new(convert::to_store(grant, None))));
         }
-        let vm = grant.vms.name().unwrap_or_default();
         let text = format!(
             "grant {}: {} {} for {}",
             grant.id, grant.action, grant.target, grant.vms
         );
-        let event = about(v1::EventKind::GrantCreated, vm, text);
+        let event = about_grant(v1::EventKind::GrantCreated, grant, &self.fleet, text);
         self.event(
             now,
             v1::Event {
-                subject: grant.id.0.clone(),
                 grant: Some(convert::grant(grant, None)),
                 actor: actor.to_owned(),
                 action: match grant.action {

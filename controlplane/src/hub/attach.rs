@@ -230,12 +230,14 @@ impl State {
             network = dataplane.network,
             "dataplane connected"
         );
+        let network = dataplane.network.clone();
         self.fleet.dataplanes.insert(number, dataplane);
         self.event(
             now,
             v1::Event {
                 kind: v1::EventKind::DataplaneConnected.into(),
                 text,
+                network,
                 ..Default::default()
             },
         );
@@ -569,8 +571,9 @@ impl State {
             vm.link_error = link_error;
         }
         self.publish_vm(v1::VmChange::Removed, &name);
-        self.fleet.vms.remove(&name);
+        // While it still says where the VM was.
         self.event(now, about(v1::EventKind::VmDetached, &name, text));
+        self.fleet.vms.remove(&name);
     }
 
     fn session_lost(&mut self, now: Now, number: DataplaneNo) {
@@ -579,7 +582,7 @@ impl State {
         };
         dataplane.link = None;
         dataplane.lost_at = Some(now.steady);
-        let name = dataplane.name.clone();
+        let (name, network) = (dataplane.name.clone(), dataplane.network.clone());
         let vms: Vec<String> = dataplane.vms.values().cloned().collect();
         tracing::info!(dataplane = name, "dataplane lost");
         self.give_up_outstanding(number);
@@ -594,6 +597,7 @@ impl State {
             v1::Event {
                 kind: v1::EventKind::DataplaneLost.into(),
                 text: format!("the session of dataplane {name} ended"),
+                network,
                 ..Default::default()
             },
         );

@@ -115,7 +115,7 @@ impl Guest {
 }
 
 fn used(rig: &Rig) -> Budget {
-    let grants = rig.hub.grants("").unwrap();
+    let grants = rig.hub.grants("", "").unwrap();
     grants[0].used.map(Into::into).unwrap_or_default()
 }
 
@@ -149,7 +149,7 @@ fn bytes_that_are_used_up_end_the_grant_and_cut_what_rests_on_it_everywhere() {
     assert_eq!(again.budget.map(Budget::from), Some(bytes(400, 0)));
 
     one.pass(&id, 400, 0);
-    assert!(rig.hub.grants("").unwrap().is_empty());
+    assert!(rig.hub.grants("", "").unwrap().is_empty());
     assert_eq!(cuts(&two.dp.told()), [other]);
     let ended = texts(&mut watch, v1::EventKind::GrantEnded);
     assert!(ended[0].contains("its bytes are used up"), "{ended:?}");
@@ -194,10 +194,10 @@ fn connections_are_counted_out_and_the_grant_ends_with_the_last_of_them() {
     assert!(cuts(&guest.dp.told()).is_empty());
     guest.close(first);
     rig.pass(Duration::from_millis(200));
-    assert!(rig.hub.grants("").unwrap().iter().any(|g| g.id == id));
+    assert!(rig.hub.grants("", "").unwrap().iter().any(|g| g.id == id));
     guest.close(second);
     rig.pass(Duration::from_millis(200));
-    assert!(rig.hub.grants("").unwrap().iter().all(|g| g.id != id));
+    assert!(rig.hub.grants("", "").unwrap().iter().all(|g| g.id != id));
     let ended = texts(&mut watch, v1::EventKind::GrantEnded);
     assert!(ended[0].contains("the last has ended"), "{ended:?}");
 }
@@ -330,14 +330,14 @@ fn what_was_used_survives_a_restart() {
     guest.used = told.used.map(Into::into).unwrap();
     assert_eq!(used(&rig).bytes_up, 350, "it is told again, and counted once");
     guest.pass(&told.grant_id, 650, 0);
-    assert!(rig.hub.grants("").unwrap().is_empty());
+    assert!(rig.hub.grants("", "").unwrap().is_empty());
 }
 
 #[test]
 fn after_a_restart_flows_of_a_grant_out_of_connections_are_waited_for() {
     let dir = TempDir::new();
     let location = Location::Sqlite(dir.path().join("s.db"));
-    let grants = |rig: &Rig| rig.hub.grants("").unwrap().len();
+    let grants = |rig: &Rig| rig.hub.grants("", "").unwrap().len();
     let (id, used) = {
         let rig = Rig::start(&location, true);
         let mut guest = Guest::new(rig.dataplane("web"));

@@ -11,7 +11,7 @@ use vnet_proto::model::{Allowance, Budget, Malformed, Target, VmId};
 use vnet_proto::v1;
 
 use super::State;
-use super::events::about;
+use super::events::about_grant;
 use crate::approval::MissRef;
 use crate::clock::Now;
 use crate::convert;
@@ -156,18 +156,8 @@ impl State {
             "grant {} ({} {}): its {} connections are used up; it ends with the last that is open",
             grant.id, grant.action, grant.target, grant.budget.connections
         );
-        let event = about(
-            v1::EventKind::GrantUsedUp,
-            grant.vms.name().unwrap_or_default(),
-            text,
-        );
-        self.event(
-            now,
-            v1::Event {
-                subject: grant.id.0.clone(),
-                ..event
-            },
-        );
+        let event = about_grant(v1::EventKind::GrantUsedUp, grant, &self.fleet, text);
+        self.event(now, event);
         // Lookups that it allowed are in caches.
         self.change(now, None, |vm| grant.reaches(&vm.view), "a grant is used up");
     }

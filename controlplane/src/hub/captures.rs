@@ -10,7 +10,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use tokio::sync::mpsc;
-use vnet_proto::model::CaptureFilter;
+use vnet_proto::model::{CAPTURE_SNAP_BYTES_MAX, CaptureFilter};
 use vnet_proto::v1;
 use vnet_proto::v1::command::Command;
 
@@ -26,8 +26,6 @@ const QUEUE_MAX: usize = 8;
 pub(crate) const MESSAGE_PACKETS_BYTES_MAX: usize = 1 << 20;
 /// Packets that one message may have.
 pub(crate) const MESSAGE_PACKETS_MAX: usize = 4_096;
-/// The most that is kept of a packet, bytes.
-const SNAP_LENGTH_MAX: u32 = 262_144;
 /// The longest that a capture may be asked to take.
 const DURATION_MAX: Duration = Duration::from_secs(7 * 24 * 3600);
 
@@ -191,9 +189,9 @@ impl Hub {
 fn check(request: &v1::CaptureVmRequest) -> Result<(), Refusal> {
     let filter = request.filter.parse::<CaptureFilter>();
     filter.map_err(|error| Refusal::field("filter", error.to_string()))?;
-    if request.snap_length > SNAP_LENGTH_MAX {
+    if request.snap_length > CAPTURE_SNAP_BYTES_MAX {
         let text = format!(
-            "{} is too much (expected at most {SNAP_LENGTH_MAX})",
+            "{} is too much (expected at most {CAPTURE_SNAP_BYTES_MAX})",
             request.snap_length
         );
         return Err(Refusal::field("snap_length", text));
@@ -213,8 +211,7 @@ fn check(request: &v1::CaptureVmRequest) -> Result<(), Refusal> {
 impl State {
     /// The dataplane that has a VM, and its handle there.
     fn capturable(&self, name: &str) -> Result<(DataplaneNo, u32), Refusal> {
-        let vm = self.fleet.vms.get(name);
-        let vm = vm.ok_or_else(|| Refusal::NotFound(format!("there is no VM {name}")))?;
+        let vm = self.fleet.vm(name)?;
         if vm.lost {
             return Err(Refusal::Unavailable(format!(
                 "the dataplane of VM {name} is lost"

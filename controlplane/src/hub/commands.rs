@@ -4,12 +4,11 @@ use std::collections::HashSet;
 use std::time::Duration;
 
 use tokio::sync::oneshot;
-use vnet_proto::model::VmSelector;
 use vnet_proto::v1;
 use vnet_proto::v1::command::Command;
 
 use super::events::about;
-use super::{Hub, State};
+use super::{Hub, State, Which};
 use crate::clock::Now;
 use crate::convert;
 use crate::fleet::{DataplaneNo, Outstanding, Vm};
@@ -99,7 +98,7 @@ impl Hub {
     }
 
     /// What VMs' lookups taught, by VM and name.
-    pub fn bindings(&self, filter: Option<&VmSelector>) -> Vec<v1::Binding> {
+    pub fn bindings(&self, which: Which<'_>) -> Vec<v1::Binding> {
         self.read(|state, _| {
             let of_vm = |vm: &Vm| -> Vec<v1::Binding> {
                 let message =
@@ -111,15 +110,15 @@ impl Hub {
                     };
                 vm.bindings.iter().map(message).collect()
             };
-            state.selected(filter).flat_map(of_vm).collect()
+            state.selected(which).flat_map(of_vm).collect()
         })
     }
 
     /// Denied lookups, newest first.
-    pub fn denied(&self, filter: Option<&VmSelector>) -> Vec<v1::DeniedLookup> {
+    pub fn denied(&self, which: Which<'_>) -> Vec<v1::DeniedLookup> {
         self.read(|state, _| {
             let mut all: Vec<_> = state
-                .selected(filter)
+                .selected(which)
                 .flat_map(|vm| {
                     vm.denied
                         .iter()
@@ -158,11 +157,11 @@ impl State {
         Ok(fitting)
     }
 
-    fn selected(&self, filter: Option<&VmSelector>) -> impl Iterator<Item = &Vm> {
+    pub(super) fn selected<'a>(&'a self, which: Which<'a>) -> impl Iterator<Item = &'a Vm> {
         self.fleet
             .vms
             .values()
-            .filter(move |vm| filter.is_none_or(|f| f.matches(&vm.view.name, &vm.view.labels)))
+            .filter(move |vm| which.has(&self.fleet, &vm.view.name, &vm.view.labels))
     }
 
     pub(super) fn send_command(
@@ -263,8 +262,10 @@ impl State {
             Command::StartCapture(_) | Command::StopCapture(_) | Command::ReportVerdicts(_) => return,
         };
         let network = self.fleet.dataplanes.get(&number).map(|d| d.network.clone());
+        let network = network.unwrap_or_default();
         let event = v1::Event {
-            subject: network.unwrap_or_default(),
+            subject: network.clone(),
+            network,
             ..about(v1::EventKind::ForwardChanged, "", text)
         };
         self.event(now, event);

@@ -7,7 +7,7 @@ use vnet_proto::model::{
 use vnet_proto::v1;
 
 use super::budgets::Issued;
-use super::events::{about, on_subject, outcome_of};
+use super::events::{about, about_grant, on_subject, outcome_of};
 use super::repeats::Key;
 use super::{State, ids};
 use crate::approval::{Ask, AskOutcome, MissRef, OPEN_PER_VM_MAX, PendingId, Released};
@@ -241,18 +241,22 @@ impl State {
                 count,
                 reason,
             } => {
-                self.metrics.pending_refused.add(1);
-                if count == 1 {
-                    let peer = self.peer_name(name, &subject);
-                    let text = outcome_of(&subject, &peer, &reason);
-                    let event = about(v1::EventKind::LimitReached, name, text);
-                    let event = on_subject(event, &subject, &peer);
-                    self.repeated_event(now, Key::limit(&reason.text), 1, event);
-                }
+                let peer = self.peer_name(name, &subject);
+                let text = outcome_of(&subject, &peer, &reason);
+                let event = about(v1::EventKind::LimitReached, name, text);
+                self.ask_refused(now, count, &reason, on_subject(event, &subject, &peer));
                 self.deny_once(now, name, miss, &subject, reason);
             }
         }
         self.take_up(now, changes);
+    }
+
+    /// Nobody is asked, as a limit of requests is reached: counted, and told with the first of those in a row.
+    pub(super) fn ask_refused(&mut self, now: Now, count: u64, reason: &Reason, event: v1::Event) {
+        self.metrics.pending_refused.add(1);
+        if count == 1 {
+            self.repeated_event(now, Key::limit(&reason.text), 1, event);
+        }
     }
 
     /// Denies a miss, and it alone: there may be room, or an answer, for the next.
@@ -394,16 +398,14 @@ impl State {
     pub(super) fn grant_ended(&mut self, now: Now, grant: &Grant, why: &str, actor: &str) {
         self.writes
             .push(crate::store::Write::DeleteGrant(grant.id.0.clone()));
-        let vm = grant.vms.name().unwrap_or_default();
         let text = format!(
             "grant {} ({} {}) ended: {why}",
             grant.id, grant.action, grant.target
         );
-        let event = about(v1::EventKind::GrantEnded, vm, text);
+        let event = about_grant(v1::EventKind::GrantEnded, grant, &self.fleet, text);
         self.event(
             now,
             v1::Event {
-                subject: grant.id.0.clone(),
                 actor: actor.to_owned(),
                 ..event
             },

@@ -1,5 +1,6 @@
 //! Events: numbered once, then to the watchers and the history.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use vnet_proto::model::{Guard, Reason, Subject, Target, VmSelector};
@@ -10,6 +11,7 @@ use crate::approval::{Asked, PendingState, Request};
 use crate::clock::Now;
 use crate::convert;
 use crate::fleet::Fleet;
+use crate::grant::Grant;
 use crate::metrics::Metrics;
 use crate::refusal::Refusal;
 use crate::store::History;
@@ -22,12 +24,15 @@ pub struct EventFilter {
     pub vms: Option<VmSelector>,
     /// Which kinds; empty: all.
     pub kinds: Vec<i32>,
+    /// Which network; empty: all. What concerns no network, as a policy, concerns every one.
+    pub network: String,
 }
 
 impl EventFilter {
     /// Whether it lets an event through. Labels are those that the VM has now.
     fn lets(&self, event: &v1::Event, fleet: &Fleet) -> bool {
         (self.kinds.is_empty() || self.kinds.contains(&event.kind))
+            && (self.network.is_empty() || is_of(&self.network, event, fleet))
             && self.vms.as_ref().is_none_or(|selector| {
                 !event.vm.is_empty()
                     && match fleet.vms.get(&event.vm) {
@@ -36,6 +41,25 @@ impl EventFilter {
                     }
             })
     }
+}
+
+/// Whether an event is a network's. Where it was is said in the event, as its VM's name may be another's by now; only who
+/// is reached by a grant for several VMs is seen by those that are there.
+fn is_of(network: &str, event: &v1::Event, fleet: &Fleet) -> bool {
+    if !event.network.is_empty() {
+        return event.network == network;
+    }
+    let selector = match event.grant.as_ref().and_then(|grant| grant.vms.clone()) {
+        Some(selector) => VmSelector::try_from(selector).ok(),
+        None if event.vm.is_empty() => return true,
+        None => VmSelector::new(Some(event.vm.clone()), BTreeMap::new()),
+    };
+    // Of one VM alone it would say where that was, had it been on any.
+    let selector = selector.filter(|selector| selector.name().is_none_or(|name| name.contains('*')));
+    selector.is_some_and(|selector| {
+        let mut there = fleet.on_network(network);
+        there.any(|vm| selector.matches(&vm.view.name, &vm.view.labels))
+    })
 }
 
 /// How far the numbers go on after a history that was cut off: beyond any that was given to a watcher and never
@@ -64,6 +88,7 @@ impl EventLog {
     pub(super) fn publish(&mut self, now: Now, fleet: &Fleet, metrics: &Metrics, mut event: v1::Event) {
         self.sequence += 1;
         event.sequence = self.sequence;
+        locate(&mut event, fleet);
         event.time = convert::timestamp(now.wall);
         metrics.events.add(1);
         if !self.watchers.is_empty() {
@@ -101,6 +126,21 @@ impl Hub {
     }
 }
 
+/// Says where the VM of an event is, unless the event says it already. Of what happens to a grant only who made the event
+/// knows whether it is for the VM of that name that is there.
+pub(super) fn locate(event: &mut v1::Event, fleet: &Fleet) {
+    let of_grant = matches!(
+        event.kind(),
+        v1::EventKind::GrantCreated | v1::EventKind::GrantUsedUp | v1::EventKind::GrantEnded
+    );
+    if event.network.is_empty() && !of_grant {
+        fleet
+            .network_of(&event.vm)
+            .unwrap_or_default()
+            .clone_into(&mut event.network);
+    }
+}
+
 /// The event that says where a history was cut off.
 pub(super) fn cut_off() -> v1::Event {
     let text = "the controlplane before this one ended without closing its history (it was killed, or the \
@@ -115,6 +155,25 @@ pub(super) fn about(kind: v1::EventKind, vm: &str, text: impl Into<String>) -> v
         vm: vm.to_owned(),
         text: text.into(),
         ..Default::default()
+    }
+}
+
+/// An event about a grant: of a VM, where it is for one alone.
+pub(super) fn about_grant(
+    kind: v1::EventKind,
+    grant: &Grant,
+    fleet: &Fleet,
+    text: impl Into<String>,
+) -> v1::Event {
+    let name = grant.vms.name().unwrap_or_default();
+    let reached = fleet.vms.get(name).filter(|vm| grant.reaches(&vm.view));
+    v1::Event {
+        subject: grant.id.0.clone(),
+        network: reached
+            .and_then(|_| fleet.network_of(name))
+            .unwrap_or_default()
+            .to_owned(),
+        ..about(kind, name, text)
     }
 }
 

@@ -10,7 +10,7 @@ use vnet_proto::v1;
 use super::decide::{context, decide_for};
 use super::{Hub, State};
 use crate::convert;
-use crate::fleet::{Dataplane, Vm};
+use crate::fleet::{Dataplane, Vm, no_vm};
 use crate::policy::decide_forward;
 use crate::refusal::Refusal;
 
@@ -30,15 +30,9 @@ impl Hub {
 
 impl State {
     fn explain(&self, name: &str, target: &Target) -> Result<v1::ExplainResponse, Refusal> {
-        let (Some(vm), Some(dataplane)) = (
-            self.fleet.vms.get(name),
-            self.fleet
-                .vms
-                .get(name)
-                .and_then(|vm| self.fleet.dataplanes.get(&vm.dataplane)),
-        ) else {
-            return Err(Refusal::NotFound(format!("there is no VM {name:?}")));
-        };
+        let vm = self.fleet.vm(name)?;
+        let dataplane = self.fleet.dataplanes.get(&vm.dataplane);
+        let dataplane = dataplane.ok_or_else(|| no_vm(name))?;
         if let Target::Forward(forward) = target {
             let context = context(vm, &dataplane.guarded, None);
             let (protocol, listen) = (forward.protocol(), forward.listen());

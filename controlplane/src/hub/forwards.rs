@@ -19,13 +19,14 @@ use super::repeats::Key;
 use super::{Hub, State, ids};
 use crate::approval::{AskForward, AskOutcome, OPEN_PER_VM_MAX, PendingId};
 use crate::clock::Now;
-use crate::fleet::{DataplaneNo, Fleet, Outstanding, Vm};
-use crate::grant::{GrantId, Use};
+use crate::fleet::{DataplaneNo, Fleet, Outstanding, Vm, no_vm};
+use crate::grant::{GrantId, Use, VmInstance};
 use crate::policy::{ForwardDecision, Outcome, decide_forward, on_loopback};
 use crate::refusal::Refusal;
 
-/// Calls that wait for the answer to one request at once; one more is answered at once that nobody answered.
-pub const WAITS_PER_REQUEST_MAX: usize = 64;
+/// Calls for one VM that wait for answers at once; one more is refused, and nobody is asked. It is less than the
+/// connections that a guest has to whom it asks, so that what waits does not keep it from all else.
+pub const WAITS_PER_VM_MAX: usize = 12;
 
 /// A forward that a VM asks for.
 #[derive(Debug, Clone)]
@@ -56,8 +57,8 @@ enum Step {
         /// What is asked, for a message.
         what: String,
         hold: Duration,
-        /// Its sender is dropped when the request ends; `None`: too many wait.
-        ended: Option<oneshot::Receiver<()>>,
+        /// Its sender is dropped when the request ends.
+        ended: oneshot::Receiver<()>,
     },
 }
 
@@ -82,11 +83,7 @@ impl Hub {
                     ended,
                 } => {
                     let until = *deadline.get_or_insert_with(|| Instant::now() + hold);
-                    let is_over = match ended {
-                        Some(ended) => tokio::time::timeout_at(until, ended).await.is_err(),
-                        None => true,
-                    };
-                    if is_over {
+                    if tokio::time::timeout_at(until, ended).await.is_err() {
                         return Err(Refusal::Unanswered(format!(
                             "{what}, and nobody answered; the request is still open: answer with vnetctl approve \
                              {id} (or deny), and ask again"
@@ -153,7 +150,7 @@ impl State {
             })?;
             return Ok((number, vm.view.name.clone()));
         }
-        let vm = self.fleet.vms.get(&wish.vm).ok_or_else(|| no_vm(&wish.vm))?;
+        let vm = self.fleet.vm(&wish.vm)?;
         let network = self.fleet.dataplanes.get(&vm.dataplane).map(|d| &d.network);
         if !wish.network.is_empty() && network != Some(&wish.network) {
             let text = format!("VM {} is not on network {:?}", wish.vm, wish.network);
@@ -170,7 +167,18 @@ impl State {
         reason: Reason,
     ) -> Result<Step, Refusal> {
         self.last_request = self.last_request.wrapping_add(1);
-        let vm = self.fleet.vms.get(name).ok_or_else(|| no_vm(name))?;
+        let vm = self.fleet.vm(name)?;
+        let what = format!("{name} asks {}", forward.in_words());
+        if self.forward_waits_of(&vm.view.instance) >= WAITS_PER_VM_MAX {
+            self.metrics.forward_waits_refused.add(1);
+            let text = format!(
+                "VM {name} waits for answers about {WAITS_PER_VM_MAX} forwards already, which is the most; answer or \
+                 deny those first: vnetctl pending list"
+            );
+            let event = about(v1::EventKind::LimitReached, name, format!("{what}: {text}"));
+            self.repeated_event(now, Key::limit(&text), 1, event);
+            return Err(Refusal::Waiting(text));
+        }
         let said = vm.effective.settings();
         let hold = vm.effective.approval_timeout();
         let ask = AskForward {
@@ -182,18 +190,14 @@ impl State {
             open_max: said.max_pending.map_or(OPEN_PER_VM_MAX, |most| most as usize),
             per_minute_max: said.max_per_minute.map(|most| most as usize),
         };
-        let what = format!("{name} asks {}", forward.in_words());
         let (outcome, changes) = self.pending.ask_forward(now.steady, ask);
         self.take_up(now, changes);
         match outcome {
             AskOutcome::Opened(id) | AskOutcome::Joined(id) => {
                 let waits = self.forward_waits.entry(id.clone()).or_default();
                 waits.retain(|wait| !wait.is_closed());
-                let ended = (waits.len() < WAITS_PER_REQUEST_MAX).then(|| {
-                    let (sender, ended) = oneshot::channel();
-                    waits.push(sender);
-                    ended
-                });
+                let (sender, ended) = oneshot::channel();
+                waits.push(sender);
                 Ok(Step::Asking {
                     id,
                     what,
@@ -206,18 +210,22 @@ impl State {
                 count,
                 reason,
             } => {
-                self.metrics.pending_refused.add(1);
-                if count == 1 {
-                    let event = about(
-                        v1::EventKind::LimitReached,
-                        name,
-                        format!("{what}: {}", reason.text),
-                    );
-                    self.repeated_event(now, Key::limit(&reason.text), 1, event);
-                }
+                let text = format!("{what}: {}", reason.text);
+                let event = about(v1::EventKind::LimitReached, name, text);
+                self.ask_refused(now, count, &reason, event);
                 Err(Refusal::Limit(reason.text))
             }
         }
+    }
+
+    /// How many calls wait for answers about forwards of one VM.
+    fn forward_waits_of(&self, instance: &VmInstance) -> usize {
+        let of_vm = |id: &PendingId| self.pending.get(id).is_some_and(|r| r.vm.instance == *instance);
+        let waits = self.forward_waits.iter().filter(|(id, _)| of_vm(id));
+        waits
+            .flat_map(|(_, waits)| waits)
+            .filter(|wait| !wait.is_closed())
+            .count()
     }
 
     /// Records that a forward was refused, and says so.
@@ -336,10 +344,4 @@ pub(super) fn still_asks(fleet: &Fleet, name: &str, forward: &ForwardTarget) -> 
         forward.guest_port(),
     );
     decision.outcome == Outcome::Ask
-}
-
-fn no_vm(name: &str) -> Refusal {
-    Refusal::NotFound(format!(
-        "there is no VM {name:?}; list them with: vnetctl vm list"
-    ))
 }

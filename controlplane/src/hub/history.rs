@@ -100,7 +100,7 @@ impl Hub {
             None => {}
         })
         .await?;
-        for grant in self.grants("")? {
+        for grant in self.grants("", "")? {
             read(grant);
         }
         for id in revoked {

@@ -76,13 +76,13 @@ pub(crate) use captures::{MESSAGE_PACKETS_BYTES_MAX, MESSAGE_PACKETS_MAX};
 pub use change::Ticket;
 pub(crate) use confirm::confirm_within;
 pub use events::EventFilter;
-pub use forwards::{ForwardWish, WAITS_PER_REQUEST_MAX};
+pub use forwards::{ForwardWish, WAITS_PER_VM_MAX};
 pub use history::{Recalled, Span};
 pub(crate) use policies::DEFAULT;
 pub(crate) use policies::without_content;
 pub use policies::{Applied, Candidate};
 pub use reach::{BINDINGS_COUNTED_MAX, LABELS_OFFERED_MAX, Offers, PAST_FLOWS_MAX};
-pub use vms::VmUpdate;
+pub use vms::{VmUpdate, Which};
 
 use budgets::Budgets;
 use captures::Captures;
@@ -459,7 +459,9 @@ impl State {
     }
 
     /// Makes an event of what a guest brings about, unless it only adds to the count of one like it.
-    fn repeated_event(&mut self, now: Now, key: repeats::Key, count: u64, event: v1::Event) {
+    fn repeated_event(&mut self, now: Now, key: repeats::Key, count: u64, mut event: v1::Event) {
+        // It may be told when its VM is gone.
+        events::locate(&mut event, &self.fleet);
         match self.repeats.note(now.steady, key, count, event) {
             Some(event) => self.event(now, event),
             None => self.metrics.events_counted.add(count),

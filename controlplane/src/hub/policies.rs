@@ -482,12 +482,7 @@ impl State {
     /// A VM by its name; without a name, the only one there is.
     pub(super) fn only_vm(&self, name: &str) -> Result<String, Refusal> {
         if !name.is_empty() {
-            return match self.fleet.vms.contains_key(name) {
-                true => Ok(name.to_owned()),
-                false => Err(Refusal::NotFound(format!(
-                    "there is no VM {name:?}; list them with: vnetctl vm list"
-                ))),
-            };
+            return self.fleet.vm(name).map(|vm| vm.view.name.clone());
         }
         let mut names = self.fleet.vms.keys();
         match (names.next(), names.next()) {

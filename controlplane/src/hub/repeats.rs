@@ -203,6 +203,7 @@ impl Counted {
             v1::Event {
                 kind: event.kind,
                 vm: event.vm,
+                network: event.network,
                 action: event.action,
                 would_deny: event.would_deny,
                 text: "others like it, to more targets than are kept apart".to_owned(),

@@ -6,6 +6,7 @@ mod guests;
 mod history;
 mod host;
 mod names;
+mod networks;
 mod reach;
 mod settings;
 mod verify;
@@ -98,7 +99,7 @@ fn an_undecided_miss_is_held_and_a_yes_lets_it_through() {
     let rig = Rig::secure();
     let mut dp = rig.dataplane("web");
     let (miss, id) = dp.held(flow(WEB, &[]));
-    let open = rig.hub.pending(None);
+    let open = rig.hub.pending(Which::default());
     assert_eq!(open.len(), 1);
     assert_eq!(
         (open[0].id.as_str(), open[0].vm.as_str(), open[0].held),
@@ -116,9 +117,9 @@ fn an_undecided_miss_is_held_and_a_yes_lets_it_through() {
     let verdict = &verdicts(&told)[0];
     assert_eq!((verdict.miss_id, verdict.action), (miss.0, ALLOW));
     assert_eq!(verdict.grant_id, grant.id);
-    assert_eq!(rig.hub.pending(None).len(), 0);
+    assert_eq!(rig.hub.pending(Which::default()).len(), 0);
     assert_eq!(dp.verdict(flow(WEB, &[])).action, ALLOW, "the grant holds");
-    assert_eq!(rig.hub.grants("web").unwrap()[0].hits, 2);
+    assert_eq!(rig.hub.grants("web", "").unwrap()[0].hits, 2);
 }
 
 #[test]
@@ -144,7 +145,7 @@ fn two_clients_answer_and_exactly_one_has_effect() {
     second.etag = &shown;
     rig.hub.reply(&first).unwrap();
     assert!(rig.hub.reply(&second).is_err());
-    assert_eq!(rig.hub.grants("").unwrap().len(), 1, "the loser left nothing");
+    assert_eq!(rig.hub.grants("", "").unwrap().len(), 1, "the loser left nothing");
     assert_eq!(verdicts(&dp.told()).len(), 1);
     let mut stale = reply(&id, Answer::Approve);
     stale.etag = "0000";
@@ -161,7 +162,7 @@ fn the_same_question_is_asked_once_and_both_families_of_a_lookup_join() {
     let (a, pair) = dp.held(lookup("example.com", 1));
     let (aaaa, same) = dp.held(lookup("example.com", 28));
     assert_eq!(pair, same);
-    assert_eq!(rig.hub.pending(None).len(), 2);
+    assert_eq!(rig.hub.pending(Which::default()).len(), 2);
 
     rig.hub.reply(&reply(&pair, Answer::Approve)).unwrap();
     let answered: Vec<u64> = verdicts(&dp.told()).iter().map(|v| v.miss_id).collect();
@@ -183,7 +184,11 @@ fn a_late_yes_serves_the_next_attempt() {
         miss_id: miss.0,
         end: v1::MissEnd::HoldExpired.into(),
     }));
-    assert_eq!(rig.hub.pending(None).len(), 1, "the question outlives the packet");
+    assert_eq!(
+        rig.hub.pending(Which::default()).len(),
+        1,
+        "the question outlives the packet"
+    );
     rig.hub.reply(&reply(&id, Answer::Approve)).unwrap();
     assert_eq!(verdicts(&dp.told()), []);
     assert_eq!(dp.verdict(flow(WEB, &[])).action, ALLOW);
@@ -224,7 +229,7 @@ fn a_grant_for_once_lets_one_flow_through_and_keeps_it() {
     assert!(verdict.once);
     dp.open(&flow(WEB, &[]), epoch_of(&verdict), &verdict.grant_id);
     dp.held(flow(WEB, &[]));
-    assert_eq!(rig.hub.grants("").unwrap().len(), 0);
+    assert_eq!(rig.hub.grants("", "").unwrap().len(), 0);
     // A later change does not cut the flow for want of the spent grant; an explicit no does.
     rig.hub
         .create_grant(grant(
@@ -259,7 +264,7 @@ fn an_unused_grant_for_once_is_void_after_a_minute() {
         ))
         .unwrap();
     rig.pass(Duration::from_secs(61));
-    assert_eq!(rig.hub.grants("").unwrap().len(), 0);
+    assert_eq!(rig.hub.grants("", "").unwrap().len(), 0);
     dp.told();
     dp.held(flow(WEB, &[]));
 }
@@ -436,7 +441,7 @@ async fn modes_take_effect_and_quarantine_sticks_to_the_name() {
         vm: 1,
         ..Default::default()
     }));
-    assert!(rig.hub.vms(None).is_empty());
+    assert!(rig.hub.vms(Which::default()).is_empty());
     dp.say(Message::VmUp(vm_up(2, "web")));
     assert_eq!(rig.hub.vm("web").unwrap().mode, v1::Mode::Quarantine as i32);
     // Any other mode was set for one attachment.
@@ -457,7 +462,7 @@ fn a_taken_name_gets_a_number_and_a_bad_one_is_refused() {
     let named = [("web", ""), ("web-2", "web"), ("web-3", "web")];
     let named = named.map(|(name, wanted)| (name.to_owned(), wanted.to_owned()));
     let names = |rig: &Rig| -> Vec<_> {
-        let vms = rig.hub.vms(None).into_iter();
+        let vms = rig.hub.vms(Which::default()).into_iter();
         vms.map(|vm| (vm.name, vm.wanted_name)).collect()
     };
     assert_eq!(names(&rig), named);
@@ -539,9 +544,9 @@ fn a_reconnect_joins_what_is_open_and_keeps_names_and_grants() {
         }
     });
     assert_eq!(held.unwrap().pending_id, id);
-    assert_eq!(rig.hub.pending(None).len(), 1);
+    assert_eq!(rig.hub.pending(Which::default()).len(), 1);
     assert_eq!(rig.hub.vm("web").unwrap().state, v1::VmState::Attached as i32);
-    assert_eq!(rig.hub.grants("web").unwrap().len(), 1);
+    assert_eq!(rig.hub.grants("web", "").unwrap().len(), 1);
     rig.hub.reply(&reply(&id, Answer::Approve)).unwrap();
     assert_eq!(verdicts(&dp.told())[0].miss_id, miss.0);
 }
@@ -562,8 +567,8 @@ fn a_lost_dataplanes_vms_go_after_the_grace_and_until_vm_stops_with_them() {
     let (_, id) = dp.held(flow(WEB, &[]));
     dp.lose();
     rig.pass(LOST_GRACE);
-    assert!(rig.hub.vms(None).is_empty());
-    assert!(rig.hub.grants("").unwrap().is_empty());
+    assert!(rig.hub.vms(Which::default()).is_empty());
+    assert!(rig.hub.grants("", "").unwrap().is_empty());
     assert_eq!(
         rig.hub.pending_request(&id).unwrap().state,
         v1::PendingState::Cancelled as i32
@@ -603,7 +608,7 @@ fn nothing_is_asked_anew_for_a_vm_that_is_gone() {
         let (_, id) = dp.held(flow(WEB, &[]));
         dp.held(lookup("example.com", 1));
         gone(&rig, &dp);
-        assert_eq!(rig.hub.pending(None), [], "case {case}");
+        assert_eq!(rig.hub.pending(Which::default()), [], "case {case}");
         let state = rig.hub.pending_request(&id).unwrap().state;
         assert_eq!(state, v1::PendingState::Cancelled as i32, "case {case}");
         let opened = std::iter::from_fn(|| watch.try_next())
@@ -624,8 +629,8 @@ fn an_answer_for_a_lost_vm_waits_for_it_and_spends_nothing() {
         ..reply(&id, Answer::Approve)
     };
     rig.hub.reply(&once).unwrap();
-    assert_eq!(rig.hub.pending(None), []);
-    assert_eq!(rig.hub.grants("").unwrap().len(), 1, "nobody used it yet");
+    assert_eq!(rig.hub.pending(Which::default()), []);
+    assert_eq!(rig.hub.grants("", "").unwrap().len(), 1, "nobody used it yet");
     // It comes back, and says again what it holds.
     let mut dp = rig.dataplane("web");
     dp.announce(miss, 1, flow(WEB, &[]));
@@ -644,7 +649,7 @@ fn a_newer_session_of_the_same_dataplane_takes_over() {
     assert!(old.try_say(Message::Heartbeat(v1::Heartbeat::default())).is_err());
     old.lose();
     assert_eq!(new.verdict(flow(WEB, &[])).action, ALLOW);
-    assert_eq!(rig.hub.vms(None).len(), 1);
+    assert_eq!(rig.hub.vms(Which::default()).len(), 1);
 }
 
 #[test]
@@ -652,7 +657,7 @@ fn a_name_whose_dataplane_is_lost_is_free_for_its_successor() {
     let rig = Rig::open();
     rig.dataplane_with(hello(1, vec![vm_up(1, "web")])).lose();
     let _dp = rig.dataplane_with(hello(2, vec![vm_up(1, "web")]));
-    let vms = rig.hub.vms(None);
+    let vms = rig.hub.vms(Which::default());
     assert_eq!(vms.len(), 1);
     assert_eq!((vms[0].name.as_str(), vms[0].dataplane.as_str()), ("web", "dp2"));
 }
@@ -826,16 +831,16 @@ async fn grants_policies_and_sequence_survive_a_restart() {
     assert_eq!(rig.hub.watch_events(EventFilter::default()).unwrap().1, last);
     assert_eq!(rig.hub.policy("").unwrap().revision, 1);
     assert_eq!(
-        rig.hub.grants("").unwrap().len(),
+        rig.hub.grants("", "").unwrap().len(),
         3,
         "a yes for once is asked for again, a no is kept"
     );
     // The same attachment comes back: what was set for it holds.
     let dp = rig.dataplane("web");
     assert_eq!(rig.hub.vm("web").unwrap().mode, v1::Mode::Block as i32);
-    assert_eq!(rig.hub.grants("web").unwrap().len(), 3);
+    assert_eq!(rig.hub.grants("web", "").unwrap().len(), 3);
     rig.pass(LOST_GRACE);
-    let left = rig.hub.grants("web").unwrap().len();
+    let left = rig.hub.grants("web", "").unwrap().len();
     assert_eq!(left, 2, "the no for once is void in a minute, as ever");
     drop(dp);
     drop(rig);
@@ -843,9 +848,9 @@ async fn grants_policies_and_sequence_survive_a_restart() {
     let rig = Rig::start(&location, true);
     let _dp = rig.dataplane_with(hello(7, vec![vm_up(1, "web")]));
     assert_eq!(rig.hub.vm("web").unwrap().mode, v1::Mode::Ask as i32);
-    assert_eq!(rig.hub.grants("web").unwrap().len(), 1);
+    assert_eq!(rig.hub.grants("web", "").unwrap().len(), 1);
     rig.pass(LOST_GRACE);
-    assert_eq!(rig.hub.grants("").unwrap().len(), 1);
+    assert_eq!(rig.hub.grants("", "").unwrap().len(), 1);
 }
 
 #[tokio::test]
@@ -916,7 +921,7 @@ fn a_repeated_request_id_makes_one_grant_and_a_missing_vm_is_named() {
     };
     let first = rig.hub.create_grant(new()).unwrap().0;
     assert_eq!(rig.hub.create_grant(new()).unwrap().0, first);
-    assert_eq!(rig.hub.grants("").unwrap().len(), 1);
+    assert_eq!(rig.hub.grants("", "").unwrap().len(), 1);
 }
 
 #[test]
@@ -1173,14 +1178,14 @@ fn bindings_explain_and_denied_lookups_are_listed() {
     );
     assert_eq!(dp.verdict(lookup("bad.test", 1)).action, DENY);
     assert_eq!(dp.verdict(lookup("bad.test", 1)).action, DENY);
-    let denied = rig.hub.denied(None);
+    let denied = rig.hub.denied(Which::default());
     assert_eq!(
         (denied.len(), denied[0].name.as_str(), denied[0].count),
         (1, "bad.test", 2)
     );
-    assert_eq!(rig.hub.bindings(None).len(), 1);
+    assert_eq!(rig.hub.bindings(Which::default()).len(), 1);
     rig.pass(Duration::from_secs(60));
-    assert_eq!(rig.hub.bindings(None).len(), 0);
+    assert_eq!(rig.hub.bindings(Which::default()).len(), 0);
 }
 
 #[test]

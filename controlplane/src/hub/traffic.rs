@@ -11,7 +11,7 @@ use vnet_proto::v1;
 
 use super::events::{about, of_peer, on_subject};
 use super::repeats::Key;
-use super::{Hub, State, Ticket, ids};
+use super::{Hub, State, Ticket, Which, ids};
 use crate::approval::MissRef;
 use crate::clock::Now;
 use crate::convert;
@@ -26,9 +26,9 @@ const LIMIT_CHARS_MAX: usize = 1_024;
 
 impl Hub {
     /// The live flows of these VMs, newest first, each with the number that it is sorted by.
-    pub fn flows(&self, filter: Option<&VmSelector>) -> Vec<(u64, v1::Flow)> {
+    pub fn flows(&self, which: Which<'_>) -> Vec<(u64, v1::Flow)> {
         self.read(|state, _| {
-            let mut flows: Vec<&LiveFlow> = state.live_flows(filter).collect();
+            let mut flows: Vec<&LiveFlow> = state.live_flows(which).collect();
             flows.sort_by_key(|flow| std::cmp::Reverse(flow.number));
             flows
                 .into_iter()
@@ -47,8 +47,12 @@ impl Hub {
                 change: change.into(),
                 flow,
             };
+            let which = Which {
+                vms: filter.as_ref(),
+                network: "",
+            };
             let mut first: Vec<_> = state
-                .live_flows(filter.as_ref())
+                .live_flows(which)
                 .map(|flow| response(v1::FlowChange::Added, Some(convert::flow(flow))))
                 .collect();
             first.push(response(v1::FlowChange::Synced, None));
@@ -111,14 +115,11 @@ impl Hub {
 }
 
 impl State {
-    fn live_flows(&self, filter: Option<&VmSelector>) -> impl Iterator<Item = &LiveFlow> {
+    fn live_flows<'a>(&'a self, which: Which<'a>) -> impl Iterator<Item = &'a LiveFlow> {
+        let all = which.vms.is_none() && which.network.is_empty();
         let selected = move |flow: &&LiveFlow| {
-            filter.is_none_or(|f| {
-                self.fleet
-                    .vms
-                    .get(&flow.vm)
-                    .is_some_and(|vm| f.matches(&vm.view.name, &vm.view.labels))
-            })
+            let vm = self.fleet.vms.get(&flow.vm);
+            all || vm.is_some_and(|vm| which.has(&self.fleet, &vm.view.name, &vm.view.labels))
         };
         self.fleet
             .dataplanes

@@ -10,7 +10,7 @@ use super::events::about;
 use super::{Hub, State, Ticket};
 use crate::clock::Now;
 use crate::convert;
-use crate::fleet::Vm;
+use crate::fleet::{Fleet, Vm, no_vm};
 use crate::refusal::Refusal;
 use crate::store::{Durable, StoredVm, Write};
 use crate::watch::Watch;
@@ -33,19 +33,28 @@ pub struct VmUpdate<'a> {
     pub actor: &'a str,
 }
 
+/// Which VMs a list is of. Both must agree.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Which<'a> {
+    /// Those that are selected; `None`: all.
+    pub vms: Option<&'a VmSelector>,
+    /// Those on this network; empty: all.
+    pub network: &'a str,
+}
+
+impl Which<'_> {
+    /// Whether something of a VM is in the list, by the name and labels that the VM has there. Of a network are the VMs
+    /// that are there.
+    pub(super) fn has(&self, fleet: &Fleet, name: &str, labels: &BTreeMap<String, String>) -> bool {
+        (self.network.is_empty() || fleet.network_of(name) == Some(self.network))
+            && self.vms.is_none_or(|selector| selector.matches(name, labels))
+    }
+}
+
 impl Hub {
     /// VMs, by name.
-    pub fn vms(&self, filter: Option<&VmSelector>) -> Vec<v1::Vm> {
-        self.read(|state, _| {
-            let selected = |vm: &&Vm| filter.is_none_or(|f| f.matches(&vm.view.name, &vm.view.labels));
-            state
-                .fleet
-                .vms
-                .values()
-                .filter(selected)
-                .map(|vm| state.vm_message(vm))
-                .collect()
-        })
+    pub fn vms(&self, which: Which<'_>) -> Vec<v1::Vm> {
+        self.read(|state, _| state.selected(which).map(|vm| state.vm_message(vm)).collect())
     }
 
     /// One VM.
@@ -127,12 +136,7 @@ impl State {
     }
 
     fn update_vm(&mut self, now: Now, update: VmUpdate<'_>) -> Result<(v1::Vm, Ticket), Refusal> {
-        let missing = || {
-            Refusal::NotFound(format!(
-                "there is no VM {:?}; list them with: vnetctl vm list",
-                update.name
-            ))
-        };
+        let missing = || no_vm(update.name);
         let Some(vm) = self.fleet.vms.get(update.name) else {
             return self.lift_quarantine(now, &update).ok_or_else(missing);
         };

@@ -7,8 +7,10 @@
 //! statistics block with its halves the wrong way round where the section is little-endian, encodes each packet
 //! twice to learn its length, and had its last stable release in 2023.
 
+use vnet_proto::model::CAPTURE_SNAP_BYTES_MAX;
+
 /// The longest part of a frame that is kept where nobody says otherwise, bytes: more than any frame has.
-pub const SNAP_BYTES_DEFAULT: u32 = 262_144;
+pub const SNAP_BYTES_DEFAULT: u32 = CAPTURE_SNAP_BYTES_MAX;
 
 /// Which way a packet went, as the VM's own network card sees it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

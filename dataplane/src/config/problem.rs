@@ -5,6 +5,7 @@ use std::net::{IpAddr, Ipv4Addr};
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 use vnet_proto::model::{NameError, PatternError};
 
+use crate::causes::WithCauses;
 use crate::config::url::UrlError;
 use crate::forward::ForwardSpecError;
 use crate::zone::ZoneProblem;
@@ -32,12 +33,7 @@ pub fn write_lines<E: std::error::Error>(
             f.write_str("\n")?;
         }
         // A problem's cause belongs to its line.
-        write!(f, "{problem}")?;
-        let mut cause = problem.source();
-        while let Some(error) = cause {
-            write!(f, ": {error}")?;
-            cause = error.source();
-        }
+        write!(f, "{}", WithCauses(problem))?;
     }
     Ok(())
 }

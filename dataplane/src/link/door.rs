@@ -312,7 +312,7 @@ impl Door {
             return self.judge_known(places, visitor, cid, now);
         }
         match visitor.first {
-            First::Station(mac) if places.is_away(mac, None) => Decision::Back,
+            First::Station(mac) if places.is_away(mac) => Decision::Back,
             // A name is about to be free.
             _ if places.is_anybody_leaving() => Decision::Stay(None),
             First::Station(mac) if now < noticed_at && network.has_station(mac) => {
@@ -331,9 +331,7 @@ impl Door {
             }
         }
     }
-}
 
-impl Door {
     /// One of which it is known whose VM it is.
     fn judge_known(
         &self,
@@ -368,9 +366,7 @@ impl Door {
             }
         }
     }
-}
 
-impl Door {
     /// Asks a visitor that is silent whether it has the address of a guest that is away.
     fn ask(&mut self, visitor: &mut Visitor, now: Time) -> Result<(), LinkError> {
         if visitor.first != First::Nobody || visitor.asked.is_some_and(|asked| now < asked + ASK_INTERVAL) {

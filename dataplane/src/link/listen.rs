@@ -312,7 +312,7 @@ mod tests {
         let mut client = UnixStream::connect(&path).unwrap();
         client.write_all(b"hello").unwrap();
         let mut heard = [0; 5];
-        listener.accept().unwrap().read_exact(&mut heard).unwrap();
+        (&listener.accept().unwrap()).read_exact(&mut heard).unwrap();
         assert_eq!(&heard, b"hello");
         assert_eq!(
             StreamListener::open(&at).unwrap_err().kind(),
@@ -342,7 +342,7 @@ mod tests {
         let address = listener.tcp_address().unwrap();
         let mut client = std::net::TcpStream::connect(address).unwrap();
         client.write_all(b"x").unwrap();
-        assert_eq!(listener.accept().unwrap().read(&mut [0; 2]).unwrap(), 1);
+        assert_eq!((&listener.accept().unwrap()).read(&mut [0; 2]).unwrap(), 1);
         assert!(StreamListener::open(&ListenAt::Fd(9)).is_err());
     }
 
@@ -372,8 +372,8 @@ mod tests {
             .connect(&SockAddr::vsock(libc::VMADDR_CID_LOCAL, port))
             .is_ok()
         {
-            StreamSocket::from(client).write_all(b"x").unwrap();
-            assert_eq!(listener.accept().unwrap().read(&mut [0; 2]).unwrap(), 1);
+            (&StreamSocket::from(client)).write_all(b"x").unwrap();
+            assert_eq!((&listener.accept().unwrap()).read(&mut [0; 2]).unwrap(), 1);
         }
     }
 }

@@ -84,9 +84,9 @@ impl Places {
         self.occupants().any(|by| by == Occupant::Leaving)
     }
 
-    /// Whether a guest with this MAC address is away that is not known to be another VM's.
-    pub(super) fn is_away(&self, wanted: Mac, from: Option<Cid>) -> bool {
-        self.away(wanted, from).is_some()
+    /// Whether a guest with this MAC address is away of which it is not known whose VM it is.
+    pub(super) fn is_away(&self, wanted: Mac) -> bool {
+        self.away(wanted, None).is_some()
     }
 
     /// The guests that are away and may be who comes from there.

@@ -66,17 +66,23 @@ impl StreamSocket {
         self.0.set_read_timeout(patience)?;
         self.0.set_write_timeout(patience)
     }
-}
 
-impl io::Read for StreamSocket {
-    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        self.0.read(buffer)
+    /// Ends the connection in both directions: who reads from it, or writes to it, is told so at once.
+    pub fn end(&self) {
+        // One that is gone has ended.
+        let _ = self.0.shutdown(std::net::Shutdown::Both);
     }
 }
 
-impl io::Write for StreamSocket {
+impl io::Read for &StreamSocket {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        (&self.0).read(buffer)
+    }
+}
+
+impl io::Write for &StreamSocket {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        self.0.write(bytes)
+        (&self.0).write(bytes)
     }
 
     fn flush(&mut self) -> io::Result<()> {

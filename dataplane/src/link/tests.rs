@@ -19,7 +19,7 @@ use super::listen::{SocketFile, StreamListener};
 use super::packet::{PacketKind, PacketLink};
 use super::serve::{Entrance, GUESTS_MAX};
 use super::stream::{StreamKind, StreamLink};
-use super::vpnkit::Answers;
+use super::vpnkit::{Answers, HANDSHAKES_MAX};
 use super::{FRAME_BYTES_MAX, Link, serve, shared};
 use crate::config::{ListenAt, MTU_BYTES_MAX};
 use crate::mac::Mac;
@@ -385,6 +385,34 @@ fn an_absurd_length_ends_its_own_link_alone() {
 }
 
 #[test]
+fn a_capture_that_is_over_is_kept_by_nobody() {
+    use crate::capture::{CaptureEnd, CaptureSpec};
+    use crate::session::Captures as _;
+    let mut rig = Rig::new("capture");
+    let _file = rig.shared_socket();
+    let mut vm = rig.vm("vm");
+    asker(2).is_answered(&mut vm);
+    let handle = rig.report(|report| match report {
+        Report::VmUp(up) => Some(up.vm),
+        _ => None,
+    });
+    let spec = CaptureSpec {
+        ends_with_guest: true,
+        ..CaptureSpec::default()
+    };
+    let capture = rig.network.start_capture(handle, spec, Box::new(|| {})).unwrap();
+    let kept = Arc::downgrade(&capture);
+    capture.stop(CaptureEnd::Stopped);
+    drop(capture);
+    // Its driver lets go of it with what it is shown next.
+    let until = Instant::now() + PATIENCE;
+    while kept.strong_count() > 0 {
+        assert!(Instant::now() < until, "it is still there");
+        asker(2).is_answered(&mut vm);
+    }
+}
+
+#[test]
 fn a_record_longer_than_any_frame_is_dropped_and_counted() {
     let mut rig = Rig::new("long");
     let (mut there, here) = Packets::pair(Type::SEQPACKET);
@@ -709,4 +737,43 @@ fn vpnkit_guests_come_and_go_and_a_bad_handshake_delays_nobody() {
         rig.next_down();
     }
     assert_eq!(silent.write(b"T").unwrap(), 1, "it has its time still");
+}
+
+#[test]
+fn at_the_limit_of_handshakes_the_one_that_stalls_longest_makes_way() {
+    let mut rig = Rig::new("vpnkit");
+    let (listener, _file) = StreamListener::open(&ListenAt::Unix(rig.path("s"))).unwrap();
+    let answers = Answers {
+        mtu_bytes: 1500,
+        ..Answers::default()
+    };
+    serve::vpnkit(&rig.network, listener, spec(), answers).unwrap();
+    let path = rig.path("s");
+    let connect = || UnixStream::connect(&path).unwrap();
+    let mut stalled: Vec<UnixStream> = (0..HANDSHAKES_MAX)
+        .map(|_| {
+            let mut client = connect();
+            client.write_all(&handshake("")[..49]).unwrap();
+            // It is under way once it is answered.
+            client.read_exact(&mut [0; 49]).unwrap();
+            client
+        })
+        .collect();
+    let uuid = "c3d68012-0208-11ea-9fd7-f2189899ab08";
+    let mut client = connect();
+    client.write_all(&handshake(uuid)).unwrap();
+    let mut answer = [0; 49 + 258];
+    client.read_exact(&mut answer).unwrap();
+    let mut client = Stream::new(client, StreamKind::Vpnkit);
+    asker(2).is_answered(&mut client);
+    assert_eq!(rig.next_up().1, "vpnkit");
+
+    assert!(is_closed(&mut stalled[0]));
+    rig.counts("network_link_limit", 1);
+    // All others have their time still: whoever says the rest is let in.
+    let rest = &handshake(uuid)[49..];
+    stalled[1].write_all(rest).unwrap();
+    stalled[1].read_exact(&mut [0; 258]).unwrap();
+    rig.counts("network_link_limit", 1);
+    assert_eq!(counter(&rig.network, "network_link_handshake"), 0);
 }

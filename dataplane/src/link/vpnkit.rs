@@ -11,11 +11,10 @@
 //! UUID, or the one that the socket's first guest must have, or a random one, which is the same for a UUID that comes
 //! again; nothing holds the guest to it.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 use std::hash::{BuildHasher as _, RandomState};
 use std::io::{self, Read as _, Write as _};
-use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -29,6 +28,8 @@ use crate::metrics::LinkRefusal;
 
 /// Handshakes under way at once on one socket.
 pub const HANDSHAKES_MAX: usize = 64;
+/// Threads of them: those that make way take a moment to end.
+const THREADS_MAX: usize = 2 * HANDSHAKES_MAX;
 /// How long one may take.
 pub const PATIENCE: Duration = Duration::from_secs(10);
 
@@ -47,8 +48,21 @@ enum HandshakeError {
     Slow(Duration),
     #[error("its handshake broke off")]
     BrokenOff,
+    #[error(
+        "{HANDSHAKES_MAX} handshakes were under way, this one for the longest time, and it made way for another"
+    )]
+    MadeWay,
     #[error("its socket failed: {0}")]
     Io(io::Error),
+}
+
+impl HandshakeError {
+    fn cause(&self) -> LinkRefusal {
+        match self {
+            Self::MadeWay => LinkRefusal::Limit,
+            Self::Magic | Self::Slow(_) | Self::BrokenOff | Self::Io(_) => LinkRefusal::Handshake,
+        }
+    }
 }
 
 /// What guests are told.
@@ -65,7 +79,7 @@ pub struct Answers {
 /// The handshakes of one socket.
 pub(super) struct Handshakes {
     answers: Arc<Answers>,
-    under_way: Arc<AtomicUsize>,
+    under_way: Arc<Mutex<UnderWay>>,
     patience: Duration,
 }
 
@@ -79,25 +93,25 @@ impl Handshakes {
     }
 
     /// Begins one; who completes it is let in. Returns at once.
-    pub(super) fn begin(&self, entrance: &Arc<Entrance>, mut socket: StreamSocket, from: Option<Cid>) {
-        let Some(place) = Place::take(&self.under_way) else {
+    pub(super) fn begin(&self, entrance: &Arc<Entrance>, socket: StreamSocket, from: Option<Cid>) {
+        let Some(spec) = entrance.foresee() else { return };
+        let socket = Arc::new(socket);
+        let Some(place) = Place::take(&self.under_way, &socket) else {
             entrance.refuse(
                 LinkRefusal::Limit,
-                &format_args!("{HANDSHAKES_MAX} handshakes are under way"),
+                &format_args!("{HANDSHAKES_MAX} handshakes are under way, and as many are ending"),
             );
             return;
         };
-        let Some(spec) = entrance.foresee() else { return };
         let (answers, patience) = (Arc::clone(&self.answers), self.patience);
         let own = Arc::clone(entrance);
         let thread = thread::Builder::new()
             .name("handshake".to_owned())
             .spawn(move || {
-                let done = shake(&mut socket, &answers, spec.pinned_mac, patience);
-                drop(place);
-                match done.and_then(|()| link(socket)) {
+                let done = shake(&socket, &answers, spec.pinned_mac, patience);
+                match place.leave().and(done).and_then(|()| link(socket)) {
                     Ok(link) => own.come_in(link, from),
-                    Err(error) => own.refuse(LinkRefusal::Handshake, &error),
+                    Err(error) => own.refuse(error.cause(), &error),
                 }
             });
         if let Err(error) = thread {
@@ -106,33 +120,89 @@ impl Handshakes {
     }
 }
 
-fn link(socket: StreamSocket) -> Result<Link, HandshakeError> {
+fn link(socket: Arc<StreamSocket>) -> Result<Link, HandshakeError> {
+    // Nobody else has it once its place is left.
+    let socket = Arc::into_inner(socket).ok_or(HandshakeError::MadeWay)?;
     StreamLink::new(socket, StreamKind::Vpnkit, &[])
         .map(Link::Stream)
         .map_err(HandshakeError::Io)
 }
 
+/// Which handshakes are under way.
+#[derive(Default)]
+struct UnderWay {
+    next: u64,
+    /// The longest there first.
+    order: VecDeque<(u64, Arc<StreamSocket>)>,
+    /// Threads, also of those that made way and have not ended yet.
+    threads: usize,
+}
+
 /// One of the handshakes that may be under way.
-struct Place(Arc<AtomicUsize>);
+struct Place {
+    under_way: Arc<Mutex<UnderWay>>,
+    number: u64,
+}
 
 impl Place {
-    fn take(under_way: &Arc<AtomicUsize>) -> Option<Self> {
-        if under_way.fetch_add(1, Ordering::Relaxed) >= HANDSHAKES_MAX {
-            under_way.fetch_sub(1, Ordering::Relaxed);
+    /// A place for one more; where all are taken, the one there longest makes way. `None` while those that did have
+    /// not ended.
+    fn take(under_way: &Arc<Mutex<UnderWay>>, socket: &Arc<StreamSocket>) -> Option<Self> {
+        let mut all = lock(under_way);
+        if all.threads >= THREADS_MAX {
             return None;
         }
-        Some(Self(Arc::clone(under_way)))
+        if all.order.len() >= HANDSHAKES_MAX
+            && let Some((_, longest)) = all.order.pop_front()
+        {
+            longest.end();
+        }
+        all.threads += 1;
+        all.next += 1;
+        let number = all.next;
+        all.order.push_back((number, Arc::clone(socket)));
+        Some(Self {
+            under_way: Arc::clone(under_way),
+            number,
+        })
+    }
+
+    /// Gives it up.
+    ///
+    /// # Errors
+    /// It was another's already.
+    fn leave(self) -> Result<(), HandshakeError> {
+        let was_there = lock(&self.under_way).remove(self.number);
+        if was_there {
+            Ok(())
+        } else {
+            Err(HandshakeError::MadeWay)
+        }
+    }
+}
+
+impl UnderWay {
+    /// Whether it was there.
+    fn remove(&mut self, number: u64) -> bool {
+        let at = self.order.iter().position(|(one, _)| *one == number);
+        at.and_then(|at| self.order.remove(at)).is_some()
     }
 }
 
 impl Drop for Place {
     fn drop(&mut self) {
-        self.0.fetch_sub(1, Ordering::Relaxed);
+        let mut all = lock(&self.under_way);
+        all.remove(self.number);
+        all.threads -= 1;
     }
 }
 
+fn lock(under_way: &Mutex<UnderWay>) -> MutexGuard<'_, UnderWay> {
+    under_way.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
 fn shake(
-    socket: &mut StreamSocket,
+    mut socket: &StreamSocket,
     answers: &Answers,
     pinned: Option<Mac>,
     patience: Duration,
@@ -156,7 +226,7 @@ fn shake(
 
 /// Reads until `bytes` is full, and not beyond: what follows may be frames.
 fn read(
-    socket: &mut StreamSocket,
+    mut socket: &StreamSocket,
     mut bytes: &mut [u8],
     until: Instant,
     late: impl Fn() -> HandshakeError,
@@ -245,8 +315,8 @@ mod tests {
         let (mut client, server) = UnixStream::pair().unwrap();
         client.write_all(said).unwrap();
         client.shutdown(std::net::Shutdown::Write).unwrap();
-        let mut server = StreamSocket::from(server);
-        let done = shake(&mut server, &answers(), None, PATIENCE);
+        let server = StreamSocket::from(server);
+        let done = shake(&server, &answers(), None, PATIENCE);
         drop(server);
         let mut heard = Vec::new();
         // What was not read resets it.
@@ -259,10 +329,10 @@ mod tests {
         let (mut client, server) = UnixStream::pair().unwrap();
         let said = [init(), command(&UUID.to_uppercase()), b"frames".to_vec()].concat();
         client.write_all(&said).unwrap();
-        let mut server = StreamSocket::from(server);
-        shake(&mut server, &answers(), None, PATIENCE).unwrap();
+        let server = StreamSocket::from(server);
+        shake(&server, &answers(), None, PATIENCE).unwrap();
         let mut left = [0; 16];
-        assert_eq!(server.read(&mut left).unwrap(), 6);
+        assert_eq!((&server).read(&mut left).unwrap(), 6);
         assert_eq!(&left[..6], b"frames");
         let mut heard = [0; INIT_BYTES + ANSWER_BYTES];
         client.read_exact(&mut heard).unwrap();
@@ -330,8 +400,8 @@ mod tests {
                 thread::sleep(Duration::from_millis(20));
             }
         });
-        let mut server = StreamSocket::from(server);
-        let done = shake(&mut server, &answers(), None, patience);
+        let server = StreamSocket::from(server);
+        let done = shake(&server, &answers(), None, patience);
         assert!(matches!(done, Err(HandshakeError::Slow(_))), "{done:?}");
         assert!(began.elapsed() < 4 * patience, "{:?}", began.elapsed());
         drop(server);
@@ -339,13 +409,35 @@ mod tests {
     }
 
     #[test]
-    fn places_are_given_back() {
+    fn the_one_there_longest_makes_way_is_told_so_and_places_are_given_back() {
         let under_way = Arc::default();
-        let all: Vec<_> = (0..HANDSHAKES_MAX)
-            .map(|_| Place::take(&under_way).unwrap())
-            .collect();
-        assert!(Place::take(&under_way).is_none());
+        let mut clients = Vec::new();
+        let mut come = || {
+            let (client, server) = UnixStream::pair().unwrap();
+            clients.push(client);
+            let socket = Arc::new(StreamSocket::from(server));
+            Place::take(&under_way, &socket).map(|place| (place, socket))
+        };
+        let mut all: VecDeque<_> = (0..HANDSHAKES_MAX).map(|_| come().unwrap()).collect();
+        let (latest, _) = come().unwrap();
+        let (first, socket) = all.pop_front().unwrap();
+        let done = shake(&socket, &answers(), None, PATIENCE);
+        assert!(matches!(done, Err(HandshakeError::BrokenOff)), "{done:?}");
+        assert!(matches!(first.leave(), Err(HandshakeError::MadeWay)));
+        let (second, _) = all.pop_front().unwrap();
+        second.leave().unwrap();
+        // Two have left, and one has come: nobody makes way for the next.
+        all.push_back(come().unwrap());
+        let (third, _) = all.pop_front().unwrap();
+        third.leave().unwrap();
+        latest.leave().unwrap();
+        let threads = |all: &VecDeque<_>| assert_eq!(lock(&under_way).threads, all.len());
+        threads(&all);
         drop(all);
-        assert!(Place::take(&under_way).is_some());
+        assert_eq!(lock(&under_way).threads, 0);
+        assert!(lock(&under_way).order.is_empty());
+        let endless: Vec<_> = (0..THREADS_MAX).map(|_| come().unwrap()).collect();
+        assert!(come().is_none(), "until those that made way have ended");
+        drop(endless);
     }
 }

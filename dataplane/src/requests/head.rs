@@ -3,11 +3,12 @@
 //! Reading is the crate httparse's. What Go's net/http checks beyond it, and its reading of paths and parameters,
 //! is done as there, so that what the peer's clients send means the same.
 
-use std::net::{IpAddr, SocketAddr};
+use std::net::SocketAddr;
 
 use httparse::Header;
 
 use crate::requests::answer::Answer;
+use crate::requests::tunnel::{decode, tunnel_target};
 
 /// Headers of one request.
 const HEADERS_MAX: usize = 100;
@@ -91,7 +92,7 @@ fn understand(request: &httparse::Request<'_, '_>) -> Result<Request, Answer> {
     let path = decode(path, false).ok_or(Answer::NO_HTTP)?;
     let request = match path.as_slice() {
         b"/connect" => Request::Connect,
-        b"/tunnel" => Request::Tunnel(place(query)?),
+        b"/tunnel" => Request::Tunnel(tunnel_target(query).map_err(Answer::parameters)?),
         _ => {
             return Ok(Request::Other {
                 is_head: method == "HEAD",
@@ -119,90 +120,8 @@ fn origin_form(target: &str) -> &str {
     }
 }
 
-/// Where a tunnel leads.
-fn place(query: &str) -> Result<SocketAddr, Answer> {
-    let ip = parameter(query, "ip").unwrap_or_default();
-    if ip.is_empty() {
-        return Err(Answer::parameters("ip is mandatory"));
-    }
-    let port = parameter(query, "port").unwrap_or_default();
-    let port = integer(&port).map_err(|why| {
-        let port = printable(&port);
-        Answer::parameters(format!("strconv.Atoi: parsing \"{port}\": {why}"))
-    })?;
-    let address = std::str::from_utf8(&ip)
-        .ok()
-        .and_then(|ip| ip.parse::<IpAddr>().ok())
-        .ok_or_else(|| {
-            let ip = printable(&ip);
-            Answer::parameters(format!(
-                "ip {ip} is not an address (expected one in the network, as 192.168.127.2)"
-            ))
-        })?;
-    match u16::try_from(port) {
-        Ok(port @ 1..) => Ok(SocketAddr::new(address, port)),
-        _ => Err(Answer::parameters(format!(
-            "port {port} is out of range (expected 1 to 65535)"
-        ))),
-    }
-}
-
-/// A number as Go's strconv.Atoi reads it, and its words for what is none.
-fn integer(text: &[u8]) -> Result<i64, &'static str> {
-    let digits = text
-        .strip_prefix(b"-")
-        .or(text.strip_prefix(b"+"))
-        .unwrap_or(text);
-    if digits.is_empty() || !digits.iter().all(u8::is_ascii_digit) {
-        return Err("invalid syntax");
-    }
-    std::str::from_utf8(text)
-        .ok()
-        .and_then(|text| text.parse().ok())
-        .ok_or("value out of range")
-}
-
-/// The first value of a parameter. As in Go, what is not well encoded, or has a semicolon, is none.
-fn parameter(query: &str, wanted: &str) -> Option<Vec<u8>> {
-    query
-        .split('&')
-        .filter(|pair| !pair.contains(';'))
-        .find_map(|pair| {
-            let (key, value) = pair.split_once('=').unwrap_or((pair, ""));
-            let is_wanted = decode(key, true)? == wanted.as_bytes();
-            is_wanted.then(|| decode(value, true)).flatten()
-        })
-}
-
-/// Percent-decoding; `None` where a `%` has no two digits behind it.
-fn decode(text: &str, plus_is_space: bool) -> Option<Vec<u8>> {
-    let mut bytes = Vec::with_capacity(text.len());
-    let mut rest = text.as_bytes();
-    while let Some((&first, tail)) = rest.split_first() {
-        rest = tail;
-        bytes.push(match first {
-            b'%' => {
-                let digit = |at: usize| char::from(*tail.get(at)?).to_digit(16);
-                rest = tail.get(2..)?;
-                u8::try_from(digit(0)? * 16 + digit(1)?).ok()?
-            }
-            b'+' if plus_is_space => b' ',
-            other => other,
-        });
-    }
-    Some(bytes)
-}
-
-/// What a client said, for one line of an answer.
-fn printable(bytes: &[u8]) -> String {
-    let cut = &bytes[..bytes.len().min(SAID_BYTES_MAX)];
-    cut.escape_ascii().to_string()
-}
-
 /// `\n\r\n`.
 const END_BYTES_MAX: usize = 3;
-/// Of what a client said, so much is said back.
-const SAID_BYTES_MAX: usize = 64;
 
 #[cfg(test)]
 mod tests {
@@ -329,44 +248,9 @@ mod tests {
     }
 
     #[test]
-    fn a_tunnel_has_the_address_and_port_of_its_parameters() {
-        let to = |place: &str| Ok(Request::Tunnel(place.parse().unwrap()));
-        assert_eq!(tunnel("?ip=192.168.127.2&port=22"), to("192.168.127.2:22"));
-        assert_eq!(
-            tunnel("?port=%2B022&x&ip=192.168.127.%32&ip=1.1.1.1"),
-            to("192.168.127.2:22")
-        );
-        assert_eq!(tunnel("?ip=fd00%3A%3A2&port=22"), to("[fd00::2]:22"));
-    }
-
-    #[test]
-    fn wrong_parameters_are_answered_in_the_peers_words() {
-        let refused = |query: &str| tunnel(query).unwrap_err();
-        assert_eq!(refused(""), "ip is mandatory");
-        assert_eq!(refused("?port=22"), "ip is mandatory");
-        assert_eq!(refused("?ip=a;b&port=22"), "ip is mandatory");
-        assert_eq!(refused("?ip=%zz&port=22"), "ip is mandatory");
-        assert_eq!(
-            refused("?ip=1.2.3.4"),
-            "strconv.Atoi: parsing \"\": invalid syntax"
-        );
-        assert_eq!(
-            refused("?ip=1.2.3.4&port=ssh%0a"),
-            "strconv.Atoi: parsing \"ssh\\n\": invalid syntax"
-        );
-        assert_eq!(
-            refused("?ip=1.2.3.4&port=99999999999999999999"),
-            "strconv.Atoi: parsing \"99999999999999999999\": value out of range"
-        );
-        assert_eq!(
-            refused("?ip=1.2.3.4&port=65536"),
-            "port 65536 is out of range (expected 1 to 65535)"
-        );
-        assert!(refused("?ip=1.2.3.4&port=0").starts_with("port 0 is out of range"));
-        assert!(refused("?ip=1.2.3.4&port=-1").starts_with("port -1 is out of range"));
-        assert_eq!(
-            refused("?ip=gateway&port=22"),
-            "ip gateway is not an address (expected one in the network, as 192.168.127.2)"
-        );
+    fn a_tunnel_leads_where_its_parameters_say_or_is_refused_with_500() {
+        let to = Request::Tunnel("192.168.127.2:22".parse().unwrap());
+        assert_eq!(tunnel("?ip=192.168.127.2&port=22"), Ok(to));
+        assert_eq!(tunnel("?port=22"), Err("ip is mandatory".to_owned()));
     }
 }

@@ -16,6 +16,7 @@ mod head;
 mod heads;
 #[cfg(test)]
 mod tests;
+mod tunnel;
 
 use std::io;
 use std::os::fd::OwnedFd;
@@ -36,6 +37,8 @@ use crate::metrics::{LinkRefusal, Metrics, RequestRefusal};
 use answer::Answer;
 use head::Request;
 use heads::{Heads, Place};
+
+pub use tunnel::tunnel_target;
 
 /// The longest head of a request, bytes.
 pub const HEAD_BYTES_MAX: usize = 32 << 10;

@@ -35,6 +35,7 @@ use tonic::{Code, Status, Streaming};
 use vnet_proto::v1;
 use vnet_proto::v1::dataplane_service_client::DataplaneServiceClient;
 
+use crate::causes::WithCauses;
 use crate::guards::Guards;
 use crate::message::{Report, Router};
 use crate::metrics::{Metrics, SessionEndCause};
@@ -421,14 +422,7 @@ impl Ended {
             Self::Broken(broken) => broken,
             Self::Unreachable(error) => error,
         };
-        let mut text = error.to_string();
-        let mut cause = error.source();
-        while let Some(error) = cause {
-            text.push_str(": ");
-            text.push_str(&error.to_string());
-            cause = error.source();
-        }
-        text
+        WithCauses(error).to_string()
     }
 }
 

@@ -16,15 +16,19 @@
 //! tshark.
 
 use std::fmt;
-use std::net::IpAddr;
 use std::ops::RangeInclusive;
 use std::str::FromStr;
 
 use ipnet::IpNet;
 
+use super::addr::parse_prefix;
+use super::target::prefix_text;
+
 /// Terms of one filter.
 pub const CAPTURE_TERMS_MAX: usize = 32;
-/// Bytes of its text.
+/// Bytes kept of each packet, where less is not asked for; and at most.
+pub const CAPTURE_SNAP_BYTES_MAX: u32 = 262_144;
+/// Bytes of a filter's text.
 pub const CAPTURE_FILTER_BYTES_MAX: usize = 1_024;
 
 /// What a capture wants: frames for which every term holds.
@@ -86,20 +90,9 @@ pub enum CaptureFilterError {
         /// What was found.
         found: String,
     },
-    /// An address that is none.
-    #[error("host {found:?} is no address (expected one as 192.0.2.7, or a network as 192.0.2.0/24)")]
-    Host {
-        /// What was found.
-        found: String,
-    },
-    /// A network whose address has more bits than its prefix.
-    #[error("host {found} has bits set beyond its prefix length (did you mean {meant}?)")]
-    HostBits {
-        /// What was found.
-        found: IpNet,
-        /// What was perhaps meant.
-        meant: IpNet,
-    },
+    /// An address or network that is none.
+    #[error("host: {0}")]
+    Host(String),
     /// Too long.
     #[error("the filter has {found} bytes (expected at most {CAPTURE_FILTER_BYTES_MAX})")]
     Length {
@@ -150,9 +143,10 @@ impl FromStr for CaptureFilter {
                 "ip" => CaptureWord::Ip,
                 "ip6" => CaptureWord::Ip6,
                 "port" => CaptureWord::Port(ports(words.next().ok_or(alone("port", "N or N-M"))?)?),
-                "host" => CaptureWord::Host(network(
-                    words.next().ok_or(alone("host", "an address or network"))?,
-                )?),
+                "host" => {
+                    let found = words.next().ok_or(alone("host", "an address or network"))?;
+                    CaptureWord::Host(parse_prefix(found).map_err(CaptureFilterError::Host)?)
+                }
                 found => {
                     return Err(CaptureFilterError::Word {
                         found: found.to_owned(),
@@ -185,23 +179,6 @@ fn ports(found: &str) -> Result<RangeInclusive<u16>, CaptureFilterError> {
         })
 }
 
-fn network(found: &str) -> Result<IpNet, CaptureFilterError> {
-    let network = found
-        .parse::<IpNet>()
-        .or_else(|_| found.parse::<IpAddr>().map(IpNet::from))
-        .map_err(|_| CaptureFilterError::Host {
-            found: found.to_owned(),
-        })?;
-    let meant = network.trunc();
-    if meant != network {
-        return Err(CaptureFilterError::HostBits {
-            found: network,
-            meant,
-        });
-    }
-    Ok(network)
-}
-
 impl fmt::Display for CaptureFilter {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         for (place, term) in self.terms.iter().enumerate() {
@@ -228,10 +205,7 @@ impl fmt::Display for CaptureTerm {
             CaptureWord::Ip6 => f.write_str("ip6"),
             CaptureWord::Port(ports) if ports.start() == ports.end() => write!(f, "port {}", ports.start()),
             CaptureWord::Port(ports) => write!(f, "port {}-{}", ports.start(), ports.end()),
-            CaptureWord::Host(network) if network.prefix_len() == network.max_prefix_len() => {
-                write!(f, "host {}", network.addr())
-            }
-            CaptureWord::Host(network) => write!(f, "host {network}"),
+            CaptureWord::Host(network) => write!(f, "host {}", prefix_text(*network)),
         }
     }
 }
@@ -270,11 +244,15 @@ mod tests {
             ("port +1", "port \"+1\" is no port"),
             ("port 9-8", "port \"9-8\" is no port"),
             ("port 1-", "port \"1-\" is no port"),
-            ("host example.com", "host \"example.com\" is no address"),
+            (
+                "host example.com",
+                "host: \"example.com\" is not an address or prefix",
+            ),
+            ("host 10.0.0.0/33", "host: prefix length 33 is out of range"),
             ("host", "\"host\" stands alone"),
             (
                 "host 10.0.0.7/8",
-                "host 10.0.0.7/8 has bits set beyond its prefix length (did you mean 10.0.0.0/8?)",
+                "host: 10.0.0.7/8 has bits set beyond its prefix length (did you mean 10.0.0.0/8?)",
             ),
         ] {
             let error = text.parse::<CaptureFilter>().unwrap_err().to_string();

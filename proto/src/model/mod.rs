@@ -24,7 +24,8 @@ mod tests;
 
 pub use addr::{address_from_bytes, address_to_bytes, parse_prefix};
 pub use capture::{
-    CAPTURE_FILTER_BYTES_MAX, CAPTURE_TERMS_MAX, CaptureFilter, CaptureFilterError, CaptureTerm, CaptureWord,
+    CAPTURE_FILTER_BYTES_MAX, CAPTURE_SNAP_BYTES_MAX, CAPTURE_TERMS_MAX, CaptureFilter, CaptureFilterError,
+    CaptureTerm, CaptureWord,
 };
 pub use flow::{
     FlowKey, FlowSubject, Guard, GuardSet, LookupSubject, Miss, Mode, Protocol, Subject, names_from_wire,

@@ -255,7 +255,8 @@ fn parse_ports(ports: Option<&str>) -> Result<Option<PortRange>, TargetError> {
         .transpose()
 }
 
-fn prefix_text(prefix: IpNet) -> String {
+/// A prefix as it is written: one of a single address without its length.
+pub(super) fn prefix_text(prefix: IpNet) -> String {
     if prefix.prefix_len() == prefix.max_prefix_len() {
         prefix.addr().to_string()
     } else {

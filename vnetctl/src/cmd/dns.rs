@@ -147,7 +147,10 @@ impl DnsCommand {
             }
             Self::Denied(vms) => {
                 let client = context.connection.open().await?;
-                let request = v1::ListDeniedRequest { vms: vms.message() };
+                let request = v1::ListDeniedRequest {
+                    vms: vms.message(),
+                    ..Default::default()
+                };
                 let answer = client.dns().list_denied(unary(request)).await?.into_inner();
                 context.output.list(&answer.denied)
             }

@@ -34,6 +34,9 @@ pub struct WatchArgs {
     /// Which VMs.
     #[command(flatten)]
     pub vms: ListVmArgs,
+    /// Only this network's, and those of no network, as of a policy
+    #[arg(long, value_name = "NETWORK")]
+    pub network: Option<String>,
     /// Only this kind; may be repeated
     #[arg(long, value_name = "KIND", value_parser = kind)]
     pub kind: Vec<v1::EventKind>,
@@ -48,6 +51,9 @@ pub struct ListArgs {
     /// Which VMs.
     #[command(flatten)]
     pub vms: ListVmArgs,
+    /// Only this network's, and those of no network, as of a policy
+    #[arg(long, value_name = "NETWORK")]
+    pub network: Option<String>,
     /// Only this kind; may be repeated
     #[arg(long, value_name = "KIND", value_parser = kind)]
     pub kind: Vec<v1::EventKind>,
@@ -78,6 +84,7 @@ async fn watch(args: WatchArgs, context: &mut Context) -> Result<(), Failure> {
         vms: args.vms.message(),
         kinds: kinds(&args.kind),
         after_sequence: args.after,
+        network: args.network.unwrap_or_default(),
     };
     let mut events = client.events().watch_events(request).await?.into_inner();
     context.output.stream_header(WATCH)?;
@@ -124,6 +131,7 @@ async fn list(args: ListArgs, context: &mut Context) -> Result<(), Failure> {
             time,
             page_size,
             page_token,
+            network: args.network.clone().unwrap_or_default(),
         };
         let page = client.events().list_events(unary(request)).await?.into_inner();
         events.extend(page.events);

@@ -48,6 +48,7 @@ impl FlowsCommand {
                         vms: vms.message(),
                         page_size: PAGE_SIZE,
                         page_token,
+                        ..Default::default()
                     };
                     async move {
                         let page = service.list_flows(unary(request)).await?.into_inner();

@@ -55,6 +55,7 @@ impl GrantsCommand {
                         vm,
                         page_size: PAGE_SIZE,
                         page_token,
+                        ..Default::default()
                     };
                     async move {
                         let page = service.list_grants(unary(request)).await?.into_inner();

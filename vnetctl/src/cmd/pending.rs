@@ -91,6 +91,7 @@ pub(crate) async fn open_requests(
             vms: vms.clone(),
             page_size: PAGE_SIZE,
             page_token,
+            ..Default::default()
         };
         async move {
             let page = service.list_pending(unary(request)).await?.into_inner();

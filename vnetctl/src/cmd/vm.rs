@@ -85,6 +85,7 @@ impl VmCommand {
                         vms: vms.message(),
                         page_size: PAGE_SIZE,
                         page_token,
+                        ..Default::default()
                     };
                     async move {
                         let page = service.list_vms(unary(request)).await?.into_inner();

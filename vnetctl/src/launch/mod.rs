@@ -40,6 +40,7 @@ pub use vnet_dataplane::link::listen::is_stale as is_stale_socket;
 pub use vnet_dataplane::link::listen::{SocketFile, StreamListener};
 pub use vnet_dataplane::mac::Mac;
 pub use vnet_dataplane::message::Forward;
+pub use vnet_dataplane::requests::tunnel_target;
 
 pub use self::controlplane::{controlplane, own_log, own_server, session_url};
 pub use self::dataplane::{Dataplane, DataplaneError, DataplaneLog, Settings};

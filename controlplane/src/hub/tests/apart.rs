@@ -70,7 +70,7 @@ fn a_hundred_thousand_questions_of_one_vm_stay_bounded_and_another_vm_is_asked_a
         flooding.miss(flow(&to, &[]));
         refused += verdicts(&flooding.told()).len();
     }
-    assert_eq!(rig.hub.pending(None).len(), OPEN_PER_VM_MAX);
+    assert_eq!(rig.hub.pending(Which::default()).len(), OPEN_PER_VM_MAX);
     assert_eq!(refused, QUESTIONS as usize - OPEN_PER_VM_MAX);
     // What is allowed needs no question, of the one as of the other.
     assert_eq!(flooding.verdict(flow(WEB, &[])).action, ALLOW);

@@ -60,7 +60,7 @@ async fn obeys(dp: &mut FakeDataplane, cut_flows: u64) -> Command {
 async fn the_request(rig: &Rig) -> v1::PendingRequest {
     for _ in 0..1_000 {
         tokio::task::yield_now().await;
-        if let [one] = &rig.hub.pending(None)[..] {
+        if let [one] = &rig.hub.pending(Which::default())[..] {
             return one.clone();
         }
     }
@@ -112,7 +112,7 @@ async fn in_mode_ask_a_yes_opens_it_while_the_call_waits() {
     );
     assert_eq!(call.await.unwrap().unwrap(), told);
     assert_eq!(rig.hub.forwards("").unwrap(), [told]);
-    assert_eq!(rig.hub.grants("").unwrap()[0].hits, 1);
+    assert_eq!(rig.hub.grants("", "").unwrap()[0].hits, 1);
 }
 
 #[tokio::test]
@@ -143,13 +143,14 @@ async fn a_no_ends_the_call_and_the_next_one_asks_nobody() {
     rig.hub.reply(&reply(&id, Answer::Deny)).unwrap();
     is_denied(call, "denies it").await;
     is_denied(ask(&rig, "127.0.0.1:8080"), "denies it").await;
-    assert!(rig.hub.pending(None).is_empty());
+    assert!(rig.hub.pending(Which::default()).is_empty());
 }
 
-#[tokio::test]
+/// In driven time.
+#[tokio::test(start_paused = true)]
 async fn a_call_that_nobody_answers_ends_with_its_hold_and_a_late_yes_serves_the_next() {
     let rig = Rig::open();
-    rig.apply("version: 1\nmode: ask\napprovalTimeout: 50ms\n");
+    rig.apply("version: 1\nmode: ask\napprovalTimeout: 30s\n");
     let mut dp = rig.dataplane("web");
     let refusal = ask(&rig, "127.0.0.1:8080").await.unwrap().unwrap_err();
     let id = the_request(&rig).await.id;
@@ -174,7 +175,7 @@ async fn with_no_hold_it_is_asked_and_refused_at_once() {
     let _dp = rig.dataplane("web");
     let refusal = ask(&rig, "127.0.0.1:8080").await.unwrap().unwrap_err();
     assert!(matches!(refusal, Refusal::Unanswered(_)), "{refusal:?}");
-    assert_eq!(rig.hub.pending(None).len(), 1);
+    assert_eq!(rig.hub.pending(Which::default()).len(), 1);
 }
 
 #[tokio::test]
@@ -187,7 +188,7 @@ async fn rules_decide_without_anybody_and_a_change_of_them_closes_what_they_open
     assert_eq!(call.await.unwrap().unwrap().grant_id, "");
     is_denied(ask(&rig, "127.0.0.1:9000"), "no rule of forwards: allows it").await;
     is_denied(ask(&rig, "0.0.0.0:8080"), "not an address of loopback").await;
-    assert!(rig.hub.pending(None).is_empty());
+    assert!(rig.hub.pending(Which::default()).is_empty());
 
     rig.apply("version: 1\n");
     assert!(matches!(obeys(&mut dp, 0).await, Command::Unexpose(_)));
@@ -308,7 +309,7 @@ async fn a_yes_for_once_opens_one_that_stays_until_a_no() {
     rig.hub.reply(&once).unwrap();
     obeys(&mut dp, 0).await;
     call.await.unwrap().unwrap();
-    assert!(rig.hub.grants("").unwrap().is_empty(), "it is used up");
+    assert!(rig.hub.grants("", "").unwrap().is_empty(), "it is used up");
     rig.pass(Duration::from_secs(3_600));
     assert_eq!(rig.hub.forwards("").unwrap().len(), 1);
     let no = grant(GrantAction::Deny, TARGET, Some("web"), Lifetime::Forever);
@@ -451,23 +452,75 @@ async fn at_the_limit_of_open_requests_nobody_is_asked() {
     ask(&rig, "127.0.0.1:1").await.unwrap().unwrap_err();
     let refusal = ask(&rig, "127.0.0.1:2").await.unwrap().unwrap_err();
     assert!(matches!(refusal, Refusal::Limit(_)), "{refusal:?}");
-    assert_eq!(rig.hub.pending(None).len(), 2);
+    assert_eq!(rig.hub.pending(Which::default()).len(), 2);
 }
 
 #[tokio::test]
-async fn so_many_calls_wait_for_one_answer_and_no_more() {
-    let rig = Rig::secure();
-    let _dp = rig.dataplane("web");
-    let calls: Vec<Call> = (0..WAITS_PER_REQUEST_MAX)
-        .map(|_| ask(&rig, "127.0.0.1:8080"))
+async fn so_many_calls_of_a_vm_wait_for_answers_and_whoever_is_not_asked_about_is_not_kept_out() {
+    let rig = Rig::open();
+    rig.apply("version: 1\nmode: ask\nforwards: [{action: allow, listen: \"9000\"}]\n");
+    let mut dp = rig.dataplane("web");
+    // Two for each of half as many.
+    let mut calls: Vec<Call> = (0..WAITS_PER_VM_MAX)
+        .map(|n| ask(&rig, &format!("127.0.0.1:{}", 8080 + n / 2)))
         .collect();
-    while rig.hub.pending(None).first().map_or(0, |r| r.count) < WAITS_PER_REQUEST_MAX as u64 {
+    let waiting = || {
+        rig.hub
+            .pending(Which::default())
+            .iter()
+            .map(|r| r.count)
+            .sum::<u64>()
+    };
+    while waiting() < WAITS_PER_VM_MAX as u64 {
         tokio::task::yield_now().await;
     }
-    let more = ask(&rig, "127.0.0.1:8080").await.unwrap().unwrap_err();
-    assert!(matches!(more, Refusal::Unanswered(_)), "{more:?}");
-    let id = the_request(&rig).await.id;
-    rig.hub.reply(&reply(&id, Answer::Deny)).unwrap();
+    let mut events = rig.hub.watch_events(EventFilter::default()).unwrap().0;
+    for place in ["127.0.0.1:8080", "127.0.0.1:7070"] {
+        let more = ask(&rig, place).await.unwrap().unwrap_err();
+        let Refusal::Waiting(text) = &more else {
+            panic!("{more:?}")
+        };
+        assert!(
+            text.starts_with("VM web waits for answers about 12 forwards"),
+            "{text}"
+        );
+        assert!(text.ends_with("vnetctl pending list"), "{text}");
+        assert_eq!(tonic::Status::from(more).code(), tonic::Code::ResourceExhausted);
+    }
+    let Some(Next::Change(event)) = events.try_next() else {
+        panic!("no event")
+    };
+    assert_eq!(event.kind(), v1::EventKind::LimitReached);
+    assert!(events.try_next().is_none(), "told once, and not asked");
+    assert_eq!(rig.metrics.forward_waits_refused.get(), 2);
+    let allowed = ask(&rig, "127.0.0.1:9000");
+    obeys(&mut dp, 0).await;
+    allowed.await.unwrap().unwrap();
+    let mut other = rig.dataplane_with(hello(2, vec![vm_up(1, "db")]));
+    let of_other = ForwardWish {
+        vm: "db".to_owned(),
+        ..wish("127.0.0.1:8080")
+    };
+    let hub = Arc::clone(&rig.hub);
+    let of_other = tokio::spawn(async move { hub.request_forward(&of_other).await });
+    while rig.hub.pending(Which::default()).iter().all(|r| r.vm != "db") {
+        tokio::task::yield_now().await;
+    }
+    other.told();
+    of_other.abort();
+
+    // Who does not wait any longer makes room, and so does an answer.
+    let gone = calls.pop().unwrap();
+    gone.abort();
+    assert!(gone.await.is_err());
+    calls.push(ask(&rig, "127.0.0.1:7070"));
+    let open = rig.hub.pending(Which::default()).len();
+    while rig.hub.pending(Which::default()).len() == open {
+        tokio::task::yield_now().await;
+    }
+    for request in rig.hub.pending(Which::default()).iter().filter(|r| r.vm == "web") {
+        rig.hub.reply(&reply(&request.id, Answer::Deny)).unwrap();
+    }
     for call in calls {
         is_denied(call, "denies it").await;
     }

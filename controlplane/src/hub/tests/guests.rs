@@ -92,7 +92,7 @@ fn a_block_of_the_other_guest_cuts_what_was_open_to_it_and_decides_what_waits() 
     rig.hub.update_vm(set_mode("db", Mode::Block)).unwrap();
     let answered = verdicts(&dp.told());
     assert_eq!((answered[0].miss_id, answered[0].action), (miss.0, DENY));
-    assert!(rig.hub.pending(None).is_empty());
+    assert!(rig.hub.pending(Which::default()).is_empty());
 }
 
 #[test]
@@ -125,7 +125,7 @@ fn flows_events_and_explanations_say_whose_the_address_is() {
     let (mut watch, _) = rig.hub.watch_events(filter).unwrap();
     rig.apply(OPENS_DB);
     let flow_id = open_to_db(&mut dp);
-    let flows = rig.hub.flows(None);
+    let flows = rig.hub.flows(Which::default());
     assert_eq!(flows.len(), 1);
     assert_eq!(
         (flows[0].1.vm.as_str(), flows[0].1.peer_vm.as_str()),

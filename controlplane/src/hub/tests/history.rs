@@ -140,7 +140,7 @@ async fn answers_outlive_their_grants_and_those_taken_back_do_not() {
         ..Default::default()
     }));
     assert_eq!(
-        rig.hub.grants("").unwrap().len(),
+        rig.hub.grants("", "").unwrap().len(),
         1,
         "what was until the VM stopped is over"
     );

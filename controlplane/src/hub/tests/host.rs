@@ -51,9 +51,13 @@ fn secure_mode_asks_nobody_about_what_the_flag_opens() {
     let rig = Rig::secure();
     let mut dp = rig.dataplane_with(hello(1, vec![with_flag(1, "cloud")]));
     assert_eq!(dp.verdict(metadata_flow()).action, ALLOW);
-    assert!(rig.hub.pending(None).is_empty());
+    assert!(rig.hub.pending(Which::default()).is_empty());
     dp.miss(flow(WEB, &[]));
-    assert_eq!(rig.hub.pending(None).len(), 1, "and about the rest as ever");
+    assert_eq!(
+        rig.hub.pending(Which::default()).len(),
+        1,
+        "and about the rest as ever"
+    );
 }
 
 #[test]

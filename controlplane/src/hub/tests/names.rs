@@ -65,7 +65,7 @@ fn a_flow_refused_for_its_name_is_told_as_a_denial_with_both_names_and_its_watch
     }
     assert_eq!(ended, ["was refused for its name"]);
     assert_eq!(rig.metrics.names_refused.get(), 1);
-    assert!(rig.hub.flows(None).is_empty());
+    assert!(rig.hub.flows(Which::default()).is_empty());
 }
 
 #[test]
@@ -163,7 +163,7 @@ fn a_yes_to_a_lookup_demands_of_the_connection_that_it_names_what_was_looked_up(
     let rig = Rig::secure();
     let mut dp = rig.dataplane("web");
     dp.announce(MissId(1), 1, lookup("a.test", 1));
-    let id = rig.hub.pending(None)[0].id.clone();
+    let id = rig.hub.pending(Which::default())[0].id.clone();
     rig.hub.reply(&reply(&id, Answer::Approve)).unwrap();
     dp.told();
     let verdict = dp.verdict(flow(WEB, &["a.test", "b.test"]));
@@ -174,7 +174,7 @@ fn a_yes_to_a_lookup_demands_of_the_connection_that_it_names_what_was_looked_up(
     assert_eq!(verdict.name_demand, v1::NameDemand::ByPort as i32);
     // To the connection itself, by its name, likewise.
     dp.announce(MissId(2), 1, flow("192.0.2.9:443", &["c.test"]));
-    let id = rig.hub.pending(None)[0].id.clone();
+    let id = rig.hub.pending(Which::default())[0].id.clone();
     rig.hub.reply(&reply(&id, Answer::Approve)).unwrap();
     let told = dp.told();
     let verdict = verdicts(&told).pop().unwrap();
@@ -211,7 +211,7 @@ fn an_alias_is_no_event_and_no_request_and_what_it_refuses_is_one_of_the_name_th
         all.push(event);
     }
     assert_eq!(all, [], "nothing is told of an alias");
-    assert!(rig.hub.denied(None).is_empty());
+    assert!(rig.hub.denied(Which::default()).is_empty());
 
     dp.say(Message::Decided(v1::Decided {
         vm: 1,
@@ -227,7 +227,7 @@ fn an_alias_is_no_event_and_no_request_and_what_it_refuses_is_one_of_the_name_th
     }));
     let denied = events(&mut watch, v1::EventKind::DnsDenied);
     assert_eq!(denied.len(), 1);
-    let listed = rig.hub.denied(None);
+    let listed = rig.hub.denied(Which::default());
     assert_eq!(listed.len(), 1);
     assert_eq!(listed[0].name, "www.test");
     assert_eq!(listed[0].reason.as_ref().unwrap().subject, "dns.blockedDomains");
@@ -246,7 +246,7 @@ fn an_alias_uses_no_grant_that_lets_it_pass() {
         assert_eq!((passed.action(), passed.once), (v1::Action::Allow, true));
         assert_eq!(passed.grant_id, "");
     }
-    let grants = rig.hub.grants("web").unwrap();
+    let grants = rig.hub.grants("web", "").unwrap();
     assert_eq!(grants[0].hits, 0);
     rig.hub.revoke_grant(&grants[0].id, "tester").unwrap();
     let refused = dp.verdict(alias("dns.google"));

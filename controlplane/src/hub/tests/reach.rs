@@ -80,7 +80,7 @@ fn each_scope_says_how_many_vms_requests_and_names_a_yes_covers() {
         ..reply(&id, Answer::Approve)
     };
     rig.hub.reply(&wide).unwrap();
-    assert_eq!(rig.hub.pending(None).len(), 2);
+    assert_eq!(rig.hub.pending(Which::default()).len(), 2);
     assert!(rig.hub.offers(&id).unwrap().1.is_none(), "it is answered");
 }
 
@@ -144,7 +144,12 @@ fn a_yes_for_a_label_opens_the_vms_that_carry_it_and_no_other() {
     }
     assert_eq!(verdicts(&c.told()), [], "c still waits");
     c.held(flow("192.0.2.7:80", &[]));
-    let open: Vec<String> = rig.hub.pending(None).into_iter().map(|r| r.vm).collect();
+    let open: Vec<String> = rig
+        .hub
+        .pending(Which::default())
+        .into_iter()
+        .map(|r| r.vm)
+        .collect();
     assert_eq!(open, ["c", "c"]);
     assert_eq!(rig.hub.pending_request(&of_c).unwrap().held, 1);
 
@@ -289,7 +294,7 @@ fn what_parks_is_refused_at_once_and_a_yes_serves_the_next_attempt() {
         dp.verdict(subject.clone());
         assert_eq!(rig.hub.pending_request(&id).unwrap().count, 2, "it joins");
         rig.pass(Duration::from_secs(599));
-        assert_eq!(rig.hub.pending(None).len(), 1);
+        assert_eq!(rig.hub.pending(Which::default()).len(), 1);
         rig.hub.reply(&reply(&id, Answer::Approve)).unwrap();
         dp.told();
         assert_eq!(dp.verdict(subject).action, ALLOW);
@@ -298,7 +303,7 @@ fn what_parks_is_refused_at_once_and_a_yes_serves_the_next_attempt() {
     dp.verdict(flow("192.0.2.8:1", &[]));
     rig.pass(Duration::from_secs(600));
     assert_eq!(
-        rig.hub.pending(None).len(),
+        rig.hub.pending(Which::default()).len(),
         0,
         "a parked request has its life, too"
     );
@@ -366,7 +371,7 @@ async fn closing_a_flow_waits_for_its_dataplane() {
     let rig = Rig::open();
     let mut dp = rig.dataplane("web");
     open_allowed(&mut dp, WEB);
-    let id = rig.hub.flows(None)[0].1.id.clone();
+    let id = rig.hub.flows(Which::default())[0].1.id.clone();
     let (_, ticket) = rig.hub.close_flow(&id, "tester").unwrap();
     let told = dp.told();
     assert_eq!(cuts(&told), [1]);

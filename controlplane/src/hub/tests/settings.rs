@@ -177,7 +177,7 @@ fn a_yes_beyond_what_the_policy_allows_is_refused_with_the_key_and_a_no_is_not()
         made(target).unwrap();
     }
     assert_eq!(
-        rig.hub.pending(None).len(),
+        rig.hub.pending(Which::default()).len(),
         0,
         "the grant for its name and port answered it"
     );

@@ -2,6 +2,8 @@
 
 use std::fmt;
 
+use crate::causes::WithCauses;
+
 use vnet_proto::model::{Name, NameError};
 
 /// The protocol in which a name was read, or looked for.
@@ -132,13 +134,7 @@ impl InspectRefusal {
 
     /// What it says, with its causes, in one line.
     pub fn line(&self) -> String {
-        let mut line = self.to_string();
-        let mut cause = std::error::Error::source(self);
-        while let Some(error) = cause {
-            line.push_str(&format!(": {error}"));
-            cause = error.source();
-        }
-        line
+        WithCauses(self).to_string()
     }
 
     /// A word for counts and events, of a closed set.

@@ -8,7 +8,8 @@ use vnet_proto::model::{Epoch, Malformed, Match, MissId, Subject, Verdict, VmId}
 use vnet_proto::v1;
 use vnet_proto::v1::session_request::Message;
 
-use super::{Conversation, Link, chain};
+use super::{Conversation, Link};
+use crate::causes::WithCauses;
 use crate::message::{Input, Order, Settings, vm_of_miss};
 use crate::metrics::RefusedMessage;
 use crate::session::wire;
@@ -16,7 +17,7 @@ use crate::session::wire;
 impl Conversation {
     pub(super) fn verdict(&mut self, message: v1::Verdict, now: Instant) -> Result<(), String> {
         // Malformed, it decides nothing: the miss ends at its deadline.
-        let verdict = Verdict::try_from(message).map_err(|error| chain(&error))?;
+        let verdict = Verdict::try_from(message).map_err(|error| WithCauses(&error).to_string())?;
         let miss = verdict.miss;
         if let Some(held) = self.mirror.held_miss(miss)
             && !covers(&verdict.found, &held.miss.subject)

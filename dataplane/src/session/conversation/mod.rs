@@ -12,7 +12,7 @@ mod hello;
 mod orders;
 
 use std::collections::{HashMap, HashSet, VecDeque};
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
 use vnet_proto::model::{CommandId, Epoch, Malformed, VmId};
@@ -21,6 +21,7 @@ use vnet_proto::v1::session_request::Message;
 use vnet_proto::v1::session_response::Message as Response;
 
 use crate::capture::{Capture, CaptureEnd};
+use crate::causes::WithCauses;
 use crate::guards::Guards;
 use crate::message::{Input, Order, Report, Router};
 use crate::metrics::{Metrics, MirrorTable, RefusedMessage};
@@ -86,7 +87,7 @@ pub(super) struct Conversation {
     pending: HashMap<CommandId, Pending>,
     last_command: u64,
     /// Captures that this session asked for.
-    captures: HashMap<Token, Arc<Capture>>,
+    captures: HashMap<Token, Weak<Capture>>,
     /// Those of them that have yet to be sent.
     to_send: Vec<Asked>,
 }
@@ -145,7 +146,7 @@ impl Conversation {
     pub(super) fn lost(&mut self) {
         self.link = Link::Offline;
         self.pending.clear();
-        for (_, capture) in self.captures.drain() {
+        for capture in self.captures.drain().filter_map(|(_, capture)| capture.upgrade()) {
             capture.stop(CaptureEnd::Stopped);
         }
         self.to_send.clear();
@@ -377,7 +378,9 @@ impl Conversation {
             Some(Response::Verdict(verdict)) => Ok(self.verdict(verdict, now)),
             Some(Response::Held(held)) => Ok(self.held(&held, now)),
             Some(Response::Heartbeat(heartbeat)) => Ok(self.heartbeat(heartbeat)),
-            Some(Response::VmSettings(settings)) => Ok(self.settings(settings).map_err(|e| chain(&e))),
+            Some(Response::VmSettings(settings)) => {
+                Ok(self.settings(settings).map_err(|e| WithCauses(&e).to_string()))
+            }
             Some(Response::BudgetLimit(limit)) => Ok(self.budget_limit(limit)),
             Some(Response::Revoke(revoke)) => self.revoke(revoke),
             Some(Response::Cut(cut)) => self.cut(&cut),
@@ -466,17 +469,6 @@ fn request(message: Message) -> v1::SessionRequest {
     v1::SessionRequest {
         message: Some(message),
     }
-}
-
-fn chain(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut cause = error.source();
-    while let Some(error) = cause {
-        text.push_str(": ");
-        text.push_str(&error.to_string());
-        cause = error.source();
-    }
-    text
 }
 
 /// How long a Welcome may take.

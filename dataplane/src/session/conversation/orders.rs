@@ -171,19 +171,22 @@ impl Conversation {
     }
 
     fn start_capture(&mut self, asked: &v1::StartCapture) -> Result<(), Refusal> {
-        self.captures.retain(|_, capture| capture.end().is_none());
+        self.captures
+            .retain(|_, capture| capture.upgrade().is_some_and(|capture| capture.end().is_none()));
         if capture::token(&asked.token).is_ok_and(|token| self.captures.contains_key(&token)) {
             return Err(Refusal::invalid("token is another capture's"));
         }
         let asked = Asked::begin(asked, &*self.commands.captures)?;
-        self.captures.insert(asked.token(), Arc::clone(asked.capture()));
+        self.captures
+            .insert(asked.token(), Arc::downgrade(asked.capture()));
         self.to_send.push(asked);
         Ok(())
     }
 
     /// One that is over already is as good as stopped.
     fn stop_capture(&mut self, token: &[u8]) -> Result<(), Refusal> {
-        if let Some(capture) = self.captures.remove(&capture::token(token)?) {
+        let asked = self.captures.remove(&capture::token(token)?);
+        if let Some(capture) = asked.and_then(|capture| capture.upgrade()) {
             capture.stop(CaptureEnd::Stopped);
         }
         Ok(())

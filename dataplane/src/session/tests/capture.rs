@@ -154,15 +154,18 @@ async fn it_ends_by_itself_with_its_limits_and_with_its_guest() {
     };
     let ends = [
         (limited, v1::CaptureEnd::Packets, 2),
-        (short, v1::CaptureEnd::Duration, 3),
+        // Nobody shows it anything: whether that is before its time is over is nobody's to say.
+        (short, v1::CaptureEnd::Duration, 0),
         (asked(3), v1::CaptureEnd::VmGone, 3),
     ];
     for (place, (asked, expected, packets)) in ends.into_iter().enumerate() {
         assert_eq!(begin(&mut stream, asked).await, None);
         let mut captured = controlplane.capture().await;
-        let taps = taps(&dataplane, place);
+        let taps = (expected != v1::CaptureEnd::Duration).then(|| taps(&dataplane, place));
         for _ in 0..3 {
-            taps.show_sent(1, &[2; 60]);
+            taps.iter().for_each(|taps| {
+                taps.show_sent(1, &[2; 60]);
+            });
         }
         if expected == v1::CaptureEnd::VmGone {
             drop(taps);

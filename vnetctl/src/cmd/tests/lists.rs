@@ -398,6 +398,8 @@ async fn events_list_reads_no_more_than_was_asked_for() {
         "flow-denied",
         "--since",
         "1h",
+        "--network",
+        "net1",
     ];
     let table = run(&server, Format::Table, &words).await.unwrap();
 
@@ -413,6 +415,7 @@ SEQUENCE   TIME                   KIND          VM    WHAT
     let asked: Vec<v1::ListEventsRequest> = server.asked("EventService/ListEvents");
     assert_eq!(asked.iter().map(|r| r.page_size).collect::<Vec<_>>(), [3, 1]);
     assert_eq!(asked[1].page_token, "more");
+    assert!(asked.iter().all(|r| r.network == "net1"));
     assert_eq!(asked[0].kinds, [i32::from(v1::EventKind::FlowDenied)]);
     assert_eq!(asked[0].time.unwrap().start, ago(3600));
 }

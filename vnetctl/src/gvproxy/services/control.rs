@@ -1,12 +1,10 @@
 //! The controlplane as this network's services see it: one connection, that is kept, and lists that hold what is of
 //! this network.
 
-use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use futures_util::future::BoxFuture;
 use tokio::sync::Mutex;
-use vnet_proto::model::VmSelector;
 use vnet_proto::v1;
 
 use super::answer::{Answer, is_away};
@@ -142,19 +140,17 @@ impl Control {
 
     /// The VMs of the network, by name.
     pub(super) async fn list_vms(&self) -> Result<Vec<v1::Vm>, CallError> {
-        let mut vms: Vec<v1::Vm> = self
-            .pages(|client, page_token| async move {
-                let request = v1::ListVmsRequest {
-                    page_size: PAGE_SIZE,
-                    page_token,
-                    ..Default::default()
-                };
-                let answer = client.vms().list_vms(unary(request)).await?;
-                Ok(answer.map(|list| (list.vms, list.next_page_token)))
-            })
-            .await?;
-        vms.retain(|vm| vm.network == self.network);
-        Ok(vms)
+        self.pages(|client, page_token| async move {
+            let request = v1::ListVmsRequest {
+                page_size: PAGE_SIZE,
+                page_token,
+                network: self.network.clone(),
+                ..Default::default()
+            };
+            let answer = client.vms().list_vms(unary(request)).await?;
+            Ok(answer.map(|list| (list.vms, list.next_page_token)))
+        })
+        .await
     }
 
     /// The forwards of the network.
@@ -169,101 +165,47 @@ impl Control {
     }
 
     /// What is asked for VMs of the network, oldest first.
-    pub(super) async fn list_pending(&self, vms: &Members) -> Result<Vec<v1::PendingRequest>, CallError> {
-        let mut requests: Vec<v1::PendingRequest> = self
-            .pages(|client, page_token| async move {
-                let request = v1::ListPendingRequest {
-                    page_size: PAGE_SIZE,
-                    page_token,
-                    ..Default::default()
-                };
-                let answer = client.pending().list_pending(unary(request)).await?;
-                Ok(answer.map(|list| (list.requests, list.next_page_token)))
-            })
-            .await?;
-        requests.retain(|request| vms.has(&request.vm));
-        Ok(requests)
+    pub(super) async fn list_pending(&self) -> Result<Vec<v1::PendingRequest>, CallError> {
+        self.pages(|client, page_token| async move {
+            let request = v1::ListPendingRequest {
+                page_size: PAGE_SIZE,
+                page_token,
+                network: self.network.clone(),
+                ..Default::default()
+            };
+            let answer = client.pending().list_pending(unary(request)).await?;
+            Ok(answer.map(|list| (list.requests, list.next_page_token)))
+        })
+        .await
     }
 
     /// The live flows of VMs of the network, newest first.
-    pub(super) async fn list_flows(&self, vms: &Members) -> Result<Vec<v1::Flow>, CallError> {
-        let mut flows: Vec<v1::Flow> = self
-            .pages(|client, page_token| async move {
-                let request = v1::ListFlowsRequest {
-                    page_size: PAGE_SIZE,
-                    page_token,
-                    ..Default::default()
-                };
-                let answer = client.flows().list_flows(unary(request)).await?;
-                Ok(answer.map(|list| (list.flows, list.next_page_token)))
-            })
-            .await?;
-        flows.retain(|flow| vms.has(&flow.vm));
-        Ok(flows)
+    pub(super) async fn list_flows(&self) -> Result<Vec<v1::Flow>, CallError> {
+        self.pages(|client, page_token| async move {
+            let request = v1::ListFlowsRequest {
+                page_size: PAGE_SIZE,
+                page_token,
+                network: self.network.clone(),
+                ..Default::default()
+            };
+            let answer = client.flows().list_flows(unary(request)).await?;
+            Ok(answer.map(|list| (list.flows, list.next_page_token)))
+        })
+        .await
     }
 
     /// The grants that hold for a VM of the network, newest first.
-    pub(super) async fn list_grants(&self, vms: &Members) -> Result<Vec<v1::Grant>, CallError> {
-        let mut grants: Vec<v1::Grant> = self
-            .pages(|client, page_token| async move {
-                let request = v1::ListGrantsRequest {
-                    page_size: PAGE_SIZE,
-                    page_token,
-                    ..Default::default()
-                };
-                let answer = client.grants().list_grants(unary(request)).await?;
-                Ok(answer.map(|list| (list.grants, list.next_page_token)))
-            })
-            .await?;
-        grants.retain(|grant| vms.selected(grant.vms.as_ref()));
-        Ok(grants)
-    }
-}
-
-/// Who is of the network, by name.
-pub(super) struct Members(BTreeMap<String, Member>);
-
-struct Member {
-    labels: BTreeMap<String, String>,
-    /// Since when, in seconds and nanoseconds.
-    since: (i64, i32),
-}
-
-impl Members {
-    pub(super) fn of(vms: &[v1::Vm]) -> Self {
-        let member = |vm: &v1::Vm| Member {
-            labels: vm.labels.clone().into_iter().collect(),
-            since: vm.attached_at.map_or((0, 0), |at| (at.seconds, at.nanos)),
-        };
-        Self(vms.iter().map(|vm| (vm.name.clone(), member(vm))).collect())
-    }
-
-    /// Whether what happened then to a VM of this name happened to one of them, rather than to another that had its
-    /// name before.
-    pub(super) fn had(&self, vm: &str, at: Option<&prost_types::Timestamp>) -> bool {
-        let at = at.map_or((0, 0), |at| (at.seconds, at.nanos));
-        self.0.get(vm).is_some_and(|vm| vm.since <= at)
-    }
-
-    /// Whether this VM is.
-    pub(super) fn has(&self, vm: &str) -> bool {
-        self.0.contains_key(vm)
-    }
-
-    /// Their names.
-    pub(super) fn names(&self) -> impl Iterator<Item = &str> {
-        self.0.keys().map(String::as_str)
-    }
-
-    /// Whether any of them is selected; one that selects nothing that can be read selects none.
-    pub(super) fn selected(&self, selector: Option<&v1::VmSelector>) -> bool {
-        let Some(selector) = selector else { return false };
-        if selector.all {
-            return !self.0.is_empty();
-        }
-        let name = Some(selector.name.clone());
-        let labels = selector.labels.clone().into_iter().collect();
-        VmSelector::new(name, labels)
-            .is_some_and(|selector| self.0.iter().any(|(name, vm)| selector.matches(name, &vm.labels)))
+    pub(super) async fn list_grants(&self) -> Result<Vec<v1::Grant>, CallError> {
+        self.pages(|client, page_token| async move {
+            let request = v1::ListGrantsRequest {
+                page_size: PAGE_SIZE,
+                page_token,
+                network: self.network.clone(),
+                ..Default::default()
+            };
+            let answer = client.grants().list_grants(unary(request)).await?;
+            Ok(answer.map(|list| (list.grants, list.next_page_token)))
+        })
+        .await
     }
 }

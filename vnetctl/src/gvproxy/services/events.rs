@@ -2,11 +2,10 @@
 //!
 //! The first is `init`, with every connection that is known. Each event has the sequence number of the controlplane's
 //! for its id, so that a reader that comes back with `Last-Event-ID` goes on where it was, also after a restart of
-//! the controlplane or of this process. What a reader was too slow for, or is not kept any more, is a `gap`. A comment
+//! the controlplane. What a reader was too slow for, or is not kept any more, is a `gap`. A comment
 //! every [`KEEP_ALIVE`] keeps what is between from thinking that nobody is there.
 //! (<https://html.spec.whatwg.org/multipage/server-sent-events.html>)
 
-use std::collections::HashMap;
 use std::convert::Infallible;
 use std::sync::Arc;
 use std::time::Duration;
@@ -35,8 +34,6 @@ pub(super) const KEEP_ALIVE: Duration = Duration::from_secs(15);
 const RETRY: Duration = Duration::from_secs(1);
 /// Events that wait for a reader here; what is beyond them waits in the controlplane, which tells of a gap.
 const WAITING_MAX: usize = 64;
-/// VMs whose network is remembered.
-const KNOWN_MAX: usize = 4096;
 
 impl Services {
     /// Begins a stream.
@@ -59,7 +56,6 @@ impl Services {
             services: Arc::clone(self),
             out,
             after,
-            known: HashMap::new(),
         };
         // Whether there will be any is told by the response's status.
         if after.is_none() {
@@ -106,8 +102,6 @@ struct Stream {
     out: mpsc::Sender<String>,
     /// The last event that was sent, or passed over; `None` where the reader has to be told everything.
     after: Option<u64>,
-    /// Which VMs are of the network.
-    known: HashMap<String, bool>,
 }
 
 impl Stream {
@@ -164,6 +158,7 @@ impl Stream {
         let request = v1::WatchEventsRequest {
             kinds: KINDS.map(i32::from).to_vec(),
             after_sequence: self.after,
+            network: self.services.control.network().to_owned(),
             ..Default::default()
         };
         self.services
@@ -206,17 +201,7 @@ impl Stream {
                 self.after = Some(event.sequence);
                 return self.send("gap", &Gap { missed: 0 }).await;
             }
-            // Its name may have been another network's.
-            v1::EventKind::VmAttached => {
-                self.known.remove(&event.vm);
-                self.after = Some(event.sequence);
-                return Ok(());
-            }
             _ => {}
-        }
-        if !self.is_ours(&event).await? {
-            self.after = Some(event.sequence);
-            return Ok(());
         }
         let told = match event.kind() {
             v1::EventKind::PendingClosed if event.action() == v1::Action::Unspecified => {
@@ -232,37 +217,6 @@ impl Stream {
             Some(Told::Allowed(domain)) => self.send("dns_allowed", &Allowed { domain }).await,
             None => Ok(()),
         }
-    }
-
-    async fn is_ours(&mut self, event: &v1::Event) -> Result<bool, Ended> {
-        if let Some(grant) = &event.grant {
-            let members = self.services.members().await.map_err(|_| Ended::Watch)?;
-            return Ok(members.selected(grant.vms.as_ref()));
-        }
-        if let Some(is_ours) = self.known.get(&event.vm) {
-            return Ok(*is_ours);
-        }
-        let request = v1::GetVmRequest {
-            name: event.vm.clone(),
-        };
-        let found = self
-            .services
-            .control
-            .call(|client| async move { client.vms().get_vm(unary(request)).await })
-            .await;
-        let is_ours = match found {
-            Ok(found) => found
-                .vm
-                .is_some_and(|vm| vm.network == self.services.control.network()),
-            // It is gone, and nobody can say where it was.
-            Err(CallError::Refused(status)) if !is_away(&status) => false,
-            Err(_) => return Err(Ended::Watch),
-        };
-        if self.known.len() >= KNOWN_MAX {
-            self.known.clear();
-        }
-        self.known.insert(event.vm.clone(), is_ours);
-        Ok(is_ours)
     }
 
     async fn state_of(&self, id: &str) -> Result<v1::PendingState, Ended> {
@@ -309,13 +263,12 @@ enum Told {
 }
 
 /// What is watched.
-const KINDS: [v1::EventKind; 7] = [
+const KINDS: [v1::EventKind; 6] = [
     v1::EventKind::PendingOpened,
     v1::EventKind::PendingClosed,
     v1::EventKind::FlowDenied,
     v1::EventKind::DnsDenied,
     v1::EventKind::GrantCreated,
-    v1::EventKind::VmAttached,
     v1::EventKind::HistoryCutOff,
 ];
 

@@ -414,10 +414,11 @@ impl Services {
             return (*status).into();
         }
         let told = describe(&status);
-        // What the VM is under does not allow it, or nobody answered.
+        // What the VM is under does not allow it, nobody answered, or too many wait for that.
         let own = match reason(&status).as_deref() {
             Some("DENIED") => Some(StatusCode::FORBIDDEN),
             Some(UNANSWERED) => Some(StatusCode::GATEWAY_TIMEOUT),
+            Some("TOO_MANY_WAIT") => Some(StatusCode::SERVICE_UNAVAILABLE),
             _ => None,
         };
         if let Some(code) = own {

@@ -18,7 +18,8 @@ use vnet_proto::model::VmId;
 use super::Services;
 use super::answer::Answer;
 
-/// Connections that one guest has at once.
+/// Connections that one guest has at once. The controlplane lets fewer of its requests wait for a person
+/// (`hub::WAITS_PER_VM_MAX`), so that there is always one for what nobody has to answer.
 pub const GUEST_CONNECTIONS_MAX: usize = 16;
 /// Connections that all guests have at once.
 pub const ALL_GUESTS_CONNECTIONS_MAX: usize = 128;

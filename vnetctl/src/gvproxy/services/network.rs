@@ -17,7 +17,6 @@ use vnet_proto::v1;
 use super::Services;
 use super::address::quoted;
 use super::answer::Answer;
-use super::control::Members;
 use super::json::{Json, Object};
 use crate::client::{PAGE_SIZE, unary};
 
@@ -55,9 +54,8 @@ pub(super) const APPROVED: &str = "approved";
 impl Services {
     /// What waits for an answer.
     pub(super) async fn network_pending(&self) -> Result<Answer, Answer> {
-        let members = self.members().await?;
         let mut all = Connections::default();
-        for request in self.control.list_pending(&members).await? {
+        for request in self.control.list_pending().await? {
             all.add(pending(&request));
         }
         Ok(Answer::typed(&all.list()))
@@ -65,8 +63,7 @@ impl Services {
 
     /// What was answered: `protocol:ip:port`, and whether it is allowed.
     pub(super) async fn network_approved(&self) -> Result<Answer, Answer> {
-        let members = self.members().await?;
-        let grants = self.control.list_grants(&members).await?;
+        let grants = self.control.list_grants().await?;
         let approved: BTreeMap<String, bool> = grants
             .iter()
             .filter_map(|grant| {
@@ -87,21 +84,18 @@ impl Services {
 
     /// The same, as a list: oldest first.
     pub(super) async fn connections(&self) -> Result<Vec<Connection>, Answer> {
-        let members = self.members().await?;
         let mut all = Connections::default();
         // What is told later says how it stands.
         for event in self.denied_events().await? {
-            if members.had(&event.vm, event.time.as_ref()) {
-                all.extend(of_event(&event, DENIED));
-            }
+            all.extend(of_event(&event, DENIED));
         }
-        for grant in self.control.list_grants(&members).await? {
+        for grant in self.control.list_grants().await? {
             all.extend(granted(&grant));
         }
-        for flow in self.control.list_flows(&members).await? {
+        for flow in self.control.list_flows().await? {
             all.extend(live(&flow));
         }
-        for request in self.control.list_pending(&members).await? {
+        for request in self.control.list_pending().await? {
             all.add(pending(&request));
         }
         Ok(all.list())
@@ -109,9 +103,8 @@ impl Services {
 
     /// Names whose lookups wait for an answer.
     pub(super) async fn dns_pending(&self) -> Result<Answer, Answer> {
-        let members = self.members().await?;
         let mut all = Domains::default();
-        for request in self.control.list_pending(&members).await? {
+        for request in self.control.list_pending().await? {
             all.extend(pending_name(&request));
         }
         Ok(Answer::typed(&all.list()))
@@ -119,18 +112,16 @@ impl Services {
 
     /// Names whose lookups were denied.
     pub(super) async fn dns_denied(&self) -> Result<Answer, Answer> {
-        let members = self.members().await?;
-        let request = v1::ListDeniedRequest::default();
+        let request = v1::ListDeniedRequest {
+            network: self.control.network().to_owned(),
+            ..Default::default()
+        };
         let list = self
             .control
             .call(|client| async move { client.dns().list_denied(unary(request)).await })
             .await?;
         let mut all = Domains::default();
-        for denied in list
-            .denied
-            .iter()
-            .filter(|denied| members.had(&denied.vm, denied.last_at.as_ref()))
-        {
+        for denied in &list.denied {
             let at = when(denied.last_at.as_ref());
             all.add(Domain {
                 domain: denied.name.clone(),
@@ -144,8 +135,7 @@ impl Services {
 
     /// Names that were allowed.
     pub(super) async fn dns_allowed(&self) -> Result<Answer, Answer> {
-        let members = self.members().await?;
-        let grants = self.control.list_grants(&members).await?;
+        let grants = self.control.list_grants().await?;
         let mut names: Vec<&str> = grants.iter().rev().filter_map(allowed_name).collect();
         let mut seen = std::collections::HashSet::new();
         names.retain(|name| seen.insert(*name));
@@ -188,8 +178,8 @@ impl Services {
 
     /// Makes the grants of an answer.
     async fn grant(&self, kind: v1::target::Kind, is_allowed: bool) -> Result<Answer, Answer> {
-        let members = self.members().await?;
-        let names: Vec<String> = members.names().map(str::to_owned).collect();
+        let vms = self.control.list_vms().await?;
+        let names: Vec<String> = vms.into_iter().map(|vm| vm.name).collect();
         if names.is_empty() {
             let text = format!(
                 "no VM is on network {}, and so none to answer for",
@@ -233,15 +223,12 @@ impl Services {
         Ok(Answer::done())
     }
 
-    pub(super) async fn members(&self) -> Result<Members, Answer> {
-        Ok(Members::of(&self.control.list_vms().await?))
-    }
-
     /// The latest denials, oldest first.
     async fn denied_events(&self) -> Result<Vec<v1::Event>, Answer> {
         let request = v1::ListEventsRequest {
             kinds: vec![v1::EventKind::FlowDenied.into()],
             page_size: PAGE_SIZE,
+            network: self.control.network().to_owned(),
             ..Default::default()
         };
         let list = self

@@ -8,7 +8,6 @@ use vnet_proto::v1;
 
 use super::Services;
 use super::answer::Answer;
-use super::control::Members;
 
 /// A counter, or a group of them; groups are sorted, as Go's are.
 #[derive(Serialize)]
@@ -27,7 +26,7 @@ impl Services {
         // One after the other: an older list that came later would count its flows twice.
         let mut traffic = self.traffic.lock().await;
         let vms = self.control.list_vms().await?;
-        let flows = self.control.list_flows(&Members::of(&vms)).await?;
+        let flows = self.control.list_flows().await?;
         traffic.take(&flows);
         Ok(Answer::json(&tree(&values(&vms, &flows, &traffic))))
     }

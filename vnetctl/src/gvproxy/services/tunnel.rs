@@ -5,14 +5,14 @@
 //! and where nothing answers there the connection is closed, as in the peer; what the client sends meanwhile waits.
 
 use std::io;
-use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::net::SocketAddr;
 
 use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt as _};
 use tokio::net::UnixStream;
 
-use super::address::{port_number, quoted};
 use super::answer::Answer;
 use crate::gvproxy::Tunnels;
+use crate::launch::tunnel_target;
 
 /// Unix sockets of the host that lead to sockets of guests, over SSH.
 #[tonic::async_trait]
@@ -51,33 +51,12 @@ impl SshTunnels for NoTunnels {
     fn unexpose(&self, _: &str) {}
 }
 
-/// Where a tunnel is to lead.
+/// Where a tunnel is to lead, as the dataplane reads it on its own sockets.
 ///
 /// # Errors
-/// gvproxy's words, as an answer.
+/// Its words, as an answer.
 pub(super) fn target(query: &str) -> Result<SocketAddr, Answer> {
-    let value = |name: &str| {
-        let mut pairs = form_urlencoded::parse(query.as_bytes());
-        let pair = pairs.find(|(key, _)| key == name);
-        pair.map(|(_, value)| value.into_owned()).unwrap_or_default()
-    };
-    let ip = value("ip");
-    if ip.is_empty() {
-        return Err(Answer::failed("ip is mandatory"));
-    }
-    let port = port_number(&value("port")).map_err(Answer::failed)?;
-    // The peer reads IPv4 in IPv6's spelling as IPv4, and panics at what is neither.
-    let address = match ip.parse::<IpAddr>() {
-        Ok(IpAddr::V4(address)) => Some(address),
-        Ok(IpAddr::V6(address)) => address.to_ipv4_mapped(),
-        Err(_) => None,
-    };
-    let address: Ipv4Addr =
-        address.ok_or_else(|| Answer::failed(format!("ip {} is not an IPv4 address", quoted(&ip))))?;
-    if port == 0 {
-        return Err(Answer::failed("port 0 leads nowhere"));
-    }
-    Ok(SocketAddr::from((address, port)))
+    tunnel_target(query).map_err(Answer::failed)
 }
 
 /// Serves a connection whose request was a tunnel's. `first` is what has been read beyond that.
@@ -100,40 +79,4 @@ where
     }
     // Its end, either way, is told by the streams themselves.
     let _ = tokio::io::copy_bidirectional(&mut stream, &mut inside).await;
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn parameters_are_read_and_refused_as_gvproxy_does() {
-        let right = [
-            ("ip=192.168.127.2&port=22", "192.168.127.2:22"),
-            ("port=22&ip=192.168.127.2&x=y", "192.168.127.2:22"),
-            ("ip=%31%39%32.168.127.2&port=22", "192.168.127.2:22"),
-            ("ip=::ffff:192.168.127.2&port=22", "192.168.127.2:22"),
-        ];
-        for (query, expected) in right {
-            assert_eq!(target(query).unwrap(), expected.parse().unwrap(), "{query}");
-        }
-        let wrong = [
-            ("", "ip is mandatory"),
-            ("port=22", "ip is mandatory"),
-            (
-                "ip=192.168.127.2",
-                r#"strconv.ParseUint: parsing "": invalid syntax"#,
-            ),
-            (
-                "ip=192.168.127.2&port=65536",
-                r#"strconv.ParseUint: parsing "65536": value out of range"#,
-            ),
-            ("ip=web&port=22", r#"ip "web" is not an IPv4 address"#),
-            ("ip=fd00::2&port=22", r#"ip "fd00::2" is not an IPv4 address"#),
-            ("ip=192.168.127.2&port=0", "port 0 leads nowhere"),
-        ];
-        for (query, expected) in wrong {
-            assert_eq!(target(query).unwrap_err().text(), expected, "{query}");
-        }
-    }
 }

@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use tokio::io::{AsyncBufReadExt as _, BufReader};
 use vnet_proto::v1;
+use vnet_proto::v1::session_request::Message;
 
 use super::world::World;
 use super::*;
@@ -338,6 +339,67 @@ async fn events_begin_with_what_is_known_go_on_as_it_happens_and_resume_where_a_
         assert!(names.iter().any(|name| name == expected), "{expected}: {names:?}");
     }
     assert!(!names.iter().any(|name| name == "init"), "{names:?}");
+}
+
+#[tokio::test]
+async fn a_vm_that_came_and_went_is_told_to_its_own_network_alone() {
+    let world = World::start().await;
+    let mut first = world.dataplane_of("one", "web", v1::Mode::Ask).await;
+    let (one, two) = (world.services("one"), world.services("two"));
+    first.miss_flow("192.0.2.1:443").await;
+    list(&one, "/network/pending", 1).await;
+    // Denied, which is listed when it is gone, too.
+    let deny = r#"{"protocol":"tcp","ip":"192.0.2.3","port":80}"#;
+    assert_eq!(post(&one, SERVICES, "/network/deny", deny).await, done());
+    first.miss_flow("192.0.2.3:80").await;
+    assert_eq!(first.verdicts.recv().await.unwrap().action(), v1::Action::Deny);
+    first
+        .say(Message::VmDown(v1::VmDown {
+            vm: 1,
+            ..Default::default()
+        }))
+        .await;
+    list(&one, "/network/pending", 0).await;
+    // Another network's VM has its name now.
+    let mut second = world.dataplane_of("two", "web", v1::Mode::Ask).await;
+    second.miss_flow("192.0.2.2:443").await;
+    list(&two, "/network/pending", 1).await;
+
+    // What happened before either looked.
+    let told = async |services: &Arc<Services>, last: &str| {
+        let mut reader = Reader::open(services, "1").await;
+        let mut told = Vec::new();
+        loop {
+            let event = reader.next().await;
+            let data: serde_json::Value = serde_json::from_str(&event.data).unwrap();
+            told.push(format!("{} {}", event.name, data["ip"].as_str().unwrap()));
+            if told.last().is_some_and(|told| told == last) {
+                return told;
+            }
+        }
+    };
+    assert_eq!(
+        told(&one, "network_denied 192.0.2.1").await,
+        [
+            "network_pending 192.0.2.1",
+            "network_denied 192.0.2.3",
+            "network_denied 192.0.2.3",
+            "network_denied 192.0.2.1",
+        ]
+    );
+    assert_eq!(
+        told(&two, "network_pending 192.0.2.2").await,
+        ["network_pending 192.0.2.2"]
+    );
+    let known = json(get(&one, SERVICES, "/network/connections").await);
+    assert_eq!(known.as_array().unwrap().len(), 1, "{known}");
+    assert_eq!(
+        (&known[0]["ip"], &known[0]["status"]),
+        (&"192.0.2.3".into(), &"denied".into())
+    );
+    let known = json(get(&two, SERVICES, "/network/connections").await);
+    assert_eq!(known.as_array().unwrap().len(), 1, "{known}");
+    assert_eq!(known[0]["ip"], "192.0.2.2");
 }
 
 #[tokio::test]

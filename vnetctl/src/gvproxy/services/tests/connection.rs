@@ -140,7 +140,10 @@ async fn a_tunnel_to_nowhere_is_closed_and_wrong_parameters_are_answered() {
             "?ip=192.168.127.2",
             r#"strconv.ParseUint: parsing "": invalid syntax"#,
         ),
-        ("?ip=web&port=22", r#"ip "web" is not an IPv4 address"#),
+        (
+            "?ip=web&port=22",
+            "ip web is not an address (expected one in the network, as 192.168.127.2)",
+        ),
     ];
     for (query, text) in cases {
         let answer = post(&services, Origin::Services, &format!("/tunnel{query}"), "").await;

@@ -480,6 +480,59 @@ async fn in_mode_ask_podmans_port_is_the_loopbacks_and_told_so_and_asked_anew_on
 }
 
 #[tokio::test]
+async fn what_waits_for_a_person_keeps_a_guest_from_nothing_else_and_one_more_is_told_to_wait_its_turn() {
+    use vnet_controlplane::hub::WAITS_PER_VM_MAX;
+    const { assert!(WAITS_PER_VM_MAX < GUEST_CONNECTIONS_MAX) };
+    let world = World::start().await;
+    let _dataplane = world.dataplane("one", v1::Mode::Ask).await;
+    let services = of(&world, "one");
+    let wanted = |port: usize| format!(r#"{{"local":"127.0.0.1:{port}","remote":":80"}}"#);
+    let expose = |port: usize| {
+        let services = Arc::clone(&services);
+        tokio::spawn(async move { post(&services, GUEST, EXPOSE, &wanted(port)).await })
+    };
+    let client = world.connection().open().await.unwrap();
+    let open = async |count: usize| loop {
+        let list = crate::client::unary(v1::ListPendingRequest::default());
+        let open = client.pending().list_pending(list).await.unwrap().into_inner();
+        if open.requests.len() == count {
+            return open.requests;
+        }
+        tokio::time::sleep(std::time::Duration::from_millis(5)).await;
+    };
+    let mut waiting: Vec<_> = (0..WAITS_PER_VM_MAX).map(|n| expose(8000 + n)).collect();
+    open(WAITS_PER_VM_MAX).await;
+
+    let (status, text) = post(&services, GUEST, EXPOSE, &wanted(7000)).await;
+    assert_eq!(
+        (status, text.as_str()),
+        (
+            503,
+            "VM one waits for answers about 12 forwards already, which is the most; answer or deny those first: \
+             vnetctl pending list\n"
+        )
+    );
+    // More of them at once than there are connections left, one after another.
+    for _ in 0..GUEST_CONNECTIONS_MAX {
+        assert_eq!(get(&services, GUEST, ALL).await, (200, "[]\n".to_owned()));
+        let unexpose = post(&services, GUEST, UNEXPOSE, r#"{"local":"127.0.0.1:1"}"#).await;
+        assert_eq!(unexpose, refused(500, "proxy not found"));
+    }
+    let first = open(WAITS_PER_VM_MAX).await[0].id.clone();
+    let deny = crate::client::unary(v1::DenyRequest {
+        id: first,
+        ..Default::default()
+    });
+    client.pending().deny(deny).await.unwrap();
+    // Its place is free, and that it was refused has left nothing behind.
+    waiting.push(expose(7000));
+    open(WAITS_PER_VM_MAX).await;
+    for call in &waiting {
+        call.abort();
+    }
+}
+
+#[tokio::test]
 async fn a_guest_that_is_refused_is_told_why_with_403() {
     let world = World::start().await;
     let _strict = world.dataplane("strict", v1::Mode::Enforce).await;

@@ -80,6 +80,11 @@ impl World {
 
     /// A dataplane of a network, with one VM of the network's name.
     pub(super) async fn dataplane(&self, network: &str, mode: v1::Mode) -> Dataplane {
+        self.dataplane_of(network, network, mode).await
+    }
+
+    /// A dataplane of a network, with one VM.
+    pub(super) async fn dataplane_of(&self, network: &str, vm: &str, mode: v1::Mode) -> Dataplane {
         let path = self.directory.join("session.sock");
         let connector = tower::service_fn(move |_: Uri| {
             let path = path.clone();
@@ -89,7 +94,7 @@ impl World {
         let channel = endpoint.connect_with_connector(connector).await.unwrap();
         let mut client = v1::dataplane_service_client::DataplaneServiceClient::new(channel);
         let (say, said) = mpsc::channel(64);
-        let hello = hello(network, mode);
+        let hello = hello(network, vm, mode);
         say.send(request(Message::Hello(hello))).await.unwrap();
         let answer = client.session(ReceiverStream::new(said)).await.unwrap();
         let mut told = answer.into_inner();
@@ -239,10 +244,10 @@ impl Dataplane {
     }
 }
 
-fn hello(network: &str, mode: v1::Mode) -> v1::Hello {
+fn hello(network: &str, vm: &str, mode: v1::Mode) -> v1::Hello {
     let vm = v1::VmUp {
         vm: 1,
-        name: network.to_owned(),
+        name: vm.to_owned(),
         attached: true,
         mode: mode.into(),
         addresses: vec!["192.168.127.2".to_owned(), "fd00::2".to_owned()],
