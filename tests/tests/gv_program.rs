@@ -312,36 +312,18 @@ fn what_cannot_be_is_said_and_the_status_tells() {
         assert!(!busy.stderr.contains("--publish"), "{busy:?}");
         assert!(!socket.exists() && !pid.exists(), "nothing is left");
 
-        let nowhere = run(&[
-            "-ssh-port",
-            "-1",
-            "-listen-qemu",
-            &format!("unix://{}", socket.display()),
-            "-log-file",
-            "/nonexistent/gv.log",
-        ]);
-        assert_eq!(nowhere.code, 1, "{nowhere:?}");
-        assert!(
-            nowhere
-                .stderr
-                .contains("-log-file: /nonexistent/gv.log cannot be made, as its directory is not there; run: mkdir -p /nonexistent"),
-            "{nowhere:?}"
-        );
-        let nowhere = run(&[
-            "-ssh-port",
-            "-1",
-            "-listen-qemu",
-            &format!("unix://{}", socket.display()),
-            "-pid-file",
-            "/nonexistent/p",
-        ]);
-        assert_eq!(nowhere.code, 1, "{nowhere:?}");
-        assert!(
-            nowhere
-                .stderr
-                .contains("-pid-file: /nonexistent/p cannot be made, as its directory is not there; run: mkdir -p /nonexistent"),
-            "{nowhere:?}"
-        );
+        let nowhere = world.work().join("nowhere");
+        for flag in ["-log-file", "-pid-file"] {
+            let (file, url) = (nowhere.join("file"), format!("unix://{}", socket.display()));
+            let ended = run(&["-ssh-port", "-1", "-listen-qemu", &url, flag, &text(&file)]);
+            assert_eq!(ended.code, 1, "{ended:?}");
+            let told = format!(
+                "{flag}: {} cannot be made, as its directory is not there; run: mkdir -p {}",
+                file.display(),
+                nowhere.display()
+            );
+            assert!(ended.stderr.contains(&told), "{ended:?}");
+        }
 
         let link = world.runtime_dir().join("link.pcap");
         symlink("nothing", &link).unwrap();
