@@ -20,7 +20,7 @@ use tonic::transport::server::Connected;
 use crate::config::Endpoint;
 use crate::metrics::Metrics;
 use crate::paths::{self, PathError};
-use crate::peer::{self, Peer, PeerError};
+use crate::peer::{self, Peer};
 use crate::turned_away::TurnedAway;
 
 /// Why nothing can listen somewhere.
@@ -244,8 +244,8 @@ impl Stream for Listener {
                         .map(ToString::to_string)
                         .unwrap_or_default();
                     tracing::warn!(error = %e, cause, "connection refused");
-                    if let PeerError::OtherNamespace { .. } = e {
-                        this.turned_away.answer(stream);
+                    if let Some(why) = e.told() {
+                        this.turned_away.answer(stream, why);
                     }
                 }
             }

@@ -71,10 +71,28 @@ pub enum PeerError {
     Unmapped(u32),
 }
 
+impl PeerError {
+    /// What the peer may be told: nothing about who refuses, or how that was found. `None`: not a word.
+    pub(crate) fn told(&self) -> Option<&'static str> {
+        match self {
+            Self::OtherNamespace { .. } => Some(
+                "this process is in another network namespace than the controlplane, which serves its own alone (run \
+                 it in the controlplane's, or give it a controlplane of its own by another XDG_RUNTIME_DIR and \
+                 XDG_STATE_HOME)",
+            ),
+            Self::Unsure { .. } => Some(
+                "the controlplane serves its own network namespace alone, and its kernel does not say which this \
+                 process is in (as root: modprobe unix_diag)",
+            ),
+            Self::Unknown(_) | Self::Uid { .. } | Self::Namespace { .. } | Self::Unmapped(_) => None,
+        }
+    }
+}
+
 /// Checks the peer of an accepted connection.
 ///
 /// # Errors
-/// [`PeerError`]: nothing that the peer says may be heard. One in another namespace may be told that it is refused.
+/// [`PeerError`]: nothing that the peer says may be heard. Some may be told that they are refused ([`PeerError::told`]).
 pub fn check(stream: &UnixStream) -> Result<Peer, PeerError> {
     let credentials = stream.peer_cred().map_err(PeerError::Unknown)?;
     let (found, expected) = (credentials.uid(), nix::unistd::geteuid().as_raw());

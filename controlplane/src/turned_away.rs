@@ -1,4 +1,4 @@
-//! The answer to a peer of another network namespace: that it is refused, and nothing else.
+//! The answer to a peer that is, or may be, of another network namespace: that it is refused, and nothing else.
 //!
 //! No service, and no reader of HTTP/2, is ever given such a connection. What it says is passed over frame by frame up to
 //! its first request, which gets a gRPC status made of constants (RFC 9113 §4 and §6, RFC 7541 §6, gRPC over HTTP/2:
@@ -12,11 +12,6 @@ use std::time::Duration;
 use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _};
 use tokio::sync::Semaphore;
 
-/// What it is told: nothing about who refuses, or how that was found.
-pub(crate) const WHY: &str = "this process is in another network namespace than the controlplane, which serves its own \
-                              alone (run it in the controlplane's, or give it a controlplane of its own by another \
-                              XDG_RUNTIME_DIR and XDG_STATE_HOME)";
-
 /// Answers those who are turned away.
 #[derive(Debug, Clone)]
 pub(crate) struct TurnedAway(Arc<Semaphore>);
@@ -26,20 +21,24 @@ impl TurnedAway {
         Self(Arc::new(Semaphore::new(AT_ONCE_MAX)))
     }
 
-    /// Answers one, and hangs up. Never waits.
-    pub(crate) fn answer(&self, stream: impl AsyncRead + AsyncWrite + Unpin + Send + 'static) {
+    /// Answers one with a constant, and hangs up. Never waits.
+    pub(crate) fn answer(
+        &self,
+        stream: impl AsyncRead + AsyncWrite + Unpin + Send + 'static,
+        why: &'static str,
+    ) {
         let Ok(permit) = Arc::clone(&self.0).try_acquire_owned() else {
             return;
         };
         tokio::spawn(async move {
             // However it ends, it is over.
-            let _ = tokio::time::timeout(PATIENCE, converse(stream)).await;
+            let _ = tokio::time::timeout(PATIENCE, converse(stream, why)).await;
             drop(permit);
         });
     }
 }
 
-async fn converse(mut stream: impl AsyncRead + AsyncWrite + Unpin) -> io::Result<()> {
+async fn converse(mut stream: impl AsyncRead + AsyncWrite + Unpin, why: &str) -> io::Result<()> {
     stream.write_all(&frame(SETTINGS, 0, 0, &[])).await?;
     let (reader, mut writer) = tokio::io::split(stream);
     let mut reader = reader.take(HEARD_BYTES_MAX);
@@ -53,7 +52,7 @@ async fn converse(mut stream: impl AsyncRead + AsyncWrite + Unpin) -> io::Result
             break u32::from_be_bytes(stream);
         }
     };
-    let mut answer = frame(HEADERS, END_STREAM | END_HEADERS, request, &refusal());
+    let mut answer = frame(HEADERS, END_STREAM | END_HEADERS, request, &refusal(why));
     let last = [request.to_be_bytes(), NO_ERROR.to_be_bytes()].concat();
     answer.extend(frame(GOAWAY, 0, 0, &last));
     writer.write_all(&answer).await?;
@@ -71,13 +70,13 @@ async fn pass(reader: &mut (impl AsyncRead + Unpin), bytes: u64) -> io::Result<(
 }
 
 /// The header block of a response that is a status and nothing else.
-fn refusal() -> Vec<u8> {
+fn refusal(why: &str) -> Vec<u8> {
     let mut block = vec![STATUS_200];
     let code = (tonic::Code::PermissionDenied as i32).to_string();
     for (name, value) in [
         ("content-type", "application/grpc"),
         ("grpc-status", &*code),
-        ("grpc-message", WHY),
+        ("grpc-message", why),
     ] {
         block.push(LITERAL);
         for text in [name, value] {
@@ -140,10 +139,12 @@ mod tests {
 
     use super::*;
 
+    const WHY: &str = "because";
+
     /// A client's connection to one who turns it away.
     async fn channel() -> Channel {
         let (ours, theirs) = tokio::io::duplex(4096);
-        TurnedAway::new().answer(theirs);
+        TurnedAway::new().answer(theirs, WHY);
         let mut ours = Some(TokioIo::new(ours));
         Endpoint::from_static("http://controlplane.test")
             .connect_with_connector(tower::service_fn(move |_| {
@@ -156,7 +157,7 @@ mod tests {
     /// Everything that is said to one that said this.
     async fn heard(said: &[u8]) -> (Vec<u8>, DuplexStream) {
         let (mut ours, theirs) = tokio::io::duplex(1 << 20);
-        TurnedAway::new().answer(theirs);
+        TurnedAway::new().answer(theirs, WHY);
         ours.write_all(said).await.unwrap();
         let mut heard = Vec::new();
         ours.read_to_end(&mut heard).await.unwrap();
@@ -204,16 +205,16 @@ mod tests {
         let mut silent = Vec::new();
         for _ in 0..AT_ONCE_MAX {
             let (ours, theirs) = tokio::io::duplex(64);
-            turned_away.answer(theirs);
+            turned_away.answer(theirs, WHY);
             silent.push(ours);
         }
         let (mut ours, theirs) = tokio::io::duplex(64);
-        turned_away.answer(theirs);
+        turned_away.answer(theirs, WHY);
         assert_eq!(ours.read(&mut [0; 64]).await.unwrap(), 0, "not a word");
         // Their time is over.
         tokio::time::sleep(PATIENCE * 2).await;
         let (mut ours, theirs) = tokio::io::duplex(64);
-        turned_away.answer(theirs);
+        turned_away.answer(theirs, WHY);
         assert_eq!(ours.read(&mut [0; 64]).await.unwrap(), 9);
     }
 }
