@@ -159,6 +159,8 @@ labels! {
         NoGuest = "no_guest",
         /// Too many new connections at once.
         Backlog = "backlog",
+        /// It was closed while the connection waited.
+        Closed = "closed",
         /// The host gave no descriptor or no memory for it.
         Accept = "accept",
     }
@@ -183,6 +185,8 @@ labels! {
         NoGuest = "no_guest",
         /// Too many new ones at once.
         Backlog = "backlog",
+        /// A guest came under a policy or a mode while it waited.
+        Closed = "closed",
     }
 }
 

@@ -30,7 +30,7 @@ use crate::engine::discovery::Ipv6Config;
 use crate::engine::frame::DropReason;
 use crate::engine::gateway::dhcp::{self, DhcpConfig, DhcpOutcome};
 use crate::engine::gateway::dns::zones::{ZoneError, Zones};
-use crate::engine::nat::Nat;
+use crate::engine::nat::{Nat, may_be_a_guests};
 use crate::engine::switch::{Neighbour, Passed};
 use crate::engine::{Engine, EngineConfig, Surroundings, Time};
 use crate::forward::Forwards;
@@ -130,8 +130,8 @@ struct Guests {
 struct Guest {
     /// Unbounded: what comes in are answers to the guest's own misses and queries, which are bounded, as are
     /// connections that wait for it, the sockets of forwards, each of which it has once, the ends of its flows with
-    /// other guests, of which each has one, captures, links that come and are tried, of a few at a time, and orders,
-    /// none of which may be lost.
+    /// other guests, of which each has one, captures, links that come and are tried, of a few at a time, questions for
+    /// addresses, a few a second for each of the few that are sought, and orders, none of which may be lost.
     inputs: InputSender<Input>,
     waker: Arc<Waker>,
     inbox: Arc<Inbox>,
@@ -725,7 +725,7 @@ impl Router for Network {
 
     fn seek(&self, address: IpAddr) -> bool {
         let IpAddr::V4(v4) = address else { return false };
-        if !self.config.subnet.contains(&v4) || v4 == self.config.gateway {
+        if !may_be_a_guests(v4, &self.config.subnet, self.config.gateway, &self.config.nat) {
             return false;
         }
         let asked = self.vms().into_iter().map(|vm| self.send(vm, Input::Seek(v4)));

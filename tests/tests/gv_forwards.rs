@@ -258,12 +258,14 @@ fn a_guest_that_never_spoke_is_found_by_who_connects() {
     staged(a_guest_that_never_spoke_is_found_by_who_connects, |world| {
         let (_up, socket) = world.up(&[]);
         let add = |port: &str, to: &str| {
+            let (port, protocol) = port.split_once('/').unwrap_or((port, "tcp"));
             let listen = format!("127.0.0.1:{port}");
-            world.vnetctl(&["forward", "add", &format!("{listen}:{to}")]);
+            world.vnetctl(&["forward", "add", &format!("{listen}:{to}/{protocol}")]);
             listen.parse::<SocketAddr>().unwrap()
         };
         let there = add("18080", "192.168.127.7:80");
         let nobody = add("18081", "192.168.127.8:80");
+        let datagrams = add("18082/udp", "192.168.127.9:53");
         let mut guest = world.load();
         guest.args([
             "guest",
@@ -278,6 +280,25 @@ fn a_guest_that_never_spoke_is_found_by_who_connects() {
         guest.prints("ready");
         assert_eq!(hear(there), "192.168.127.1 80");
         assert_eq!(hear(nobody), "");
+
+        let mut guest = world.load();
+        guest.args([
+            "guest",
+            "--address",
+            "192.168.127.9/24",
+            "--socket",
+            &socket,
+            "--",
+        ]);
+        guest.args(["socat", "UDP-RECVFROM:53,fork", "EXEC:cat"]);
+        let _guest = Running::start(guest);
+        let client = UdpSocket::bind("127.0.0.1:0").unwrap();
+        client.set_read_timeout(Some(Duration::from_millis(200))).unwrap();
+        let mut heard = [0; 16];
+        eventually("a datagram comes back", || {
+            client.send_to(b"hello", datagrams).unwrap();
+            matches!(client.recv(&mut heard), Ok(5))
+        });
     });
 }
 

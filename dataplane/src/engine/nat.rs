@@ -6,6 +6,8 @@
 
 use std::net::{IpAddr, Ipv4Addr};
 
+use ipnet::Ipv4Net;
+
 use ahash::{AHashMap, AHashSet};
 
 /// Destinations that are dialled at others, and virtual addresses, at most; each.
@@ -42,4 +44,13 @@ impl Nat {
     pub fn is_answered(&self, address: Ipv4Addr) -> bool {
         self.answered.contains(&address)
     }
+}
+
+/// Whether an IPv4 address of a network may be a guest's.
+pub fn may_be_a_guests(address: Ipv4Addr, subnet: &Ipv4Net, gateway: Ipv4Addr, nat: &Nat) -> bool {
+    subnet.contains(&address)
+        && address != subnet.network()
+        && address != subnet.broadcast()
+        && address != gateway
+        && !nat.is_answered(address)
 }

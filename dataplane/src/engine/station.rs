@@ -5,6 +5,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::time::Duration;
 
 use crate::engine::frame::DropReason;
+use crate::engine::nat::may_be_a_guests;
 use crate::engine::tcp::TCP_IDLE;
 use crate::engine::{Engine, Time};
 use crate::mac::Mac;
@@ -122,12 +123,7 @@ impl Engine {
     pub(super) fn is_guest_address(&self, address: IpAddr) -> bool {
         match (address, &self.config.ipv6) {
             (IpAddr::V4(v4), _) => {
-                let subnet = &self.config.subnet;
-                subnet.contains(&v4)
-                    && v4 != subnet.network()
-                    && v4 != subnet.broadcast()
-                    && v4 != self.config.gateway
-                    && !self.config.nat.is_answered(v4)
+                may_be_a_guests(v4, &self.config.subnet, self.config.gateway, &self.config.nat)
             }
             (IpAddr::V6(v6), Some(ipv6)) => {
                 // The first address of a prefix is any router's (RFC 4291 §2.6.1).

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use tokio::net::{TcpListener, UnixListener};
 
-use crate::admission::Admission;
+use crate::admission::{Admission, Gate};
 use crate::egress::stream::HostStream;
 use crate::message::{ForwardId, Ingress, Origin, Waiting};
 use crate::metrics::{ForwardRefusal, Metrics};
@@ -34,6 +34,18 @@ pub(super) struct Accepting {
     pub(super) metrics: Arc<Metrics>,
     pub(super) target: SocketAddr,
     pub(super) keep_client: bool,
+}
+
+/// Open as long as its listener is there. Who closes the forward takes that out before guests are told.
+struct Listening(Shared);
+
+impl Gate for Listening {
+    fn pass(&self, hand_over: &mut dyn FnMut()) {
+        let listener = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if listener.is_some() {
+            hand_over();
+        }
+    }
 }
 
 impl StreamListener {
@@ -81,14 +93,15 @@ impl Accepting {
     }
 
     fn admit(&self, stream: HostStream, client: Option<SocketAddr>) {
-        self.admission.admit(Ingress {
+        let ingress = Ingress {
             stream,
             early: Vec::new(),
             target: self.target,
             client: client.filter(|_| self.keep_client),
             origin: Origin::Forward(self.forward),
             waiting: Waiting::default(),
-        });
+        };
+        self.admission.admit(ingress, Listening(Arc::clone(&self.socket)));
     }
 }
 

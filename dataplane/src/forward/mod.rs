@@ -1,9 +1,9 @@
 //! Forwards: ports and Unix sockets of the host that lead into guests.
 //!
-//! Owns the listening sockets. An accepted connection is handed to the guest that has the target's
-//! address now, or shows that it has when it is asked; where none has it, the client sees a reset. A UDP forward's socket is handed to the
-//! guest whole, and again when the guest comes back. The bytes are the driver's affair, and so is
-//! refusing them for a guest under quarantine.
+//! Owns the listening sockets. An accepted connection is handed to the guest that has the target's address now, or
+//! shows that it has when it is asked; where none has it, the client sees a reset. A UDP forward's socket is handed to
+//! the guest whole, and again when the guest comes back; while there is none and datagrams wait, guests are asked. The
+//! bytes are the driver's affair, and so is refusing them for a guest under quarantine.
 //!
 //! Several are opened and closed together or not at all. What is bound stays bound until
 //! [`Forwards::unexpose`], [`Forwards::close`] or the end of the last clone; a socket's file goes with it. Nothing
@@ -17,12 +17,15 @@ mod spec;
 #[cfg(test)]
 mod tests;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::net::{IpAddr, SocketAddr, UdpSocket};
+use std::os::fd::AsFd as _;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::time::Duration;
 
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use tokio::task::AbortHandle;
 use vnet_proto::model::{CommandId, ForwardListen, Protocol, VmId};
 
@@ -63,6 +66,8 @@ struct Shared {
 #[derive(Default)]
 struct Table {
     open: BTreeMap<Key, Open>,
+    /// A task is there for the UDP forwards.
+    looks_after_datagrams: bool,
 }
 
 /// One of the forwards that may be, free again when this is dropped.
@@ -166,17 +171,17 @@ impl Forwards {
         for mut opened in made {
             self.shared.accept_from(&mut opened);
             let forward = opened.forward.clone();
-            match self.shared.router.guest_at(forward.target.ip()) {
-                Some(vm) => self.shared.hand_over(vm, &mut opened),
-                // Datagrams wait in the socket for a guest that shows the address.
-                None if forward.protocol == Protocol::Udp => {
-                    self.shared.router.seek(forward.target.ip());
-                }
-                None => {}
+            if let Some(vm) = self.shared.router.guest_at(forward.target.ip()) {
+                self.shared.hand_over(vm, &mut opened);
             }
             let Forward { protocol, target, .. } = forward;
             tracing::info!(%protocol, listen = %forward.listen, %target, "forward opened");
             table.open.insert(key_of(&forward), opened);
+            if forward.protocol == Protocol::Udp && !table.looks_after_datagrams {
+                table.looks_after_datagrams = true;
+                let shared = Arc::downgrade(&self.shared);
+                self.shared.runtime.spawn(look_after_datagrams(shared));
+            }
             answer.push(forward);
         }
         self.shared.metrics.forwards_open.set(table.open.len() as u64);
@@ -289,6 +294,29 @@ impl Shared {
         })
     }
 
+    /// Asks for the guests of UDP forwards in whose sockets datagrams wait while nobody is known to have the target's
+    /// address; false when no UDP forward is open, and the task that looks is over.
+    fn seek_for_datagrams(&self) -> bool {
+        let mut table = self.lock();
+        let (mut is_needed, mut sought) = (false, BTreeSet::new());
+        for open in table.open.values() {
+            let Listener::Udp { socket, .. } = &open.listener else {
+                continue;
+            };
+            is_needed = true;
+            let address = open.forward.target.ip();
+            if sought.len() < SOUGHT_MAX && self.router.guest_at(address).is_none() && has_datagram(socket) {
+                sought.insert(address);
+            }
+        }
+        table.looks_after_datagrams = is_needed;
+        drop(table);
+        for address in sought {
+            self.router.seek(address);
+        }
+        is_needed
+    }
+
     fn hand_over(&self, vm: VmId, open: &mut Open) {
         let Listener::Udp { socket, holder } = &mut open.listener else {
             return;
@@ -366,6 +394,22 @@ impl Drop for Listener {
             }
         }
     }
+}
+
+/// Once a second: a datagram waits no longer for a guest that has to be asked for its address.
+async fn look_after_datagrams(shared: Weak<Shared>) {
+    loop {
+        tokio::time::sleep(DATAGRAMS_EVERY).await;
+        let is_needed = shared.upgrade().is_some_and(|shared| shared.seek_for_datagrams());
+        if !is_needed {
+            return;
+        }
+    }
+}
+
+fn has_datagram(socket: &UdpSocket) -> bool {
+    let mut fds = [PollFd::new(socket.as_fd(), PollFlags::POLLIN)];
+    poll(&mut fds, PollTimeout::ZERO).is_ok_and(|ready| ready > 0)
 }
 
 /// Whether there can be such a forward at all.
@@ -472,3 +516,7 @@ pub const FORWARDS_MAX: usize = 1024;
 const CONNECTIONS_WAITING_MAX: usize = 256;
 /// They may have this part of the descriptors that are kept back.
 const WAITING_PART: usize = 4;
+/// How often it is looked whether datagrams wait for a guest that nobody knows.
+const DATAGRAMS_EVERY: Duration = Duration::from_secs(1);
+/// Addresses that are asked for each time.
+const SOUGHT_MAX: usize = 64;

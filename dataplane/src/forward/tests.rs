@@ -16,8 +16,8 @@ use crate::message::{Ingress, Order, Origin};
 
 /// One guest may live at each address; everything sent is recorded.
 struct Recorder {
-    /// Has the address that is asked for, and says so when it is.
-    shy: Mutex<Option<VmId>>,
+    /// What guests were asked for, if there are any.
+    asked: Option<Mutex<Vec<IpAddr>>>,
     guests: Mutex<HashMap<IpAddr, VmId>>,
     sent: Mutex<mpsc::Sender<(VmId, Input)>>,
 }
@@ -40,8 +40,11 @@ impl Router for Recorder {
     }
 
     fn seek(&self, address: IpAddr) -> bool {
-        let answer = self.shy.lock().unwrap().take();
-        answer.is_some_and(|vm| self.guests.lock().unwrap().insert(address, vm).is_none())
+        let asked = self.asked.as_ref();
+        asked.is_some_and(|asked| {
+            asked.lock().unwrap().push(address);
+            true
+        })
     }
 
     fn is_open(&self) -> bool {
@@ -66,6 +69,10 @@ fn given(guests: &[&str], limit: usize) -> Given {
 }
 
 fn given_with(guests: &[&str], limit: usize, descriptors: Descriptors) -> Given {
+    given_all(guests, limit, descriptors, false)
+}
+
+fn given_all(guests: &[&str], limit: usize, descriptors: Descriptors, guests_are_there: bool) -> Given {
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(1)
         .enable_all()
@@ -79,7 +86,7 @@ fn given_with(guests: &[&str], limit: usize, descriptors: Descriptors) -> Given 
         .collect();
     let router = Arc::new(Recorder {
         guests: Mutex::new(guests),
-        shy: Mutex::default(),
+        asked: guests_are_there.then(Mutex::default),
         sent: Mutex::new(sender),
     });
     let metrics = Arc::new(Metrics::default());
@@ -213,12 +220,42 @@ fn a_tcp_connection_reaches_the_guest_at_the_target() {
     assert_eq!(given.metrics.forward_connections.get(), 1);
 }
 
+/// Forwards of a network that has guests, of which none has shown its address.
+fn given_shy() -> Given {
+    given_all(&[], 8, Descriptors::new(1 << 20), true)
+}
+
+impl Given {
+    fn shows(&self, address: &str) {
+        let mut guests = self.router.guests.lock().unwrap();
+        guests.insert(address.parse().unwrap(), VmId(7));
+    }
+
+    fn is_asked(&self, for_what: &str) {
+        let began = std::time::Instant::now();
+        let address: IpAddr = for_what.parse().unwrap();
+        while !self
+            .router
+            .asked
+            .as_ref()
+            .unwrap()
+            .lock()
+            .unwrap()
+            .contains(&address)
+        {
+            assert!(began.elapsed() < PATIENCE, "nobody asks for {address}");
+            std::thread::sleep(Duration::from_millis(5));
+        }
+    }
+}
+
 #[test]
 fn a_guest_that_never_showed_its_address_is_asked_for_it_and_then_served() {
-    let given = given(&[], 8);
-    *given.router.shy.lock().unwrap() = Some(VmId(7));
+    let given = given_shy();
     let listen = given.open(forward(Protocol::Tcp, any_port()));
     let _client = TcpStream::connect(listen).unwrap();
+    given.is_asked(GUEST);
+    given.shows(GUEST);
     let (vm, ingress) = given.ingress();
     assert_eq!((vm, ingress.target.ip()), (VmId(7), GUEST.parse().unwrap()));
     assert_eq!(given.metrics.forward_connections.get(), 1);
@@ -226,6 +263,47 @@ fn a_guest_that_never_showed_its_address_is_asked_for_it_and_then_served() {
         given.metrics.forward_refusals.of(ForwardRefusal::NoGuest).get(),
         0
     );
+}
+
+#[test]
+fn a_forward_that_is_closed_while_its_guest_is_sought_lets_nobody_in() {
+    let given = given_shy();
+    let wanted = forward(Protocol::Tcp, any_port());
+    let listen = given.open(wanted.clone());
+    let mut client = TcpStream::connect(listen).unwrap();
+    client.set_read_timeout(Some(PATIENCE)).unwrap();
+    given.is_asked(GUEST);
+    given.shut(&forward(Protocol::Tcp, listen)).unwrap();
+    given.shows(GUEST);
+    let error = client.read(&mut [0; 1]).unwrap_err();
+    assert_eq!(error.kind(), io::ErrorKind::ConnectionReset);
+    assert_eq!(given.metrics.forward_refusals.of(ForwardRefusal::Closed).get(), 1);
+    assert_eq!(given.metrics.forward_connections.get(), 0);
+}
+
+#[test]
+fn a_datagram_for_a_guest_that_nobody_knows_has_it_asked_for() {
+    let given = given_shy();
+    let quiet = at(Protocol::Udp, "127.0.0.1:0");
+    let listen = given.open(quiet);
+    std::thread::sleep(DATAGRAMS_EVERY * 2);
+    assert!(given.router.asked.as_ref().unwrap().lock().unwrap().is_empty());
+    let client = std::net::UdpSocket::bind("127.0.0.1:0").unwrap();
+    client.send_to(b"x", listen).unwrap();
+    given.is_asked(GUEST);
+    given.shows(GUEST);
+    given.forwards.guest_attached(VmId(7), GUEST.parse().unwrap());
+    assert!(matches!(
+        given.sent.recv_timeout(PATIENCE),
+        Ok((VmId(7), Input::IngressUdp { .. }))
+    ));
+    // The task is over once no such forward is open.
+    given.shut(&forward(Protocol::Udp, listen)).unwrap();
+    let began = std::time::Instant::now();
+    while given.forwards.shared.lock().looks_after_datagrams {
+        assert!(began.elapsed() < PATIENCE);
+        std::thread::sleep(Duration::from_millis(20));
+    }
 }
 
 #[test]

@@ -23,7 +23,7 @@ use serde::{Deserialize, Serialize};
 
 pub use channel::{FrontReceiver, FrontSender, NotSent, open, pair};
 pub use codec::MESSAGE_BYTES_MAX;
-pub use tunnels::Tunnels;
+pub use tunnels::{Asker, Tunnels};
 
 /// What a connection that is handed over is about.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]

@@ -6,7 +6,7 @@
 use std::net::SocketAddr;
 use std::sync::Arc;
 
-use crate::admission::Admission;
+use crate::admission::{Admission, Gate};
 use crate::descriptors::Descriptors;
 use crate::egress::stream::HostStream;
 use crate::front::{FrontMessage, FrontReceiver};
@@ -17,6 +17,29 @@ use crate::metrics::Metrics;
 const WAITING_MAX: usize = 256;
 /// They may have this part of the descriptors that are kept back.
 const WAITING_PART: usize = 4;
+
+/// Who asks for a tunnel.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Asker {
+    /// The front, for those that it serves where no guest can be.
+    Front,
+    /// Somebody who may be a guest: led on only while every guest reaches every other.
+    Anybody,
+}
+
+/// The way of one tunnel.
+struct Way {
+    router: Arc<dyn Router>,
+    by: Asker,
+}
+
+impl Gate for Way {
+    fn pass(&self, hand_over: &mut dyn FnMut()) {
+        if self.by == Asker::Front || self.router.is_open() {
+            hand_over();
+        }
+    }
+}
 
 /// Opens tunnels into one network. Clones share the limit.
 #[derive(Clone)]
@@ -44,16 +67,18 @@ impl Tunnels {
 
     /// Pipes a connection to a place in the network. `early` was read from it before; the guest gets it first. Only
     /// guests' addresses are led to; where it is nobody's, or the guest refuses, the connection is closed. Called
-    /// where tasks can be spawned.
-    pub fn open(&self, stream: HostStream, early: Vec<u8>, target: SocketAddr) {
-        self.admission.admit(Ingress {
+    /// where tasks can be spawned. `by`: who asked.
+    pub fn open(&self, stream: HostStream, early: Vec<u8>, target: SocketAddr, by: Asker) {
+        let ingress = Ingress {
             stream,
             early,
             target,
             client: None,
             origin: Origin::Tunnel,
             waiting: Waiting::default(),
-        });
+        };
+        let router = Arc::clone(&self.router);
+        self.admission.admit(ingress, Way { router, by });
     }
 
     /// Opens what the front asks for, as long as it can be heard.
@@ -61,7 +86,7 @@ impl Tunnels {
         loop {
             match front.receive().await {
                 Ok((FrontMessage::Tunnel { target }, stream)) => {
-                    self.open(stream, Vec::new(), target);
+                    self.open(stream, Vec::new(), target, Asker::Front);
                 }
                 Ok((message, _)) => {
                     self.metrics

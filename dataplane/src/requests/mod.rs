@@ -28,7 +28,7 @@ use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 
 use crate::descriptors::Descriptors;
 use crate::egress::stream::{AsyncStream, HostStream};
-use crate::front::{FrontMessage, FrontSender, Tunnels};
+use crate::front::{Asker, FrontMessage, FrontSender, Tunnels};
 use crate::link::listen::{Cid, StreamListener};
 use crate::link::stream::{StreamKind, StreamLink, StreamSocket};
 use crate::link::{Link, serve};
@@ -197,7 +197,7 @@ impl Shared {
                 }
                 if let Some(stream) = self.take_out(stream) {
                     read.drain(..length);
-                    self.tunnels.open(stream, read, target);
+                    self.tunnels.open(stream, read, target, Asker::Anybody);
                 }
             }
             Request::Other { is_head } => {

@@ -271,3 +271,41 @@ impl Rig {
         ip.source == source && ip.payload()[..2] == port.to_be_bytes() && ip.payload()[8..] == *payload
     }
 }
+
+/// It is asked in words that any guest answers, also one that has sent nothing yet (RFC 826).
+#[test]
+fn a_guest_is_asked_for_an_address_that_may_be_its_own_and_for_no_other() {
+    let mut rig = Rig::new();
+    rig.engine.seek("192.168.127.7".parse().unwrap());
+    let frames = rig.frames();
+    let [frame] = &frames[..] else {
+        panic!("{frames:?}")
+    };
+    assert_eq!((&frame[..6], &frame[6..12]), (&[0xff; 6][..], &GATEWAY_MAC.0[..]));
+    assert_eq!(frame[12..22], [8, 6, 0, 1, 8, 0, 6, 4, 0, 1]);
+    assert_eq!(frame[22..28], GATEWAY_MAC.0);
+    assert_eq!(frame[28..32], GATEWAY.octets());
+    assert_eq!(frame[38..42], [192, 168, 127, 7]);
+    // The network's own, the last, the gateway's, one that the gateway stands for, and elsewhere.
+    for other in [
+        "192.168.127.0",
+        "192.168.127.255",
+        "192.168.127.1",
+        "192.168.127.254",
+        "203.0.113.9",
+    ] {
+        rig.engine.seek(other.parse().unwrap());
+        assert!(rig.frames().is_empty(), "{other}");
+    }
+    // The answer shows whose it is.
+    let mut answer = vec![0, 1, 8, 0, 6, 4, 0, 2];
+    answer.extend(GUEST_MAC.0);
+    answer.extend([192, 168, 127, 7]);
+    answer.extend(GATEWAY_MAC.0);
+    answer.extend(GATEWAY.octets());
+    rig.frame(0x0806, &answer);
+    let at = rig
+        .engine
+        .open_ingress(rig.now, None, place("192.168.127.7:22"), None);
+    assert!(at.is_some());
+}
