@@ -4,7 +4,8 @@ use std::error::Error;
 use std::fmt;
 
 /// An error, and behind colons its causes.
-pub(crate) struct WithCauses<'a>(pub(crate) &'a dyn Error);
+#[derive(Debug, Clone, Copy)]
+pub struct WithCauses<'a>(pub &'a dyn Error);
 
 impl fmt::Display for WithCauses<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {

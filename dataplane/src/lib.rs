@@ -3,7 +3,7 @@
 mod admission;
 pub mod args;
 pub mod capture;
-mod causes;
+pub mod causes;
 pub mod claims;
 mod clock;
 pub mod config;

@@ -1,7 +1,7 @@
 //! How a command ends when it does not succeed: what is said, and with which exit code.
 //!
-//! Exit codes: 0 done, 1 refused or failed, 2 usage, 3 `policy diff` found differences. `run` exits with its command's status, and with
-//! 125, 126 and 127 for its own failures as `env` does. What a server answers is turned here into one
+//! Exit codes: 0 done, 1 refused or failed, 2 usage, 3 `policy diff` found differences. `run` exits with its command's
+//! status, and with 125, 126 and 127 for its own failures as `env` does. What a server answers is turned here into one
 //! message that names the field and the remedy (`google.rpc` error details, AIP-193).
 
 use std::fmt::Write as _;
@@ -10,6 +10,7 @@ use std::io;
 use tonic_types::StatusExt as _;
 
 use crate::client::NoAnswer;
+use crate::launch::WithCauses;
 use crate::output::text::safe;
 
 /// Why a command did not succeed.
@@ -40,8 +41,7 @@ pub enum Failure {
 
 /// An error and its causes, in one line.
 pub fn with_causes(error: &dyn std::error::Error) -> String {
-    let causes = std::iter::successors(Some(error), |error| error.source());
-    causes.map(ToString::to_string).collect::<Vec<_>>().join(": ")
+    WithCauses(error).to_string()
 }
 
 impl Failure {

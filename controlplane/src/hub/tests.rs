@@ -1251,11 +1251,16 @@ async fn commands_are_acknowledged_or_refused_by_the_dataplane() {
         assert_eq!(listed, std::slice::from_ref(&opened));
     }
 
-    // While it is cut off it is not a network without forwards, of which another may be told that it is closed.
+    // While it is cut off it is not a network without forwards, of which another may be told that it is closed. That its
+    // zones are refused, and listed as soon as it is connected, is also how gvproxy knows when it is `ready`
+    // (`has_session` in vnetctl's `cmd/attend.rs`); the details are how it tells this from a broken connection.
     dp.lose();
     let asked = rig.hub.forwards("net1").unwrap_err();
     assert!(matches!(asked, Refusal::Unavailable(_)), "{asked:?}");
-    assert!(matches!(rig.hub.zones("net1"), Err(Refusal::Unavailable(_))));
+    assert!(rig.hub.zones("").unwrap().is_empty());
+    let asked = rig.hub.zones("net1").unwrap_err();
+    assert!(matches!(asked, Refusal::Unavailable(_)), "{asked:?}");
+    assert!(!tonic::Status::from(asked).details().is_empty());
     assert!(rig.hub.forwards("").unwrap().is_empty());
 }
 

@@ -230,32 +230,54 @@ pub async fn look(connection: &Connection, id: &str) -> Result<v1::PendingReques
 }
 
 /// Returns once the dataplane that serves this network has a session with the controlplane. What stands in the way is
-/// told once, `late` in a while.
+/// told once, `late` in a while; from then on it is asked less often.
 pub async fn has_session(connection: &Connection, network: &str, late: impl Fn(&str)) {
     let began = Instant::now();
     let mut is_told = false;
+    // Kept while it works: to open one may be to start the user's controlplane.
+    let mut kept = None;
     loop {
-        let why = match session(connection, network).await {
+        let why = match session(connection, network, &mut kept).await {
             Ok(()) => return,
             Err(why) => why,
         };
-        if !is_told && began.elapsed() >= SESSION_PATIENCE {
+        let is_late = began.elapsed() >= SESSION_PATIENCE;
+        if is_late && !is_told {
             is_told = true;
             late(&why);
         }
-        tokio::time::sleep(SESSION_INTERVAL).await;
+        tokio::time::sleep(until_asked_again(kept.is_some(), is_late)).await;
     }
 }
 
-/// Whether it has one; else why not. Zones of a network are listed while its dataplane is connected.
-async fn session(connection: &Connection, network: &str) -> Result<(), String> {
-    let client = connection.open().await.map_err(|failure| failure.to_string())?;
+/// How long until it is asked again. Only who answers is asked often, and not for ever.
+fn until_asked_again(is_answered: bool, is_late: bool) -> Duration {
+    if is_answered && !is_late {
+        SESSION_INTERVAL
+    } else {
+        RETRY_INTERVAL
+    }
+}
+
+/// Whether it has one; else why not. Zones of a network are listed while its dataplane is connected. The connection is
+/// `kept` unless it failed.
+async fn session(connection: &Connection, network: &str, kept: &mut Option<Client>) -> Result<(), String> {
+    let client = match kept.take() {
+        Some(client) => client,
+        None => connection.open().await.map_err(|failure| failure.to_string())?,
+    };
     let request = v1::ListZonesRequest {
         network: network.to_owned(),
     };
     match client.dns().list_zones(unary(request)).await {
         Ok(_) => Ok(()),
-        Err(status) => Err(describe(&status)),
+        Err(status) => {
+            // What a controlplane refuses, it gives reasons for.
+            if !status.details().is_empty() {
+                *kept = Some(client);
+            }
+            Err(describe(&status))
+        }
     }
 }
 
@@ -296,7 +318,69 @@ const SESSION_PATIENCE: Duration = Duration::from_secs(3);
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Arc;
+    use std::sync::atomic::{AtomicUsize, Ordering};
+
+    use tokio::net::{UnixListener, UnixStream};
+    use tonic::Status;
+    use tonic_types::{ErrorDetails, StatusExt as _};
+
     use super::*;
+    use crate::cmd::tests::scripted::Scripted;
+
+    #[tokio::test]
+    async fn a_session_is_waited_for_over_one_connection_until_that_fails() {
+        let server = Scripted::start();
+        let Some(Server::Unix(to)) = server.connection().named else {
+            panic!()
+        };
+        let path = std::env::temp_dir().join(format!("vnetctl-has-session-{}.sock", std::process::id()));
+        let _ = std::fs::remove_file(&path);
+        let listener = UnixListener::bind(&path).unwrap();
+        let connections = Arc::new(AtomicUsize::new(0));
+        let count = Arc::clone(&connections);
+        let relay = tokio::spawn(async move {
+            while let Ok((mut from, _)) = listener.accept().await {
+                count.fetch_add(1, Ordering::Relaxed);
+                let mut to = UnixStream::connect(&to).await.unwrap();
+                tokio::spawn(async move { tokio::io::copy_bidirectional(&mut from, &mut to).await });
+            }
+        });
+        let connection = Connection {
+            named: Some(Server::Unix(path.clone())),
+        };
+        // What one costs; asked something, so that it was counted.
+        let client = connection.open().await.unwrap();
+        assert!(!client.answers().await);
+        let each = connections.swap(0, Ordering::Relaxed);
+        let method = "DnsService/ListZones";
+        let details = ErrorDetails::with_error_info("UNAVAILABLE", "vnet", HashMap::<String, String>::new());
+        for _ in 0..5 {
+            let refused =
+                Status::with_error_details(tonic::Code::Unavailable, "not connected", details.clone());
+            server.refuse(method, refused);
+        }
+        server.refuse(method, Status::unavailable("broken pipe"));
+        server.answer(method, &v1::ListZonesResponse::default());
+
+        has_session(&connection, "one", |why| panic!("{why}")).await;
+
+        let asked: Vec<v1::ListZonesRequest> = server.asked(method);
+        assert_eq!(asked.len(), 7);
+        assert!(asked.iter().all(|asked| asked.network == "one"));
+        let opened = connections.load(Ordering::Relaxed);
+        assert_eq!(opened, 2 * each, "once, and once more when that failed");
+        relay.abort();
+        std::fs::remove_file(&path).unwrap();
+    }
+
+    #[test]
+    fn who_does_not_answer_or_takes_long_is_asked_seldom() {
+        assert_eq!(until_asked_again(true, false), SESSION_INTERVAL);
+        for (is_answered, is_late) in [(true, true), (false, false), (false, true)] {
+            assert_eq!(until_asked_again(is_answered, is_late), RETRY_INTERVAL);
+        }
+    }
 
     #[test]
     fn the_end_of_a_question_is_passed_on_though_its_vm_went_first() {

@@ -106,7 +106,8 @@ pub struct AddArgs {
     /// Records, as `set` takes them
     #[arg(value_name = "NAME=ADDRESS", value_parser = record, required = true)]
     pub records: Vec<v1::ZoneRecord>,
-    /// The address of names that no record has, in place of the one that the zone has; without it there is none any more
+    /// The address of names that no record has, in place of the one that the zone has; without it there is none any
+    /// more
     #[arg(long, value_name = "ADDRESS")]
     pub default: Option<IpAddr>,
     /// Which network.

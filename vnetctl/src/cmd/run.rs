@@ -50,8 +50,8 @@ pub struct RunArgs {
     /// A label; may be repeated
     #[arg(long = "label", value_name = "K=V")]
     pub labels: Vec<String>,
-    /// Open a port of the host that leads to the command, as `[ADDRESS:]PORT:PORT[/tcp|/udp][+client]`, a range of them,
-    /// as 8000-8010:8000-8010, or a Unix socket, as `unix:///PATH:PORT`; may be repeated
+    /// Open a port of the host that leads to the command, as `[ADDRESS:]PORT:PORT[/tcp|/udp][+client]`, a range of
+    /// them, as 8000-8010:8000-8010, or a Unix socket, as `unix:///PATH:PORT`; may be repeated
     #[arg(short = 'p', long = "publish", value_name = "HOST:GUEST")]
     pub publish: Vec<String>,
     /// Resolver that lookups are forwarded to; may be repeated [default: the host's]
@@ -253,7 +253,7 @@ fn default_vm_name(directory: &Path) -> String {
 
 /// FNV-1a, 64 bits (draft-eastlake-fnv §5): the name must be the same in every version of this program,
 /// which the standard library's hashers do not promise.
-fn fnv1a(bytes: &[u8]) -> u64 {
+pub(crate) fn fnv1a(bytes: &[u8]) -> u64 {
     bytes.iter().fold(0xcbf2_9ce4_8422_2325, |hash, byte| {
         (hash ^ u64::from(*byte)).wrapping_mul(0x0100_0000_01b3)
     })

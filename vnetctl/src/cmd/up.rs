@@ -35,7 +35,8 @@ pub struct UpArgs {
     /// Capture all packets of the VMs to this file, in pcapng: a file, which is emptied, a named pipe, or /dev/stdout.
     #[arg(long, value_name = "FILE")]
     pub pcap: Option<PathBuf>,
-    /// End the capture, and nothing else, before its file has more than SIZE bytes, as 500MB or 1GiB [default: no limit]
+    /// End the capture, and nothing else, before its file has more than SIZE bytes, as 500MB or 1GiB [default: no
+    /// limit]
     #[arg(long, value_name = "SIZE", value_parser = size, requires = "pcap")]
     pub pcap_limit: Option<u64>,
     /// How the guests are treated.

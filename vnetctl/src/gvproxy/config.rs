@@ -1,4 +1,5 @@
-//! The command line and the file together: one checked [`Config`], with gvproxy's defaults, or everything that is wrong.
+//! The command line and the file together: one checked [`Config`], with gvproxy's defaults, or everything that is
+//! wrong.
 //!
 //! Pure: what it must know of the host is an argument. Which of flag and file wins is gvproxy's: flags do, but for the
 //! subnet and the addresses, where the file does. Without `-config` a few more defaults hold (zones, search domains,

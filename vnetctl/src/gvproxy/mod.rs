@@ -7,8 +7,9 @@
 //!   is wrong;
 //! - [`load`] does all of it from the files that are named.
 //!
-//! None of these opens a socket or writes a file. [`program`] is the process that runs it, with what [`own`] says that no
-//! command line does; [`services`] is the HTTP API, over connections that others accept, and [`ssh`] serves sockets that lead into a guest over SSH. What the configuration means is told in `docs/gvproxy.md`.
+//! None of these opens a socket or writes a file. [`program`] is the process that runs it, with what [`own`] says that
+//! no command line does; [`services`] is the HTTP API, over connections that others accept, and [`ssh`] serves sockets
+//! that lead into a guest over SSH. What the configuration means is told in `docs/gvproxy.md`.
 
 pub mod config;
 mod dns;

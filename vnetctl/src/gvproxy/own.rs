@@ -1,8 +1,8 @@
-//! What a fixed command line cannot say: podman machine and Lima type gvproxy's flags themselves, so mode, policy and the
-//! VM's name come from `$XDG_CONFIG_HOME/vnet/gvproxy.yaml` or from variables.
+//! What a fixed command line cannot say: podman machine and Lima type gvproxy's flags themselves, so mode, policy and
+//! the VM's name come from `$XDG_CONFIG_HOME/vnet/gvproxy.yaml` or from variables.
 //!
-//! The command line, and the file that it names by `-config`, win over a variable, and a variable over this file; in it,
-//! what stands under the VM's own name wins over what stands at the top.
+//! The command line, and the file that it names by `-config`, win over a variable, and a variable over this file; in
+//! it, what stands under the VM's own name wins over what stands at the top.
 
 use std::collections::BTreeMap;
 use std::ffi::OsString;
@@ -84,8 +84,8 @@ pub fn path(variable: impl Fn(&str) -> Option<OsString>) -> Option<PathBuf> {
     Some(directory.join("vnet/gvproxy.yaml"))
 }
 
-/// The VM's name where nobody gives one: that of its hypervisor's socket, else of the pid file, without what is gvproxy's
-/// in it; `vm` where nothing is left.
+/// The VM's name where nobody gives one: that of its hypervisor's socket, else of the pid file, without what is
+/// gvproxy's in it; `vm` where nothing is left.
 pub fn vm_name(config: &Config) -> String {
     let interfaces = &config.interfaces;
     let sockets = [

@@ -25,6 +25,7 @@ pub use vnet_dataplane::capture::pcapng::{
     Direction as CaptureDirection, PacketBlock, Pcapng, SNAP_BYTES_DEFAULT as CAPTURE_SNAP_BYTES_MAX,
     STATISTICS_BYTES as CAPTURE_STATISTICS_BYTES,
 };
+pub use vnet_dataplane::causes::WithCauses;
 pub use vnet_dataplane::config::{
     Config as DataplaneConfig, GATEWAY_MAC_DEFAULT, ListenAt, ListenConfig, MTU_BYTES_DEFAULT, MTU_BYTES_MAX,
     MTU_BYTES_MIN, NAME_CHARACTERS_MAX, SEARCH_DOMAINS_MAX, SUBNET_DEFAULT, SUBNET_PREFIX_MAX,

@@ -40,7 +40,8 @@ fn remedy(error: &io::Error) -> &'static str {
 }
 
 /// Opens it, emptied; for its owner alone where it is new. Nothing is made where a symbolic link leads, only opened. A
-/// named pipe is waited for until somebody reads it, and `waiting` is called once before. `has_stdio` says that a guest is on standard input and output. Cancel safe.
+/// named pipe is waited for until somebody reads it, and `waiting` is called once before. `has_stdio` says that a guest
+/// is on standard input and output. Cancel safe.
 ///
 /// # Errors
 /// [`PcapError`].
@@ -155,7 +156,8 @@ mod tests {
         let refused = open_pcap(&link, false, || unreachable!()).await.unwrap_err();
         assert_eq!(
             refused.to_string(),
-            "is a link that leads to nothing, and nothing is made where a link leads (remove it, or make what it leads to)"
+            "is a link that leads to nothing, and nothing is made where a link leads (remove it, or make what it leads \
+             to)"
         );
         assert!(!target.exists());
         std::fs::write(&target, "of the last time").unwrap();

@@ -1,6 +1,7 @@
 //! The process between front and guest: it enters the namespaces, makes the link, forks init, and then
-//! only carries signals and the exit status, and looks after the guest's sockets (`sockets`). It ends, and init with it, when the front does: the
-//! kernel kills it (prctl(2), `PR_SET_PDEATHSIG`), and the end of their socket pair tells the same.
+//! only carries signals and the exit status, and looks after the guest's sockets (`sockets`). It ends, and init with
+//! it, when the front does: the kernel kills it (prctl(2), `PR_SET_PDEATHSIG`), and the end of their socket pair tells
+//! the same.
 
 use std::ffi::OsString;
 use std::io::Write;

@@ -2,7 +2,7 @@
 //! what was found, and the remedy.
 
 use std::net::{IpAddr, Ipv4Addr};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use ipnet::Ipv4Net;
 use vnet_proto::model::{NameError, PatternError};
@@ -11,6 +11,13 @@ use super::LogLevel;
 use super::endpoint::{Endpoint, EndpointError};
 use crate::gvproxy::origin::{Finding, Origin};
 use crate::launch::write_lines;
+
+/// A path as a shell reads it: in quotes where it has to be.
+fn shell_word(path: &Path) -> String {
+    let text = path.to_string_lossy();
+    // No path has a NUL, which is what cannot be quoted.
+    shlex::try_quote(&text).map_or_else(|_| text.to_string(), |word| word.into_owned())
+}
 
 /// One thing that is wrong.
 #[derive(Debug, thiserror::Error)]
@@ -39,7 +46,7 @@ pub enum Problem {
     #[error(
         "{from}: {} cannot be made, as its directory is not there; run: mkdir -p {}",
         path.display(),
-        directory.display()
+        shell_word(directory)
     )]
     NoDirectory {
         from: Origin,

@@ -266,6 +266,11 @@ fn a_directory_that_is_not_there_is_named_with_what_makes_it() {
             told(&format!("{FILE}:2:11: log-file"), "/gone/c/gv.log", "/gone/c"),
         ]
     );
+    // It can be typed as it is told.
+    let arguments = ["-pid-file", "/gone/it's a b/gv.pid", "-listen-stdio=accept"].map(str::to_owned);
+    let problems = Files(vec![]).resolve(&arguments, "", &[]).unwrap_err();
+    let directory = "\"/gone/it's a b\"";
+    assert_eq!(problems, [told("-pid-file", "/gone/it's a b/gv.pid", directory)]);
     // Here is a directory.
     let arguments = ["-pid-file", "gv.pid", "-listen-stdio=accept"].map(str::to_owned);
     assert!(Files(vec![]).resolve(&arguments, "", &[]).is_ok());

@@ -1,5 +1,5 @@
-//! The front's part of a network: streams into it by the channel to its dataplane, and who serves the requests that come
-//! by that channel and at the socket of `-services`.
+//! The front's part of a network: streams into it by the channel to its dataplane, and who serves the requests that
+//! come by that channel and at the socket of `-services`.
 
 use std::io;
 use std::net::SocketAddr;
@@ -72,13 +72,18 @@ impl ServicesSocket {
     /// # Errors
     /// The system's; where something has the place, with what that is, if the system tells.
     pub(super) fn open(at: &ListenAt) -> io::Result<Self> {
-        let (listener, file) = StreamListener::open(at).map_err(|error| match held(at) {
-            Some(holder) if error.kind() == io::ErrorKind::AddrInUse => {
-                let text = format!("{holder} listens there; end it, or give another place");
-                io::Error::new(error.kind(), text)
-            }
+        let opened = StreamListener::open(at).map_err(|error| match error.kind() {
+            // Nothing else is worth the search, which takes its time.
+            io::ErrorKind::AddrInUse => match held(at) {
+                Some(holder) => {
+                    let text = format!("{holder} listens there; end it, or give another place");
+                    io::Error::new(error.kind(), text)
+                }
+                None => error,
+            },
             _ => error,
-        })?;
+        });
+        let (listener, file) = opened?;
         let origin = origin(at);
         let tcp_address = listener.tcp_address();
         let (sender, accepted) = mpsc::channel(ACCEPTED_MAX);

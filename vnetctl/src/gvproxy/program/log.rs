@@ -4,13 +4,15 @@
 //! stderr or to the file of `-log-file`. A line that cannot be written is lost, and ends nothing.
 
 use std::fmt::{self, Write as _};
-use std::fs::{File, OpenOptions};
+use std::fs::{self, File, OpenOptions};
 use std::io;
-use std::os::unix::fs::OpenOptionsExt as _;
+use std::os::unix::fs::{MetadataExt as _, OpenOptionsExt as _};
 use std::path::Path;
 use std::sync::Arc;
 use std::time::SystemTime;
 
+use nix::fcntl::OFlag;
+use nix::unistd::geteuid;
 use tracing::field::{Field, Visit};
 use tracing::{Event, Level, Subscriber};
 use tracing_subscriber::fmt::format::Writer;
@@ -26,17 +28,40 @@ pub(super) const FATAL: &str = "fatal";
 /// Opens the file of `-log-file`, emptied, for its owner alone where it is new.
 ///
 /// # Errors
-/// The system's.
+/// A link that [`is_planted`], else the system's.
 pub(super) fn open(path: &Path) -> io::Result<File> {
     let mut options = OpenOptions::new();
     options.create(true).append(true).mode(0o600);
-    let file = options.open(path)?;
+    let file = match options.clone().custom_flags(OFlag::O_NOFOLLOW.bits()).open(path) {
+        // A link, as /dev/stderr is one.
+        Err(_) if path.is_symlink() => {
+            let directory = path
+                .parent()
+                .filter(|directory| !directory.as_os_str().is_empty());
+            let directory = fs::metadata(directory.unwrap_or(Path::new(".")))?;
+            if is_planted(fs::symlink_metadata(path)?.uid(), &directory, geteuid().as_raw()) {
+                let text = "it is a link that another user put where everybody may put one, and what it leads to would \
+                            be emptied (name that, or another file)";
+                return Err(io::Error::new(io::ErrorKind::PermissionDenied, text));
+            }
+            options.open(path)?
+        }
+        opened => opened?,
+    };
     // Appending, so that nobody who empties it meanwhile leaves a hole in it.
     if file.metadata()?.is_file() {
         file.set_len(0)?;
     }
     Ok(file)
 }
+
+/// Whether somebody else chose where a link leads: neither this user nor who has the directory, which all may write to.
+/// Linux has the same rule (`fs.protected_symlinks`), but not everywhere, and macOS has none.
+fn is_planted(of_link: u32, directory: &fs::Metadata, own: u32) -> bool {
+    directory.mode() & WRITABLE_BY_ALL != 0 && of_link != own && of_link != directory.uid()
+}
+
+const WRITABLE_BY_ALL: u32 = 0o002;
 
 /// Sends what is logged from here on to the file, or to stderr. Once a process.
 pub(super) fn start(level: LogLevel, file: Option<File>) {
@@ -276,5 +301,39 @@ mod tests {
         assert_eq!(std::fs::read_to_string(&path).unwrap(), "new\n");
         std::fs::remove_file(&path).unwrap();
         open(Path::new("/dev/null")).unwrap();
+    }
+
+    #[test]
+    fn a_link_in_a_directory_of_everybodys_is_followed_if_it_is_ones_own_and_not_if_it_is_anothers() {
+        use std::os::unix::fs::{PermissionsExt as _, lchown, symlink};
+
+        let directory = std::env::temp_dir().join(format!("vnetctl-gvlog-link-{}", std::process::id()));
+        fs::create_dir(&directory).unwrap();
+        let (link, target) = (directory.join("link"), directory.join("target"));
+        symlink(&target, &link).unwrap();
+        fs::set_permissions(&directory, fs::Permissions::from_mode(0o1777)).unwrap();
+        let own = geteuid().as_raw();
+
+        // Also where nothing is there yet.
+        for _ in 0..2 {
+            (&open(&link).unwrap()).write_all(b"new\n").unwrap();
+            assert_eq!(fs::read_to_string(&target).unwrap(), "new\n");
+        }
+        open(Path::new("/dev/stderr")).unwrap();
+        let of_all = fs::metadata(&directory).unwrap();
+        assert!(!is_planted(own, &of_all, own));
+        assert!(!is_planted(own, &of_all, own + 2), "of who has the directory");
+        assert!(is_planted(own + 1, &of_all, own));
+        fs::set_permissions(&directory, fs::Permissions::from_mode(0o755)).unwrap();
+        assert!(!is_planted(own + 1, &fs::metadata(&directory).unwrap(), own));
+
+        // Only root can give a link away.
+        if own == 0 {
+            fs::set_permissions(&directory, fs::Permissions::from_mode(0o1777)).unwrap();
+            lchown(&link, Some(1), None).unwrap();
+            assert_eq!(open(&link).unwrap_err().kind(), io::ErrorKind::PermissionDenied);
+            assert_eq!(fs::read_to_string(&target).unwrap(), "new\n");
+        }
+        fs::remove_dir_all(&directory).unwrap();
     }
 }

@@ -1,7 +1,7 @@
 //! The notifications of `-notification`: one connection to the socket an event, one JSON object in a line.
 //!
-//! The queue is bounded; what finds no room is dropped, and told in the log. A listener that is gone, or takes its time,
-//! keeps nothing else waiting.
+//! The queue is bounded; what finds no room is dropped, and told in the log. A listener that is gone, or takes its
+//! time, keeps nothing else waiting.
 
 use std::path::PathBuf;
 use std::sync::Arc;

@@ -5,6 +5,7 @@ use std::fmt::Write as _;
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 
+use crate::cmd::run::fnv1a;
 use crate::cmd::treat::Treatment;
 use crate::gvproxy::config::{Config, Endpoint, HostPort, LogLevel};
 use crate::gvproxy::own::Own;
@@ -186,9 +187,9 @@ pub fn plan(
     }
 }
 
-/// Gives each of several sockets a name of its own, so that nobody who comes at one has what is said of another's guest.
-/// The VM's is the first's: of QEMU's, vfkit's, BESS's, vpnkit's, standard input, `-listen`. The others have their kind
-/// behind it, and then their number without a dash: further guests of one socket have a dash before theirs.
+/// Gives each of several sockets a name of its own, so that nobody who comes at one has what is said of another's
+/// guest. The VM's is the first's: of QEMU's, vfkit's, BESS's, vpnkit's, standard input, `-listen`. The others have
+/// their kind behind it, and then their number without a dash: further guests of one socket have a dash before theirs.
 fn name_apart(args: &mut DataplaneArgs, vm: &str) {
     let hypervisors = [
         ("qemu", &mut args.listen_qemu),
@@ -211,6 +212,12 @@ fn name_apart(args: &mut DataplaneArgs, vm: &str) {
             _ => format!("-{kind}{}", index + 1),
         };
         // Names are ASCII.
+        let room = NAME_CHARACTERS_MAX.saturating_sub(suffix.len());
+        if vm.len() <= room {
+            return format!("{vm}{suffix}");
+        }
+        // What is left of two names may be the same.
+        let suffix = format!("-{:08x}{suffix}", fnv1a(vm.as_bytes()) as u32);
         let room = NAME_CHARACTERS_MAX.saturating_sub(suffix.len());
         vm.chars().take(room).chain(suffix.chars()).collect()
     };
@@ -648,8 +655,14 @@ stack:
         let longest = "n".repeat(63);
         let (_, long) = names(&format!("{qemu} {two}"), &longest);
         assert_eq!(long[0], longest);
-        assert_eq!(long[2], format!("{}-listen2", "n".repeat(55)));
+        assert_eq!(long[2], format!("{}-233bc6a9-listen2", "n".repeat(46)));
         assert!(long.iter().all(|name| is_name(name)), "{long:?}");
+        let other = format!("{}m", "n".repeat(62));
+        let (_, of_other) = names(&format!("{qemu} {two}"), &other);
+        assert!(long.iter().all(|name| !of_other.contains(name)), "{of_other:?}");
+        let fits = "n".repeat(55);
+        let (_, names) = names(&format!("{qemu} {two}"), &fits);
+        assert_eq!(names[2], format!("{fits}-listen2"));
     }
 
     #[test]

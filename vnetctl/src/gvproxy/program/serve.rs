@@ -96,7 +96,8 @@ async fn run(prepared: Prepared, started_as: &mut Option<Dataplane>) -> Result<(
         let opened = open_pcap(path, config.interfaces.stdio, waiting).await;
         settings.pcap = Some(opened.map_err(|error| Failure::Failed(format!("-pcap {shown} {error}")))?);
     }
-    // What cannot be is told in the words that it was asked for in. What takes a port from here on, the dataplane tells.
+    // What cannot be is told in the words that it was asked for in. What takes a port from here on, the dataplane
+    // tells.
     for forward in &plan.forwards {
         let protocol = if forward.is_udp {
             Protocol::Udp

@@ -1,9 +1,10 @@
 //! `/network/events`: server-sent events, in the draft's words, for as long as their reader stays.
 //!
-//! The first is `init`, with every connection that is known. Each event has the sequence number of the controlplane's
-//! for its id, so that a reader that comes back with `Last-Event-ID` goes on where it was, also after a restart of
-//! the controlplane. What a reader was too slow for, or is not kept any more, is a `gap`. A comment
-//! every [`KEEP_ALIVE`] keeps what is between from thinking that nobody is there.
+//! The first is `init`, with every connection that is known. Each event has the network and the sequence number of the
+//! controlplane's for its id, so that a reader that comes back with `Last-Event-ID` goes on where it was, also after a
+//! restart of the controlplane. After one of gvproxy the network is another, whose events do not end what the reader
+//! knows: it is told of a `gap`, and begins anew. What a reader was too slow for, or is not kept any more, is a `gap`,
+//! too. A comment every [`KEEP_ALIVE`] keeps what is between from thinking that nobody is there.
 //! (<https://html.spec.whatwg.org/multipage/server-sent-events.html>)
 
 use std::convert::Infallible;
@@ -42,21 +43,18 @@ impl Services {
             let text = format!("{EVENT_STREAMS_MAX} streams of events are open already");
             Answer::error(StatusCode::SERVICE_UNAVAILABLE, text).with_remedy("close one first")
         })?;
-        let after = match last {
-            None => None,
-            Some(last) => {
-                let number = last.to_str().ok().and_then(|last| last.trim().parse().ok());
-                let wrong =
-                    || Answer::bad_request("Last-Event-ID is none that was sent here (expected a number)");
-                Some(number.ok_or_else(wrong)?)
-            }
-        };
+        let network = self.control.network();
+        let after = last.and_then(|last| number(network, last.to_str().ok()?));
         let (out, events) = mpsc::channel(WAITING_MAX);
         let mut stream = Stream {
             services: Arc::clone(self),
             out,
             after,
         };
+        if last.is_some() && after.is_none() {
+            // There is room for it, and the reader is there.
+            let _ = stream.send("gap", &Gap { missed: 0 }).await;
+        }
         // Whether there will be any is told by the response's status.
         if after.is_none() {
             stream.begin().await?;
@@ -71,6 +69,17 @@ impl Services {
         });
         Ok(Answer::events(body(events)))
     }
+}
+
+/// An event's id.
+fn id(network: &str, number: u64) -> String {
+    format!("{network}:{number}")
+}
+
+/// The number in an id that [`id`] made of this network; none in any other, as what it stands for is nowhere here.
+fn number(network: &str, id: &str) -> Option<u64> {
+    let (of, number) = id.trim().rsplit_once(':')?;
+    number.parse().ok().filter(|_| of == network)
 }
 
 /// Events as a body, with a comment where nothing happens.
@@ -237,7 +246,7 @@ impl Stream {
         let id = match (name, self.after) {
             // A gap is nowhere.
             ("gap", _) | (_, None) => String::new(),
-            (_, Some(last)) => format!("id: {last}\n"),
+            (_, Some(last)) => format!("id: {}\n", id(self.services.control.network(), last)),
         };
         let text = format!("{id}event: {name}\ndata: {}\n\n", json::line(data));
         self.out.send(text).await.map_err(|_| Ended::Reader)

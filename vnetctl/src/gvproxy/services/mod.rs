@@ -54,7 +54,8 @@ use crate::launch::Mac;
 
 /// Connections of the services socket at once.
 pub const SERVICES_CONNECTIONS_MAX: usize = 256;
-/// Connections of all sockets that a VM can reach at once. Whoever takes them all keeps nobody from the services socket.
+/// Connections of all sockets that a VM can reach at once. Whoever takes them all keeps nobody from the services
+/// socket.
 pub const LISTEN_CONNECTIONS_MAX: usize = 64;
 /// Tunnels of the services socket at once; and, apart from those, of sockets that a VM can reach.
 pub const TUNNELS_MAX: usize = 256;

@@ -194,8 +194,8 @@ async fn may_ask(
     }
 }
 
-/// Whether tunnels are opened for who comes from here: a VM's would pass by what is in force. Where that cannot be known,
-/// none is.
+/// Whether tunnels are opened for who comes from here: a VM's would pass by what is in force. Where that cannot be
+/// known, none is.
 pub(super) async fn may_tunnel(services: &Services, origin: &Origin) -> bool {
     *origin == Origin::Services || matches!(services.is_policy_in_force().await, Ok(false))
 }

@@ -1,8 +1,8 @@
 //! Which host keys are taken.
 //!
-//! The guest's address lies in our own network, where nobody but our own dataplane stands between, so that none is asked
-//! for unless `secure=true` is said. Then `known_hosts` of the user decides, without asking and without a fallback: the
-//! peer takes any key if that file has none.
+//! The guest's address lies in our own network, where nobody but our own dataplane stands between, so that none is
+//! asked for unless `secure=true` is said. Then `known_hosts` of the user decides, without asking and without a
+//! fallback: the peer takes any key if that file has none.
 
 use std::borrow::Cow;
 use std::path::PathBuf;

@@ -1,6 +1,7 @@
 //! Sockets of the host that lead to sockets of a guest, over SSH: `-forward-*`, and what is exposed as `ssh-tunnel://`.
 //!
-//! - [`Forward`] is one of `-forward-*`: [`Forward::bind`] makes the host's socket, [`Forward::run`] connects and serves;
+//! - [`Forward`] is one of `-forward-*`: [`Forward::bind`] makes the host's socket, [`Forward::run`] connects and
+//!   serves;
 //! - [`SshTunnels`] are those that come and go at run time, as the services API says;
 //!
 //! Both need [`Tunnels`] of the dataplane.
@@ -10,8 +11,8 @@
 //! (`relay`). Keys are read by `identity`, host keys judged by `host`, URLs read by `remote`. The protocol is the
 //! crate `russh`; channels are `direct-streamlocal@openssh.com` (OpenSSH, PROTOCOL, 2.4).
 //!
-//! **A connection carries one client at a time.** russh opens a channel's window again when data arrives rather than when
-//! it is taken, so that a client which does not read stops, sooner or later, everything else on its connection
+//! **A connection carries one client at a time.** russh opens a channel's window again when data arrives rather than
+//! when it is taken, so that a client which does not read stops, sooner or later, everything else on its connection
 //! (Eugeny/russh, pull request 730). So no two share one; connections are used again, and few are kept.
 //!
 //! Everything here ends by being dropped: sockets are removed, and streams are shut down, at once.
@@ -104,8 +105,8 @@ pub struct Forward {
 }
 
 impl Forward {
-    /// Makes the host's socket, mode 0600, in place of an older one, and reads the key. Clients may connect from now on;
-    /// they wait. `target` is the guest's sshd.
+    /// Makes the host's socket, mode 0600, in place of an older one, and reads the key. Clients may connect from now
+    /// on; they wait. `target` is the guest's sshd.
     ///
     /// # Errors
     /// [`ForwardError`]; no socket is left.

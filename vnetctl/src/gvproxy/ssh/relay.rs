@@ -21,8 +21,8 @@ const MESSAGE_BYTES: usize = 256;
 /// How much of what the client sends is read at once: a packet of SSH.
 const READ_BYTES: usize = 32 * 1024;
 
-/// Carries bytes until both sides have ended, or one of them is gone. Whether the channel was closed in order, so that its
-/// connection may carry another; `gone` is how long a guest may keep the channel of a client that is no more.
+/// Carries bytes until both sides have ended, or one of them is gone. Whether the channel was closed in order, so that
+/// its connection may carry another; `gone` is how long a guest may keep the channel of a client that is no more.
 pub(super) async fn relay(mut client: UnixStream, channel: Channel<Msg>, gone: Duration) -> bool {
     let (from_guest, to_guest) = channel.split();
     let (reader, writer) = client.split();
@@ -51,8 +51,8 @@ async fn to_guest_until_gone(mut client: ReadHalf<'_>, guest: ChannelWriteHalf<M
         return;
     }
     loop {
-        // It may have shut down one direction, or have closed its socket; a guest that takes the end of file for the end
-        // closes the channel by itself.
+        // It may have shut down one direction, or have closed its socket; a guest that takes the end of file for the
+        // end closes the channel by itself.
         tokio::time::sleep(gone).await;
         if !matches!(client.ready(Interest::WRITABLE).await, Ok(ready) if !ready.is_write_closed()) {
             return;

@@ -70,8 +70,8 @@ impl SshTunnels {
         }
     }
 
-    /// Listens at the path `local` for clients of the socket that `remote` names, an `ssh-tunnel://` URL. The key is read
-    /// now; SSH is opened by the first client.
+    /// Listens at the path `local` for clients of the socket that `remote` names, an `ssh-tunnel://` URL. The key is
+    /// read now; SSH is opened by the first client.
     ///
     /// # Errors
     /// [`ExposeError`]; nothing has changed then.

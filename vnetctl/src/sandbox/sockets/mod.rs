@@ -24,8 +24,8 @@
 //!
 //! What a connection through here differs in: `SO_PEERCRED` at its other end names the user and group, and no
 //! process; outside, where the user opened a socket, it names the watch, which is in the run's network namespace
-//! as the command is. A command that has the watch wait for it (with a file system of its own that does not answer, say)
-//! waits itself, and harms nobody else.
+//! as the command is. A command that has the watch wait for it (with a file system of its own that does not answer,
+//! say) waits itself, and harms nobody else.
 
 mod caller;
 mod notice;

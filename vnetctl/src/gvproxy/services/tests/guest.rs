@@ -505,11 +505,13 @@ async fn what_waits_for_a_person_keeps_a_guest_from_nothing_else_and_one_more_is
 
     let (status, text) = post(&services, GUEST, EXPOSE, &wanted(7000)).await;
     assert_eq!(
-        (status, text.as_str()),
+        (status, text),
         (
             503,
-            "VM one waits for answers about 12 forwards already, which is the most; answer or deny those first: \
-             vnetctl pending list\n"
+            format!(
+                "VM one waits for answers about {WAITS_PER_VM_MAX} forwards already, which is the most; answer or \
+                 deny those first: vnetctl pending list\n"
+            )
         )
     );
     // More of them at once than there are connections left, one after another.
