@@ -230,6 +230,7 @@ impl Stream for Listener {
                     Some(stream) => {
                         let peer = Peer {
                             user: "inherited".to_owned(),
+                            process: String::new(),
                         };
                         return Poll::Ready(Some(Ok(this.wrap(stream, peer))));
                     }
