@@ -193,7 +193,7 @@ impl Listener {
             kind,
             attached: attached.clone(),
             metrics: Arc::clone(metrics),
-            turned_away: TurnedAway::new(),
+            turned_away: TurnedAway::new(Arc::clone(metrics)),
         })
     }
 
