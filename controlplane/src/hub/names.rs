@@ -138,7 +138,11 @@ impl State {
                     .unwrap_or_default(),
                 labels: BTreeMap::new(),
                 instance: instance.0.clone(),
-                wanted: (name != wanted).then(|| wanted.to_owned()).unwrap_or_default(),
+                wanted: if name == wanted {
+                    String::new()
+                } else {
+                    wanted.to_owned()
+                },
                 process,
             },
         };
