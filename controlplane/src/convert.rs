@@ -117,7 +117,7 @@ pub(crate) fn vm(vm: &Vm, dataplane: Option<&Dataplane>, pending: u64) -> v1::Vm
         claimed_hostname: vm.claimed_hostname.clone(),
         leased_address: vm.leased_address.clone(),
         link_error: vm.link_error.clone(),
-        wanted_name: vm.wanted_name.clone(),
+        wanted_name: vm.set.wanted.clone(),
         attached_at: vm.attached_at.and_then(timestamp),
         live_flows: vm.live_flows,
         pending_requests: pending,

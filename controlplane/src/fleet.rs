@@ -57,6 +57,8 @@ pub struct Dataplane {
     pub name: String,
     /// Random for each start of its process.
     pub boot_id: Vec<u8>,
+    /// Its process ([`crate::process::mark`]); empty where that was not told.
+    pub process: String,
     /// Its network's name.
     pub network: String,
     /// Its session; `None`: lost.
@@ -170,8 +172,6 @@ pub struct Denied {
 pub struct Vm {
     /// What decisions read of it.
     pub view: VmView,
-    /// The name that it asked for, where another VM had it; else empty.
-    pub wanted_name: String,
     /// Its handle.
     pub handle: VmId,
     /// Its dataplane.
@@ -182,7 +182,7 @@ pub struct Vm {
     pub lost: bool,
     /// Labels from the host's side, before what was set.
     pub host_labels: BTreeMap<String, String>,
-    /// What was set at run time.
+    /// What is kept of it, as what was set at run time.
     pub set: StoredVm,
     /// The policy that it brought.
     pub own_policy: Option<Arc<OwnPolicy>>,
@@ -223,11 +223,6 @@ pub struct Vm {
 }
 
 impl Fleet {
-    /// A name that no VM has: the wanted one, else with -2, -3 and so on.
-    pub fn free_name(&self, wanted: &str) -> String {
-        numbered(wanted, |name| self.vms.contains_key(name))
-    }
-
     /// Dataplanes by the part of attachments ([`VmInstance`]) that is theirs; see [`place`].
     pub fn places(&self) -> HashMap<String, DataplaneNo> {
         let dataplanes = self.dataplanes.iter();

@@ -22,6 +22,7 @@ pub mod metrics;
 pub mod paths;
 pub mod peer;
 pub mod policy;
+pub mod process;
 pub mod refusal;
 pub mod replay;
 pub mod server;

@@ -193,7 +193,7 @@ impl Listener {
             kind,
             attached: attached.clone(),
             metrics: Arc::clone(metrics),
-            turned_away: TurnedAway::new(),
+            turned_away: TurnedAway::new(Arc::clone(metrics)),
         })
     }
 
@@ -230,6 +230,7 @@ impl Stream for Listener {
                     Some(stream) => {
                         let peer = Peer {
                             user: "inherited".to_owned(),
+                            process: String::new(),
                         };
                         return Poll::Ready(Some(Ok(this.wrap(stream, peer))));
                     }

@@ -64,6 +64,8 @@ metrics! {
     names_refused => "vnet_controlplane_names_refused_total",
     /// Connections refused because of who made them.
     peers_refused => "vnet_controlplane_peers_refused_total",
+    /// Of those, the ones that were hung up on without a word because as many were being told why as may.
+    peers_unanswered => "vnet_controlplane_peers_unanswered_total",
     /// Watches refused because there are as many as there may be.
     watches_refused => "vnet_controlplane_watches_refused_total",
     /// Changes that a watch missed because its reader was too slow.

@@ -23,6 +23,8 @@ use tokio::net::UnixStream;
 pub struct Peer {
     /// Its user's name, or `uid N` where it has none.
     pub user: String,
+    /// The process that connected ([`crate::process::mark`]); empty where that is not told.
+    pub process: String,
 }
 
 /// Why a peer may not speak.
@@ -105,6 +107,7 @@ pub fn check(stream: &UnixStream) -> Result<Peer, PeerError> {
     linux::check_namespace(stream, credentials.pid(), found == expected)?;
     Ok(Peer {
         user: user_name(found),
+        process: credentials.pid().map(crate::process::mark).unwrap_or_default(),
     })
 }
 

@@ -115,7 +115,12 @@ impl Rig {
     }
 
     pub(crate) fn dataplane_with(&self, hello: v1::Hello) -> FakeDataplane {
-        let attachment = self.hub.attach(hello).unwrap();
+        self.dataplane_of("", hello)
+    }
+
+    /// A dataplane of a process.
+    pub(crate) fn dataplane_of(&self, process: &str, hello: v1::Hello) -> FakeDataplane {
+        let attachment = self.hub.attach(hello, process).unwrap();
         let mut dataplane = FakeDataplane {
             hub: Arc::clone(&self.hub),
             attachment,

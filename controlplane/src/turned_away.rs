@@ -1,9 +1,9 @@
 //! The answer to a peer that is, or may be, of another network namespace: that it is refused, and nothing else.
 //!
-//! No service, and no reader of HTTP/2, is ever given such a connection. What it says is passed over frame by frame up to
-//! its first request, which gets a gRPC status made of constants (RFC 9113 §4 and §6, RFC 7541 §6, gRPC over HTTP/2:
+//! No service, and no reader of HTTP/2, is ever given such a connection. What it says is passed over frame by frame up
+//! to its first request, which gets a gRPC status made of constants (RFC 9113 §4 and §6, RFC 7541 §6, gRPC over HTTP/2:
 //! "Trailers-Only"). So a client can say why there is no controlplane for it. A few at a time are answered, each for a
-//! moment; whoever comes beside them is hung up on without a word.
+//! moment; whoever comes beside them is hung up on without a word, and counted.
 
 use std::io;
 use std::sync::Arc;
@@ -12,13 +12,21 @@ use std::time::Duration;
 use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _};
 use tokio::sync::Semaphore;
 
-/// Answers those who are turned away.
+use crate::metrics::Metrics;
+
+/// Answers those who are turned away from one listener.
 #[derive(Debug, Clone)]
-pub(crate) struct TurnedAway(Arc<Semaphore>);
+pub(crate) struct TurnedAway {
+    room: Arc<Semaphore>,
+    metrics: Arc<Metrics>,
+}
 
 impl TurnedAway {
-    pub(crate) fn new() -> Self {
-        Self(Arc::new(Semaphore::new(AT_ONCE_MAX)))
+    pub(crate) fn new(metrics: Arc<Metrics>) -> Self {
+        Self {
+            room: Arc::new(Semaphore::new(AT_ONCE_MAX)),
+            metrics,
+        }
     }
 
     /// Answers one with a constant, and hangs up. Never waits.
@@ -27,7 +35,8 @@ impl TurnedAway {
         stream: impl AsyncRead + AsyncWrite + Unpin + Send + 'static,
         why: &'static str,
     ) {
-        let Ok(permit) = Arc::clone(&self.0).try_acquire_owned() else {
+        let Ok(permit) = Arc::clone(&self.room).try_acquire_owned() else {
+            self.metrics.peers_unanswered.add(1);
             return;
         };
         tokio::spawn(async move {
@@ -144,7 +153,7 @@ mod tests {
     /// A client's connection to one who turns it away.
     async fn channel() -> Channel {
         let (ours, theirs) = tokio::io::duplex(4096);
-        TurnedAway::new().answer(theirs, WHY);
+        TurnedAway::new(Arc::default()).answer(theirs, WHY);
         let mut ours = Some(TokioIo::new(ours));
         Endpoint::from_static("http://controlplane.test")
             .connect_with_connector(tower::service_fn(move |_| {
@@ -157,7 +166,7 @@ mod tests {
     /// Everything that is said to one that said this.
     async fn heard(said: &[u8]) -> (Vec<u8>, DuplexStream) {
         let (mut ours, theirs) = tokio::io::duplex(1 << 20);
-        TurnedAway::new().answer(theirs, WHY);
+        TurnedAway::new(Arc::default()).answer(theirs, WHY);
         ours.write_all(said).await.unwrap();
         let mut heard = Vec::new();
         ours.read_to_end(&mut heard).await.unwrap();
@@ -201,20 +210,24 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn no_more_than_a_few_are_answered_at_once() {
-        let turned_away = TurnedAway::new();
+        let metrics = Arc::<Metrics>::default();
+        let turned_away = TurnedAway::new(Arc::clone(&metrics));
         let mut silent = Vec::new();
         for _ in 0..AT_ONCE_MAX {
             let (ours, theirs) = tokio::io::duplex(64);
             turned_away.answer(theirs, WHY);
             silent.push(ours);
         }
+        assert_eq!(metrics.peers_unanswered.get(), 0);
         let (mut ours, theirs) = tokio::io::duplex(64);
         turned_away.answer(theirs, WHY);
         assert_eq!(ours.read(&mut [0; 64]).await.unwrap(), 0, "not a word");
+        assert_eq!(metrics.peers_unanswered.get(), 1);
         // Their time is over.
         tokio::time::sleep(PATIENCE * 2).await;
         let (mut ours, theirs) = tokio::io::duplex(64);
         turned_away.answer(theirs, WHY);
         assert_eq!(ours.read(&mut [0; 64]).await.unwrap(), 9);
+        assert_eq!(metrics.peers_unanswered.get(), 1);
     }
 }

@@ -256,6 +256,50 @@ fn a_vm_whose_dataplane_is_killed_is_lost_and_served_again_under_its_name() {
 }
 
 #[test]
+fn a_name_is_kept_over_kill_9_for_who_lives_on_and_not_for_who_was_killed_too() {
+    staged(
+        a_name_is_kept_over_kill_9_for_who_lives_on_and_not_for_who_was_killed_too,
+        |world| {
+            let controlplane = Controlplane::start(world, Signal::SIGKILL);
+            let server = http(world.internet(), "203.0.113.10:80");
+            world.vnetctl(&["allow", "tcp", "203.0.113.10:80", "--vm", "web"]);
+            let (dataplane, socket) = by_hand(world, &controlplane, "web");
+            let guest = fetch_and_stay(world, &socket);
+            is_listed_as(world, "VM_STATE_ATTACHED");
+            // It cannot be the first to come back.
+            dataplane.signal(Signal::SIGSTOP);
+            let controlplane = controlplane.restart(world);
+            let (other, other_socket) = by_hand_as(world, &controlplane, "other", "web");
+            let mut stranger = world.load();
+            stranger.args(["guest", "--socket", &other_socket, "--", "sleep", "60"]);
+            let stranger = Running::start(stranger);
+            let names = || -> Vec<String> {
+                let listed = world.list(&["vm", "list"]);
+                let attached = listed.iter().filter(|vm| vm["state"] == "VM_STATE_ATTACHED");
+                attached
+                    .map(|vm| format!("{} {}", vm["name"], vm["network"]))
+                    .collect()
+            };
+            eventually("another asks for the name", || !names().is_empty());
+            assert!(names()[0].starts_with("\"web-2\""), "{:?}", names());
+            dataplane.signal(Signal::SIGCONT);
+            eventually("it has its name again", || names().len() == 2);
+            assert!(names()[0].starts_with("\"web\""), "{:?}", names());
+
+            for killed in [&dataplane, &other] {
+                killed.signal(Signal::SIGKILL);
+            }
+            let controlplane = controlplane.restart(world);
+            drop((dataplane, guest, other, stranger));
+            let (_again, socket) = by_hand(world, &controlplane, "web");
+            let _guest = fetch_and_stay(world, &socket);
+            is_listed_as(world, "VM_STATE_ATTACHED");
+            assert_eq!(server.requests(), 2, "what was allowed to the VM still is");
+        },
+    );
+}
+
+#[test]
 fn up_whose_dataplane_is_killed_ends_and_its_vm_is_served_again_under_its_name() {
     staged(
         up_whose_dataplane_is_killed_ends_and_its_vm_is_served_again_under_its_name,
@@ -303,6 +347,11 @@ fn fetch_and_stay(world: &World, socket: &str) -> Running {
 
 /// A dataplane that is started by hand, of this name, as is its VM; and the socket for guests.
 fn by_hand(world: &World, controlplane: &Controlplane, name: &str) -> (Running, String) {
+    by_hand_as(world, controlplane, name, name)
+}
+
+/// The same, with a VM of another name.
+fn by_hand_as(world: &World, controlplane: &Controlplane, name: &str, vm: &str) -> (Running, String) {
     let socket = world
         .runtime_dir()
         .join(format!("{name}.sock"))
@@ -310,7 +359,7 @@ fn by_hand(world: &World, controlplane: &Controlplane, name: &str) -> (Running, 
         .to_string();
     let mut command = world.program("vnet-dataplane");
     command.args(["--controlplane", controlplane.session_url()]);
-    command.args(["--vm", name, "--name", name]);
+    command.args(["--vm", vm, "--name", name]);
     command.args(["--listen-qemu", &format!("unix://{socket}")]);
     (Running::start(command), socket)
 }

@@ -86,7 +86,7 @@ impl DnsService for Api {
     ) -> Result<Response<v1::ListBindingsResponse>, Status> {
         let bindings = self.hub.bindings(Which {
             vms: selector(request.into_inner().vms)?.as_ref(),
-            network: "",
+            ..Default::default()
         });
         Ok(Response::new(v1::ListBindingsResponse { bindings }))
     }

@@ -17,7 +17,7 @@ use super::nat::{guarded, nat_of};
 use super::{HEARTBEAT, Hub, LEASE, State};
 use crate::clock::Now;
 use crate::convert;
-use crate::fleet::{self, DATAPLANES_MAX, Dataplane, DataplaneNo, LOOKUP_HOLD, Link, VMS_MAX, Vm};
+use crate::fleet::{self, DATAPLANES_MAX, Dataplane, DataplaneNo, LOOKUP_HOLD, Link, Vm};
 use crate::grant::{VmGrants, VmView};
 use crate::lists;
 use crate::policy::{EchGuard, Effective, ListCache, Modes, OwnPolicy, QuicGuard};
@@ -53,8 +53,8 @@ pub(crate) struct Attachment {
 }
 
 impl Hub {
-    /// A dataplane says Hello.
-    pub(crate) fn attach(&self, mut hello: v1::Hello) -> Result<Attachment, Status> {
+    /// A dataplane says Hello, from a process ([`crate::process::mark`]; empty where that is not told).
+    pub(crate) fn attach(&self, mut hello: v1::Hello, process: &str) -> Result<Attachment, Status> {
         check_version(&hello)?;
         // Without the lock: a long list delays no decision.
         let mut read = Vec::new();
@@ -63,7 +63,7 @@ impl Hub {
             .map(|up| VmFacts::read(up, &self.lists, &mut read))
             .collect::<Result<Vec<_>, _>>()?;
         self.read(|state, now| {
-            let attachment = state.attach(now, hello, ups)?;
+            let attachment = state.attach(now, hello, ups, process)?;
             // What an earlier session was asked for it does not know of. Before anybody can ask this one.
             self.captures.end_of(attachment.key.dataplane);
             Ok(attachment)
@@ -117,7 +117,13 @@ impl State {
             .is_some_and(|link| link.session == key.session)
     }
 
-    fn attach(&mut self, now: Now, hello: v1::Hello, ups: Vec<VmFacts>) -> Result<Attachment, Status> {
+    fn attach(
+        &mut self,
+        now: Now,
+        hello: v1::Hello,
+        ups: Vec<VmFacts>,
+        process: &str,
+    ) -> Result<Attachment, Status> {
         if hello.boot_id.len() != 16 {
             let length = hello.boot_id.len();
             return Err(Status::invalid_argument(format!(
@@ -184,6 +190,7 @@ impl State {
         let mut dataplane = Dataplane {
             name,
             boot_id: hello.boot_id,
+            process: process.to_owned(),
             network,
             link: Some(Link {
                 session: key.session,
@@ -373,46 +380,13 @@ impl State {
             return Err(Status::aborted("the session is over"));
         };
         let instance = fleet::instance(&dataplane.boot_id, up.handle);
+        let process = dataplane.process.clone();
         let known = dataplane.vms.get(&up.handle).cloned();
-        // Whoever had the name and is lost makes room: its dataplane was started again, most likely.
-        if known.is_none()
-            && let Some(lost) = self.fleet.vms.get(&up.name).filter(|vm| vm.lost)
-        {
-            let (number, handle) = (lost.dataplane, lost.handle);
-            self.vm_down(now, number, handle, String::new());
-        }
-        if known.is_none() && self.fleet.vms.len() >= VMS_MAX {
-            self.metrics.limits_reached.add(1);
-            return Err(Status::resource_exhausted(format!(
-                "{VMS_MAX} VMs are known, which is the limit"
-            )));
-        }
-        let name = known.clone().unwrap_or_else(|| self.fleet.free_name(&up.name));
-        if known.is_none() && name != up.name {
-            tracing::warn!(
-                vm = name,
-                wanted = up.name,
-                "the VM's name is in use by another VM: what is said of that one does not hold for this one"
-            );
-        }
-        // All but quarantine was set for one attachment.
-        let set = self.set.get(&name).cloned().unwrap_or_default();
-        let set = if set.instance == instance.0 {
-            set
-        } else {
-            let quarantined = set.mode == v1::Mode::Quarantine;
-            crate::store::StoredVm {
-                mode: if quarantined {
-                    v1::Mode::Quarantine
-                } else {
-                    v1::Mode::Unspecified
-                },
-                ..Default::default()
-            }
+        let name = match &known {
+            Some(name) => name.clone(),
+            None => self.name_for(now, &instance, &up.name)?,
         };
-        if let Some((_, waiting)) = &mut self.restored {
-            waiting.remove(&instance.0);
-        }
+        let set = self.keep(&name, &instance, &up.name, process);
         let labels = Vm::merged_labels(&up.labels, &set);
         let view = VmView {
             name: name.clone(),
@@ -420,13 +394,11 @@ impl State {
             instance,
         };
         let old = self.fleet.vms.remove(&name);
-        let (live_flows, bindings, denied, wanted_before) = old
-            .map(|vm| (vm.live_flows, vm.bindings, vm.denied, vm.wanted_name))
+        let (live_flows, bindings, denied) = old
+            .map(|vm| (vm.live_flows, vm.bindings, vm.denied))
             .unwrap_or_default();
         let effective = Arc::new(Effective::compose(now, &view, None, None, Modes::default()));
         let vm = Vm {
-            // One that comes again says the name that it was given.
-            wanted_name: if name == up.name { wanted_before } else { up.name },
             view,
             handle: up.handle,
             dataplane: number,
@@ -542,7 +514,7 @@ impl State {
     }
 
     /// A VM's link is gone for good.
-    fn vm_down(&mut self, now: Now, number: DataplaneNo, handle: VmId, link_error: String) {
+    pub(super) fn vm_down(&mut self, now: Now, number: DataplaneNo, handle: VmId, link_error: String) {
         let Some(dataplane) = self.fleet.dataplanes.get_mut(&number) else {
             return;
         };
@@ -557,7 +529,7 @@ impl State {
         let Some(instance) = self.fleet.vms.get(&name).map(|vm| vm.view.instance.clone()) else {
             return;
         };
-        self.instance_stopped(now, &instance);
+        self.instance_stopped(now, &instance, &name);
         for event in self.repeats.end_of(&name) {
             self.event(now, event);
         }

@@ -450,8 +450,8 @@ impl State {
         self.take_up(now, changes);
     }
 
-    /// Ends what is bound to an attachment of a VM that is gone for good.
-    pub(super) fn instance_stopped(&mut self, now: Now, instance: &crate::grant::VmInstance) {
+    /// Ends what is bound to an attachment of a VM that is gone for good. Its name is another's to have.
+    pub(super) fn instance_stopped(&mut self, now: Now, instance: &crate::grant::VmInstance, name: &str) {
         let changes = self.pending.vm_stopped(now.steady, instance);
         self.take_up(now, changes);
         let ended = self.grants.vm_stopped(instance);
@@ -464,16 +464,7 @@ impl State {
         {
             self.close_forwards(None, |_| true);
         }
-        let gone: Vec<String> = self
-            .set
-            .iter()
-            .filter(|(_, set)| set.instance == instance.0 && set.mode != v1::Mode::Quarantine)
-            .map(|(name, _)| name.clone())
-            .collect();
-        for name in gone {
-            self.set.remove(&name);
-            self.writes.push(crate::store::Write::PutVm(name, None));
-        }
+        self.forget_attachment(instance, name);
     }
 }
 

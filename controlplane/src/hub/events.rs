@@ -43,15 +43,18 @@ impl EventFilter {
     }
 }
 
-/// Whether an event is a network's. Where it was is said in the event, as its VM's name may be another's by now; only who
-/// is reached by a grant for several VMs is seen by those that are there.
+/// Whether an event is a network's. Where it was is said in the event, as its VM's name may be another's by now; only
+/// who is reached by a grant for several VMs is seen by those that are there.
 fn is_of(network: &str, event: &v1::Event, fleet: &Fleet) -> bool {
     if !event.network.is_empty() {
         return event.network == network;
     }
-    let selector = match event.grant.as_ref().and_then(|grant| grant.vms.clone()) {
-        Some(selector) => VmSelector::try_from(selector).ok(),
-        None if event.vm.is_empty() => return true,
+    // Before there was `grant_vms`, only what was made of a grant said whom it was for.
+    let of_grant = event.grant.as_ref().and_then(|grant| grant.vms.as_ref());
+    let selector = match event.grant_vms.as_ref().or(of_grant) {
+        Some(selector) => VmSelector::try_from(selector.clone()).ok(),
+        // For whom an old one was is not known: nobody's, rather than everybody's.
+        None if event.vm.is_empty() => return !is_of_grant(event),
         None => VmSelector::new(Some(event.vm.clone()), BTreeMap::new()),
     };
     // Of one VM alone it would say where that was, had it been on any.
@@ -126,14 +129,18 @@ impl Hub {
     }
 }
 
-/// Says where the VM of an event is, unless the event says it already. Of what happens to a grant only who made the event
-/// knows whether it is for the VM of that name that is there.
-pub(super) fn locate(event: &mut v1::Event, fleet: &Fleet) {
-    let of_grant = matches!(
+/// Whether an event is of what happens to a grant.
+fn is_of_grant(event: &v1::Event) -> bool {
+    matches!(
         event.kind(),
         v1::EventKind::GrantCreated | v1::EventKind::GrantUsedUp | v1::EventKind::GrantEnded
-    );
-    if event.network.is_empty() && !of_grant {
+    )
+}
+
+/// Says where the VM of an event is, unless the event says it already. Of what happens to a grant only who made the
+/// event knows whether it is for the VM of that name that is there.
+pub(super) fn locate(event: &mut v1::Event, fleet: &Fleet) {
+    if event.network.is_empty() && !is_of_grant(event) {
         fleet
             .network_of(&event.vm)
             .unwrap_or_default()
@@ -158,7 +165,8 @@ pub(super) fn about(kind: v1::EventKind, vm: &str, text: impl Into<String>) -> v
     }
 }
 
-/// An event about a grant: of a VM, where it is for one alone.
+/// An event about a grant: of a VM, where it is for one alone. Whom it is for is said in any case, and not by `grant`,
+/// which is of one that was made.
 pub(super) fn about_grant(
     kind: v1::EventKind,
     grant: &Grant,
@@ -169,6 +177,7 @@ pub(super) fn about_grant(
     let reached = fleet.vms.get(name).filter(|vm| grant.reaches(&vm.view));
     v1::Event {
         subject: grant.id.0.clone(),
+        grant_vms: Some((&grant.vms).into()),
         network: reached
             .and_then(|_| fleet.network_of(name))
             .unwrap_or_default()

@@ -5,6 +5,7 @@
 //! never make it wait. So nothing waits on one VM or dataplane while holding what another needs.
 //!
 //! - [`attach`](self): dataplanes and VMs come and go.
+//! - `names`: which VM goes by which name, over a start of the controlplane as well.
 //! - `decide`: a miss becomes a verdict or a question.
 //! - `traffic`: what dataplanes report of flows, lookups and bindings.
 //! - `budgets`: what is used of grants that have one.
@@ -35,6 +36,7 @@ mod forwards;
 mod history;
 mod ids;
 mod limits;
+mod names;
 mod nat;
 mod policies;
 mod reach;
@@ -50,7 +52,7 @@ mod tests;
 
 use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, SystemTime};
+use std::time::Duration;
 
 use tokio::sync::oneshot;
 use vnet_proto::model::{Epoch, VmSelector};
@@ -88,6 +90,7 @@ use budgets::Budgets;
 use captures::Captures;
 use change::Change;
 use events::EventLog;
+use names::Awaited;
 use policies::NamedPolicy;
 use repeats::Repeats;
 
@@ -130,10 +133,10 @@ struct State {
     grants: Grants,
     budgets: Budgets,
     pending: PendingTable,
-    /// What was set for VMs, by name, attached or not.
+    /// What is kept of VMs, by name: of those that are there, of those that are awaited, and quarantines.
     set: BTreeMap<String, StoredVm>,
-    /// "Until the VM stops" grants of an earlier life wait until then for their VMs to come back.
-    restored: Option<(SystemTime, HashSet<String>)>,
+    /// VMs of an earlier life that may come back.
+    awaited: Option<Awaited>,
     changes: HashMap<u64, Change>,
     last_change: u64,
     last_session: u64,
@@ -179,7 +182,7 @@ impl Hub {
             budgets: Budgets::default(),
             pending: PendingTable::new(),
             set: snapshot.vms,
-            restored: None,
+            awaited: None,
             changes: HashMap::new(),
             last_change: 0,
             last_session: 0,
@@ -337,16 +340,7 @@ impl State {
         let changes = self.pending.expire(now.steady);
         self.take_up(now, changes);
 
-        if self
-            .restored
-            .as_ref()
-            .is_some_and(|(until, _)| *until <= now.steady)
-            && let Some((_, instances)) = self.restored.take()
-        {
-            for instance in instances {
-                self.instance_stopped(now, &crate::grant::VmInstance(instance));
-            }
-        }
+        self.await_no_longer(now);
         let lost: Vec<_> = self
             .fleet
             .dataplanes
@@ -380,7 +374,7 @@ impl State {
             match convert::stored_grant(stored) {
                 Ok(grant) if grant.has_ended(now.steady) => self.writes.push(Write::DeleteGrant(id)),
                 Ok(grant) => {
-                    instances.extend(grant.instances.iter().map(|i| i.0.clone()));
+                    instances.extend(grant.instances.iter().cloned());
                     if let Err(e) = self.grants.insert(grant) {
                         tracing::warn!(grant = id, error = %e, "stored grant left out");
                     }
@@ -392,15 +386,7 @@ impl State {
                 Err(e) => tracing::warn!(grant = id, error = %e, "stored grant left out"),
             }
         }
-        instances.extend(
-            self.set
-                .values()
-                .map(|set| set.instance.clone())
-                .filter(|i| !i.is_empty()),
-        );
-        if !instances.is_empty() {
-            self.restored = Some((now.steady + LOST_GRACE, instances));
-        }
+        self.awaited = Awaited::new(now.steady + LOST_GRACE, instances, &self.set);
         for policy in policies {
             let name = policy.name.clone();
             let fallback = fallbacks.iter().find(|fallback| fallback.name == name);

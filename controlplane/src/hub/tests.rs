@@ -8,6 +8,7 @@ mod host;
 mod names;
 mod networks;
 mod reach;
+mod returns;
 mod settings;
 mod verify;
 mod zones;
@@ -502,15 +503,18 @@ fn a_policy_that_a_vm_brings_is_its_own_and_a_wrong_one_ends_the_session() {
     assert_eq!(dp.verdict(flow(WEB, &[])).action, ALLOW);
     assert_eq!(dp.verdict(flow("192.0.2.8:443", &[])).action, DENY);
     assert_eq!(rig.hub.vm("web").unwrap().policy, "own");
-    let refused = rig.hub.attach(hello(2, vec![own("rulse: []", &[])])).unwrap_err();
+    let refused = rig
+        .hub
+        .attach(hello(2, vec![own("rulse: []", &[])]), "")
+        .unwrap_err();
     assert_eq!(refused.code(), tonic::Code::InvalidArgument);
     assert!(refused.message().contains("own.yaml"), "{}", refused.message());
 
     for nothing in ["", "# defaultAction: deny"] {
-        let refused = rig.hub.attach(hello(2, vec![own(nothing, &[])])).unwrap_err();
+        let refused = rig.hub.attach(hello(2, vec![own(nothing, &[])]), "").unwrap_err();
         assert_eq!(refused.code(), tonic::Code::InvalidArgument, "{nothing:?}");
     }
-    let refused = rig.hub.attach(hello(2, vec![own("", &[])])).unwrap_err();
+    let refused = rig.hub.attach(hello(2, vec![own("", &[])]), "").unwrap_err();
     assert!(
         refused.message().contains("neither a document nor rules"),
         "{}",
@@ -680,13 +684,11 @@ fn live_flows_of_a_reconnect_are_judged_under_what_is_in_force() {
         epoch: verdict.epoch,
         ..Default::default()
     };
-    let attachment = rig
-        .hub
-        .attach(v1::Hello {
-            live_flows: vec![again],
-            ..hello(1, vec![vm_up(1, "web")])
-        })
-        .unwrap();
+    let again = v1::Hello {
+        live_flows: vec![again],
+        ..hello(1, vec![vm_up(1, "web")])
+    };
+    let attachment = rig.hub.attach(again, "").unwrap();
     let mut outbox = attachment.outbox;
     let mut told = Vec::new();
     while let Ok(response) = outbox.try_recv() {
@@ -847,8 +849,8 @@ async fn grants_policies_and_sequence_survive_a_restart() {
     // It does not: what was bound to it ends.
     let rig = Rig::start(&location, true);
     let _dp = rig.dataplane_with(hello(7, vec![vm_up(1, "web")]));
-    assert_eq!(rig.hub.vm("web").unwrap().mode, v1::Mode::Ask as i32);
-    assert_eq!(rig.hub.grants("web", "").unwrap().len(), 1);
+    assert_eq!(rig.hub.vm("web-2").unwrap().mode, v1::Mode::Ask as i32);
+    assert_eq!(rig.hub.grants("web-2", "").unwrap(), []);
     rig.pass(LOST_GRACE);
     assert_eq!(rig.hub.grants("", "").unwrap().len(), 1);
 }

@@ -49,7 +49,7 @@ impl Hub {
             };
             let which = Which {
                 vms: filter.as_ref(),
-                network: "",
+                ..Default::default()
             };
             let mut first: Vec<_> = state
                 .live_flows(which)

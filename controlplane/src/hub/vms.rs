@@ -227,8 +227,17 @@ impl State {
         let mode = update
             .mode
             .filter(|mode| quarantined && *mode != Mode::Quarantine)?;
-        self.set.remove(update.name);
-        self.writes.push(Write::PutVm(update.name.to_owned(), None));
+        if self.is_awaited(update.name)
+            && let Some(set) = self.set.get_mut(update.name)
+        {
+            // Its VM may come back, and has the name until then.
+            set.mode = mode.into();
+            self.writes
+                .push(Write::PutVm(update.name.to_owned(), Some(set.clone())));
+        } else {
+            self.set.remove(update.name);
+            self.writes.push(Write::PutVm(update.name.to_owned(), None));
+        }
         let event = about(
             v1::EventKind::VmUpdated,
             update.name,

@@ -19,6 +19,7 @@ use vnet_proto::v1::dataplane_service_server::DataplaneService;
 use vnet_proto::v1::session_request::Message;
 
 use crate::hub::{HEARTBEAT, Hub, MESSAGE_PACKETS_BYTES_MAX, MESSAGE_PACKETS_MAX, SessionKey};
+use crate::peer::Peer;
 use crate::refusal::Refusal;
 
 /// How long a dataplane may take to say Hello.
@@ -88,9 +89,11 @@ impl DataplaneService for Sessions {
             hub: Arc::clone(&self.hub),
             heartbeat: self.heartbeat,
         };
+        let peer = request.extensions().get::<Peer>();
+        let process = peer.map(|peer| peer.process.clone()).unwrap_or_default();
         // Answered at once: a client may wait for the headers before it speaks.
         tokio::spawn(async move {
-            let status = session.run(request.into_inner(), ready).await;
+            let status = session.run(request.into_inner(), &process, ready).await;
             // A client that went away does not need to know why.
             let _ = fail.send(status);
         });
@@ -153,6 +156,7 @@ impl Session {
     async fn run(
         self,
         mut inbound: Streaming<v1::SessionRequest>,
+        process: &str,
         ready: oneshot::Sender<mpsc::Receiver<v1::SessionResponse>>,
     ) -> Status {
         let hello = match tokio::time::timeout(HELLO_WAIT, inbound.message()).await {
@@ -163,7 +167,7 @@ impl Session {
             }))) => hello,
             Ok(Ok(_)) => return Status::failed_precondition("the first message is not a hello"),
         };
-        let attachment = match self.hub.attach(hello) {
+        let attachment = match self.hub.attach(hello, process) {
             Ok(attachment) => attachment,
             Err(status) => {
                 tracing::warn!(error = status.message(), "hello refused");

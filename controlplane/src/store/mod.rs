@@ -161,15 +161,20 @@ pub struct StoredGrant {
     pub uses: Vec<(String, Budget)>,
 }
 
-/// What was set for a VM by name.
+/// What is kept of a VM by name: who has the name, and what was set for it. Every VM has one while it is attached.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct StoredVm {
     /// The mode that was set; unspecified for none.
     pub mode: v1::Mode,
     /// Labels that were set; an empty value removes one.
     pub labels: BTreeMap<String, String>,
-    /// The attachment for which it was set. All but quarantine is gone with that.
+    /// The attachment that has the name, and for which it was set. All but quarantine is gone with that; empty for a
+    /// quarantine whose VM is gone.
     pub instance: String,
+    /// The name that it asked for, where another VM had it; else empty.
+    pub wanted: String,
+    /// The process of its dataplane ([`crate::process::mark`]); empty where that was not told.
+    pub process: String,
 }
 
 /// Everything that a start needs.
@@ -181,7 +186,7 @@ pub struct Snapshot {
     pub policies: Vec<v1::Policy>,
     /// Of those that await confirmation, what they fall back to, likewise.
     pub fallbacks: Vec<v1::Policy>,
-    /// What was set for VMs, by name.
+    /// VMs, by name.
     pub vms: BTreeMap<String, StoredVm>,
 }
 
@@ -203,7 +208,7 @@ pub enum Write {
         /// Which.
         revision: u64,
     },
-    /// Sets, or with `None` forgets, what was set for a VM.
+    /// Sets, or with `None` forgets, what is kept of a VM.
     PutVm(String, Option<StoredVm>),
 }
 

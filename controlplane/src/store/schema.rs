@@ -35,6 +35,10 @@ pub(super) const MIGRATIONS: &[Step] = &[
         sql: OPENED,
         then: None,
     },
+    Step {
+        sql: NAMES,
+        then: None,
+    },
 ];
 
 /// The version that this program writes.
@@ -96,6 +100,11 @@ const OPENED: &str = "
     CREATE TABLE history_opened (            -- a row while a controlplane has the history open
         one INTEGER PRIMARY KEY CHECK (one = 1)
     ) STRICT;
+";
+
+const NAMES: &str = "
+    ALTER TABLE vms ADD COLUMN wanted  TEXT NOT NULL DEFAULT '';     -- a name that another VM had
+    ALTER TABLE vms ADD COLUMN process TEXT NOT NULL DEFAULT '';     -- the dataplane's; process::mark
 ";
 
 /// Gives revisions of before their entries.

@@ -156,7 +156,7 @@ impl Store for SqliteStore {
         }
         let mut vms = self
             .connection
-            .prepare("SELECT name, mode, labels, instance FROM vms")?;
+            .prepare("SELECT name, mode, labels, instance, wanted, process FROM vms")?;
         let mut rows = vms.query([])?;
         while let Some(row) = rows.next()? {
             let labels: String = row.get(2)?;
@@ -166,6 +166,8 @@ impl Store for SqliteStore {
                     mode: v1::Mode::try_from(row.get::<_, i32>(1)?).unwrap_or_default(),
                     labels: serde_json::from_str(&labels).unwrap_or_default(),
                     instance: row.get(3)?,
+                    wanted: row.get(4)?,
+                    process: row.get(5)?,
                 },
             );
         }
@@ -230,13 +232,16 @@ impl Store for SqliteStore {
                 Write::ConfirmPolicy { name, revision } => confirm(&transaction, name, *revision)?,
                 Write::PutVm(name, Some(stored)) => transaction
                     .prepare_cached(
-                        "INSERT OR REPLACE INTO vms (name, mode, labels, instance) VALUES (?1, ?2, ?3, ?4)",
+                        "INSERT OR REPLACE INTO vms (name, mode, labels, instance, wanted, process)
+                         VALUES (?1, ?2, ?3, ?4, ?5, ?6)",
                     )?
                     .execute(params![
                         name,
                         stored.mode as i32,
                         serde_json::Value::from_iter(stored.labels.clone()).to_string(),
-                        stored.instance
+                        stored.instance,
+                        stored.wanted,
+                        stored.process
                     ])?,
                 Write::PutVm(name, None) => transaction
                     .prepare_cached("DELETE FROM vms WHERE name = ?1")?

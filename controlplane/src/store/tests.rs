@@ -48,6 +48,8 @@ fn vm() -> StoredVm {
         mode: v1::Mode::Quarantine,
         labels: BTreeMap::from([("role".to_owned(), "web".to_owned())]),
         instance: "a/1".to_owned(),
+        wanted: "v".to_owned(),
+        process: "p".to_owned(),
     }
 }
 

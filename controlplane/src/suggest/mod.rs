@@ -48,7 +48,8 @@ pub enum SuggestError {
     Nothing(&'static str),
     /// There is too much.
     #[error(
-        "the history has {found} different destinations, more than a suggestion is made of ({DESTINATIONS_MAX}); narrow it with --vm or --since"
+        "the history has {found} different destinations, more than a suggestion is made of ({DESTINATIONS_MAX}); \
+         narrow it with --vm or --since"
     )]
     TooMany {
         /// How many.
@@ -56,7 +57,8 @@ pub enum SuggestError {
     },
     /// People gave more answers than a document has room for.
     #[error(
-        "people gave {found} different answers about {about}, more than a policy may have rules for them ({most}); narrow it with --vm or --since"
+        "people gave {found} different answers about {about}, more than a policy may have rules for them ({most}); \
+         narrow it with --vm or --since"
     )]
     TooManyAnswers {
         /// Connections and lookups, or forwards.
@@ -79,7 +81,8 @@ pub fn from_history(history: &[Recorded], now: Now) -> Result<Suggestion, Sugges
     let facts = Facts::gather(history);
     if facts.is_empty() {
         return Err(SuggestError::Nothing(
-            "nothing is recorded of these VMs in this time; let them do what they are to be allowed under: vnetctl run --mode observe",
+            "nothing is recorded of these VMs in this time; let them do what they are to be allowed under: vnetctl \
+             run --mode observe",
         ));
     }
     if facts.len() > DESTINATIONS_MAX {

@@ -125,7 +125,7 @@ fn a_hello_with_wrong_or_too_many_translations_is_refused_and_says_why() {
             ..hello(1, Vec::new())
         };
         rig.hub
-            .attach(hello)
+            .attach(hello, "")
             .err()
             .map(|status| status.message().to_owned())
     };

@@ -94,30 +94,72 @@ async fn a_vm_that_came_and_went_is_its_own_networks_whoever_has_its_name_now() 
 #[tokio::test]
 async fn what_is_for_several_vms_is_told_where_one_of_them_is() {
     let rig = Rig::secure();
+    let team = || BTreeMap::from([("team".to_owned(), "x".to_owned())]);
     let _one = rig.dataplane_with(hello(1, vec![vm_up(1, "web")]));
-    let _two = rig.dataplane_with(hello(2, vec![vm_up(1, "db")]));
+    let of_team = v1::VmUp {
+        labels: team().into_iter().collect(),
+        ..vm_up(1, "db")
+    };
+    let _two = rig.dataplane_with(hello(2, vec![of_team]));
     let watch = |name: &str| rig.hub.watch_events(network(name)).unwrap().0;
     let (mut of_first, mut of_second) = (watch("net1"), watch("net2"));
-    for vms in [
+    let selectors = [
         VmSelector::named("w*"),
-        VmSelector::new(None, BTreeMap::from([("team".to_owned(), "x".to_owned())])).unwrap(),
+        VmSelector::new(None, team()).unwrap(),
+        VmSelector::new(Some("d*".to_owned()), team()).unwrap(),
+        // Nobody of that name has the label.
+        VmSelector::new(Some("w*".to_owned()), team()).unwrap(),
         VmSelector::all(),
         // Of one VM that is nowhere.
         VmSelector::named("gone"),
-    ] {
+    ];
+    let make = |vms: &VmSelector, lifetime| {
         let made = NewGrant {
-            vms: Some(vms),
-            ..grant(GrantAction::Allow, "tcp 192.0.2.8:443", None, Lifetime::Forever)
+            vms: Some(vms.clone()),
+            ..grant(GrantAction::Allow, "tcp 192.0.2.8:443", None, lifetime)
         };
-        rig.hub.create_grant(made).unwrap();
-    }
-    assert_eq!(said(&mut of_first), ["GrantCreated  w*", "GrantCreated  "]);
-    assert_eq!(said(&mut of_second), ["GrantCreated  "]);
+        rig.hub.create_grant(made).unwrap().0.id
+    };
+    let events = |kind: &str, of: &[&str]| -> Vec<String> {
+        of.iter().map(|name| format!("{kind}  {name}")).collect()
+    };
+    let (there, also_there) = (["w*", ""], ["", "d*", ""]);
+
+    let ids: Vec<String> = selectors.iter().map(|vms| make(vms, Lifetime::Forever)).collect();
+    assert_eq!(said(&mut of_first), events("GrantCreated", &there));
+    assert_eq!(said(&mut of_second), events("GrantCreated", &also_there));
     let listed = |network: &str| rig.hub.grants("", network).unwrap().len();
     assert_eq!(
         (listed(""), listed("net1"), listed("net2"), listed("net3")),
-        (4, 2, 1, 0)
+        (6, 2, 3, 0)
     );
+    for id in ids {
+        rig.hub.revoke_grant(&id, "tester").unwrap();
+    }
+    assert_eq!(said(&mut of_first), events("GrantEnded", &there));
+    assert_eq!(said(&mut of_second), events("GrantEnded", &also_there));
+
+    for vms in &selectors {
+        make(vms, Lifetime::For(Duration::from_secs(5)));
+        said(&mut of_first);
+        said(&mut of_second);
+        rig.pass(Duration::from_secs(5));
+        let name = vms.name().unwrap_or_default();
+        let ended = |is_there: bool| match is_there {
+            true => events("GrantEnded", &[name]),
+            false => Vec::new(),
+        };
+        assert_eq!(
+            said(&mut of_first),
+            ended(vms.matches("web", &BTreeMap::new())),
+            "{vms}"
+        );
+        assert_eq!(said(&mut of_second), ended(vms.matches("db", &team())), "{vms}");
+    }
+    // The history tells no more.
+    let recorded = recorded(&rig, &network("net1")).await;
+    let of_labels = |event: &&String| event.starts_with("Grant") && event.ends_with(' ');
+    assert_eq!(recorded.iter().filter(of_labels).count(), 4, "{recorded:?}");
 }
 
 #[tokio::test]
@@ -132,6 +174,12 @@ async fn an_event_of_before_there_were_networks_is_nobodys_in_particular() {
     let all = vec![old("web"), old("")];
     assert_eq!(rig.hub.filter_events(&network("net1"), all.clone()), [old("")]);
     assert_eq!(rig.hub.filter_events(&network(""), all.clone()), all);
+    // Whom a grant was for, that ended then, is not known.
+    let ended = v1::Event {
+        kind: v1::EventKind::GrantEnded.into(),
+        ..old("")
+    };
+    assert_eq!(rig.hub.filter_events(&network("net1"), vec![ended]), []);
 }
 
 #[test]
