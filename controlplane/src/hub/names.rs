@@ -18,6 +18,11 @@ use crate::grant::VmInstance;
 use crate::process;
 use crate::store::{StoredVm, Write};
 
+/// Whether the process that a VM is of is there, as far as is known: it was told, and is not known to have ended.
+fn lives_on(kept: &StoredVm) -> bool {
+    !kept.process.is_empty() && !process::has_ended(&kept.process)
+}
+
 /// Attachments of an earlier life, whose VMs may come back.
 #[derive(Debug)]
 pub(super) struct Awaited {
@@ -65,8 +70,11 @@ impl State {
         {
             return Ok(name);
         }
-        // Whoever had the name and is lost makes room: its dataplane was started again, most likely.
-        if let Some(lost) = self.fleet.vms.get(wanted).filter(|vm| vm.lost) {
+        // Whoever had the name and is lost makes room, unless its dataplane's process is there: it was started again,
+        // most likely.
+        if let Some(lost) = self.fleet.vms.get(wanted).filter(|vm| vm.lost)
+            && !self.set.get(wanted).is_some_and(lives_on)
+        {
             let (number, handle) = (lost.dataplane, lost.handle);
             self.vm_down(now, number, handle, String::new());
         }

@@ -168,6 +168,32 @@ fn a_dataplane_that_was_killed_with_the_controlplane_is_not_waited_for() {
     assert_eq!(listed(&rig), expected);
 }
 
+/// A session that breaks off is dialled again; another VM's asking meanwhile takes nothing from it.
+#[test]
+fn a_lost_vm_makes_room_when_its_dataplane_has_ended_and_not_before() {
+    let mut killed = Command::new("sleep").arg("60").spawn().unwrap();
+    let process = process::mark(i32::try_from(killed.id()).unwrap());
+    let is_told = !process.is_empty();
+    let rig = Rig::open();
+    let dp = rig.dataplane_of(&process, a());
+    rig.hub.update_vm(set_mode("web", Mode::Quarantine)).unwrap();
+    dp.lose();
+    if is_told {
+        let other = rig.dataplane_with(newcomer());
+        assert_eq!(listed(&rig), ["web  net1 quarantine", "web-2 web net2"]);
+        other.say(Message::VmDown(v1::VmDown {
+            vm: 1,
+            ..Default::default()
+        }));
+        rig.dataplane_of(&process, a()).lose();
+        assert_eq!(listed(&rig), ["web  net1 quarantine"]);
+    }
+    killed.kill().unwrap();
+    killed.wait().unwrap();
+    let _again = rig.dataplane_with(hello(3, vec![vm_up(1, "web")]));
+    assert_eq!(listed(&rig), ["web  net3 quarantine"]);
+}
+
 #[test]
 fn who_has_a_number_keeps_it_and_what_it_asked_for_whatever_it_says() {
     let kept = Kept::new();
