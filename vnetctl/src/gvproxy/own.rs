@@ -8,7 +8,7 @@ use std::collections::BTreeMap;
 use std::ffi::OsString;
 use std::fs::File;
 use std::io::{self, Read as _};
-use std::os::unix::fs::MetadataExt as _;
+use std::os::unix::fs::{MetadataExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
@@ -72,6 +72,8 @@ pub struct Own {
     pub guest_api_token_file: Option<Given<PathBuf>>,
     /// The controlplane.
     pub server: Option<Given<Server>>,
+    /// What the file says and a variable overrules: a line each, for its writer.
+    pub unheard: Vec<String>,
 }
 
 /// Where the file is, if this user has a place for it.
@@ -162,18 +164,27 @@ impl Own {
         }
     }
 
-    /// Each value of this, else of the other.
+    /// Each value of this, else of the other. What of the other is not heard is told: it may be the stricter word.
     fn over(self, other: Self) -> Self {
         let mut labels = other.labels;
         labels.extend(self.labels);
+        let mut unheard = other.unheard;
+        let told = &mut unheard;
         Self {
-            vm: self.vm.or(other.vm),
+            vm: over(self.vm, other.vm, "the VM's name", String::clone, told),
             labels,
-            mode: self.mode.or(other.mode),
-            network_policy: self.network_policy.or(other.network_policy),
-            guest_api: self.guest_api.or(other.guest_api),
-            guest_api_token_file: self.guest_api_token_file.or(other.guest_api_token_file),
-            server: self.server.or(other.server),
+            mode: over(self.mode, other.mode, "mode", Mode::to_string, told),
+            network_policy: over(self.network_policy, other.network_policy, "policy", shown, told),
+            guest_api: over(self.guest_api, other.guest_api, "guest-api", on_or_off, told),
+            guest_api_token_file: over(
+                self.guest_api_token_file,
+                other.guest_api_token_file,
+                "the file with guests' token",
+                shown,
+                told,
+            ),
+            server: over(self.server, other.server, "server", Server::to_string, told),
+            unheard,
         }
     }
 
@@ -338,6 +349,34 @@ fn check_at<T, E: std::fmt::Display>(
     }
 }
 
+/// The first of two, and a line about the second where it says something else.
+fn over<T: PartialEq>(
+    first: Option<Given<T>>,
+    second: Option<Given<T>>,
+    what: &str,
+    show: impl Fn(&T) -> String,
+    unheard: &mut Vec<String>,
+) -> Option<Given<T>> {
+    if let (Some(first), Some(second)) = (&first, &second)
+        && first.value != second.value
+    {
+        let (value, says) = (show(&second.value), show(&first.value));
+        unheard.push(format!(
+            "{}: {what} {value} is not used, as {} says {says}",
+            second.from, first.from
+        ));
+    }
+    first.or(second)
+}
+
+fn shown(path: &PathBuf) -> String {
+    path.display().to_string()
+}
+
+fn on_or_off(is_on: &bool) -> String {
+    if *is_on { "on" } else { "off" }.to_owned()
+}
+
 fn named(text: &str) -> Result<String, String> {
     if is_name(text) {
         return Ok(text.to_owned());
@@ -363,10 +402,23 @@ fn labelled(labels: &mut BTreeMap<String, String>, key: &str, value: &str) -> Re
     Ok(())
 }
 
-/// The file's text; `None` where there is no file. One that others may write says nothing on its owner's behalf.
+/// The file's text; `None` where there is no file. One that others may write says nothing on its owner's behalf; one that
+/// is meant to be there and is not might have been a policy.
 fn read(path: &Path) -> io::Result<Option<String>> {
-    let file = match File::open(path) {
+    // Who opens a pipe would wait for its writer.
+    let opened = File::options()
+        .read(true)
+        .custom_flags(nix::libc::O_NONBLOCK)
+        .open(path);
+    let file = match opened {
         Ok(file) => file,
+        Err(error) if error.kind() == io::ErrorKind::NotFound && path.is_symlink() => {
+            let to = std::fs::read_link(path)?;
+            return Err(io::Error::other(format!(
+                "it is a link to {}, which is not there",
+                to.display()
+            )));
+        }
         Err(error)
             if matches!(
                 error.kind(),
@@ -378,6 +430,9 @@ fn read(path: &Path) -> io::Result<Option<String>> {
         Err(error) => return Err(error),
     };
     let found = file.metadata()?;
+    if !found.is_file() {
+        return Err(io::Error::other("it is no file"));
+    }
     let uid = nix::unistd::geteuid().as_raw();
     if found.uid() != uid && found.uid() != 0 {
         return Err(io::Error::other(format!(

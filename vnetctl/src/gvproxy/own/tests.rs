@@ -107,6 +107,14 @@ fn a_variable_wins_over_the_file_and_a_wrong_one_is_named() {
     .unwrap_err();
     std::fs::set_permissions(&file, std::fs::Permissions::from_mode(0o666)).unwrap();
     let open = Own::load(variables(&[("XDG_CONFIG_HOME", &place)]), "vm").unwrap_err();
+    std::fs::remove_file(&file).unwrap();
+    // One that was to be there, and what nobody would ever end.
+    let refused = || Own::load(variables(&[("XDG_CONFIG_HOME", &place)]), "vm").unwrap_err();
+    std::os::unix::fs::symlink("/nowhere/gvproxy.yaml", &file).unwrap();
+    let dangling = refused();
+    std::fs::remove_file(&file).unwrap();
+    nix::unistd::mkfifo(&file, nix::sys::stat::Mode::S_IRUSR).unwrap();
+    let pipe = refused();
     std::fs::remove_dir_all(&directory).unwrap();
     let absent = Own::load(variables(&[("XDG_CONFIG_HOME", &place)]), "vm").unwrap();
 
@@ -129,6 +137,17 @@ fn a_variable_wins_over_the_file_and_a_wrong_one_is_named() {
             "VNET_LABELS: label \"a\" has no value (expected KEY=VALUE)",
         ]
     );
+    assert_eq!(own.unheard.len(), 1);
+    assert!(
+        own.unheard[0].ends_with("gvproxy.yaml:1:7: mode: mode ask is not used, as VNET_MODE says block"),
+        "{:?}",
+        own.unheard
+    );
+    assert!(
+        dangling[0].ends_with("gvproxy.yaml: it is a link to /nowhere/gvproxy.yaml, which is not there"),
+        "{dangling:?}"
+    );
+    assert!(pipe[0].ends_with("gvproxy.yaml: it is no file"), "{pipe:?}");
     assert_eq!(open.len(), 1);
     assert!(
         open[0].ends_with("gvproxy.yaml: others may write it; run: chmod go-w on it"),

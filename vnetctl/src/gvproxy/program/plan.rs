@@ -153,7 +153,7 @@ pub fn plan(
     }
     let services = config.services.as_ref().map(|at| listen_at(at, resolve));
     let services = services.and_then(|at| at.map_err(|problem| problems.push(problem)).ok());
-    let mut warnings = Vec::new();
+    let mut warnings = own.unheard.clone();
     let mode = said(config.mode, &own.mode, "mode", &mut warnings);
     let treatment = Treatment {
         document: policy,

@@ -43,7 +43,10 @@ impl Services {
     /// Adds a zone. To one that is there its records are added, before those that it has, and its default replaces
     /// that one's, even by none.
     pub(super) async fn add_zone(&self, body: &[u8]) -> Result<Answer, Answer> {
-        let zone = read_zone(body, self.control.network()).map_err(Answer::bad_request)?;
+        let mut zone = read_zone(body, self.control.network()).map_err(Answer::bad_request)?;
+        if zone.name.is_empty() {
+            ROOT.clone_into(&mut zone.name);
+        }
         let request = v1::SetZoneRequest {
             zone: Some(zone),
             prepend_records: true,
@@ -57,8 +60,9 @@ impl Services {
     /// Removes a zone.
     pub(super) async fn remove_zone(&self, body: &[u8]) -> Result<Answer, Answer> {
         let zone = read_zone(body, self.control.network()).map_err(Answer::bad_request)?;
-        if zone.name == ROOT {
-            return Err(Answer::bad_request("name is required"));
+        // Every name's is removed by its name alone, not by leaving one out.
+        if zone.name.is_empty() {
+            return Err(Answer::bad_request(NO_NAME));
         }
         let request = v1::DeleteZoneRequest {
             network: zone.network,
@@ -91,7 +95,7 @@ impl Services {
         };
         let (name, record, ip) = read().map_err(Answer::bad_request)?;
         if name.is_empty() {
-            return Err(Answer::bad_request("name is required"));
+            return Err(Answer::bad_request(NO_NAME));
         }
         if record.is_empty() {
             return Err(Answer::bad_request("record name is required"));
@@ -136,20 +140,18 @@ impl Services {
 
 /// The root, which every name is in. gvproxy's has no name.
 const ROOT: &str = ".";
+/// What is said where a zone is to be removed and none is named.
+const NO_NAME: &str = "name is required (the zone that every name is in is \".\")";
 
 /// A zone as it is sent.
 fn read_zone(body: &[u8], network: &str) -> Result<v1::Zone, String> {
     let value = Json::read(body)?;
     let zone = Object::of(&value, "Zone")?;
-    let mut name = zone.text("Name")?;
-    if name.is_empty() {
-        ROOT.clone_into(&mut name);
-    }
     let records = zone.list("Records", "types.Record")?;
     let records = records.iter().map(read_record).collect::<Result<_, String>>()?;
     Ok(v1::Zone {
         network: network.to_owned(),
-        name,
+        name: zone.text("Name")?,
         records,
         default_address: address(&zone, "DefaultIP")?,
     })

@@ -99,7 +99,10 @@ async fn zones_and_records_are_removed() {
             r#"{"name":"b.test.","record":{"Name":"x"}}"#,
             refused(400, "zone not found"),
         ),
-        (r#"{"record":{"Name":"x"}}"#, refused(400, "name is required")),
+        (
+            r#"{"record":{"Name":"x"}}"#,
+            refused(400, "name is required (the zone that every name is in is \".\")"),
+        ),
         (r#"{"name":"a.test."}"#, refused(400, "record name is required")),
         (
             r#"{"name":"a.test.","record":{"Name":"x","IP":"x"}}"#,
@@ -118,8 +121,11 @@ async fn zones_and_records_are_removed() {
     let remove = "/services/dns/remove";
     assert_eq!(
         post(&services, SERVICES, remove, r#"{"Name":""}"#).await,
-        refused(400, "name is required")
+        refused(400, "name is required (the zone that every name is in is \".\")")
     );
+    // What was added without a name can be removed.
+    assert_eq!(post(&services, SERVICES, "/services/dns/add", "{}").await, done());
+    assert_eq!(post(&services, SERVICES, remove, r#"{"Name":"."}"#).await, done());
     assert_eq!(
         post(&services, SERVICES, remove, r#"{"Name":"a.test."}"#).await,
         done()
