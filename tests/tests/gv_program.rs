@@ -490,6 +490,36 @@ fn debug_is_said_where_it_is_asked_for_and_nowhere_else() {
     });
 }
 
+/// The one that is started anew knows of no VM before the dataplane has dialled again.
+#[test]
+fn a_restart_of_the_controlplane_tells_of_nobodys_end() {
+    staged(a_restart_of_the_controlplane_tells_of_nobodys_end, |world| {
+        let notices = world.runtime_dir().join("n.sock");
+        let told = notices::listen(&notices);
+        let types = || -> Vec<String> {
+            let told = told.lock().unwrap();
+            let types = told.iter().filter_map(|n| n["notification_type"].as_str());
+            types.map(str::to_owned).collect()
+        };
+        let url = format!("unix://{}", notices.display());
+        let controlplane = Controlplane::start(world, Signal::SIGKILL);
+        let (_gvproxy, socket) = world.gvproxy_for_qemu(&["-ssh-port", "-1", "-notification", &url]);
+        let guest = world.guest_script(&socket, "ping -c 1 192.168.127.1 && exec sleep 600");
+        eventually("its coming is told", || {
+            types() == ["ready", "connection_established"]
+        });
+        let _again = controlplane.restart(world);
+        eventually("it is known again", || names(world).len() == 1);
+        // Long enough for what was told before at once.
+        std::thread::sleep(Duration::from_secs(1));
+        assert_eq!(types(), ["ready", "connection_established"]);
+        drop(guest);
+        eventually("its end is told", || {
+            types() == ["ready", "connection_established", "connection_closed"]
+        });
+    });
+}
+
 #[test]
 fn a_guests_coming_lease_and_going_are_told_in_order() {
     staged(a_guests_coming_lease_and_going_are_told_in_order, |world| {

@@ -2,7 +2,9 @@
 
 use std::collections::{HashMap, HashSet};
 use std::convert::Infallible;
+use std::time::Duration;
 
+use tokio::time::Instant;
 use vnet_proto::v1;
 
 use super::notify::{Details, Kind, Notification, Notifier};
@@ -14,6 +16,9 @@ use crate::output::text::safe;
 
 /// VMs whose state is remembered.
 const VMS_MAX: usize = 8192;
+/// How long a VM is waited for that is not in the first list of a controlplane: one that was started anew knows of none
+/// before the dataplane is back, which dials every five seconds at least.
+const RETURN_GRACE: Duration = Duration::from_secs(10);
 /// Pending requests that are remembered to have been told of; one beyond is told of again when the watch begins anew.
 const PENDING_MAX: usize = 8192;
 
@@ -21,6 +26,8 @@ const PENDING_MAX: usize = 8192;
 pub(super) struct Watch {
     attendant: Attendant,
     told: Told,
+    /// When those that were not told of again are taken for gone.
+    settles_at: Option<Instant>,
     questions: Questions,
     notifier: Notifier,
 }
@@ -60,6 +67,7 @@ impl Watch {
         let own_file = own_file.map_or("vnet/gvproxy.yaml".to_owned(), |path| path.display().to_string());
         Self {
             attendant: Attendant::start(connection, dataplane),
+            settles_at: None,
             questions: Questions::new(false, command.clone()),
             told: Told {
                 command,
@@ -89,7 +97,22 @@ impl Watch {
     /// Tells of what happens, for ever. Cancel safe.
     pub(super) async fn follow(&mut self) -> Infallible {
         loop {
-            let seen = self.attendant.next().await;
+            let settled = async {
+                match self.settles_at {
+                    Some(at) => tokio::time::sleep_until(at).await,
+                    None => std::future::pending().await,
+                }
+            };
+            let seen = tokio::select! {
+                biased;
+                seen = self.attendant.next() => seen,
+                () = settled => {
+                    self.settles_at = None;
+                    let news = self.told.settled();
+                    self.tell(news);
+                    continue;
+                }
+            };
             self.see(seen);
         }
     }
@@ -118,8 +141,7 @@ impl Watch {
                 Vec::new()
             }
             Seen::Synced => {
-                let news = self.told.synced();
-                self.tell(news);
+                self.settles_at = self.told.has_stale().then(|| Instant::now() + RETURN_GRACE);
                 Vec::new()
             }
             Seen::Pending(change) => {
@@ -158,7 +180,7 @@ impl Watch {
 }
 
 impl Told {
-    /// The watch begins anew: a VM that is not told again until it is synced went meanwhile.
+    /// The watch begins anew: a VM that is not told again until it is settled went meanwhile.
     fn begin_again(&mut self) {
         for vm in self.vms.values_mut() {
             vm.is_stale = true;
@@ -167,7 +189,12 @@ impl Told {
         self.earlier.extend(self.pending.drain().take(room));
     }
 
-    fn synced(&mut self) -> Vec<Notification> {
+    fn has_stale(&self) -> bool {
+        self.vms.values().any(|vm| vm.is_stale)
+    }
+
+    /// Whoever could be told of again has been: the others are gone.
+    fn settled(&mut self) -> Vec<Notification> {
         let stale = self.vms.iter().filter(|(_, vm)| vm.is_stale);
         let names: Vec<String> = stale.map(|(name, _)| name.clone()).collect();
         names.iter().flat_map(|name| self.gone(name, "")).collect()
@@ -525,9 +552,9 @@ mod tests {
         told.begin_again();
         assert_eq!(told.vm(&vm("b", v1::VmState::Attached, "")), []);
         assert_eq!(told.vm(&vm("c", v1::VmState::Lost, "")), []);
-        let gone = told.synced();
+        let gone = told.settled();
         assert_eq!(kinds(&gone), [Kind::ConnectionClosed]);
         assert_eq!(gone[0].vm, "a");
-        assert_eq!(told.synced(), []);
+        assert_eq!(told.settled(), []);
     }
 }
