@@ -136,6 +136,8 @@ struct Guest {
     waker: Arc<Waker>,
     inbox: Arc<Inbox>,
     switch_open: AtomicBool,
+    /// That it uses an address which it cannot have was told.
+    told_of_address: AtomicBool,
     /// As it attached.
     name: String,
 }
@@ -316,6 +318,7 @@ impl Network {
             waker,
             inbox,
             switch_open: AtomicBool::new(false),
+            told_of_address: AtomicBool::new(false),
             name: spec.name.clone(),
         };
         {
@@ -462,6 +465,30 @@ impl Network {
         }
     }
 
+    /// Tells, once for each guest, that it uses an address which it cannot have: what it sends from there is dropped,
+    /// and looks from inside like a network that is down.
+    fn tell_of_address(&self, vm: VmId, mac: Mac, address: Ipv4Addr) {
+        let holder = self.lock_leases().owner(address);
+        let guests = self.read_guests();
+        let Some(guest) = guests.by_vm.get(&vm) else {
+            return;
+        };
+        if guest.told_of_address.swap(true, Ordering::Relaxed) {
+            return;
+        }
+        let whose = match holder.and_then(|holder| guests.by_vm.get(&holder)) {
+            Some(other) => format!("VM {} has it", other.name),
+            None => "it is kept for another MAC address, or is none of guests".to_owned(),
+        };
+        tracing::warn!(
+            vm = guest.name,
+            %mac,
+            %address,
+            "a VM uses an address that it cannot have, so nothing from there passes ({whose}; have it ask by DHCP, or \
+             give it another)"
+        );
+    }
+
     /// Ends every guest, those included whose link is gone; no more are let in.
     pub fn stop(&self) {
         self.write_guests().stopped = true;
@@ -560,6 +587,9 @@ impl Surroundings for Network {
                     (leases.claim(vm, mac, v4, now), leases.counts())
                 };
                 self.count_leases(counts);
+                if !owned {
+                    self.tell_of_address(vm, mac, v4);
+                }
                 owned
             }
             IpAddr::V6(v6) => {

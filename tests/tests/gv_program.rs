@@ -490,6 +490,25 @@ fn debug_is_said_where_it_is_asked_for_and_nowhere_else() {
     });
 }
 
+/// 192.168.127.2 is kept for podman's machine, by its MAC address, as in the peer.
+#[test]
+fn a_guest_with_an_address_that_is_kept_for_another_is_told_of_once() {
+    staged(
+        a_guest_with_an_address_that_is_kept_for_another_is_told_of_once,
+        |world| {
+            let (mut gvproxy, socket) = world.gvproxy_for_qemu(&["-ssh-port", "-1"]);
+            let mut other = world.load();
+            other.args(["guest", "--socket"]).arg(&socket);
+            other.args(["--", "ping", "-c", "2", "-W", "1", "192.168.127.1"]);
+            let ended = Running::start(other).wait();
+            assert_ne!(ended.code, 0, "{ended:?}");
+            let said = "a VM uses an address that it cannot have, so nothing from there passes (it is kept for another";
+            gvproxy.complains(said);
+            assert_eq!(gvproxy.stderr().matches(said).count(), 1, "{}", gvproxy.stderr());
+        },
+    );
+}
+
 /// The one that is started anew knows of no VM before the dataplane has dialled again.
 #[test]
 fn a_restart_of_the_controlplane_tells_of_nobodys_end() {

@@ -174,13 +174,19 @@ impl Own {
             vm: over(self.vm, other.vm, "the VM's name", String::clone, told),
             labels,
             mode: over(self.mode, other.mode, "mode", Mode::to_string, told),
-            network_policy: over(self.network_policy, other.network_policy, "policy", shown, told),
+            network_policy: over(
+                self.network_policy,
+                other.network_policy,
+                "policy",
+                |path| shown(path),
+                told,
+            ),
             guest_api: over(self.guest_api, other.guest_api, "guest-api", on_or_off, told),
             guest_api_token_file: over(
                 self.guest_api_token_file,
                 other.guest_api_token_file,
                 "the file with guests' token",
-                shown,
+                |path| shown(path),
                 told,
             ),
             server: over(self.server, other.server, "server", Server::to_string, told),
@@ -369,7 +375,7 @@ fn over<T: PartialEq>(
     first.or(second)
 }
 
-fn shown(path: &PathBuf) -> String {
+fn shown(path: &Path) -> String {
     path.display().to_string()
 }
 
