@@ -69,6 +69,8 @@ pub struct Dataplane {
     pub epoch: Epoch,
     /// The guests' subnets, one of a family at most.
     pub subnets: Vec<IpNet>,
+    /// The gateway's address there.
+    pub gateway: Option<IpAddr>,
     /// Destinations of its guests that are dialled at other addresses.
     pub nat: HashMap<IpAddr, IpAddr>,
     /// What it guards.

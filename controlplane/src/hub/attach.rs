@@ -139,6 +139,7 @@ impl State {
         .into_iter()
         .flatten()
         .collect();
+        let gateway = optional("gateway", &hello.gateway, |t| t.parse::<IpAddr>().ok())?;
         let nat = nat_of(&hello)?;
         let host = hello.host_addresses.clone().unwrap_or_default();
         let host_addresses = host_addresses(&host).map_err(malformed)?;
@@ -201,10 +202,12 @@ impl State {
             epoch: self.epoch,
             guarded: guarded(&subnets, &nat, host_addresses),
             subnets,
+            gateway,
             nat,
             vms: HashMap::new(),
             flows: HashMap::new(),
-            forwards: hello.forwards,
+            // Once it is welcomed: before, it is not told to close any.
+            forwards: Vec::new(),
             zones: hello.zones,
             outstanding: HashMap::new(),
             last_command: 0,
@@ -248,7 +251,11 @@ impl State {
                 ..Default::default()
             },
         );
+        let mut gone_askers = Vec::new();
         for handle in gone {
+            if let Some(vm) = self.fleet.vm_of(number, handle) {
+                gone_askers.push((vm.view.name.clone(), vm.effective.mode().is_some()));
+            }
             self.vm_down(now, number, handle, String::new());
         }
         // Flows that are still there are told again below, and keep nothing of the old session.
@@ -288,8 +295,16 @@ impl State {
         for binding in hello.bindings {
             self.count_malformed(|state| state.handle_binding(now, number, binding));
         }
-        // What changed while it was away, or before this controlplane was there.
-        self.close_forwards(None, |_| true);
+        if let Some(dataplane) = self.fleet.dataplanes.get_mut(&number) {
+            dataplane.forwards = hello.forwards;
+        }
+        // By who had the name when they were opened: another may have it by now.
+        for (name, was_judged) in gone_askers {
+            self.asker_gone(number, &name, was_judged);
+        }
+        // What changed while it was away, or before this controlplane was there. It said all of its VMs: who asked and is
+        // not among them does not come back.
+        self.close_forwards(None, |_, _| true);
         Ok(Attachment {
             key,
             outbox: messages,
@@ -368,6 +383,8 @@ impl State {
         let settings = self.vm_up(now, number, facts)?;
         let name = settings.name.clone();
         self.send(number, v1::session_response::Message::VmSettings(settings));
+        let addresses = self.fleet.vms.get(&name).map(|vm| vm.addresses.clone());
+        self.close_moved(number, &name, &addresses.unwrap_or_default());
         if again {
             // It may have brought another policy, mode or labels than before.
             self.change(now, None, |vm| vm.view.name == name, "the VM attached anew");
@@ -486,7 +503,11 @@ impl State {
             return;
         };
         let was_attached = std::mem::replace(&mut vm.attached, status.attached);
-        vm.addresses = status.addresses;
+        let mut addresses = std::mem::replace(&mut vm.addresses, status.addresses);
+        let has_moved = addresses != vm.addresses || was_attached != status.attached;
+        if has_moved {
+            addresses.extend(vm.addresses.iter().cloned());
+        }
         vm.mac = status.mac;
         vm.claimed_hostname = status.claimed_hostname;
         vm.leased_address = status.leased_address;
@@ -510,6 +531,9 @@ impl State {
             _ => {}
         }
         self.limits_reached(now, &name, reached);
+        if has_moved {
+            self.close_moved(number, &name, &addresses);
+        }
         self.publish_vm(v1::VmChange::Updated, &name);
     }
 
@@ -526,9 +550,10 @@ impl State {
         for (_, flow) in flows {
             self.flow_ended(now, flow, v1::FlowEnd::VmDown, None);
         }
-        let Some(instance) = self.fleet.vms.get(&name).map(|vm| vm.view.instance.clone()) else {
+        let Some(vm) = self.fleet.vms.get(&name) else {
             return;
         };
+        let (instance, was_judged) = (vm.view.instance.clone(), vm.effective.mode().is_some());
         self.instance_stopped(now, &instance, &name);
         for event in self.repeats.end_of(&name) {
             self.event(now, event);
@@ -546,6 +571,7 @@ impl State {
         // While it still says where the VM was.
         self.event(now, about(v1::EventKind::VmDetached, &name, text));
         self.fleet.vms.remove(&name);
+        self.asker_gone(number, &name, was_judged);
     }
 
     fn session_lost(&mut self, now: Now, number: DataplaneNo) {

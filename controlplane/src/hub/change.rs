@@ -164,7 +164,7 @@ impl State {
         for (number, flows) in cuts {
             self.cut(id, number, flows, text);
         }
-        self.close_forwards(id, |name| concerned.contains(name));
+        self.close_forwards(id, |_, forward| concerned.contains(&forward.asked_by));
     }
 
     /// Cuts flows.

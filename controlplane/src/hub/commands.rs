@@ -225,7 +225,7 @@ impl State {
                 let text = format!("{} leads to {}", forward.listen, forward.target);
                 dataplane.forwards.retain(|f| !is(f, &forward));
                 dataplane.forwards.push(forward.clone());
-                self.forward_opened(now, &forward);
+                self.forward_opened(now, number, &forward);
                 text
             }
             Command::ExposeRange(_) => {

@@ -462,7 +462,7 @@ impl State {
             .iter()
             .any(|grant| matches!(grant.target, Target::Forward(_)))
         {
-            self.close_forwards(None, |_| true);
+            self.close_forwards(None, |_, _| true);
         }
         self.forget_attachment(instance, name);
     }

@@ -1,10 +1,10 @@
 //! Forwards that VMs ask for themselves: decided and opened in one step, asked of a person where the policy says so,
-//! judged anew at each change, and closed where they are no longer allowed.
+//! judged anew at each change, and closed where they are no longer allowed, or their VM is gone.
 //!
 //! Which VM asked, and on which grant a forward rests, travels with the forward, so that it is known after a
 //! reconnect and after a restart of either side.
 
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::time::Duration;
 
 use tokio::sync::oneshot;
@@ -19,7 +19,7 @@ use super::repeats::Key;
 use super::{Hub, State, ids};
 use crate::approval::{AskForward, AskOutcome, OPEN_PER_VM_MAX, PendingId};
 use crate::clock::Now;
-use crate::fleet::{DataplaneNo, Fleet, Outstanding, Vm, no_vm};
+use crate::fleet::{Dataplane, DataplaneNo, Fleet, Outstanding, Vm, no_vm};
 use crate::grant::{GrantId, Use, VmInstance};
 use crate::policy::{ForwardDecision, Outcome, decide_forward, on_loopback};
 use crate::refusal::Refusal;
@@ -103,8 +103,8 @@ impl State {
         else {
             return Err(no_vm(&name));
         };
-        let target = wish.target.ip().to_canonical().to_string();
-        if !vm.addresses.is_empty() && !vm.addresses.contains(&target) {
+        let target = wish.target.ip().to_canonical();
+        if !self.may_be_own(vm, dataplane, target) {
             let text =
                 format!("{target} is not an address of VM {name}, and a VM opens ports to itself alone");
             return Err(Refusal::Denied(text));
@@ -138,6 +138,22 @@ impl State {
             },
             Outcome::Deny | Outcome::Drop => Err(self.refuse_forward(now, &name, wish, listen, decision)),
         }
+    }
+
+    /// Whether an address is a VM's own. Those that a guest speaks from are told a moment later: while none of a subnet
+    /// is known of it, one there that nobody else has may be. Should it turn out to be another's, what leads there is
+    /// closed.
+    fn may_be_own(&self, vm: &Vm, dataplane: &Dataplane, address: IpAddr) -> bool {
+        if has(vm, address) {
+            return true;
+        }
+        let Some(subnet) = dataplane.subnets.iter().find(|net| net.contains(&address)) else {
+            return false;
+        };
+        let is_known = |own: &String| own.parse().is_ok_and(|own: IpAddr| subnet.contains(&own));
+        let is_the_networks = dataplane.gateway == Some(address) || dataplane.nat.contains_key(&address);
+        let mut others = dataplane.vms.values().filter_map(|name| self.fleet.vms.get(name));
+        !vm.addresses.iter().any(is_known) && !is_the_networks && !others.any(|other| has(other, address))
     }
 
     /// Who asks, and on which dataplane.
@@ -255,39 +271,77 @@ impl State {
         Refusal::Denied(format!("{protocol} {listen} is not opened: {}", reason.text))
     }
 
-    /// A dataplane opened a forward: what it rests on is used, and may be gone by now.
-    pub(super) fn forward_opened(&mut self, now: Now, forward: &v1::Forward) {
+    /// A dataplane opened a forward: what it rests on is used, and may be gone by now, as may be who asked for it.
+    pub(super) fn forward_opened(&mut self, now: Now, number: DataplaneNo, forward: &v1::Forward) {
         if forward.asked_by.is_empty() {
             return;
         }
         if !forward.grant_id.is_empty() {
             self.use_grant(now, &GrantId(forward.grant_id.clone()), Use::Flow);
         }
-        let asker = forward.asked_by.clone();
-        self.refresh_grants(&asker);
-        self.close_forwards(None, |name| name == asker);
+        let asker = forward.asked_by.as_str();
+        if self.asker_on(number, asker).is_none() {
+            return self.close(None, vec![(number, forward.clone())]);
+        }
+        self.close_forwards(None, |_, other| other.asked_by == asker);
     }
 
-    /// Closes forwards that these VMs asked for, and that are no longer allowed. Those of VMs that are gone are
-    /// judged as well.
-    pub(super) fn close_forwards(&mut self, change: Option<u64>, concerns: impl Fn(&str) -> bool) {
-        let mut closing: Vec<(DataplaneNo, v1::Forward)> = Vec::new();
-        for (number, dataplane) in &self.fleet.dataplanes {
-            let judged = dataplane.forwards.iter().filter(|forward| {
-                let asker = forward.asked_by.as_str();
-                !asker.is_empty() && (concerns(asker) || !self.fleet.vms.contains_key(asker))
-            });
-            // One that is being closed needs not be told again.
-            let is_closing = |forward: &v1::Forward| {
-                dataplane.outstanding.values().any(|outstanding| {
-                    matches!(outstanding, Outstanding::Command { command: Command::Unexpose(other), .. }
-                        if other.protocol == forward.protocol && other.listen == forward.listen)
-                })
+    /// A VM is gone for good. What it asked for under a policy or a mode goes with it: it is for nobody else who has its
+    /// name or its address next.
+    pub(super) fn asker_gone(&mut self, number: DataplaneNo, name: &str, was_judged: bool) {
+        let Some(dataplane) = self.fleet.dataplanes.get(&number) else {
+            return;
+        };
+        let asked = dataplane
+            .forwards
+            .iter()
+            .filter(|forward| forward.asked_by == name);
+        let over = asked.filter(|forward| was_judged || !self.may_stay(number, forward));
+        let over = over.map(|forward| (number, forward.clone())).collect();
+        self.close(None, over);
+    }
+
+    /// A VM came, or its addresses are others, or it is away or back: closes what leads there and is no longer its
+    /// asker's, and what it asked for itself where that is no longer allowed.
+    pub(super) fn close_moved(&mut self, number: DataplaneNo, name: &str, addresses: &[String]) {
+        self.close_forwards(None, |at, forward| {
+            let leads_there = || {
+                let target = target_of(forward).map(|address| address.to_string());
+                target.is_none_or(|address| addresses.contains(&address))
             };
-            let over = judged.filter(|forward| !self.may_stay(*number, forward) && !is_closing(forward));
-            closing.extend(over.map(|forward| (*number, forward.clone())));
+            at == number && (forward.asked_by == name || leads_there())
+        });
+    }
+
+    /// Closes forwards that are concerned and no longer allowed, of those that VMs asked for. Those of VMs that are gone
+    /// are judged as well.
+    pub(super) fn close_forwards(
+        &mut self,
+        change: Option<u64>,
+        concerns: impl Fn(DataplaneNo, &v1::Forward) -> bool,
+    ) {
+        let mut judged: Vec<(DataplaneNo, v1::Forward)> = Vec::new();
+        for (number, dataplane) in &self.fleet.dataplanes {
+            let asked = dataplane.forwards.iter().filter(|forward| {
+                let asker = forward.asked_by.as_str();
+                !asker.is_empty() && (concerns(*number, forward) || self.asker_on(*number, asker).is_none())
+            });
+            judged.extend(asked.map(|forward| (*number, forward.clone())));
         }
+        // What was granted may have ended since they were last asked about.
+        for (_, forward) in &judged {
+            self.refresh_grants(&forward.asked_by);
+        }
+        judged.retain(|(number, forward)| !self.may_stay(*number, forward));
+        self.close(change, judged);
+    }
+
+    fn close(&mut self, change: Option<u64>, closing: Vec<(DataplaneNo, v1::Forward)>) {
         for (number, forward) in closing {
+            // One that is being closed needs not be told again.
+            if self.is_closing(number, &forward) {
+                continue;
+            }
             let listen = forward.listen.clone();
             // Nobody waits for the answer itself. One that is lost is closed when it is back.
             match self.send_command(number, change, |_| Command::Unexpose(forward)) {
@@ -297,13 +351,28 @@ impl State {
         }
     }
 
+    fn is_closing(&self, number: DataplaneNo, forward: &v1::Forward) -> bool {
+        let dataplane = self.fleet.dataplanes.get(&number);
+        dataplane.is_some_and(|dataplane| {
+            dataplane.outstanding.values().any(|outstanding| {
+                matches!(outstanding, Outstanding::Command { command: Command::Unexpose(other), .. }
+                    if other.protocol == forward.protocol && other.listen == forward.listen)
+            })
+        })
+    }
+
+    /// Who asked for a forward of a dataplane; `None`: it is gone for good.
+    fn asker_on(&self, number: DataplaneNo, name: &str) -> Option<&Vm> {
+        self.fleet.vms.get(name).filter(|vm| vm.dataplane == number)
+    }
+
     fn may_stay(&self, number: DataplaneNo, forward: &v1::Forward) -> bool {
-        let vm = self.fleet.vms.get(&forward.asked_by);
-        let Some(vm) = vm.filter(|vm| vm.dataplane == number) else {
-            let grant = &forward.grant_id;
-            return grant.is_empty()
-                || self.grants.get(&GrantId(grant.clone())).is_some()
-                || self.is_spent(grant);
+        if self.leads_to_another(number, forward) {
+            return false;
+        }
+        let Some(vm) = self.asker_on(number, &forward.asked_by) else {
+            // What it was under is not known any more: only where nobody is under anything, it was not either.
+            return forward.grant_id.is_empty() && !self.secure_mode && self.policies.is_empty();
         };
         let Some(decision) = self.judge_forward(vm, forward) else {
             return false;
@@ -319,6 +388,23 @@ impl State {
         }
     }
 
+    /// Whether another VM than the one that asked has the address that a forward leads to. Of one that is away, what was
+    /// its own may be another's by now.
+    fn leads_to_another(&self, number: DataplaneNo, forward: &v1::Forward) -> bool {
+        let (Some(address), Some(dataplane)) = (target_of(forward), self.fleet.dataplanes.get(&number))
+        else {
+            return true;
+        };
+        let asker = self.asker_on(number, &forward.asked_by);
+        if asker.is_some_and(|vm| vm.attached && has(vm, address)) {
+            return false;
+        }
+        let others = dataplane.vms.values().filter(|name| **name != forward.asked_by);
+        others
+            .filter_map(|name| self.fleet.vms.get(name))
+            .any(|other| has(other, address))
+    }
+
     fn judge_forward(&self, vm: &Vm, forward: &v1::Forward) -> Option<ForwardDecision> {
         let dataplane = self.fleet.dataplanes.get(&vm.dataplane)?;
         let protocol = Protocol::try_from(forward.protocol()).ok()?;
@@ -329,6 +415,17 @@ impl State {
         let context = context(vm, &dataplane.guarded, None);
         Some(decide_forward(&context, protocol, listen, target.port()))
     }
+}
+
+/// Whether an address is known to be a VM's.
+fn has(vm: &Vm, address: IpAddr) -> bool {
+    vm.addresses.contains(&address.to_string())
+}
+
+/// The address that a forward leads to, where one can be read.
+fn target_of(forward: &v1::Forward) -> Option<IpAddr> {
+    let target: SocketAddr = forward.target.parse().ok()?;
+    Some(target.ip().to_canonical())
 }
 
 /// Whether a person is still to be asked about a forward. Of a VM that is not there, nothing is known to say otherwise.

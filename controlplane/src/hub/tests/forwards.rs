@@ -443,6 +443,278 @@ async fn what_names_no_vm_or_an_address_of_another_is_refused() {
     );
 }
 
+/// A VM that is there, and the addresses that are known of it.
+fn vm_at(handle: u32, name: &str, addresses: &[&str]) -> v1::VmUp {
+    v1::VmUp {
+        addresses: addresses.iter().map(|&address| address.to_owned()).collect(),
+        ..vm_up(handle, name)
+    }
+}
+
+fn status_of(up: v1::VmUp) -> Message {
+    Message::VmStatus(v1::VmStatus {
+        vm: up.vm,
+        attached: up.attached,
+        addresses: up.addresses,
+        ..Default::default()
+    })
+}
+
+fn down(dp: &FakeDataplane, vm: u32) {
+    dp.say(Message::VmDown(v1::VmDown {
+        vm,
+        ..Default::default()
+    }));
+}
+
+/// Opens it, where nobody is asked.
+async fn opened(rig: &Rig, dp: &mut FakeDataplane) -> v1::Forward {
+    let call = ask(rig, "127.0.0.1:8080");
+    assert!(matches!(obeys(dp, 0).await, Command::Expose(_)));
+    call.await.unwrap().unwrap()
+}
+
+/// It is told to close it, and that once.
+async fn is_closed(rig: &Rig, dp: &mut FakeDataplane, why: &str) {
+    let closed = obeys(dp, 0).await;
+    assert!(
+        matches!(&closed, Command::Unexpose(f) if f.listen == "127.0.0.1:8080"),
+        "{why}: {closed:?}"
+    );
+    assert!(rig.hub.forwards("").unwrap().is_empty(), "{why}");
+    assert!(commands(dp).is_empty(), "{why}");
+}
+
+fn commands(dp: &mut FakeDataplane) -> Vec<Command> {
+    let told = dp.told();
+    dp.acknowledge(&told);
+    let commands = told.into_iter().filter_map(|one| match one {
+        Told::Command(command) => command.command,
+        _ => None,
+    });
+    commands.collect()
+}
+
+#[tokio::test]
+async fn what_a_vm_was_granted_ends_with_it_however_long_the_grant_is_for() {
+    for lifetime in [Lifetime::UntilVmStops, Lifetime::Once, Lifetime::Forever] {
+        let rig = Rig::secure();
+        let mut dp = rig.dataplane_with(hello(1, vec![vm_at(1, "web", &["192.168.127.2"])]));
+        let call = ask(&rig, "127.0.0.1:8080");
+        let id = the_request(&rig).await.id;
+        let yes = Reply {
+            lifetime: Some(lifetime),
+            ..reply(&id, Answer::Approve)
+        };
+        rig.hub.reply(&yes).unwrap();
+        obeys(&mut dp, 0).await;
+        call.await.unwrap().unwrap();
+        down(&dp, 1);
+        is_closed(&rig, &mut dp, &format!("{lifetime:?}")).await;
+    }
+}
+
+#[tokio::test]
+async fn what_rules_or_modes_of_the_vm_itself_let_it_open_ends_with_it() {
+    let rig = Rig::open();
+    rig.apply("version: 1\nforwards: [{action: allow, vm: {name: web}}]\n");
+    let mut dp = rig.dataplane("web");
+    opened(&rig, &mut dp).await;
+    down(&dp, 1);
+    is_closed(&rig, &mut dp, "by a rule").await;
+    // Back, it asks again.
+    dp.say(Message::VmUp(vm_up(2, "web")));
+    opened(&rig, &mut dp).await;
+
+    // Its mode alone is gone with it, but was known.
+    for between_sessions in [false, true] {
+        let rig = Rig::open();
+        let mut dp = rig.dataplane("web");
+        rig.hub.update_vm(set_mode("web", Mode::Ask)).unwrap();
+        let yes = grant(GrantAction::Allow, TARGET, Some("web"), Lifetime::Forever);
+        rig.hub.create_grant(yes).unwrap();
+        let forward = opened(&rig, &mut dp).await;
+        if between_sessions {
+            dp.lose();
+            let forward = v1::Forward {
+                grant_id: String::new(),
+                ..forward
+            };
+            // Another has its name, and no mode.
+            let attachment = rig.hub.attach(
+                v1::Hello {
+                    forwards: vec![forward],
+                    ..hello(1, vec![vm_up(2, "web")])
+                },
+                "",
+            );
+            let mut outbox = attachment.unwrap().outbox;
+            let mut told = Vec::new();
+            while let Ok(one) = outbox.try_recv() {
+                told.extend(one.message);
+            }
+            assert!(matches!(told[0], Told::Welcome(_)), "{told:?}");
+            assert!(
+                told.iter().any(
+                    |t| matches!(t, Told::Command(c) if matches!(c.command, Some(Command::Unexpose(_))))
+                ),
+                "{told:?}"
+            );
+        } else {
+            down(&dp, 1);
+            is_closed(&rig, &mut dp, "by a mode").await;
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_vm_that_is_only_away_keeps_what_it_opened_unless_another_has_its_address() {
+    let rig = Rig::open();
+    rig.apply("version: 1\nforwards: [{action: allow, vm: {name: web}}]\n");
+    let web = vm_at(1, "web", &["192.168.127.2"]);
+    let mut dp = rig.dataplane_with(hello(1, vec![web.clone(), vm_up(2, "pm")]));
+    let forward = opened(&rig, &mut dp).await;
+    let away = v1::VmUp {
+        attached: false,
+        ..web.clone()
+    };
+    dp.say(status_of(away.clone()));
+    assert!(commands(&mut dp).is_empty());
+    dp.lose();
+    rig.pass(Duration::from_secs(30));
+    let again = |vms| v1::Hello {
+        forwards: vec![forward.clone()],
+        ..hello(1, vms)
+    };
+    let mut dp = rig.dataplane_with(again(vec![away.clone(), vm_up(2, "pm")]));
+    assert_eq!(rig.hub.forwards("").unwrap(), std::slice::from_ref(&forward));
+    dp.say(status_of(web));
+    assert!(commands(&mut dp).is_empty());
+    dp.say(status_of(away));
+    dp.say(status_of(vm_at(2, "pm", &["192.168.127.2"])));
+    is_closed(&rig, &mut dp, "the address is another's").await;
+}
+
+#[tokio::test]
+async fn without_a_policy_it_outlives_its_vm_until_another_has_the_address_or_something_is_in_force() {
+    for newcomer in [
+        Some(vm_at(2, "pm", &["192.168.127.2"])),
+        Some(vm_at(2, "pm", &[])),
+        None,
+    ] {
+        let rig = Rig::open();
+        let mut dp = rig.dataplane_with(hello(1, vec![vm_at(1, "web", &["192.168.127.2"])]));
+        let forward = opened(&rig, &mut dp).await;
+        down(&dp, 1);
+        dp.say(Message::VmUp(vm_at(7, "other", &["192.168.127.9"])));
+        assert!(commands(&mut dp).is_empty());
+        assert_eq!(rig.hub.forwards("").unwrap(), [forward]);
+        match newcomer {
+            // Under its own name it is its own.
+            None => {
+                dp.say(Message::VmUp(vm_at(2, "web", &["192.168.127.2"])));
+                assert!(commands(&mut dp).is_empty());
+                down(&dp, 2);
+                rig.apply("version: 1\nforwards: [{action: allow}]\n");
+                is_closed(&rig, &mut dp, "a policy is in force").await;
+            }
+            Some(up) => {
+                let known = !up.addresses.is_empty();
+                dp.say(Message::VmUp(up));
+                if !known {
+                    assert!(commands(&mut dp).is_empty());
+                    dp.say(status_of(vm_at(2, "pm", &["fe80::1", "192.168.127.2"])));
+                }
+                is_closed(&rig, &mut dp, "the address is another's").await;
+            }
+        }
+    }
+}
+
+#[tokio::test]
+async fn who_is_not_among_the_vms_of_its_dataplane_after_a_restart_has_lost_what_it_opened() {
+    for (policy, closed) in [(true, true), (false, false)] {
+        let rig = Rig::open();
+        if policy {
+            rig.apply("version: 1\nforwards: [{action: allow}]\n");
+        }
+        let forward = v1::Forward {
+            network: "net1".to_owned(),
+            protocol: v1::Protocol::Tcp.into(),
+            listen: "127.0.0.1:8080".to_owned(),
+            target: "192.168.127.2:80".to_owned(),
+            asked_by: "web".to_owned(),
+            ..Default::default()
+        };
+        // One of that name elsewhere did not ask for it.
+        let _elsewhere = rig.dataplane_with(hello(2, vec![vm_up(1, "web")]));
+        let dp = rig.dataplane_with(v1::Hello {
+            forwards: vec![forward.clone()],
+            ..hello(1, vec![vm_up(3, "pm")])
+        });
+        // What it was told was drained for the welcome.
+        dp.say(Message::Ack(v1::Ack {
+            command_id: 1,
+            forward: Some(forward),
+            ..Default::default()
+        }));
+        assert_eq!(rig.hub.forwards("").unwrap().is_empty(), closed);
+    }
+}
+
+#[tokio::test]
+async fn one_that_opens_when_its_vm_is_gone_is_closed_at_once() {
+    let rig = Rig::open();
+    let mut dp = rig.dataplane("web");
+    let call = ask(&rig, "127.0.0.1:8080");
+    let (command_id, command) = commanded(&mut dp).await;
+    let Command::Expose(forward) = command else {
+        panic!("{command:?}")
+    };
+    down(&dp, 1);
+    dp.say(Message::Ack(v1::Ack {
+        command_id,
+        forward: Some(forward),
+        ..Default::default()
+    }));
+    call.await.unwrap().unwrap();
+    is_closed(&rig, &mut dp, "nobody is there").await;
+}
+
+#[tokio::test]
+async fn an_address_that_is_not_known_yet_may_be_its_own_until_it_is_known_to_be_anothers() {
+    let rig = Rig::open();
+    let vms = vec![
+        vm_at(1, "web", &["fe80::1", "fd00::1"]),
+        vm_at(2, "pm", &["192.168.127.3"]),
+        vm_up(3, "new"),
+    ];
+    let mut dp = rig.dataplane_with(hello(1, vms));
+    for (vm, other) in [
+        ("web", "192.168.127.3:80"),
+        ("new", "192.168.127.3:80"),
+        ("web", "192.168.127.1:80"),
+        ("web", "192.168.127.254:80"),
+        ("web", "192.168.128.2:80"),
+        ("pm", "192.168.127.2:80"),
+    ] {
+        let wish = ForwardWish {
+            vm: vm.to_owned(),
+            target: other.parse().unwrap(),
+            ..wish("127.0.0.1:8080")
+        };
+        let hub = Arc::clone(&rig.hub);
+        let call = tokio::spawn(async move { hub.request_forward(&wish).await });
+        is_denied(call, &format!("is not an address of VM {vm}")).await;
+    }
+    opened(&rig, &mut dp).await;
+    dp.say(status_of(vm_at(1, "web", &["fe80::1", "192.168.127.2"])));
+    assert!(commands(&mut dp).is_empty());
+    dp.say(status_of(vm_at(1, "web", &["fe80::1"])));
+    dp.say(status_of(vm_at(3, "new", &["192.168.127.2"])));
+    is_closed(&rig, &mut dp, "it is another's").await;
+}
+
 #[tokio::test]
 async fn at_the_limit_of_open_requests_nobody_is_asked() {
     let rig = Rig::open();
