@@ -3,7 +3,7 @@
 //! Plain data with its limits; deciding and telling are the hub's.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
@@ -29,6 +29,8 @@ pub const BINDINGS_PER_VM_MAX: usize = 4_096;
 pub const DENIED_PER_VM_MAX: usize = 1_024;
 /// Destinations of one dataplane's guests that are dialled at other addresses.
 pub const NAT_MAX: usize = 256;
+/// Addresses that one dataplane has closed to guests.
+pub const CLOSED_MAX: usize = 64;
 /// Commands that a dataplane has not acknowledged.
 pub const OUTSTANDING_MAX: usize = 16_384;
 /// How long a lost dataplane's VMs are kept.
@@ -73,6 +75,10 @@ pub struct Dataplane {
     pub gateway: Option<IpAddr>,
     /// Destinations of its guests that are dialled at other addresses.
     pub nat: HashMap<IpAddr, IpAddr>,
+    /// Where it listens over TCP, and who started it: closed to the guests of every dataplane.
+    pub closed: BTreeSet<SocketAddr>,
+    /// It hears of what the others have closed after its Welcome, too.
+    pub hears_closed: bool,
     /// What it guards.
     pub guarded: GuardedRanges,
     /// Its VMs' names, by handle.

@@ -7,7 +7,8 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, SystemTime};
 
 use vnet_proto::model::{
-    Epoch, FlowKey, FlowSubject, GuardSet, LookupSubject, Miss, MissId, Name, Protocol, Subject, VmId,
+    CLOSED_ADDRESSES, Epoch, FlowKey, FlowSubject, GuardSet, LookupSubject, Miss, MissId, Name, Protocol,
+    Subject, VmId,
 };
 use vnet_proto::v1;
 use vnet_proto::v1::session_request::Message;
@@ -146,6 +147,7 @@ pub(crate) fn hello(boot: u8, vms: Vec<v1::VmUp>) -> v1::Hello {
         gateway: "192.168.127.1".to_owned(),
         host_alias: "192.168.127.254".to_owned(),
         vms,
+        capabilities: vec![CLOSED_ADDRESSES.to_owned()],
         ..Default::default()
     }
 }

@@ -437,7 +437,8 @@ pub enum Order {
     },
     /// How this VM is treated.
     Settings(Settings),
-    /// Addresses that the host owns changed; every cached verdict is void.
+    /// Addresses that the host owns, or where daemons listen, changed: every cached verdict is void, and what goes
+    /// where a daemon listens is cut.
     GuardsChanged,
     /// The host's way out over IPv6 came or went.
     WayChanged,

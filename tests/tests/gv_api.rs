@@ -302,6 +302,48 @@ fn no_guest_reaches_the_services_over_the_hosts_loopback() {
 }
 
 #[test]
+fn no_guest_reaches_what_another_network_listens_on() {
+    staged(no_guest_reaches_what_another_network_listens_on, |world| {
+        let a = Peer::start(world, "a", &["-services", "tcp://127.0.0.1:7770"]);
+        let _first = http(world.host(), "127.0.0.1:7771");
+        // The guest is there, and let out to the host's loopback, before the other network is.
+        let fetch = "ping -c 1 -W 5 192.168.127.1 >/dev/null
+            fetch() { curl -sS -m 5 -o /dev/null -w '%{http_code} ' http://192.168.127.254:$1/network/pending; }
+            until fetch 7771; do sleep 0.1; done
+            until fetch 7772 >/dev/null; do sleep 0.1; done
+            for port in 7771 7777 7778 7779; do fetch $port; done";
+        let mut early = world.guest_script(&a.qemu, fetch);
+        early.prints("200");
+        let b = [
+            "-secure-mode",
+            "-listen",
+            "tcp://127.0.0.1:7777",
+            "-listen-qemu",
+            "tcp://127.0.0.1:7778",
+            "-services",
+            "tcp://127.0.0.1:7779",
+        ];
+        let _b = Peer::start(world, "b", &b);
+        for port in [7777, 7779] {
+            let mut curl = world.program("curl");
+            curl.args(["-sS", "-o", "/dev/null", "-w", "%{http_code}"]);
+            curl.arg(format!("http://127.0.0.1:{port}/services/forwarder/all"));
+            let code = Running::start(curl).wait().stdout;
+            assert_ne!(code, "000", "the host reaches {port}");
+        }
+        let _second = http(world.host(), "127.0.0.1:7772");
+        let fetched = early.wait();
+        assert!(fetched.stdout.trim().ends_with("200 000 000 000"), "{fetched:?}");
+        let late = "ping -c 1 -W 5 192.168.127.1 >/dev/null
+            for port in 7771 7777 7778 7779; do
+                curl -sS -m 5 -o /dev/null -w '%{http_code} ' http://192.168.127.254:$port/network/pending
+            done";
+        let fetched = world.guest_script(&a.qemu, late).wait();
+        assert_eq!(fetched.stdout.trim(), "200 000 000 000", "{fetched:?}");
+    });
+}
+
+#[test]
 fn in_secure_mode_what_a_vm_can_reach_serves_no_verb() {
     staged(in_secure_mode_what_a_vm_can_reach_serves_no_verb, |world| {
         let peer = Peer::start(world, "a", &["-secure-mode"]);

@@ -7,10 +7,11 @@ use std::time::Duration;
 
 use tokio::sync::{mpsc, oneshot};
 use tonic::Status;
-use vnet_proto::model::{Malformed, Miss, Mode, VmId, address_from_bytes};
+use vnet_proto::model::{CLOSED_ADDRESSES, Malformed, Miss, Mode, VmId, address_from_bytes};
 use vnet_proto::v1;
 use vnet_proto::v1::session_request::Message;
 
+use super::closed::closed_of;
 use super::events::about;
 use super::limits;
 use super::nat::{guarded, nat_of};
@@ -141,6 +142,7 @@ impl State {
         .collect();
         let gateway = optional("gateway", &hello.gateway, |t| t.parse::<IpAddr>().ok())?;
         let nat = nat_of(&hello)?;
+        let closed = closed_of(&hello)?;
         let host = hello.host_addresses.clone().unwrap_or_default();
         let host_addresses = host_addresses(&host).map_err(malformed)?;
 
@@ -204,6 +206,8 @@ impl State {
             subnets,
             gateway,
             nat,
+            closed,
+            hears_closed: hello.capabilities.iter().any(|c| c == CLOSED_ADDRESSES),
             vms: HashMap::new(),
             flows: HashMap::new(),
             // Once it is welcomed: before, it is not told to close any.
@@ -213,6 +217,7 @@ impl State {
             last_command: 0,
         };
         let mut old_flows = HashMap::new();
+        let closed_before = previous.as_ref().map(|d| d.closed.clone()).unwrap_or_default();
         if let Some(mut previous) = previous {
             if let Some(end) = previous.link.as_mut().and_then(|link| link.end.take()) {
                 let _ = end.send(Status::aborted("another session of the same dataplane took over"));
@@ -241,7 +246,11 @@ impl State {
             "dataplane connected"
         );
         let network = dataplane.network.clone();
+        let is_news = dataplane.closed != closed_before;
         self.fleet.dataplanes.insert(number, dataplane);
+        if is_news {
+            self.tell_closed(number);
+        }
         self.event(
             now,
             v1::Event {
@@ -284,7 +293,7 @@ impl State {
                 heartbeat_interval: convert::span(HEARTBEAT),
                 hold: convert::span(HOLD),
                 vms: settings,
-                closed_addresses: Vec::new(),
+                closed_addresses: self.closed_by_others(number),
                 judges_aliases: true,
             }),
         );
@@ -620,7 +629,10 @@ impl State {
         for handle in handles {
             self.vm_down(now, number, handle, String::new());
         }
-        self.fleet.dataplanes.remove(&number);
+        let gone = self.fleet.dataplanes.remove(&number);
+        if gone.is_some_and(|dataplane| !dataplane.closed.is_empty()) {
+            self.tell_closed(number);
+        }
     }
 }
 

@@ -27,6 +27,7 @@ mod budgets;
 mod captures;
 mod change;
 mod claims;
+mod closed;
 mod commands;
 mod confirm;
 mod decide;

@@ -1,5 +1,6 @@
 mod apart;
 mod claims;
+mod closed;
 mod confirm;
 mod forwards;
 mod guests;

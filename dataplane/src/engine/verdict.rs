@@ -4,7 +4,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use vnet_proto::model::{
-    CommandId, Epoch, FlowId, LookupSubject, Match, Miss, MissId, Protocol, Subject, Verdict, VerdictAction,
+    CommandId, Epoch, FlowId, Guard, LookupSubject, Match, Miss, MissId, Protocol, Subject, Verdict,
+    VerdictAction,
 };
 
 use crate::engine::cache::{Decision, Standing};
@@ -65,9 +66,21 @@ impl Engine {
             Order::GuardsChanged => {
                 self.cache.clear();
                 self.synthetics.forget_judged();
+                self.cut_closed(now);
             }
             Order::Limit { grant, limit } => self.handle_limit(now, &grant, limit),
             Order::WayChanged => self.handle_way_changed(),
+        }
+    }
+
+    /// Cuts what goes, or waits to go, where a daemon listens: a listener takes connections before it is told of.
+    fn cut_closed(&mut self, now: Time) {
+        for at in self.flows.places() {
+            if self.flows.get(at).is_some_and(|flow| {
+                !flow.ingress && self.standing(&flow.wanted()).guards.contains(Guard::Daemon)
+            }) {
+                self.cut(now, at, FlowEnd::Cut);
+            }
         }
     }
 

@@ -6,8 +6,8 @@
 //! those guards itself. What a guard means for a flow is decided by the controlplane.
 //!
 //! A [`Guards`] holds one immutable [`Snapshot`], replaced whole when the host's addresses change
-//! ([`follow`]) or a controlplane names its listeners. It is read for each miss and each dial, never
-//! for a packet.
+//! ([`follow`]) or a controlplane names where its other dataplanes listen. It is read for each miss and each
+//! dial, never for a packet.
 //!
 //! An IPv6 address that carries an IPv4 address ([`carried_ipv4`]) is under the guards of both. The tables are
 //! [`vnet_proto::model::special`]'s, which the controlplane reads too.
@@ -89,7 +89,15 @@ impl Guards {
         });
     }
 
-    /// The controlplane listens here now, instead of where it last said. Whether that is a change.
+    /// Where the daemon itself listens over TCP, in order.
+    pub fn own_listeners(&self) -> Vec<SocketAddr> {
+        let mut own = self.snapshot().own_listeners.clone();
+        own.sort_unstable();
+        own.dedup();
+        own
+    }
+
+    /// Other daemons listen here now, instead of where the controlplane last said. Whether that is a change.
     pub fn set_closed(&self, closed: Vec<SocketAddr>) -> bool {
         let mut closed: Vec<_> = closed.into_iter().map(canonical_socket).collect();
         closed.sort_unstable();
@@ -334,6 +342,15 @@ mod tests {
             names(&guards, "::1", 9001, Protocol::Tcp),
             [Guard::Host, Guard::Daemon]
         );
+    }
+
+    #[test]
+    fn what_is_told_of_is_what_is_the_daemons_own_once_and_canonical() {
+        let guards = guards();
+        guards.add_listener("[::ffff:127.0.0.1]:9000".parse().unwrap());
+        guards.add_listener("[::]:9001".parse().unwrap());
+        let own: Vec<_> = guards.own_listeners().iter().map(ToString::to_string).collect();
+        assert_eq!(own, ["127.0.0.1:9000", "[::]:9001"]);
     }
 
     #[test]

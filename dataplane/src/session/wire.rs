@@ -262,16 +262,7 @@ impl TryFrom<v1::Welcome> for Welcome {
     type Error = Malformed;
 
     fn try_from(message: v1::Welcome) -> Result<Self, Malformed> {
-        let closed = message
-            .closed_addresses
-            .iter()
-            // Left out, it would be open: the whole Welcome is refused instead.
-            .map(|text| {
-                text.parse().map_err(|_| Malformed::Mismatch {
-                    field: "welcome.closed_addresses",
-                })
-            })
-            .collect::<Result<_, _>>()?;
+        let closed = sockets("welcome.closed_addresses", &message.closed_addresses)?;
         Ok(Self {
             epoch: required("welcome.epoch", message.epoch)?.try_into()?,
             lease: positive("welcome.lease", message.lease, LEASE_MAX)?,
@@ -286,6 +277,14 @@ impl TryFrom<v1::Welcome> for Welcome {
             judges_aliases: message.judges_aliases,
         })
     }
+}
+
+/// Addresses with ports. One that does not parse spoils all: left out, it would be open.
+pub(super) fn sockets(field: &'static str, texts: &[String]) -> Result<Vec<SocketAddr>, Malformed> {
+    let parsed = texts.iter().map(|text| text.parse());
+    parsed
+        .collect::<Result<_, _>>()
+        .map_err(|_| Malformed::Mismatch { field })
 }
 
 pub(super) fn required<T>(field: &'static str, value: Option<T>) -> Result<T, Malformed> {

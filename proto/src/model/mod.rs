@@ -46,6 +46,8 @@ pub use zone::{
     record_name, zone_name, zone_text,
 };
 
+/// What a dataplane can do beyond version 1 of the session: it hears ClosedAddresses.
+pub const CLOSED_ADDRESSES: &str = "closed-addresses";
 /// The shortest time for which an answer may hold.
 pub const LIFETIME_MIN: Duration = Duration::from_secs(1);
 /// The longest time for which an answer may hold, a hundred years: what is to hold longer holds for ever. Its end

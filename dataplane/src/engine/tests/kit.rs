@@ -44,6 +44,8 @@ pub(super) struct Alone {
     pub(super) neighbour_ipv6: Mutex<Vec<Ipv6Addr>>,
     pub(super) released: Mutex<Vec<Ipv6Addr>>,
     pub(super) no_ipv6: std::sync::atomic::AtomicBool,
+    /// Ports where a daemon listens, beside 4444.
+    pub(super) closed: Mutex<Vec<u16>>,
 }
 
 impl Surroundings for Alone {
@@ -87,7 +89,7 @@ impl Surroundings for Alone {
         if dialled.ip().is_loopback() || dialled.ip() == HOST {
             guards = guards.with(Guard::Host);
         }
-        if dialled.port() == 4444 {
+        if dialled.port() == 4444 || self.closed.lock().unwrap().contains(&dialled.port()) {
             guards = guards.with(Guard::Daemon);
         }
         guards

@@ -308,6 +308,25 @@ fn nothing_opens_an_address_where_a_daemon_listens() {
 }
 
 #[test]
+fn what_goes_or_waits_to_go_where_a_daemon_listens_from_now_on_is_cut() {
+    let mut rig = Rig::new();
+    rig.connect(WEB);
+    rig.syn((SERVER, 7778));
+    let waits = rig.misses().remove(0);
+    rig.surroundings.closed.lock().unwrap().push(7778);
+    rig.order(Order::GuardsChanged);
+    assert_eq!(rig.only_segment().0, RST_ACK);
+    assert_eq!(rig.engine.flow_count(), 1, "what goes elsewhere lives on");
+    rig.answer(&waits, VerdictAction::Allow);
+    assert!(!rig.events.iter().any(|e| matches!(e, Event::Dial { .. })));
+
+    rig.surroundings.closed.lock().unwrap().push(WEB.1);
+    rig.order(Order::GuardsChanged);
+    assert_eq!(rig.only_segment().0 & 4, 4);
+    assert_eq!(rig.engine.flow_count(), 0);
+}
+
+#[test]
 fn destinations_that_no_guest_may_have_are_dropped() {
     let mut rig = Rig::new();
     for address in [

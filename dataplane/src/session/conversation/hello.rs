@@ -3,6 +3,7 @@
 use std::time::Instant;
 
 use prost::Message as _;
+use vnet_proto::model::CLOSED_ADDRESSES;
 use vnet_proto::v1;
 use vnet_proto::v1::session_request::Message;
 
@@ -42,8 +43,14 @@ impl Conversation {
             zones: self.zones(),
             bindings: Vec::new(),
             uses: Vec::new(),
-            capabilities: Vec::new(),
+            capabilities: vec![CLOSED_ADDRESSES.to_owned()],
             software: concat!("vnet-dataplane ", env!("CARGO_PKG_VERSION")).to_owned(),
+            closed_addresses: self
+                .guards
+                .own_listeners()
+                .iter()
+                .map(ToString::to_string)
+                .collect(),
         };
         once_each(&mut hello.vms);
         // A gRPC message has a limit of size; what does not fit follows as if it happened just now.

@@ -12,6 +12,7 @@ mod hello;
 mod orders;
 
 use std::collections::{HashMap, HashSet, VecDeque};
+use std::net::SocketAddr;
 use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
@@ -343,10 +344,7 @@ impl Conversation {
             nonsense: 0,
             lease,
         };
-        if self.guards.set_closed(closed) {
-            self.metrics.guard_changes.increment();
-            self.router.broadcast(&Order::GuardsChanged);
-        }
+        self.close(closed);
         // Before anything can be answered: what was decided before this epoch is void.
         self.router.broadcast(&Order::Revoke { command: None, epoch });
         self.router.broadcast(&Order::Lease { epoch, lease });
@@ -382,6 +380,12 @@ impl Conversation {
                 Ok(self.settings(settings).map_err(|e| WithCauses(&e).to_string()))
             }
             Some(Response::BudgetLimit(limit)) => Ok(self.budget_limit(limit)),
+            Some(Response::ClosedAddresses(closed)) => {
+                // What cannot be read would stay open: the next Welcome says it anew.
+                let closed = wire::sockets("closed_addresses.addresses", &closed.addresses);
+                self.close(closed.map_err(|e| Broken::Nonsense(e.to_string()))?);
+                Ok(Ok(()))
+            }
             Some(Response::Revoke(revoke)) => self.revoke(revoke),
             Some(Response::Cut(cut)) => self.cut(&cut),
             Some(Response::Command(command)) => {
@@ -390,6 +394,14 @@ impl Conversation {
             }
             Some(Response::Welcome(_)) => Ok(Err("a second Welcome".to_owned())),
             None => Ok(Err("a message of no kind that this version knows".to_owned())),
+        }
+    }
+
+    /// These addresses are closed to guests now, beside the dataplane's own.
+    fn close(&self, addresses: Vec<SocketAddr>) {
+        if self.guards.set_closed(addresses) {
+            self.metrics.guard_changes.increment();
+            self.router.broadcast(&Order::GuardsChanged);
         }
     }
 

@@ -257,6 +257,44 @@ async fn welcome_voids_renews_and_sets_in_this_order() {
 }
 
 #[tokio::test]
+async fn where_another_dataplane_listens_is_closed_from_its_message_on() {
+    let mut given = given(&[1]);
+    given.guards.add_listener("0.0.0.0:7001".parse().unwrap());
+    let hello = given.hello();
+    assert_eq!(hello.closed_addresses, ["0.0.0.0:7001"]);
+    assert_eq!(hello.capabilities, ["closed-addresses"]);
+    let mut given = given.welcomed();
+    let is_closed = |given: &Given, address: &str, port| {
+        let guards = given
+            .guards
+            .classify(address.parse().unwrap(), port, Protocol::Tcp);
+        guards.contains(Guard::Daemon)
+    };
+    let closes = |addresses: &[&str]| {
+        let addresses = addresses.iter().map(ToString::to_string).collect();
+        Response::ClosedAddresses(v1::ClosedAddresses { addresses })
+    };
+    assert!(!is_closed(&given, "127.0.0.1", 7778));
+
+    given.hears(closes(&["127.0.0.1:7778", "[::]:7779"])).unwrap();
+    assert!(matches!(&given.router.take()[..], [(_, Order::GuardsChanged)]));
+    assert!(is_closed(&given, "127.0.0.1", 7778) && !is_closed(&given, "198.51.100.7", 7778));
+    for address in ["127.0.0.1", "::1", "198.51.100.7"] {
+        assert!(is_closed(&given, address, 7779), "{address}");
+    }
+    assert!(
+        !is_closed(&given, "127.0.0.1", 7443),
+        "what Welcome said is replaced"
+    );
+
+    given.hears(closes(&["[::]:7779", "127.0.0.1:7778"])).unwrap();
+    assert!(given.router.take().is_empty(), "it is no change");
+    let heard = given.hears(closes(&["127.0.0.1:7778", "localhost:1"]));
+    assert!(matches!(heard, Err(Broken::Nonsense(_))), "{heard:?}");
+    assert!(is_closed(&given, "127.0.0.1", 7779), "nothing is opened by it");
+}
+
+#[tokio::test]
 async fn a_welcome_that_cannot_be_used_ends_the_session() {
     for spoil in [
         (|w: &mut v1::Welcome| w.epoch = None) as fn(&mut v1::Welcome),
