@@ -12,7 +12,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use vnet_tests::qemu::{GUEST_PATIENCE, Qemu, build_guest, stream};
-use vnet_tests::{Answer, Dns, PATIENCE, Running, World, http, staged, tcp};
+use vnet_tests::{Answer, Dns, Running, World, http, staged, tcp};
 
 const TRANSFER_BYTES: usize = 10_000_000;
 
@@ -270,7 +270,7 @@ fn first_pending_for(world: &World, port: u16) -> String {
         }
         let output = fs::read_to_string(world.work().join("output")).unwrap_or_default();
         assert!(
-            began.elapsed() < PATIENCE,
+            began.elapsed() < GUEST_PATIENCE,
             "port {port} is not asked about; pending: {pending:?}; the guest said: {output}"
         );
         std::thread::sleep(Duration::from_millis(20));
