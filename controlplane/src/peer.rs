@@ -94,7 +94,7 @@ impl PeerError {
 /// Checks the peer of an accepted connection.
 ///
 /// # Errors
-/// [`PeerError`]: nothing that the peer says may be heard. Some may be told that they are refused ([`PeerError::told`]).
+/// [`PeerError`]: nothing that the peer says may be heard. Some may be told that they are refused.
 pub fn check(stream: &UnixStream) -> Result<Peer, PeerError> {
     let credentials = stream.peer_cred().map_err(PeerError::Unknown)?;
     let (found, expected) = (credentials.uid(), nix::unistd::geteuid().as_raw());
