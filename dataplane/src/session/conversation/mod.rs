@@ -80,6 +80,10 @@ pub(super) struct Conversation {
     hold: Duration,
     /// The controlplane judges aliases, as the last Welcome said.
     judges_aliases: bool,
+    /// Where it last said that other dataplanes listen.
+    closed: Vec<SocketAddr>,
+    /// What one before a restart said, and until when it holds beside that.
+    closed_before: Option<(Instant, Vec<SocketAddr>)>,
     outbox: VecDeque<Message>,
     /// How long the outbox was after the last Hello; what is replayed has no limit but the mirror's.
     replay: usize,
@@ -113,6 +117,8 @@ impl Conversation {
             epoch: None,
             hold: Duration::ZERO,
             judges_aliases: false,
+            closed: Vec::new(),
+            closed_before: None,
             outbox: VecDeque::new(),
             replay: 0,
             refusals: VecDeque::new(),
@@ -212,6 +218,9 @@ impl Conversation {
         }
         self.outbox
             .push_back(Message::Heartbeat(v1::Heartbeat { epoch: None }));
+        if self.closed_before.take_if(|(until, _)| *until <= now).is_some() {
+            self.close_known();
+        }
         // A driver that ended without a word must not hold an acknowledgement for ever.
         if !self.pending.is_empty() {
             let there: HashSet<VmId> = self.router.vms().into_iter().collect();
@@ -344,6 +353,15 @@ impl Conversation {
             nonsense: 0,
             lease,
         };
+        if restarted {
+            // The others come back as this dataplane did, one after the other: until then it has not heard of them.
+            let before = self.closed_before.take().map(|(_, closed)| closed);
+            let mut before = before.unwrap_or_default();
+            before.append(&mut self.closed);
+            before.sort_unstable();
+            before.dedup();
+            self.closed_before = Some((now + RETURN_GRACE, before));
+        }
         self.close(closed);
         // Before anything can be answered: what was decided before this epoch is void.
         self.router.broadcast(&Order::Revoke { command: None, epoch });
@@ -398,8 +416,18 @@ impl Conversation {
     }
 
     /// These addresses are closed to guests now, beside the dataplane's own.
-    fn close(&self, addresses: Vec<SocketAddr>) {
-        if self.guards.set_closed(addresses) {
+    fn close(&mut self, addresses: Vec<SocketAddr>) {
+        self.closed = addresses;
+        self.close_known();
+    }
+
+    /// What is known to be closed is.
+    fn close_known(&self) {
+        let before = self.closed_before.iter().flat_map(|(_, closed)| closed);
+        if self
+            .guards
+            .set_closed(before.chain(&self.closed).copied().collect())
+        {
             self.metrics.guard_changes.increment();
             self.router.broadcast(&Order::GuardsChanged);
         }
@@ -485,6 +513,9 @@ fn request(message: Message) -> v1::SessionRequest {
 
 /// How long a Welcome may take.
 const WELCOME_PATIENCE: Duration = Duration::from_secs(5);
+/// How long what a controlplane said is closed stays so after it restarted: as long as it keeps a dataplane that is
+/// lost.
+const RETURN_GRACE: Duration = Duration::from_secs(60);
 /// So many heartbeat intervals without a word end a session.
 const SILENT_INTERVALS: u32 = 3;
 /// So many malformed messages end a session.

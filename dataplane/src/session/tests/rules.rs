@@ -67,7 +67,12 @@ impl Given {
     }
 
     fn hears(&mut self, message: Response) -> Result<(), Broken> {
-        let now = self.start;
+        self.hears_at(message, 0)
+    }
+
+    /// Seconds after the start.
+    fn hears_at(&mut self, message: Response, at: u64) -> Result<(), Broken> {
+        let now = self.at(at);
         self.conversation.handle_response(response(message), now)
     }
 
@@ -292,6 +297,73 @@ async fn where_another_dataplane_listens_is_closed_from_its_message_on() {
     let heard = given.hears(closes(&["127.0.0.1:7778", "localhost:1"]));
     assert!(matches!(heard, Err(Broken::Nonsense(_))), "{heard:?}");
     assert!(is_closed(&given, "127.0.0.1", 7779), "nothing is opened by it");
+}
+
+#[tokio::test]
+async fn what_was_closed_stays_so_over_a_restart_until_the_others_had_time_to_come_back() {
+    let mut given = given(&[1]).welcomed();
+    let closed = |given: &Given| {
+        [7443, 7778, 7779].map(|port| {
+            let guards = given
+                .guards
+                .classify("127.0.0.1".parse().unwrap(), port, Protocol::Tcp);
+            guards.contains(Guard::Daemon)
+        })
+    };
+    let Epoch { incarnation: own, .. } = epoch(1);
+    let welcomed_by = |given: &mut Given, incarnation, addresses: &[&str], at| {
+        given.conversation.lost();
+        given.hello();
+        let Some(Response::Welcome(mut welcome)) = welcome(epoch(1), HEARTBEAT).message else {
+            panic!()
+        };
+        welcome.epoch = Some(
+            Epoch {
+                incarnation,
+                counter: 1,
+            }
+            .into(),
+        );
+        welcome.closed_addresses = addresses.iter().map(ToString::to_string).collect();
+        given.hears_at(Response::Welcome(welcome), at).unwrap();
+    };
+    let known = Epoch {
+        incarnation: own + 1,
+        counter: 1,
+    };
+    let beats = |given: &mut Given, until| {
+        for at in (0..=until).step_by(10) {
+            given
+                .hears_at(
+                    Response::Heartbeat(v1::Heartbeat {
+                        epoch: Some(known.into()),
+                    }),
+                    at,
+                )
+                .unwrap();
+            given.conversation.handle_timeout(given.at(at)).unwrap();
+        }
+    };
+    assert_eq!(closed(&given), [true, false, false]);
+    welcomed_by(&mut given, own, &["127.0.0.1:7778"], 0);
+    assert_eq!(
+        closed(&given),
+        [false, true, false],
+        "the same one knows who is there"
+    );
+
+    // The first that is back: the other has yet to come, and then there is a third.
+    welcomed_by(&mut given, own + 1, &[], 0);
+    assert_eq!(closed(&given), [false, true, false]);
+    let addresses = vec!["127.0.0.1:7779".to_owned()];
+    given
+        .hears(Response::ClosedAddresses(v1::ClosedAddresses { addresses }))
+        .unwrap();
+    assert_eq!(closed(&given), [false, true, true]);
+    beats(&mut given, 50);
+    assert_eq!(closed(&given), [false, true, true]);
+    beats(&mut given, 60);
+    assert_eq!(closed(&given), [false, false, true], "it did not come back");
 }
 
 #[tokio::test]
