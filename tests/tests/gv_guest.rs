@@ -155,6 +155,36 @@ exec sleep 60"#;
 }
 
 #[test]
+fn in_secure_mode_what_a_guest_opened_ends_with_it_and_its_successor_has_nothing_of_it() {
+    staged(
+        in_secure_mode_what_a_guest_opened_ends_with_it_and_its_successor_has_nothing_of_it,
+        |world| {
+            let (_gvproxy, socket) = gvproxy(world, &["-secure-mode"], &[]);
+            let script =
+                "serve &\nask yes expose '{\"local\":\"127.0.0.1:8080\",\"remote\":\":80\"}'\nexec sleep 60";
+            let (first, directory) = guest(world, &socket, 0, script);
+            let request = asked(world, "to open tcp 127.0.0.1:8080 to its port 80");
+            world.vnetctl(&["approve", "--forever", &request]);
+            is_answered(&directory, "yes", "200", "");
+            is_served(world, "127.0.0.1:8080");
+
+            drop(first);
+            eventually("SSH's alone is left", || {
+                world.list(&["forward", "list"]).len() == 1
+            });
+            fs::remove_dir_all(directory).unwrap();
+            let (_next, directory) = guest(world, &socket, 0, "serve &\necho > up\nexec sleep 60");
+            eventually("the next one is up", || directory.join("up").exists());
+            eventually("it is the one that is there", || {
+                let vms = world.list(&["vm", "list"]);
+                matches!(&vms[..], [vm] if vm["name"] == "web" && vm["state"] == "VM_STATE_ATTACHED")
+            });
+            assert_ne!(fetch(world, "127.0.0.1:8080").code, 0, "it opened none");
+        },
+    );
+}
+
+#[test]
 fn under_a_policy_rules_say_what_a_guest_opens() {
     staged(under_a_policy_rules_say_what_a_guest_opens, |world| {
         let policy = "version: 1
