@@ -202,6 +202,71 @@ fn a_change_of_the_hosts_network_under_load_wedges_nothing() {
     });
 }
 
+/// A host that sleeps stops all of it, its guests too, while time goes on.
+#[test]
+fn after_a_sleep_what_was_open_goes_on_and_new_connections_are_made() {
+    staged(
+        after_a_sleep_what_was_open_goes_on_and_new_connections_are_made,
+        |world| {
+            let server = http(world.internet(), "203.0.113.10:80");
+            let _echo = vnet_tests::tcp(world.internet(), "203.0.113.10:7000", |stream, _| {
+                let _ = std::io::copy(&mut &stream, &mut &stream);
+            });
+            let policy = world.file("open.yaml", "version: 1\ndefaultAction: allow\n");
+            let flags = [
+                "-ssh-port",
+                "-1",
+                "-network-policy",
+                &policy.display().to_string(),
+            ];
+            let (gvproxy, socket) = world.gvproxy_for_qemu(&flags);
+            let mut guest = world.guest_script(
+                &socket,
+                "exec 3<>/dev/tcp/203.0.113.10/7000; n=0; while n=$((n+1)); do \
+             [ -e night ] && echo asleep; while [ -e night ]; do sleep 0.1; done; \
+             echo $n >&3; read -t 10 -u 3 line && [ $line = $n ] || exit 1; \
+             curl -sS -m 2 -o /dev/null http://203.0.113.10/ 2>/dev/null && echo ok $n; done",
+            );
+            guest.prints("ok 3\n");
+
+            let all = [
+                world.processes("__dataplane"),
+                world.processes("__controlplane"),
+                vec![gvproxy.pid()],
+            ];
+            let [dataplane, controlplane, _] = &all;
+            assert_eq!((dataplane.len(), controlplane.len()), (1, 1));
+            let signal = |signal| {
+                for pid in all.iter().flatten() {
+                    nix::sys::signal::kill(nix::unistd::Pid::from_raw(*pid), signal).unwrap();
+                }
+            };
+            let night = world.file("night", "");
+            guest.prints("asleep");
+            signal(Signal::SIGSTOP);
+            // Longer than either side of the session bears silence, and than what is cached holds without a heartbeat.
+            std::thread::sleep(Duration::from_secs(65));
+            signal(Signal::SIGCONT);
+            fs::remove_file(night).unwrap();
+
+            let before = server.connections();
+            eventually("connections are made again", || server.connections() > before + 5);
+            assert!(
+                !guest.has_ended(),
+                "what was open before is still: {}",
+                guest.stdout()
+            );
+            let vms = world.list(&["vm", "list"]);
+            assert!(
+                matches!(&vms[..], [vm] if vm["state"] == "VM_STATE_ATTACHED"),
+                "one guest, as before: {vms:?}"
+            );
+            gvproxy.signal(Signal::SIGTERM);
+            assert_eq!(gvproxy.wait_for(Duration::from_secs(100)).code, 0);
+        },
+    );
+}
+
 /// Names how many connections the test below makes, where 10,000 are too few (docs/tests.md has a million).
 const CONNECTIONS: &str = "VNET_TEST_CONNECTIONS";
 

@@ -351,6 +351,55 @@ fn what_cannot_be_is_said_and_the_status_tells() {
 }
 
 #[test]
+fn of_several_faults_the_first_in_the_order_of_start_up_is_told() {
+    staged(
+        of_several_faults_the_first_in_the_order_of_start_up_is_told,
+        |world| {
+            let _taken = http(world.host(), "127.0.0.1:2222");
+            let _also = http(world.host(), "127.0.0.1:2223");
+            let config = world.file("c.yaml", "stack: {mtu: large}\n");
+            let link = world.runtime_dir().join("link.pcap");
+            symlink("nothing", &link).unwrap();
+            let directory = world.work().to_path_buf();
+            let qemu = format!("unix://{}", world.runtime_dir().join("q.sock").display());
+            // Each is wrong, and mended before the next is told.
+            let faults = [
+                ("-lsten", "x".to_owned(), "flag provided but not defined: -lsten"),
+                ("-config", text(&config), "stack.mtu"),
+                ("-log-file", text(&directory), "the log file"),
+                ("-pid-file", text(&directory), "the pid file"),
+                ("-pcap", text(&link), "-pcap"),
+                ("-ssh-port", "2222".to_owned(), "-ssh-port"),
+                ("-services", "tcp://127.0.0.1:2223".to_owned(), "-services"),
+            ];
+            for (number, (_, _, told)) in faults.iter().enumerate() {
+                let mut words = vec!["-listen-qemu", &qemu, "-ssh-port", "-1"];
+                // One that is not known ends the flags there.
+                words.extend(
+                    faults[number..]
+                        .iter()
+                        .rev()
+                        .flat_map(|(flag, value, _)| [*flag, value]),
+                );
+                let ended = Running::start(world.gvproxy(&words)).wait();
+                assert_eq!(ended.code, if number == 0 { 2 } else { 1 }, "{ended:?}");
+                assert!(ended.stderr.contains(told), "{told}: {ended:?}");
+                let others = faults.iter().filter(|(_, _, other)| other != told);
+                for (_, _, other) in others.skip(1) {
+                    assert!(
+                        !ended.stderr.contains(&format!("{other}: ")),
+                        "{other}: {ended:?}"
+                    );
+                }
+            }
+            let config = text(&config);
+            let version = Running::start(world.gvproxy(&["-config", &config, "-version"])).wait();
+            assert_eq!(version.code, 0, "nothing is read for it: {version:?}");
+        },
+    );
+}
+
+#[test]
 fn the_services_are_served_where_no_guest_can_come() {
     staged(the_services_are_served_where_no_guest_can_come, |world| {
         let socket = world.runtime_dir().join("services.sock");

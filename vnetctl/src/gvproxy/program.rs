@@ -1,9 +1,10 @@
 //! This binary as `gvproxy`: found by the name that it is called by, and run in the order of start-up that gvproxy has.
 //!
 //! First the command line, then `-version`; the configuration, whole; the log, and the version in it; the pid file; the
-//! capture's file; the services' socket; the controlplane, if none answers, and the dataplane, which opens forwards and
-//! sockets; forwards over SSH; the notification `ready`, when all of it listens (the peer sends it before). It ends at
-//! SIGTERM, SIGINT or SIGHUP with status 0, at whatever fails with 1, and at a wrong command line with 2.
+//! capture's file; whether the ports of forwards are free; the services' socket; the controlplane, if none answers, and
+//! the dataplane, which opens forwards and sockets; forwards over SSH; the notification `ready`, when all of it listens
+//! (the peer sends it before). It ends at SIGTERM, SIGINT or SIGHUP with status 0, at whatever fails with 1, and at a
+//! wrong command line with 2.
 
 mod attend;
 mod front;
