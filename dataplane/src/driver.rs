@@ -21,7 +21,7 @@ use crate::capture::tap::now_ns;
 use crate::capture::{Tap, Taps};
 use crate::descriptors::Descriptor;
 use crate::egress::sockets::{HostSocket, Sockets};
-use crate::engine::frame::DropReason;
+use crate::engine::frame::{DropReason, ETHERNET_BYTES};
 use crate::engine::reply::Unreachable;
 use crate::engine::tcp::DialError;
 use crate::engine::{Engine, Event, Outcome, Time};
@@ -64,7 +64,11 @@ pub(crate) struct Driver {
     link_asked: Time,
     /// Where another link may come from.
     berth: Option<Berth>,
-    /// For how long it is waited for.
+    /// No frame has come yet.
+    is_silent: bool,
+    /// It is to leave if none is there now.
+    leaves_if_silent: bool,
+    /// For how long another link is waited for.
     away_until: Time,
     engine: Engine,
     sockets: Sockets,
@@ -149,6 +153,8 @@ impl Driver {
             link_writable: true,
             link_asked: Time::ZERO,
             berth: parts.berth,
+            is_silent: true,
+            leaves_if_silent: false,
             away_until: Time::ZERO,
             engine,
             sockets: Sockets::default(),
@@ -201,6 +207,11 @@ impl Driver {
             self.wait_for_link(now)?;
             self.take_passed(now);
             self.read_link(now).or_else(|error| self.lose_link(now, error))?;
+            if std::mem::take(&mut self.leaves_if_silent)
+                && self.berth.as_ref().is_some_and(Berth::leave_if_silent)
+            {
+                return Ok(());
+            }
             self.engine.handle_timeout(now);
             self.read_datagrams(now);
             self.service(now);
@@ -352,6 +363,11 @@ impl Driver {
                 Input::Link(link) => self.take_link(*link)?,
                 Input::TryLink => self.engine.announce_gateway(),
                 Input::Seek(address) => self.engine.seek(address),
+                Input::LeaveIfSilent => {
+                    self.leaves_if_silent = true;
+                    // The poller may have yet to tell of a frame.
+                    self.link_readable = true;
+                }
                 Input::Stop => return Ok(true),
             }
         }
@@ -462,6 +478,12 @@ impl Driver {
         let Some(link) = &mut self.link else { return Ok(()) };
         let at_ns = if CAPTURED { now_ns() } else { 0 };
         while let Some(frame) = link.next_frame()? {
+            if self.is_silent && frame.len() >= ETHERNET_BYTES {
+                self.is_silent = false;
+                if let Some(berth) = &self.berth {
+                    berth.speak();
+                }
+            }
             if CAPTURED {
                 let dropped = self.taps.show_sent(at_ns, frame);
                 if dropped > 0 {

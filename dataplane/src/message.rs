@@ -660,6 +660,8 @@ pub enum Input {
     TryLink,
     /// Ask the guest whether an address of the subnet is its own.
     Seek(Ipv4Addr),
+    /// End the driver if no frame of its guest has come yet, as its place is another's then.
+    LeaveIfSilent,
     /// End the driver; its link closes.
     Stop,
 }

@@ -130,8 +130,8 @@ struct Guests {
 struct Guest {
     /// Unbounded: what comes in are answers to the guest's own misses and queries, which are bounded, as are
     /// connections that wait for it, the sockets of forwards, each of which it has once, the ends of its flows with
-    /// other guests, of which each has one, captures, links that come and are tried, of a few at a time, questions for
-    /// addresses, a few a second for each of the few that are sought, and orders, none of which may be lost.
+    /// other guests, of which each has one, captures, links that come and are tried, of a few at a time, the word to make
+    /// way, which it is given once, questions for addresses, a few a second for each of the few that are sought, and orders, none of which may be lost.
     inputs: InputSender<Input>,
     waker: Arc<Waker>,
     inbox: Arc<Inbox>,
@@ -891,7 +891,7 @@ pub(crate) mod tests {
             hold: Duration::from_secs(30),
             grace,
             flows_max: 16,
-            descriptors: Descriptors::new(1_024),
+            descriptors: Descriptors::new(8_192),
             metrics: Arc::default(),
         };
         let leases = Leases::new(LeaseConfig {

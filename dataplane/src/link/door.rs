@@ -17,11 +17,12 @@
 //! further link of a VM whose guest is there is turned away.
 //!
 //! Nobody waits for who says nothing: those who have yet to speak are watched together by one thread, which is there
-//! while there are any. While nobody is away, a guest need not speak to be let in.
+//! while there are any. While nobody is away, a guest need not speak to be let in. Of [`UNDECIDED_MAX`] the one there
+//! longest that has said nothing makes way for the next, so that whoever dials and is silent keeps out nobody.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
 use std::io;
-use std::sync::{Arc, MutexGuard};
+use std::sync::Arc;
 use std::thread;
 use std::time::Duration;
 
@@ -31,7 +32,7 @@ use crate::engine::Time;
 use crate::engine::frame::{Arp, EtherType};
 use crate::engine::transmit::Transmit;
 use crate::link::listen::Cid;
-use crate::link::serve::{Entrance, GUESTS_MAX, Occupant, Places};
+use crate::link::serve::{Entrance, GUESTS_MAX, Occupant, Room};
 use crate::link::{First, Link, LinkError};
 use crate::metrics::LinkRefusal;
 
@@ -39,6 +40,8 @@ use crate::metrics::LinkRefusal;
 pub const GRACE: Duration = Duration::from_secs(10);
 /// Links at once of which it is not known whose they are, on one socket.
 pub const UNDECIDED_MAX: usize = GUESTS_MAX;
+/// Links beside them that the thread has yet to look at.
+pub const ARRIVALS_MAX: usize = 64;
 /// Those of one VM that is known: it does not keep others from coming back.
 const UNDECIDED_OF_VM_MAX: usize = 4;
 /// A hypervisor may be back before it was noticed that it had gone: for so long a new link is held back, if its
@@ -56,7 +59,8 @@ const EVENTS_A_TURN: usize = 64;
 /// Those who have yet to come before the door's thread.
 #[derive(Default)]
 pub(super) struct Lobby {
-    arrivals: Vec<(Link, Option<Cid>)>,
+    /// The longest there first.
+    arrivals: VecDeque<(Link, Option<Cid>)>,
     /// Those who are before it, arrivals included: the VM of each, where it is known.
     undecided: Vec<Option<Cid>>,
     /// Wakes the thread, while there is one.
@@ -71,6 +75,26 @@ impl Lobby {
             let _ = waker.wake();
         }
     }
+
+    /// One is before the door no more.
+    fn leave(&mut self, from: Option<Cid>) {
+        if let Some(at) = self.undecided.iter().position(|other| *other == from) {
+            self.undecided.swap_remove(at);
+        }
+    }
+
+    /// The arrival that goes, where there are more than there may be, and whether it has said nothing.
+    fn take_one_too_many(&mut self) -> Option<(Link, bool)> {
+        if self.arrivals.len() <= ARRIVALS_MAX {
+            return None;
+        }
+        let says_nothing =
+            |(link, _): &mut (Link, _)| !matches!(link.look(), Ok(first) if first != First::Nobody);
+        let silent = self.arrivals.iter_mut().position(says_nothing);
+        let (link, from) = self.arrivals.remove(silent.unwrap_or(ARRIVALS_MAX))?;
+        self.leave(from);
+        Some((link, silent.is_some()))
+    }
 }
 
 /// Brings a link before the door, of this VM where it is known. At once.
@@ -84,11 +108,6 @@ pub(super) fn enter(entrance: &Arc<Entrance>, link: Link, from: Option<Cid>) {
         drop(places);
         return entrance.refuse_further(cid);
     }
-    if lobby.undecided.len() >= UNDECIDED_MAX {
-        drop(places);
-        let why = format_args!("{UNDECIDED_MAX} links on one socket have yet to show whose they are");
-        return entrance.refuse(LinkRefusal::Limit, &why);
-    }
     if lobby.waker.is_none() {
         // Its thread looks for arrivals when the places are free again.
         match Door::open(entrance) {
@@ -100,8 +119,27 @@ pub(super) fn enter(entrance: &Arc<Entrance>, link: Link, from: Option<Cid>) {
         }
     }
     lobby.undecided.push(from);
-    lobby.arrivals.push((link, from));
+    lobby.arrivals.push_back((link, from));
     lobby.stir();
+    let one_too_many = lobby.take_one_too_many();
+    drop(places);
+    if let Some((_link, is_silent)) = one_too_many {
+        refuse_one_too_many(entrance, is_silent);
+    }
+}
+
+fn refuse_one_too_many(entrance: &Entrance, is_silent: bool) {
+    let why = if is_silent {
+        format_args!(
+            "{UNDECIDED_MAX} links on one socket had yet to show whose they are; this one had said nothing for the \
+             longest time, and made way for another"
+        )
+    } else {
+        format_args!(
+            "{UNDECIDED_MAX} links on one socket have spoken, and it is not known yet whose they are"
+        )
+    };
+    entrance.refuse(LinkRefusal::Limit, &why);
 }
 
 /// The thread before a socket.
@@ -111,6 +149,8 @@ struct Door {
     /// Who stands before it, in the order in which they came.
     visitors: BTreeMap<usize, Visitor>,
     next: usize,
+    /// One that has spoken waits for a place.
+    is_one_waiting: bool,
     /// Questions on their way to one of them; empty between.
     questions: Transmit,
 }
@@ -154,6 +194,7 @@ impl Door {
             poll,
             visitors: BTreeMap::new(),
             next: 0,
+            is_one_waiting: false,
             questions: Transmit::new(entrance.network().gateway().0),
         };
         thread::Builder::new()
@@ -166,7 +207,10 @@ impl Door {
     fn run(mut self) {
         let mut events = Events::with_capacity(EVENTS_A_TURN);
         while self.take_arrivals() {
-            let until = self.decide();
+            let mut until = self.decide();
+            while self.make_way() {
+                until = self.decide();
+            }
             let wait = if self.visitors.is_empty() {
                 Some(Duration::ZERO)
             } else {
@@ -242,29 +286,51 @@ impl Door {
 
     /// One is before the door no more.
     fn leave(&self, from: Option<Cid>) {
-        let undecided = &mut self.entrance.lock().lobby.undecided;
-        if let Some(at) = undecided.iter().position(|other| *other == from) {
-            undecided.swap_remove(at);
+        self.entrance.lock().lobby.leave(from);
+    }
+
+    /// Sends away those of more than there may be: the one there longest that has said nothing, else the latest. True
+    /// when one of them proved to have spoken meanwhile, which is to be decided before anybody goes.
+    fn make_way(&mut self) -> bool {
+        let now = self.entrance.network().now();
+        while self.visitors.len() > UNDECIDED_MAX {
+            let (mut silent, mut has_spoken) = (None, false);
+            for (token, visitor) in &mut self.visitors {
+                if visitor.first != First::Nobody {
+                    continue;
+                }
+                // The poller may have yet to tell of it.
+                visitor.readable = true;
+                if visitor.look(now).is_err() || visitor.first == First::Nobody {
+                    silent = Some(*token);
+                    break;
+                }
+                has_spoken = true;
+            }
+            if has_spoken {
+                return true;
+            }
+            let latest = || self.visitors.last_key_value().map(|(token, _)| *token);
+            let Some(visitor) = silent
+                .or_else(latest)
+                .and_then(|token| self.visitors.remove(&token))
+            else {
+                break;
+            };
+            self.leave(visitor.from);
+            refuse_one_too_many(&self.entrance, silent.is_some());
         }
+        false
     }
 
     /// Decides what can be; when the next is due.
     fn decide(&mut self) -> Option<Time> {
         let mut until: Option<Time> = None;
-        let tokens: Vec<usize> = self.visitors.keys().copied().collect();
-        for token in tokens {
+        self.is_one_waiting = false;
+        for token in self.look() {
             let Some(mut visitor) = self.visitors.remove(&token) else {
                 continue;
             };
-            let now = self.entrance.network().now();
-            if let Err(error) = visitor.look(now).and_then(|()| self.ask(&mut visitor, now)) {
-                self.leave(visitor.from);
-                // Whoever only looks whether somebody is there says nothing.
-                if !matches!(error, LinkError::Closed) {
-                    self.entrance.refuse(LinkRefusal::Unknown, &error);
-                }
-                continue;
-            }
             if self.entrance.network().is_stopped() {
                 self.leave(visitor.from);
                 continue;
@@ -303,13 +369,43 @@ impl Door {
         until
     }
 
-    fn judge(&self, visitor: &mut Visitor) -> Decision {
+    /// Looks what each has said, and sends away those that are over. The order in which the others are decided: those
+    /// who have spoken go before those who have not, as there may be one place.
+    fn look(&mut self) -> Vec<usize> {
+        let tokens: Vec<usize> = self.visitors.keys().copied().collect();
+        let (mut spoken, mut silent) = (Vec::new(), Vec::new());
+        for token in tokens {
+            let Some(mut visitor) = self.visitors.remove(&token) else {
+                continue;
+            };
+            let now = self.entrance.network().now();
+            if let Err(error) = visitor.look(now).and_then(|()| self.ask(&mut visitor, now)) {
+                self.leave(visitor.from);
+                // Whoever only looks whether somebody is there says nothing.
+                if !matches!(error, LinkError::Closed) {
+                    self.entrance.refuse(LinkRefusal::Unknown, &error);
+                }
+                continue;
+            }
+            if visitor.first == First::Nobody {
+                silent.push(token);
+            } else {
+                spoken.push(token);
+            }
+            self.visitors.insert(token, visitor);
+        }
+        spoken.append(&mut silent);
+        spoken
+    }
+
+    fn judge(&mut self, visitor: &mut Visitor) -> Decision {
         let network = self.entrance.network();
         let now = network.now();
         let noticed_at = visitor.since + NOTICE;
         let places = self.entrance.lock();
         if let Some(cid) = visitor.from {
-            return self.judge_known(places, visitor, cid, now);
+            drop(places);
+            return self.judge_known(visitor, cid, now);
         }
         match visitor.first {
             First::Station(mac) if places.is_away(mac) => Decision::Back,
@@ -320,30 +416,43 @@ impl Door {
             }
             First::Nobody if places.is_anybody_away() => Decision::Stay(visitor.ask_again()),
             First::Nobody if now < noticed_at => Decision::Stay(Some(noticed_at)),
-            First::Nobody => Decision::Other,
+            First::Nobody => {
+                drop(places);
+                self.judge_other(visitor.first)
+            }
             First::Station(_) | First::Unknown => {
                 drop(places);
                 if self.entrance.end_lonely() || self.entrance.is_one_under_policy_away() {
                     Decision::Stay(None)
                 } else {
-                    Decision::Other
+                    self.judge_other(visitor.first)
                 }
             }
         }
     }
 
+    /// One that is another, once there is room for it.
+    fn judge_other(&mut self, first: First) -> Decision {
+        let has_spoken = first != First::Nobody;
+        if self.is_one_waiting && !has_spoken {
+            return Decision::Stay(None);
+        }
+        match self.entrance.make_room(has_spoken) {
+            Room::Soon => {
+                self.is_one_waiting |= has_spoken;
+                Decision::Stay(None)
+            }
+            // Where there is none, it is refused in turn.
+            Room::Free | Room::None => Decision::Other,
+        }
+    }
+
     /// One of which it is known whose VM it is.
-    fn judge_known(
-        &self,
-        places: MutexGuard<'_, Places>,
-        visitor: &mut Visitor,
-        cid: Cid,
-        now: Time,
-    ) -> Decision {
-        let Some((number, own)) = places.of(cid) else {
-            return Decision::Other;
+    fn judge_known(&mut self, visitor: &mut Visitor, cid: Cid, now: Time) -> Decision {
+        let own = self.entrance.lock().of(cid);
+        let Some((number, own)) = own else {
+            return self.judge_other(visitor.first);
         };
-        drop(places);
         visitor.wish = Some(number);
         match (own, visitor.first) {
             (Occupant::Away { mac, .. }, First::Station(own)) if own == mac => Decision::Back,

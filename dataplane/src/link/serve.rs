@@ -4,6 +4,10 @@
 //! free again when its guest is gone, and not while it is kept since it may come back. [`Entrance`] hands them out.
 //! A VM that is known by its number in vsock has one place at a time: it cannot have a further name, and be rid of
 //! what goes by its own.
+//!
+//! Of [`GUESTS_MAX`] guests the one there longest of which no frame has come makes way for one that has spoken, so
+//! that whoever connects and says nothing keeps out no VM. A guest that only receives goes by this where there are so
+//! many, and nowhere else.
 
 use std::collections::BTreeMap;
 use std::io;
@@ -56,12 +60,30 @@ struct Taken {
     by: Occupant,
     /// Its guest's handle, once it has one.
     vm: Option<VmId>,
+    /// No frame of its guest has come yet.
+    is_silent: bool,
 }
 
 impl Taken {
     fn new(from: Option<Cid>, by: Occupant) -> Self {
-        Self { from, by, vm: None }
+        Self {
+            from,
+            by,
+            vm: None,
+            is_silent: true,
+        }
     }
+}
+
+/// Whether there is a place for one guest more.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Room {
+    /// Yes.
+    Free,
+    /// In a moment, or when one of those that say nothing has gone.
+    Soon,
+    /// No: all have spoken.
+    None,
 }
 
 /// Who has a place.
@@ -111,6 +133,16 @@ impl Places {
             Occupant::Away { vm, mac } if mac == wanted && taken.from == from => Some((*number, vm)),
             _ => None,
         })
+    }
+
+    /// The guest there longest that has said nothing yet, where that is known.
+    fn silent(&self) -> Option<(usize, VmId)> {
+        let silent = self.taken.iter().filter_map(|(number, taken)| match taken.by {
+            Occupant::Guest if taken.is_silent => Some((*number, taken.vm?)),
+            _ => None,
+        });
+        // Handles are given in turn.
+        silent.min_by_key(|(_, vm)| vm.0)
     }
 
     fn occupants(&self) -> impl Iterator<Item = Occupant> {
@@ -183,14 +215,17 @@ impl Entrance {
 
     /// Whether one more may come whose link has an end of its own ([`Self::come_in`]); what is known of it if it is
     /// to be the next guest. It keeps no name from others meanwhile, and so gives none a further one. `None` as
-    /// [`Self::admit`], but that the place of a guest that is away may be its own.
+    /// [`Self::admit`], but that the place of a guest that is away may be its own, and that one which has said nothing
+    /// may make way.
     pub fn foresee(&self) -> Option<GuestSpec> {
         if self.network.is_stopped() {
             return None;
         }
         let places = self.lock();
         let number = places.free(None);
-        if number.is_none() && !places.is_anybody_away() {
+        let may_be_free =
+            || places.is_anybody_away() || places.is_anybody_leaving() || places.silent().is_some();
+        if number.is_none() && !may_be_free() {
             drop(places);
             self.refuse_full();
             return None;
@@ -204,7 +239,7 @@ impl Entrance {
         let is_new = {
             let places = self.lock();
             match from {
-                Some(cid) => places.of(cid).is_none(),
+                Some(cid) => places.of(cid).is_none() && places.free(None).is_some(),
                 None => places.taken.is_empty(),
             }
         };
@@ -257,6 +292,27 @@ impl Entrance {
             number,
         };
         self.let_in(link, self.spec_of(number), place, true, || {});
+    }
+
+    /// Whether there is room for one guest more. Where there is none, and that one has spoken, the guest there longest
+    /// that has said nothing is told to make way.
+    pub(super) fn make_room(&self, has_spoken: bool) -> Room {
+        let mut places = self.lock();
+        if places.free(None).is_some() {
+            return Room::Free;
+        }
+        if places.is_anybody_leaving() {
+            return Room::Soon;
+        }
+        match places.silent() {
+            None => Room::None,
+            Some(_) if !has_spoken => Room::Soon,
+            Some((number, vm)) => {
+                places.set(number, Occupant::Leaving);
+                self.network.send(vm, Input::LeaveIfSilent);
+                Room::Soon
+            }
+        }
     }
 
     fn let_in(
@@ -390,6 +446,39 @@ impl Berth {
         }
     }
 
+    /// A frame of the guest's has come.
+    pub(crate) fn speak(&self) {
+        let mut places = self.entrance.lock();
+        if let Some(taken) = places.taken.get_mut(&self.number) {
+            taken.is_silent = false;
+            if taken.by == Occupant::Leaving {
+                // It was to make way, and need not; who waits for its place looks for another.
+                taken.by = Occupant::Guest;
+                places.lobby.stir();
+            }
+        }
+    }
+
+    /// The guest was told to make way if it had said nothing. True, counted and told, where that is so.
+    pub(crate) fn leave_if_silent(&self) -> bool {
+        let places = self.entrance.lock();
+        if !places
+            .taken
+            .get(&self.number)
+            .is_some_and(|taken| taken.is_silent)
+        {
+            return false;
+        }
+        drop(places);
+        let name = self.name();
+        let why = format_args!(
+            "{GUESTS_MAX} guests are on one socket; {name} had said nothing for the longest time, and made way for \
+             another"
+        );
+        self.entrance.refuse(LinkRefusal::Limit, &why);
+        true
+    }
+
     /// The guest's link is gone; from now on another may come, as an input of its driver.
     pub(crate) fn leave(&self, vm: VmId, mac: Mac) {
         let mut places = self.entrance.lock();
@@ -517,4 +606,67 @@ fn accept_loop<S>(
         }
     })?;
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::network::tests::{counter, network};
+
+    #[test]
+    fn one_that_speaks_before_it_has_made_way_stays_and_the_next_goes() {
+        let runtime = tokio::runtime::Runtime::new().unwrap();
+        let _context = runtime.enter();
+        let (reports, _receiver) = tokio::sync::mpsc::channel(1);
+        let entrance = Entrance::new(&network(reports), GuestSpec::default());
+        let berth = |number| Berth {
+            entrance: Arc::clone(&entrance),
+            number,
+        };
+        let by = |number: usize| entrance.lock().taken[&number].by;
+        // The last place was taken first.
+        for number in 1..=GUESTS_MAX {
+            let mut taken = Taken::new(None, Occupant::Guest);
+            taken.vm = u32::try_from(GUESTS_MAX - number).ok().map(VmId);
+            entrance.lock().taken.insert(number, taken);
+        }
+        let (first, second) = (GUESTS_MAX, GUESTS_MAX - 1);
+        assert!(entrance.foresee().is_some());
+        assert_eq!(entrance.make_room(false), Room::Soon);
+        assert_eq!(
+            by(first),
+            Occupant::Guest,
+            "one that says nothing sends nobody away"
+        );
+        for _ in 0..2 {
+            assert_eq!(entrance.make_room(true), Room::Soon);
+        }
+        assert_eq!((by(first), by(second)), (Occupant::Leaving, Occupant::Guest));
+        let stays = berth(first);
+        stays.speak();
+        assert!(!stays.leave_if_silent());
+        assert_eq!(by(first), Occupant::Guest);
+        assert_eq!(counter(&entrance.network, "network_link_limit"), 0);
+        assert_eq!(entrance.make_room(true), Room::Soon);
+        assert_eq!((by(first), by(second)), (Occupant::Guest, Occupant::Leaving));
+        assert!(berth(second).leave_if_silent());
+        assert_eq!(counter(&entrance.network, "network_link_limit"), 1);
+        entrance.lock().taken.remove(&second);
+        assert_eq!(entrance.make_room(true), Room::Free);
+
+        // Where all have spoken nobody goes.
+        entrance
+            .lock()
+            .taken
+            .insert(second, Taken::new(None, Occupant::Guest));
+        (1..=GUESTS_MAX).for_each(|number| berth(number).speak());
+        entrance
+            .lock()
+            .taken
+            .values_mut()
+            .for_each(|taken| taken.by = Occupant::Guest);
+        assert_eq!(entrance.make_room(true), Room::None);
+        assert!(entrance.foresee().is_none());
+        assert_eq!(counter(&entrance.network, "network_link_limit"), 2);
+    }
 }

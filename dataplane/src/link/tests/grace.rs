@@ -466,33 +466,139 @@ fn who_says_nothing_keeps_nobody_from_coming_back_nor_from_coming() {
     assert_eq!(names, ["web-3", "web-4", "web-5"]);
 }
 
+/// So many that connect to QEMU's socket and say this, one after the other: each is there before the next comes.
+fn crowd(rig: &Rig, count: usize, said: &[u8]) -> Vec<UnixStream> {
+    let one = |_| {
+        let mut one = UnixStream::connect(rig.path("qemu")).unwrap();
+        one.set_read_timeout(Some(PATIENCE)).unwrap();
+        one.write_all(said).unwrap();
+        one
+    };
+    (0..count).map(one).collect()
+}
+
+/// Whether the other end closed it, which is waited for if it is `to` be; what it was asked before is passed over.
+fn was_closed(mut stream: &UnixStream, to: bool) -> bool {
+    stream.set_nonblocking(!to).unwrap();
+    loop {
+        match stream.read(&mut [0; 512]) {
+            Ok(0) => return true,
+            Ok(_) => {}
+            Err(error) => return error.kind() != std::io::ErrorKind::WouldBlock,
+        }
+    }
+}
+
 #[test]
-fn so_many_may_have_yet_to_show_who_they_are_and_no_more() {
+fn of_those_who_have_yet_to_say_who_they_are_the_longest_there_makes_way() {
     let mut rig = kept("limit", LONG);
     let (dial, _file) = qemu(&rig);
     let mut wire = dial(&asker(2).question());
     asker(2).is_answered(&mut *wire);
     drop(wire);
     rig.attached(false);
-    let silent: Vec<_> = (0..UNDECIDED_MAX)
-        .map(|_| UnixStream::connect(rig.path("qemu")).unwrap())
-        .collect();
-    let mut late = UnixStream::connect(rig.path("qemu")).unwrap();
-    rig.counts("network_link_limit", 1);
-    late.set_read_timeout(Some(PATIENCE)).unwrap();
-    assert!(is_closed(&mut late));
-    assert_eq!(rig.comings(), Vec::<String>::new());
-    drop(silent);
-    let until = Instant::now() + PATIENCE;
-    loop {
-        let mut wire = Stream::new(UnixStream::connect(rig.path("qemu")).unwrap(), StreamKind::Qemu);
-        let frame = wire.frame(&asker(2).question());
-        if wire.socket.write_all(&frame).is_ok() && matches!(wire.socket.read(&mut [0; 4]), Ok(4)) {
-            break;
-        }
-        assert!(Instant::now() < until, "there is room again");
-    }
+    let silent = crowd(&rig, UNDECIDED_MAX, &[]);
+    let further = crowd(&rig, 3, &[]);
+    rig.counts("network_link_limit", 3);
+    assert!(silent[..3].iter().all(|stream| was_closed(stream, true)));
+    let mut left = silent[3..].iter().chain(&further);
+    assert!(left.all(|stream| !was_closed(stream, false)));
+    // Who is away comes back at once, and pushes out one more of them at most.
+    let began = Instant::now();
+    let mut back = dial(&asker(2).question());
+    asker(2).is_answered(&mut *back);
+    assert!(began.elapsed() < MOMENT, "{:?}", began.elapsed());
     assert_eq!(counter(&rig.network, "network_link_back"), 1);
+    assert!(counter(&rig.network, "network_link_limit") <= 4);
+    assert_eq!(rig.comings(), Vec::<String>::new());
+}
+
+#[test]
+fn who_dials_without_end_and_says_nothing_keeps_nobody_from_coming_back() {
+    let mut rig = kept("hail", LONG);
+    let (dial, _file) = qemu(&rig);
+    let mut wire = dial(&asker(2).question());
+    asker(2).is_answered(&mut *wire);
+    let mut talk = Talk::open(&rig, asker(2), &mut *wire);
+    let stop = Arc::new(AtomicBool::new(false));
+    let (stopped, path) = (Arc::clone(&stop), rig.path("qemu"));
+    let hail = std::thread::spawn(move || {
+        let mut held = std::collections::VecDeque::new();
+        while !stopped.load(Ordering::Relaxed) {
+            held.push_back(UnixStream::connect(&path).unwrap());
+            // As many as there may be, and as may wait, are held open all the time.
+            if held.len() > 2 * UNDECIDED_MAX {
+                held.pop_front();
+            }
+        }
+    });
+    drop(wire);
+    rig.attached(false);
+    rig.counts("network_link_limit", 1_000);
+    for _ in 0..3 {
+        let began = Instant::now();
+        let mut back = dial(&asker(2).question());
+        rig.attached(true);
+        talk.say(&mut *back, b"here again");
+        assert!(began.elapsed() < MOMENT, "{:?}", began.elapsed());
+        drop(back);
+        rig.attached(false);
+    }
+    stop.store(true, Ordering::Relaxed);
+    hail.join().unwrap();
+    assert_eq!(counter(&rig.network, "network_link_back"), 3);
+}
+
+#[test]
+fn where_all_have_spoken_before_the_door_who_comes_is_turned_away() {
+    let mut rig = kept("spoken", LONG);
+    let (dial, _file) = qemu(&rig);
+    // Two, so that neither is alone; both are under a policy, and so another waits for them.
+    let wires = [2, 3].map(|number| answered(&dial, number));
+    drop(wires);
+    rig.attached(false);
+    rig.attached(false);
+    let hello = Stream::new(UnixStream::pair().unwrap().0, StreamKind::Qemu).frame(&asker(9).question());
+    let spoken = crowd(&rig, UNDECIDED_MAX, &hello);
+    let late = crowd(&rig, 1, &hello);
+    rig.counts("network_link_limit", 1);
+    assert!(was_closed(&late[0], true));
+    assert!(spoken.iter().all(|stream| !was_closed(stream, false)));
+    assert_eq!(counter(&rig.network, "network_link_limit"), 1);
+}
+
+#[test]
+fn a_guest_that_has_said_nothing_makes_way_for_one_that_speaks_and_for_no_other() {
+    let mut rig = kept("places", LONG);
+    let (dial, _file) = qemu(&rig);
+    let silent = crowd(&rig, GUESTS_MAX, &[]);
+    let names: std::collections::HashSet<String> = (0..GUESTS_MAX).map(|_| rig.next_up().0).collect();
+    assert_eq!(names.len(), GUESTS_MAX);
+    // One that says nothing either waits for a place, and takes none.
+    let waits = crowd(&rig, 1, &[]);
+    // The first guest, which has not said anything until now, does so before it is its turn.
+    let mut first = Stream::new(silent[0].try_clone().unwrap(), StreamKind::Qemu);
+    asker(2).is_answered(&mut first);
+    let mut speaks = dial(&asker(3).question());
+    asker(3).is_answered(&mut *speaks);
+    assert_eq!(counter(&rig.network, "network_link_limit"), 1);
+    let closed: Vec<_> = silent[1..]
+        .iter()
+        .map(|stream| was_closed(stream, false))
+        .collect();
+    assert_eq!(closed.iter().filter(|closed| **closed).count(), 1);
+    assert!(!was_closed(&waits[0], false));
+    asker(2).is_answered(&mut first);
+    // The place of the one that went is the speaker's.
+    rig.next_down();
+    assert_eq!(rig.next_up().0, "web-2");
+    // And one that comes back has its own place.
+    drop(speaks);
+    rig.attached(false);
+    let mut back = dial(&asker(3).question());
+    asker(3).is_answered(&mut *back);
+    assert_eq!(counter(&rig.network, "network_link_back"), 1);
+    assert_eq!(counter(&rig.network, "network_link_limit"), 1);
 }
 
 #[test]

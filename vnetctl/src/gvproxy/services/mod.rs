@@ -19,6 +19,7 @@ mod guest;
 mod inventory;
 mod json;
 mod network;
+mod places;
 mod remote;
 mod route;
 mod serve;
@@ -47,12 +48,13 @@ use self::answer::Answer;
 use self::control::Control;
 use self::exposed::Exposed;
 use self::guest::Connected;
+use self::places::Places;
 use self::stats::Traffic;
 use super::Tunnels;
 use crate::client::Connection;
 use crate::launch::Mac;
 
-/// Connections of the services socket at once.
+/// Connections of the services socket at once; beyond them, and so below, the longest idle makes way for the next.
 pub const SERVICES_CONNECTIONS_MAX: usize = 256;
 /// Connections of all sockets that a VM can reach at once. Whoever takes them all keeps nobody from the services
 /// socket.
@@ -124,14 +126,14 @@ pub struct Services {
 
 /// What one kind of socket may have at once.
 struct Limits {
-    connections: Arc<Semaphore>,
+    connections: Arc<Places>,
     tunnels: Arc<Semaphore>,
 }
 
 impl Limits {
     fn new(connections: usize) -> Self {
         Self {
-            connections: Arc::new(Semaphore::new(connections)),
+            connections: Places::new(connections),
             tunnels: Arc::new(Semaphore::new(TUNNELS_MAX)),
         }
     }

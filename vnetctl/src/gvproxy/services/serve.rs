@@ -2,12 +2,15 @@
 //!
 //! The first request's head is read here, and given to `hyper` with the rest of the stream, unless it is a tunnel's:
 //! those have no response, which `hyper` could not be kept from sending.
+//!
+//! At the limit the connection that has been idle for the longest time makes way for the next (`places`): it is closed,
+//! as an idle one may be at any time.
 
 use std::convert::Infallible;
 use std::io;
 use std::net::SocketAddr;
 use std::pin::Pin;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::task::{Context, Poll};
 use std::time::Duration;
 
@@ -17,9 +20,9 @@ use hyper::server::conn::http1;
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _, ReadBuf};
-use tokio::sync::OwnedSemaphorePermit;
 
 use super::guest::OneOf;
+use super::places::{Busy, Lasting, Place};
 use super::{Limits, Origin, Services, route, tunnel};
 
 /// How long a request may take to arrive, and a connection be idle. gvproxy's.
@@ -31,9 +34,30 @@ const HEADERS_MAX: usize = 100;
 
 /// What a connection holds that is one too many for another.
 enum Permit {
-    Socket { _one: OwnedSemaphorePermit },
+    Socket(Place),
     Guest { _one: OneOf },
 }
+
+impl Permit {
+    /// Waits until the connection is to make way for another. A guest's never is: whom it keeps out is itself.
+    async fn made_way(&self) {
+        match self {
+            Self::Socket(place) => place.made_way().await,
+            Self::Guest { .. } => std::future::pending().await,
+        }
+    }
+
+    /// A request begins. `Err` where its connection has made way already.
+    fn begin(&self) -> Result<Option<Busy>, MadeWay> {
+        match self {
+            Self::Socket(place) => place.begin().map(Some).ok_or(MadeWay),
+            Self::Guest { .. } => Ok(None),
+        }
+    }
+}
+
+/// A connection was idle for the longest time, and is to be closed.
+struct MadeWay;
 
 /// Serves one connection.
 pub(super) async fn stream<S>(services: &Arc<Services>, mut stream: S, mut read: Vec<u8>, origin: Origin)
@@ -45,10 +69,21 @@ where
         let _ = tokio::time::timeout(READ_PATIENCE, stream.write_all(TOO_MANY)).await;
         return;
     };
+    let mut first = None;
     if let Some(limits) = limits(services, &origin) {
-        let head = tokio::time::timeout(READ_PATIENCE, read_head(&mut stream, &mut read)).await;
+        let head = tokio::select! {
+            // Whoever has said everything already does not make way.
+            biased;
+            head = tokio::time::timeout(READ_PATIENCE, read_head(&mut stream, &mut read)) => head,
+            () = permit.made_way() => return tell_made_way(),
+        };
+        match permit.begin() {
+            Ok(busy) => first = busy,
+            Err(MadeWay) => return tell_made_way(),
+        }
         match head {
             Ok(Ok(Some(Tunnel { target, head_bytes }))) if route::may_tunnel(services, &origin).await => {
+                drop(first);
                 drop(permit);
                 let Ok(_permit) = limits.tunnels.try_acquire() else {
                     let _ = tokio::time::timeout(READ_PATIENCE, stream.write_all(TOO_MANY)).await;
@@ -63,17 +98,35 @@ where
             Ok(Err(_)) | Err(_) => return,
         }
     }
+    let first = Mutex::new(first);
     let service = service_fn(|request| {
         let services = Arc::clone(services);
-        async move { Ok::<_, Infallible>(route::answer(services, origin, request).await) }
+        let first = first.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let begun = first.map_or_else(|| permit.begin(), |busy| Ok(Some(busy)));
+        async move {
+            let Ok(busy) = begun else {
+                // It is closed before this is looked at again.
+                return std::future::pending().await;
+            };
+            let answer = route::answer(services, origin, request).await;
+            Ok::<_, Infallible>(answer.map(|body| Lasting::new(body, busy)))
+        }
     });
-    let served = http()
-        .serve_connection(TokioIo::new(Replay { read, at: 0, stream }), service)
-        .await;
-    if let Err(error) = served {
-        tracing::debug!(%error, "a connection of the services API ended");
+    let serving = http().serve_connection(TokioIo::new(Replay { read, at: 0, stream }), service);
+    tokio::select! {
+        served = serving => {
+            if let Err(error) = served {
+                tracing::debug!(%error, "a connection of the services API ended");
+            }
+        }
+        () = permit.made_way() => tell_made_way(),
     }
-    drop(permit);
+}
+
+fn tell_made_way() {
+    tracing::debug!(
+        "a connection of the services API was idle for the longest time, and made way for another"
+    );
 }
 
 /// HTTP/1.1 within the limits of this module, and a response for as long as it takes.
@@ -105,8 +158,7 @@ fn permit(services: &Services, origin: &Origin) -> Option<Permit> {
             .map(|one| Permit::Guest { _one: one }),
         Origin::Services | Origin::Listen => {
             let limits = limits(services, origin)?;
-            let one = Arc::clone(&limits.connections).try_acquire_owned().ok()?;
-            Some(Permit::Socket { _one: one })
+            limits.connections.enter().map(Permit::Socket)
         }
     }
 }

@@ -325,15 +325,39 @@ async fn what_does_not_arrive_within_ten_seconds_ends() {
     }
 }
 
+const NOTHING: &str = "GET /nothing HTTP/1.1\r\nHost: x\r\n\r\n";
+
+/// A connection on which a request was answered, and nothing is under way.
+async fn idle(services: &Arc<Services>, origin: Origin) -> DuplexStream {
+    let mut client = connect(services, origin);
+    client.write_all(NOTHING.as_bytes()).await.unwrap();
+    exactly(&mut client, b"HTTP/1.1 404 Not Found\r\n").await;
+    let mut rest = Vec::new();
+    while !rest.ends_with(b"404 page not found\n") {
+        assert_ne!(client.read_buf(&mut rest).await.unwrap(), 0);
+    }
+    client
+}
+
+/// One of which a request is in progress: its body is awaited.
+async fn busy(services: &Arc<Services>, origin: Origin) -> DuplexStream {
+    let mut client = connect(services, origin);
+    let head = "POST /services/forwarder/expose HTTP/1.1\r\nHost: x\r\nExpect: 100-continue\r\nContent-Length: 9\r\n\r\n";
+    client.write_all(head.as_bytes()).await.unwrap();
+    exactly(&mut client, b"HTTP/1.1 100 Continue\r\n\r\n").await;
+    client
+}
+
+fn guest(last: u8) -> Origin {
+    Origin::Guest(Guest {
+        vm: vnet_proto::model::VmId(1),
+        address: std::net::IpAddr::V4(Ipv4Addr::new(192, 168, 127, last)),
+    })
+}
+
 #[tokio::test]
 async fn connections_beyond_the_limit_are_told_so_and_each_kind_has_its_own() {
     let services = Services::new(config(nowhere(), "one"));
-    let guest = |last| {
-        Origin::Guest(Guest {
-            vm: vnet_proto::model::VmId(1),
-            address: std::net::IpAddr::V4(Ipv4Addr::new(192, 168, 127, last)),
-        })
-    };
     for (origin, limit) in [
         (Origin::Listen, LISTEN_CONNECTIONS_MAX),
         (guest(2), GUEST_CONNECTIONS_MAX),
@@ -341,15 +365,12 @@ async fn connections_beyond_the_limit_are_told_so_and_each_kind_has_its_own() {
     ] {
         let mut held = Vec::new();
         for _ in 0..limit {
-            let mut client = connect(&services, origin);
-            client
-                .write_all(b"GET /nothing HTTP/1.1\r\nHost: x\r\n\r\n")
-                .await
-                .unwrap();
-            exactly(&mut client, b"HTTP/1.1 404 Not Found\r\n").await;
-            held.push(client);
+            held.push(match origin {
+                Origin::Guest(_) => idle(&services, origin).await,
+                _ => busy(&services, origin).await,
+            });
         }
-        let answer = raw(&services, origin, "GET /nothing HTTP/1.1\r\nHost: x\r\n\r\n").await;
+        let answer = raw(&services, origin, NOTHING).await;
         assert!(answer.starts_with("HTTP/1.1 503 "), "{origin:?}: {answer}");
         let (head, body) = answer.split_once("\r\n\r\n").unwrap();
         assert!(
@@ -366,6 +387,40 @@ async fn connections_beyond_the_limit_are_told_so_and_each_kind_has_its_own() {
         while get(&services, origin, "/nothing").await.0 != 404 {
             tokio::task::yield_now().await;
         }
+    }
+}
+
+#[tokio::test]
+async fn at_the_limit_the_longest_idle_connection_makes_way() {
+    let services = Services::new(config(nowhere(), "one"));
+    for (origin, limit) in [
+        (Origin::Services, SERVICES_CONNECTIONS_MAX),
+        (Origin::Listen, LISTEN_CONNECTIONS_MAX),
+    ] {
+        // One in progress, one that says nothing, one that says half, and then as many as there may be.
+        let mut working = busy(&services, origin).await;
+        let mut silent = connect(&services, origin);
+        let mut half = connect(&services, origin);
+        half.write_all(b"GET /nothing HTTP/1.1\r\nHo").await.unwrap();
+        tokio::task::yield_now().await;
+        let mut held = Vec::new();
+        for _ in 3..limit {
+            held.push(idle(&services, origin).await);
+        }
+        for gone in [&mut silent, &mut half] {
+            assert_eq!(get(&services, origin, "/nothing").await.0, 404);
+            assert_eq!(gone.read(&mut [0; 64]).await.unwrap(), 0);
+            // Its place stays taken.
+            held.push(idle(&services, origin).await);
+        }
+        // The oldest of the others has something to say still, and is not the longest idle any more.
+        held[0].write_all(NOTHING.as_bytes()).await.unwrap();
+        exactly(&mut held[0], b"HTTP/1.1 404 Not Found\r\n").await;
+        assert_eq!(get(&services, origin, "/nothing").await.0, 404);
+        assert_eq!(held[1].read(&mut [0; 64]).await.unwrap(), 0);
+        working.write_all(b"        ").await.unwrap();
+        working.write_all(b" ").await.unwrap();
+        exactly(&mut working, b"HTTP/1.1 400 Bad Request\r\n").await;
     }
 }
 
