@@ -289,6 +289,11 @@ impl Leases {
         claimed
     }
 
+    /// Whether an address is kept for a MAC address.
+    pub fn is_kept(&self, mac: Mac) -> bool {
+        self.config.fixed.contains_key(&mac)
+    }
+
     /// The VM whose an address is, by lease or claim.
     pub fn owner(&self, address: Ipv4Addr) -> Option<VmId> {
         self.holder(address).map(|(vm, _)| vm)

@@ -96,6 +96,9 @@ pub struct GuestSpec {
     pub pinned_mac: Option<Mac>,
     /// The address that is kept for it.
     pub pinned_address: Option<Ipv4Addr>,
+    /// No MAC address that a lease is kept for may be its own: it came by a socket that not only hypervisors reach,
+    /// and they have others.
+    pub without_kept: bool,
 }
 
 /// One network and its guests.
@@ -130,14 +133,19 @@ struct Guests {
 struct Guest {
     /// Unbounded: what comes in are answers to the guest's own misses and queries, which are bounded, as are
     /// connections that wait for it, the sockets of forwards, each of which it has once, the ends of its flows with
-    /// other guests, of which each has one, captures, links that come and are tried, of a few at a time, the word to make
-    /// way, which it is given once, questions for addresses, a few a second for each of the few that are sought, and orders, none of which may be lost.
+    /// other guests, of which each has one, captures, links that come and are tried, of a few at a time, the word to
+    /// make way, which it is given once, questions for addresses, a few a second for each of the few that are sought,
+    /// and orders, none of which may be lost.
     inputs: InputSender<Input>,
     waker: Arc<Waker>,
     inbox: Arc<Inbox>,
     switch_open: AtomicBool,
     /// That it uses an address which it cannot have was told.
     told_of_address: AtomicBool,
+    /// That it uses a MAC address which it cannot have was told.
+    told_of_mac: AtomicBool,
+    /// No MAC address that a lease is kept for may be its own.
+    without_kept: bool,
     /// As it attached.
     name: String,
 }
@@ -319,6 +327,8 @@ impl Network {
             inbox,
             switch_open: AtomicBool::new(false),
             told_of_address: AtomicBool::new(false),
+            told_of_mac: AtomicBool::new(false),
+            without_kept: spec.without_kept,
             name: spec.name.clone(),
         };
         {
@@ -646,7 +656,33 @@ impl Surroundings for Network {
     }
 
     fn learn_mac(&self, vm: VmId, mac: Mac) -> bool {
-        *self.write_guests().by_mac.entry(mac).or_insert(vm) == vm
+        let is_kept = self.lock_leases().is_kept(mac);
+        let mut guests = self.write_guests();
+        let whose = match guests.by_mac.get(&mac) {
+            Some(holder) if *holder == vm => return true,
+            Some(holder) => {
+                let holder = guests.by_vm.get(holder).map(|other| other.name.as_str());
+                format!(
+                    "VM {} has it; give one of the two another",
+                    holder.unwrap_or("that is ending")
+                )
+            }
+            None if is_kept && guests.by_vm.get(&vm).is_some_and(|guest| guest.without_kept) => {
+                "a lease is kept for it, for a guest of the sockets of hypervisors; give it another"
+                    .to_owned()
+            }
+            None => {
+                guests.by_mac.insert(mac, vm);
+                return true;
+            }
+        };
+        if let Some(guest) = guests.by_vm.get(&vm)
+            && !guest.told_of_mac.swap(true, Ordering::Relaxed)
+        {
+            let vm = &guest.name;
+            tracing::warn!(vm, %mac, "a VM has a MAC address that it cannot have, so nothing of it passes ({whose})");
+        }
+        false
     }
 
     fn neighbour(&self, address: IpAddr) -> Option<Neighbour> {
@@ -862,13 +898,15 @@ pub(crate) mod tests {
     use crate::leases::LeaseConfig;
 
     const GATEWAY: Ipv4Addr = Ipv4Addr::new(192, 168, 127, 1);
+    /// The MAC address that 192.168.127.6 is kept for.
+    pub(crate) const KEPT: Mac = Mac([2, 0, 0, 0, 0, 6]);
 
     /// A network without guests, for tests.
     pub(crate) fn network(reports: Sender<Report>) -> Arc<Network> {
         network_of(reports, 1500, Duration::ZERO)
     }
 
-    /// One with another MTU, and another time for which a guest without a link is kept.
+    /// One with another MTU, and another time for which a guest without a link is kept. It keeps a lease for [`KEPT`].
     pub(crate) fn network_of(reports: Sender<Report>, mtu_bytes: u16, grace: Duration) -> Arc<Network> {
         let subnet: Ipv4Net = "192.168.127.0/29".parse().unwrap();
         let lease_time = Duration::from_secs(3600);
@@ -898,7 +936,7 @@ pub(crate) mod tests {
             subnet,
             reserved: vec![GATEWAY],
             first: None,
-            fixed: Default::default(),
+            fixed: [(KEPT, Ipv4Addr::new(192, 168, 127, 6))].into(),
             lease_time,
         });
         let resolver = Resolver::new(ResolverConfig {

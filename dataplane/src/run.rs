@@ -492,7 +492,7 @@ fn open_listener(
     guards: &Guards,
     asked: &Asked<'_>,
 ) -> io::Result<Option<SocketFile>> {
-    let spec = guest_spec(&listener.vm);
+    let mut spec = guest_spec(&listener.vm);
     let path = || match &listener.at {
         ListenAt::Unix(path) => Ok(path),
         // The configuration has no such thing.
@@ -513,6 +513,8 @@ fn open_listener(
             }
             match transport {
                 Transport::Connect => {
+                    // It carries requests too, so whatever reaches it may become a guest.
+                    spec.without_kept = config.has_hypervisors();
                     let url = listener.url();
                     asked
                         .requests(url, serve::Entrance::new(network, spec))
@@ -665,5 +667,6 @@ fn guest_spec(vm: &VmConfig) -> GuestSpec {
         resolver_patience: vm.resolver_patience,
         pinned_mac: vm.mac,
         pinned_address: vm.address,
+        without_kept: false,
     }
 }

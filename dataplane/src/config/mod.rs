@@ -273,6 +273,12 @@ pub struct VmConfig {
 }
 
 impl Config {
+    /// Whether hypervisors have a way in that takes no requests.
+    pub fn has_hypervisors(&self) -> bool {
+        let is_theirs = |listener: &ListenConfig| listener.transport != Transport::Connect;
+        self.link.is_some() || self.stdio.is_some() || self.listeners.iter().any(is_theirs)
+    }
+
     /// Checks flags, and what VMs bring along. `default_name` is this dataplane's name where `--name`
     /// gives none; see [`default_name`].
     ///

@@ -41,7 +41,7 @@ pub const GRACE: Duration = Duration::from_secs(10);
 /// Links at once of which it is not known whose they are, on one socket.
 pub const UNDECIDED_MAX: usize = GUESTS_MAX;
 /// Links beside them that the thread has yet to look at.
-pub const ARRIVALS_MAX: usize = 64;
+pub const ARRIVALS_MAX: usize = UNDECIDED_MAX;
 /// Those of one VM that is known: it does not keep others from coming back.
 const UNDECIDED_OF_VM_MAX: usize = 4;
 /// A hypervisor may be back before it was noticed that it had gone: for so long a new link is held back, if its

@@ -3,6 +3,7 @@
 
 mod forward;
 mod grace;
+mod kept;
 
 use std::io::{Read as _, Write as _};
 use std::net::Ipv4Addr;
