@@ -360,3 +360,50 @@ fn it_ends_at_once_beside_an_idle_client_and_a_busy_one() {
         busy.signal(Signal::SIGKILL);
     });
 }
+
+#[test]
+fn whoever_dials_and_says_nothing_keeps_no_guest_out_and_nobody_has_the_hypervisors_address() {
+    staged(
+        whoever_dials_and_says_nothing_keeps_no_guest_out_and_nobody_has_the_hypervisors_address,
+        |world| {
+            const PING: &str =
+                "ping -q -c 1 -W 5 192.168.127.1 > /dev/null && echo there || echo none; exec sleep 60";
+            // More than there may be guests on a socket.
+            const MANY: usize = 300;
+            let listen = world.runtime_dir().join("listen.sock");
+            let url = format!("unix://{}", listen.display());
+            let (mut gvproxy, socket) = world.gvproxy_for_qemu(&["-ssh-port", "-1", "-listen", &url]);
+            let connect = |mac: &str| {
+                let mut load = world.load();
+                load.args(["guest", "--framing", "connect", "--mac", mac, "--socket"]);
+                load.arg(&listen).args(["--", "sh", "-c", PING]);
+                Running::start(load)
+            };
+            // The address of the guest that the hypervisor has yet to start.
+            let mut other = connect("5a:94:ef:e4:0c:ee");
+            other.prints("none");
+            gvproxy.complains("a lease is kept for it, for a guest of the sockets of hypervisors");
+
+            let dial = |path: &Path, says: &[u8]| {
+                let mut stream = UnixStream::connect(path).expect("it listens");
+                stream.write_all(says).expect("it is open");
+                stream
+            };
+            let request = b"POST /connect HTTP/1.1\r\nHost: x\r\n\r\n";
+            let _silent: Vec<_> = (0..MANY)
+                .flat_map(|_| [dial(&socket, b""), dial(&listen, request)])
+                .collect();
+            let mut guest = world.guest(&socket, &["sh", "-c", PING]);
+            guest.prints("there");
+            let mut further = connect("5a:94:ef:e4:0c:77");
+            further.prints("none");
+            eventually("both are there, and the hypervisor's has its address", || {
+                let vms = world.list(&["vm", "list"]);
+                let has = |address: &str| vms.iter().filter(|vm| vm["addresses"][0] == address).count();
+                has("192.168.127.2") == 1
+            });
+            gvproxy.signal(Signal::SIGTERM);
+            assert_eq!(gvproxy.wait().code, 0);
+        },
+    );
+}
