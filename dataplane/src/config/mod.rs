@@ -20,6 +20,7 @@ use ipnet::{Ipv4Net, Ipv6Net};
 use vnet_proto::model::{Mode, Name, label_problem};
 
 use crate::args::Args;
+use crate::descriptors::{self, TooFew};
 use crate::mac::Mac;
 use crate::message::{Forward, OwnPolicy};
 use crate::zone::Zone;
@@ -273,6 +274,15 @@ pub struct VmConfig {
 }
 
 impl Config {
+    /// Whether a process that may have `limit` descriptors can serve all of it.
+    ///
+    /// # Errors
+    /// [`TooFew`].
+    pub fn check_descriptors(&self, limit: usize) -> Result<(), TooFew> {
+        let inherited = usize::from(self.link.is_some()) + usize::from(self.stdio.is_some());
+        descriptors::check(limit, self.listeners.len() + inherited, self.forwards.len())
+    }
+
     /// Checks flags, and what VMs bring along. `default_name` is this dataplane's name where `--name`
     /// gives none; see [`default_name`].
     ///

@@ -27,7 +27,7 @@ use super::services::Token;
 use crate::client::{Connection, Server};
 use crate::cmd::attend::dataplane_name;
 use crate::failure::{EXIT_FAILED, Failure, with_causes};
-use crate::launch::{DataplaneLog, session_url};
+use crate::launch::{DataplaneLog, enough_descriptors, session_url};
 use crate::output::text::safe;
 use plan::Plan;
 
@@ -133,9 +133,10 @@ fn prepare(flags: &Flags) -> Result<Prepared, Failure> {
         line: log::relay,
     };
     let mut problems = Vec::new();
-    if settings.check(false, &mut problems).is_none() {
+    let Some(dataplane) = settings.check(false, &mut problems) else {
         return Err(Failure::Failed(problems.join("\n  ")));
-    }
+    };
+    enough_descriptors(&dataplane)?;
     Ok(Prepared {
         loaded,
         vm,
