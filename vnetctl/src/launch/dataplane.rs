@@ -22,8 +22,8 @@ use tokio::process::{Child, Command};
 use tokio::task::JoinHandle;
 use vnet_dataplane::args::{Args, Cli};
 use vnet_dataplane::config::{
-    Config, ListenAt, ListenConfig, OwnListSettings, OwnPolicySettings, Transport, VmSettings, ZoneSettings,
-    default_name, inherited,
+    Config, ListenAt, ListenConfig, OwnListSettings, OwnPolicySettings, Problems, Transport, VmSettings,
+    ZoneSettings, default_name, inherited,
 };
 use vnet_dataplane::front::{self, FrontReceiver, FrontSender};
 use vnet_dataplane::inherit;
@@ -183,15 +183,7 @@ impl Settings {
     /// Checks the flags as the dataplane will. `has_link` says that a link will be there by the time
     /// it starts. Gives the configuration, or adds every problem.
     pub fn check(&self, has_link: bool, problems: &mut Vec<String>) -> Option<Config> {
-        let mut args = self.args.clone();
-        if has_link {
-            // The number is not known yet; any that is no standard stream passes the same checks.
-            args.link_fd = Some(i32::MAX);
-        }
-        if self.front {
-            args.front_fd = Some(i32::MAX - 1);
-        }
-        match Config::new(&args, self.vm_settings(), &default_name()) {
+        match self.config(has_link) {
             Ok(config) => {
                 // Looked at before anything is opened that could be taken for one.
                 problems.extend(not_inherited(&config));
@@ -204,10 +196,23 @@ impl Settings {
         }
     }
 
+    /// The configuration as the dataplane will have it, but for the numbers of what it inherits.
+    fn config(&self, has_link: bool) -> Result<Config, Problems> {
+        let mut args = self.args.clone();
+        if has_link {
+            // The number is not known yet; any that is no standard stream passes the same checks.
+            args.link_fd = Some(i32::MAX);
+        }
+        if self.front {
+            args.front_fd = Some(i32::MAX - 1);
+        }
+        Config::new(&args, self.vm_settings(), &default_name())
+    }
+
     /// Paths of sockets that it will make, and whether it puts a new one there for each guest.
     fn socket_paths(&self) -> Vec<(PathBuf, bool)> {
         // What is wrong with the flags it says itself.
-        let Ok(config) = Config::new(&self.args, self.vm_settings(), &default_name()) else {
+        let Ok(config) = self.config(self.link.is_some()) else {
             return Vec::new();
         };
         let of_guests = config
@@ -655,6 +660,30 @@ mod tests {
             assert_eq!(said.log, kept);
         }
         assert_eq!(*TOLD.lock().unwrap(), ["a log", "unended"]);
+    }
+
+    #[test]
+    fn the_sockets_to_be_left_are_those_of_guests_and_of_forwards() {
+        let args = Cli::try_parse_from([
+            "vnet-dataplane",
+            "--listen-qemu=unix:///q.sock?name=a",
+            "--listen-vfkit=unixgram:///v.sock",
+            "--listen=tcp://127.0.0.1:0",
+            "--publish=unix:///f.sock:80",
+            "--guest-api",
+        ])
+        .unwrap()
+        .args;
+        let settings = Settings {
+            args,
+            front: true,
+            ..Settings::default()
+        };
+        let expected = [("/q.sock", false), ("/v.sock", true), ("/f.sock", false)];
+        assert_eq!(
+            settings.socket_paths(),
+            expected.map(|(path, is_renewed)| (PathBuf::from(path), is_renewed))
+        );
     }
 
     #[test]
