@@ -294,6 +294,13 @@ fn what_cannot_be_is_said_and_the_status_tells() {
             wrong.stderr.contains("level=fatal msg=\"") && wrong.stderr.contains(":1:14: stack.mtu"),
             "{wrong:?}"
         );
+        // Also where whoever did not type it looks; once, where both are the same.
+        let log = world.runtime_dir().join("gv.log");
+        let wrong = run(&["-config", &text(&config), "-log-file", &text(&log)]);
+        assert_eq!(fs::read_to_string(&log).unwrap(), wrong.stderr);
+        assert!(wrong.stderr.contains(":1:14: stack.mtu"), "{wrong:?}");
+        let wrong = run(&["-config", &text(&config), "-log-file", "/dev/stderr"]);
+        assert_eq!(wrong.stderr.matches(":1:14: stack.mtu").count(), 1, "{wrong:?}");
 
         // A forward whose port is taken, as of a second one with the default port for SSH.
         let _taken = http(world.host(), "127.0.0.1:2222");
@@ -392,7 +399,7 @@ fn too_few_open_files_are_one_error_before_anything_is_started() {
             // One that may be raised is, as Go's runtime does.
             let command = world.gvproxy(&["-listen-qemu", &url, "-ssh-port", "-1"]);
             let mut gvproxy = Running::start(limited(world, &command, "-S -n 64"));
-            gvproxy.complains("msg=ready");
+            gvproxy.complains("msg=ready vm=q policy=\"none given\"");
             let limits = fs::read_to_string(format!("/proc/{}/limits", gvproxy.pid())).unwrap();
             let files = limits
                 .lines()

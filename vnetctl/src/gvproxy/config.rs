@@ -440,7 +440,8 @@ impl Check<'_> {
                 && (self.host.exists)(path).unwrap_or(false)
             {
                 let path = path.to_owned();
-                self.problems.push(Problem::Exists { from, path });
+                let by = None;
+                self.problems.push(Problem::Exists { from, path, by });
             }
             Some(endpoint)
         };

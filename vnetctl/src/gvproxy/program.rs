@@ -67,8 +67,8 @@ pub fn main(arguments: &[OsString]) -> ExitCode {
     match prepare(&flags) {
         Ok(prepared) => serve::main(prepared),
         Err(failure) => {
-            // There may be no log file yet, and whoever typed this looks here.
-            log::start(super::config::LogLevel::Info, None);
+            // What a file says of the log may be what is wrong with it.
+            log::start_for_both(super::config::LogLevel::Info, flags.log_file.as_deref());
             fatal(&failure)
         }
     }
@@ -99,6 +99,8 @@ fn prepare(flags: &Flags) -> Result<Prepared, Failure> {
     let own = Own::load(|name| std::env::var_os(name), &default)
         .map_err(|problems| Failure::Failed(lines(&problems)))?;
     let vm = own.vm.as_ref().map_or(default, |given| given.value.clone());
+    let set = std::env::vars_os().map(|(name, _)| name);
+    loaded.warnings.extend(own::misspelt(set));
     if let Some(given) = &own.network_policy {
         if loaded.policy.is_none() {
             let source = PolicySource::File(given.value.clone());

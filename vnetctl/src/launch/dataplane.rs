@@ -666,6 +666,7 @@ mod tests {
     fn the_sockets_to_be_left_are_those_of_guests_and_of_forwards() {
         let args = Cli::try_parse_from([
             "vnet-dataplane",
+            "--controlplane=unix:///s.sock",
             "--listen-qemu=unix:///q.sock?name=a",
             "--listen-vfkit=unixgram:///v.sock",
             "--listen=tcp://127.0.0.1:0",
@@ -679,6 +680,8 @@ mod tests {
             front: true,
             ..Settings::default()
         };
+        let problems = settings.config(false).map_err(|problems| problems.to_string());
+        assert_eq!(problems.err(), None);
         let expected = [("/q.sock", false), ("/v.sock", true), ("/f.sock", false)];
         assert_eq!(
             settings.socket_paths(),

@@ -40,9 +40,18 @@ pub enum Problem {
         other: Origin,
     },
     #[error(
-        "{from}: {path:?} already exists; remove it if nothing listens there any more, or listen elsewhere"
+        "{from}: {path:?} already exists{}, or listen elsewhere",
+        .by.as_ref().map_or_else(
+            || "; remove it if nothing listens there any more".to_owned(),
+            |by| format!(", and {by} listens there; end it"),
+        )
     )]
-    Exists { from: Origin, path: PathBuf },
+    Exists {
+        from: Origin,
+        path: PathBuf,
+        /// What listens there, where it is known.
+        by: Option<String>,
+    },
     #[error(
         "{from}: {} cannot be made, as its directory is not there; run: mkdir -p {}",
         path.display(),

@@ -9,8 +9,8 @@ use std::io;
 use std::os::fd::AsFd as _;
 use std::os::unix::fs::{MetadataExt as _, OpenOptionsExt as _};
 use std::path::Path;
-use std::sync::Arc;
-use std::time::SystemTime;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant, SystemTime};
 
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::unistd::geteuid;
@@ -94,7 +94,24 @@ const WRITABLE_BY_ALL: u32 = 0o002;
 
 /// Sends what is logged from here on to the file, or to stderr. Once a process.
 pub(super) fn start(level: LogLevel, file: Option<File>) {
-    let sink = file.map_or(Sink::Stderr, |file| Sink::File(Arc::new(file)));
+    start_at(
+        level,
+        file.map_or(Sink::Stderr, |file| Sink::File(Arc::new(file))),
+    );
+}
+
+/// Sends it to stderr, where whoever typed what is wrong looks, and to the file of `-log-file`, if that is another and
+/// can be opened.
+pub(super) fn start_for_both(level: LogLevel, path: Option<&Path>) {
+    let path = path.filter(|path| own_stream(path).is_none());
+    let file = path.and_then(|path| open(path).ok());
+    start_at(
+        level,
+        file.map_or(Sink::Stderr, |file| Sink::Both(Arc::new(file))),
+    );
+}
+
+fn start_at(level: LogLevel, sink: Sink) {
     // One that is set already (by a test) stays.
     let _ = tracing_subscriber::fmt()
         .event_format(Lines)
@@ -122,13 +139,62 @@ pub(super) fn directive(level: LogLevel) -> &'static str {
 
 /// Says again what the dataplane said in a line of its own log.
 pub(super) fn relay(line: &str) {
-    let (level, text) = relayed(line);
+    let (mut level, text) = relayed(line);
+    if text.starts_with(NO_SESSION)
+        && !LOSS
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .is_news(Instant::now())
+    {
+        level = Level::DEBUG;
+    }
     match level {
         Level::ERROR => tracing::error!("{text}"),
         Level::WARN => tracing::warn!("{text}"),
         Level::INFO => tracing::info!("{text}"),
         Level::DEBUG => tracing::debug!("{text}"),
         Level::TRACE => tracing::trace!("{text}"),
+    }
+}
+
+/// How the dataplane says that its controlplane is lost.
+const NO_SESSION: &str = "vnet_dataplane::session: no session";
+
+/// That the controlplane is lost is found by the dataplane and by this process, each with reasons that change; it is
+/// told once.
+static LOSS: Mutex<Loss> = Mutex::new(Loss { told: None });
+/// How long a loss is the same one. The dataplane dials again every five seconds at least.
+const SAME_LOSS: Duration = Duration::from_secs(10);
+
+/// When a loss was told last.
+struct Loss {
+    told: Option<Instant>,
+}
+
+impl Loss {
+    /// Whether it is to be told, which it is then.
+    fn is_news(&mut self, now: Instant) -> bool {
+        let is_news = self
+            .told
+            .is_none_or(|told| now.saturating_duration_since(told) > SAME_LOSS);
+        if is_news {
+            self.told = Some(now);
+        }
+        is_news
+    }
+}
+
+/// Tells that there is no controlplane, unless that was told just now.
+pub(super) fn lost_controlplane(why: &str) {
+    let is_news = LOSS
+        .lock()
+        .unwrap_or_else(PoisonError::into_inner)
+        .is_news(Instant::now());
+    let text = "no controlplane, so nothing new is let out; trying again";
+    if is_news {
+        tracing::warn!("{text} ({})", safe(why));
+    } else {
+        tracing::debug!("{text} ({})", safe(why));
     }
 }
 
@@ -166,6 +232,7 @@ fn filter(level: LogLevel) -> Level {
 enum Sink {
     Stderr,
     File(Arc<File>),
+    Both(Arc<File>),
 }
 
 impl io::Write for Sink {
@@ -174,6 +241,10 @@ impl io::Write for Sink {
         let _ = match self {
             Self::Stderr => io::stderr().write_all(bytes),
             Self::File(file) => (&**file).write_all(bytes),
+            Self::Both(file) => {
+                let _ = io::stderr().write_all(bytes);
+                (&**file).write_all(bytes)
+            }
         };
         Ok(bytes.len())
     }
@@ -282,7 +353,6 @@ fn quoted(value: &str) -> String {
 #[cfg(test)]
 mod tests {
     use std::io::Write as _;
-    use std::time::Duration;
 
     use super::*;
 
@@ -318,6 +388,19 @@ mod tests {
         ] {
             assert_eq!(relayed(said), (level, text));
         }
+    }
+
+    #[test]
+    fn a_loss_is_told_once_whoever_finds_it_and_a_later_one_again() {
+        let mut loss = Loss { told: None };
+        let now = Instant::now();
+        assert!(loss.is_news(now));
+        assert!(!loss.is_news(now) && !loss.is_news(now + SAME_LOSS));
+        assert!(loss.is_news(now + SAME_LOSS + Duration::from_millis(1)));
+        assert!(!loss.is_news(now + SAME_LOSS + Duration::from_millis(2)));
+        let said =
+            "2026-07-21T10:00:00.000001Z  WARN vnet_dataplane::session: no session; nothing new is let out";
+        assert!(relayed(said).1.starts_with(NO_SESSION));
     }
 
     #[test]
