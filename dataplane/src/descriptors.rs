@@ -59,8 +59,8 @@ pub struct TooFew {
     pub forwards: usize,
 }
 
-/// Whether so many descriptors are enough for a guest at each of the links, with [`FLOWS_MIN`] flows, and for the
-/// forwards.
+/// Whether so many descriptors are enough for a guest at each of the links, with [`FLOWS_MIN`] flows, and for
+/// the forwards.
 ///
 /// # Errors
 /// [`TooFew`].
@@ -466,7 +466,7 @@ mod tests {
             let opens_all = |limit| {
                 let all = Descriptors::new(limit);
                 let kept: Vec<_> = (0..forwards).map_while(|_| all.keep_forward().ok()).collect();
-                let shares: Vec<_> = (1..=links as u64)
+                let shares: Vec<_> = (1..=u32::try_from(links).unwrap())
                     .map_while(|vm| all.attach(VmId(vm)).ok())
                     .collect();
                 kept.len() == forwards && shares.len() == links && all.lock().free() >= FLOWS_MIN

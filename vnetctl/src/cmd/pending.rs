@@ -196,8 +196,8 @@ pub(crate) fn names_of(names: &[String]) -> String {
     shown
 }
 
-/// The guards that a request is under. That of DNS is a policy's and no property of the address: the reason names it.
-/// That an address is synthetic guards nothing: the name is what is asked for.
+/// The guards that a request is under. That of DNS is a policy's and no property of the address: the reason
+/// names it. That an address is synthetic guards nothing: the name is what is asked for.
 pub(crate) fn guards(request: &v1::PendingRequest) -> Vec<String> {
     let mut guards: Vec<String> = request.guards.iter().map(|g| words::guard(*g)).collect();
     if let Some(reason) = &request.reason

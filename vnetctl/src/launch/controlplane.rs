@@ -178,7 +178,8 @@ fn start(socket: &Path) -> Result<Started, Failure> {
     })
 }
 
-/// What is said where another controlplane has the state: who that is, and what of the environment makes the difference.
+/// What is said where another controlplane has the state: who that is, and what of the environment makes the
+/// difference.
 fn in_use(state_dir: &Path, holder: &Holder) -> String {
     let shared = match &holder.serves {
         Some(serves) => format!("to use that one, set XDG_RUNTIME_DIR as it has, or VNET_SERVER={serves}"),

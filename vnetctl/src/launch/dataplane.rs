@@ -58,7 +58,8 @@ pub struct Settings {
     pub log: DataplaneLog,
 }
 
-/// What becomes of a dataplane's log. Its last words, why it failed, are in [`DataplaneError::Ended`] and nowhere else.
+/// What becomes of a dataplane's log. Its last words, why it failed, are in [`DataplaneError::Ended`] and
+/// nowhere else.
 #[derive(Debug, Default)]
 pub enum DataplaneLog {
     /// The last of it is kept, to be shown when it fails without a word: the terminal is the command's.
@@ -92,8 +93,8 @@ pub struct Dataplane {
     sockets: Vec<LeftSocket>,
 }
 
-/// A socket in the file system that the dataplane made. Dropping this, once that has ended, removes it, if what is at its
-/// path still is that socket.
+/// A socket in the file system that the dataplane made. Dropping this, once that has ended, removes it, if
+/// what is at its path still is that socket.
 #[derive(Debug)]
 struct LeftSocket {
     path: PathBuf,
@@ -114,7 +115,8 @@ impl LeftSocket {
 
 impl Drop for LeftSocket {
     fn drop(&mut self) {
-        // Another that was started meanwhile has put its own there. One of datagrams is served as soon as it is there.
+        // Another that was started meanwhile has put its own there. One of datagrams is served as soon as it
+        // is there.
         let is_left = match self.identity {
             Some(own) => {
                 let found = fs::symlink_metadata(&self.path);
@@ -451,7 +453,8 @@ impl Dataplane {
     }
 }
 
-/// Takes what it says line by line: each is handed over where that is wanted, or kept; its last words are kept only.
+/// Takes what it says line by line: each is handed over where that is wanted, or kept; its last words are
+/// kept only.
 async fn listen(mut stderr: tokio::process::ChildStderr, said: Arc<Mutex<Said>>, line: Option<fn(&str)>) {
     let mut chunk = [0; 1024];
     let mut begun = Vec::new();
@@ -591,6 +594,9 @@ fn flags(args: &Args) -> Vec<OsString> {
 
 /// This process as the dataplane.
 pub(super) fn main(arguments: Vec<OsString>) -> ExitCode {
+    // Started by the kernel's own link it would be called `exe`, where it is told who listens somewhere.
+    #[cfg(target_os = "linux")]
+    let _ = nix::sys::prctl::set_name(c"vnet-dataplane");
     super::parsed(arguments, |cli: Cli| vnet_dataplane::main(cli.args))
 }
 

@@ -82,8 +82,8 @@ pub fn role(arguments: &[OsString]) -> Option<ExitCode> {
     ))
 }
 
-/// Raises this process's limit of open files as far as the host permits, as the runtime of Go does, and checks that it
-/// is enough for a dataplane, which inherits it.
+/// Raises this process's limit of open files as far as the host permits, as the runtime of Go does, and
+/// checks that it is enough for a dataplane, which inherits it.
 ///
 /// # Errors
 /// What it is, what is needed, and how it is raised.

@@ -27,8 +27,8 @@ use crate::output::text::safe;
 /// The target of events that end the process: their level is gvproxy's `fatal`.
 pub(super) const FATAL: &str = "fatal";
 
-/// Opens the file of `-log-file`, emptied, for its owner alone where it is new. What stdout or stderr writes to, as
-/// `/dev/stderr`, is used as it is: what else is written there stays.
+/// Opens the file of `-log-file`, emptied, for its owner alone where it is new. What stdout or stderr writes
+/// to, as `/dev/stderr`, is used as it is: what else is written there stays.
 ///
 /// # Errors
 /// A link that [`is_planted`]; a pipe that nobody reads; else the system's.
@@ -100,8 +100,8 @@ pub(super) fn start(level: LogLevel, file: Option<File>) {
     );
 }
 
-/// Sends it to stderr, where whoever typed what is wrong looks, and to the file of `-log-file`, if that is another and
-/// can be opened.
+/// Sends it to stderr, where whoever typed what is wrong looks, and to the file of `-log-file`, if that is
+/// another and can be opened.
 pub(super) fn start_for_both(level: LogLevel, path: Option<&Path>) {
     let path = path.filter(|path| own_stream(path).is_none());
     let file = path.and_then(|path| open(path).ok());
@@ -160,8 +160,8 @@ pub(super) fn relay(line: &str) {
 /// How the dataplane says that its controlplane is lost.
 const NO_SESSION: &str = "vnet_dataplane::session: no session";
 
-/// That the controlplane is lost is found by the dataplane and by this process, each with reasons that change; it is
-/// told once.
+/// That the controlplane is lost is found by the dataplane and by this process, each with reasons that
+/// change; it is told once.
 static LOSS: Mutex<Loss> = Mutex::new(Loss { told: None });
 /// How long a loss is the same one. The dataplane dials again every five seconds at least.
 const SAME_LOSS: Duration = Duration::from_secs(10);
@@ -198,8 +198,8 @@ pub(super) fn lost_controlplane(why: &str) {
     }
 }
 
-/// The level and the rest of a line as `tracing_subscriber` writes it (`TIME LEVEL module: text`); any other, as of a
-/// panic, is an error.
+/// The level and the rest of a line as `tracing_subscriber` writes it (`TIME LEVEL module: text`); any other,
+/// as of a panic, is an error.
 fn relayed(line: &str) -> (Level, &str) {
     let mut words = line.splitn(2, char::is_whitespace);
     let (time, rest) = (words.next().unwrap_or_default(), words.next().unwrap_or_default());

@@ -18,12 +18,13 @@ pub struct PidFile {
 }
 
 impl PidFile {
-    /// Writes it. One that is there is replaced: it is of a process that ended otherwise. So is a link, whoever made
-    /// it, and nothing is written where it leads, be that a file, a pipe or a device. What is neither a link nor a
-    /// file is written to.
+    /// Writes it. One that is there is replaced: it is of a process that ended otherwise. So is a link,
+    /// whoever made it, and nothing is written where it leads, be that a file, a pipe or a device. What is
+    /// neither a link nor a file is written to.
     ///
     /// # Errors
-    /// A link of the system's, which would be gone for everybody; a pipe that nobody reads; else the system's.
+    /// A link of the system's, which would be gone for everybody; a pipe that nobody reads; else the
+    /// system's.
     pub fn write(path: PathBuf) -> io::Result<Self> {
         let text = std::process::id().to_string();
         let found = fs::symlink_metadata(&path);

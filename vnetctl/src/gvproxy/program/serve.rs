@@ -222,7 +222,8 @@ async fn run(prepared: Prepared, started_as: &mut Option<Dataplane>) -> Result<(
     }
 }
 
-/// What its VMs were given, in a word or two: mode, policy. Where nothing was, what the controlplane has for them holds.
+/// What its VMs were given, in a word or two: mode, policy. Where nothing was, what the controlplane has for
+/// them holds.
 fn in_force(treatment: &Treatment) -> String {
     let mode = treatment.mode.map(|mode| format!("mode {mode}"));
     let document = treatment

@@ -60,7 +60,8 @@ impl Json {
     }
 }
 
-/// Puts `\ufffd` in the place of each `\u` that is half of a character without the other half, as Go reads it.
+/// Puts `\ufffd` in the place of each `\u` that is half of a character without the other half, as Go reads
+/// it.
 fn without_lone_surrogates(mut text: Cow<'_, str>) -> Cow<'_, str> {
     let mut at = 0;
     while let Some(found) = text.get(at..).and_then(|rest| rest.find('\\')) {
