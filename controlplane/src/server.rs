@@ -229,6 +229,11 @@ async fn take_locks(config: &Config) -> Result<Option<Vec<SocketLock>>, RunError
 fn open_hub(config: &Config, metrics: &Arc<Metrics>) -> Result<Hub, RunError> {
     let mut state = store::open(&config.store)?;
     let mut history = config.history.as_ref().map(store::open).transpose()?;
+    if let Some(serves) = config.listen.first().map(ToString::to_string) {
+        for store in std::iter::once(&mut state).chain(&mut history) {
+            store.sign(&serves);
+        }
+    }
     let snapshot = state.load()?;
     let opened = match &mut history {
         Some(history) => history.open_history()?,

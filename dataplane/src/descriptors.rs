@@ -31,8 +31,74 @@ pub const RESERVE_MIN: usize = 64;
 pub const PER_GUEST: usize = 4;
 /// Descriptors of a forward: its listener, and the copy that a guest reads.
 pub const PER_FORWARD: usize = 2;
+/// Flows that a guest can have at the least limit with which a dataplane starts.
+pub const FLOWS_MIN: usize = 32;
 /// The headroom is this part of what guests share, for two guests' links at least, and never above a share.
 const HEADROOM_PART: usize = 16;
+
+/// The limit of open files is below what was asked for needs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error(
+    "the limit of open files is {limit}, too low for {}{} (at least {needed}); raise it: ulimit -n {needed}, or \
+     LimitNOFILE={needed} in a systemd unit",
+    if *links == 1 { "a VM".to_owned() } else { format!("a VM at each of {links} sockets") },
+    match forwards {
+        0 => String::new(),
+        1 => " and 1 forwarded port".to_owned(),
+        more => format!(" and {more} forwarded ports"),
+    }
+)]
+pub struct TooFew {
+    /// The process's limit.
+    pub limit: usize,
+    /// The least with which all that was asked for is served.
+    pub needed: usize,
+    /// Where guests attach.
+    pub links: usize,
+    /// Forwards.
+    pub forwards: usize,
+}
+
+/// Whether so many descriptors are enough for a guest at each of the links, with [`FLOWS_MIN`] flows, and for
+/// the forwards.
+///
+/// # Errors
+/// [`TooFew`].
+pub fn check(limit: usize, links: usize, forwards: usize) -> Result<(), TooFew> {
+    let room = links * PER_GUEST + forwards * PER_FORWARD + FLOWS_MIN;
+    let needed = (room + RESERVE_MIN)
+        .max((room * 4).div_ceil(3))
+        .min(room + RESERVE_MAX);
+    if limit < needed {
+        return Err(TooFew {
+            limit,
+            needed,
+            links,
+            forwards,
+        });
+    }
+    Ok(())
+}
+
+/// The process's limit of open files, which is raised as far as the host permits.
+pub fn raise_limit() -> usize {
+    use nix::sys::resource::{Resource, getrlimit, setrlimit};
+    let limit = match getrlimit(Resource::RLIMIT_NOFILE) {
+        Ok((soft, hard)) if soft < hard => match setrlimit(Resource::RLIMIT_NOFILE, hard, hard) {
+            Ok(()) => hard,
+            Err(error) => {
+                tracing::debug!(%error, "the limit of descriptors stays");
+                soft
+            }
+        },
+        Ok((soft, _)) => soft,
+        Err(error) => {
+            tracing::warn!(%error, limit = LIMIT_ASSUMED, "the limit of descriptors is not known");
+            LIMIT_ASSUMED
+        }
+    };
+    usize::try_from(limit).unwrap_or(usize::MAX)
+}
 
 /// No descriptor is left for a guest or forward.
 #[derive(Debug, thiserror::Error)]
@@ -105,22 +171,7 @@ impl Descriptors {
 
     /// Of this process. Its limit is raised as far as the host permits.
     pub fn of_process() -> Self {
-        use nix::sys::resource::{Resource, getrlimit, setrlimit};
-        let limit = match getrlimit(Resource::RLIMIT_NOFILE) {
-            Ok((soft, hard)) if soft < hard => match setrlimit(Resource::RLIMIT_NOFILE, hard, hard) {
-                Ok(()) => hard,
-                Err(error) => {
-                    tracing::debug!(%error, "the limit of descriptors stays");
-                    soft
-                }
-            },
-            Ok((soft, _)) => soft,
-            Err(error) => {
-                tracing::warn!(%error, limit = LIMIT_ASSUMED, "the limit of descriptors is not known");
-                LIMIT_ASSUMED
-            }
-        };
-        let limit = usize::try_from(limit).unwrap_or(usize::MAX);
+        let limit = raise_limit();
         tracing::debug!(limit, "descriptors");
         Self::new(limit)
     }
@@ -398,6 +449,40 @@ mod tests {
         assert!(all.attach(VmId(2)).is_err(), "its flow is still there");
         drop(flow);
         all.attach(VmId(2)).unwrap();
+    }
+
+    #[test]
+    fn the_limit_that_is_asked_for_is_enough_and_the_least() {
+        for (links, forwards) in [
+            (1, 0),
+            (1, 1),
+            (3, 40),
+            (256, 0),
+            (2, 1_024),
+            (40, 60),
+            (300, 1_024),
+        ] {
+            let refused = check(0, links, forwards).unwrap_err();
+            let opens_all = |limit| {
+                let all = Descriptors::new(limit);
+                let kept: Vec<_> = (0..forwards).map_while(|_| all.keep_forward().ok()).collect();
+                let shares: Vec<_> = (1..=u32::try_from(links).unwrap())
+                    .map_while(|vm| all.attach(VmId(vm)).ok())
+                    .collect();
+                kept.len() == forwards && shares.len() == links && all.lock().free() >= FLOWS_MIN
+            };
+            let needed = refused.needed;
+            assert_eq!(check(needed, links, forwards), Ok(()));
+            assert!(opens_all(needed), "{refused:?}");
+            assert_eq!(check(needed - 1, links, forwards).unwrap_err().needed, needed);
+            // A quarter is kept back, in whole numbers.
+            assert!(!opens_all(needed - 2), "{refused:?}");
+        }
+        assert_eq!(
+            check(64, 1, 1).unwrap_err().to_string(),
+            "the limit of open files is 64, too low for a VM and 1 forwarded port (at least 102); raise it: \
+             ulimit -n 102, or LimitNOFILE=102 in a systemd unit"
+        );
     }
 
     #[test]

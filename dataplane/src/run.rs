@@ -17,7 +17,7 @@ use crate::config::{
     Config, ControlplaneUrl, ListenAt, ListenConfig, SearchDomains, Transport, VmConfig, VmSettings,
     default_name,
 };
-use crate::descriptors::Descriptors;
+use crate::descriptors::{Descriptors, TooFew, raise_limit};
 use crate::egress::resolver::host::{RESOLV_CONF, ResolvConf};
 use crate::egress::resolver::{Resolver, ResolverConfig, Upstreams};
 use crate::egress::way::{ANYWHERE, has_way};
@@ -48,6 +48,8 @@ use crate::session::{self, Commands, Controlplane, Identity, SessionConfig, Sess
 const REPORTS_MAX: usize = 65_536;
 /// How long a flow is held before a controlplane has said otherwise.
 const HOLD: std::time::Duration = std::time::Duration::from_secs(30);
+/// What stands before each line of why a dataplane failed, the last that it writes to stderr.
+pub const LAST_WORDS: &str = "vnet-dataplane: ";
 /// How long guests and the session may take to end.
 const LEAVE_PATIENCE: std::time::Duration = std::time::Duration::from_secs(2);
 
@@ -102,6 +104,9 @@ pub enum RunError {
     /// A forward cannot be opened.
     #[error("what --publish asks for cannot be forwarded")]
     Forward(#[source] ForwardError),
+    /// Too few descriptors.
+    #[error(transparent)]
+    Descriptors(TooFew),
     /// The host's addresses cannot be followed, so its guards would not hold.
     #[error("the host's addresses cannot be followed")]
     Guards(#[source] io::Error),
@@ -133,7 +138,9 @@ pub fn main(args: Args) -> ExitCode {
     let config = match Config::new(&args, settings, &default_name()) {
         Ok(config) => config,
         Err(problems) => {
-            say(&problems.to_string());
+            for problem in problems.to_string().lines() {
+                say(problem);
+            }
             return ExitCode::from(2);
         }
     };
@@ -156,13 +163,13 @@ fn settings(args: &Args) -> Result<VmSettings, Box<dyn std::error::Error>> {
 }
 
 fn fail(error: &dyn std::error::Error, status: u8) -> ExitCode {
-    say(&format!("vnet-dataplane: {}", WithCauses(error)));
+    say(&WithCauses(error).to_string());
     ExitCode::from(status)
 }
 
-/// The last words. If nobody can read them, the exit code still says as much.
+/// A line of the last words. If nobody can read them, the exit code still says as much.
 fn say(text: &str) {
-    let _ = io::stderr().write_all(format!("{text}\n").as_bytes());
+    let _ = io::stderr().write_all(format!("{LAST_WORDS}{text}\n").as_bytes());
 }
 
 fn start_log() {
@@ -188,6 +195,9 @@ fn take(flag: &'static str, fd: i32) -> Result<OwnedFd, RunError> {
 /// # Errors
 /// [`RunError`].
 pub async fn run(config: Config) -> Result<(), RunError> {
+    config
+        .check_descriptors(raise_limit())
+        .map_err(RunError::Descriptors)?;
     let descriptors = Descriptors::of_process();
     // Before anything could be written to where frames are expected.
     let stdio = config.stdio.as_ref().map(|_| inherit::take_stdio());

@@ -7,7 +7,8 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, Instant};
 
-use nix::sys::signal::Signal;
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 use serde_json::Value;
 use vnet_tests::{Controlplane, Ended, FIRST_MAC, Running, World, eventually, http, notices, staged};
 
@@ -293,6 +294,13 @@ fn what_cannot_be_is_said_and_the_status_tells() {
             wrong.stderr.contains("level=fatal msg=\"") && wrong.stderr.contains(":1:14: stack.mtu"),
             "{wrong:?}"
         );
+        // Also where whoever did not type it looks; once, where both are the same.
+        let log = world.runtime_dir().join("gv.log");
+        let wrong = run(&["-config", &text(&config), "-log-file", &text(&log)]);
+        assert_eq!(fs::read_to_string(&log).unwrap(), wrong.stderr);
+        assert!(wrong.stderr.contains(":1:14: stack.mtu"), "{wrong:?}");
+        let wrong = run(&["-config", &text(&config), "-log-file", "/dev/stderr"]);
+        assert_eq!(wrong.stderr.matches(":1:14: stack.mtu").count(), 1, "{wrong:?}");
 
         // A forward whose port is taken, as of a second one with the default port for SSH.
         let _taken = http(world.host(), "127.0.0.1:2222");
@@ -348,6 +356,219 @@ fn what_cannot_be_is_said_and_the_status_tells() {
             assert!(refused.stderr.contains(&told), "{told}: {refused:?}");
         }
     });
+}
+
+/// `gvproxy` or `vnetctl` by a shell that lowers its limit of open files first, the soft one or both.
+fn limited(world: &World, command: &Command, limit: &str) -> Command {
+    let mut shell = world.program("sh");
+    shell
+        .args(["-c", &format!("ulimit {limit}; exec \"$0\" \"$@\"")])
+        .arg(command.get_program())
+        .args(command.get_args());
+    shell
+}
+
+#[test]
+fn too_few_open_files_are_one_error_before_anything_is_started() {
+    staged(
+        too_few_open_files_are_one_error_before_anything_is_started,
+        |world| {
+            let socket = world.runtime_dir().join("q.sock");
+            let url = format!("unix://{}", socket.display());
+            for (command, said) in [
+                (
+                    world.gvproxy(&["-listen-qemu", &url]),
+                    "a VM and 1 forwarded port (at least 102)",
+                ),
+                (
+                    world.gvproxy(&["-listen-qemu", &url, "-ssh-port", "-1"]),
+                    "a VM (at least 100)",
+                ),
+                (
+                    world.command(&["up", "--listen-qemu", &url]),
+                    "a VM (at least 100)",
+                ),
+            ] {
+                let ended = Running::start(limited(world, &command, "-n 64")).wait();
+                assert_eq!(ended.code, 1, "{ended:?}");
+                let told =
+                    format!("the limit of open files is 64, too low for {said}; raise it: ulimit -n 10");
+                assert!(ended.stderr.contains(&told), "{told}: {ended:?}");
+                assert_eq!(ended.stderr.lines().count(), 1, "{ended:?}");
+            }
+            // One that may be raised is, as Go's runtime does.
+            let command = world.gvproxy(&["-listen-qemu", &url, "-ssh-port", "-1"]);
+            let mut gvproxy = Running::start(limited(world, &command, "-S -n 64"));
+            gvproxy.complains("msg=ready vm=q policy=\"none given\"");
+            let limits = fs::read_to_string(format!("/proc/{}/limits", gvproxy.pid())).unwrap();
+            let files = limits
+                .lines()
+                .find(|line| line.starts_with("Max open files"))
+                .unwrap();
+            let words: Vec<_> = files.split_whitespace().collect();
+            assert!(words[3] == words[4] && words[3] != "64", "{files}");
+        },
+    );
+}
+
+#[test]
+fn the_dataplanes_error_is_told_once() {
+    staged(the_dataplanes_error_is_told_once, |world| {
+        // Nothing can be made there, which is found when it is tried.
+        let url = "unix:///proc/q.sock";
+        let gvproxy = Running::start(world.gvproxy(&["-ssh-port", "-1", "-listen-qemu", url])).wait();
+        assert_eq!(gvproxy.code, 1, "{gvproxy:?}");
+        let told = "level=fatal msg=\"VM socket /proc/q.sock cannot be opened";
+        assert!(gvproxy.stderr.contains(told), "{gvproxy:?}");
+        assert_eq!(
+            gvproxy.stderr.matches("level=info").count(),
+            1,
+            "the version: {gvproxy:?}"
+        );
+        assert_eq!(gvproxy.stderr.lines().count(), 2, "{gvproxy:?}");
+        let up = world.try_vnetctl(&["up", "--listen-qemu", url]);
+        assert!(
+            up.stderr
+                .starts_with("error: VM socket /proc/q.sock cannot be opened"),
+            "{up:?}"
+        );
+        assert_eq!((up.code, up.stderr.lines().count()), (1, 1), "{up:?}");
+    });
+}
+
+#[test]
+fn a_dataplane_that_is_killed_or_stopped_leaves_no_socket_and_is_told_of_as_that() {
+    staged(
+        a_dataplane_that_is_killed_or_stopped_leaves_no_socket_and_is_told_of_as_that,
+        |world| {
+            let at = |name: &str| world.runtime_dir().join(name);
+            let [qemu, vfkit, listen] = ["q.sock", "v.sock", "l.sock"].map(at);
+            let url = |scheme: &str, path: &Path| format!("{scheme}://{}", path.display());
+            let start = |words: &[&str]| {
+                let mut gvproxy = Running::start(world.gvproxy(words));
+                gvproxy.complains("msg=ready");
+                let [dataplane] = world.processes("__dataplane")[..] else {
+                    panic!("there is one dataplane");
+                };
+                (gvproxy, Pid::from_raw(dataplane))
+            };
+            let words = [
+                "-debug",
+                "-ssh-port",
+                "-1",
+                "-listen-qemu",
+                &url("unix", &qemu),
+                "-listen-vfkit",
+                &url("unixgram", &vfkit),
+                "-listen",
+                &url("unix", &listen),
+            ];
+            let (gvproxy, dataplane) = start(&words);
+            kill(dataplane, Signal::SIGKILL).unwrap();
+            let ended = gvproxy.wait();
+            assert_eq!(ended.code, 1, "{ended:?}");
+            let fatal: Vec<_> = ended
+                .stderr
+                .lines()
+                .filter(|line| line.contains("level=fatal"))
+                .collect();
+            let told = format!(
+                "the dataplane was killed by signal 9 (SIGKILL); if nobody here did that, look for its pid {dataplane}"
+            );
+            assert!(fatal.len() == 1 && fatal[0].contains(&told), "{fatal:?}");
+            assert!(!ended.stderr.contains("h2::"), "{ended:?}");
+            for socket in [&qemu, &vfkit, &listen] {
+                assert!(!socket.exists(), "{}", socket.display());
+            }
+
+            // One that cannot end by itself, and in whose place another has put its own meanwhile.
+            let (gvproxy, dataplane) = start(&words);
+            kill(dataplane, Signal::SIGSTOP).unwrap();
+            fs::rename(&listen, at("old.sock")).unwrap();
+            let _another = UnixListener::bind(&listen).unwrap();
+            let (ended, _) = end(gvproxy, Signal::SIGTERM);
+            assert_eq!(ended.code, 0, "{ended:?}");
+            assert!(!qemu.exists() && !vfkit.exists());
+            assert!(listen.exists(), "it is another's");
+        },
+    );
+}
+
+#[test]
+fn a_store_that_another_one_has_is_told_with_who_that_is_and_what_the_environment_can_say() {
+    staged(
+        a_store_that_another_one_has_is_told_with_who_that_is_and_what_the_environment_can_say,
+        |world| {
+            let (_gvproxy, _) = world.gvproxy_for_qemu(&["-ssh-port", "-1"]);
+            let elsewhere = world.runtime_dir().join("elsewhere");
+            fs::create_dir(&elsewhere).unwrap();
+            fs::set_permissions(&elsewhere, fs::Permissions::from_mode(0o700)).unwrap();
+            let url = format!("unix://{}", elsewhere.join("q.sock").display());
+            let [pid] = world.processes("__controlplane")[..] else {
+                panic!("there is one controlplane");
+            };
+            let mut other = world.gvproxy(&["-ssh-port", "-1", "-listen-qemu", &url]);
+            other.env("XDG_RUNTIME_DIR", &elsewhere);
+            let ended = Running::start(other).wait();
+            assert_eq!(ended.code, 1, "{ended:?}");
+            let serves = format!("unix://{}", world.control_socket().display());
+            let told = format!(
+                "level=fatal msg=\"the state in {} is in use by the controlplane of another XDG_RUNTIME_DIR (pid {pid}, \
+                 serving {serves}); to use that one, set XDG_RUNTIME_DIR as it has, or VNET_SERVER={serves}; to have \
+                 another, set XDG_STATE_HOME to a directory of its own\"",
+                world.state_dir().join("vnet").display()
+            );
+            assert!(ended.stderr.contains(&told), "{told}: {ended:?}");
+            assert_eq!(ended.stderr.matches("level=fatal").count(), 1, "{ended:?}");
+
+            // What it says helps.
+            let mut other = world.gvproxy(&["-ssh-port", "-1", "-listen-qemu", &url]);
+            other
+                .env("XDG_RUNTIME_DIR", &elsewhere)
+                .env("VNET_SERVER", &serves);
+            Running::start(other).complains("msg=ready");
+        },
+    );
+}
+
+#[test]
+fn no_pipe_is_waited_for_and_what_stderr_writes_to_is_not_emptied() {
+    staged(
+        no_pipe_is_waited_for_and_what_stderr_writes_to_is_not_emptied,
+        |world| {
+            let fifo = world.runtime_dir().join("fifo");
+            nix::unistd::mkfifo(&fifo, nix::sys::stat::Mode::S_IRWXU).unwrap();
+            let url = format!("unix://{}", world.runtime_dir().join("q.sock").display());
+            let words = |flag, file: &Path| {
+                let words = ["-ssh-port", "-1", "-listen-qemu", &url, flag, &text(file)];
+                world.gvproxy(&words)
+            };
+            for (flag, what) in [
+                ("-pid-file", "write the pid file"),
+                ("-log-file", "open the log file"),
+            ] {
+                let ended = Running::start(words(flag, &fifo)).wait();
+                assert_eq!(ended.code, 1, "{ended:?}");
+                let told = format!("cannot {what} {}: it is a pipe that nobody reads", fifo.display());
+                assert!(ended.stderr.contains(&told), "{ended:?}");
+            }
+            let log = world.file("log", "before\n");
+            for stream in ["/dev/stderr", &text(&log)] {
+                fs::write(&log, "before\n").unwrap();
+                let command = words("-log-file", Path::new(stream));
+                let mut shell = world.program("sh");
+                shell
+                    .args(["-c", "exec \"$0\" \"$@\" 2>>log"])
+                    .arg(command.get_program())
+                    .args(command.get_args());
+                let gvproxy = Running::start(shell);
+                let read = || fs::read_to_string(&log).unwrap();
+                eventually("it is ready", || read().contains("msg=ready"));
+                assert!(read().starts_with("before\ntime=\""), "{}", read());
+                end(gvproxy, Signal::SIGTERM);
+            }
+        },
+    );
 }
 
 #[test]

@@ -16,7 +16,7 @@ mod tests;
 
 use std::collections::BTreeMap;
 use std::fmt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::time::SystemTime;
 
@@ -78,8 +78,17 @@ pub enum StoreError {
     #[error(transparent)]
     Path(#[from] crate::paths::PathError),
     /// Another controlplane has it.
-    #[error("store {} is in use by another controlplane; stop it, or give --store another file", .0.display())]
-    InUse(PathBuf),
+    #[error(
+        "store {} is in use by another controlplane{}; stop it, or give --store another file",
+        .file.display(),
+        .holder.as_ref().map_or_else(String::new, |holder| format!(" ({})", holder.words()))
+    )]
+    InUse {
+        /// The file.
+        file: PathBuf,
+        /// Who has it, where it is known.
+        holder: Option<Holder>,
+    },
     /// A newer version wrote it.
     #[error("store {} has schema version {found} (this program knows up to {known}); use a newer vnet", .file.display())]
     Newer {
@@ -292,6 +301,9 @@ pub trait Store: Send + 'static {
     /// # Errors
     /// [`StoreError`].
     fn close_history(&mut self) -> Result<(), StoreError>;
+
+    /// Says where this process serves its API (a URL), for another that is refused the store.
+    fn sign(&mut self, _serves: &str) {}
 }
 
 /// The revision that comes back if this one, the last of its policy, is not confirmed. `None`: it awaits nothing,
@@ -308,6 +320,30 @@ fn confirmed(policy: v1::Policy) -> v1::Policy {
         falls_back_to: 0,
         ..policy
     }
+}
+
+/// Who has a store, as it signed beside it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Holder {
+    /// Its process.
+    pub pid: u32,
+    /// Where it serves its API, as a URL.
+    pub serves: Option<String>,
+}
+
+impl Holder {
+    /// As `pid 1, serving unix:///run/vnet/control.sock`.
+    pub fn words(&self) -> String {
+        match &self.serves {
+            Some(serves) => format!("pid {}, serving {serves}", self.pid),
+            None => format!("pid {}", self.pid),
+        }
+    }
+}
+
+/// Who had the store in this file last, and has it if it has not ended.
+pub fn holder(file: &Path) -> Option<Holder> {
+    sqlite::holder(file)
 }
 
 /// Opens a store.

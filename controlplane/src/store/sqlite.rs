@@ -5,6 +5,7 @@
 
 use std::collections::BTreeSet;
 use std::fs::{self, OpenOptions};
+use std::io::{Read as _, Seek as _, Write as _};
 use std::os::unix::fs::{OpenOptionsExt as _, PermissionsExt as _};
 use std::path::{Path, PathBuf};
 use std::time::SystemTime;
@@ -18,8 +19,8 @@ use vnet_proto::v1;
 use super::retention::Census;
 use super::schema::{MIGRATIONS, VERSION};
 use super::{
-    Class, EventQuery, History, LISTED_REVISIONS_MAX, Snapshot, Store, StoreError, StoredGrant, StoredVm,
-    Write, confirmed, fallback_of,
+    Class, EventQuery, History, Holder, LISTED_REVISIONS_MAX, Snapshot, Store, StoreError, StoredGrant,
+    StoredVm, Write, confirmed, fallback_of,
 };
 use crate::lists::described;
 use crate::paths;
@@ -30,7 +31,7 @@ pub struct SqliteStore {
     connection: Connection,
     /// `None`: to be taken anew.
     census: Option<Census>,
-    _lock: Flock<fs::File>,
+    lock: Flock<fs::File>,
 }
 
 impl SqliteStore {
@@ -67,7 +68,7 @@ impl SqliteStore {
         Ok(Self {
             connection,
             census: None,
-            _lock: lock,
+            lock,
         })
     }
 }
@@ -395,6 +396,11 @@ impl Store for SqliteStore {
         self.connection.execute("DELETE FROM history_opened", [])?;
         Ok(())
     }
+
+    fn sign(&mut self, serves: &str) {
+        // As in `lock`.
+        let _ = write_holder(&self.lock, serves);
+    }
 }
 
 /// A VM's use of a budget as one line: connections, bytes up, bytes down, and the attachment.
@@ -443,10 +449,9 @@ fn take_census(connection: &Connection) -> Result<Census, StoreError> {
     Ok(census)
 }
 
+/// Takes the lock of a store, and signs it with this process's id.
 fn lock(file: &Path) -> Result<Flock<fs::File>, StoreError> {
-    let mut name = file.as_os_str().to_owned();
-    name.push(".lock");
-    let path = PathBuf::from(name);
+    let path = lock_path(file);
     let open = |source| StoreError::Open {
         file: path.clone(),
         source,
@@ -459,11 +464,44 @@ fn lock(file: &Path) -> Result<Flock<fs::File>, StoreError> {
         .open(&path)
         .map_err(open)?;
     match Flock::lock(handle, FlockArg::LockExclusiveNonblock) {
-        Ok(lock) => Ok(lock),
-        Err((_, nix::errno::Errno::EWOULDBLOCK)) => Err(StoreError::InUse(file.to_owned())),
+        Ok(lock) => {
+            // What another is told: nothing fails without it, as on a full disk.
+            let _ = write_holder(&lock, "");
+            Ok(lock)
+        }
+        Err((_, nix::errno::Errno::EWOULDBLOCK)) => Err(StoreError::InUse {
+            file: file.to_owned(),
+            holder: holder(file),
+        }),
         Err((_, e)) => Err(open(e.into())),
     }
 }
+
+fn lock_path(file: &Path) -> PathBuf {
+    let mut name = file.as_os_str().to_owned();
+    name.push(".lock");
+    PathBuf::from(name)
+}
+
+fn write_holder(mut lock: &fs::File, serves: &str) -> std::io::Result<()> {
+    lock.set_len(0)?;
+    lock.rewind()?;
+    lock.write_all(format!("{}\n{serves}\n", std::process::id()).as_bytes())
+}
+
+/// Who had the lock of a store last, as it signed.
+pub(super) fn holder(file: &Path) -> Option<Holder> {
+    let handle = fs::File::open(lock_path(file)).ok()?;
+    let mut text = String::new();
+    handle.take(HOLDER_BYTES_MAX).read_to_string(&mut text).ok()?;
+    let mut lines = text.lines();
+    let pid = lines.next()?.parse().ok()?;
+    let serves = lines.next().filter(|line| !line.is_empty()).map(str::to_owned);
+    Some(Holder { pid, serves })
+}
+
+/// A number, and a URL of a socket.
+const HOLDER_BYTES_MAX: u64 = 512;
 
 fn migrate(connection: &mut Connection, file: &Path) -> Result<(), StoreError> {
     let found: u32 = connection.pragma_query_value(None, "user_version", |row| row.get(0))?;

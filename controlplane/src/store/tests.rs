@@ -181,13 +181,25 @@ fn memory_and_sqlite_agree() {
 fn a_file_in_use_and_a_newer_schema_are_refused() {
     let dir = TempDir::new();
     let file = dir.path().join("s.db");
-    let first = SqliteStore::open(&file).unwrap();
-    let error = SqliteStore::open(&file).unwrap_err();
-    assert!(
-        error.to_string().contains("in use by another controlplane"),
-        "{error}"
+    let mut first = SqliteStore::open(&file).unwrap();
+    let refused = |by: &str| {
+        format!(
+            "store {} is in use by another controlplane (pid {}{by}); stop it, or give --store another file",
+            file.display(),
+            std::process::id()
+        )
+    };
+    assert_eq!(SqliteStore::open(&file).unwrap_err().to_string(), refused(""));
+    first.sign("unix:///run/vnet/control.sock");
+    assert_eq!(
+        SqliteStore::open(&file).unwrap_err().to_string(),
+        refused(", serving unix:///run/vnet/control.sock")
     );
     drop(first);
+    // Where it serves is not what one before it said.
+    let second = SqliteStore::open(&file).unwrap();
+    assert_eq!(SqliteStore::open(&file).unwrap_err().to_string(), refused(""));
+    drop(second);
     let connection = rusqlite::Connection::open(&file).unwrap();
     connection.pragma_update(None, "user_version", 99).unwrap();
     drop(connection);

@@ -20,6 +20,7 @@ use ipnet::{Ipv4Net, Ipv6Net};
 use vnet_proto::model::{Mode, Name, label_problem};
 
 use crate::args::Args;
+use crate::descriptors::{self, TooFew};
 use crate::mac::Mac;
 use crate::message::{Forward, OwnPolicy};
 use crate::zone::Zone;
@@ -277,6 +278,15 @@ impl Config {
     pub fn has_hypervisors(&self) -> bool {
         let is_theirs = |listener: &ListenConfig| listener.transport != Transport::Connect;
         self.link.is_some() || self.stdio.is_some() || self.listeners.iter().any(is_theirs)
+    }
+
+    /// Whether a process that may have `limit` descriptors can serve all of it.
+    ///
+    /// # Errors
+    /// [`TooFew`].
+    pub fn check_descriptors(&self, limit: usize) -> Result<(), TooFew> {
+        let inherited = usize::from(self.link.is_some()) + usize::from(self.stdio.is_some());
+        descriptors::check(limit, self.listeners.len() + inherited, self.forwards.len())
     }
 
     /// Checks flags, and what VMs bring along. `default_name` is this dataplane's name where `--name`

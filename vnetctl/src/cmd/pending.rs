@@ -162,7 +162,7 @@ impl Row for v1::PendingRequest {
             self.count.to_string(),
             text::remaining(now, self.held_until.as_ref()),
             text::age(now, self.created_at.as_ref()),
-            text::or_none(guards(self)),
+            text::or_none(guarded(self)),
         ]
     }
 }
@@ -196,8 +196,22 @@ pub(crate) fn names_of(names: &[String]) -> String {
     shown
 }
 
-fn guards(request: &v1::PendingRequest) -> String {
-    let guards: Vec<String> = request.guards.iter().map(|g| words::guard(*g)).collect();
+/// The guards that a request is under. That of DNS is a policy's and no property of the address: the reason
+/// names it. That an address is synthetic guards nothing: the name is what is asked for.
+pub(crate) fn guards(request: &v1::PendingRequest) -> Vec<String> {
+    let mut guards: Vec<String> = request.guards.iter().map(|g| words::guard(*g)).collect();
+    if let Some(reason) = &request.reason
+        && reason.step == "guard"
+        && reason.subject != words::guard(v1::Guard::Synthetic.into())
+        && !guards.contains(&reason.subject)
+    {
+        guards.push(reason.subject.clone());
+    }
+    guards
+}
+
+fn guarded(request: &v1::PendingRequest) -> String {
+    let guards = guards(request);
     if guards.is_empty() {
         String::new()
     } else {
@@ -235,7 +249,7 @@ pub fn details(request: &v1::PendingRequest, now: SystemTime) -> Vec<(&'static s
             },
         ),
         ("Expires in", text::remaining(now, request.expires_at.as_ref())),
-        ("Guards", text::or_none(guards(request))),
+        ("Guards", text::or_none(guarded(request))),
         ("Because", words::reason(request.reason.as_ref())),
     ];
     if request.options.is_empty() {

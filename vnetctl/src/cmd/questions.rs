@@ -10,9 +10,8 @@ use std::time::SystemTime;
 
 use vnet_proto::v1;
 
-use super::pending::{asks, details, names};
+use super::pending::{asks, details, guards, names};
 use crate::output::text::safe;
-use crate::output::words;
 
 /// Something to do for a question.
 #[derive(Debug, Clone, PartialEq)]
@@ -327,7 +326,7 @@ fn question(request: &v1::PendingRequest) -> String {
     } else {
         format!(" ({names})")
     };
-    let guards: Vec<String> = request.guards.iter().map(|g| words::guard(*g)).collect();
+    let guards = guards(request);
     let guards = if guards.is_empty() {
         String::new()
     } else {

@@ -13,7 +13,7 @@ use crate::client::Connection;
 use crate::failure::Failure;
 use crate::launch::{
     Dataplane, DataplaneArgs, DataplaneConfig, DataplaneError, DataplaneLog, Forward, ListenAt, ListenConfig,
-    Settings, open_pcap, session_url,
+    Settings, enough_descriptors, open_pcap, session_url,
 };
 use crate::output::{self, text::safe};
 
@@ -80,7 +80,11 @@ pub fn execute(args: UpArgs, connection: Connection) -> Result<(), Failure> {
     let settings = Settings {
         args: flags,
         treatment,
-        log: DataplaneLog::Stderr,
+        log: DataplaneLog::Lines {
+            // What went well is in the history.
+            directive: "warn",
+            line: |line| output::say(safe(line)),
+        },
         ..Settings::default()
     };
     let config = settings.check(false, &mut problems.usage);
@@ -89,6 +93,7 @@ pub fn execute(args: UpArgs, connection: Connection) -> Result<(), Failure> {
         output::say(warning);
     }
     let Some(config) = config else { return Ok(()) };
+    enough_descriptors(&config)?;
     crate::cli::runtime()?.block_on(serve(settings, pcap, &config, name, connection))
 }
 

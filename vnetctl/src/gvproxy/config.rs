@@ -20,7 +20,7 @@ use std::sync::Arc;
 use ipnet::Ipv4Net;
 use vnet_proto::model::{Mode, Name};
 
-pub use endpoint::{Endpoint, EndpointError, HostPort, Schemes};
+pub use endpoint::{Endpoint, EndpointError, HostPort, HostPortError, Schemes};
 pub use problem::{Problem, Problems, Warning};
 
 use super::flags::Flags;
@@ -43,6 +43,8 @@ const TOLD_MAX: usize = 100;
 pub struct Config {
     /// Sockets with the services API and `/connect`.
     pub listen: Vec<Endpoint>,
+    /// What asks for each socket of `listen`, `services` and `interfaces`.
+    pub origins: HashMap<Endpoint, Origin>,
     /// A socket with the services API alone.
     pub services: Option<Endpoint>,
     /// What is logged.
@@ -247,10 +249,10 @@ impl Config {
         };
         let listen: Vec<Endpoint> = listen
             .into_iter()
-            .filter_map(|given| check.listener(given, Schemes::Api))
+            .filter_map(|given| check.listener(given, Schemes::Stream))
             .collect();
         let services = over("services", &flags.services, file.services);
-        let services = services.and_then(|given| check.listener(given, Schemes::Api));
+        let services = services.and_then(|given| check.listener(given, Schemes::Stream));
         let keys = file.interfaces;
         let stdio = over("listen-stdio", &flags.listen_stdio, keys.stdio);
         if let (Some(PolicySource::File(path)), Some(stdio)) = (&policy, &stdio)
@@ -278,6 +280,7 @@ impl Config {
         let log_file = path("log-file", &flags.log_file, file.log_file);
         let config = Self {
             listen,
+            origins: std::mem::take(&mut check.listeners),
             services,
             log_level,
             interfaces,
@@ -400,12 +403,6 @@ impl Check<'_> {
         if let Some(path) = endpoint.path() {
             self.directory(from.clone(), path);
         }
-        if endpoint.is_open() {
-            self.warnings.push(Warning::Open {
-                from: from.clone(),
-                at: endpoint.clone(),
-            });
-        }
         if let Some(other) = self.listeners.get(&endpoint) {
             self.problems.push(Problem::ListenTwice {
                 from,
@@ -443,7 +440,8 @@ impl Check<'_> {
                 && (self.host.exists)(path).unwrap_or(false)
             {
                 let path = path.to_owned();
-                self.problems.push(Problem::Exists { from, path });
+                let by = None;
+                self.problems.push(Problem::Exists { from, path, by });
             }
             Some(endpoint)
         };

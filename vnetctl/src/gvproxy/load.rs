@@ -5,10 +5,10 @@ use std::fs::File;
 use std::io::{self, Read};
 use std::path::Path;
 
-use vnet_proto::model::Name;
+use vnet_proto::model::{ForwardListen, Name, Protocol};
 
 use super::Config;
-use super::config::{Host, PolicySource, Warning};
+use super::config::{Host, PolicySource, Problem, Warning};
 use super::flags::Flags;
 use super::yaml::{FILE_BYTES_MAX, FileConfig};
 use crate::failure::Failure;
@@ -46,8 +46,15 @@ pub fn load(flags: &Flags, search_domains: &[Name]) -> Result<Loaded, Failure> {
         exists: &is_taken,
         is_no_directory: &is_no_directory,
     };
-    let (config, warnings) =
-        Config::resolve(flags, file, &host).map_err(|problems| failed(problems.to_string().lines()))?;
+    let (config, warnings) = Config::resolve(flags, file, &host).map_err(|mut problems| {
+        for problem in &mut problems.0 {
+            if let Problem::Exists { path, by, .. } = problem {
+                let at = ForwardListen::Unix(path.clone());
+                *by = launch::holder_of_port(Protocol::Tcp, &at).map(|holder| holder.to_string());
+            }
+        }
+        failed(problems.to_string().lines())
+    })?;
     let findings = findings.into_iter().map(Warning::File).chain(warnings);
     let warnings: Vec<String> = findings
         .map(|warning| line(&format!("warning: {warning}")))
@@ -289,7 +296,15 @@ mod tests {
         let _served = std::os::unix::net::UnixListener::bind(directory.0.join("served")).unwrap();
         assert!(directory.load(&["-listen-qemu=unix://DIR/dead"]).is_ok());
         let refused = directory.load(&["-listen-qemu=unix://DIR/served"]).unwrap_err();
-        assert!(refused.contains("DIR/served\" already exists"), "{refused}");
+        let own = format!(
+            "(pid {}) listens there; end it, or listen elsewhere",
+            std::process::id()
+        );
+        assert!(refused.contains("DIR/served\" already exists, and "), "{refused}");
+        assert!(
+            refused.contains(&own) || cfg!(not(target_os = "linux")),
+            "{refused}"
+        );
 
         let refused = directory
             .load(&[

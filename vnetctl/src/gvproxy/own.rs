@@ -18,7 +18,7 @@ use super::config::Config;
 use super::origin::{Finding, Given, Origin};
 use super::yaml::{Fields, Node, Reader, load_tree};
 use crate::client::Server;
-use crate::launch::{absolute, home_dir, is_name};
+use crate::launch::{absolute, home_dir, is_name, nearest};
 
 /// Bytes that the file may have.
 const FILE_BYTES_MAX: usize = 1 << 20;
@@ -74,6 +74,22 @@ pub struct Own {
     pub server: Option<Given<Server>>,
     /// What the file says and a variable overrules: a line each, for its writer.
     pub unheard: Vec<String>,
+}
+
+/// What is said of variables that nothing reads and that look like one of [`VARIABLES`], a line each.
+pub fn misspelt(set: impl Iterator<Item = OsString>) -> Vec<String> {
+    let ours = set.filter_map(|name| name.into_string().ok());
+    let mut lines: Vec<String> = ours
+        .filter(|name| name.starts_with("VNET_") && !VARIABLES.contains(&&**name))
+        .filter_map(|name| {
+            let meant = nearest(&name, &VARIABLES)?;
+            Some(format!(
+                "{name}: nothing reads this variable (did you mean {meant}?)"
+            ))
+        })
+        .collect();
+    lines.sort();
+    lines
 }
 
 /// Where the file is, if this user has a place for it.

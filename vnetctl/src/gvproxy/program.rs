@@ -28,7 +28,7 @@ use super::services::Token;
 use crate::client::{Connection, Server};
 use crate::cmd::attend::dataplane_name;
 use crate::failure::{EXIT_FAILED, Failure, with_causes};
-use crate::launch::{DataplaneLog, session_url};
+use crate::launch::{DataplaneLog, enough_descriptors, session_url};
 use crate::output::text::safe;
 use plan::Plan;
 
@@ -68,8 +68,8 @@ pub fn main(arguments: &[OsString]) -> ExitCode {
     match prepare(&flags) {
         Ok(prepared) => serve::main(prepared),
         Err(failure) => {
-            // There may be no log file yet, and whoever typed this looks here.
-            log::start(super::config::LogLevel::Info, None);
+            // What a file says of the log may be what is wrong with it.
+            log::start_for_both(super::config::LogLevel::Info, flags.log_file.as_deref());
             fatal(&failure)
         }
     }
@@ -100,6 +100,8 @@ fn prepare(flags: &Flags) -> Result<Prepared, Failure> {
     let own = Own::load(|name| std::env::var_os(name), &default)
         .map_err(|problems| Failure::Failed(lines(&problems)))?;
     let vm = own.vm.as_ref().map_or(default, |given| given.value.clone());
+    let set = std::env::vars_os().map(|(name, _)| name);
+    loaded.warnings.extend(own::misspelt(set));
     if let Some(given) = &own.network_policy {
         if loaded.policy.is_none() {
             let source = PolicySource::File(given.value.clone());
@@ -134,9 +136,10 @@ fn prepare(flags: &Flags) -> Result<Prepared, Failure> {
         line: log::relay,
     };
     let mut problems = Vec::new();
-    if settings.check(false, &mut problems).is_none() {
+    let Some(dataplane) = settings.check(false, &mut problems) else {
         return Err(Failure::Failed(problems.join("\n  ")));
-    }
+    };
+    enough_descriptors(&dataplane)?;
     Ok(Prepared {
         loaded,
         vm,

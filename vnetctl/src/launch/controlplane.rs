@@ -13,8 +13,12 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitCode, Stdio};
 use std::time::{Duration, Instant};
 
+use nix::errno::Errno;
 use nix::fcntl::{Flock, FlockArg};
+use nix::sys::signal::kill;
+use nix::unistd::Pid;
 use vnet_controlplane::paths;
+use vnet_controlplane::store::{self, Holder};
 
 use super::descriptors::{inherit_only, own_session};
 use crate::client::{Client, ConnectError, Server};
@@ -67,10 +71,10 @@ pub async fn controlplane(server: &Server) -> Result<Client, Failure> {
         if let Some(started) = &mut started
             && let Some(status) = started.child.try_wait().map_err(failed)?
         {
-            return Err(Failure::Failed(format!(
-                "the controlplane ended at once ({status}){}",
-                started.said()
-            )));
+            return Err(Failure::Failed(match started.in_the_way() {
+                Some(holder) => in_use(&started.state_dir, &holder),
+                None => format!("the controlplane ended at once ({status}){}", started.said()),
+            }));
         }
         if Instant::now() >= deadline {
             let said = started.as_mut().map(Started::said).unwrap_or_default();
@@ -91,10 +95,20 @@ pub(super) fn main(arguments: Vec<OsString>) -> ExitCode {
 /// A controlplane that was just started, and where its words go.
 struct Started {
     child: Child,
+    state_dir: PathBuf,
     log: Option<(PathBuf, u64)>,
 }
 
 impl Started {
+    /// The controlplane that has the state, and was not found where this user's sockets are looked for.
+    fn in_the_way(&self) -> Option<Holder> {
+        let holder = store::holder(&self.state_dir.join(paths::STATE_FILE))?;
+        let pid = Pid::from_raw(i32::try_from(holder.pid).ok()?);
+        // One that may not be asked is there.
+        let is_there = kill(pid, None) != Err(Errno::ESRCH);
+        (is_there && holder.pid != self.child.id()).then_some(holder)
+    }
+
     /// The last of what it said since it was started.
     fn said(&mut self) -> String {
         let Some((path, from)) = &self.log else {
@@ -157,7 +171,27 @@ fn start(socket: &Path) -> Result<Started, Failure> {
     let child = command
         .spawn()
         .map_err(|e| Failure::Failed(format!("cannot start the controlplane: {e}")))?;
-    Ok(Started { child, log })
+    Ok(Started {
+        child,
+        state_dir,
+        log,
+    })
+}
+
+/// What is said where another controlplane has the state: who that is, and what of the environment makes the
+/// difference.
+fn in_use(state_dir: &Path, holder: &Holder) -> String {
+    let shared = match &holder.serves {
+        Some(serves) => format!("to use that one, set XDG_RUNTIME_DIR as it has, or VNET_SERVER={serves}"),
+        None => "to use that one, set XDG_RUNTIME_DIR as it has".to_owned(),
+    };
+    safe(&format!(
+        "the state in {} is in use by the controlplane of another XDG_RUNTIME_DIR ({}); {shared}; to have another, \
+         set XDG_STATE_HOME to a directory of its own",
+        state_dir.display(),
+        holder.words()
+    ))
+    .into_owned()
 }
 
 /// The log to append to, and its length now. One that has grown past its limit makes room first; the

@@ -5,24 +5,31 @@
 //! killed or not, the kernel closes the other end, and the dataplane ends as if it had been asked to.
 
 use std::ffi::OsString;
+use std::fs;
 use std::io::{self, Write as _};
 use std::os::fd::{AsRawFd as _, OwnedFd};
-use std::os::unix::process::CommandExt as _;
+use std::os::unix::fs::{FileTypeExt as _, MetadataExt as _};
+use std::os::unix::process::{CommandExt as _, ExitStatusExt as _};
+use std::path::{Path, PathBuf};
 use std::process::{ExitCode, ExitStatus, Stdio};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
+use nix::sys::signal::Signal;
 use tokio::io::AsyncReadExt as _;
 use tokio::net::unix::pipe;
 use tokio::process::{Child, Command};
 use tokio::task::JoinHandle;
 use vnet_dataplane::args::{Args, Cli};
 use vnet_dataplane::config::{
-    Config, ListenAt, ListenConfig, OwnListSettings, OwnPolicySettings, VmSettings, ZoneSettings,
-    default_name, inherited,
+    Config, ListenAt, ListenConfig, OwnListSettings, OwnPolicySettings, Problems, Transport, VmSettings,
+    ZoneSettings, default_name, inherited,
 };
 use vnet_dataplane::front::{self, FrontReceiver, FrontSender};
 use vnet_dataplane::inherit;
+use vnet_dataplane::link::listen::is_stale as is_stale_socket;
+use vnet_dataplane::run::LAST_WORDS;
+use vnet_proto::model::ForwardListen;
 
 use super::descriptors::inherit_only;
 use crate::cmd::treat::Treatment;
@@ -51,15 +58,14 @@ pub struct Settings {
     pub log: DataplaneLog,
 }
 
-/// What becomes of a dataplane's log.
+/// What becomes of a dataplane's log. Its last words, why it failed, are in [`DataplaneError::Ended`] and
+/// nowhere else.
 #[derive(Debug, Default)]
 pub enum DataplaneLog {
-    /// The last of it is kept, to be shown when it fails: the terminal is the command's.
+    /// The last of it is kept, to be shown when it fails without a word: the terminal is the command's.
     #[default]
     Kept,
-    /// It writes to this process's stderr itself, as under `up`.
-    Stderr,
-    /// Each line is handed over, and the last are kept too.
+    /// Each line is handed over.
     Lines {
         /// How much it says, as `RUST_LOG` has it.
         directive: &'static str,
@@ -72,13 +78,56 @@ pub enum DataplaneLog {
 #[derive(Debug)]
 pub struct Dataplane {
     child: Child,
+    /// Its process, also once it has ended.
+    pid: Option<u32>,
     /// Closing it ends the dataplane.
     lifeline: Option<io::PipeWriter>,
     ready: pipe::Receiver,
-    said: Arc<Mutex<Vec<u8>>>,
+    said: Arc<Mutex<Said>>,
     /// Hears what it says, until all of it is closed.
     listening: Option<JoinHandle<()>>,
     front: Option<(FrontSender, FrontReceiver)>,
+    /// Where its sockets are to be, and whether it puts a new one there for each guest.
+    socket_paths: Vec<(PathBuf, bool)>,
+    /// Those that it made, which it removes itself, if it can.
+    sockets: Vec<LeftSocket>,
+}
+
+/// A socket in the file system that the dataplane made. Dropping this, once that has ended, removes it, if
+/// what is at its path still is that socket.
+#[derive(Debug)]
+struct LeftSocket {
+    path: PathBuf,
+    /// Device and inode; `None`: it puts a new one there for each guest.
+    identity: Option<(u64, u64)>,
+}
+
+impl LeftSocket {
+    /// The socket at a path, if one is there.
+    fn at(path: &Path, is_renewed: bool) -> Option<Self> {
+        let found = fs::symlink_metadata(path).ok()?;
+        found.file_type().is_socket().then(|| Self {
+            path: path.to_owned(),
+            identity: (!is_renewed).then_some((found.dev(), found.ino())),
+        })
+    }
+}
+
+impl Drop for LeftSocket {
+    fn drop(&mut self) {
+        // Another that was started meanwhile has put its own there. One of datagrams is served as soon as it
+        // is there.
+        let is_left = match self.identity {
+            Some(own) => {
+                let found = fs::symlink_metadata(&self.path);
+                found.is_ok_and(|found| (found.dev(), found.ino()) == own)
+            }
+            None => is_stale_socket(&self.path),
+        };
+        if is_left {
+            let _ = fs::remove_file(&self.path);
+        }
+    }
 }
 
 /// Why a dataplane did not start or did not stay.
@@ -88,28 +137,55 @@ pub enum DataplaneError {
     #[error("cannot start the dataplane: {0}")]
     Start(#[source] io::Error),
     /// It ended by itself.
-    #[error("the dataplane ended ({status}){said}")]
+    #[error("{}", ended(*.pid, *.status, .said))]
     Ended {
+        /// The process that it was.
+        pid: Option<u32>,
         /// How.
         status: ExitStatus,
-        /// Its last words.
-        said: String,
+        /// What is known of why.
+        said: Said,
     },
+}
+
+/// What is known of why a dataplane ended, from what it wrote.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Said {
+    /// Its last words, a line each: why it failed, as it says itself.
+    words: Vec<String>,
+    /// The last lines of its log, where nobody else was told them.
+    log: Vec<String>,
+}
+
+/// The one thing to say of an end: why it failed in its own words, else what ended it and where to look.
+fn ended(pid: Option<u32>, status: ExitStatus, said: &Said) -> String {
+    if !said.words.is_empty() {
+        return said.words.join("\n  ");
+    }
+    let mut text = match status.signal() {
+        Some(number) => {
+            let name =
+                Signal::try_from(number).map_or_else(|_| String::new(), |signal| format!(" ({signal})"));
+            let pid = pid.map_or_else(String::new, |pid| format!(" for its pid {pid}"));
+            format!(
+                "the dataplane was killed by signal {number}{name}; if nobody here did that, look{pid} in the \
+                 system's log (journalctl -k, dmesg): memory may have run out"
+            )
+        }
+        None => format!("the dataplane ended without saying why ({status})"),
+    };
+    for line in &said.log {
+        text.push_str("\n  ");
+        text.push_str(line);
+    }
+    text
 }
 
 impl Settings {
     /// Checks the flags as the dataplane will. `has_link` says that a link will be there by the time
     /// it starts. Gives the configuration, or adds every problem.
     pub fn check(&self, has_link: bool, problems: &mut Vec<String>) -> Option<Config> {
-        let mut args = self.args.clone();
-        if has_link {
-            // The number is not known yet; any that is no standard stream passes the same checks.
-            args.link_fd = Some(i32::MAX);
-        }
-        if self.front {
-            args.front_fd = Some(i32::MAX - 1);
-        }
-        match Config::new(&args, self.vm_settings(), &default_name()) {
+        match self.config(has_link) {
             Ok(config) => {
                 // Looked at before anything is opened that could be taken for one.
                 problems.extend(not_inherited(&config));
@@ -120,6 +196,42 @@ impl Settings {
                 None
             }
         }
+    }
+
+    /// The configuration as the dataplane will have it, but for the numbers of what it inherits.
+    fn config(&self, has_link: bool) -> Result<Config, Problems> {
+        let mut args = self.args.clone();
+        if has_link {
+            // The number is not known yet; any that is no standard stream passes the same checks.
+            args.link_fd = Some(i32::MAX);
+        }
+        if self.front {
+            args.front_fd = Some(i32::MAX - 1);
+        }
+        Config::new(&args, self.vm_settings(), &default_name())
+    }
+
+    /// Paths of sockets that it will make, and whether it puts a new one there for each guest.
+    fn socket_paths(&self) -> Vec<(PathBuf, bool)> {
+        // What is wrong with the flags it says itself.
+        let Ok(config) = self.config(self.link.is_some()) else {
+            return Vec::new();
+        };
+        let of_guests = config
+            .listeners
+            .into_iter()
+            .filter_map(|listener| match listener.at {
+                ListenAt::Unix(path) => Some((path, listener.transport == Transport::Vfkit)),
+                _ => None,
+            });
+        let of_forwards = config
+            .forwards
+            .into_iter()
+            .filter_map(|forward| match forward.listen {
+                ForwardListen::Unix(path) => Some((path, false)),
+                ForwardListen::Address(_) => None,
+            });
+        of_guests.chain(of_forwards).collect()
     }
 
     fn vm_settings(&self) -> VmSettings {
@@ -183,6 +295,7 @@ impl Dataplane {
     /// When the system refuses.
     pub fn start(settings: Settings) -> Result<Self, DataplaneError> {
         let start = DataplaneError::Start;
+        let socket_paths = settings.socket_paths();
         let program = super::own_executable().map_err(|e| start(io::Error::other(e)))?;
         let document = serde_json::to_vec(&settings.vm_settings()).map_err(|e| start(io::Error::other(e)))?;
         let (lifeline_end, lifeline) = io::pipe().map_err(start)?;
@@ -223,17 +336,14 @@ impl Dataplane {
             .current_dir("/")
             .stdin(stdio(has_stdio))
             .stdout(stdio(has_stdio))
-            .stderr(match settings.log {
-                DataplaneLog::Stderr => Stdio::inherit(),
-                DataplaneLog::Kept | DataplaneLog::Lines { .. } => Stdio::piped(),
-            })
+            .stderr(Stdio::piped())
             // Escapes of colour would be shown as text where its words are quoted.
             .env("NO_COLOR", "1")
             // Ctrl-C is for this process, which ends the dataplane when it is ready to.
             .process_group(0);
         let (directive, line) = match settings.log {
             // What went well is in the history.
-            DataplaneLog::Kept | DataplaneLog::Stderr => ("warn", None),
+            DataplaneLog::Kept => ("warn", None),
             DataplaneLog::Lines { directive, line } => (directive, Some(line)),
         };
         if std::env::var_os("RUST_LOG").is_none() {
@@ -249,6 +359,7 @@ impl Dataplane {
             .collect();
         inherit_only(&mut command, &keep);
         let mut child = Command::from(command).kill_on_drop(true).spawn().map_err(start)?;
+        let pid = child.id();
         // A policy may be longer than a pipe holds. A child that died early is told of by its end.
         std::thread::spawn(move || {
             let mut writer = settings_writer;
@@ -259,11 +370,14 @@ impl Dataplane {
         let listening = stderr.map(|stderr| tokio::spawn(listen(stderr, Arc::clone(&said), line)));
         Ok(Self {
             child,
+            pid,
             lifeline: Some(lifeline),
             ready,
             said,
             listening,
             front,
+            socket_paths,
+            sockets: Vec::new(),
         })
     }
 
@@ -285,6 +399,11 @@ impl Dataplane {
     /// What it said instead, or that it takes too long.
     pub async fn listens(&mut self) -> Result<(), Failure> {
         if tokio::time::timeout(READY_PATIENCE, self.ready()).await == Ok(true) {
+            // One that is killed removes none of them.
+            let paths = self.socket_paths.iter();
+            self.sockets = paths
+                .filter_map(|(path, is_renewed)| LeftSocket::at(path, *is_renewed))
+                .collect();
             return Ok(());
         }
         let ended = tokio::time::timeout(END_PATIENCE, self.ended()).await;
@@ -303,8 +422,9 @@ impl Dataplane {
             Ok(status) => {
                 self.hear_out().await;
                 DataplaneError::Ended {
+                    pid: self.pid,
                     status,
-                    said: self.said(),
+                    said: self.said.lock().unwrap_or_else(PoisonError::into_inner).clone(),
                 }
             }
             Err(error) => DataplaneError::Start(error),
@@ -331,41 +451,48 @@ impl Dataplane {
             self.listening = None;
         }
     }
+}
 
-    /// The last of what it said.
-    fn said(&self) -> String {
-        let said = self.said.lock().unwrap_or_else(PoisonError::into_inner);
-        let text = String::from_utf8_lossy(&said).into_owned();
-        let lines: Vec<String> = text.lines().map(|line| format!("\n  {}", safe(line))).collect();
-        lines[lines.len().saturating_sub(SAID_LINES_MAX)..].concat()
+/// Takes what it says line by line: each is handed over where that is wanted, or kept; its last words are
+/// kept only.
+async fn listen(mut stderr: tokio::process::ChildStderr, said: Arc<Mutex<Said>>, line: Option<fn(&str)>) {
+    let mut chunk = [0; 1024];
+    let mut begun = Vec::new();
+    let hear = |bytes: &[u8]| {
+        let text = String::from_utf8_lossy(bytes);
+        let mut said = said.lock().unwrap_or_else(PoisonError::into_inner);
+        match (last_words(&text), line) {
+            (Some(words), _) => keep(&mut said.words, words),
+            (None, Some(line)) => line(&text),
+            (None, None) => keep(&mut said.log, &text),
+        }
+    };
+    while let Ok(length @ 1..) = stderr.read(&mut chunk).await {
+        begun.extend_from_slice(&chunk[..length]);
+        while let Some(end) = begun.iter().position(|byte| *byte == b'\n') {
+            hear(&begun[..end]);
+            begun.drain(..=end);
+        }
+        // A line without an end is no reason to grow.
+        if begun.len() > LINE_BYTES_MAX {
+            hear(&begun);
+            begun.clear();
+        }
+    }
+    if !begun.is_empty() {
+        hear(&begun);
     }
 }
 
-/// Keeps the last of what it says, and hands each line over where that is wanted.
-async fn listen(mut stderr: tokio::process::ChildStderr, said: Arc<Mutex<Vec<u8>>>, line: Option<fn(&str)>) {
-    let mut chunk = [0; 1024];
-    let mut begun = Vec::new();
-    while let Ok(length @ 1..) = stderr.read(&mut chunk).await {
-        if let Some(line) = line {
-            begun.extend_from_slice(&chunk[..length]);
-            while let Some(end) = begun.iter().position(|byte| *byte == b'\n') {
-                line(&String::from_utf8_lossy(&begun[..end]));
-                begun.drain(..=end);
-            }
-            // A line without an end is no reason to grow.
-            if begun.len() > SAID_BYTES_MAX {
-                line(&String::from_utf8_lossy(&begun));
-                begun.clear();
-            }
-        }
-        let mut said = said.lock().unwrap_or_else(PoisonError::into_inner);
-        said.extend_from_slice(&chunk[..length]);
-        let excess = said.len().saturating_sub(SAID_BYTES_MAX);
-        said.drain(..excess);
-    }
-    if let Some(line) = line.filter(|_| !begun.is_empty()) {
-        line(&String::from_utf8_lossy(&begun));
-    }
+/// What a line says, if it is of a dataplane's last words.
+fn last_words(line: &str) -> Option<&str> {
+    line.strip_prefix(LAST_WORDS)
+}
+
+fn keep(lines: &mut Vec<String>, line: &str) {
+    lines.push(safe(line).into_owned());
+    let excess = lines.len().saturating_sub(SAID_LINES_MAX);
+    lines.drain(..excess);
 }
 
 /// The flags as a command line. The whole structure is taken apart, so that a flag that is added there
@@ -467,6 +594,9 @@ fn flags(args: &Args) -> Vec<OsString> {
 
 /// This process as the dataplane.
 pub(super) fn main(arguments: Vec<OsString>) -> ExitCode {
+    // Started by the kernel's own link it would be called `exe`, where it is told who listens somewhere.
+    #[cfg(target_os = "linux")]
+    let _ = nix::sys::prctl::set_name(c"vnet-dataplane");
     super::parsed(arguments, |cli: Cli| vnet_dataplane::main(cli.args))
 }
 
@@ -477,13 +607,127 @@ const END_PATIENCE: Duration = Duration::from_secs(1);
 /// How long it may take to end in good order: sockets removed, the last counts sent.
 const STOP_PATIENCE: Duration = Duration::from_secs(3);
 const LAST_WORDS_PATIENCE: Duration = Duration::from_millis(200);
-const SAID_BYTES_MAX: usize = 4096;
+const LINE_BYTES_MAX: usize = 4096;
 const SAID_LINES_MAX: usize = 5;
 
 #[cfg(test)]
 mod tests {
+    use std::os::unix::net::{UnixDatagram, UnixListener};
+
     use super::*;
     use clap::Parser as _;
+
+    #[test]
+    fn the_one_thing_said_of_an_end_is_why_it_failed_or_what_killed_it() {
+        let said = |words: &[&str], log: &[&str]| Said {
+            words: words.iter().map(ToString::to_string).collect(),
+            log: log.iter().map(ToString::to_string).collect(),
+        };
+        let exit = ExitStatus::from_raw(1 << 8);
+        let debug = ["2026-07-21T10:00:00.000001Z DEBUG x: y"];
+        assert_eq!(
+            ended(
+                Some(7),
+                exit,
+                &said(&["VM socket /q.sock cannot be opened"], &debug)
+            ),
+            "VM socket /q.sock cannot be opened"
+        );
+        assert_eq!(
+            ended(Some(7), ExitStatus::from_raw(9), &said(&[], &[])),
+            "the dataplane was killed by signal 9 (SIGKILL); if nobody here did that, look for its pid 7 in the \
+             system's log (journalctl -k, dmesg): memory may have run out"
+        );
+        // As of a panic, where nobody was told its log.
+        assert_eq!(
+            ended(Some(7), exit, &said(&[], &["thread panicked"])),
+            "the dataplane ended without saying why (exit status: 1)\n  thread panicked"
+        );
+    }
+
+    #[tokio::test]
+    async fn last_words_are_kept_and_all_else_is_handed_over_at_once() {
+        static TOLD: Mutex<Vec<String>> = Mutex::new(Vec::new());
+        let tell = |line: &str| TOLD.lock().unwrap().push(line.to_owned());
+        for (line, kept) in [(Some(tell as fn(&str)), vec![]), (None, vec!["a log", "unended"])] {
+            let mut child = Command::new("sh")
+                .args([
+                    "-c",
+                    "printf 'a log\\nvnet-dataplane: one\\nvnet-dataplane: two\\nunended' >&2",
+                ])
+                .stderr(Stdio::piped())
+                .spawn()
+                .unwrap();
+            let said = Arc::default();
+            listen(child.stderr.take().unwrap(), Arc::clone(&said), line).await;
+            child.wait().await.unwrap();
+            let said = said.lock().unwrap();
+            assert_eq!(said.words, ["one", "two"]);
+            assert_eq!(said.log, kept);
+        }
+        assert_eq!(*TOLD.lock().unwrap(), ["a log", "unended"]);
+    }
+
+    #[test]
+    fn the_sockets_to_be_left_are_those_of_guests_and_of_forwards() {
+        let args = Cli::try_parse_from([
+            "vnet-dataplane",
+            "--controlplane=unix:///s.sock",
+            "--listen-qemu=unix:///q.sock?name=a",
+            "--listen-vfkit=unixgram:///v.sock",
+            "--listen=tcp://127.0.0.1:0",
+            "--publish=unix:///f.sock:80",
+            "--guest-api",
+        ])
+        .unwrap()
+        .args;
+        let settings = Settings {
+            args,
+            front: true,
+            ..Settings::default()
+        };
+        let problems = settings.config(false).map_err(|problems| problems.to_string());
+        assert_eq!(problems.err(), None);
+        let expected = [("/q.sock", false), ("/v.sock", true), ("/f.sock", false)];
+        assert_eq!(
+            settings.socket_paths(),
+            expected.map(|(path, is_renewed)| (PathBuf::from(path), is_renewed))
+        );
+    }
+
+    #[test]
+    fn a_socket_that_is_left_is_removed_and_a_successors_is_not() {
+        let path = std::env::temp_dir().join(format!("vnetctl-left-{}.sock", std::process::id()));
+        let _ = fs::remove_file(&path);
+        assert!(LeftSocket::at(&path, false).is_none());
+        drop(UnixListener::bind(&path).unwrap());
+        let left = LeftSocket::at(&path, false).unwrap();
+        drop(left);
+        assert!(!path.exists());
+
+        let first = UnixListener::bind(&path).unwrap();
+        let left = LeftSocket::at(&path, false).unwrap();
+        // Kept, so that its number is nobody else's.
+        fs::rename(&path, path.with_extension("old")).unwrap();
+        let second = UnixListener::bind(&path).unwrap();
+        drop(left);
+        assert!(path.exists(), "it is another's");
+        drop((first, second));
+        fs::remove_file(path.with_extension("old")).unwrap();
+        fs::remove_file(&path).unwrap();
+
+        // Of datagrams there is another one for each guest.
+        let first = UnixDatagram::bind(&path).unwrap();
+        let left = LeftSocket::at(&path, true).unwrap();
+        fs::remove_file(&path).unwrap();
+        let second = UnixDatagram::bind(&path).unwrap();
+        drop(left);
+        assert!(path.exists(), "it is served");
+        let left = LeftSocket::at(&path, true).unwrap();
+        drop((first, second));
+        drop(left);
+        assert!(!path.exists());
+    }
 
     #[test]
     fn flags_read_back_as_they_were() {

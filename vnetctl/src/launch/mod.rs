@@ -82,6 +82,17 @@ pub fn role(arguments: &[OsString]) -> Option<ExitCode> {
     ))
 }
 
+/// Raises this process's limit of open files as far as the host permits, as the runtime of Go does, and
+/// checks that it is enough for a dataplane, which inherits it.
+///
+/// # Errors
+/// What it is, what is needed, and how it is raised.
+pub fn enough_descriptors(config: &DataplaneConfig) -> Result<(), Failure> {
+    config
+        .check_descriptors(vnet_dataplane::descriptors::raise_limit())
+        .map_err(|error| Failure::Failed(error.to_string()))
+}
+
 /// Vnet's own directories: sockets, and state. Neither is made.
 pub fn own_directories() -> Vec<PathBuf> {
     std::iter::once(paths::runtime_dir())

@@ -55,8 +55,22 @@ async fn pending_list() {
         created_at: ago(5),
         ..Default::default()
     };
+    // No guard of the address: the policy's.
+    let resolver = v1::PendingRequest {
+        id: "01ad".to_owned(),
+        vm: "db".to_owned(),
+        target: tcp("1.1.1.1", 443),
+        count: 1,
+        created_at: ago(5),
+        reason: Some(v1::Reason {
+            step: "guard".to_owned(),
+            subject: "dns".to_owned(),
+            text: "DNS over HTTPS".to_owned(),
+        }),
+        ..Default::default()
+    };
     let answer = v1::ListPendingResponse {
-        requests: vec![request(), lookup],
+        requests: vec![request(), lookup, resolver],
         ..Default::default()
     };
 
@@ -68,6 +82,7 @@ async fn pending_list() {
 ID     VM            DOMAIN      ASKS                 NAMES                 COUNT   HELD   AGE   NOTE
 01ab   web           a.example   tcp 10.99.0.1:8080   a.example,b.example   3       12s    1m    guarded: private-from-dns
 01ac   db\\u{1b}[2J   -           domain example.com   -                     1       -      5s    -
+01ad   db            -           tcp 1.1.1.1:443      -                     1       -      5s    guarded: dns
 "
     );
     assert_eq!(

@@ -4,7 +4,6 @@
 //! fragments, and then listens somewhere else than it says.
 
 use std::fmt;
-use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 
 /// Where something listens.
@@ -36,12 +35,24 @@ pub struct HostPort {
     pub port: u16,
 }
 
+/// What is wrong with a host and a port.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum HostPortError {
+    /// Neither form.
+    #[error("expected a host and a port, as tcp://127.0.0.1:1234")]
+    Form,
+    /// A host alone.
+    #[error("the port is missing; write it behind the host, as tcp://{0}:1234")]
+    NoPort(String),
+    /// A number that is no port.
+    #[error("port {0} is out of range (expected 0 to 65535, 0 for any that is free)")]
+    Port(String),
+}
+
 /// Which URLs are taken somewhere.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Schemes {
-    /// Whatever connects in both directions: `unix`, `tcp`, `vsock`, and `unixpacket`, as `-listen` takes them.
-    Api,
-    /// Streams for guests: `unix`, `tcp` and `vsock`.
+    /// Streams: `unix`, `tcp` and `vsock`.
     Stream,
     /// `unixpacket`.
     Packet,
@@ -70,8 +81,8 @@ pub enum EndpointError {
     #[error("it takes no parameters (write ? as %3F and # as %23 in a path)")]
     Parameters,
     /// Not a host and a port.
-    #[error("expected a host and a port, as tcp://127.0.0.1:1234")]
-    HostPort,
+    #[error("{0}")]
+    HostPort(HostPortError),
     /// Not a context id and a port.
     #[error("expected a port, and a context id before it or none, as vsock://:1024 or vsock://2:1024")]
     Vsock,
@@ -80,7 +91,6 @@ pub enum EndpointError {
 impl Schemes {
     fn expected(self) -> &'static str {
         match self {
-            Self::Api => "unix:///PATH, tcp://HOST:PORT, vsock://[CID]:PORT or unixpacket:///PATH",
             Self::Stream => "unix:///PATH, tcp://HOST:PORT or vsock://[CID]:PORT",
             Self::Packet => "unixpacket:///PATH",
             Self::Datagram => "unixgram:///PATH",
@@ -103,23 +113,20 @@ impl Endpoint {
             return Err(EndpointError::Parameters);
         }
         match (&*scheme, schemes) {
-            ("unix", Schemes::Api | Schemes::Stream | Schemes::Unix) => {
-                socket_path("unix", rest).map(Self::Unix)
-            }
-            ("unixpacket", Schemes::Api | Schemes::Packet) => {
-                socket_path("unixpacket", rest).map(Self::UnixPacket)
-            }
+            ("unix", Schemes::Stream | Schemes::Unix) => socket_path("unix", rest).map(Self::Unix),
+            ("unixpacket", Schemes::Packet) => socket_path("unixpacket", rest).map(Self::UnixPacket),
             ("unixgram", Schemes::Datagram) => socket_path("unixgram", rest).map(Self::UnixGram),
-            ("tcp", Schemes::Api | Schemes::Stream) => {
+            ("tcp", Schemes::Stream) => {
                 let host_port = rest
                     .strip_prefix("//")
                     .map(|rest| rest.strip_suffix('/').unwrap_or(rest));
                 host_port
+                    .ok_or(HostPortError::Form)
                     .and_then(HostPort::parse)
                     .map(Self::Tcp)
-                    .ok_or(EndpointError::HostPort)
+                    .map_err(EndpointError::HostPort)
             }
-            ("vsock", Schemes::Api | Schemes::Stream) => vsock(rest).ok_or(EndpointError::Vsock),
+            ("vsock", Schemes::Stream) => vsock(rest).ok_or(EndpointError::Vsock),
             _ => Err(EndpointError::Scheme(schemes.expected())),
         }
     }
@@ -130,11 +137,6 @@ impl Endpoint {
             Self::Unix(path) | Self::UnixPacket(path) | Self::UnixGram(path) => Some(path),
             Self::Tcp(_) | Self::Vsock { .. } => None,
         }
-    }
-
-    /// Whether other hosts may reach it.
-    pub fn is_open(&self) -> bool {
-        matches!(self, Self::Tcp(at) if !at.is_loopback())
     }
 }
 
@@ -153,22 +155,30 @@ impl fmt::Display for Endpoint {
 
 impl HostPort {
     /// Reads `HOST:PORT`, `[ADDRESS]:PORT` or `:PORT`.
-    pub fn parse(text: &str) -> Option<Self> {
-        let (host, port) = text.rsplit_once(':')?;
-        let port = decimal(port)?;
-        let host = match host.strip_prefix('[').and_then(|host| host.strip_suffix(']')) {
-            Some(address) => address.parse::<std::net::Ipv6Addr>().ok()?.to_string(),
-            None if host.is_empty() || is_host(host) => host.to_owned(),
-            None => return None,
+    ///
+    /// # Errors
+    /// What is wrong with it.
+    pub fn parse(text: &str) -> Result<Self, HostPortError> {
+        let host = |host: &str| match host.strip_prefix('[').and_then(|host| host.strip_suffix(']')) {
+            Some(address) => Some(address.parse::<std::net::Ipv6Addr>().ok()?.to_string()),
+            None => (host.is_empty() || is_host(host)).then(|| host.to_owned()),
         };
-        Some(Self { host, port })
-    }
-
-    /// Whether only this host reaches it. A name is taken for what it says.
-    pub fn is_loopback(&self) -> bool {
-        match self.host.parse::<IpAddr>() {
-            Ok(address) => address.is_loopback(),
-            Err(_) => self.host.eq_ignore_ascii_case("localhost"),
+        let Some((before, port)) = text.rsplit_once(':') else {
+            // A number alone is a port, or a host; what is meant is not known.
+            let is_host = !text.is_empty() && host(text).is_some() && decimal::<u64>(text).is_none();
+            return Err(match is_host {
+                true => HostPortError::NoPort(text.to_owned()),
+                false => HostPortError::Form,
+            });
+        };
+        let host = host(before).ok_or(HostPortError::Form)?;
+        match decimal(port) {
+            Some(port) => Ok(Self { host, port }),
+            None if !port.is_empty() && port.bytes().all(|b| b.is_ascii_digit()) => {
+                Err(HostPortError::Port(port.to_owned()))
+            }
+            None if port.is_empty() && !host.is_empty() => Err(HostPortError::NoPort(before.to_owned())),
+            None => Err(HostPortError::Form),
         }
     }
 }
@@ -268,9 +278,8 @@ mod tests {
             ("tcp://localhost:0", "tcp://localhost:0"),
             ("vsock://:1024", "vsock://:1024"),
             ("vsock://4294967295:1024", "vsock://4294967295:1024"),
-            ("unixpacket:///b", "unixpacket:///b"),
         ] {
-            assert_eq!(shown(text, Schemes::Api), meant, "{text}");
+            assert_eq!(shown(text, Schemes::Stream), meant, "{text}");
         }
     }
 
@@ -296,9 +305,25 @@ mod tests {
                 "a % must stand before two hexadecimal digits (write % itself as %25)",
             ),
             ("tcp:127.0.0.1:1", host),
-            ("tcp://127.0.0.1", host),
             ("tcp://127.0.0.1:+1", host),
-            ("tcp://127.0.0.1:65536", host),
+            ("tcp://", host),
+            ("tcp://1234", host),
+            (
+                "tcp://0.0.0.0",
+                "the port is missing; write it behind the host, as tcp://0.0.0.0:1234",
+            ),
+            (
+                "tcp://[::1]:",
+                "the port is missing; write it behind the host, as tcp://[::1]:1234",
+            ),
+            (
+                "tcp://127.0.0.1:65536",
+                "port 65536 is out of range (expected 0 to 65535, 0 for any that is free)",
+            ),
+            (
+                "tcp://:99999",
+                "port 99999 is out of range (expected 0 to 65535, 0 for any that is free)",
+            ),
             ("tcp://::1:80", host),
             ("tcp://a@b:80", host),
             ("tcp://a:80/x", host),
@@ -306,7 +331,7 @@ mod tests {
             ("vsock://x:1", vsock),
             ("vsock://:4294967296", vsock),
         ] {
-            assert_eq!(shown(text, Schemes::Api), problem, "{text}");
+            assert_eq!(shown(text, Schemes::Stream), problem, "{text}");
         }
         let long = format!("unix:///{}", "a".repeat(PATH_BYTES_MAX));
         assert_eq!(
@@ -328,8 +353,7 @@ mod tests {
             "/a",
         ];
         for (schemes, taken) in [
-            (Schemes::Api, &[0, 1, 3, 4][..]),
-            (Schemes::Stream, &[0, 3, 4]),
+            (Schemes::Stream, &[0, 3, 4][..]),
             (Schemes::Packet, &[1]),
             (Schemes::Datagram, &[2]),
             (Schemes::Unix, &[0]),

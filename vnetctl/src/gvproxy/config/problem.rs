@@ -40,9 +40,18 @@ pub enum Problem {
         other: Origin,
     },
     #[error(
-        "{from}: {path:?} already exists; remove it if nothing listens there any more, or listen elsewhere"
+        "{from}: {path:?} already exists{}, or listen elsewhere",
+        .by.as_ref().map_or_else(
+            || "; remove it if nothing listens there any more".to_owned(),
+            |by| format!(", and {by} listens there; end it"),
+        )
     )]
-    Exists { from: Origin, path: PathBuf },
+    Exists {
+        from: Origin,
+        path: PathBuf,
+        /// What listens there, where it is known.
+        by: Option<String>,
+    },
     #[error(
         "{from}: {} cannot be made, as its directory is not there; run: mkdir -p {}",
         path.display(),
@@ -109,6 +118,8 @@ pub enum Problem {
     Uuid { from: Origin, found: String },
     #[error("{from}: {found:?} is not a place to listen (expected HOST:PORT, :PORT or udp:HOST:PORT)")]
     ForwardListen { from: Origin, found: String },
+    #[error("{from}: port {port} is out of range (expected 0 to 65535, 0 for any that is free)")]
+    ForwardPort { from: Origin, port: String },
     #[error("{from}: {found:?} is not a place in the network (expected ADDRESS:PORT, as 192.168.127.2:22)")]
     ForwardGuest { from: Origin, found: String },
     #[error("{from}: {other} listens there too; leave one of them out")]
@@ -206,10 +217,6 @@ pub enum Warning {
     LogLevel { from: Origin, found: String },
     #[error("{from} {found} is more than a frame carries; {used} is used")]
     MtuLowered { from: Origin, found: i64, used: u16 },
-    #[error(
-        "{from} {at} can be reached from other hosts, and asks nobody who they are; listen at 127.0.0.1 or a unix socket"
-    )]
-    Open { from: Origin, at: Endpoint },
     #[error("{from}: {guest} is not in the subnet {subnet}, where no guest answers")]
     ForwardOutside {
         from: Origin,

@@ -11,8 +11,8 @@ use vnet_proto::model::{
 };
 
 use super::{
-    Check, DEVICE_MAC_DEFAULT, Forward, HostPort, LogLevel, Problem, Record, SSH_PORT_DEFAULT, Stack,
-    VPNKIT_UUID_DEFAULT, Warning, Zone,
+    Check, DEVICE_MAC_DEFAULT, Forward, HostPort, HostPortError, LogLevel, Problem, Record, SSH_PORT_DEFAULT,
+    Stack, VPNKIT_UUID_DEFAULT, Warning, Zone,
 };
 use crate::gvproxy::flags::Flags;
 use crate::gvproxy::origin::{Given, Origin};
@@ -259,16 +259,22 @@ impl Check<'_> {
                 None => (false, &*local),
             };
             let listen = HostPort::parse(at);
-            if listen.is_none() {
+            if let Err(error) = &listen {
                 let (from, found) = (from.clone(), local.clone());
-                self.problems.push(Problem::ForwardListen { from, found });
+                self.problems.push(match error {
+                    HostPortError::Port(port) => Problem::ForwardPort {
+                        from,
+                        port: port.clone(),
+                    },
+                    HostPortError::Form | HostPortError::NoPort(_) => Problem::ForwardListen { from, found },
+                });
             }
             let guest = found.parse().ok().filter(|guest: &SocketAddr| guest.port() != 0);
             let Some(guest) = guest else {
                 self.problems.push(Problem::ForwardGuest { from, found });
                 continue;
             };
-            let Some(listen) = listen else { continue };
+            let Ok(listen) = listen else { continue };
             if matches!(guest.ip(), IpAddr::V4(guest) if !subnet.contains(&guest)) {
                 self.warnings.push(Warning::ForwardOutside {
                     from: from.clone(),

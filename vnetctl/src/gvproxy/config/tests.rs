@@ -52,6 +52,8 @@ impl Files {
 fn shown(config: &Config) -> Value {
     let Config {
         listen,
+        // Each by the place that is shown.
+        origins: _,
         services,
         log_level,
         stack,

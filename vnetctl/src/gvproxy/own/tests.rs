@@ -202,3 +202,23 @@ fn a_vm_is_named_after_its_socket_or_pid_file() {
         assert_eq!(named(socket, pid), name, "{socket:?} {pid:?}");
     }
 }
+
+#[test]
+fn a_variable_that_is_nearly_one_of_ours_is_told_of() {
+    let told = |names: &[&str]| misspelt(names.iter().map(OsString::from));
+    assert_eq!(
+        told(&[
+            "VNET_MDOE",
+            "VNET_MODE",
+            "VNET_NETWORK_POLCY",
+            "HOME",
+            "VNET_TEST_BINARIES",
+            "NET_MODE"
+        ]),
+        [
+            "VNET_MDOE: nothing reads this variable (did you mean VNET_MODE?)",
+            "VNET_NETWORK_POLCY: nothing reads this variable (did you mean VNET_NETWORK_POLICY?)",
+        ]
+    );
+    assert_eq!(told(&VARIABLES), [""; 0]);
+}

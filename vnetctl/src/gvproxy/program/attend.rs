@@ -7,12 +7,12 @@ use std::time::Duration;
 use tokio::time::Instant;
 use vnet_proto::v1;
 
+use super::log;
 use super::notify::{Details, Kind, Notification, Notifier};
 use crate::client::Connection;
 use crate::cmd::attend::{Attendant, Seen};
 use crate::cmd::questions::{Act, Questions};
 use crate::gvproxy::own;
-use crate::output::text::safe;
 
 /// VMs whose state is remembered.
 const VMS_MAX: usize = 8192;
@@ -151,10 +151,7 @@ impl Watch {
                 self.questions.change(&change)
             }
             Seen::Lost(why) => {
-                tracing::warn!(
-                    "no controlplane, so nothing new is let out; trying again ({})",
-                    safe(&why)
-                );
+                log::lost_controlplane(&why);
                 Vec::new()
             }
         };

@@ -6,12 +6,13 @@
 use std::fmt::{self, Write as _};
 use std::fs::{self, File, OpenOptions};
 use std::io;
+use std::os::fd::AsFd as _;
 use std::os::unix::fs::{MetadataExt as _, OpenOptionsExt as _};
 use std::path::Path;
-use std::sync::Arc;
-use std::time::SystemTime;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant, SystemTime};
 
-use nix::fcntl::OFlag;
+use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::unistd::geteuid;
 use tracing::field::{Field, Visit};
 use tracing::{Event, Level, Subscriber};
@@ -19,21 +20,31 @@ use tracing_subscriber::fmt::format::Writer;
 use tracing_subscriber::fmt::{FmtContext, FormatEvent, FormatFields, MakeWriter};
 use tracing_subscriber::registry::LookupSpan;
 
+use super::pid::of_a_pipe;
 use crate::gvproxy::config::LogLevel;
 use crate::output::text::safe;
 
 /// The target of events that end the process: their level is gvproxy's `fatal`.
 pub(super) const FATAL: &str = "fatal";
 
-/// Opens the file of `-log-file`, emptied, for its owner alone where it is new.
+/// Opens the file of `-log-file`, emptied, for its owner alone where it is new. What stdout or stderr writes
+/// to, as `/dev/stderr`, is used as it is: what else is written there stays.
 ///
 /// # Errors
-/// A link that [`is_planted`], else the system's.
+/// A link that [`is_planted`]; a pipe that nobody reads; else the system's.
 pub(super) fn open(path: &Path) -> io::Result<File> {
+    if let Some(stream) = own_stream(path) {
+        return Ok(stream);
+    }
     let mut options = OpenOptions::new();
     options.create(true).append(true).mode(0o600);
-    let file = match options.clone().custom_flags(OFlag::O_NOFOLLOW.bits()).open(path) {
-        // A link, as /dev/stderr is one.
+    // A pipe without a reader would be waited for.
+    let open = |flags: OFlag| {
+        let flags = flags | OFlag::O_NONBLOCK | OFlag::O_NOCTTY;
+        options.clone().custom_flags(flags.bits()).open(path)
+    };
+    let file = match open(OFlag::O_NOFOLLOW) {
+        // A link, as to another disk.
         Err(_) if path.is_symlink() => {
             let directory = path
                 .parent()
@@ -44,15 +55,33 @@ pub(super) fn open(path: &Path) -> io::Result<File> {
                             be emptied (name that, or another file)";
                 return Err(io::Error::new(io::ErrorKind::PermissionDenied, text));
             }
-            options.open(path)?
+            open(OFlag::empty())
         }
-        opened => opened?,
+        opened => opened,
     };
+    let file = file.map_err(of_a_pipe)?;
+    // From here on a slow reader is waited for, as that of stderr is.
+    let flags = OFlag::from_bits_retain(fcntl(&file, FcntlArg::F_GETFL)?);
+    fcntl(&file, FcntlArg::F_SETFL(flags - OFlag::O_NONBLOCK))?;
     // Appending, so that nobody who empties it meanwhile leaves a hole in it.
     if file.metadata()?.is_file() {
         file.set_len(0)?;
     }
     Ok(file)
+}
+
+/// Stdout or stderr, if that writes to what the path leads to.
+fn own_stream(path: &Path) -> Option<File> {
+    let there = fs::metadata(path).ok()?;
+    let is_there = |own: &File| {
+        own.metadata()
+            .is_ok_and(|own| (own.dev(), own.ino()) == (there.dev(), there.ino()))
+    };
+    let streams = [
+        io::stderr().as_fd().try_clone_to_owned(),
+        io::stdout().as_fd().try_clone_to_owned(),
+    ];
+    streams.into_iter().flatten().map(File::from).find(is_there)
 }
 
 /// Whether somebody else chose where a link leads: neither this user nor who has the directory, which all may write to.
@@ -65,7 +94,24 @@ const WRITABLE_BY_ALL: u32 = 0o002;
 
 /// Sends what is logged from here on to the file, or to stderr. Once a process.
 pub(super) fn start(level: LogLevel, file: Option<File>) {
-    let sink = file.map_or(Sink::Stderr, |file| Sink::File(Arc::new(file)));
+    start_at(
+        level,
+        file.map_or(Sink::Stderr, |file| Sink::File(Arc::new(file))),
+    );
+}
+
+/// Sends it to stderr, where whoever typed what is wrong looks, and to the file of `-log-file`, if that is
+/// another and can be opened.
+pub(super) fn start_for_both(level: LogLevel, path: Option<&Path>) {
+    let path = path.filter(|path| own_stream(path).is_none());
+    let file = path.and_then(|path| open(path).ok());
+    start_at(
+        level,
+        file.map_or(Sink::Stderr, |file| Sink::Both(Arc::new(file))),
+    );
+}
+
+fn start_at(level: LogLevel, sink: Sink) {
     // One that is set already (by a test) stays.
     let _ = tracing_subscriber::fmt()
         .event_format(Lines)
@@ -73,7 +119,7 @@ pub(super) fn start(level: LogLevel, file: Option<File>) {
         // What the SSH library says, a guest can make it say; and what others say of the wire is for them who build it.
         .with_env_filter({
             let (level, most) = (filter(level), filter(level).min(Level::WARN));
-            format!("{level},russh=off,h2={most},hyper={most},tonic={most}")
+            format!("{level},russh=off,h2={most},hyper={most},tonic={most},tower={most}")
         })
         .try_init();
 }
@@ -85,14 +131,23 @@ pub(super) fn directive(level: LogLevel) -> &'static str {
         LogLevel::Warning => "warn",
         // What it tells of each guest is told here already.
         LogLevel::Info => "warn",
-        LogLevel::Debug => "debug",
-        LogLevel::Trace => "trace",
+        // What is said of the wire is for them who build it.
+        LogLevel::Debug => "debug,h2=warn,hyper=warn,tonic=warn,tower=warn",
+        LogLevel::Trace => "trace,h2=warn,hyper=warn,tonic=warn,tower=warn",
     }
 }
 
 /// Says again what the dataplane said in a line of its own log.
 pub(super) fn relay(line: &str) {
-    let (level, text) = relayed(line);
+    let (mut level, text) = relayed(line);
+    if text.starts_with(NO_SESSION)
+        && !LOSS
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .is_news(Instant::now())
+    {
+        level = Level::DEBUG;
+    }
     match level {
         Level::ERROR => tracing::error!("{text}"),
         Level::WARN => tracing::warn!("{text}"),
@@ -102,8 +157,49 @@ pub(super) fn relay(line: &str) {
     }
 }
 
-/// The level and the rest of a line as `tracing_subscriber` writes it (`TIME LEVEL module: text`); any other is a
-/// daemon's last words.
+/// How the dataplane says that its controlplane is lost.
+const NO_SESSION: &str = "vnet_dataplane::session: no session";
+
+/// That the controlplane is lost is found by the dataplane and by this process, each with reasons that
+/// change; it is told once.
+static LOSS: Mutex<Loss> = Mutex::new(Loss { told: None });
+/// How long a loss is the same one. The dataplane dials again every five seconds at least.
+const SAME_LOSS: Duration = Duration::from_secs(10);
+
+/// When a loss was told last.
+struct Loss {
+    told: Option<Instant>,
+}
+
+impl Loss {
+    /// Whether it is to be told, which it is then.
+    fn is_news(&mut self, now: Instant) -> bool {
+        let is_news = self
+            .told
+            .is_none_or(|told| now.saturating_duration_since(told) > SAME_LOSS);
+        if is_news {
+            self.told = Some(now);
+        }
+        is_news
+    }
+}
+
+/// Tells that there is no controlplane, unless that was told just now.
+pub(super) fn lost_controlplane(why: &str) {
+    let is_news = LOSS
+        .lock()
+        .unwrap_or_else(PoisonError::into_inner)
+        .is_news(Instant::now());
+    let text = "no controlplane, so nothing new is let out; trying again";
+    if is_news {
+        tracing::warn!("{text} ({})", safe(why));
+    } else {
+        tracing::debug!("{text} ({})", safe(why));
+    }
+}
+
+/// The level and the rest of a line as `tracing_subscriber` writes it (`TIME LEVEL module: text`); any other,
+/// as of a panic, is an error.
 fn relayed(line: &str) -> (Level, &str) {
     let mut words = line.splitn(2, char::is_whitespace);
     let (time, rest) = (words.next().unwrap_or_default(), words.next().unwrap_or_default());
@@ -136,6 +232,7 @@ fn filter(level: LogLevel) -> Level {
 enum Sink {
     Stderr,
     File(Arc<File>),
+    Both(Arc<File>),
 }
 
 impl io::Write for Sink {
@@ -144,6 +241,10 @@ impl io::Write for Sink {
         let _ = match self {
             Self::Stderr => io::stderr().write_all(bytes),
             Self::File(file) => (&**file).write_all(bytes),
+            Self::Both(file) => {
+                let _ = io::stderr().write_all(bytes);
+                (&**file).write_all(bytes)
+            }
         };
         Ok(bytes.len())
     }
@@ -252,7 +353,6 @@ fn quoted(value: &str) -> String {
 #[cfg(test)]
 mod tests {
     use std::io::Write as _;
-    use std::time::Duration;
 
     use super::*;
 
@@ -271,7 +371,7 @@ mod tests {
     }
 
     #[test]
-    fn the_dataplanes_lines_keep_their_level_and_its_last_words_are_errors() {
+    fn the_dataplanes_lines_keep_their_level_and_what_has_none_is_an_error() {
         for (said, level, text) in [
             (
                 "2026-07-21T10:00:00.000001Z  WARN vnet_dataplane::link: too many guests limit=256",
@@ -280,13 +380,38 @@ mod tests {
             ),
             ("2026-07-21T10:00:00.000001Z DEBUG x: y", Level::DEBUG, "x: y"),
             (
-                "vnet-dataplane: port 127.0.0.1:80 cannot be forwarded",
+                "thread 'guest' panicked at dataplane/src/driver.rs:1:1:",
                 Level::ERROR,
-                "vnet-dataplane: port 127.0.0.1:80 cannot be forwarded",
+                "thread 'guest' panicked at dataplane/src/driver.rs:1:1:",
             ),
             ("", Level::ERROR, ""),
         ] {
             assert_eq!(relayed(said), (level, text));
+        }
+    }
+
+    #[test]
+    fn a_loss_is_told_once_whoever_finds_it_and_a_later_one_again() {
+        let mut loss = Loss { told: None };
+        let now = Instant::now();
+        assert!(loss.is_news(now));
+        assert!(!loss.is_news(now) && !loss.is_news(now + SAME_LOSS));
+        assert!(loss.is_news(now + SAME_LOSS + Duration::from_millis(1)));
+        assert!(!loss.is_news(now + SAME_LOSS + Duration::from_millis(2)));
+        let said =
+            "2026-07-21T10:00:00.000001Z  WARN vnet_dataplane::session: no session; nothing new is let out";
+        assert!(relayed(said).1.starts_with(NO_SESSION));
+    }
+
+    #[test]
+    fn nothing_is_told_of_the_wire_at_any_level() {
+        for level in [LogLevel::Debug, LogLevel::Trace] {
+            for of_the_wire in ["h2", "hyper", "tonic", "tower"] {
+                let says = directive(level)
+                    .split(',')
+                    .find_map(|part| part.strip_prefix(of_the_wire));
+                assert_eq!(says, Some("=warn"), "{of_the_wire} at {level}");
+            }
         }
     }
 
@@ -301,6 +426,30 @@ mod tests {
         assert_eq!(std::fs::read_to_string(&path).unwrap(), "new\n");
         std::fs::remove_file(&path).unwrap();
         open(Path::new("/dev/null")).unwrap();
+    }
+
+    #[test]
+    fn a_pipe_that_nobody_reads_is_refused_and_one_that_is_read_is_written_to() {
+        use std::io::Read as _;
+
+        let path = std::env::temp_dir().join(format!("vnetctl-gvlog-fifo-{}", std::process::id()));
+        nix::unistd::mkfifo(&path, nix::sys::stat::Mode::S_IRWXU).unwrap();
+        let refused = open(&path).unwrap_err().to_string();
+        assert!(refused.starts_with("it is a pipe that nobody reads"), "{refused}");
+        let mut reader = OpenOptions::new()
+            .read(true)
+            .custom_flags(OFlag::O_NONBLOCK.bits())
+            .open(&path)
+            .unwrap();
+        let file = open(&path).unwrap();
+        (&file).write_all(b"line\n").unwrap();
+        let flags = OFlag::from_bits_retain(fcntl(&file, FcntlArg::F_GETFL).unwrap());
+        assert!(!flags.contains(OFlag::O_NONBLOCK));
+        drop(file);
+        let mut text = String::new();
+        reader.read_to_string(&mut text).unwrap();
+        assert_eq!(text, "line\n");
+        fs::remove_file(&path).unwrap();
     }
 
     #[test]

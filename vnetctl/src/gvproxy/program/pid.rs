@@ -18,12 +18,13 @@ pub struct PidFile {
 }
 
 impl PidFile {
-    /// Writes it. One that is there is replaced: it is of a process that ended otherwise. So is a link, whoever made
-    /// it, and nothing is written where it leads, be that a file, a pipe or a device. What is neither a link nor a
-    /// file is written to.
+    /// Writes it. One that is there is replaced: it is of a process that ended otherwise. So is a link,
+    /// whoever made it, and nothing is written where it leads, be that a file, a pipe or a device. What is
+    /// neither a link nor a file is written to.
     ///
     /// # Errors
-    /// A link of the system's, which would be gone for everybody; else the system's.
+    /// A link of the system's, which would be gone for everybody; a pipe that nobody reads; else the
+    /// system's.
     pub fn write(path: PathBuf) -> io::Result<Self> {
         let text = std::process::id().to_string();
         let found = fs::symlink_metadata(&path);
@@ -39,15 +40,25 @@ impl PidFile {
         if is_made {
             replace(&path, text.as_bytes())?;
         } else {
-            let flags = OFlag::O_NOFOLLOW | OFlag::O_NOCTTY;
+            // A pipe without a reader would be waited for, and no signal heard meanwhile.
+            let flags = OFlag::O_NOFOLLOW | OFlag::O_NOCTTY | OFlag::O_NONBLOCK;
             let opened = fs::File::options()
                 .write(true)
                 .custom_flags(flags.bits())
                 .open(&path);
-            opened?.write_all(text.as_bytes())?;
+            opened.map_err(of_a_pipe)?.write_all(text.as_bytes())?;
         }
         Ok(Self { path, text, is_made })
     }
+}
+
+/// What is said of a pipe that nobody reads (open(2), ENXIO).
+pub(super) fn of_a_pipe(error: io::Error) -> io::Error {
+    if error.raw_os_error() == Some(libc::ENXIO) {
+        let text = "it is a pipe that nobody reads, or a socket (start its reader first, or name a file)";
+        return io::Error::new(io::ErrorKind::NotConnected, text);
+    }
+    error
 }
 
 /// Whether a link lies where the system keeps its own, as `/dev/stdout`, by whatever way the path leads there.
@@ -97,6 +108,7 @@ impl Drop for PidFile {
 
 #[cfg(test)]
 mod tests {
+    use std::io::Read as _;
     use std::os::unix::fs::{FileTypeExt as _, PermissionsExt as _, symlink};
 
     use nix::sys::stat::Mode;
@@ -160,12 +172,18 @@ mod tests {
     fn what_is_neither_a_link_nor_a_file_is_written_to_and_stays_what_it_is() {
         let fifo = std::env::temp_dir().join(format!("vnetctl-pid-fifo-{}", std::process::id()));
         mkfifo(&fifo, Mode::S_IRWXU).unwrap();
-        let reading = std::thread::spawn({
-            let fifo = fifo.clone();
-            move || fs::read_to_string(fifo).unwrap()
-        });
+        // Nobody reads it.
+        let refused = PidFile::write(fifo.clone()).unwrap_err().to_string();
+        assert!(refused.starts_with("it is a pipe that nobody reads"), "{refused}");
+        let mut reader = fs::File::options()
+            .read(true)
+            .custom_flags(OFlag::O_NONBLOCK.bits())
+            .open(&fifo)
+            .unwrap();
         let file = PidFile::write(fifo.clone()).unwrap();
-        assert_eq!(reading.join().unwrap(), std::process::id().to_string());
+        let mut text = String::new();
+        reader.read_to_string(&mut text).unwrap();
+        assert_eq!(text, std::process::id().to_string());
         drop(file);
         assert!(is_fifo(&fifo));
         fs::remove_file(&fifo).unwrap();

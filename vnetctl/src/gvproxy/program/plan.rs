@@ -8,6 +8,7 @@ use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use crate::cmd::run::fnv1a;
 use crate::cmd::treat::Treatment;
 use crate::gvproxy::config::{Config, Endpoint, HostPort, LogLevel};
+use crate::gvproxy::origin::Origin;
 use crate::gvproxy::own::Own;
 use crate::gvproxy::services::has_ipv6;
 use crate::launch::{DataplaneArgs, Document, ListenAt, NAME_CHARACTERS_MAX, Settings};
@@ -59,7 +60,7 @@ pub fn plan(
     let interfaces = &config.interfaces;
     let mut url = |at: &Option<Endpoint>| {
         let at = at.as_ref()?;
-        match socket_url(at, resolve) {
+        match socket_url(at, config.origins.get(at), resolve) {
             Ok(url) => Some(url),
             Err(problem) => {
                 problems.push(problem);
@@ -151,9 +152,21 @@ pub fn plan(
             listens,
         });
     }
-    let services = config.services.as_ref().map(|at| listen_at(at, resolve));
-    let services = services.and_then(|at| at.map_err(|problem| problems.push(problem)).ok());
     let mut warnings = own.unheard.clone();
+    let services = config.services.as_ref().and_then(|at| {
+        let from = named(at, config.origins.get(at));
+        let found = listen_at(at, &from, resolve);
+        let found = found.map_err(|problem| problems.push(problem)).ok();
+        if let Some(ListenAt::Tcp(address)) = &found
+            && !address.ip().is_loopback()
+        {
+            warnings.push(format!(
+                "{from} can be reached from other hosts, and asks nobody who they are; listen at 127.0.0.1 or a unix \
+                 socket"
+            ));
+        }
+        found
+    });
     let mode = said(config.mode, &own.mode, "mode", &mut warnings);
     let treatment = Treatment {
         document: policy,
@@ -255,8 +268,14 @@ fn said<T: Copy + PartialEq + std::fmt::Display>(
     }
 }
 
-/// A URL as the dataplane reads it.
-fn socket_url(at: &Endpoint, resolve: Resolve<'_>) -> Result<String, String> {
+/// A socket, as whoever asks for it wrote it: the flag or key, and its value.
+fn named(at: &Endpoint, from: Option<&Origin>) -> String {
+    from.map_or_else(|| at.to_string(), |from| format!("{from} {at}"))
+}
+
+/// A URL of a guests' socket, as the dataplane reads it.
+fn socket_url(at: &Endpoint, from: Option<&Origin>, resolve: Resolve<'_>) -> Result<String, String> {
+    let from = named(at, from);
     let path = |scheme: &str, path: &std::path::Path| {
         let text = path.to_string_lossy();
         format!("{scheme}://{}", text.replace('%', "%25").replace('?', "%3F"))
@@ -265,27 +284,33 @@ fn socket_url(at: &Endpoint, resolve: Resolve<'_>) -> Result<String, String> {
         Endpoint::Unix(at) => path("unix", at),
         Endpoint::UnixGram(at) => path("unixgram", at),
         Endpoint::UnixPacket(at) => path("unixpacket", at),
-        Endpoint::Tcp(at) => {
-            let address = resolve_first(at, resolve)?;
-            format!("tcp://{}", SocketAddr::new(address, at.port))
+        Endpoint::Tcp(to) => {
+            let address = SocketAddr::new(resolve_first(to, &from, resolve)?, to.port);
+            if !address.ip().is_loopback() {
+                return Err(format!(
+                    "{from} can be reached from other hosts, and whoever comes would be a guest; write \
+                     tcp://127.0.0.1:{}, or unix:///PATH",
+                    to.port
+                ));
+            }
+            format!("tcp://{address}")
         }
         Endpoint::Vsock { .. } => at.to_string(),
     })
 }
 
 /// Where the front itself listens.
-fn listen_at(at: &Endpoint, resolve: Resolve<'_>) -> Result<ListenAt, String> {
+fn listen_at(at: &Endpoint, from: &str, resolve: Resolve<'_>) -> Result<ListenAt, String> {
     Ok(match at {
         Endpoint::Unix(path) => ListenAt::Unix(path.clone()),
-        Endpoint::Tcp(to) => ListenAt::Tcp((resolve_first(to, resolve)?, to.port).into()),
+        Endpoint::Tcp(to) => ListenAt::Tcp((resolve_first(to, from, resolve)?, to.port).into()),
         Endpoint::Vsock { cid, port } => ListenAt::Vsock {
             cid: *cid,
             port: *port,
         },
         Endpoint::UnixPacket(_) | Endpoint::UnixGram(_) => {
-            return Err(format!(
-                "-services {at}: HTTP needs a stream (write unix:///PATH)"
-            ));
+            // None of its schemes.
+            return Err(format!("{from}: HTTP needs a stream (write unix:///PATH)"));
         }
     })
 }
@@ -293,7 +318,8 @@ fn listen_at(at: &Endpoint, resolve: Resolve<'_>) -> Result<ListenAt, String> {
 /// The addresses that a forward listens at: every one of the host where none is named, of both families.
 fn published(at: &HostPort, resolve: Resolve<'_>) -> Result<Vec<IpAddr>, String> {
     if !at.host.is_empty() {
-        return resolve_first(at, resolve).map(|address| vec![address]);
+        let from = format!("stack.forwards {at}");
+        return resolve_first(at, &from, resolve).map(|address| vec![address]);
     }
     let mut addresses = vec![IpAddr::from([0, 0, 0, 0])];
     addresses.extend(has_ipv6().then_some(IpAddr::from([0u16; 8])));
@@ -301,19 +327,20 @@ fn published(at: &HostPort, resolve: Resolve<'_>) -> Result<Vec<IpAddr>, String>
 }
 
 /// The address that a host and port mean; of IPv4 where there is one, as Go has it.
-fn resolve_first(at: &HostPort, resolve: Resolve<'_>) -> Result<IpAddr, String> {
+fn resolve_first(at: &HostPort, from: &str, resolve: Resolve<'_>) -> Result<IpAddr, String> {
     if at.host.is_empty() {
         return Ok(IpAddr::from([0, 0, 0, 0]));
     }
     let found = resolve(&at.host).map_err(|error| {
-        let mut text = format!("tcp://{at}: {:?} cannot be looked up: {error}", at.host);
-        let _ = write!(text, " (write an address)");
-        text
+        format!(
+            "{from}: {:?} cannot be looked up: {error} (write an address)",
+            at.host
+        )
     })?;
     let first = found.iter().find(|address| address.is_ipv4()).or(found.first());
     first
         .copied()
-        .ok_or_else(|| format!("tcp://{at}: {:?} has no address (write one)", at.host))
+        .ok_or_else(|| format!("{from}: {:?} has no address (write one)", at.host))
 }
 
 #[cfg(test)]
@@ -378,6 +405,51 @@ mod tests {
     }
 
     #[test]
+    fn what_other_hosts_could_reach_is_refused_for_guests_and_a_warning_for_the_services() {
+        let own = Own::default();
+        let open = "can be reached from other hosts, and";
+        for at in [
+            "tcp://0.0.0.0:80",
+            "tcp://:80",
+            "tcp://192.0.2.1:80",
+            "tcp://[::]:80",
+        ] {
+            for flag in ["-listen", "-listen-qemu", "-listen-vpnkit"] {
+                assert_eq!(
+                    planned(&format!("{flag} {at}"), "", &own).unwrap_err(),
+                    [format!(
+                        "{flag} {at} {open} whoever comes would be a guest; write tcp://127.0.0.1:80, or unix:///PATH"
+                    )]
+                );
+            }
+            assert_eq!(
+                planned(&format!("-services {at}"), "", &own).unwrap().warnings,
+                [format!(
+                    "-services {at} {open} asks nobody who they are; listen at 127.0.0.1 or a unix socket"
+                )]
+            );
+        }
+        for line in ["-services tcp://localhost:80", "-listen tcp://[::1]:80"] {
+            assert_eq!(planned(line, "", &own).unwrap().warnings, [""; 0], "{line}");
+        }
+        // What does not resolve is told as that, and as nothing else.
+        for flag in ["-listen", "-services"] {
+            assert_eq!(
+                planned(&format!("{flag} tcp://nosuch:1"), "", &own).unwrap_err(),
+                [format!(
+                    "{flag} tcp://nosuch:1: \"nosuch\" cannot be looked up: entity not found (write an address)"
+                )]
+            );
+        }
+        let file = "interfaces: {qemu: \"tcp://:80\"}";
+        let refused = planned("-config f.yaml", file, &own).unwrap_err();
+        assert!(
+            refused[0].starts_with("f.yaml:1:20: interfaces.qemu tcp://:80 can be"),
+            "{refused:?}"
+        );
+    }
+
+    #[test]
     fn forwards_of_the_file_listen_where_it_says() {
         let file = "stack:\n  forwards:\n    \"localhost:80\": 192.168.127.2:8080\n    \"udp:[::1]:53\": 192.168.127.3:53\n    \":81\": 192.168.127.2:81\n";
 
@@ -400,7 +472,9 @@ mod tests {
         );
         assert_eq!(
             problem.unwrap_err(),
-            ["tcp://nowhere:80: \"nowhere\" cannot be looked up: entity not found (write an address)"]
+            [
+                "stack.forwards nowhere:80: \"nowhere\" cannot be looked up: entity not found (write an address)"
+            ]
         );
     }
 

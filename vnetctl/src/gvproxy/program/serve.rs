@@ -17,6 +17,7 @@ use super::plan::Opened;
 use super::{Prepared, fatal, log, version};
 use crate::client::unary;
 use crate::cmd::attend::{command_line, has_session};
+use crate::cmd::treat::Treatment;
 use crate::failure::{Failure, describe, with_causes};
 use crate::gvproxy;
 use crate::gvproxy::services::{GuestApi, Services, ServicesConfig, policy_in_force};
@@ -88,6 +89,7 @@ async fn run(prepared: Prepared, started_as: &mut Option<Dataplane>) -> Result<(
     let config = loaded.config;
     let mut settings = plan.settings;
     let name = settings.args.name.clone().unwrap_or_default();
+    let policy = in_force(&settings.treatment);
     let is_restricted = settings.treatment.document.is_some() || settings.treatment.mode.is_some();
     let guests = settings.args.guest_api.then_some(GuestApi { token });
     if let Some(path) = &config.stack.capture_file {
@@ -201,7 +203,7 @@ async fn run(prepared: Prepared, started_as: &mut Option<Dataplane>) -> Result<(
         .await;
         watch.begin().await;
         notifier.tell(Notification::new(Kind::Ready));
-        tracing::info!(vm, "ready");
+        tracing::info!(vm, policy, "ready");
         watch.follow().await
     };
     tokio::select! {
@@ -217,6 +219,21 @@ async fn run(prepared: Prepared, started_as: &mut Option<Dataplane>) -> Result<(
             Err(error) => error.to_string(),
         })),
         never = watching => match never {},
+    }
+}
+
+/// What its VMs were given, in a word or two: mode, policy. Where nothing was, what the controlplane has for
+/// them holds.
+fn in_force(treatment: &Treatment) -> String {
+    let mode = treatment.mode.map(|mode| format!("mode {mode}"));
+    let document = treatment
+        .document
+        .as_ref()
+        .map(|document| document.source.clone());
+    let given: Vec<String> = mode.into_iter().chain(document).collect();
+    match given.is_empty() {
+        true => "none given".to_owned(),
+        false => given.join(", "),
     }
 }
 

@@ -8,6 +8,7 @@ mod scan;
 #[cfg(test)]
 mod tests;
 
+use std::borrow::Cow;
 use std::fmt;
 
 use serde::de::{Deserializer, MapAccess, SeqAccess, Visitor};
@@ -39,7 +40,7 @@ impl Json {
     /// What Go's decoder says.
     pub(super) fn read(body: &[u8]) -> Result<Self, String> {
         // Inside of a string Go takes what is no UTF-8 as U+FFFD; elsewhere that is as wrong as what it stands for.
-        let text = String::from_utf8_lossy(body);
+        let text = without_lone_surrogates(String::from_utf8_lossy(body));
         let mut values = serde_json::Deserializer::from_str(&text).into_iter::<Json>();
         match values.next() {
             Some(Ok(value)) => Ok(value),
@@ -57,6 +58,42 @@ impl Json {
             Self::Object(_) => "object",
         }
     }
+}
+
+/// Puts `\ufffd` in the place of each `\u` that is half of a character without the other half, as Go reads
+/// it.
+fn without_lone_surrogates(mut text: Cow<'_, str>) -> Cow<'_, str> {
+    let mut at = 0;
+    while let Some(found) = text.get(at..).and_then(|rest| rest.find('\\')) {
+        at += found;
+        let bytes = text.as_bytes();
+        let Some(unit) = utf16_unit(bytes, at) else {
+            // What is escaped, which may be a backslash, is passed over whole.
+            at += 1 + text[at + 1..].chars().next().map_or(0, char::len_utf8);
+            continue;
+        };
+        let next = utf16_unit(bytes, at + UNIT_BYTES);
+        match (unit, next) {
+            (0xd800..=0xdbff, Some(0xdc00..=0xdfff)) => at += 2 * UNIT_BYTES,
+            (0xd800..=0xdfff, _) => {
+                text.to_mut().replace_range(at..at + UNIT_BYTES, "\\ufffd");
+                at += UNIT_BYTES;
+            }
+            _ => at += UNIT_BYTES,
+        }
+    }
+    text
+}
+
+/// Bytes of `\uXXXX`.
+const UNIT_BYTES: usize = 6;
+
+/// The unit that `\uXXXX` stands for, if that stands there.
+fn utf16_unit(bytes: &[u8], at: usize) -> Option<u16> {
+    let digits = bytes.get(at..at + UNIT_BYTES)?.strip_prefix(b"\\u")?;
+    let is_hex = digits.iter().all(u8::is_ascii_hexdigit);
+    let digits = std::str::from_utf8(digits).ok().filter(|_| is_hex)?;
+    u16::from_str_radix(digits, 16).ok()
 }
 
 /// An object of a request, by the name that its Go type has: `ExposeRequest`.

@@ -1,6 +1,7 @@
 //! The sshd of a guest: a few connections that nobody uses, and channels to one of its sockets, tried as often as the
 //! peer tries.
 
+use std::fmt;
 use std::sync::{Mutex, PoisonError};
 
 use russh::Channel;
@@ -127,6 +128,12 @@ impl Guest {
             }
             sleep(self.dialer.timing.pause).await;
         }
+    }
+}
+
+impl fmt::Display for Guest {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} at {}", self.path, self.dialer.target)
     }
 }
 

@@ -9,7 +9,7 @@ use std::time::Duration;
 use tokio::net::{UnixListener, UnixStream};
 use tokio::task::JoinSet;
 
-use super::guest::Guest;
+use super::guest::{Guest, OpenError};
 use super::relay::relay;
 use crate::failure::with_causes;
 
@@ -65,6 +65,7 @@ pub(super) async fn serve(
     counts: Arc<Counts>,
     gone: Duration,
 ) -> Infallible {
+    let path: Arc<Path> = path.into();
     let mut clients = JoinSet::new();
     // Told once each time that it begins.
     let mut is_told = false;
@@ -74,7 +75,7 @@ pub(super) async fn serve(
                 Ok((client, _)) if clients.len() < CLIENTS_MAX => {
                     is_told = false;
                     let present = Present::new(&counts);
-                    clients.spawn(client_of(client, Arc::clone(&guest), present, gone));
+                    clients.spawn(client_of(client, Arc::clone(&path), Arc::clone(&guest), present, gone));
                 }
                 Ok(_) => {
                     Counts::add(&counts.refused);
@@ -94,7 +95,7 @@ pub(super) async fn serve(
     }
 }
 
-async fn client_of(client: UnixStream, guest: Arc<Guest>, present: Present, gone: Duration) {
+async fn client_of(client: UnixStream, path: Arc<Path>, guest: Arc<Guest>, present: Present, gone: Duration) {
     match guest.open().await {
         Ok((connection, channel)) => {
             Counts::add(&present.0.served);
@@ -104,9 +105,18 @@ async fn client_of(client: UnixStream, guest: Arc<Guest>, present: Present, gone
         }
         Err(error) => {
             Counts::add(&present.0.failed);
-            tracing::error!(error = with_causes(&error), "no way to the guest's socket");
+            tracing::error!("{}", hung_up_on(&path, &guest, &error));
         }
     }
+}
+
+/// What is said where a client is hung up on: at which socket, what it leads to, and why.
+pub(super) fn hung_up_on(path: &Path, guest: &Guest, error: &OpenError) -> String {
+    let why = with_causes(error);
+    format!(
+        "SSH forward {} to {guest}: a client was hung up on: {why}",
+        path.display()
+    )
 }
 
 /// A client that is counted.

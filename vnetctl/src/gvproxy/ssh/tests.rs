@@ -296,6 +296,36 @@ async fn a_client_whose_guest_is_not_there_is_hung_up_on_and_counted() {
 }
 
 #[tokio::test]
+async fn who_is_hung_up_on_is_told_with_both_sockets_the_guest_and_the_cause() {
+    let directory = Directory::new();
+    let identity = Identity::read(&directory.path("key"), None).unwrap();
+    let login = Login {
+        user: "core".to_owned(),
+        identity,
+        password: None,
+    };
+    let timing = Timing {
+        first_tries: 1,
+        ..quick()
+    };
+    let target = TARGET.parse().unwrap();
+    let dialer = Dialer::new(
+        Arc::new(Nowhere::default()),
+        target,
+        login,
+        HostKeys::Ignored,
+        timing,
+    );
+    let guest = Guest::new(dialer, "/run/guest.sock".to_owned());
+    let error = guest.open().await.unwrap_err();
+    assert_eq!(
+        serve::hung_up_on(Path::new("/run/host.sock"), &guest, &error),
+        "SSH forward /run/host.sock to /run/guest.sock at 192.168.127.2:22: a client was hung up on: there is no \
+         stream to 192.168.127.2:22: host unreachable"
+    );
+}
+
+#[tokio::test]
 async fn a_socket_is_replaced_and_nothing_else_is_touched() {
     let directory = Directory::new();
     let path = directory.path("host.sock");

@@ -4,13 +4,20 @@
 
 /// What is wrong with the first value of a text, in Go's words.
 pub(super) fn problem(text: &[u8]) -> String {
-    let mut scan = Scan { text, at: 0 };
+    let mut scan = Scan {
+        text,
+        at: 0,
+        is_deep: None,
+    };
     match scan.value() {
         Err(Problem::Ended) if text.iter().all(|byte| is_space(*byte)) => "EOF".to_owned(),
         Err(Problem::Ended) => "unexpected EOF".to_owned(),
         Err(Problem::Byte(byte, why)) => format!("invalid character {} {why}", quoted(byte)),
         // Well formed, and yet it was refused: it is nested too deeply, or a number is out of range.
-        Ok(()) => "exceeded max depth".to_owned(),
+        Ok(()) => match scan.is_deep {
+            Some(bracket) => format!("invalid character {} {TOO_DEEP}", quoted(bracket)),
+            None => "json: cannot unmarshal number into Go value of type float64".to_owned(),
+        },
     }
 }
 
@@ -24,7 +31,16 @@ enum Problem {
 struct Scan<'a> {
     text: &'a [u8],
     at: usize,
+    /// The first bracket inside of more than are read here.
+    is_deep: Option<u8>,
 }
+
+/// Go's `maxNestingDepth`.
+const GO_DEPTH_MAX: usize = 10_000;
+/// What `serde_json` reads: it has a stack, of which it takes a part for each.
+const DEPTH_MAX: usize = 127;
+/// Go's words for one more.
+const TOO_DEEP: &str = "exceeded max depth";
 
 impl Scan<'_> {
     fn next(&mut self) -> Result<u8, Problem> {
@@ -51,6 +67,7 @@ impl Scan<'_> {
             // A value begins with this byte.
             match byte {
                 b'{' => {
+                    self.enter(b'{', open.len())?;
                     byte = self.next_but_space()?;
                     if byte != b'}' {
                         self.key(byte)?;
@@ -60,6 +77,7 @@ impl Scan<'_> {
                     }
                 }
                 b'[' => {
+                    self.enter(b'[', open.len())?;
                     byte = self.next_but_space()?;
                     if byte != b']' {
                         open.push(b'[');
@@ -92,6 +110,17 @@ impl Scan<'_> {
             }
             byte = self.next_but_space()?;
         }
+    }
+
+    /// One bracket more than so many are open.
+    fn enter(&mut self, bracket: u8, open: usize) -> Result<(), Problem> {
+        if open >= GO_DEPTH_MAX {
+            return Err(Problem::Byte(bracket, TOO_DEEP));
+        }
+        if open >= DEPTH_MAX {
+            self.is_deep.get_or_insert(bracket);
+        }
+        Ok(())
     }
 
     /// A key and its colon.

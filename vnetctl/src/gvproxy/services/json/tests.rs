@@ -63,12 +63,49 @@ fn what_is_no_json_is_told_in_gos_words() {
     assert!(bytes.ends_with("looking for beginning of value"), "{bytes}");
 }
 
+/// Go says so of the first bracket beyond its limit, whether or not what follows is JSON (`scanner.go`,
+/// `pushParseState`).
 #[test]
-fn brackets_without_end_are_refused_and_take_no_stack() {
-    let deep = "[".repeat(1 << 20);
-    assert_eq!(read(&deep).unwrap_err(), "unexpected EOF");
-    let deep = format!("{}{}", "[".repeat(5_000), "]".repeat(5_000));
-    assert_eq!(read(&deep).unwrap_err(), "exceeded max depth");
+fn brackets_without_end_are_refused_in_gos_words_and_take_no_stack() {
+    let list = "invalid character '[' exceeded max depth";
+    assert_eq!(read(&"[".repeat(1 << 20)).unwrap_err(), list);
+    assert_eq!(read(&"[".repeat(10_001)).unwrap_err(), list);
+    assert_eq!(read(&"[".repeat(10_000)).unwrap_err(), "unexpected EOF");
+    assert_eq!(
+        read(&"{\"a\":".repeat(10_001)).unwrap_err(),
+        "invalid character '{' exceeded max depth"
+    );
+    // Well formed, and more than is read here.
+    let nested = |depth| format!("{}{}", "[".repeat(depth), "]".repeat(depth));
+    assert!(read(&nested(127)).is_ok());
+    assert_eq!(read(&nested(128)).unwrap_err(), list);
+    assert_eq!(
+        read("1e999").unwrap_err(),
+        "json: cannot unmarshal number into Go value of type float64"
+    );
+}
+
+/// As Go's `unquote` does.
+#[test]
+fn half_a_character_is_the_one_for_what_is_none() {
+    for (body, expected) in [
+        (r#""\ud800""#, "\u{fffd}"),
+        (r#""a\uDC00b""#, "a\u{fffd}b"),
+        (r#""\ud800\ud800\udc00""#, "\u{fffd}\u{10000}"),
+        (r#""\ud83d\ude00""#, "\u{1f600}"),
+        (r#""\ud800\n""#, "\u{fffd}\n"),
+        (r#""\\ud800""#, "\\ud800"),
+        (r#""\u00e4\\\udfff""#, "\u{e4}\\\u{fffd}"),
+    ] {
+        assert_eq!(read(body), Ok(Json::Text(expected.to_owned())), "{body}");
+    }
+    // What is wrong is told where it stands, as before.
+    assert_eq!(
+        read(r#""\ud800\xé""#).unwrap_err(),
+        "invalid character 'x' in string escape code"
+    );
+    assert_eq!(read(r#""\"#).unwrap_err(), "unexpected EOF");
+    assert_eq!(read(r#""\ud8"#).unwrap_err(), "unexpected EOF");
 }
 
 #[test]
