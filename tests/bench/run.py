@@ -272,7 +272,7 @@ def between_guests(options, target, emit):
         for switch in ("plain", "filtered"):
             with Lab(options, target, mtu, guests=switch) as lab:
                 # Its own ping makes it known.
-                server = subprocess.Popen(lab.guest("sh", "-c", "ping -c 1 -W 5 192.168.127.1; exec iperf3 -s"),
+                server = subprocess.Popen(lab.guest("sh", "-c", "ping -c 1 -W 5 192.168.127.1; exec iperf3 -s --forceflush"),
                                           stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
                 address = f"192.168.127.{1 + lab.guests}"
                 for line in server.stdout:
