@@ -172,6 +172,18 @@ class Lab:
                 raise SystemExit(f"{self.target} did not come up:\n" + (self.dir / "log").read_text()[-2000:])
             time.sleep(0.01)
 
+    def until_gone(self, beside=0):
+        """Waits until no more guests are there than these: under a policy, one that ended may come back for a while, and
+        another that comes beside it waits."""
+        end = time.monotonic() + 20
+        while True:
+            log = (self.dir / "log").read_text()
+            if log.count("guest attached") - log.count("guest detached") <= beside:
+                return
+            if time.monotonic() > end:
+                raise SystemExit("a guest is still there:\n" + log[-2000:])
+            time.sleep(0.1)
+
     def misses(self):
         """Questions that the controlplane got, all told: it says so when it ends, and so it is ended by this."""
         self.process.terminate()
@@ -280,6 +292,8 @@ def between_guests(options, target, emit):
                         break
                 runs = []
                 for _ in range(options.repeats):
+                    if switch == "filtered":
+                        lab.until_gone(beside=1)
                     argv = lab.guest("iperf3", "-c", address, "-t", f"{options.secs:g}", "-J")
                     result = lab.measured(lambda: lab.json(argv))
                     if "error" in result:
@@ -320,6 +334,7 @@ def pending(options, target, emit):
         one = [lab.bin / "vnet-load", "connect", "--to", SERVER, "--ports", PORTS, "--parallel", 1, "--secs", options.secs]
         before, same, other = [], [], []
         for _ in range(options.repeats):
+            lab.until_gone()
             before.append(lab.json(lab.guest(*one)))
             asking = lab.guest(lab.bin / "vnet-load", "knock", "--to", ASKED, "--addresses", QUESTIONS, "--count", QUESTIONS,
                                "--", *one)
@@ -327,6 +342,7 @@ def pending(options, target, emit):
             holder = subprocess.Popen(lab.guest(lab.bin / "vnet-load", "knock", "--to", ASKED, "--addresses", QUESTIONS, "--count",
                                                 QUESTIONS, "--", "cat"), stdin=subprocess.PIPE, stdout=subprocess.DEVNULL)
             lab.until_asked(QUESTIONS)
+            lab.until_gone(beside=1)
             other.append(lab.json(lab.guest(*one)))
             holder.stdin.close()
             holder.wait(30)
