@@ -84,7 +84,7 @@ pub enum RunError {
     #[error("--listen-stdio: standard input and output cannot be a guest's (expected a pipe or socket each)")]
     Stdio(#[source] io::Error),
     /// A guest socket cannot be opened.
-    #[error("VM socket {at} cannot be opened{}", remedy(.source))]
+    #[error("VM socket {at} cannot be opened{}", remedy(.at, .source))]
     Listen {
         /// Which.
         at: String,
@@ -119,8 +119,15 @@ pub enum RunError {
 }
 
 /// What helps where a socket cannot be opened.
-fn remedy(error: &io::Error) -> &'static str {
+fn remedy(at: &str, error: &io::Error) -> &'static str {
+    let is_no_socket = || {
+        let found = std::fs::symlink_metadata(at);
+        found.is_ok_and(|found| !std::os::unix::fs::FileTypeExt::is_socket(&found.file_type()))
+    };
     match error.kind() {
+        io::ErrorKind::AddrInUse if is_no_socket() => {
+            ", as what is there is no socket; remove it, or listen elsewhere"
+        }
         io::ErrorKind::AddrInUse => ", as something listens there; stop it, or listen elsewhere",
         io::ErrorKind::NotFound => ", as its directory is not there; make it, or listen elsewhere",
         io::ErrorKind::PermissionDenied => "; listen where this user may",

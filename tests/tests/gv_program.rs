@@ -572,6 +572,36 @@ fn no_pipe_is_waited_for_and_what_stderr_writes_to_is_not_emptied() {
 }
 
 #[test]
+fn a_hangup_ends_it_but_where_whoever_started_it_had_that_ignored() {
+    staged(
+        a_hangup_ends_it_but_where_whoever_started_it_had_that_ignored,
+        |world| {
+            for (hangup, is_ended) in [("--default-signal=HUP", true), ("--ignore-signal=HUP", false)] {
+                let services = world.runtime_dir().join("s.sock");
+                let url = format!("unix://{}", services.display());
+                let gvproxy = world.gvproxy(&["-ssh-port", "-1", "-services", &url]);
+                let mut env = world.program("env");
+                env.arg(hangup)
+                    .arg(gvproxy.get_program())
+                    .args(gvproxy.get_args());
+                let mut running = Running::start(env);
+                running.complains("msg=ready");
+                running.signal(Signal::SIGHUP);
+                if !is_ended {
+                    let mut curl = world.program("curl");
+                    curl.args(["-sS", "--unix-socket"]).arg(&services);
+                    curl.arg("http://gvproxy/services/forwarder/all");
+                    assert_eq!(Running::start(curl).wait().stdout, "[]\n", "it serves on");
+                    running.signal(Signal::SIGTERM);
+                }
+                let ended = running.wait();
+                assert_eq!(ended.code, 0, "{ended:?}");
+            }
+        },
+    );
+}
+
+#[test]
 fn of_several_faults_the_first_in_the_order_of_start_up_is_told() {
     staged(
         of_several_faults_the_first_in_the_order_of_start_up_is_told,

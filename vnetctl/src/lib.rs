@@ -15,4 +15,5 @@ pub mod launch;
 pub mod output;
 #[cfg(target_os = "linux")]
 pub mod sandbox;
+pub mod signals;
 pub mod terminal;

@@ -2,7 +2,6 @@
 
 use clap::Args;
 use std::path::{Path, PathBuf};
-use tokio::signal::unix::{SignalKind, signal};
 
 use super::attend::{Attendant, Seen, command_line, dataplane_name, say};
 use super::forward::ports;
@@ -16,6 +15,7 @@ use crate::launch::{
     Settings, enough_descriptors, open_pcap, session_url,
 };
 use crate::output::{self, text::safe};
+use crate::signals::Ending;
 
 /// Arguments of `up`.
 #[derive(Debug, Args)]
@@ -104,17 +104,12 @@ async fn serve(
     name: String,
     connection: Connection,
 ) -> Result<(), Failure> {
-    let unavailable = |e: std::io::Error| Failure::Failed(format!("cannot wait for signals: {e}"));
-    let mut interrupt = signal(SignalKind::interrupt()).map_err(unavailable)?;
-    let mut terminate = signal(SignalKind::terminate()).map_err(unavailable)?;
-    let mut hangup = signal(SignalKind::hangup()).map_err(unavailable)?;
+    let mut ending = Ending::open()?;
     if let Some(path) = pcap {
         let waiting = || output::say(safe(&format!("vnet: waiting for a reader of {}", path.display())));
         let opened = open_pcap(&path, config.stdio.is_some(), waiting);
         settings.pcap = tokio::select! {
-            _ = interrupt.recv() => return Ok(()),
-            _ = terminate.recv() => return Ok(()),
-            _ = hangup.recv() => return Ok(()),
+            () = ending.next() => return Ok(()),
             opened = opened => Some(opened.map_err(|error| {
                 Failure::Failed(safe(&format!("--pcap {} {error}", path.display())).into_owned())
             })?),
@@ -136,9 +131,7 @@ async fn serve(
     let mut attendant = Attendant::start(connection, name);
     let result = loop {
         let seen = tokio::select! {
-            _ = interrupt.recv() => break Ok(()),
-            _ = terminate.recv() => break Ok(()),
-            _ = hangup.recv() => break Ok(()),
+            () = ending.next() => break Ok(()),
             error = dataplane.ended() => break match error {
                 DataplaneError::Ended { status, .. } if status.success() && ends_with_its_guests(config) => {
                     output::say("vnet: the last guest is gone");

@@ -157,6 +157,11 @@ pub enum FlagError {
         /// As typed.
         found: String,
     },
+    /// Nothing, where that would take a restriction away.
+    #[error(
+        "invalid value \"\" for flag -{0}: it is empty, which would be none (leave the flag out for none)"
+    )]
+    Empty(&'static str),
     /// Bytes that are no text, where text is needed.
     #[error("invalid value {found:?} for flag -{flag}: not UTF-8")]
     Text {
@@ -205,7 +210,7 @@ pub fn usage(program: &str) -> String {
         let value = match spec.kind {
             Kind::Bool(_) => "",
             Kind::Number(_) => " int",
-            Kind::Text(_) | Kind::Path(_) => " string",
+            Kind::Text(_) | Kind::Path(_) | Kind::OnePath(_) => " string",
             Kind::Texts(_) | Kind::Paths(_) => " value",
         };
         let _ = write!(text, "  -{}{value}\n    \t{}", spec.name, spec.help);
@@ -310,6 +315,8 @@ enum Kind {
     Text(fn(&mut Flags) -> &mut Option<String>),
     Texts(fn(&mut Flags) -> &mut Vec<String>),
     Path(fn(&mut Flags) -> &mut Option<PathBuf>),
+    /// One that is there: what it restricts would be open without.
+    OnePath(fn(&mut Flags) -> &mut Option<PathBuf>),
     Paths(fn(&mut Flags) -> &mut Vec<PathBuf>),
 }
 
@@ -340,6 +347,8 @@ impl Spec {
             Kind::Text(slot) => *slot(flags) = Some(text(value)?).filter(|value| !value.is_empty()),
             Kind::Texts(slot) => slot(flags).push(text(value)?),
             Kind::Path(slot) => *slot(flags) = Some(path(value)).filter(|p| !p.as_os_str().is_empty()),
+            Kind::OnePath(_) if value.is_empty() => return Err(FlagError::Empty(flag)),
+            Kind::OnePath(slot) => *slot(flags) = Some(path(value)),
             Kind::Paths(slot) => slot(flags).push(path(value)),
         }
         Ok(())
@@ -398,7 +407,7 @@ const SPECS: [Spec; 28] = [
     spec("notification", Kind::Text(|f| &mut f.notification), "unix:// URL of a socket that is told what happens"),
     spec("version", Kind::Bool(|f| &mut f.version), "print the version"),
     spec("secure-mode", Kind::Bool(|f| &mut f.secure_mode), "ask before anything goes out that no rule decides"),
-    spec("network-policy", Kind::Path(|f| &mut f.network_policy), "policy file for the guests"),
+    spec("network-policy", Kind::OnePath(|f| &mut f.network_policy), "policy file for the guests"),
     spec("strict", Kind::Bool(|f| &mut f.strict), "refuse unknown keys in the -config file rather than warn of them"),
 ];
 

@@ -16,7 +16,7 @@ use vnet_proto::model::{Mode, label_problem};
 
 use super::config::Config;
 use super::origin::{Finding, Given, Origin};
-use super::yaml::{Fields, Node, Reader, load_tree};
+use super::yaml::{Fields, Node, Reader, Value, load_tree};
 use crate::client::Server;
 use crate::launch::{absolute, home_dir, is_name, nearest};
 
@@ -54,6 +54,9 @@ pub const VARIABLES: [&str; 7] = [
     "VNET_GUEST_API_TOKEN_FILE",
     "VNET_SERVER",
 ];
+
+/// Those that restrict guests: nothing in the place of one must not be taken for none.
+const RESTRICTING: [&str; 2] = ["VNET_MODE", "VNET_NETWORK_POLICY"];
 
 /// What was said there.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -212,7 +215,15 @@ impl Own {
 
     fn from_variables(variable: &impl Fn(&str) -> Option<OsString>, problems: &mut Vec<String>) -> Self {
         let mut text = |name: &'static str| {
-            let value = variable(name).filter(|value| !value.is_empty())?;
+            let value = variable(name)?;
+            if value.is_empty() {
+                if RESTRICTING.contains(&name) {
+                    problems.push(format!(
+                        "{name} is empty, which would be none (unset it for none)"
+                    ));
+                }
+                return None;
+            }
             match value.into_string() {
                 Ok(value) => Some(Given {
                     value,
@@ -312,16 +323,29 @@ fn read_file(reader: &mut Reader, root: &Node, named_elsewhere: Option<&str>, vm
 
 fn read_vm(reader: &mut Reader, fields: &mut Fields<'_>, within: &str) -> Own {
     let mut own = Own::default();
-    if let Some(node) = fields.take("mode")
-        && let Some(given) = reader.text(node, &format!("{within}mode"))
-    {
-        own.mode = check_at(reader, node, given, Mode::from_str);
+    // Nothing in the place of a restriction must not be taken for none.
+    let is_nothing = |node: &Node| match &node.value {
+        Value::Null => true,
+        Value::Scalar(scalar) => scalar.text.is_empty(),
+        _ => false,
+    };
+    if let Some(node) = fields.take("mode") {
+        let path = format!("{within}mode");
+        if is_nothing(node) {
+            reader.problem(node, format!("{path} is empty (leave it out for none)"));
+        }
+        if let Some(given) = reader.text(node, &path) {
+            own.mode = check_at(reader, node, given, Mode::from_str);
+        }
     }
     if let Some(node) = fields.take("guest-api") {
         own.guest_api = reader.boolean(node, &format!("{within}guest-api"));
     }
     let mut path = |key: &str| {
         let node = fields.take(key)?;
+        if key == "network-policy" && is_nothing(node) {
+            reader.problem(node, format!("{within}{key} is empty (leave it out for none)"));
+        }
         let given = reader.text(node, &format!("{within}{key}"))?;
         if Path::new(&given.value).is_absolute() {
             return Some(given.map(PathBuf::from));

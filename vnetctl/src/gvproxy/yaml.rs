@@ -10,10 +10,9 @@ mod tests;
 mod tree;
 
 use super::origin::{Finding, Given, Origin};
-use tree::Value;
 
 pub(super) use reader::{Fields, Reader};
-pub(super) use tree::{Node, load as load_tree};
+pub(super) use tree::{Node, Value, load as load_tree};
 
 /// Bytes that the file may have.
 pub const FILE_BYTES_MAX: usize = 4 << 20;
@@ -261,7 +260,15 @@ fn read_stack(reader: &mut Reader, node: &Node, document: &str) -> StackKeys {
     };
     stack.debug = boolean("debug").is_some();
     stack.ec2_metadata_access = boolean("ec2MetadataAccess").is_some();
-    stack.block_all_outbound = boolean("blockAllOutbound");
+    stack.block_all_outbound = fields.take("blockAllOutbound").and_then(|node| {
+        let path = "stack.blockAllOutbound";
+        if matches!(node.value, Value::Null) {
+            // What was to close everything must not become nothing.
+            reader.problem(node, format!("{path} is empty (expected true or false)"));
+        }
+        let given = reader.boolean(node, path)?;
+        given.value.then_some(given.from)
+    });
     stack.mtu = fields
         .take("mtu")
         .and_then(|node| reader.number(node, "stack.mtu"));
@@ -391,6 +398,18 @@ fn read_outbound_allow(reader: &mut Reader, node: &Node) -> Option<Given<String>
             "{PATH} is empty, which would restrict nothing; leave it out, or write blockAllOutbound: true"
         );
         reader.problem(node, text);
+    }
+    // As of a template whose variable has no value.
+    let items = match &node.value {
+        Value::List(items) => items.as_slice(),
+        _ => &[],
+    };
+    for (number, item) in items.iter().enumerate() {
+        if matches!(&item.value, Value::Scalar(scalar) if scalar.text.is_empty()) {
+            let text =
+                format!("{PATH}[{number}] is empty, which would match every name (expected an expression)");
+            reader.problem(item, text);
+        }
     }
     let first = expressions.first()?;
     Some(Given {

@@ -167,10 +167,13 @@ fn ended(pid: Option<u32>, status: ExitStatus, said: &Said) -> String {
             let name =
                 Signal::try_from(number).map_or_else(|_| String::new(), |signal| format!(" ({signal})"));
             let pid = pid.map_or_else(String::new, |pid| format!(" for its pid {pid}"));
-            format!(
-                "the dataplane was killed by signal {number}{name}; if nobody here did that, look{pid} in the \
-                 system's log (journalctl -k, dmesg): memory may have run out"
-            )
+            let why = match Signal::try_from(number) {
+                Ok(Signal::SIGKILL) => {
+                    format!("look{pid} in the system's log (journalctl -k, dmesg): memory may have run out")
+                }
+                _ => format!("it crashed; look{pid} for what it left (coredumpctl), and report it"),
+            };
+            format!("the dataplane was killed by signal {number}{name}; if nobody here did that, {why}")
         }
         None => format!("the dataplane ended without saying why ({status})"),
     };
@@ -637,6 +640,11 @@ mod tests {
             ended(Some(7), ExitStatus::from_raw(9), &said(&[], &[])),
             "the dataplane was killed by signal 9 (SIGKILL); if nobody here did that, look for its pid 7 in the \
              system's log (journalctl -k, dmesg): memory may have run out"
+        );
+        assert_eq!(
+            ended(Some(7), ExitStatus::from_raw(6), &said(&[], &[])),
+            "the dataplane was killed by signal 6 (SIGABRT); if nobody here did that, it crashed; look for its pid 7 \
+             for what it left (coredumpctl), and report it"
         );
         // As of a panic, where nobody was told its log.
         assert_eq!(

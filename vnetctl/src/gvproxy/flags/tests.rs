@@ -91,6 +91,14 @@ fn an_empty_value_is_none() {
     let given = words(&["-config=", "-subnet", "", "-listen-qemu="]).unwrap();
 
     assert_eq!(given, Flags::default());
+    // But where it would take a restriction away.
+    for empty in [&["-network-policy", ""][..], &["--network-policy="]] {
+        let refused = words(empty).unwrap_err().to_string();
+        assert!(
+            refused.starts_with("invalid value \"\" for flag -network-policy: it is empty"),
+            "{refused}"
+        );
+    }
 }
 
 #[test]

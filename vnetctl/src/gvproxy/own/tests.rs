@@ -105,6 +105,31 @@ fn a_variable_wins_over_the_file_and_a_wrong_one_is_named() {
         "vm",
     )
     .unwrap_err();
+    let empty = Own::load(
+        variables(&[
+            ("VNET_MODE", ""),
+            ("VNET_NETWORK_POLICY", ""),
+            ("VNET_SERVER", ""),
+        ]),
+        "vm",
+    )
+    .unwrap_err();
+    assert_eq!(
+        empty,
+        ["VNET_MODE", "VNET_NETWORK_POLICY"]
+            .map(|name| format!("{name} is empty, which would be none (unset it for none)"))
+    );
+    for (text, place) in [
+        ("mode:\n", "1:5: mode"),
+        ("network-policy: \"\"\n", "1:17: network-policy"),
+    ] {
+        let found = Own::parse("gvproxy.yaml", text, None, "vm").unwrap_err();
+        let found: Vec<String> = found.iter().map(ToString::to_string).collect();
+        assert_eq!(
+            found,
+            [format!("gvproxy.yaml:{place} is empty (leave it out for none)")]
+        );
+    }
     std::fs::set_permissions(&file, std::fs::Permissions::from_mode(0o666)).unwrap();
     let open = Own::load(variables(&[("XDG_CONFIG_HOME", &place)]), "vm").unwrap_err();
     std::fs::remove_file(&file).unwrap();

@@ -4,7 +4,6 @@ use std::net::SocketAddr;
 use std::process::ExitCode;
 use std::sync::Arc;
 
-use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::task::JoinSet;
 use vnet_proto::model::{ForwardListen, Protocol};
 use vnet_proto::v1;
@@ -24,6 +23,7 @@ use crate::gvproxy::services::{GuestApi, Services, ServicesConfig, policy_in_for
 use crate::gvproxy::ssh::{self, Timing};
 use crate::launch::{Dataplane, DataplaneError, look_at_forward, open_pcap};
 use crate::output::text::safe;
+use crate::signals::Ending;
 
 /// Runs it.
 pub(super) fn main(prepared: Prepared) -> ExitCode {
@@ -52,7 +52,7 @@ pub(super) fn main(prepared: Prepared) -> ExitCode {
 }
 
 async fn serve(prepared: Prepared) -> Result<(), Failure> {
-    let mut signals = Signals::open()?;
+    let mut signals = Ending::open()?;
     let pid_file = match prepared.loaded.config.pid_file.clone() {
         Some(path) => {
             let shown = path.display().to_string();
@@ -234,29 +234,5 @@ fn in_force(treatment: &Treatment) -> String {
     match given.is_empty() {
         true => "none given".to_owned(),
         false => given.join(", "),
-    }
-}
-
-/// The signals that end it.
-struct Signals([Signal; 3]);
-
-impl Signals {
-    fn open() -> Result<Self, Failure> {
-        let open =
-            |kind| signal(kind).map_err(|error| Failure::Failed(format!("cannot wait for signals: {error}")));
-        Ok(Self([
-            open(SignalKind::interrupt())?,
-            open(SignalKind::terminate())?,
-            open(SignalKind::hangup())?,
-        ]))
-    }
-
-    async fn next(&mut self) {
-        let Self([interrupt, terminate, hangup]) = self;
-        tokio::select! {
-            _ = interrupt.recv() => {}
-            _ = terminate.recv() => {}
-            _ = hangup.recv() => {}
-        }
     }
 }

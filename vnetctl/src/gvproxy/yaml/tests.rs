@@ -274,6 +274,18 @@ fn a_policy_that_says_nothing_or_cannot_stand_alone_is_refused() {
         ),
         ("outboundAllow:", "stack.outboundAllow is empty, which"),
         (
+            "outboundAllow: [\"\"]",
+            "1:25: stack.outboundAllow[0] is empty, which would match every name",
+        ),
+        (
+            "outboundAllow: [^a$, '']",
+            "1:30: stack.outboundAllow[1] is empty, which would match every name",
+        ),
+        (
+            "blockAllOutbound:",
+            "stack.blockAllOutbound is empty (expected true or false)",
+        ),
+        (
             "outboundAllow: x",
             "1:24: stack.outboundAllow is \"x\" (expected a list)",
         ),
