@@ -84,33 +84,22 @@ impl Surroundings for Network {
     }
 
     fn learn_mac(&self, vm: VmId, mac: Mac) -> bool {
-        let is_kept = self.lock_leases().is_kept(mac);
-        let mut guests = self.write_guests();
-        let whose = match guests.by_mac.get(&mac) {
-            Some(holder) if *holder == vm => return true,
-            Some(holder) => {
-                let holder = guests.by_vm.get(holder).map(|other| other.name.as_str());
-                format!(
-                    "VM {} has it; give one of the two another",
-                    holder.unwrap_or("that is ending")
-                )
-            }
-            None if is_kept && guests.by_vm.get(&vm).is_some_and(|guest| guest.without_kept) => {
-                "a lease is kept for it, for a guest of the sockets of hypervisors; give it another"
-                    .to_owned()
-            }
-            None => {
-                guests.by_mac.insert(mac, vm);
-                return true;
-            }
+        // A guest may send as many frames as it likes with an address that it cannot have: they change nothing, so
+        // others' look-ups go on beside them.
+        let (holder, without_kept) = {
+            let guests = self.read_guests();
+            let without_kept = guests.by_vm.get(&vm).is_some_and(|guest| guest.without_kept);
+            (guests.by_mac.get(&mac).copied(), without_kept)
         };
-        if let Some(guest) = guests.by_vm.get(&vm)
-            && !guest.told_of_mac.swap(true, Ordering::Relaxed)
-        {
-            let vm = &guest.name;
-            tracing::warn!(vm, %mac, "a VM has a MAC address that it cannot have, so nothing of it passes ({whose})");
+        if holder.is_none() && without_kept && self.lock_leases().is_kept(mac) {
+            self.tell_of_mac(vm, mac, None);
+            return false;
         }
-        false
+        let holder = holder.unwrap_or_else(|| *self.write_guests().by_mac.entry(mac).or_insert(vm));
+        if holder != vm {
+            self.tell_of_mac(vm, mac, Some(holder));
+        }
+        holder == vm
     }
 
     fn neighbour(&self, address: IpAddr) -> Option<Neighbour> {
@@ -231,5 +220,25 @@ impl Network {
             "a VM uses an address that it cannot have, so nothing from there passes ({whose}; have it ask by DHCP, or \
              give it another)"
         );
+    }
+
+    /// Tells, once for each guest, that it has a MAC address which it cannot have: another guest's, or, where there is
+    /// none, one that a lease is kept for.
+    fn tell_of_mac(&self, vm: VmId, mac: Mac, holder: Option<VmId>) {
+        let guests = self.read_guests();
+        let Some(guest) = guests.by_vm.get(&vm) else {
+            return;
+        };
+        if guest.told_of_mac.swap(true, Ordering::Relaxed) {
+            return;
+        }
+        let whose = match holder.map(|holder| guests.by_vm.get(&holder)) {
+            Some(Some(other)) => format!("VM {} has it; give one of the two another", other.name),
+            Some(None) => "a VM that is ending has it".to_owned(),
+            None => "a lease is kept for it, for a guest of the sockets of hypervisors; give it another"
+                .to_owned(),
+        };
+        let vm = &guest.name;
+        tracing::warn!(vm, %mac, "a VM has a MAC address that it cannot have, so nothing of it passes ({whose})");
     }
 }
