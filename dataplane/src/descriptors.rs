@@ -169,13 +169,6 @@ impl Descriptors {
         })))
     }
 
-    /// Of this process. Its limit is raised as far as the host permits.
-    pub fn of_process() -> Self {
-        let limit = raise_limit();
-        tracing::debug!(limit, "descriptors");
-        Self::new(limit)
-    }
-
     /// A guest attaches.
     ///
     /// # Errors

@@ -84,7 +84,7 @@ pub enum RunError {
     #[error("--listen-stdio: standard input and output cannot be a guest's (expected a pipe or socket each)")]
     Stdio(#[source] io::Error),
     /// A guest socket cannot be opened.
-    #[error("VM socket {at} cannot be opened{}", remedy(.at, .source))]
+    #[error("VM socket {at} cannot be opened{}", remedy(.source))]
     Listen {
         /// Which.
         at: String,
@@ -119,15 +119,8 @@ pub enum RunError {
 }
 
 /// What helps where a socket cannot be opened.
-fn remedy(at: &str, error: &io::Error) -> &'static str {
-    let is_no_socket = || {
-        let found = std::fs::symlink_metadata(at);
-        found.is_ok_and(|found| !std::os::unix::fs::FileTypeExt::is_socket(&found.file_type()))
-    };
+fn remedy(error: &io::Error) -> &'static str {
     match error.kind() {
-        io::ErrorKind::AddrInUse if is_no_socket() => {
-            ", as what is there is no socket; remove it, or listen elsewhere"
-        }
         io::ErrorKind::AddrInUse => ", as something listens there; stop it, or listen elsewhere",
         io::ErrorKind::NotFound => ", as its directory is not there; make it, or listen elsewhere",
         io::ErrorKind::PermissionDenied => "; listen where this user may",
@@ -202,10 +195,10 @@ fn take(flag: &'static str, fd: i32) -> Result<OwnedFd, RunError> {
 /// # Errors
 /// [`RunError`].
 pub async fn run(config: Config) -> Result<(), RunError> {
-    config
-        .check_descriptors(raise_limit())
-        .map_err(RunError::Descriptors)?;
-    let descriptors = Descriptors::of_process();
+    let limit = raise_limit();
+    tracing::debug!(limit, "descriptors");
+    config.check_descriptors(limit).map_err(RunError::Descriptors)?;
+    let descriptors = Descriptors::new(limit);
     // Before anything could be written to where frames are expected.
     let stdio = config.stdio.as_ref().map(|_| inherit::take_stdio());
     let stdio = stdio.transpose().map_err(RunError::Stdio)?;

@@ -114,9 +114,11 @@ fn a_socket_that_cannot_be_opened_is_named_with_its_cause_and_nothing_is_said_to
             let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
             let tcp = format!("tcp://{}", port.local_addr().unwrap());
             let nowhere = world.work().join("nowhere/q.sock");
+            let file = world.file("a-file", "a person's");
             for (url, cause) in [
                 (format!("unix://{}", taken.display()), "something listens there"),
                 (tcp, "something listens there"),
+                (format!("unix://{}", file.display()), "is a file; move it away"),
                 (
                     format!("unix://{}", nowhere.display()),
                     "its directory is not there",

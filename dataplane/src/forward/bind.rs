@@ -2,7 +2,6 @@
 
 use std::io;
 use std::net::{SocketAddr, TcpListener, UdpSocket};
-use std::os::unix::fs::FileTypeExt as _;
 use std::os::unix::net::UnixListener;
 use std::path::Path;
 
@@ -10,7 +9,7 @@ use socket2::{Domain, Socket, Type};
 use vnet_proto::model::{ForwardListen, Protocol};
 
 use crate::forward::error::ForwardError;
-use crate::link::listen::{SocketFile, bind_private};
+use crate::link::listen::{SocketFile, bind_private, found_at};
 
 /// Connections that wait to be accepted; the host may have a lower limit (listen(2), `somaxconn`).
 const BACKLOG: i32 = 1024;
@@ -32,7 +31,7 @@ impl Bound {
         let refused = |error| ForwardError::of(protocol, listen, error);
         match listen {
             ForwardListen::Unix(path) => unix(path).map_err(|error| match found_at(path) {
-                Some(found) if error.kind() == io::ErrorKind::AddrInUse => ForwardError::PathTaken {
+                Some(found) if error.kind() == io::ErrorKind::AlreadyExists => ForwardError::PathTaken {
                     listen: listen.clone(),
                     found,
                 },
@@ -94,16 +93,4 @@ fn unix(path: &Path) -> io::Result<Bound> {
     socket.listen(BACKLOG)?;
     socket.set_nonblocking(true)?;
     Ok(Bound::Unix(socket.into(), file))
-}
-
-/// What is at a path that no socket can be put in the place of; `None` for a socket.
-fn found_at(path: &Path) -> Option<&'static str> {
-    let kind = std::fs::symlink_metadata(path).ok()?.file_type();
-    match () {
-        () if kind.is_socket() => None,
-        () if kind.is_dir() => Some("is a directory"),
-        () if kind.is_symlink() => Some("is a symbolic link"),
-        () if kind.is_file() => Some("is a file"),
-        () => Some("is no socket"),
-    }
 }

@@ -229,11 +229,30 @@ pub(crate) fn bind_private(path: &Path, kind: Type) -> io::Result<(Socket, Socke
             std::fs::remove_file(path)?;
             bind()?
         }
+        Err(error) if io::Error::kind(&error) == io::ErrorKind::AddrInUse => {
+            let Some(found) = found_at(path) else {
+                return Err(error);
+            };
+            let text = format!("it is there already and {found}; move it away, or listen elsewhere");
+            return Err(io::Error::new(io::ErrorKind::AlreadyExists, text));
+        }
         bound => bound?,
     };
     let file = SocketFile::new(path)?;
     std::fs::set_permissions(path, std::fs::Permissions::from_mode(MODE))?;
     Ok((socket, file))
+}
+
+/// What is at a path that no socket can be put in the place of; `None` for a socket.
+pub(crate) fn found_at(path: &Path) -> Option<&'static str> {
+    let kind = std::fs::symlink_metadata(path).ok()?.file_type();
+    match () {
+        () if kind.is_socket() => None,
+        () if kind.is_dir() => Some("is a directory"),
+        () if kind.is_symlink() => Some("is a symbolic link"),
+        () if kind.is_file() => Some("is a file"),
+        () => Some("is no socket"),
+    }
 }
 
 /// Whether a path is a socket that nobody serves, as a process leaves it that was killed.
@@ -330,7 +349,12 @@ mod tests {
 
         let file = directory.0.join("f");
         std::fs::write(&file, "a person's").unwrap();
-        assert!(StreamListener::open(&ListenAt::Unix(file.clone())).is_err());
+        let refused = StreamListener::open(&ListenAt::Unix(file.clone())).unwrap_err();
+        assert_eq!(refused.kind(), io::ErrorKind::AlreadyExists);
+        assert!(
+            refused.to_string().contains("is a file; move it away"),
+            "{refused}"
+        );
         assert_eq!(std::fs::read(&file).unwrap(), b"a person's");
     }
 
