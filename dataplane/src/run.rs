@@ -50,8 +50,8 @@ const REPORTS_MAX: usize = 65_536;
 const HOLD: std::time::Duration = std::time::Duration::from_secs(30);
 /// What stands before each line of why a dataplane failed, the last that it writes to stderr.
 pub const LAST_WORDS: &str = "vnet-dataplane: ";
-/// How long guests and the session may take to end.
-const LEAVE_PATIENCE: std::time::Duration = std::time::Duration::from_secs(2);
+/// How long guests and the session may take to end. All of a gvproxy ends within a second, whatever hangs.
+const LEAVE_PATIENCE: std::time::Duration = std::time::Duration::from_millis(800);
 
 /// Why a dataplane could not start or ended.
 #[derive(Debug, thiserror::Error)]

@@ -269,6 +269,28 @@ fn a_busy_guest_keeps_it_no_longer_than_an_idle_one() {
 }
 
 #[test]
+fn a_controlplane_that_hangs_keeps_it_no_longer() {
+    staged(a_controlplane_that_hangs_keeps_it_no_longer, |world| {
+        let (gvproxy, socket) = world.gvproxy_for_qemu(&["-ssh-port", "-1", "-secure-mode"]);
+        let script = "ping -c 1 -W 5 192.168.127.1; curl -m 60 http://203.0.113.10/; sleep 60";
+        let _guest = world.guest_script(&socket, script);
+        eventually("it is asked about", || {
+            !world.list(&["pending", "list"]).is_empty()
+        });
+        let [controlplane] = world.processes("__controlplane")[..] else {
+            panic!("there is one controlplane");
+        };
+        let signal = |signal| nix::sys::signal::kill(nix::unistd::Pid::from_raw(controlplane), signal);
+        signal(Signal::SIGSTOP).unwrap();
+        let (ended, took) = end(gvproxy, Signal::SIGTERM);
+        signal(Signal::SIGCONT).unwrap();
+        assert_eq!(ended.code, 0, "{ended:?}");
+        assert!(took < END, "{took:?}");
+        assert!(!socket.exists());
+    });
+}
+
+#[test]
 fn what_cannot_be_is_said_and_the_status_tells() {
     staged(what_cannot_be_is_said_and_the_status_tells, |world| {
         let run = |words: &[&str]| Running::start(world.gvproxy(words)).wait();
