@@ -18,6 +18,7 @@ mod load;
 pub mod origin;
 pub mod own;
 pub mod program;
+mod seldom;
 pub mod services;
 pub mod ssh;
 mod tunnels;

@@ -9,7 +9,7 @@ use std::io;
 use std::os::fd::AsFd as _;
 use std::os::unix::fs::{MetadataExt as _, OpenOptionsExt as _};
 use std::path::Path;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
@@ -22,6 +22,7 @@ use tracing_subscriber::registry::LookupSpan;
 
 use super::pid::of_a_pipe;
 use crate::gvproxy::config::LogLevel;
+use crate::gvproxy::seldom::Seldom;
 use crate::output::text::safe;
 
 /// The target of events that end the process: their level is gvproxy's `fatal`.
@@ -140,12 +141,7 @@ pub(super) fn directive(level: LogLevel) -> &'static str {
 /// Says again what the dataplane said in a line of its own log.
 pub(super) fn relay(line: &str) {
     let (mut level, text) = relayed(line);
-    if text.starts_with(NO_SESSION)
-        && !LOSS
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .is_news(Instant::now())
-    {
+    if text.starts_with(NO_SESSION) && !LOSS.is_news(Instant::now()) {
         level = Level::DEBUG;
     }
     match level {
@@ -162,34 +158,13 @@ const NO_SESSION: &str = "vnet_dataplane::session: no session";
 
 /// That the controlplane is lost is found by the dataplane and by this process, each with reasons that
 /// change; it is told once.
-static LOSS: Mutex<Loss> = Mutex::new(Loss { told: None });
+static LOSS: Seldom = Seldom::new(SAME_LOSS);
 /// How long a loss is the same one. The dataplane dials again every five seconds at least.
 const SAME_LOSS: Duration = Duration::from_secs(10);
 
-/// When a loss was told last.
-struct Loss {
-    told: Option<Instant>,
-}
-
-impl Loss {
-    /// Whether it is to be told, which it is then.
-    fn is_news(&mut self, now: Instant) -> bool {
-        let is_news = self
-            .told
-            .is_none_or(|told| now.saturating_duration_since(told) > SAME_LOSS);
-        if is_news {
-            self.told = Some(now);
-        }
-        is_news
-    }
-}
-
 /// Tells that there is no controlplane, unless that was told just now.
 pub(super) fn lost_controlplane(why: &str) {
-    let is_news = LOSS
-        .lock()
-        .unwrap_or_else(PoisonError::into_inner)
-        .is_news(Instant::now());
+    let is_news = LOSS.is_news(Instant::now());
     let text = "no controlplane, so nothing new is let out; trying again";
     if is_news {
         tracing::warn!("{text} ({})", safe(why));
@@ -391,13 +366,7 @@ mod tests {
     }
 
     #[test]
-    fn a_loss_is_told_once_whoever_finds_it_and_a_later_one_again() {
-        let mut loss = Loss { told: None };
-        let now = Instant::now();
-        assert!(loss.is_news(now));
-        assert!(!loss.is_news(now) && !loss.is_news(now + SAME_LOSS));
-        assert!(loss.is_news(now + SAME_LOSS + Duration::from_millis(1)));
-        assert!(!loss.is_news(now + SAME_LOSS + Duration::from_millis(2)));
+    fn a_loss_that_the_dataplane_finds_is_known_by_its_words() {
         let said =
             "2026-07-21T10:00:00.000001Z  WARN vnet_dataplane::session: no session; nothing new is let out";
         assert!(relayed(said).1.starts_with(NO_SESSION));

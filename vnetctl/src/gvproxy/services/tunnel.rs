@@ -6,7 +6,6 @@
 
 use std::io;
 use std::net::SocketAddr;
-use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt as _};
@@ -14,6 +13,7 @@ use tokio::net::UnixStream;
 
 use super::answer::Answer;
 use crate::gvproxy::Tunnels;
+use crate::gvproxy::seldom::Seldom;
 use crate::launch::tunnel_target;
 
 /// Unix sockets of the host that lead to sockets of guests, over SSH.
@@ -61,19 +61,8 @@ pub(super) fn target(query: &str) -> Result<SocketAddr, Answer> {
     tunnel_target(query).map_err(Answer::failed)
 }
 
-/// How often a tunnel that cannot be opened is told of: whoever reaches a socket could fill the log with them.
-const SAY_INTERVAL: Duration = Duration::from_secs(1);
-
-/// Whether one more may be told of now.
-fn may_be_told() -> bool {
-    static TOLD: Mutex<Option<Instant>> = Mutex::new(None);
-    let mut told = TOLD.lock().unwrap_or_else(PoisonError::into_inner);
-    let may_be = told.is_none_or(|at| at.elapsed() >= SAY_INTERVAL);
-    if may_be {
-        *told = Some(Instant::now());
-    }
-    may_be
-}
+/// A tunnel that cannot be opened is told of once a second: whoever reaches a socket could fill the log with them.
+static REFUSED: Seldom = Seldom::new(Duration::from_secs(1));
 
 /// Serves a connection whose request was a tunnel's. `first` is what has been read beyond that.
 pub(super) async fn serve<S>(mut stream: S, first: &[u8], target: SocketAddr, tunnels: &dyn Tunnels)
@@ -86,7 +75,7 @@ where
     let mut inside = match tunnels.open(target).await {
         Ok(inside) => inside,
         Err(error) => {
-            if may_be_told() {
+            if REFUSED.is_news(Instant::now()) {
                 tracing::warn!(%target, %error, "a tunnel cannot be opened");
             }
             return;
