@@ -2,7 +2,7 @@
 """Measures a dataplane, and passt beside it, on a guest of namespaces: a table, and a JSON line a figure.
 
   cargo build --release --workspace --bins && tests/bench/run.py [--bin DIR] [--secs 5] [--repeats 3]
-      [--targets vnet,passt] [--figures bulk,guests,conn,miss,pending,idle] [--mtus 1500,65520] [--held 10000]
+      [--turn-secs 2] [--targets vnet,passt] [--figures bulk,guests,conn,miss,pending,idle] [--mtus 1500,65520] [--held 10000]
       [--json FILE] [--check]
 
 Needs Linux with user namespaces and /dev/net/tun, iproute2 and iperf3; passt is measured if it is there.
@@ -15,7 +15,8 @@ Needs no root: it starts itself again under `unshare`. Nothing leaves the namesp
 Figures (the names of a field say its unit):
   bulk   iperf3, MTU 1500 and 65520, up and down: Gbit/s, CPU seconds of the target per 10^9 bytes; with
          frames written many at a time and one at a time, as QEMU does. All targets stand side by side and take
-         turns, run by run; the ratio of each turn to passt's is a figure of its own
+         turns of --turn-secs, as many as make --repeats times --secs, and at least 24 of what --check looks at; the ratio of what
+         all turns cost to what passt's did is a figure of its own, with the range that 95 of 100 such sittings give
   guests iperf3 from one guest to another: switched plainly, where nothing is given, and filtered, where a rule
          opens the one to the other
   conn   connections per second at 64 in flight (connect, a byte each way, close), the verdict cached
@@ -27,7 +28,7 @@ Figures (the names of a field say its unit):
 Rates depend on the machine and on what else runs on it: compare within one sitting.
 
 --check fails where vnet does worse than it is held to: CPU for each byte beside passt (the ratios of the prototype
-that the architecture was drawn from, and a tenth), the part of connections that misses leave, the 99th percentile
+that the architecture was drawn from, and a tenth; it fails where the whole range is above), the part of connections that misses leave, the 99th percentile
 while 1,000 questions are open, and the memory of an idle connection. Only what was measured is checked.
 """
 import argparse, contextlib, json, os, pathlib, re, resource, shutil, signal, statistics, subprocess, sys, tempfile, time
@@ -62,6 +63,8 @@ BETWEEN_GUESTS = """  - action: allow
     cidr: "192.168.127.0/24"
     protocol: tcp
 """
+# What is told of a ratio with fewer turns is the machine: one turn's is as much as a quarter off.
+CHECKED_TURNS = 24
 BY_NAME = """  - action: allow
     domains: ["*.name.example"]
 """
@@ -72,6 +75,7 @@ def arguments():
     parser.add_argument("--bin", default=str(HERE.parents[2] / "target/release"), help="where the programs are")
     parser.add_argument("--secs", type=float, default=5)
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--turn-secs", type=int, default=2, help="of a run of bulk, whole seconds")
     parser.add_argument("--targets", default="vnet,passt")
     parser.add_argument("--figures", default="bulk,guests,conn,miss,pending,idle")
     parser.add_argument("--mtus", default="1500,65520", help="of bulk")
@@ -216,7 +220,7 @@ class Lab:
         return self.json(self.guest(self.bin / "vnet-load", *words))
 
     def json(self, argv):
-        ended = subprocess.run(argv, capture_output=True, text=True, timeout=self.options.secs + 60)
+        ended = subprocess.run(argv, capture_output=True, text=True, timeout=max(self.options.secs, self.options.turn_secs) + 60)
         try:
             return json.loads(ended.stdout)
         except ValueError:
@@ -241,18 +245,29 @@ def spread(values):
 
 
 def iperf(lab, options, *flags, batch):
-    """One run of iperf3 in a guest: Gbit/s, CPU seconds of the target per 10^9 bytes, segments sent again."""
-    argv = lab.guest("iperf3", "-c", SERVER, "-t", f"{options.secs:g}", "-J", *flags, batch=batch)
+    """One run of iperf3 in a guest: Gbit/s, CPU seconds of the target, 10^9 bytes, segments sent again."""
+    argv = lab.guest("iperf3", "-c", SERVER, "-t", options.turn_secs, "-J", *flags, batch=batch)
     for attempt in range(11):
         result = lab.measured(lambda: lab.json(argv))
-        # A run that stalled leaves iperf3's server busy for a while.
-        if "busy" not in result.get("error", ""):
+        # A run that stalled leaves iperf3's server busy for a while: it says so and closes, with bytes unread.
+        if not any(word in result.get("error", "") for word in ("busy", "reset by peer")):
             break
         time.sleep(2)
     if "error" in result:
-        raise SystemExit(f"iperf3: {result['error']}")
+        raise SystemExit(f"iperf3 through {lab.target}: {result['error']}")
     received = result["end"]["sum_received"]
-    return received["bits_per_second"] * 1e-9, result["cpu_s"] / (received["bytes"] / 1e9), result["end"]["sum_sent"].get("retransmits")
+    return received["bits_per_second"] * 1e-9, result["cpu_s"], received["bytes"] / 1e9, result["end"]["sum_sent"].get("retransmits")
+
+
+def ratio(ours, theirs):
+    """What ours cost for each byte of what theirs did, of all turns, and the range of two standard errors around it, by
+    leaving out each turn once (jackknife)."""
+    def cost(runs):
+        return sum(run[1] for run in runs) / sum(run[2] for run in runs)
+    whole, n = cost(ours) / cost(theirs), len(ours)
+    without = [cost(ours[:i] + ours[i + 1:]) / cost(theirs[:i] + theirs[i + 1:]) for i in range(n)] if n > 1 else [whole]
+    spare = 2 * (sum((one - whole) ** 2 for one in without) * (n - 1) / n) ** 0.5 if n > 1 else whole
+    return {"of_all": round(whole, 4), "low": round(whole - spare, 4), "high": round(whole + spare, 4), "n": n}
 
 
 def bulk(options, targets, emit):
@@ -262,19 +277,21 @@ def bulk(options, targets, emit):
                     zip([True] + [False] * len(targets), targets)]
             for direction, flags, batch in (("up", [], 64), ("down", ["-R"], 64), ("up", [], 1)):
                 runs = {target: [] for target in targets}
-                for turn in range(options.repeats):
+                turns = max(1, round(options.repeats * options.secs / options.turn_secs))
+                if options.check and (direction, mtu, batch) in PROTOTYPE:
+                    turns = max(turns, CHECKED_TURNS)
+                for turn in range(turns):
                     # Neither goes first always.
                     for lab in labs if turn % 2 == 0 else reversed(labs):
                         runs[lab.target].append(iperf(lab, options, *flags, batch=batch))
                 for lab in labs:
                     done = runs[lab.target]
-                    emit(target=lab.target, figure=f"tcp_bulk_{direction}", mtu=mtu, batch=batch, secs=options.secs,
-                         gbit=spread([r[0] for r in done]), peer_cpu_s_per_gb=spread([r[1] for r in done]),
-                         retransmits=middle([r[2] for r in done]), rss_after_kb=rss_kb(lab.process.pid))
+                    emit(target=lab.target, figure=f"tcp_bulk_{direction}", mtu=mtu, batch=batch, secs=options.turn_secs,
+                         gbit=spread([r[0] for r in done]), peer_cpu_s_per_gb=spread([r[1] / r[2] for r in done]),
+                         retransmits=middle([r[3] for r in done]), rss_after_kb=rss_kb(lab.process.pid))
                 if {"vnet", "passt"} <= runs.keys():
-                    ratios = [ours[1] / theirs[1] for ours, theirs in zip(runs["vnet"], runs["passt"])]
                     emit(target="vnet:passt", figure=f"tcp_bulk_{direction}_ratio", direction=direction, mtu=mtu, batch=batch,
-                         cpu=spread(ratios))
+                         cpu=ratio(runs["vnet"], runs["passt"]))
 
 
 def between_guests(options, target, emit):
@@ -383,7 +400,7 @@ def beyond(rows):
     of = {row["figure"]: row for row in rows if row["target"] == "vnet"}
     for row in rows:
         if row["figure"].endswith("_ratio") and (held := PROTOTYPE.get((row["direction"], row["mtu"], row["batch"]))):
-            hold(f"CPU per byte {row['direction']} at MTU {row['mtu']}, of passt's", row["cpu"]["median"], 1.1 * held)
+            hold(f"CPU per byte {row['direction']} at MTU {row['mtu']}, of passt's, at the least", row["cpu"]["low"], 1.1 * held)
     if "tcp_bulk_up" in of and not any(row["figure"].endswith("_ratio") for row in rows):
         worse.append("CPU per byte was measured without passt, and so without what it is held to (Debian package passt)")
     beside = {row["figure"]: row for row in rows if row["target"] == "passt"}
@@ -457,7 +474,7 @@ def main():
         which, value = "", ""
         if row["figure"].endswith("_ratio"):
             which = f"mtu {row['mtu']}, batch {row['batch']}"
-            value = f"{row['cpu']['median']:.2f} of the CPU per byte ({row['cpu']['min']:.2f} to {row['cpu']['max']:.2f})"
+            value = f"{row['cpu']['of_all']:.2f} of the CPU per byte ({row['cpu']['low']:.2f} to {row['cpu']['high']:.2f})"
         elif row["figure"].startswith("tcp_bulk"):
             which = f"mtu {row['mtu']}, batch {row['batch']}"
             value = f"{row['gbit']['median']:.2f} Gbit/s, {row['peer_cpu_s_per_gb']['median']:.2f} CPU s/GB"

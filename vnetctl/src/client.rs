@@ -148,7 +148,6 @@ impl NoAnswer {
 
     fn new(server: &Server, error: &(dyn std::error::Error + 'static)) -> Self {
         let Server::Unix(path) = server;
-        let listeners = format!("see who listens there: ss -xlp src {}", path.display());
         let causes = std::iter::successors(Some(error), |error| error.source());
         let mut last = String::new();
         let mut in_time = true;
@@ -160,13 +159,20 @@ impl NoAnswer {
             return Self {
                 what: format!("what answers at {server} is no controlplane, or has just ended ({last})"),
                 remedies: vec![
-                    listeners,
+                    format!("see who listens there: ss -xlp src {}", path.display()),
                     "of a controlplane's sockets, control.sock is the one for this".to_owned(),
                 ],
             };
         }
+        Self::silent(server)
+    }
+
+    /// What holds the socket takes connections, if anything, and says nothing.
+    fn silent(server: &Server) -> Self {
+        let Server::Unix(path) = server;
         let mut remedies = vec![format!(
-            "it may be stopped (state T in ps) or too busy; {listeners}"
+            "it may be stopped (state T in ps) or too busy; see who listens there: ss -xlp src {}",
+            path.display()
         )];
         if crate::launch::own_server().is_ok_and(|own| own == *server)
             && let Some(log) = crate::launch::own_log()
@@ -195,7 +201,33 @@ impl tower::Service<http::Request<Body>> for Wire {
     fn call(&mut self, request: http::Request<Body>) -> Self::Future {
         let server = self.server.clone();
         let answer = self.channel.call(request);
-        Box::pin(async move { answer.await.map_err(|error| NoAnswer::new(&server, &error)) })
+        let silence = silence(self.channel.clone());
+        Box::pin(async move {
+            tokio::select! {
+                answer = answer => answer.map_err(|error| NoAnswer::new(&server, &error)),
+                () = silence => Err(NoAnswer::silent(&server)),
+            }
+        })
+    }
+}
+
+/// Ends when a call has had no answer for a while and the controlplane answers nothing else either. An answer may take
+/// as long as it must (a person is asked, every dataplane has to acknowledge) while the controlplane lives.
+async fn silence(channel: Channel) {
+    let mut vms = v1::vm_service_client::VmServiceClient::new(channel);
+    loop {
+        tokio::time::sleep(SILENCE).await;
+        let request = v1::ListVmsRequest {
+            page_size: 1,
+            ..Default::default()
+        };
+        // What it refuses is an answer.
+        if tokio::time::timeout(PROBE_PATIENCE, vms.list_vms(request))
+            .await
+            .is_err()
+        {
+            return;
+        }
     }
 }
 
@@ -242,7 +274,7 @@ impl Client {
                 page_size: 1,
                 ..Default::default()
             },
-            PROBE_PATIENCE,
+            READY_PATIENCE,
         );
         self.vms().list_vms(request).await.is_ok()
     }
@@ -365,12 +397,16 @@ where
 pub const PAGE_SIZE: u32 = 1000;
 /// The most entries a list prints.
 pub const LIST_ITEMS_MAX: usize = 100_000;
+/// How long a call has no answer before the controlplane is asked whether it is there.
+const SILENCE: Duration = Duration::from_secs(2);
 /// How long an answer may take. A change waits for dataplanes to acknowledge, so it is not short.
 const UNARY_PATIENCE: Duration = Duration::from_secs(30);
 const UNHURRIED_PATIENCE: Duration = Duration::from_secs(600);
 /// Beyond the longest `approvalTimeout`.
 const ASKING_PATIENCE: Duration = Duration::from_secs(3600 + 60);
-const PROBE_PATIENCE: Duration = Duration::from_secs(2);
+const READY_PATIENCE: Duration = Duration::from_secs(2);
+/// What answers nothing at all for this long is stopped, or as good as that.
+const PROBE_PATIENCE: Duration = Duration::from_secs(4);
 const CONNECT_PATIENCE: Duration = Duration::from_secs(5);
 /// A page of the largest messages fits (a pending request with its names is under 16 KiB).
 const MESSAGE_BYTES_MAX: usize = 16 << 20;
@@ -380,6 +416,7 @@ mod tests {
     use tokio::io::AsyncWriteExt as _;
 
     use super::*;
+    use crate::cmd::tests::scripted::Scripted;
 
     /// A socket of a test's own, served by `serve`.
     fn served<F: Future<Output = ()> + Send>(
@@ -422,6 +459,43 @@ mod tests {
         );
         assert!(text.contains("ss -xlp src "), "{text}");
         assert_eq!(failure.exit_code(), 1);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn who_answers_nothing_at_all_is_given_up_long_before_an_answer_is_due() {
+        let (server, _gone) = served("silent", |stream| async move {
+            let _held = stream;
+            std::future::pending().await
+        });
+        let client = Client::connect(&server).await.unwrap();
+        let began = tokio::time::Instant::now();
+
+        let answer = client
+            .pending()
+            .approve(asking(v1::ApproveRequest::default()))
+            .await;
+
+        let text = Failure::from(answer.unwrap_err()).to_string();
+        assert!(text.contains("does not answer\n"), "{text}");
+        assert_eq!(began.elapsed().as_secs(), (SILENCE + PROBE_PATIENCE).as_secs());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn who_answers_others_may_take_as_long_as_it_must() {
+        let server = Scripted::start();
+        server.answer("PendingService/Approve", &v1::ApproveResponse::default());
+        server.takes("PendingService/Approve", Duration::from_secs(600));
+        let client = server.connection().open().await.unwrap();
+
+        let answer = client
+            .pending()
+            .approve(asking(v1::ApproveRequest::default()))
+            .await;
+
+        answer.unwrap();
+        // What it refuses is an answer, and nothing is asked before an answer is late.
+        let probes: Vec<v1::ListVmsRequest> = server.asked("VmService/ListVms");
+        assert!(probes.len() > 100, "{}", probes.len());
     }
 
     #[tokio::test]

@@ -7,6 +7,7 @@ use std::path::PathBuf;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex};
 use std::task::{Context as TaskContext, Poll};
+use std::time::Duration;
 
 use bytes::{Buf as _, BufMut as _};
 use prost::Message;
@@ -26,6 +27,8 @@ type Asked = (String, Vec<u8>);
 #[derive(Clone, Default)]
 struct Script {
     answers: Arc<Mutex<HashMap<String, Answers>>>,
+    /// How long a method's answers take.
+    takes: Arc<Mutex<HashMap<String, Duration>>>,
     asked: Arc<Mutex<Vec<Asked>>>,
 }
 
@@ -75,6 +78,12 @@ impl Scripted {
     /// One more answer of a method, as `PendingService/ListPending`. All of a watch are sent at once.
     pub(crate) fn answer(&self, method: &str, message: &impl Message) {
         self.push(method, Ok(message.encode_to_vec()));
+    }
+
+    /// From now on the answers of a method take this long.
+    pub(crate) fn takes(&self, method: &str, time: Duration) {
+        let path = format!("/vnet.v1.{method}");
+        self.script.takes.lock().unwrap().insert(path, time);
     }
 
     pub(crate) fn refuse(&self, method: &str, status: Status) {
@@ -180,7 +189,13 @@ impl UnaryService<Vec<u8>> for Method {
 
     fn call(&mut self, request: Request<Vec<u8>>) -> Self::Future {
         let answer = self.script.next(&self.path, request.into_inner());
-        Box::pin(async move { answer.map(Response::new) })
+        let time = self.script.takes.lock().unwrap().get(&self.path).copied();
+        Box::pin(async move {
+            if let Some(time) = time {
+                tokio::time::sleep(time).await;
+            }
+            answer.map(Response::new)
+        })
     }
 }
 

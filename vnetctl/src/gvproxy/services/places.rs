@@ -1,6 +1,6 @@
 //! The connections of one kind of socket, and which of them makes way for another: the one for which nothing has been
 //! done for the longest time. One with a request in progress, or whose answer is under way, as a stream of events,
-//! goes for nobody.
+//! goes for nobody; one that has yet to say the rest of its request does.
 
 use std::collections::BTreeMap;
 use std::pin::Pin;
@@ -55,6 +55,8 @@ pub(super) struct Place {
 pub(super) struct Busy {
     places: Arc<Places>,
     number: u64,
+    /// Its connection counts it.
+    counts: bool,
 }
 
 impl Places {
@@ -94,6 +96,13 @@ impl Places {
         })
     }
 
+    /// Connections with a request in progress.
+    #[cfg(test)]
+    pub(super) fn busy(&self) -> usize {
+        let taken = self.lock();
+        taken.connections.values().filter(|one| one.requests > 0).count()
+    }
+
     fn lock(&self) -> MutexGuard<'_, Taken> {
         self.taken.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -118,7 +127,40 @@ impl Place {
         Some(Busy {
             places: Arc::clone(&self.places),
             number: self.number,
+            counts: true,
         })
+    }
+}
+
+impl Busy {
+    /// Waits for what the client has yet to say: meanwhile its connection is idle. One that made way says no more, and
+    /// this does not end; it is closed.
+    pub(super) async fn while_idle<T>(&mut self, what: impl Future<Output = T>) -> T {
+        self.pause();
+        let done = what.await;
+        {
+            let mut taken = self.places.lock();
+            if let Some(connection) = taken.connections.get_mut(&self.number) {
+                connection.requests += 1;
+                self.counts = true;
+            }
+        }
+        if !self.counts {
+            std::future::pending::<()>().await;
+        }
+        done
+    }
+
+    fn pause(&mut self) {
+        if !std::mem::take(&mut self.counts) {
+            return;
+        }
+        let mut taken = self.places.lock();
+        let now = taken.count();
+        if let Some(connection) = taken.connections.get_mut(&self.number) {
+            connection.requests -= 1;
+            connection.idle_since = now;
+        }
     }
 }
 
@@ -132,12 +174,7 @@ impl Drop for Place {
 
 impl Drop for Busy {
     fn drop(&mut self) {
-        let mut taken = self.places.lock();
-        let now = taken.count();
-        if let Some(connection) = taken.connections.get_mut(&self.number) {
-            connection.requests -= 1;
-            connection.idle_since = now;
-        }
+        self.pause();
     }
 }
 
@@ -201,6 +238,31 @@ mod tests {
         drop((first, third, fourth, fifth));
         assert_eq!(places.lock().tasks, 0);
         assert!(places.lock().connections.is_empty());
+    }
+
+    #[tokio::test]
+    async fn who_has_yet_to_say_the_rest_of_its_request_makes_way() {
+        let places = Places::new(2);
+        let (first, second) = (places.enter().unwrap(), places.enter().unwrap());
+        let (mut half, mut whole) = (first.begin().unwrap(), second.begin().unwrap());
+        assert!(places.enter().is_none(), "none is idle");
+        assert_eq!(whole.while_idle(async { "rest" }).await, "rest");
+        let (say, rest) = tokio::sync::oneshot::channel::<()>();
+        let waiting = tokio::spawn(async move {
+            let _ = half.while_idle(rest).await;
+        });
+        tokio::task::yield_now().await;
+
+        let third = places.enter().unwrap();
+
+        first.made_way().await;
+        say.send(()).unwrap();
+        tokio::task::yield_now().await;
+        assert!(!waiting.is_finished(), "what came too late is not done");
+        waiting.abort();
+        let _ = waiting.await;
+        drop((first, second, third, whole));
+        assert_eq!(places.lock().tasks, 0);
     }
 
     #[test]

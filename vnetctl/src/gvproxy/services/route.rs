@@ -9,6 +9,7 @@ use hyper::{Method, Request, Response, StatusCode, Uri, Version};
 
 use super::answer::{Answer, Body};
 use super::events::LAST_EVENT_ID;
+use super::places::Busy;
 use super::serve::READ_PATIENCE;
 use super::{Origin, Services, tunnel};
 
@@ -127,13 +128,14 @@ impl Path {
     }
 }
 
-/// Answers a request.
+/// Answers a request, which keeps its connection `busy` where it is one of many.
 pub(super) async fn answer(
     services: Arc<Services>,
     origin: Origin,
     request: Request<Incoming>,
+    busy: Option<&mut Busy>,
 ) -> Response<Body> {
-    let answer = match handle(services, origin, request).await {
+    let answer = match handle(services, origin, request, busy).await {
         Ok(answer) | Err(answer) => answer,
     };
     answer.into_response()
@@ -143,6 +145,7 @@ async fn handle(
     services: Arc<Services>,
     origin: Origin,
     request: Request<Incoming>,
+    busy: Option<&mut Busy>,
 ) -> Result<Answer, Answer> {
     if request.version() == Version::HTTP_11 && !request.headers().contains_key(HOST) {
         return Err(Answer::bad_request(
@@ -157,7 +160,11 @@ async fn handle(
     if request.method() != Method::POST {
         return Err(Answer::bad_request("post only"));
     }
-    let body = read_body(request.into_body()).await?;
+    let body = read_body(request.into_body());
+    let body = match busy {
+        Some(busy) => busy.while_idle(body).await?,
+        None => body.await?,
+    };
     // What is begun is finished: half of a change is worse than one that its client did not wait for.
     let change = tokio::spawn(async move { change(services, origin, path, body).await });
     change

@@ -104,11 +104,11 @@ where
         let first = first.lock().unwrap_or_else(PoisonError::into_inner).take();
         let begun = first.map_or_else(|| permit.begin(), |busy| Ok(Some(busy)));
         async move {
-            let Ok(busy) = begun else {
+            let Ok(mut busy) = begun else {
                 // It is closed before this is looked at again.
                 return std::future::pending().await;
             };
-            let answer = route::answer(services, origin, request).await;
+            let answer = route::answer(services, origin, request, busy.as_mut()).await;
             Ok::<_, Infallible>(answer.map(|body| Lasting::new(body, busy)))
         }
     });

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use tokio::net::UnixStream;
 
-use super::world::{as_set, config, nowhere};
+use super::world::{Stopped, as_set, config, nowhere};
 use super::*;
 
 /// Streams whose other end a test has.
@@ -339,12 +339,21 @@ async fn idle(services: &Arc<Services>, origin: Origin) -> DuplexStream {
     client
 }
 
-/// One of which a request is in progress: its body is awaited.
+/// One of which a request is in progress, as long as the controlplane says nothing.
 async fn busy(services: &Arc<Services>, origin: Origin) -> DuplexStream {
+    let places = match origin {
+        Origin::Listen => &services.on_listen.connections,
+        _ => &services.on_services.connections,
+    };
+    let before = places.busy();
     let mut client = connect(services, origin);
-    let head = "POST /services/forwarder/expose HTTP/1.1\r\nHost: x\r\nExpect: 100-continue\r\nContent-Length: 9\r\n\r\n";
-    client.write_all(head.as_bytes()).await.unwrap();
-    exactly(&mut client, b"HTTP/1.1 100 Continue\r\n\r\n").await;
+    client
+        .write_all(b"GET /leases HTTP/1.1\r\nHost: x\r\n\r\n")
+        .await
+        .unwrap();
+    while places.busy() == before {
+        tokio::task::yield_now().await;
+    }
     client
 }
 
@@ -355,9 +364,10 @@ fn guest(last: u8) -> Origin {
     })
 }
 
-#[tokio::test]
+#[tokio::test(start_paused = true)]
 async fn connections_beyond_the_limit_are_told_so_and_each_kind_has_its_own() {
-    let services = Services::new(config(nowhere(), "one"));
+    let stopped = Stopped::start();
+    let services = Services::new(config(stopped.connection(), "one"));
     for (origin, limit) in [
         (Origin::Listen, LISTEN_CONNECTIONS_MAX),
         (guest(2), GUEST_CONNECTIONS_MAX),
@@ -384,30 +394,38 @@ async fn connections_beyond_the_limit_are_told_so_and_each_kind_has_its_own() {
             );
         }
         drop(held);
+        // What waits for the controlplane ends with that.
         while get(&services, origin, "/nothing").await.0 != 404 {
-            tokio::task::yield_now().await;
+            tokio::time::sleep(Duration::from_secs(1)).await;
         }
     }
 }
 
-#[tokio::test]
+#[tokio::test(start_paused = true)]
 async fn at_the_limit_the_longest_idle_connection_makes_way() {
-    let services = Services::new(config(nowhere(), "one"));
     for (origin, limit) in [
         (Origin::Services, SERVICES_CONNECTIONS_MAX),
         (Origin::Listen, LISTEN_CONNECTIONS_MAX),
     ] {
-        // One in progress, one that says nothing, one that says half, and then as many as there may be.
+        let stopped = Stopped::start();
+        let services = Services::new(config(stopped.connection(), "one"));
+        // One in progress, one that says nothing, two that say half, and then as many as there may be.
         let mut working = busy(&services, origin).await;
         let mut silent = connect(&services, origin);
         let mut half = connect(&services, origin);
         half.write_all(b"GET /nothing HTTP/1.1\r\nHo").await.unwrap();
         tokio::task::yield_now().await;
+        let mut half_body = connect(&services, origin);
+        let head = "POST /services/forwarder/expose HTTP/1.1\r\nHost: x\r\nExpect: 100-continue\r\n\
+                    Content-Length: 9\r\n\r\n";
+        half_body.write_all(head.as_bytes()).await.unwrap();
+        exactly(&mut half_body, b"HTTP/1.1 100 Continue\r\n\r\n").await;
+        half_body.write_all(b"{").await.unwrap();
         let mut held = Vec::new();
-        for _ in 3..limit {
+        for _ in 4..limit {
             held.push(idle(&services, origin).await);
         }
-        for gone in [&mut silent, &mut half] {
+        for gone in [&mut silent, &mut half, &mut half_body] {
             assert_eq!(get(&services, origin, "/nothing").await.0, 404);
             assert_eq!(gone.read(&mut [0; 64]).await.unwrap(), 0);
             // Its place stays taken.
@@ -418,10 +436,30 @@ async fn at_the_limit_the_longest_idle_connection_makes_way() {
         exactly(&mut held[0], b"HTTP/1.1 404 Not Found\r\n").await;
         assert_eq!(get(&services, origin, "/nothing").await.0, 404);
         assert_eq!(held[1].read(&mut [0; 64]).await.unwrap(), 0);
-        working.write_all(b"        ").await.unwrap();
-        working.write_all(b" ").await.unwrap();
-        exactly(&mut working, b"HTTP/1.1 400 Bad Request\r\n").await;
+        drop(stopped);
+        exactly(&mut working, b"HTTP/1.1 503 Service Unavailable\r\n").await;
     }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_controlplane_that_says_nothing_is_answered_503_with_what_to_look_at() {
+    let stopped = Stopped::start();
+    let services = Services::new(config(stopped.connection(), "one"));
+    let began = tokio::time::Instant::now();
+
+    let answer = raw(
+        &services,
+        Origin::Services,
+        "GET /leases HTTP/1.1\r\nHost: x\r\n\r\n",
+    )
+    .await;
+
+    assert!(answer.starts_with("HTTP/1.1 503 "), "{answer}");
+    assert!(
+        answer.contains("X-Vnet-Remedy: it may be stopped (state T in ps)"),
+        "{answer}"
+    );
+    assert!(began.elapsed() < Duration::from_secs(10), "{:?}", began.elapsed());
 }
 
 #[tokio::test]

@@ -182,6 +182,38 @@ pub(super) fn nowhere() -> Connection {
     }
 }
 
+/// A controlplane that is stopped: it takes connections, and says nothing. Those that wait for it hear when it ends.
+pub(super) struct Stopped {
+    path: PathBuf,
+    _listener: std::os::unix::net::UnixListener,
+}
+
+impl Stopped {
+    pub(super) fn start() -> Self {
+        static NUMBER: AtomicU32 = AtomicU32::new(0);
+        let number = NUMBER.fetch_add(1, Ordering::Relaxed);
+        let path = std::env::temp_dir().join(format!("vnet-stopped-{}-{number}.sock", std::process::id()));
+        let _ = std::fs::remove_file(&path);
+        let listener = std::os::unix::net::UnixListener::bind(&path).unwrap();
+        Self {
+            path,
+            _listener: listener,
+        }
+    }
+
+    pub(super) fn connection(&self) -> Connection {
+        Connection {
+            named: Some(Server::Unix(self.path.clone())),
+        }
+    }
+}
+
+impl Drop for Stopped {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_file(&self.path);
+    }
+}
+
 /// A dataplane that does what it is told.
 pub(super) struct Dataplane {
     say: mpsc::Sender<v1::SessionRequest>,
