@@ -4,6 +4,7 @@
 use std::io::{Read as _, Write as _};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use nix::sys::signal::Signal;
 use serde_json::{Value, json};
@@ -74,6 +75,45 @@ fn get(world: &World, socket: &Path, path: &str) -> Value {
 }
 
 const SERVE: &str = "ping -c 1 -W 5 192.168.127.1 >/dev/null; exec socat tcp-listen:80,fork,reuseaddr 'system:echo from the guest'";
+
+#[test]
+fn a_stopped_controlplane_is_named_in_time_to_everyone_and_missed_no_longer_than_it_is_stopped() {
+    staged(
+        a_stopped_controlplane_is_named_in_time_to_everyone_and_missed_no_longer_than_it_is_stopped,
+        |world| {
+            let peer = Peer::start(world, "a", &[]);
+            assert!(get(world, &peer.services, "/leases").is_object());
+            let [controlplane] = world.processes("__controlplane")[..] else {
+                panic!("there is one controlplane");
+            };
+            let signal = |signal| nix::sys::signal::kill(nix::unistd::Pid::from_raw(controlplane), signal);
+            signal(Signal::SIGSTOP).unwrap();
+
+            let asked = Instant::now();
+            let (status, body) = ask(world, &peer.services, "/leases", None);
+            assert_eq!(status, 503, "{body}");
+            assert!(body.contains("does not answer"), "{body}");
+            let listed = world.try_vnetctl(&["pending", "list"]);
+            assert_eq!(listed.code, 1, "{listed:?}");
+            assert!(
+                listed.stderr.contains("it may be stopped (state T in ps)"),
+                "{listed:?}"
+            );
+            // One that comes meanwhile waits, with its sockets open.
+            let other = format!("unix://{}", world.runtime_dir().join("other.sock").display());
+            let mut other = Running::start(world.gvproxy(&["-ssh-port", "-1", "-listen-qemu", &other]));
+            other.complains("nothing is let out before the controlplane answers");
+            other.complains("waiting for clients");
+            assert!(asked.elapsed() < Duration::from_secs(30), "{:?}", asked.elapsed());
+
+            signal(Signal::SIGCONT).unwrap();
+            eventually("it answers again", || {
+                ask(world, &peer.services, "/leases", None).0 == 200
+            });
+            other.complains("msg=ready");
+        },
+    );
+}
 
 #[test]
 fn forwards_are_exposed_listed_and_ended_by_curl() {

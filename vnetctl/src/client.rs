@@ -269,14 +269,22 @@ impl Client {
 
     /// Whether it answers: not merely accepts, but serves.
     pub async fn answers(&self) -> bool {
-        let request = with_patience(
-            v1::ListVmsRequest {
-                page_size: 1,
-                ..Default::default()
-            },
-            READY_PATIENCE,
-        );
-        self.vms().list_vms(request).await.is_ok()
+        self.probe().await.is_ok()
+    }
+
+    /// Asks for next to nothing, and not for long.
+    ///
+    /// # Errors
+    /// What it refuses, or that it does not answer.
+    pub async fn probe(&self) -> Result<(), tonic::Status> {
+        let request = v1::ListVmsRequest {
+            page_size: 1,
+            ..Default::default()
+        };
+        self.vms()
+            .list_vms(with_patience(request, READY_PATIENCE))
+            .await
+            .map(drop)
     }
 }
 

@@ -9,10 +9,7 @@ use socket2::{Domain, Socket, Type};
 use vnet_proto::model::{ForwardListen, Protocol};
 
 use crate::forward::error::ForwardError;
-use crate::link::listen::{SocketFile, bind_private, found_at};
-
-/// Connections that wait to be accepted; the host may have a lower limit (listen(2), `somaxconn`).
-const BACKLOG: i32 = 1024;
+use crate::link::listen::{BACKLOG, SocketFile, bind_private, found_at};
 
 /// A socket that listens, non-blocking.
 #[derive(Debug)]

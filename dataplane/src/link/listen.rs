@@ -14,8 +14,9 @@ use socket2::{Domain, SockAddr, Socket, Type};
 use crate::config::ListenAt;
 use crate::link::stream::StreamSocket;
 
-/// Connections that wait to be accepted.
-const BACKLOG: i32 = 128;
+/// Connections that wait to be accepted, as many as Go's listeners let wait on Linux; the host may have a lower limit
+/// (listen(2), `somaxconn`). One more of a client that does not wait is refused (`EAGAIN`).
+pub(crate) const BACKLOG: i32 = 4096;
 /// Who may connect: the owner.
 const MODE: u32 = 0o600;
 
@@ -102,7 +103,7 @@ impl StreamListener {
     pub fn open(at: &ListenAt) -> io::Result<(Self, Option<SocketFile>)> {
         match at {
             ListenAt::Unix(path) => Self::at_path(path).map(|(listener, file)| (listener, Some(file))),
-            ListenAt::Tcp(address) => Ok((Self(std::net::TcpListener::bind(address)?.into()), None)),
+            ListenAt::Tcp(address) => Ok((Self(tcp(*address)?), None)),
             ListenAt::Vsock { cid, port } => Ok((Self(vsock(*cid, *port)?), None)),
             ListenAt::Fd(_) => Err(io::Error::new(
                 io::ErrorKind::InvalidInput,
@@ -196,6 +197,15 @@ impl RecordListener {
     pub fn accept(&self) -> io::Result<Socket> {
         self.0.accept().map(|(socket, _)| socket)
     }
+}
+
+fn tcp(address: SocketAddr) -> io::Result<Socket> {
+    let socket = Socket::new(Domain::for_address(address), Type::STREAM, None)?;
+    // Connections of an earlier listener that are not quite over are not in the way (socket(7)).
+    socket.set_reuse_address(true)?;
+    socket.bind(&address.into())?;
+    socket.listen(BACKLOG)?;
+    Ok(socket)
 }
 
 #[cfg(target_os = "linux")]
@@ -368,6 +378,28 @@ mod tests {
         client.write_all(b"x").unwrap();
         assert_eq!((&listener.accept().unwrap()).read(&mut [0; 2]).unwrap(), 1);
         assert!(StreamListener::open(&ListenAt::Fd(9)).is_err());
+    }
+
+    #[cfg(target_os = "linux")]
+    #[test]
+    fn many_may_connect_before_the_first_is_accepted() {
+        let at_most = std::fs::read_to_string("/proc/sys/net/core/somaxconn").unwrap();
+        let many = at_most.trim().parse::<usize>().unwrap().min(500);
+        let directory = Directory::new("many");
+        let path = directory.0.join("s");
+        let (_listener, _file) = StreamListener::at_path(&path).unwrap();
+        let address = SockAddr::unix(&path).unwrap();
+
+        let clients: Vec<_> = (0..many)
+            .map(|_| {
+                let client = Socket::new(Domain::UNIX, Type::STREAM, None).unwrap();
+                client.set_nonblocking(true).unwrap();
+                client.connect(&address).unwrap();
+                client
+            })
+            .collect();
+
+        assert_eq!(clients.len(), many);
     }
 
     /// Connections need a transport of vsock, as between VMs; without one, this much can be seen.

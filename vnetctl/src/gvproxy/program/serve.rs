@@ -6,7 +6,6 @@ use std::sync::Arc;
 
 use tokio::task::JoinSet;
 use vnet_proto::model::{ForwardListen, Protocol};
-use vnet_proto::v1;
 
 use super::attend::Watch;
 use super::front::{self, ServicesSocket, SshTunnels, Tunnels};
@@ -14,7 +13,6 @@ use super::notify::{Kind, Notification, Notifier};
 use super::pid::PidFile;
 use super::plan::Opened;
 use super::{Prepared, fatal, log, version};
-use crate::client::unary;
 use crate::cmd::attend::{command_line, has_session};
 use crate::cmd::treat::Treatment;
 use crate::failure::{Failure, describe, with_causes};
@@ -123,19 +121,16 @@ async fn run(prepared: Prepared, started_as: &mut Option<Dataplane>) -> Result<(
     settings.args.closed = socket.iter().filter_map(|socket| socket.tcp_address).collect();
     // The dataplane needs its sessions' listener from the start on.
     let client = connection.open().await?;
-    let asked = v1::ListVmsRequest {
-        page_size: 1,
-        ..Default::default()
-    };
     // One that does not answer now may do so later. One that refuses will refuse the dataplane, too.
-    if let Err(status) = client.vms().list_vms(unary(asked)).await
-        && status.code() == tonic::Code::PermissionDenied
-    {
-        let server = connection.server()?;
+    if let Err(status) = client.probe().await {
         let why = describe(&status);
-        return Err(Failure::Failed(format!(
-            "the controlplane at {server} refuses: {why}"
-        )));
+        if status.code() == tonic::Code::PermissionDenied {
+            let server = connection.server()?;
+            return Err(Failure::Failed(format!(
+                "the controlplane at {server} refuses: {why}"
+            )));
+        }
+        tracing::warn!("nothing is let out before the controlplane answers: {why}");
     }
     let dataplane = Dataplane::start(settings).map_err(|e| Failure::Failed(e.to_string()))?;
     let dataplane = started_as.insert(dataplane);
