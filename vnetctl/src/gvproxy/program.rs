@@ -13,6 +13,7 @@ pub mod notify;
 pub mod pid;
 pub mod plan;
 mod serve;
+pub mod words;
 
 use std::ffi::OsString;
 use std::io::{self, Write as _};
@@ -127,6 +128,11 @@ fn prepare(flags: &Flags) -> Result<Prepared, Failure> {
     let connection = Connection {
         named: own.server.as_ref().map(|given| -> Server { given.value.clone() }),
     };
+    let forwards_by = match flags.config {
+        Some(_) => "stack.forwards",
+        None => "-ssh-port",
+    };
+    plan.words.forwards(forwards_by);
     let settings = &mut plan.settings;
     settings.args.name = Some(dataplane_name(NAME)?);
     settings.args.controlplane = Some(session_url(&connection.server()?));
@@ -137,17 +143,15 @@ fn prepare(flags: &Flags) -> Result<Prepared, Failure> {
     };
     let mut problems = Vec::new();
     let Some(dataplane) = settings.check(false, &mut problems) else {
-        return Err(Failure::Failed(problems.join("\n  ")));
+        let told: Vec<_> = problems.iter().map(|problem| plan.words.of(problem)).collect();
+        return Err(Failure::Failed(told.join("\n  ")));
     };
     enough_descriptors(&dataplane)?;
     Ok(Prepared {
         loaded,
         vm,
         plan,
-        forwards_by: match flags.config {
-            Some(_) => "stack.forwards",
-            None => "-ssh-port",
-        },
+        forwards_by,
         token,
         connection,
     })

@@ -53,7 +53,7 @@ pub fn session_url(server: &Server) -> String {
 pub async fn controlplane(server: &Server) -> Result<Client, Failure> {
     let Server::Unix(socket) = server;
     let runtime_dir = socket.parent().unwrap_or(Path::new("/"));
-    paths::ensure_private_dir(runtime_dir).map_err(failed)?;
+    paths::ensure_private_dir(runtime_dir).map_err(|e| unusable("sockets", "XDG_RUNTIME_DIR", &e))?;
     let deadline = Instant::now() + START_PATIENCE;
     let _lock = lock(&runtime_dir.join(LOCK_FILE), deadline).await?;
 
@@ -137,7 +137,7 @@ impl Started {
 
 fn start(socket: &Path) -> Result<Started, Failure> {
     let state_dir = paths::state_dir().map_err(failed)?;
-    paths::ensure_private_dir(&state_dir).map_err(failed)?;
+    paths::ensure_private_dir(&state_dir).map_err(|e| unusable("state", "XDG_STATE_HOME", &e))?;
     let log_path = state_dir.join(LOG_FILE);
     let (stderr, log) = match open_log(&log_path) {
         Ok((file, from)) => (Stdio::from(file), Some((log_path, from))),
@@ -176,6 +176,21 @@ fn start(socket: &Path) -> Result<Started, Failure> {
         state_dir,
         log,
     })
+}
+
+/// What is said of a place of this user's that cannot be used: what it is for, and the variable that names another.
+fn unusable(what: &str, variable: &str, error: &paths::PathError) -> Failure {
+    let mut text = format!("the place for {what}: {}", with_causes(error));
+    if matches!(
+        error,
+        paths::PathError::Io { .. } | paths::PathError::Owner { .. }
+    ) {
+        let uid = nix::unistd::geteuid();
+        text.push_str(&format!(
+            " (let uid {uid} have it, or set {variable} to a directory of that user's)"
+        ));
+    }
+    Failure::Failed(safe(&text).into_owned())
 }
 
 /// What is said where another controlplane has the state: who that is, and what of the environment makes the

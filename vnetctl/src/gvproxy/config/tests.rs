@@ -65,7 +65,8 @@ fn shown(config: &Config) -> Value {
         mode,
         policy,
     } = config;
-    let path = |path: &Option<PathBuf>| path.as_ref().map(|path| path.display().to_string());
+    let path = |path: Option<&PathBuf>| path.map(|path| path.display().to_string());
+    let file = |given: &Option<Given<PathBuf>>| path(given.as_ref().map(|given| &given.value));
     let url = |endpoint: &Option<Endpoint>| endpoint.as_ref().map(ToString::to_string);
     let Interfaces {
         vpnkit,
@@ -94,7 +95,7 @@ fn shown(config: &Config) -> Value {
                 ("vpnkit", json!(url(vpnkit))),
                 ("qemu", json!(url(qemu))),
                 ("bess", json!(url(bess))),
-                ("stdio", json!(stdio.then_some("accept"))),
+                ("stdio", json!(stdio.as_ref().map(|_| "accept"))),
                 ("vfkit", json!(url(vfkit))),
             ]),
         ),
@@ -102,9 +103,9 @@ fn shown(config: &Config) -> Value {
             "forwards",
             json!(forwards.iter().map(forward).collect::<Vec<_>>()),
         ),
-        ("pid-file", json!(path(pid_file))),
-        ("log-file", json!(path(log_file))),
-        ("notification", json!(path(notification))),
+        ("pid-file", json!(file(pid_file))),
+        ("log-file", json!(file(log_file))),
+        ("notification", json!(path(notification.as_ref()))),
         ("mode", json!(mode.map(|mode| mode.to_string()))),
         (
             "policy",
@@ -172,7 +173,10 @@ fn shown_stack(stack: &Stack) -> Value {
     };
     said([
         ("debug", json!(debug)),
-        ("capture-file", json!(capture_file)),
+        (
+            "capture-file",
+            json!(capture_file.as_ref().map(|given| &given.value)),
+        ),
         ("mtu", json!(mtu_bytes)),
         ("subnet", json!(subnet.to_string())),
         ("gatewayIP", json!(gateway_ip)),

@@ -169,10 +169,14 @@ fn a_variable_wins_over_the_file_and_a_wrong_one_is_named() {
         own.unheard
     );
     assert!(
-        dangling[0].ends_with("gvproxy.yaml: it is a link to /nowhere/gvproxy.yaml, which is not there"),
+        dangling[0].ends_with("gvproxy.yaml: it is a link to /nowhere/gvproxy.yaml, which is not there; make that, or remove the link"),
         "{dangling:?}"
     );
-    assert!(pipe[0].ends_with("gvproxy.yaml: it is no file"), "{pipe:?}");
+    assert!(
+        pipe[0]
+            .ends_with("gvproxy.yaml: it is no file; remove it, or set XDG_CONFIG_HOME to another directory"),
+        "{pipe:?}"
+    );
     assert_eq!(open.len(), 1);
     assert!(
         open[0].ends_with("gvproxy.yaml: others may write it; run: chmod go-w on it"),
@@ -208,7 +212,7 @@ fn a_vm_is_named_after_its_socket_or_pid_file() {
         };
         let (mut config, _) = Config::resolve(&Flags::default(), FileConfig::default(), &host).unwrap();
         config.interfaces.qemu = qemu.map(|path| Endpoint::Unix(path.into()));
-        config.pid_file = pid.map(PathBuf::from);
+        config.pid_file = pid.map(|path| Given::flag("pid-file", PathBuf::from(path)));
         vm_name(&config)
     };
     for (socket, pid, name) in [

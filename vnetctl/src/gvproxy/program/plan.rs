@@ -5,6 +5,7 @@ use std::fmt::Write as _;
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 
+use super::words::Words;
 use crate::cmd::run::fnv1a;
 use crate::cmd::treat::Treatment;
 use crate::gvproxy::config::{Config, Endpoint, HostPort, LogLevel};
@@ -24,6 +25,8 @@ pub struct Plan {
     pub services: Option<ListenAt>,
     /// The forwards among its flags, in the configuration's words.
     pub forwards: Vec<Opened>,
+    /// What its flags are called by whoever typed gvproxy's.
+    pub words: Words,
     /// What a person should know, a line each.
     pub warnings: Vec<String>,
 }
@@ -58,10 +61,18 @@ pub fn plan(
     let mut problems = Vec::new();
     let stack = &config.stack;
     let interfaces = &config.interfaces;
-    let mut url = |at: &Option<Endpoint>| {
+    let mut words = Words::default();
+    if let Some(from) = &interfaces.stdio {
+        words.stdio(from);
+    }
+    let mut url = |flag: &'static str, at: &Option<Endpoint>| {
         let at = at.as_ref()?;
-        match socket_url(at, config.origins.get(at), resolve) {
-            Ok(url) => Some(url),
+        let from = config.origins.get(at);
+        match socket_url(at, from, resolve) {
+            Ok(url) => {
+                words.socket(flag, &url, at, named(at, from));
+                Some(url)
+            }
             Err(problem) => {
                 problems.push(problem);
                 None
@@ -81,19 +92,15 @@ pub fn plan(
             .iter()
             .map(|(key, value)| format!("{key}={value}"))
             .collect(),
-        listen_qemu: url(&interfaces.qemu).into_iter().collect(),
-        listen_vfkit: url(&interfaces.vfkit).into_iter().collect(),
-        listen_bess: url(&interfaces.bess).into_iter().collect(),
-        listen_vpnkit: url(&interfaces.vpnkit).into_iter().collect(),
-        listen_stdio: interfaces
-            .stdio
-            .then(|| "accept".to_owned())
-            .into_iter()
-            .collect(),
+        listen_qemu: url("--listen-qemu", &interfaces.qemu).into_iter().collect(),
+        listen_vfkit: url("--listen-vfkit", &interfaces.vfkit).into_iter().collect(),
+        listen_bess: url("--listen-bess", &interfaces.bess).into_iter().collect(),
+        listen_vpnkit: url("--listen-vpnkit", &interfaces.vpnkit).into_iter().collect(),
+        listen_stdio: interfaces.stdio.iter().map(|_| "accept".to_owned()).collect(),
         listen: config
             .listen
             .iter()
-            .filter_map(|at| url(&Some(at.clone())))
+            .filter_map(|at| url("--listen", &Some(at.clone())))
             .collect(),
         mtu: Some(stack.mtu_bytes.to_string()),
         subnet: Some(stack.subnet.to_string()),
@@ -193,6 +200,7 @@ pub fn plan(
             },
             services,
             forwards,
+            words,
             warnings,
         })
     } else {
@@ -645,7 +653,7 @@ stack:
         assert_eq!(plan.warnings, Vec::<String>::new());
         // What the front itself does is not in the plan.
         assert_eq!(
-            config.stack.capture_file.as_deref(),
+            config.stack.capture_file.as_ref().map(|given| &*given.value),
             Some(Path::new("/run/all.pcapng"))
         );
         assert_eq!(

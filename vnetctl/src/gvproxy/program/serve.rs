@@ -1,6 +1,9 @@
 //! From a checked configuration to a running network, until a signal or the end of what it stands on.
 
+use std::collections::HashMap;
+use std::io;
 use std::net::SocketAddr;
+use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
 
@@ -17,26 +20,28 @@ use super::{Prepared, fatal, log, version};
 use crate::client::unary;
 use crate::cmd::attend::{command_line, has_session};
 use crate::cmd::treat::Treatment;
-use crate::failure::{Failure, describe, with_causes};
+use crate::failure::{Failure, describe, how_to_write, with_causes};
 use crate::gvproxy;
+use crate::gvproxy::config::{Endpoint, SshForward};
+use crate::gvproxy::origin::{Given, Origin};
 use crate::gvproxy::services::{GuestApi, Services, ServicesConfig, policy_in_force};
 use crate::gvproxy::ssh::{self, Timing};
-use crate::launch::{Dataplane, DataplaneError, look_at_forward, open_pcap};
+use crate::launch::{Dataplane, DataplaneError, how_to_listen, look_at_forward, open_pcap};
 use crate::output::text::safe;
 use crate::signals::Ending;
 
 /// Runs it.
 pub(super) fn main(prepared: Prepared) -> ExitCode {
     let config = &prepared.loaded.config;
-    let file = match config.log_file.as_deref().map(log::open).transpose() {
+    let file = config.log_file.as_ref().map(|given| {
+        let opened = log::open(&given.value);
+        opened.map_err(|error| unwritable(given, "opened", &error))
+    });
+    let file = match file.transpose() {
         Ok(file) => file,
-        Err(error) => {
+        Err(failure) => {
             log::start(prepared.plan.log_level, None);
-            let path = config.log_file.as_ref().map(|path| path.display().to_string());
-            let path = path.unwrap_or_default();
-            return fatal(&Failure::Failed(format!(
-                "cannot open the log file {path}: {error}"
-            )));
+            return fatal(&failure);
         }
     };
     log::start(prepared.plan.log_level, file);
@@ -51,13 +56,52 @@ pub(super) fn main(prepared: Prepared) -> ExitCode {
     }
 }
 
+/// Why a file that a flag or a key names is none.
+fn unwritable(given: &Given<PathBuf>, done: &str, error: &io::Error) -> Failure {
+    let path = given.value.display();
+    let text = format!(
+        "{} {path} cannot be {done}: {error}{}",
+        given.from,
+        how_to_write(error)
+    );
+    Failure::Failed(safe(&text).into_owned())
+}
+
+/// Why a socket of the front's own is none.
+fn unopened(from: Option<&Origin>, at: &Endpoint, error: &io::Error) -> Failure {
+    let from = from.map_or_else(|| "-services".to_owned(), ToString::to_string);
+    let text = format!("{from} {at} cannot be opened{}: {error}", how_to_listen(error));
+    Failure::Failed(safe(&text).into_owned())
+}
+
+/// Why a forward over SSH is none: what asks for it, and what helps.
+fn unforwarded(
+    origins: &HashMap<Endpoint, Origin>,
+    forward: &SshForward,
+    error: &ssh::ForwardError,
+) -> Failure {
+    let from = origins.get(&Endpoint::Unix(forward.socket.clone()));
+    let from = from.map_or_else(|| "-forward-sock".to_owned(), ToString::to_string);
+    let remedy = match &*error.cause {
+        ssh::ForwardCause::Socket(ssh::SocketError::Io { source, .. }) => how_to_listen(source),
+        _ => "",
+    };
+    let remedy = remedy.trim_start_matches([',', ';', ' ']);
+    let remedy = if remedy.is_empty() {
+        String::new()
+    } else {
+        format!(" ({remedy})")
+    };
+    let text = format!("{from}: {}{remedy}", with_causes(error));
+    Failure::Failed(safe(&text).into_owned())
+}
+
 async fn serve(prepared: Prepared) -> Result<(), Failure> {
     let mut signals = Ending::open()?;
     let pid_file = match prepared.loaded.config.pid_file.clone() {
-        Some(path) => {
-            let shown = path.display().to_string();
-            let written = PidFile::write(path);
-            Some(written.map_err(|e| Failure::Failed(format!("cannot write the pid file {shown}: {e}")))?)
+        Some(given) => {
+            let written = PidFile::write(given.value.clone());
+            Some(written.map_err(|error| unwritable(&given, "written", &error))?)
         }
         None => None,
     };
@@ -92,11 +136,14 @@ async fn run(prepared: Prepared, started_as: &mut Option<Dataplane>) -> Result<(
     let policy = in_force(&settings.treatment);
     let is_restricted = settings.treatment.document.is_some() || settings.treatment.mode.is_some();
     let guests = settings.args.guest_api.then_some(GuestApi { token });
-    if let Some(path) = &config.stack.capture_file {
+    if let Some(Given { value: path, from }) = &config.stack.capture_file {
         let shown = path.display();
         let waiting = || tracing::info!("waiting for a reader of {shown}");
-        let opened = open_pcap(path, config.interfaces.stdio, waiting).await;
-        settings.pcap = Some(opened.map_err(|error| Failure::Failed(format!("-pcap {shown} {error}")))?);
+        let stdio = config.interfaces.stdio.as_ref().map(ToString::to_string);
+        let opened = open_pcap(path, stdio.as_deref(), waiting).await;
+        settings.pcap = Some(
+            opened.map_err(|error| Failure::Failed(safe(&format!("{from} {shown} {error}")).into_owned()))?,
+        );
     }
     // What cannot be is told in the words that it was asked for in. What takes a port from here on, the dataplane
     // tells.
@@ -115,8 +162,7 @@ async fn run(prepared: Prepared, started_as: &mut Option<Dataplane>) -> Result<(
     let socket = match (&plan.services, &config.services) {
         (Some(at), Some(shown)) => {
             let opened = ServicesSocket::open(at);
-            let opened = opened.map_err(|error| format!("-services {shown} cannot be opened: {error}"));
-            Some(opened.map_err(Failure::Failed)?)
+            Some(opened.map_err(|error| unopened(config.origins.get(shown), shown, &error))?)
         }
         _ => None,
     };
@@ -137,9 +183,11 @@ async fn run(prepared: Prepared, started_as: &mut Option<Dataplane>) -> Result<(
             "the controlplane at {server} refuses: {why}"
         )));
     }
-    let dataplane = Dataplane::start(settings).map_err(|e| Failure::Failed(e.to_string()))?;
+    let words = plan.words;
+    let in_words = |said: &dyn std::fmt::Display| Failure::Failed(words.of(&said.to_string()));
+    let dataplane = Dataplane::start(settings).map_err(|error| in_words(&error))?;
     let dataplane = started_as.insert(dataplane);
-    dataplane.listens().await?;
+    dataplane.listens().await.map_err(|failure| in_words(&failure))?;
     tracing::info!("waiting for clients...");
     for at in &config.listen {
         tracing::info!("listening {at}");
@@ -179,7 +227,7 @@ async fn run(prepared: Prepared, started_as: &mut Option<Dataplane>) -> Result<(
     for forward in &config.forwards {
         let tunnels = Arc::clone(&tunnels);
         let bound = ssh::Forward::bind(forward, sshd, tunnels, Timing::default());
-        let bound = bound.map_err(|error| Failure::Failed(with_causes(&error)))?;
+        let bound = bound.map_err(|error| unforwarded(&config.origins, forward, &error))?;
         over_ssh.spawn(bound.run());
     }
     let serving = front::serve(services, requests, socket);
@@ -209,8 +257,8 @@ async fn run(prepared: Prepared, started_as: &mut Option<Dataplane>) -> Result<(
     tokio::select! {
         error = dataplane.ended() => match error {
             // The guest of standard input is gone, and no other can come.
-            DataplaneError::Ended { status, .. } if status.success() && config.interfaces.stdio => Ok(()),
-            error => Err(Failure::Failed(error.to_string())),
+            DataplaneError::Ended { status, .. } if status.success() && config.interfaces.stdio.is_some() => Ok(()),
+            error => Err(in_words(&error)),
         },
         Err(error) = serving => Err(Failure::Failed(format!("the channel to the dataplane failed: {error}"))),
         Some(ended) = over_ssh.join_next() => Err(Failure::Failed(match ended {
