@@ -24,11 +24,12 @@ use std::process::ExitCode;
 use super::config::PolicySource;
 use super::flags::Flags;
 use super::load::{Loaded, load};
+use super::origin::Origin;
 use super::own::{self, Own};
-use super::services::Token;
+use super::services::{Token, TokenError};
 use crate::client::{Connection, Server};
 use crate::cmd::attend::dataplane_name;
-use crate::failure::{EXIT_FAILED, Failure, with_causes};
+use crate::failure::{EXIT_FAILED, Failure, how_to_read, with_causes};
 use crate::launch::{DataplaneLog, enough_descriptors, session_url};
 use crate::output::text::safe;
 use plan::Plan;
@@ -93,6 +94,8 @@ struct Prepared {
     /// What guests must show for the gateway's API.
     token: Option<Token>,
     connection: Connection,
+    /// What names its controlplane, if anything does.
+    server_by: Option<Origin>,
 }
 
 fn prepare(flags: &Flags) -> Result<Prepared, Failure> {
@@ -121,7 +124,13 @@ fn prepare(flags: &Flags) -> Result<Prepared, Failure> {
     let token = match &own.guest_api_token_file {
         Some(given) if plan.settings.args.guest_api => {
             let token = Token::read(&given.value);
-            Some(token.map_err(|error| Failure::Failed(format!("{}: {}", given.from, with_causes(&error))))?)
+            Some(token.map_err(|error| {
+                let remedy = match &error {
+                    TokenError::Read { source, .. } => how_to_read(source),
+                    _ => "",
+                };
+                Failure::Failed(format!("{}: {}{remedy}", given.from, with_causes(&error)))
+            })?)
         }
         _ => None,
     };
@@ -154,6 +163,7 @@ fn prepare(flags: &Flags) -> Result<Prepared, Failure> {
         forwards_by,
         token,
         connection,
+        server_by: own.server.map(|given| given.from),
     })
 }
 

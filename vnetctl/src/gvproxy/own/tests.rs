@@ -251,3 +251,17 @@ fn a_variable_that_is_nearly_one_of_ours_is_told_of() {
     );
     assert_eq!(told(&VARIABLES), [""; 0]);
 }
+
+#[test]
+fn a_file_that_may_not_be_read_is_not_passed_over_and_what_helps_is_told() {
+    let path = Path::new("/home/a/.config/vnet/gvproxy.yaml");
+    let told = unreadable(path, &io::Error::from_raw_os_error(libc::EACCES));
+    let uid = nix::unistd::geteuid();
+    assert_eq!(
+        told,
+        format!(
+            "cannot read /home/a/.config/vnet/gvproxy.yaml: Permission denied (os error 13) (it may hold a policy, and is \
+             not passed over: let uid {uid} read it, or set XDG_CONFIG_HOME to another directory)"
+        )
+    );
+}

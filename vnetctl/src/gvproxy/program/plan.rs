@@ -458,6 +458,49 @@ mod tests {
     }
 
     #[test]
+    fn what_the_dataplane_says_of_a_socket_is_told_as_it_was_asked_for() {
+        let own = Own::default();
+        let file =
+            "interfaces: {vfkit: \"unixgram:///run/v.sock\", stdio: x}\nlisten: [\"tcp://localhost:80\"]\n";
+        let words = planned("-config f.yaml", file, &own).unwrap().words;
+        let why = "cannot be opened: Permission denied (os error 13)";
+        for (said, told) in [
+            (
+                "--listen-vfkit unixgram:///run/v.sock",
+                "f.yaml:1:21: interfaces.vfkit unixgram:///run/v.sock",
+            ),
+            (
+                "--listen tcp://127.0.0.1:80",
+                "f.yaml:2:10: listen[0] tcp://localhost:80",
+            ),
+            ("--listen-stdio:", "f.yaml:1:54: interfaces.stdio:"),
+        ] {
+            assert_eq!(words.of(&format!("{said} {why}")), format!("{told} {why}"));
+        }
+        let line = "-listen-bess unixpacket:///run/b.sock -listen vsock://:1024 -listen-vfkit unixgram:///run/v%25.sock";
+        let plan = planned(line, "", &own).unwrap();
+        for (said, told) in [
+            (
+                "--listen-bess unixpacket:///run/b.sock",
+                "-listen-bess unixpacket:///run/b.sock",
+            ),
+            ("--listen vsock://:1024", "-listen vsock://:1024"),
+            (
+                "--listen-vfkit unixgram:///run/v%.sock",
+                "-listen-vfkit unixgram:///run/v%.sock",
+            ),
+        ] {
+            assert_eq!(plan.words.of(&format!("{said} {why}")), format!("{told} {why}"));
+        }
+        // As it is passed, with the name that it is given.
+        let url = &plan.settings.args.listen_vfkit[0];
+        assert_eq!(
+            plan.words.of(&format!("--listen-vfkit {url}: the path")),
+            "-listen-vfkit unixgram:///run/v%.sock: the path"
+        );
+    }
+
+    #[test]
     fn forwards_of_the_file_listen_where_it_says() {
         let file = "stack:\n  forwards:\n    \"localhost:80\": 192.168.127.2:8080\n    \"udp:[::1]:53\": 192.168.127.3:53\n    \":81\": 192.168.127.2:81\n";
 

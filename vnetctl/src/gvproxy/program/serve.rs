@@ -1,6 +1,5 @@
 //! From a checked configuration to a running network, until a signal or the end of what it stands on.
 
-use std::collections::HashMap;
 use std::io;
 use std::net::SocketAddr;
 use std::path::PathBuf;
@@ -20,12 +19,12 @@ use super::{Prepared, fatal, log, version};
 use crate::client::unary;
 use crate::cmd::attend::{command_line, has_session};
 use crate::cmd::treat::Treatment;
-use crate::failure::{Failure, describe, how_to_write, with_causes};
+use crate::failure::{Failure, describe, how_to_read, how_to_write, with_causes};
 use crate::gvproxy;
-use crate::gvproxy::config::{Endpoint, SshForward};
+use crate::gvproxy::config::Endpoint;
 use crate::gvproxy::origin::{Given, Origin};
 use crate::gvproxy::services::{GuestApi, Services, ServicesConfig, policy_in_force};
-use crate::gvproxy::ssh::{self, Timing};
+use crate::gvproxy::ssh::{self, IdentityCause, IdentityError, SocketError, Timing};
 use crate::launch::{Dataplane, DataplaneError, how_to_listen, look_at_forward, open_pcap};
 use crate::output::text::safe;
 use crate::signals::Ending;
@@ -75,22 +74,19 @@ fn unopened(from: Option<&Origin>, at: &Endpoint, error: &io::Error) -> Failure 
 }
 
 /// Why a forward over SSH is none: what asks for it, and what helps.
-fn unforwarded(
-    origins: &HashMap<Endpoint, Origin>,
-    forward: &SshForward,
-    error: &ssh::ForwardError,
-) -> Failure {
-    let from = origins.get(&Endpoint::Unix(forward.socket.clone()));
-    let from = from.map_or_else(|| "-forward-sock".to_owned(), ToString::to_string);
-    let remedy = match &*error.cause {
-        ssh::ForwardCause::Socket(ssh::SocketError::Io { source, .. }) => how_to_listen(source),
-        _ => "",
+fn unforwarded(from: Option<&Origin>, error: &ssh::ForwardError) -> Failure {
+    let from = match (from, &*error.cause) {
+        (Some(Origin::Flag(_)), ssh::ForwardCause::Identity(_)) => "-forward-identity".to_owned(),
+        (Some(from), _) => from.to_string(),
+        (None, _) => "forwards".to_owned(),
     };
-    let remedy = remedy.trim_start_matches([',', ';', ' ']);
-    let remedy = if remedy.is_empty() {
-        String::new()
-    } else {
-        format!(" ({remedy})")
+    let remedy = match &*error.cause {
+        ssh::ForwardCause::Socket(SocketError::Io { source, .. }) => how_to_write(source),
+        ssh::ForwardCause::Identity(IdentityError {
+            cause: IdentityCause::Read(source),
+            ..
+        }) => how_to_read(source),
+        _ => "",
     };
     let text = format!("{from}: {}{remedy}", with_causes(error));
     Failure::Failed(safe(&text).into_owned())
@@ -129,6 +125,7 @@ async fn run(prepared: Prepared, started_as: &mut Option<Dataplane>) -> Result<(
         forwards_by,
         token,
         connection,
+        server_by,
     } = prepared;
     let config = loaded.config;
     let mut settings = plan.settings;
@@ -168,7 +165,11 @@ async fn run(prepared: Prepared, started_as: &mut Option<Dataplane>) -> Result<(
     };
     settings.args.closed = socket.iter().filter_map(|socket| socket.tcp_address).collect();
     // The dataplane needs its sessions' listener from the start on.
-    let client = connection.open().await?;
+    let opened = connection.open().await;
+    let client = opened.map_err(|failure| match server_by {
+        Some(from) => Failure::Failed(format!("{from}: {failure}")),
+        None => failure,
+    })?;
     let asked = v1::ListVmsRequest {
         page_size: 1,
         ..Default::default()
@@ -227,7 +228,12 @@ async fn run(prepared: Prepared, started_as: &mut Option<Dataplane>) -> Result<(
     for forward in &config.forwards {
         let tunnels = Arc::clone(&tunnels);
         let bound = ssh::Forward::bind(forward, sshd, tunnels, Timing::default());
-        let bound = bound.map_err(|error| unforwarded(&config.origins, forward, &error))?;
+        let bound = bound.map_err(|error| {
+            unforwarded(
+                config.origins.get(&Endpoint::Unix(forward.socket.clone())),
+                &error,
+            )
+        })?;
         over_ssh.spawn(bound.run());
     }
     let serving = front::serve(services, requests, socket);
@@ -282,5 +288,103 @@ fn in_force(treatment: &Treatment) -> String {
     match given.is_empty() {
         true => "none given".to_owned(),
         false => given.join(", "),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use super::*;
+    use crate::gvproxy::origin::Place;
+
+    fn key(path: &str) -> Origin {
+        Origin::Key {
+            path: path.to_owned(),
+            place: Place {
+                file: "c.yaml".into(),
+                line: 2,
+                column: 11,
+            },
+        }
+    }
+
+    fn denied() -> io::Error {
+        io::Error::from_raw_os_error(libc::EACCES)
+    }
+
+    #[test]
+    fn a_file_that_cannot_be_written_is_told_as_it_was_named_with_what_helps() {
+        let flag = Given::flag("pid-file", PathBuf::from("/root/gv.pid"));
+        assert_eq!(
+            unwritable(&flag, "written", &denied()).to_string(),
+            "-pid-file /root/gv.pid cannot be written: Permission denied (os error 13) (write where this user may)"
+        );
+        let of_the_file = Given {
+            value: PathBuf::from("/root/gv.log"),
+            from: key("log-file"),
+        };
+        assert_eq!(
+            unwritable(&of_the_file, "opened", &denied()).to_string(),
+            "c.yaml:2:11: log-file /root/gv.log cannot be opened: Permission denied (os error 13) (write where this user \
+             may)"
+        );
+        // What is not the system's error says itself what helps.
+        let own = io::Error::other("it is a pipe that nobody reads (start its reader first)");
+        assert_eq!(
+            unwritable(&flag, "written", &own).to_string(),
+            "-pid-file /root/gv.pid cannot be written: it is a pipe that nobody reads (start its reader first)"
+        );
+    }
+
+    #[test]
+    fn a_socket_of_the_services_is_told_as_it_was_named_with_what_helps() {
+        let at = Endpoint::Unix(PathBuf::from("/root/s.sock"));
+        let told = |from: Option<Origin>| unopened(from.as_ref(), &at, &denied()).to_string();
+        let why = "unix:///root/s.sock cannot be opened; listen where this user may: Permission denied (os error 13)";
+        assert_eq!(told(Some(Origin::Flag("services"))), format!("-services {why}"));
+        assert_eq!(
+            told(Some(key("services"))),
+            format!("c.yaml:2:11: services {why}")
+        );
+    }
+
+    #[test]
+    fn a_forward_over_ssh_is_told_as_it_was_asked_for_with_what_helps() {
+        let told = |from: Origin, cause: ssh::ForwardCause| {
+            let error = ssh::ForwardError {
+                socket: "/root/f.sock".into(),
+                cause: Box::new(cause),
+            };
+            unforwarded(Some(&from), &error).to_string()
+        };
+        let flag = || Origin::Flag("forward-sock");
+        let socket = || SocketError::Io {
+            path: "/root/f.sock".into(),
+            step: "bind",
+            source: denied(),
+        };
+        for (from, named) in [
+            (flag(), "-forward-sock"),
+            (key("forwards[0].socket"), "c.yaml:2:11: forwards[0].socket"),
+        ] {
+            let text = told(from, socket().into());
+            assert!(
+                text.starts_with(&format!(
+                    "{named}: SSH forward /root/f.sock: listen unix /root/f.sock: bind: "
+                )),
+                "{text}"
+            );
+            assert!(text.ends_with(" (write where this user may)"), "{text}");
+        }
+        let identity = IdentityError {
+            path: Path::new("/root/key").to_owned(),
+            cause: IdentityCause::Read(denied()),
+        };
+        assert_eq!(
+            told(flag(), identity.into()),
+            "-forward-identity: SSH forward /root/f.sock: identity /root/key: cannot be read: Permission denied (os \
+             error 13) (let this user read it, or name another)"
+        );
     }
 }
