@@ -278,13 +278,14 @@ impl Config {
         };
         let pid_file = path("pid-file", &flags.pid_file, file.pid_file);
         let log_file = path("log-file", &flags.log_file, file.log_file);
+        let forwards = check.ssh_forwards(flags, file.forwards);
         let config = Self {
             listen,
             origins: std::mem::take(&mut check.listeners),
             services,
             log_level,
             interfaces,
-            forwards: check.ssh_forwards(flags, file.forwards),
+            forwards,
             pid_file,
             log_file,
             notification: check.notification(flags, file.notification),

@@ -283,6 +283,28 @@ fn a_directory_that_is_not_there_is_named_with_what_makes_it() {
 }
 
 #[test]
+fn a_socket_over_ssh_is_known_by_what_asks_for_it_and_has_its_place_alone() {
+    let words = |sock: &str, listen: &str| -> Vec<String> {
+        let line = format!(
+            "-forward-sock {sock} -forward-dest /d -forward-user u -forward-identity /k -listen unix://{listen}"
+        );
+        line.split(' ').map(str::to_owned).collect()
+    };
+    let files = || Files(vec!["/k".into()]);
+
+    let (config, _) = files().resolve(&words("/run/f", "/run/l"), "", &[]).unwrap();
+    let problems = files().resolve(&words("/run/f", "/run/f"), "", &[]).unwrap_err();
+
+    let origin = |path: &str| config.origins.get(&Endpoint::Unix(path.into()));
+    assert_eq!(origin("/run/f"), Some(&Origin::Flag("forward-sock")));
+    assert_eq!(origin("/run/l"), Some(&Origin::Flag("listen")));
+    assert_eq!(
+        problems,
+        ["-forward-sock unix:///run/f: -listen listens there too; give each a place of its own"]
+    );
+}
+
+#[test]
 fn forwards_are_taken_up_to_their_limit() {
     use crate::launch::FORWARDS_MAX;
 

@@ -477,12 +477,13 @@ mod tests {
         ] {
             assert_eq!(words.of(&format!("{said} {why}")), format!("{told} {why}"));
         }
-        let line = "-listen-bess unixpacket:///run/b.sock -listen vsock://:1024 -listen-vfkit unixgram:///run/v%25.sock";
+        let line =
+            "-listen-bess unixpacket:///b.sock -listen vsock://:1024 -listen-vfkit unixgram:///run/v%25.sock";
         let plan = planned(line, "", &own).unwrap();
         for (said, told) in [
             (
-                "--listen-bess unixpacket:///run/b.sock",
-                "-listen-bess unixpacket:///run/b.sock",
+                "--listen-bess unixpacket:///b.sock",
+                "-listen-bess unixpacket:///b.sock",
             ),
             ("--listen vsock://:1024", "-listen vsock://:1024"),
             (

@@ -326,8 +326,8 @@ mod tests {
         };
         assert_eq!(
             unwritable(&of_the_file, "opened", &denied()).to_string(),
-            "c.yaml:2:11: log-file /root/gv.log cannot be opened: Permission denied (os error 13) (write where this user \
-             may)"
+            "c.yaml:2:11: log-file /root/gv.log cannot be opened: Permission denied (os error 13) (write where this \
+             user may)"
         );
         // What is not the system's error says itself what helps.
         let own = io::Error::other("it is a pipe that nobody reads (start its reader first)");
