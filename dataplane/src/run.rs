@@ -33,7 +33,7 @@ use crate::inherit;
 use crate::leases::{LEASE_TIME, LeaseConfig, Leases};
 use crate::link::Link;
 use crate::link::door::GRACE;
-use crate::link::listen::{RecordListener, SocketFile, StreamListener};
+use crate::link::listen::{RecordListener, SocketFile, StreamListener, remedy};
 use crate::link::packet::{PacketKind, PacketLink};
 use crate::link::stream::{StreamKind, StreamLink, StreamSocket};
 use crate::link::vpnkit::Answers;
@@ -84,9 +84,11 @@ pub enum RunError {
     #[error("--listen-stdio: standard input and output cannot be a guest's (expected a pipe or socket each)")]
     Stdio(#[source] io::Error),
     /// A guest socket cannot be opened.
-    #[error("VM socket {at} cannot be opened{}", remedy(.source))]
+    #[error("{flag} {at} cannot be opened{}", remedy(.source))]
     Listen {
-        /// Which.
+        /// The flag that asks for it.
+        flag: &'static str,
+        /// Its URL, without parameters.
         at: String,
         /// The system's word.
         #[source]
@@ -116,16 +118,6 @@ pub enum RunError {
     /// The session ended for good.
     #[error(transparent)]
     Session(SessionEnd),
-}
-
-/// What helps where a socket cannot be opened.
-fn remedy(error: &io::Error) -> &'static str {
-    match error.kind() {
-        io::ErrorKind::AddrInUse => ", as something listens there; stop it, or listen elsewhere",
-        io::ErrorKind::NotFound => ", as its directory is not there; make it, or listen elsewhere",
-        io::ErrorKind::PermissionDenied => "; listen where this user may",
-        _ => "",
-    }
 }
 
 /// The program `vnet-dataplane`, from its flags to its exit status: 0 done, 1 failed, 2 usage.
@@ -486,7 +478,8 @@ fn open_listeners(
         }
         files.extend(
             open_listener(config, listener, network, guards, asked).map_err(|source| RunError::Listen {
-                at: listener.at.to_string(),
+                flag: listener.transport.flag(),
+                at: listener.url(),
                 source,
             })?,
         );

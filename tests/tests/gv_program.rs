@@ -440,7 +440,7 @@ fn the_dataplanes_error_is_told_once() {
         let url = "unix:///proc/q.sock";
         let gvproxy = Running::start(world.gvproxy(&["-ssh-port", "-1", "-listen-qemu", url])).wait();
         assert_eq!(gvproxy.code, 1, "{gvproxy:?}");
-        let told = "level=fatal msg=\"VM socket /proc/q.sock cannot be opened";
+        let told = "level=fatal msg=\"-listen-qemu unix:///proc/q.sock cannot be opened";
         assert!(gvproxy.stderr.contains(told), "{gvproxy:?}");
         assert_eq!(
             gvproxy.stderr.matches("level=info").count(),
@@ -451,7 +451,7 @@ fn the_dataplanes_error_is_told_once() {
         let up = world.try_vnetctl(&["up", "--listen-qemu", url]);
         assert!(
             up.stderr
-                .starts_with("error: VM socket /proc/q.sock cannot be opened"),
+                .starts_with("error: --listen-qemu unix:///proc/q.sock cannot be opened"),
             "{up:?}"
         );
         assert_eq!((up.code, up.stderr.lines().count()), (1, 1), "{up:?}");

@@ -350,7 +350,7 @@ fn how_to_start(path: &Path) -> String {
     let path = path.display();
     format!(
         "start one with: vnet-controlplane --listen unix://{path}\n  \
-         or leave --server and VNET_SERVER out: vnetctl then uses your own, and starts it when needed"
+         or name none: your own is used then, and started when needed"
     )
 }
 

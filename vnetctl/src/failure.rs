@@ -44,6 +44,34 @@ pub fn with_causes(error: &dyn std::error::Error) -> String {
     WithCauses(error).to_string()
 }
 
+/// What helps where the system does not let a file be made or written; nothing where it is not the system's error.
+pub fn how_to_write(error: &io::Error) -> &'static str {
+    if error.raw_os_error().is_none() {
+        return "";
+    }
+    match error.kind() {
+        io::ErrorKind::NotFound => " (make its directory, or write elsewhere)",
+        io::ErrorKind::NotADirectory => " (a file stands where its directory should; write elsewhere)",
+        io::ErrorKind::IsADirectory => " (name a file)",
+        io::ErrorKind::PermissionDenied | io::ErrorKind::ReadOnlyFilesystem => " (write where this user may)",
+        io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => " (make room, or write elsewhere)",
+        _ => "",
+    }
+}
+
+/// What helps where the system does not let a file be read; nothing where it is not the system's error.
+pub fn how_to_read(error: &io::Error) -> &'static str {
+    if error.raw_os_error().is_none() {
+        return "";
+    }
+    match error.kind() {
+        io::ErrorKind::NotFound | io::ErrorKind::NotADirectory => " (name one that is there)",
+        io::ErrorKind::IsADirectory => " (name a file)",
+        io::ErrorKind::PermissionDenied => " (let this user read it, or name another)",
+        _ => "",
+    }
+}
+
 impl Failure {
     /// The process's exit code.
     pub fn exit_code(&self) -> u8 {

@@ -182,13 +182,17 @@ impl Api {
             _ => return refusal,
         };
         let listen = error.listen.parse().ok();
-        let Some(other) = listen.and_then(|listen| self.other_at(protocol, &listen)) else {
+        let Some(other) = listen.as_ref().and_then(|listen| self.other_at(protocol, listen)) else {
             return refusal;
+        };
+        let elsewhere = match listen {
+            Some(ForwardListen::Unix(_)) => "forward from another path",
+            _ => "forward another port",
         };
         Refusal::Dataplane {
             code,
             text: format!(
-                "{protocol} {} is already in use by network {}'s forward from {} to {}; close it or forward another port",
+                "{protocol} {} is already in use by network {}'s forward from {} to {}; close it or {elsewhere}",
                 error.listen, other.network, other.listen, other.target
             ),
             listen: Some(error),

@@ -20,6 +20,10 @@ const DEPTH_MAX: usize = 32;
 const WRITTEN_MAX: usize = 80;
 /// Uses of aliases.
 const ALIASES_MAX: usize = 1_000;
+/// What aliases may stand for, all of them together: values, and beginnings and ends of lists and mappings. Each costs
+/// microseconds, so that a small document that asks for millions is soon refused; a list of thousands of names may
+/// stand in several rules.
+pub const ALIASED_MAX: usize = 20_000;
 
 /// A value and its place.
 #[derive(Debug, Clone)]
@@ -143,7 +147,7 @@ pub fn read(document: &str, merge_keys: MergeKeys) -> Result<Node, NotYaml> {
             max_documents: 1,
         },
         alias_limits: serde_saphyr::alias_limits! {
-            max_total_replayed_events: NODES_MAX,
+            max_total_replayed_events: ALIASED_MAX,
             max_replay_stack_depth: DEPTH_MAX,
         },
     };
@@ -161,13 +165,18 @@ pub fn read(document: &str, merge_keys: MergeKeys) -> Result<Node, NotYaml> {
         })
 }
 
+// What is told of it.
+const _: () = assert!(ALIASED_MAX == 20_000);
+
 /// The parser's words for its limits and options, in ours.
 fn plain(text: &str) -> &str {
     if text.contains("Documents {") || text.contains("multiple YAML documents") {
         "there is more than one document (expected one; remove the line --- here and what follows it)"
     } else if text.contains("merge keys") {
         "merge keys (<<) are not taken; write the keys out"
-    } else if ["budget breached", "alias replay limit", "recursion limit"]
+    } else if text.contains("alias replay limit") {
+        "too many values or aliases: its aliases stand for more than 20000 values (write them out)"
+    } else if ["budget breached", "recursion limit"]
         .iter()
         .any(|limit| text.contains(limit))
     {

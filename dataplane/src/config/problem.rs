@@ -76,7 +76,7 @@ pub enum Problem {
     },
     #[error("{flag} {found}: name= is not a name (expected 1 to 63 of letters, digits, '.', '_' and '-')")]
     UrlName { flag: &'static str, found: String },
-    #[error("{flag} {found}: another --listen flag listens there too")]
+    #[error("{flag} {found}: another flag listens there too; give each a place of its own")]
     ListenTwice { flag: &'static str, found: String },
     #[error(
         "no guest can attach: give one of --listen, --listen-qemu, --listen-vfkit, --listen-bess, --listen-vpnkit \

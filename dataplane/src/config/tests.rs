@@ -523,7 +523,7 @@ fn bad_flags_are_refused_in_these_words() {
         ),
         (
             &["--listen", "unix:///run/q.sock"],
-            "--listen unix:///run/q.sock: another --listen flag listens there too",
+            "--listen unix:///run/q.sock: another flag listens there too; give each a place of its own",
         ),
         (
             &["--listen-bess", "unix:///a"],
@@ -535,7 +535,7 @@ fn bad_flags_are_refused_in_these_words() {
         ),
         (
             &["--listen-vpnkit", "unix:///run/q.sock"],
-            "--listen-vpnkit unix:///run/q.sock: another --listen flag listens there too",
+            "--listen-vpnkit unix:///run/q.sock: another flag listens there too; give each a place of its own",
         ),
         (
             &["--listen-stdio", ""],
@@ -644,7 +644,7 @@ fn bad_flags_are_refused_in_these_words() {
         ),
         (
             &["--listen-qemu", "unix:///run/q.sock?name=x"],
-            "--listen-qemu unix:///run/q.sock?name=x: another --listen flag listens there too",
+            "--listen-qemu unix:///run/q.sock?name=x: another flag listens there too; give each a place of its own",
         ),
         (
             &["--mtu", "575"],

@@ -72,7 +72,9 @@ pub enum Upstreams {
 #[derive(Debug, thiserror::Error)]
 pub enum ResolveError {
     /// There is nobody to ask.
-    #[error("no DNS server is configured; give one with --dns or in the host's resolv.conf")]
+    #[error(
+        "no DNS server is configured; give one in the host's resolv.conf (vnet-dataplane and vnetctl up take --dns, too)"
+    )]
     NoServers,
     /// Too many questions of this guest are under way.
     #[error("{0} DNS questions of this guest are under way already")]

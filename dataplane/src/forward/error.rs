@@ -12,7 +12,7 @@ use crate::forward::holder::Holder;
 #[derive(Debug, thiserror::Error)]
 pub enum ForwardError {
     /// Something listens there already: another forward, or another program.
-    #[error("{protocol} {listen} is already in use{}; close what listens there or forward another port", by_whom(.by))]
+    #[error("{protocol} {listen} is already in use{}; close what listens there or {}", by_whom(.by), elsewhere(.listen))]
     InUse {
         /// TCP or UDP.
         protocol: Protocol,
@@ -117,6 +117,13 @@ pub enum ForwardError {
         /// The limit.
         limit: usize,
     },
+}
+
+fn elsewhere(listen: &ForwardListen) -> &'static str {
+    match listen {
+        ForwardListen::Address(_) => "forward another port",
+        ForwardListen::Unix(_) => "forward from another path",
+    }
 }
 
 fn by_whom(holder: &Option<Holder>) -> String {

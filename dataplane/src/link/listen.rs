@@ -20,6 +20,18 @@ pub(crate) const BACKLOG: i32 = 4096;
 /// Who may connect: the owner.
 const MODE: u32 = 0o600;
 
+/// What helps where a socket cannot be opened, to stand between that and the error.
+pub fn remedy(error: &io::Error) -> &'static str {
+    match error.kind() {
+        io::ErrorKind::AddrInUse => ", as something listens there; stop it, or listen elsewhere",
+        io::ErrorKind::AddrNotAvailable => ", as this host has no such address; listen at another",
+        io::ErrorKind::NotFound => ", as its directory is not there; make it, or listen elsewhere",
+        io::ErrorKind::NotADirectory => ", as a file stands where its directory should; listen elsewhere",
+        io::ErrorKind::PermissionDenied | io::ErrorKind::ReadOnlyFilesystem => "; listen where this user may",
+        _ => "",
+    }
+}
+
 /// A socket in the file system. Dropping this removes it, if what is at its path still is that socket, or the one
 /// that was put in its place.
 #[derive(Debug)]

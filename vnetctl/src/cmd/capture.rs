@@ -75,7 +75,7 @@ impl CaptureArgs {
             let opened = tokio::select! {
                 _ = interrupt.recv() => return Ok(()),
                 _ = terminate.recv() => return Ok(()),
-                opened = open_pcap(&self.write, false, waiting) => opened,
+                opened = open_pcap(&self.write, None, waiting) => opened,
             };
             let failed = |error| Failure::Failed(safe(&format!("{shown} {error}")).into_owned());
             Box::new(File::from(opened.map_err(failed)?))

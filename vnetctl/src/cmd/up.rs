@@ -107,7 +107,8 @@ async fn serve(
     let mut ending = Ending::open()?;
     if let Some(path) = pcap {
         let waiting = || output::say(safe(&format!("vnet: waiting for a reader of {}", path.display())));
-        let opened = open_pcap(&path, config.stdio.is_some(), waiting);
+        let stdio = config.stdio.as_ref().map(|_| "--listen-stdio");
+        let opened = open_pcap(&path, stdio, waiting);
         settings.pcap = tokio::select! {
             () = ending.next() => return Ok(()),
             opened = opened => Some(opened.map_err(|error| {

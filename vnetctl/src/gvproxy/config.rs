@@ -43,7 +43,7 @@ const TOLD_MAX: usize = 100;
 pub struct Config {
     /// Sockets with the services API and `/connect`.
     pub listen: Vec<Endpoint>,
-    /// What asks for each socket of `listen`, `services` and `interfaces`.
+    /// What asks for each socket of `listen`, `services`, `interfaces` and `forwards`.
     pub origins: HashMap<Endpoint, Origin>,
     /// A socket with the services API alone.
     pub services: Option<Endpoint>,
@@ -56,9 +56,9 @@ pub struct Config {
     /// Sockets of the host that lead to some of the guest, over SSH.
     pub forwards: Vec<SshForward>,
     /// Where the process's id is written.
-    pub pid_file: Option<PathBuf>,
+    pub pid_file: Option<Given<PathBuf>>,
     /// Where the log is written, rather than to stderr.
-    pub log_file: Option<PathBuf>,
+    pub log_file: Option<Given<PathBuf>>,
     /// The path of a socket that is told what happens.
     pub notification: Option<PathBuf>,
     /// The guests' mode: `ask` for `-secure-mode`, `block` for `stack.blockAllOutbound`.
@@ -73,7 +73,7 @@ pub struct Stack {
     /// Whether level `debug` is logged.
     pub debug: bool,
     /// Where packets are captured.
-    pub capture_file: Option<PathBuf>,
+    pub capture_file: Option<Given<PathBuf>>,
     /// MTU of guests' links.
     pub mtu_bytes: u16,
     /// Subnet of the guests, without host bits.
@@ -148,8 +148,8 @@ pub struct Interfaces {
     pub qemu: Option<Endpoint>,
     /// User Mode Linux's and BESS's.
     pub bess: Option<Endpoint>,
-    /// Whether a guest is served on stdin and stdout.
-    pub stdio: bool,
+    /// What asks for a guest on stdin and stdout, if anything does.
+    pub stdio: Option<Origin>,
     /// vfkit's and krunkit's.
     pub vfkit: Option<Endpoint>,
 }
@@ -265,7 +265,7 @@ impl Config {
             over("listen-qemu", &flags.listen_qemu, keys.qemu),
             over("listen-bess", &flags.listen_bess, keys.bess),
             over("listen-vfkit", &flags.listen_vfkit, keys.vfkit),
-            stdio.is_some(),
+            stdio.map(|given| given.from),
         );
         if listen.is_empty() && interfaces == Interfaces::default() {
             check.warnings.push(Warning::NoLink);
@@ -273,18 +273,19 @@ impl Config {
         let mut path = |name, flag: &Option<PathBuf>, key: Option<Given<String>>| {
             let flag = flag.clone().map(|value| Given::flag(name, value));
             let given = flag.or_else(|| key.map(|key| key.map(PathBuf::from)))?;
-            check.directory(given.from, &given.value);
-            Some(given.value)
+            check.directory(given.from.clone(), &given.value);
+            Some(given)
         };
         let pid_file = path("pid-file", &flags.pid_file, file.pid_file);
         let log_file = path("log-file", &flags.log_file, file.log_file);
+        let forwards = check.ssh_forwards(flags, file.forwards);
         let config = Self {
             listen,
             origins: std::mem::take(&mut check.listeners),
             services,
             log_level,
             interfaces,
-            forwards: check.ssh_forwards(flags, file.forwards),
+            forwards,
             pid_file,
             log_file,
             notification: check.notification(flags, file.notification),
@@ -421,7 +422,7 @@ impl Check<'_> {
         qemu: Option<Given<String>>,
         bess: Option<Given<String>>,
         vfkit: Option<Given<String>>,
-        stdio: bool,
+        stdio: Option<Origin>,
     ) -> Interfaces {
         for (one, other) in [(&vpnkit, &qemu), (&vpnkit, &bess), (&qemu, &bess)] {
             if let (Some(one), Some(other)) = (one, other) {

@@ -11,7 +11,7 @@ use super::Config;
 use super::config::{Host, PolicySource, Problem, Warning};
 use super::flags::Flags;
 use super::yaml::{FILE_BYTES_MAX, FileConfig};
-use crate::failure::Failure;
+use crate::failure::{Failure, how_to_read};
 use crate::launch::{self, Document};
 use crate::output::text::safe;
 
@@ -35,8 +35,12 @@ pub fn load(flags: &Flags, search_domains: &[Name]) -> Result<Loaded, Failure> {
     let (file, findings) = match &flags.config {
         Some(path) => {
             let shown = path.display().to_string();
-            let text = read_bounded(path)
-                .map_err(|error| failed([format!("cannot read the configuration {shown}: {error}")]))?;
+            let text = read_bounded(path).map_err(|error| {
+                failed([format!(
+                    "-config {shown} cannot be read: {error}{}",
+                    how_to_read(&error)
+                )])
+            })?;
             FileConfig::parse(&shown, &text, flags.strict).map_err(failed)?
         }
         None => Default::default(),
@@ -65,7 +69,11 @@ pub fn load(flags: &Flags, search_domains: &[Name]) -> Result<Loaded, Failure> {
         warnings,
     };
     if let Some(source) = loaded.config.policy.clone() {
-        loaded.take_policy(&source)?;
+        let policy = read_policy(&source).map_err(|failure| match &source {
+            PolicySource::File(_) => Failure::Failed(format!("-network-policy: {failure}")),
+            PolicySource::Inline { .. } => failure,
+        })?;
+        loaded.check_policy(policy)?;
     }
     Ok(loaded)
 }
@@ -76,7 +84,10 @@ impl Loaded {
     /// # Errors
     /// Everything that is wrong with it, a line each.
     pub fn take_policy(&mut self, source: &PolicySource) -> Result<(), Failure> {
-        let policy = read_policy(source)?;
+        self.check_policy(read_policy(source)?)
+    }
+
+    fn check_policy(&mut self, policy: Document) -> Result<(), Failure> {
         let found = launch::check_own(Some(&policy), &[])?;
         self.warnings
             .extend(launch::warning_lines(&policy.source, &found));
@@ -264,19 +275,20 @@ mod tests {
         for (arguments, expected) in [
             (
                 &["-config=DIR/none.yaml"][..],
-                "cannot read the configuration DIR/none.yaml: No such file",
+                "-config DIR/none.yaml cannot be read: No such file or directory (os error 2) (name one that is there)",
             ),
             (
                 &["-config=DIR"],
-                "cannot read the configuration DIR: Is a directory",
+                "-config DIR cannot be read: Is a directory (os error 21) (name a file)",
             ),
             (
                 &["-network-policy=DIR/none.yaml"],
-                "cannot read policy DIR/none.yaml: No such file",
+                "-network-policy: cannot read policy DIR/none.yaml: No such file or directory (os error 2) (name one that is \
+                 there)",
             ),
             (
                 &["-network-policy=DIR/empty.yaml"],
-                "DIR/empty.yaml: the document is empty",
+                "-network-policy: DIR/empty.yaml: the document is empty",
             ),
             (
                 &["-strict", "-config=DIR/c.yaml"],

@@ -6,6 +6,7 @@
 
 use std::collections::BTreeMap;
 use std::ffi::OsString;
+use std::fmt::Write as _;
 use std::fs::File;
 use std::io::{self, Read as _};
 use std::os::unix::fs::{MetadataExt as _, OpenOptionsExt as _};
@@ -121,7 +122,7 @@ pub fn vm_name(config: &Config) -> String {
         .chain(&config.listen)
         .filter_map(|at| at.path());
     sockets
-        .chain(config.pid_file.as_deref())
+        .chain(config.pid_file.as_ref().map(|given| given.value.as_path()))
         .find_map(name_of)
         .unwrap_or_else(|| "vm".to_owned())
 }
@@ -170,7 +171,7 @@ impl Own {
                 }
                 Ok(None) => Self::default(),
                 Err(error) => {
-                    problems.push(format!("cannot read {}: {error}", path.display()));
+                    problems.push(unreadable(&path, &error));
                     Self::default()
                 }
             },
@@ -448,6 +449,20 @@ fn labelled(labels: &mut BTreeMap<String, String>, key: &str, value: &str) -> Re
     Ok(())
 }
 
+/// What is said where the file is there and cannot be read.
+fn unreadable(path: &Path, error: &io::Error) -> String {
+    let mut text = format!("cannot read {}: {error}", path.display());
+    if error.raw_os_error().is_some() && error.kind() == io::ErrorKind::PermissionDenied {
+        let uid = nix::unistd::geteuid();
+        let _ = write!(
+            text,
+            " (it may hold a policy, and is not passed over: let uid {uid} read it, or set XDG_CONFIG_HOME to another \
+             directory)"
+        );
+    }
+    text
+}
+
 /// The file's text; `None` where there is no file. One that others may write says nothing on its owner's behalf; one that
 /// is meant to be there and is not might have been a policy.
 fn read(path: &Path) -> io::Result<Option<String>> {
@@ -461,7 +476,7 @@ fn read(path: &Path) -> io::Result<Option<String>> {
         Err(error) if error.kind() == io::ErrorKind::NotFound && path.is_symlink() => {
             let to = std::fs::read_link(path)?;
             return Err(io::Error::other(format!(
-                "it is a link to {}, which is not there",
+                "it is a link to {}, which is not there; make that, or remove the link",
                 to.display()
             )));
         }
@@ -477,12 +492,15 @@ fn read(path: &Path) -> io::Result<Option<String>> {
     };
     let found = file.metadata()?;
     if !found.is_file() {
-        return Err(io::Error::other("it is no file"));
+        return Err(io::Error::other(
+            "it is no file; remove it, or set XDG_CONFIG_HOME to another directory",
+        ));
     }
     let uid = nix::unistd::geteuid().as_raw();
     if found.uid() != uid && found.uid() != 0 {
         return Err(io::Error::other(format!(
-            "it belongs to uid {}, not to uid {uid}",
+            "it belongs to uid {}, not to uid {uid}; give it to that one (chown), or set XDG_CONFIG_HOME to another \
+             directory",
             found.uid()
         )));
     }

@@ -13,6 +13,7 @@ pub mod notify;
 pub mod pid;
 pub mod plan;
 mod serve;
+pub mod words;
 
 use std::ffi::OsString;
 use std::io::{self, Write as _};
@@ -23,11 +24,12 @@ use std::process::ExitCode;
 use super::config::PolicySource;
 use super::flags::Flags;
 use super::load::{Loaded, load};
+use super::origin::Origin;
 use super::own::{self, Own};
-use super::services::Token;
+use super::services::{Token, TokenError};
 use crate::client::{Connection, Server};
 use crate::cmd::attend::dataplane_name;
-use crate::failure::{EXIT_FAILED, Failure, with_causes};
+use crate::failure::{EXIT_FAILED, Failure, how_to_read, with_causes};
 use crate::launch::{DataplaneLog, enough_descriptors, session_url};
 use crate::output::text::safe;
 use plan::Plan;
@@ -92,6 +94,8 @@ struct Prepared {
     /// What guests must show for the gateway's API.
     token: Option<Token>,
     connection: Connection,
+    /// What names its controlplane, if anything does.
+    server_by: Option<Origin>,
 }
 
 fn prepare(flags: &Flags) -> Result<Prepared, Failure> {
@@ -120,13 +124,24 @@ fn prepare(flags: &Flags) -> Result<Prepared, Failure> {
     let token = match &own.guest_api_token_file {
         Some(given) if plan.settings.args.guest_api => {
             let token = Token::read(&given.value);
-            Some(token.map_err(|error| Failure::Failed(format!("{}: {}", given.from, with_causes(&error))))?)
+            Some(token.map_err(|error| {
+                let remedy = match &error {
+                    TokenError::Read { source, .. } => how_to_read(source),
+                    _ => "",
+                };
+                Failure::Failed(format!("{}: {}{remedy}", given.from, with_causes(&error)))
+            })?)
         }
         _ => None,
     };
     let connection = Connection {
         named: own.server.as_ref().map(|given| -> Server { given.value.clone() }),
     };
+    let forwards_by = match flags.config {
+        Some(_) => "stack.forwards",
+        None => "-ssh-port",
+    };
+    plan.words.forwards(forwards_by);
     let settings = &mut plan.settings;
     settings.args.name = Some(dataplane_name(NAME)?);
     settings.args.controlplane = Some(session_url(&connection.server()?));
@@ -137,19 +152,18 @@ fn prepare(flags: &Flags) -> Result<Prepared, Failure> {
     };
     let mut problems = Vec::new();
     let Some(dataplane) = settings.check(false, &mut problems) else {
-        return Err(Failure::Failed(problems.join("\n  ")));
+        let told: Vec<_> = problems.iter().map(|problem| plan.words.of(problem)).collect();
+        return Err(Failure::Failed(told.join("\n  ")));
     };
     enough_descriptors(&dataplane)?;
     Ok(Prepared {
         loaded,
         vm,
         plan,
-        forwards_by: match flags.config {
-            Some(_) => "stack.forwards",
-            None => "-ssh-port",
-        },
+        forwards_by,
         token,
         connection,
+        server_by: own.server.map(|given| given.from),
     })
 }
 

@@ -53,7 +53,7 @@ pub fn session_url(server: &Server) -> String {
 pub async fn controlplane(server: &Server) -> Result<Client, Failure> {
     let Server::Unix(socket) = server;
     let runtime_dir = socket.parent().unwrap_or(Path::new("/"));
-    paths::ensure_private_dir(runtime_dir).map_err(failed)?;
+    paths::ensure_private_dir(runtime_dir).map_err(|error| SOCKETS.unusable(&error))?;
     let deadline = Instant::now() + START_PATIENCE;
     let _lock = lock(&runtime_dir.join(LOCK_FILE), deadline).await?;
 
@@ -137,7 +137,14 @@ impl Started {
 
 fn start(socket: &Path) -> Result<Started, Failure> {
     let state_dir = paths::state_dir().map_err(failed)?;
-    paths::ensure_private_dir(&state_dir).map_err(failed)?;
+    paths::ensure_private_dir(&state_dir).map_err(|error| STATE.unusable(&error))?;
+    let state = state_dir.join(paths::STATE_FILE);
+    // As of a run with sudo. It would be found in the log alone, which may be another's as well.
+    if let Err(error) = OpenOptions::new().read(true).write(true).open(&state)
+        && error.kind() == io::ErrorKind::PermissionDenied
+    {
+        return Err(STATE.refused(&state, &error));
+    }
     let log_path = state_dir.join(LOG_FILE);
     let (stderr, log) = match open_log(&log_path) {
         Ok((file, from)) => (Stdio::from(file), Some((log_path, from))),
@@ -145,7 +152,7 @@ fn start(socket: &Path) -> Result<Started, Failure> {
         Err(_) => (Stdio::null(), None),
     };
     let mut store = OsString::from("sqlite:");
-    store.push(state_dir.join(paths::STATE_FILE));
+    store.push(state);
     let mut command = Command::new(super::own_executable()?);
     command
         .arg0("vnet-controlplane")
@@ -176,6 +183,61 @@ fn start(socket: &Path) -> Result<Started, Failure> {
         state_dir,
         log,
     })
+}
+
+/// A place of this user's: what it is for, and the variable that names another.
+#[derive(Clone, Copy)]
+struct Own {
+    what: &'static str,
+    variable: &'static str,
+}
+
+const SOCKETS: Own = Own {
+    what: "sockets",
+    variable: "XDG_RUNTIME_DIR",
+};
+const STATE: Own = Own {
+    what: "state",
+    variable: "XDG_STATE_HOME",
+};
+
+impl Own {
+    /// What is said where it cannot be used.
+    fn unusable(self, error: &paths::PathError) -> Failure {
+        match error {
+            paths::PathError::Io { path, source } => self.refused(path, source),
+            // What it says to do is for who names the place.
+            paths::PathError::Owner { path, owner, wanted } => {
+                let why = format!("it belongs to uid {owner}, not to uid {wanted}");
+                self.told(path, &why, true)
+            }
+            error => Failure::Failed(safe(&format!("the place for {}: {error}", self.what)).into_owned()),
+        }
+    }
+
+    /// What is said where the system does not let it, or a file in it, be used.
+    fn refused(self, path: &Path, error: &io::Error) -> Failure {
+        let is_of_rights = matches!(
+            error.kind(),
+            io::ErrorKind::PermissionDenied | io::ErrorKind::ReadOnlyFilesystem
+        );
+        self.told(path, &error.to_string(), is_of_rights)
+    }
+
+    fn told(self, path: &Path, why: &str, is_of_rights: bool) -> Failure {
+        let Self { what, variable } = self;
+        let uid = nix::unistd::geteuid();
+        let give = if is_of_rights {
+            format!("give it to uid {uid}, or ")
+        } else {
+            String::new()
+        };
+        let text = format!(
+            "{}, this user's place for {what}, cannot be used: {why} ({give}set {variable} to another directory)",
+            path.display()
+        );
+        Failure::Failed(safe(&text).into_owned())
+    }
 }
 
 /// What is said where another controlplane has the state: who that is, and what of the environment makes the
@@ -219,7 +281,7 @@ async fn lock(path: &Path, deadline: Instant) -> Result<Flock<File>, Failure> {
         .mode(0o600)
         .custom_flags(libc::O_NOFOLLOW | libc::O_CLOEXEC)
         .open(path)
-        .map_err(|e| named(&e))?;
+        .map_err(|error| SOCKETS.refused(path, &error))?;
     loop {
         match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
             Ok(lock) => return Ok(lock),
@@ -294,6 +356,55 @@ mod tests {
         drop(held);
         lock(&path, Instant::now()).await.unwrap();
         fs::remove_file(&path).unwrap();
+    }
+
+    #[test]
+    fn a_place_that_cannot_be_used_is_told_with_whose_it_should_be_and_what_names_another() {
+        let denied = || io::Error::from_raw_os_error(libc::EACCES);
+        let uid = nix::unistd::geteuid();
+        let path = || PathBuf::from("/s/vnet");
+        let io = |source| paths::PathError::Io { path: path(), source };
+        let place = "/s/vnet, this user's place for state, cannot be used:";
+        assert_eq!(
+            STATE.unusable(&io(denied())).to_string(),
+            format!(
+                "{place} Permission denied (os error 13) (give it to uid {uid}, or set XDG_STATE_HOME to another \
+                 directory)"
+            )
+        );
+        assert_eq!(
+            STATE
+                .unusable(&io(io::Error::from_raw_os_error(libc::ENOTDIR)))
+                .to_string(),
+            format!("{place} Not a directory (os error 20) (set XDG_STATE_HOME to another directory)")
+        );
+        let owner = paths::PathError::Owner {
+            path: path(),
+            owner: 7,
+            wanted: 9,
+        };
+        assert_eq!(
+            STATE.unusable(&owner).to_string(),
+            format!(
+                "{place} it belongs to uid 7, not to uid 9 (give it to uid {uid}, or set XDG_STATE_HOME to another \
+                 directory)"
+            )
+        );
+        assert_eq!(
+            SOCKETS.refused(Path::new("/r/start.lock"), &denied()).to_string(),
+            format!(
+                "/r/start.lock, this user's place for sockets, cannot be used: Permission denied (os error 13) (give \
+                 it to uid {uid}, or set XDG_RUNTIME_DIR to another directory)"
+            )
+        );
+        let mode = paths::PathError::Mode {
+            path: path(),
+            mode: 0o755,
+        };
+        assert_eq!(
+            SOCKETS.unusable(&mode).to_string(),
+            "the place for sockets: /s/vnet has mode 0755, so others may enter it; run: chmod 700 /s/vnet"
+        );
     }
 
     #[test]

@@ -632,9 +632,9 @@ mod tests {
             ended(
                 Some(7),
                 exit,
-                &said(&["VM socket /q.sock cannot be opened"], &debug)
+                &said(&["--listen-qemu unix:///q.sock cannot be opened"], &debug)
             ),
-            "VM socket /q.sock cannot be opened"
+            "--listen-qemu unix:///q.sock cannot be opened"
         );
         assert_eq!(
             ended(Some(7), ExitStatus::from_raw(9), &said(&[], &[])),

@@ -12,7 +12,7 @@ use vnet_controlplane::policy::{
 };
 use vnet_proto::v1;
 
-use crate::failure::Failure;
+use crate::failure::{Failure, how_to_read};
 use crate::output::text::safe;
 
 /// A policy document, and where it came from.
@@ -42,8 +42,10 @@ pub fn read_document(path: &Path) -> Result<Document, Failure> {
             File::open(path).and_then(read_bounded),
         )
     };
-    let text =
-        text.map_err(|error| Failure::Failed(format!("cannot read policy {}: {error}", safe(&source))))?;
+    let text = text.map_err(|error| {
+        let remedy = how_to_read(&error);
+        Failure::Failed(format!("cannot read policy {}: {error}{remedy}", safe(&source)))
+    })?;
     document(source, text, path.parent().unwrap_or(Path::new("")))
 }
 

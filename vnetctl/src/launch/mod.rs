@@ -38,7 +38,7 @@ pub use vnet_dataplane::forward::{
 };
 pub use vnet_dataplane::front::{self, FrontMessage, FrontReceiver, FrontSender, NotSent};
 pub use vnet_dataplane::link::listen::is_stale as is_stale_socket;
-pub use vnet_dataplane::link::listen::{SocketFile, StreamListener};
+pub use vnet_dataplane::link::listen::{SocketFile, StreamListener, remedy as how_to_listen};
 pub use vnet_dataplane::mac::Mac;
 pub use vnet_dataplane::message::Forward;
 pub use vnet_dataplane::requests::tunnel_target;

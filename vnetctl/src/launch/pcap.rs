@@ -9,11 +9,13 @@ use std::time::Duration;
 
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 
+use crate::failure::how_to_write;
+
 /// Why a capture's file cannot be had.
 #[derive(Debug, thiserror::Error)]
 pub enum PcapError {
     /// The system refuses it.
-    #[error("cannot be opened: {}{}", .0, remedy(.0))]
+    #[error("cannot be opened: {}{}", .0, how_to_write(.0))]
     Open(#[source] io::Error),
     /// It is a link, and there is nothing where it leads.
     #[error(
@@ -27,25 +29,21 @@ pub enum PcapError {
     #[error("is {0} (expected a file, a named pipe, or /dev/stdout)")]
     Kind(&'static str),
     /// Frames of a guest go there.
-    #[error("is where the guest of --listen-stdio is (name another file)")]
-    Stdio,
-}
-
-fn remedy(error: &io::Error) -> &'static str {
-    match error.kind() {
-        io::ErrorKind::NotFound => " (make its directory, or write elsewhere)",
-        io::ErrorKind::PermissionDenied => " (write where this user may)",
-        _ => "",
-    }
+    #[error("is where the guest of {0} is (name another file)")]
+    Stdio(String),
 }
 
 /// Opens it, emptied; for its owner alone where it is new. Nothing is made where a symbolic link leads, only opened. A
-/// named pipe is waited for until somebody reads it, and `waiting` is called once before. `has_stdio` says that a guest
-/// is on standard input and output. Cancel safe.
+/// named pipe is waited for until somebody reads it, and `waiting` is called once before. `stdio` is what puts a guest on
+/// standard input and output, as it was typed. Cancel safe.
 ///
 /// # Errors
 /// [`PcapError`].
-pub async fn open_pcap(path: &Path, has_stdio: bool, waiting: impl FnOnce()) -> Result<OwnedFd, PcapError> {
+pub async fn open_pcap(
+    path: &Path,
+    stdio: Option<&str>,
+    waiting: impl FnOnce(),
+) -> Result<OwnedFd, PcapError> {
     let mut waiting = Some(waiting);
     let file = loop {
         match open(path) {
@@ -76,8 +74,11 @@ pub async fn open_pcap(path: &Path, has_stdio: bool, waiting: impl FnOnce()) -> 
             .metadata()
             .is_ok_and(|of_stdout| (of_stdout.dev(), of_stdout.ino()) == (metadata.dev(), metadata.ino()))
     };
-    if has_stdio && !kind.is_char_device() && stdout().is_some_and(|file| is_stdout(&file)) {
-        return Err(PcapError::Stdio);
+    if let Some(stdio) = stdio
+        && !kind.is_char_device()
+        && stdout().is_some_and(|file| is_stdout(&file))
+    {
+        return Err(PcapError::Stdio(stdio.to_owned()));
     }
     if kind.is_file() {
         file.set_len(0).map_err(PcapError::Open)?;
@@ -140,11 +141,13 @@ mod tests {
     #[tokio::test]
     async fn a_file_is_emptied_and_its_owners_alone() {
         let path = path("file");
-        open_pcap(&path, false, || unreachable!()).await.unwrap();
+        open_pcap(&path, None, || unreachable!()).await.unwrap();
         let mode = path.metadata().unwrap().permissions().mode();
         assert_eq!(mode & 0o777, 0o600);
         std::fs::write(&path, "of the last time").unwrap();
-        open_pcap(&path, true, || unreachable!()).await.unwrap();
+        open_pcap(&path, Some("-listen-stdio"), || unreachable!())
+            .await
+            .unwrap();
         assert_eq!(path.metadata().unwrap().len(), 0);
         std::fs::remove_file(path).unwrap();
     }
@@ -153,7 +156,7 @@ mod tests {
     async fn a_link_is_followed_to_what_is_there_and_nothing_is_made_where_it_leads() {
         let [link, target] = ["link", "target"].map(path);
         std::os::unix::fs::symlink(&target, &link).unwrap();
-        let refused = open_pcap(&link, false, || unreachable!()).await.unwrap_err();
+        let refused = open_pcap(&link, None, || unreachable!()).await.unwrap_err();
         assert_eq!(
             refused.to_string(),
             "is a link that leads to nothing, and nothing is made where a link leads (remove it, or make what it leads \
@@ -161,7 +164,7 @@ mod tests {
         );
         assert!(!target.exists());
         std::fs::write(&target, "of the last time").unwrap();
-        open_pcap(&link, false, || unreachable!()).await.unwrap();
+        open_pcap(&link, None, || unreachable!()).await.unwrap();
         assert_eq!(target.metadata().unwrap().len(), 0);
         for path in [link, target] {
             std::fs::remove_file(path).unwrap();
@@ -184,7 +187,7 @@ mod tests {
             .await
             .unwrap()
         });
-        let opened = open_pcap(&path, false, || told.send(()).unwrap()).await.unwrap();
+        let opened = open_pcap(&path, None, || told.send(()).unwrap()).await.unwrap();
         let flags = OFlag::from_bits_retain(fcntl(&opened, FcntlArg::F_GETFL).unwrap());
         assert!(
             !flags.contains(OFlag::O_NONBLOCK),
@@ -197,10 +200,21 @@ mod tests {
         std::fs::remove_file(path).unwrap();
     }
 
+    #[test]
+    fn where_a_guest_is_is_told_as_it_was_typed() {
+        for typed in ["-listen-stdio", "--listen-stdio", "c.yaml:1:14: interfaces.stdio"] {
+            let told = PcapError::Stdio(typed.to_owned()).to_string();
+            assert_eq!(
+                told,
+                format!("is where the guest of {typed} is (name another file)")
+            );
+        }
+    }
+
     #[tokio::test]
     async fn what_is_no_place_for_a_capture_is_told() {
         let told = async |path: &str| {
-            open_pcap(Path::new(path), false, || ())
+            open_pcap(Path::new(path), None, || ())
                 .await
                 .unwrap_err()
                 .to_string()

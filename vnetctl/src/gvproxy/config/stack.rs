@@ -69,10 +69,10 @@ impl Check<'_> {
         let nat = self.nat(keys.nat);
         let virtual_ips = keys.gateway_virtual_ips;
         let virtual_ips: Vec<Ipv4Addr> = virtual_ips.iter().filter_map(|given| self.ipv4(given)).collect();
-        let capture_file = flags.pcap.clone();
+        let capture_file = flags.pcap.clone().map(|path| Given::flag("pcap", path));
         Stack {
             debug: keys.debug || log_level >= LogLevel::Debug,
-            capture_file: capture_file.or_else(|| keys.capture_file.map(|given| PathBuf::from(given.value))),
+            capture_file: capture_file.or_else(|| keys.capture_file.map(|given| given.map(PathBuf::from))),
             mtu_bytes,
             subnet,
             gateway_ip: gateway,

@@ -65,7 +65,8 @@ fn shown(config: &Config) -> Value {
         mode,
         policy,
     } = config;
-    let path = |path: &Option<PathBuf>| path.as_ref().map(|path| path.display().to_string());
+    let path = |path: Option<&PathBuf>| path.map(|path| path.display().to_string());
+    let file = |given: &Option<Given<PathBuf>>| path(given.as_ref().map(|given| &given.value));
     let url = |endpoint: &Option<Endpoint>| endpoint.as_ref().map(ToString::to_string);
     let Interfaces {
         vpnkit,
@@ -94,7 +95,7 @@ fn shown(config: &Config) -> Value {
                 ("vpnkit", json!(url(vpnkit))),
                 ("qemu", json!(url(qemu))),
                 ("bess", json!(url(bess))),
-                ("stdio", json!(stdio.then_some("accept"))),
+                ("stdio", json!(stdio.as_ref().map(|_| "accept"))),
                 ("vfkit", json!(url(vfkit))),
             ]),
         ),
@@ -102,9 +103,9 @@ fn shown(config: &Config) -> Value {
             "forwards",
             json!(forwards.iter().map(forward).collect::<Vec<_>>()),
         ),
-        ("pid-file", json!(path(pid_file))),
-        ("log-file", json!(path(log_file))),
-        ("notification", json!(path(notification))),
+        ("pid-file", json!(file(pid_file))),
+        ("log-file", json!(file(log_file))),
+        ("notification", json!(path(notification.as_ref()))),
         ("mode", json!(mode.map(|mode| mode.to_string()))),
         (
             "policy",
@@ -172,7 +173,10 @@ fn shown_stack(stack: &Stack) -> Value {
     };
     said([
         ("debug", json!(debug)),
-        ("capture-file", json!(capture_file)),
+        (
+            "capture-file",
+            json!(capture_file.as_ref().map(|given| &given.value)),
+        ),
         ("mtu", json!(mtu_bytes)),
         ("subnet", json!(subnet.to_string())),
         ("gatewayIP", json!(gateway_ip)),
@@ -276,6 +280,28 @@ fn a_directory_that_is_not_there_is_named_with_what_makes_it() {
     // Here is a directory.
     let arguments = ["-pid-file", "gv.pid", "-listen-stdio=accept"].map(str::to_owned);
     assert!(Files(vec![]).resolve(&arguments, "", &[]).is_ok());
+}
+
+#[test]
+fn a_socket_over_ssh_is_known_by_what_asks_for_it_and_has_its_place_alone() {
+    let words = |sock: &str, listen: &str| -> Vec<String> {
+        let line = format!(
+            "-forward-sock {sock} -forward-dest /d -forward-user u -forward-identity /k -listen unix://{listen}"
+        );
+        line.split(' ').map(str::to_owned).collect()
+    };
+    let files = || Files(vec!["/k".into()]);
+
+    let (config, _) = files().resolve(&words("/run/f", "/run/l"), "", &[]).unwrap();
+    let problems = files().resolve(&words("/run/f", "/run/f"), "", &[]).unwrap_err();
+
+    let origin = |path: &str| config.origins.get(&Endpoint::Unix(path.into()));
+    assert_eq!(origin("/run/f"), Some(&Origin::Flag("forward-sock")));
+    assert_eq!(origin("/run/l"), Some(&Origin::Flag("listen")));
+    assert_eq!(
+        problems,
+        ["-forward-sock unix:///run/f: -listen listens there too; give each a place of its own"]
+    );
 }
 
 #[test]

@@ -169,10 +169,14 @@ fn a_variable_wins_over_the_file_and_a_wrong_one_is_named() {
         own.unheard
     );
     assert!(
-        dangling[0].ends_with("gvproxy.yaml: it is a link to /nowhere/gvproxy.yaml, which is not there"),
+        dangling[0].ends_with("gvproxy.yaml: it is a link to /nowhere/gvproxy.yaml, which is not there; make that, or remove the link"),
         "{dangling:?}"
     );
-    assert!(pipe[0].ends_with("gvproxy.yaml: it is no file"), "{pipe:?}");
+    assert!(
+        pipe[0]
+            .ends_with("gvproxy.yaml: it is no file; remove it, or set XDG_CONFIG_HOME to another directory"),
+        "{pipe:?}"
+    );
     assert_eq!(open.len(), 1);
     assert!(
         open[0].ends_with("gvproxy.yaml: others may write it; run: chmod go-w on it"),
@@ -208,7 +212,7 @@ fn a_vm_is_named_after_its_socket_or_pid_file() {
         };
         let (mut config, _) = Config::resolve(&Flags::default(), FileConfig::default(), &host).unwrap();
         config.interfaces.qemu = qemu.map(|path| Endpoint::Unix(path.into()));
-        config.pid_file = pid.map(PathBuf::from);
+        config.pid_file = pid.map(|path| Given::flag("pid-file", PathBuf::from(path)));
         vm_name(&config)
     };
     for (socket, pid, name) in [
@@ -246,4 +250,18 @@ fn a_variable_that_is_nearly_one_of_ours_is_told_of() {
         ]
     );
     assert_eq!(told(&VARIABLES), [""; 0]);
+}
+
+#[test]
+fn a_file_that_may_not_be_read_is_not_passed_over_and_what_helps_is_told() {
+    let path = Path::new("/home/a/.config/vnet/gvproxy.yaml");
+    let told = unreadable(path, &io::Error::from_raw_os_error(libc::EACCES));
+    let uid = nix::unistd::geteuid();
+    assert_eq!(
+        told,
+        format!(
+            "cannot read /home/a/.config/vnet/gvproxy.yaml: Permission denied (os error 13) (it may hold a policy, and is \
+             not passed over: let uid {uid} read it, or set XDG_CONFIG_HOME to another directory)"
+        )
+    );
 }

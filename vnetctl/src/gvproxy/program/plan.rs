@@ -5,6 +5,7 @@ use std::fmt::Write as _;
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 
+use super::words::Words;
 use crate::cmd::run::fnv1a;
 use crate::cmd::treat::Treatment;
 use crate::gvproxy::config::{Config, Endpoint, HostPort, LogLevel};
@@ -24,6 +25,8 @@ pub struct Plan {
     pub services: Option<ListenAt>,
     /// The forwards among its flags, in the configuration's words.
     pub forwards: Vec<Opened>,
+    /// What its flags are called by whoever typed gvproxy's.
+    pub words: Words,
     /// What a person should know, a line each.
     pub warnings: Vec<String>,
 }
@@ -58,10 +61,18 @@ pub fn plan(
     let mut problems = Vec::new();
     let stack = &config.stack;
     let interfaces = &config.interfaces;
-    let mut url = |at: &Option<Endpoint>| {
+    let mut words = Words::default();
+    if let Some(from) = &interfaces.stdio {
+        words.stdio(from);
+    }
+    let mut url = |flag: &'static str, at: &Option<Endpoint>| {
         let at = at.as_ref()?;
-        match socket_url(at, config.origins.get(at), resolve) {
-            Ok(url) => Some(url),
+        let from = config.origins.get(at);
+        match socket_url(at, from, resolve) {
+            Ok(url) => {
+                words.socket(flag, &url, at, named(at, from));
+                Some(url)
+            }
             Err(problem) => {
                 problems.push(problem);
                 None
@@ -81,19 +92,15 @@ pub fn plan(
             .iter()
             .map(|(key, value)| format!("{key}={value}"))
             .collect(),
-        listen_qemu: url(&interfaces.qemu).into_iter().collect(),
-        listen_vfkit: url(&interfaces.vfkit).into_iter().collect(),
-        listen_bess: url(&interfaces.bess).into_iter().collect(),
-        listen_vpnkit: url(&interfaces.vpnkit).into_iter().collect(),
-        listen_stdio: interfaces
-            .stdio
-            .then(|| "accept".to_owned())
-            .into_iter()
-            .collect(),
+        listen_qemu: url("--listen-qemu", &interfaces.qemu).into_iter().collect(),
+        listen_vfkit: url("--listen-vfkit", &interfaces.vfkit).into_iter().collect(),
+        listen_bess: url("--listen-bess", &interfaces.bess).into_iter().collect(),
+        listen_vpnkit: url("--listen-vpnkit", &interfaces.vpnkit).into_iter().collect(),
+        listen_stdio: interfaces.stdio.iter().map(|_| "accept".to_owned()).collect(),
         listen: config
             .listen
             .iter()
-            .filter_map(|at| url(&Some(at.clone())))
+            .filter_map(|at| url("--listen", &Some(at.clone())))
             .collect(),
         mtu: Some(stack.mtu_bytes.to_string()),
         subnet: Some(stack.subnet.to_string()),
@@ -193,6 +200,7 @@ pub fn plan(
             },
             services,
             forwards,
+            words,
             warnings,
         })
     } else {
@@ -450,6 +458,50 @@ mod tests {
     }
 
     #[test]
+    fn what_the_dataplane_says_of_a_socket_is_told_as_it_was_asked_for() {
+        let own = Own::default();
+        let file =
+            "interfaces: {vfkit: \"unixgram:///run/v.sock\", stdio: x}\nlisten: [\"tcp://localhost:80\"]\n";
+        let words = planned("-config f.yaml", file, &own).unwrap().words;
+        let why = "cannot be opened: Permission denied (os error 13)";
+        for (said, told) in [
+            (
+                "--listen-vfkit unixgram:///run/v.sock",
+                "f.yaml:1:21: interfaces.vfkit unixgram:///run/v.sock",
+            ),
+            (
+                "--listen tcp://127.0.0.1:80",
+                "f.yaml:2:10: listen[0] tcp://localhost:80",
+            ),
+            ("--listen-stdio:", "f.yaml:1:54: interfaces.stdio:"),
+        ] {
+            assert_eq!(words.of(&format!("{said} {why}")), format!("{told} {why}"));
+        }
+        let line =
+            "-listen-bess unixpacket:///b.sock -listen vsock://:1024 -listen-vfkit unixgram:///run/v%25.sock";
+        let plan = planned(line, "", &own).unwrap();
+        for (said, told) in [
+            (
+                "--listen-bess unixpacket:///b.sock",
+                "-listen-bess unixpacket:///b.sock",
+            ),
+            ("--listen vsock://:1024", "-listen vsock://:1024"),
+            (
+                "--listen-vfkit unixgram:///run/v%.sock",
+                "-listen-vfkit unixgram:///run/v%.sock",
+            ),
+        ] {
+            assert_eq!(plan.words.of(&format!("{said} {why}")), format!("{told} {why}"));
+        }
+        // As it is passed, with the name that it is given.
+        let url = &plan.settings.args.listen_vfkit[0];
+        assert_eq!(
+            plan.words.of(&format!("--listen-vfkit {url}: the path")),
+            "-listen-vfkit unixgram:///run/v%.sock: the path"
+        );
+    }
+
+    #[test]
     fn forwards_of_the_file_listen_where_it_says() {
         let file = "stack:\n  forwards:\n    \"localhost:80\": 192.168.127.2:8080\n    \"udp:[::1]:53\": 192.168.127.3:53\n    \":81\": 192.168.127.2:81\n";
 
@@ -645,7 +697,7 @@ stack:
         assert_eq!(plan.warnings, Vec::<String>::new());
         // What the front itself does is not in the plan.
         assert_eq!(
-            config.stack.capture_file.as_deref(),
+            config.stack.capture_file.as_ref().map(|given| &*given.value),
             Some(Path::new("/run/all.pcapng"))
         );
         assert_eq!(

@@ -63,6 +63,14 @@ impl Kind {
             .find(|kind| kind.word() == word)
     }
 
+    /// What helps where a place is taken.
+    fn elsewhere(self) -> &'static str {
+        match self {
+            Self::Unix | Self::Npipe => "expose at another path",
+            Self::Tcp | Self::Udp => "expose another port",
+        }
+    }
+
     fn protocol(self) -> v1::Protocol {
         match self {
             Self::Udp => v1::Protocol::Udp,
@@ -428,10 +436,7 @@ impl Services {
         let bind = |why: &str| Answer::failed(format!("listen {network} {shown}: bind: {why}"));
         let answer = match status.code() {
             Code::AlreadyExists => {
-                let elsewhere = match kind {
-                    Kind::Unix | Kind::Npipe => "expose at another path",
-                    Kind::Tcp | Kind::Udp => "expose another port",
-                };
+                let elsewhere = kind.elsewhere();
                 match self.in_the_way(origin, kind, &status).await {
                     // It is the same one.
                     Some(other) if other == local => return running(kind, local),
@@ -521,7 +526,7 @@ fn row(forward: &v1::Forward) -> Row {
 
 fn running(kind: Kind, local: &str) -> Answer {
     Answer::failed(format!("proxy already running for {} on {local}", kind.word()))
-        .with_remedy("unexpose it first, or expose another port")
+        .with_remedy(format!("unexpose it first, or {}", kind.elsewhere()))
 }
 
 fn in_use(network: &str, shown: &str) -> Answer {

@@ -1,6 +1,7 @@
 //! The schema's edges: kinds, unknown keys, places, and policies cut out of the middle.
 
 use super::*;
+use crate::launch::yaml::ALIASED_MAX;
 
 fn parse(text: &str) -> (FileConfig, Vec<String>) {
     let (config, warnings) = FileConfig::parse("c.yaml", text, false).unwrap();
@@ -201,6 +202,50 @@ fn aliases_cannot_make_a_small_file_large() {
         "{:?}",
         problems(&text)
     );
+}
+
+/// The values of a tree.
+fn nodes(node: &Node) -> usize {
+    1 + match &node.value {
+        Value::Null | Value::Scalar(_) => 0,
+        Value::List(list) => list.iter().map(nodes).sum(),
+        Value::Map(map) => map.iter().map(|(key, value)| nodes(key) + nodes(value)).sum(),
+    }
+}
+
+#[test]
+fn aliases_stand_for_so_many_values_and_for_not_one_more() {
+    const WORDS: usize = 98;
+    // With its beginning and its end such a list is of 100.
+    let list = format!("[{}]", vec!["x"; WORDS].join(", "));
+    let aliased = |times: usize| format!("a: &a {list}\nb: [{}]\n", vec!["*a"; times].join(", "));
+    let times = ALIASED_MAX / (WORDS + 2);
+
+    let most = load_tree(&aliased(times)).unwrap();
+    let refused = load_tree(&aliased(times + 1)).unwrap_err();
+
+    let of_a_list = 1 + WORDS;
+    assert_eq!(nodes(&most), 4 + of_a_list + times * of_a_list);
+    assert_eq!(
+        refused.text,
+        "not valid YAML: too many values or aliases: its aliases stand for more than 20000 values (write them out)"
+    );
+    // Also where they are merged in.
+    let merged = |times: usize| {
+        let keys: Vec<_> = (0..WORDS).map(|n| format!("k{n}: x")).collect();
+        let uses = vec!["*a"; times].join(", ");
+        format!("a: &a {{{}}}\nb: {{<<: [{uses}]}}\n", keys.join(", "))
+    };
+    assert!(load_tree(&merged(10)).is_ok());
+    assert!(
+        load_tree(&merged(times))
+            .unwrap_err()
+            .text
+            .contains("its aliases stand for")
+    );
+    // What is written out is bounded by the file alone.
+    let written = format!("b: [{}]\n", vec![list.as_str(); 2 * times].join(", "));
+    assert_eq!(nodes(&load_tree(&written).unwrap()), 3 + 2 * times * of_a_list);
 }
 
 #[test]

@@ -559,6 +559,14 @@ async fn sockets_over_ssh_come_and_go_and_show_no_passphrase() {
         "[{\"local\":\"/run/vnet-none.sock\",\"remote\":\"ssh-tunnel://core@192.168.127.2/run/p.sock?key=/k\
          \\u0026passphrase=xxxxx\",\"protocol\":\"unix\"}]\n"
     );
+    // What helps at a path is another path.
+    let length = body.len();
+    let request = format!("POST {EXPOSE} HTTP/1.1\r\nHost: x\r\nContent-Length: {length}\r\n\r\n{body}");
+    let answer = raw(&services, SERVICES, &request).await;
+    assert!(
+        answer.contains("X-Vnet-Remedy: unexpose it first, or expose at another path\r\n"),
+        "{answer}"
+    );
     let unexpose = r#"{"local":"/run/vnet-none.sock","protocol":"unix"}"#;
     assert_eq!(post(&services, SERVICES, UNEXPOSE, unexpose).await, done());
     assert_eq!(
