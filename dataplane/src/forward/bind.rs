@@ -9,7 +9,7 @@ use socket2::{Domain, Socket, Type};
 use vnet_proto::model::{ForwardListen, Protocol};
 
 use crate::forward::error::ForwardError;
-use crate::link::listen::{BACKLOG, SocketFile, bind_private, found_at};
+use crate::link::listen::{CLIENTS_BACKLOG, SocketFile, bind_private, found_at};
 
 /// A socket that listens, non-blocking.
 #[derive(Debug)]
@@ -40,7 +40,7 @@ impl Bound {
             }
             ForwardListen::Address(address) => {
                 let socket = open(*address, Type::STREAM).map_err(refused)?;
-                socket.listen(BACKLOG).map_err(refused)?;
+                socket.listen(CLIENTS_BACKLOG).map_err(refused)?;
                 Ok(Self::Tcp(socket.into()))
             }
         }
@@ -87,7 +87,7 @@ fn open(address: SocketAddr, kind: Type) -> io::Result<Socket> {
 
 fn unix(path: &Path) -> io::Result<Bound> {
     let (socket, file) = bind_private(path, Type::STREAM)?;
-    socket.listen(BACKLOG)?;
+    socket.listen(CLIENTS_BACKLOG)?;
     socket.set_nonblocking(true)?;
     Ok(Bound::Unix(socket.into(), file))
 }

@@ -14,9 +14,11 @@ use socket2::{Domain, SockAddr, Socket, Type};
 use crate::config::ListenAt;
 use crate::link::stream::StreamSocket;
 
-/// Connections that wait to be accepted, as many as Go's listeners let wait on Linux; the host may have a lower limit
-/// (listen(2), `somaxconn`). One more of a client that does not wait is refused (`EAGAIN`).
-pub(crate) const BACKLOG: i32 = 4096;
+/// Guests' connections that wait to be accepted: few, as a guest that comes back waits behind all of them.
+const BACKLOG: i32 = 128;
+/// Clients' connections that wait to be accepted, as many as Go's listeners let wait on Linux; the host may have a lower
+/// limit (listen(2), `somaxconn`). One more of a client that does not wait is refused (`EAGAIN`).
+pub(crate) const CLIENTS_BACKLOG: i32 = 4096;
 /// Who may connect: the owner.
 const MODE: u32 = 0o600;
 
@@ -115,7 +117,7 @@ impl StreamListener {
     pub fn open(at: &ListenAt) -> io::Result<(Self, Option<SocketFile>)> {
         match at {
             ListenAt::Unix(path) => Self::at_path(path).map(|(listener, file)| (listener, Some(file))),
-            ListenAt::Tcp(address) => Ok((Self(tcp(*address)?), None)),
+            ListenAt::Tcp(address) => Ok((Self(std::net::TcpListener::bind(address)?.into()), None)),
             ListenAt::Vsock { cid, port } => Ok((Self(vsock(*cid, *port)?), None)),
             ListenAt::Fd(_) => Err(io::Error::new(
                 io::ErrorKind::InvalidInput,
@@ -132,6 +134,15 @@ impl StreamListener {
         let (socket, file) = bind_private(path, Type::STREAM)?;
         socket.listen(BACKLOG)?;
         Ok((Self(socket), file))
+    }
+
+    /// Lets as many clients wait as a server's do, where no guest has to come back past them.
+    ///
+    /// # Errors
+    /// The system's.
+    pub fn of_clients(self) -> io::Result<Self> {
+        self.0.listen(CLIENTS_BACKLOG)?;
+        Ok(self)
     }
 
     /// Waits for the next who connects.
@@ -209,15 +220,6 @@ impl RecordListener {
     pub fn accept(&self) -> io::Result<Socket> {
         self.0.accept().map(|(socket, _)| socket)
     }
-}
-
-fn tcp(address: SocketAddr) -> io::Result<Socket> {
-    let socket = Socket::new(Domain::for_address(address), Type::STREAM, None)?;
-    // Connections of an earlier listener that are not quite over are not in the way (socket(7)).
-    socket.set_reuse_address(true)?;
-    socket.bind(&address.into())?;
-    socket.listen(BACKLOG)?;
-    Ok(socket)
 }
 
 #[cfg(target_os = "linux")]
@@ -394,12 +396,13 @@ mod tests {
 
     #[cfg(target_os = "linux")]
     #[test]
-    fn many_may_connect_before_the_first_is_accepted() {
+    fn many_clients_may_connect_before_the_first_is_accepted() {
         let at_most = std::fs::read_to_string("/proc/sys/net/core/somaxconn").unwrap();
         let many = at_most.trim().parse::<usize>().unwrap().min(500);
         let directory = Directory::new("many");
         let path = directory.0.join("s");
-        let (_listener, _file) = StreamListener::at_path(&path).unwrap();
+        let (listener, _file) = StreamListener::at_path(&path).unwrap();
+        let _listener = listener.of_clients().unwrap();
         let address = SockAddr::unix(&path).unwrap();
 
         let clients: Vec<_> = (0..many)

@@ -84,6 +84,7 @@ impl ServicesSocket {
             _ => error,
         });
         let (listener, file) = opened?;
+        let listener = listener.of_clients()?;
         let origin = origin(at);
         let tcp_address = listener.tcp_address();
         let (sender, accepted) = mpsc::channel(ACCEPTED_MAX);

@@ -32,10 +32,11 @@ pub(super) fn replace(path: &Path) -> Result<(UnixListener, SocketFile), SocketE
 pub(super) fn bind(path: &Path) -> Result<(UnixListener, SocketFile), SocketError> {
     is_socket(path)?;
     let (listener, file) = StreamListener::at_path(path).map_err(|error| failed(path, "bind", error))?;
-    let listener = StdListener::from(OwnedFd::from(listener));
-    let listener = listener
-        .set_nonblocking(true)
-        .and_then(|()| UnixListener::from_std(listener));
+    let listener = listener.of_clients().and_then(|listener| {
+        let listener = StdListener::from(OwnedFd::from(listener));
+        listener.set_nonblocking(true)?;
+        UnixListener::from_std(listener)
+    });
     Ok((listener.map_err(|error| failed(path, "listen", error))?, file))
 }
 
