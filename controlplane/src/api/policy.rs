@@ -32,7 +32,10 @@ impl PolicyService for Api {
         } else {
             without_content(self.stored_revision(name, request.revision).await?)
         };
-        Ok(Response::new(v1::GetPolicyResponse { policy: Some(policy) }))
+        Ok(Response::new(v1::GetPolicyResponse {
+            policy: Some(policy),
+            any_in_force: self.hub.is_any_in_force(),
+        }))
     }
 
     async fn apply_policy(

@@ -190,6 +190,17 @@ impl Hub {
     pub fn policy(&self, name: &str) -> Result<v1::Policy, Refusal> {
         self.read(|state, _| state.policy_message(name))
     }
+
+    /// Whether a VM that is not there yet may come to be under a policy, or a mode but open. Which it would be is known
+    /// when it is there.
+    pub fn is_any_in_force(&self) -> bool {
+        self.read(|state, _| {
+            let open = [v1::Mode::Unspecified, v1::Mode::Open];
+            state.secure_mode
+                || state.policies.values().any(|named| !named.message.withdrawn)
+                || state.set.values().any(|kept| !open.contains(&kept.mode))
+        })
+    }
 }
 
 impl State {

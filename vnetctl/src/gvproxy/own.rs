@@ -57,7 +57,12 @@ pub const VARIABLES: [&str; 7] = [
 ];
 
 /// Those that restrict guests: nothing in the place of one must not be taken for none.
-const RESTRICTING: [&str; 2] = ["VNET_MODE", "VNET_NETWORK_POLICY"];
+const RESTRICTING: [&str; 4] = [
+    "VNET_MODE",
+    "VNET_NETWORK_POLICY",
+    "VNET_GUEST_API",
+    "VNET_GUEST_API_TOKEN_FILE",
+];
 
 /// What was said there.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -219,9 +224,7 @@ impl Own {
             let value = variable(name)?;
             if value.is_empty() {
                 if RESTRICTING.contains(&name) {
-                    problems.push(format!(
-                        "{name} is empty, which would be none (unset it for none)"
-                    ));
+                    problems.push(format!("{name} is empty (give it a value, or unset it)"));
                 }
                 return None;
             }
@@ -340,11 +343,17 @@ fn read_vm(reader: &mut Reader, fields: &mut Fields<'_>, within: &str) -> Own {
         }
     }
     if let Some(node) = fields.take("guest-api") {
+        if matches!(node.value, Value::Null) {
+            reader.problem(
+                node,
+                format!("{within}guest-api is empty (say on or off, or leave it out)"),
+            );
+        }
         own.guest_api = reader.boolean(node, &format!("{within}guest-api"));
     }
     let mut path = |key: &str| {
         let node = fields.take(key)?;
-        if key == "network-policy" && is_nothing(node) {
+        if is_nothing(node) {
             reader.problem(node, format!("{within}{key} is empty (leave it out for none)"));
         }
         let given = reader.text(node, &format!("{within}{key}"))?;

@@ -426,7 +426,10 @@ async fn policy_show_prints_the_document_and_nothing_else() {
     };
     server.answer(
         "PolicyService/GetPolicy",
-        &v1::GetPolicyResponse { policy: Some(policy) },
+        &v1::GetPolicyResponse {
+            policy: Some(policy),
+            ..Default::default()
+        },
     );
 
     let printed = run(&server, Format::Table, &["policy", "show"]).await.unwrap();

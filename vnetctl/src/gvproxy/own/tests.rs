@@ -90,7 +90,7 @@ fn a_variable_wins_over_the_file_and_a_wrong_one_is_named() {
             ("VNET_VM", "db"),
             ("VNET_LABELS", "a=c,d=e"),
             ("VNET_NETWORK_POLICY", "p.yaml"),
-            ("VNET_GUEST_API_TOKEN_FILE", ""),
+            ("VNET_SERVER", ""),
         ]),
         "vm",
     )
@@ -109,6 +109,8 @@ fn a_variable_wins_over_the_file_and_a_wrong_one_is_named() {
         variables(&[
             ("VNET_MODE", ""),
             ("VNET_NETWORK_POLICY", ""),
+            ("VNET_GUEST_API", ""),
+            ("VNET_GUEST_API_TOKEN_FILE", ""),
             ("VNET_SERVER", ""),
         ]),
         "vm",
@@ -116,12 +118,19 @@ fn a_variable_wins_over_the_file_and_a_wrong_one_is_named() {
     .unwrap_err();
     assert_eq!(
         empty,
-        ["VNET_MODE", "VNET_NETWORK_POLICY"]
-            .map(|name| format!("{name} is empty, which would be none (unset it for none)"))
+        [
+            "VNET_MODE",
+            "VNET_NETWORK_POLICY",
+            "VNET_GUEST_API",
+            "VNET_GUEST_API_TOKEN_FILE"
+        ]
+        .map(|name| format!("{name} is empty (give it a value, or unset it)"))
     );
     for (text, place) in [
         ("mode:\n", "1:5: mode"),
         ("network-policy: \"\"\n", "1:17: network-policy"),
+        ("guest-api-token-file:\n", "1:21: guest-api-token-file"),
+        ("guest-api-token-file: \"\"\n", "1:23: guest-api-token-file"),
     ] {
         let found = Own::parse("gvproxy.yaml", text, None, "vm").unwrap_err();
         let found: Vec<String> = found.iter().map(ToString::to_string).collect();

@@ -28,6 +28,10 @@ pub fn policy_in_force(connection: Connection, network: String, given: bool) -> 
                 return Ok(true);
             }
             let vms = control.list_vms().await.map_err(CallError::into_failure)?;
+            if vms.is_empty() {
+                // One that comes must not find open what was opened before it was there.
+                return control.is_any_in_force().await.map_err(CallError::into_failure);
+            }
             Ok(vms.iter().any(|vm| vm.mode() != v1::Mode::Open))
         })
     })
@@ -151,6 +155,15 @@ impl Control {
             Ok(answer.map(|list| (list.vms, list.next_page_token)))
         })
         .await
+    }
+
+    /// Whether a VM that is not there yet may come to be under a policy or a mode.
+    async fn is_any_in_force(&self) -> Result<bool, CallError> {
+        let request = v1::GetPolicyRequest::default();
+        let answer = self
+            .call(|client| async move { client.policy().get_policy(unary(request)).await })
+            .await?;
+        Ok(answer.any_in_force)
     }
 
     /// The forwards of the network.

@@ -312,6 +312,36 @@ async fn a_mode_of_the_networks_vm_is_a_policy_in_force_and_another_networks_is_
 }
 
 #[tokio::test]
+async fn while_no_vm_is_there_any_policy_is_one_in_force_and_nothing_is_opened_before_the_first_comes() {
+    let world = World::start().await;
+    let services = world.services("one");
+    let is_in_force = policy_in_force(world.connection(), "one".to_owned(), false);
+    assert!(!is_in_force().await.unwrap(), "nothing is");
+    let client = world.connection().open().await.unwrap();
+    let applied = v1::ApplyPolicyRequest {
+        name: "others".to_owned(),
+        document: "version: 1\nappliesTo: {name: other}\ndefaultAction: deny\n".to_owned(),
+        ..Default::default()
+    };
+    client.policy().apply_policy(applied).await.unwrap();
+
+    let add = r#"{"name":"github.com.","defaultIP":"192.0.2.1"}"#;
+    let expose = r#"{"local":"127.0.0.1:0","remote":"192.168.127.3:80"}"#;
+    for (path, body) in [("/services/dns/add", add), ("/services/forwarder/expose", expose)] {
+        let request = format!(
+            "POST {path} HTTP/1.1\r\nHost: x\r\nContent-Length: {}\r\n\r\n{body}",
+            body.len()
+        );
+        let answer = raw(&services, Origin::Listen, &request).await;
+        assert!(answer.starts_with("HTTP/1.1 403 "), "{path}: {answer}");
+    }
+    assert!(is_in_force().await.unwrap());
+    // What it is under is known once it is there.
+    let _free = world.dataplane("one", v1::Mode::Unspecified).await;
+    assert_eq!(get(&services, Origin::Listen, ALL).await.0, 200);
+}
+
+#[tokio::test]
 async fn a_guest_without_the_token_is_told_what_is_needed() {
     let path = std::env::temp_dir().join(format!("vnet-gv-token-{}", std::process::id()));
     std::fs::write(&path, "0123456789abcdef0123456789abcdef\n").unwrap();
