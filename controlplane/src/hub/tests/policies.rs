@@ -97,6 +97,27 @@ async fn modes_take_effect_and_quarantine_sticks_to_the_name() {
 }
 
 #[test]
+fn what_a_vm_may_come_to_be_under_is_known_while_none_is_there() {
+    assert!(Rig::secure().hub.is_any_in_force());
+    let rig = Rig::open();
+    assert!(!rig.hub.is_any_in_force());
+    let dp = rig.dataplane("web");
+    rig.hub.update_vm(set_mode("web", Mode::Quarantine)).unwrap();
+    let gone = |vm| {
+        Message::VmDown(v1::VmDown {
+            vm,
+            ..Default::default()
+        })
+    };
+    dp.say(gone(1));
+    assert!(rig.hub.is_any_in_force(), "its name is in quarantine still");
+    dp.say(Message::VmUp(vm_up(2, "web")));
+    rig.hub.update_vm(set_mode("web", Mode::Block)).unwrap();
+    dp.say(gone(2));
+    assert!(!rig.hub.is_any_in_force());
+}
+
+#[test]
 fn a_policy_that_a_vm_brings_is_its_own_and_a_wrong_one_ends_the_session() {
     let rig = Rig::open();
     let own = |document: &str, rules: &[&str]| v1::VmUp {

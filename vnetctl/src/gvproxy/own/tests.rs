@@ -126,18 +126,26 @@ fn a_variable_wins_over_the_file_and_a_wrong_one_is_named() {
         ]
         .map(|name| format!("{name} is empty (give it a value, or unset it)"))
     );
-    for (text, place) in [
-        ("mode:\n", "1:5: mode"),
-        ("network-policy: \"\"\n", "1:17: network-policy"),
-        ("guest-api-token-file:\n", "1:21: guest-api-token-file"),
-        ("guest-api-token-file: \"\"\n", "1:23: guest-api-token-file"),
+    let none = "leave it out for none";
+    for (text, place, remedy) in [
+        ("mode:\n", "1:5: mode", none),
+        ("network-policy: \"\"\n", "1:17: network-policy", none),
+        (
+            "guest-api:\n",
+            "1:10: guest-api",
+            "say on or off, or leave it out",
+        ),
+        ("guest-api-token-file:\n", "1:21: guest-api-token-file", none),
+        ("guest-api-token-file: \"\"\n", "1:23: guest-api-token-file", none),
+        (
+            "vms: {vm: {guest-api-token-file: \"\"}}\n",
+            "1:34: vms[\"vm\"].guest-api-token-file",
+            none,
+        ),
     ] {
         let found = Own::parse("gvproxy.yaml", text, None, "vm").unwrap_err();
         let found: Vec<String> = found.iter().map(ToString::to_string).collect();
-        assert_eq!(
-            found,
-            [format!("gvproxy.yaml:{place} is empty (leave it out for none)")]
-        );
+        assert_eq!(found, [format!("gvproxy.yaml:{place} is empty ({remedy})")]);
     }
     std::fs::set_permissions(&file, std::fs::Permissions::from_mode(0o666)).unwrap();
     let open = Own::load(variables(&[("XDG_CONFIG_HOME", &place)]), "vm").unwrap_err();
