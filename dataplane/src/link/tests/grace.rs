@@ -413,7 +413,7 @@ fn a_guest_that_never_spoke_and_one_whose_link_failed_are_not_kept() {
     absurd.set_read_timeout(Some(PATIENCE)).unwrap();
     absurd.write_all(&[0xff; 8]).unwrap();
     rig.counts("network_link_unknown", 1);
-    assert!(is_closed(&mut absurd));
+    assert!(was_closed(&absurd, true));
     let mut wire = dial(&asker(2).question());
     rig.attached(true);
     asker(2).is_answered(&mut *wire);
