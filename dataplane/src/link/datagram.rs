@@ -42,9 +42,7 @@ const RETRY_MS: u64 = 1;
 /// One VM on a shared socket.
 pub struct DatagramLink {
     way: Way,
-    peer: Box<Peer>,
-    /// Which file its path was when it came.
-    file: Option<FileIdentity>,
+    peer: Arc<Peer>,
     mailbox: Arc<Mailbox>,
     /// Taken from there.
     frames: Vec<u8>,
@@ -69,6 +67,8 @@ type FileIdentity = (u64, u64, (i64, i64));
 pub(super) struct Peer {
     address: SockAddr,
     path: Option<PathBuf>,
+    /// Which file its path was when it came.
+    file: Option<FileIdentity>,
 }
 
 impl Peer {
@@ -79,17 +79,18 @@ impl Peer {
     /// When it is too long to be one.
     pub(super) fn new(address: &[u8]) -> io::Result<Self> {
         let path = Path::new(std::ffi::OsStr::from_bytes(address));
+        let is_path = address.first() != Some(&0);
         Ok(Self {
             address: SockAddr::unix(path)?,
-            path: (address.first() != Some(&0)).then(|| path.to_owned()),
+            path: is_path.then(|| path.to_owned()),
+            file: is_path.then(|| file_at(path)).flatten(),
         })
     }
 
-    /// Which file its path is now.
-    fn file(&self) -> Option<FileIdentity> {
-        let metadata = std::fs::symlink_metadata(self.path.as_ref()?).ok()?;
-        let made = (metadata.mtime(), metadata.mtime_nsec());
-        Some((metadata.dev(), metadata.ino(), made))
+    /// Whether it is the same hypervisor still: something listens at its address, and its file is the one it
+    /// was. One that was started anew there is another guest, whom its next datagram brings.
+    pub(super) fn is_alive(&self) -> bool {
+        self.path.as_deref().and_then(file_at) == self.file && self.is_served()
     }
 
     /// Whether a socket is there. One that is connected to ours refuses any other, which says as much.
@@ -123,12 +124,18 @@ impl Peer {
     }
 }
 
+/// Which file is at a path now.
+fn file_at(path: &Path) -> Option<FileIdentity> {
+    let metadata = std::fs::symlink_metadata(path).ok()?;
+    let made = (metadata.mtime(), metadata.mtime_nsec());
+    Some((metadata.dev(), metadata.ino(), made))
+}
+
 impl DatagramLink {
-    pub(super) fn new(way: Way, peer: Peer, mailbox: Arc<Mailbox>) -> Self {
+    pub(super) fn new(way: Way, peer: Arc<Peer>, mailbox: Arc<Mailbox>) -> Self {
         Self {
             way,
-            file: peer.file(),
-            peer: Box::new(peer),
+            peer,
             mailbox,
             frames: Vec::new(),
             at: 0,
@@ -154,14 +161,14 @@ impl DatagramLink {
         self.mailbox.has_news()
     }
 
-    pub(super) fn fill(&mut self) -> Filled {
+    pub(super) fn fill(&mut self) -> Result<Filled, LinkError> {
+        if self.mailbox.is_closed() {
+            return Err(LinkError::Closed);
+        }
         self.at = 0;
         self.dropped = self.mailbox.take(&mut self.frames);
-        if self.frames.is_empty() && self.dropped == Dropped::default() {
-            Filled::Nothing
-        } else {
-            Filled::Some
-        }
+        let is_empty = self.frames.is_empty() && self.dropped == Dropped::default();
+        Ok(if is_empty { Filled::Nothing } else { Filled::Some })
     }
 
     pub(super) fn next_frame(&mut self) -> Option<&[u8]> {
@@ -215,9 +222,8 @@ impl DatagramLink {
         self.retry.then_some(RETRY_MS)
     }
 
-    /// Whether it is the same hypervisor still: something listens at its address, and its file is the one it
-    /// was. One that was started anew there is another guest, whom its next datagram brings.
+    /// As of [`Peer::is_alive`].
     pub(super) fn is_alive(&self) -> bool {
-        self.peer.file() == self.file && self.peer.is_served()
+        self.peer.is_alive()
     }
 }

@@ -27,6 +27,8 @@ pub(super) struct Mailbox {
     taken: Condvar,
     /// Something waits; looked at without the lock.
     news: AtomicBool,
+    /// Its VM is gone.
+    closed: AtomicBool,
     grace: Duration,
 }
 
@@ -36,6 +38,7 @@ impl Default for Mailbox {
             inner: Mutex::default(),
             taken: Condvar::new(),
             news: AtomicBool::new(false),
+            closed: AtomicBool::new(false),
             grace: GRACE,
         }
     }
@@ -104,6 +107,17 @@ impl Mailbox {
         if !inner.bytes.is_empty() {
             self.tell(&inner);
         }
+    }
+
+    /// Its VM was found to be gone: the driver ends.
+    pub(super) fn close(&self) {
+        self.closed.store(true, Ordering::Release);
+        self.tell(&self.lock());
+    }
+
+    /// Whether its VM was found to be gone.
+    pub(super) fn is_closed(&self) -> bool {
+        self.closed.load(Ordering::Acquire)
     }
 
     /// Wakes the driver, unless it was since it took something.

@@ -155,7 +155,7 @@ impl Link {
     pub fn fill(&mut self) -> Result<Filled, LinkError> {
         match self {
             Self::Stream(link) => link.fill(),
-            Self::Datagram(link) => Ok(link.fill()),
+            Self::Datagram(link) => link.fill(),
             Self::Packet(link) => link.fill(),
         }
     }

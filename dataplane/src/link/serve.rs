@@ -328,8 +328,8 @@ impl Entrance {
             number: place.number,
         });
         let leave = Leave(Some(move || {
-            then();
             drop(place);
+            then();
         }));
         if let Err(error) = self.network.attach_then(link, spec, berth, move || drop(leave))
             && !self.network.is_stopped()
@@ -430,7 +430,7 @@ impl Entrance {
 
 impl Admission {
     /// Lets in a guest that cannot come back, over a link that has no end of its own; `then` is called when it is
-    /// gone, or did not get in.
+    /// gone, or did not get in, and its place is free.
     pub fn attach_then(self, link: Link, then: impl FnOnce() + Send + 'static) {
         let Self { spec, place } = self;
         let entrance = Arc::clone(&place.entrance);

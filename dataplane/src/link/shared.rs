@@ -14,7 +14,7 @@ use std::io;
 use std::os::fd::AsRawFd as _;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::thread;
 use std::time::Duration;
 
@@ -134,19 +134,53 @@ fn bind_over(path: &Path) -> io::Result<Socket> {
     Ok(socket)
 }
 
-/// Mailboxes by address.
+/// VMs by address.
 #[derive(Default)]
-struct Vms(Mutex<HashMap<Box<[u8]>, Arc<Mailbox>>>);
+struct Vms(Mutex<HashMap<Box<[u8]>, Vm>>);
+
+/// A VM, as long as its guest is there.
+#[derive(Clone)]
+struct Vm {
+    mailbox: Arc<Mailbox>,
+    peer: Arc<Peer>,
+    /// The socket that it is connected to, which was left to it.
+    connected_to: Option<Weak<Socket>>,
+}
+
+impl Vm {
+    /// Whether what came by this socket cannot be of it: it sends to the one that it is connected to.
+    fn is_elsewhere(&self, socket: &Arc<Socket>) -> bool {
+        let own = self.connected_to.as_ref();
+        own.is_some_and(|own| !Weak::ptr_eq(own, &Arc::downgrade(socket)))
+    }
+}
 
 impl Vms {
-    fn lock(&self) -> MutexGuard<'_, HashMap<Box<[u8]>, Arc<Mailbox>>> {
+    fn lock(&self) -> MutexGuard<'_, HashMap<Box<[u8]>, Vm>> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Ends the guests whose VM is gone, which their drivers would find out later. True while one of them is there.
+    fn end_those_gone(&self) -> bool {
+        // The system is asked without the lock, which those that end want.
+        let vms: Vec<Vm> = self.lock().values().cloned().collect();
+        let mut is_any = false;
+        for Vm { mailbox, peer, .. } in &vms {
+            if !mailbox.is_closed() && !peer.is_alive() {
+                mailbox.close();
+            }
+            is_any |= mailbox.is_closed();
+        }
+        is_any
     }
 
     /// Forgets a VM, unless another has come to its address.
     fn forget(&self, address: &[u8], mailbox: &Arc<Mailbox>) {
         let mut vms = self.lock();
-        if vms.get(address).is_some_and(|found| Arc::ptr_eq(found, mailbox)) {
+        if vms
+            .get(address)
+            .is_some_and(|found| Arc::ptr_eq(&found.mailbox, mailbox))
+        {
             vms.remove(address);
         }
     }
@@ -178,25 +212,40 @@ impl Server {
     fn mailbox(&mut self, address: &[u8]) -> Option<(Arc<Mailbox>, bool)> {
         let vms = self.place.vms.lock();
         let count = vms.len();
-        if let Some(mailbox) = vms.get(address) {
-            return Some((Arc::clone(mailbox), count == 1));
+        if let Some(vm) = vms.get(address) {
+            if vm.is_elsewhere(&self.socket) {
+                // One that was started anew at a name of Linux's, where no file tells.
+                vm.mailbox.close();
+            }
+            return (!vm.mailbox.is_closed()).then(|| (Arc::clone(&vm.mailbox), count == 1));
         }
         drop(vms);
         let place = Arc::clone(&self.place);
         let admission = place.entrance.admit()?;
         let answered = Peer::new(address).and_then(|peer| Ok((peer.way(&self.socket)?, peer)));
         let (way, peer) = match answered {
-            Ok(answered) => answered,
+            Ok((way, peer)) => (way, Arc::new(peer)),
             Err(error) => {
                 place.entrance.refuse(LinkRefusal::Unnamed, &error);
                 return None;
             }
         };
-        if self.listens && cfg!(target_os = "linux") && matches!(way, Way::Shared(_)) {
+        // It may be one of them, started anew at another address: it would have a further name, and be rid of what goes
+        // by the one that it had. What it says until they are gone is lost.
+        if place.vms.end_those_gone() {
+            return None;
+        }
+        let is_connected = cfg!(target_os = "linux") && matches!(way, Way::Shared(_));
+        if self.listens && is_connected {
             self.step_aside();
         }
         let (mailbox, address) = (Arc::<Mailbox>::default(), Box::<[u8]>::from(address));
-        place.vms.lock().insert(address.clone(), Arc::clone(&mailbox));
+        let vm = Vm {
+            mailbox: Arc::clone(&mailbox),
+            peer: Arc::clone(&peer),
+            connected_to: is_connected.then(|| Arc::downgrade(&self.socket)),
+        };
+        place.vms.lock().insert(address.clone(), vm);
         let link = DatagramLink::new(way, peer, Arc::clone(&mailbox));
         let own = Arc::clone(&mailbox);
         admission.attach_then(Link::Datagram(link), move || place.vms.forget(&address, &own));

@@ -504,6 +504,59 @@ fn a_vm_that_is_connected_to_us_is_alive_and_one_that_vanished_is_noticed_and_it
     stays.receive();
 }
 
+/// Asks until it is answered.
+fn until_answered(vm: &Datagrams, number: u8) {
+    let until = Instant::now() + PATIENCE;
+    vm.socket
+        .set_read_timeout(Some(Duration::from_millis(50)))
+        .unwrap();
+    loop {
+        vm.socket.send(&asker(number).question()).unwrap();
+        if vm.socket.recv(&mut [0; 64]).is_ok() {
+            return;
+        }
+        assert!(Instant::now() < until, "it is not answered");
+    }
+}
+
+#[test]
+fn a_vm_that_was_started_anew_at_another_path_has_the_name_that_it_had() {
+    let mut rig = Rig::new("moved");
+    let _file = rig.shared_socket();
+    let stays = rig.vm("stays");
+    stays.socket.connect(rig.path("ours")).unwrap();
+    until_answered(&stays, 2);
+    assert_eq!(rig.next_up().0, "web");
+    for path in ["one", "two", "three"] {
+        // The one before is closed when this one comes, and nobody has looked since.
+        let vm = rig.vm(path);
+        vm.socket.connect(rig.path("ours")).unwrap();
+        until_answered(&vm, 3);
+        assert_eq!(rig.next_up().0, "web-2", "{path}");
+    }
+    until_answered(&stays, 2);
+}
+
+#[cfg(target_os = "linux")]
+#[test]
+fn a_vm_that_was_started_anew_at_the_same_abstract_name_is_answered_however_much_it_says() {
+    use std::os::linux::net::SocketAddrExt as _;
+
+    let mut rig = Rig::new("abstract");
+    let _file = rig.shared_socket();
+    let name = format!("vnet-link-{}", std::process::id());
+    let address = std::os::unix::net::SocketAddr::from_abstract_name(name).unwrap();
+    for number in [2, 2, 3] {
+        let vm = Datagrams {
+            socket: UnixDatagram::bind_addr(&address).unwrap(),
+            to: rig.path("ours"),
+        };
+        vm.socket.connect(rig.path("ours")).unwrap();
+        until_answered(&vm, number);
+        assert_eq!(rig.next_up().0, "web");
+    }
+}
+
 #[test]
 fn vms_that_are_connected_to_the_socket_keep_it_and_others_find_the_next() {
     let mut rig = Rig::new("keep");
