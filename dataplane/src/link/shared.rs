@@ -151,7 +151,7 @@ impl Vm {
     /// Whether what came by this socket cannot be of it: it sends to the one that it is connected to.
     fn is_elsewhere(&self, socket: &Arc<Socket>) -> bool {
         let own = self.connected_to.as_ref();
-        own.is_some_and(|own| !Weak::ptr_eq(own, &Arc::downgrade(socket)))
+        own.is_some_and(|own| own.as_ptr() != Arc::as_ptr(socket))
     }
 }
 
